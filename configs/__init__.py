@@ -1,0 +1,1 @@
+"""Ready-made runs: one YAML per run, read through importlib.resources."""

@@ -1,0 +1,39 @@
+"""The one exception for a user's mistake, and the helper that offers near names."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PrunexError(ValueError):
+    """Something the user passed cannot be used.
+
+    The message is one line and says what was received, what is allowed and what to do.
+
+    >>> raise PrunexError("keep_ratio=1.5 is not allowed: give a number in (0, 1]")
+    Traceback (most recent call last):
+    ...
+    prunex.errors.PrunexError: keep_ratio=1.5 is not allowed: give a number in (0, 1]
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
+    """A ``PrunexError`` for a name that is not known, offering the nearest ones and listing all.
+
+    Args:
+        what: What kind of name it is, as in ``"pruner"``.
+        received: What the user gave.
+        allowed: Every name that would do.
+
+    Returns:
+        The error, to be raised by the caller.
+
+    >>> print(unknown("pruner", "evitt", ["evit", "topk"]))
+    unknown pruner 'evitt': did you mean 'evit'? Known: evit, topk
+    """
+    names = sorted(allowed)
+    near = get_close_matches(str(received), names, n=2, cutoff=0.5)
+    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return PrunexError(f"unknown {what} {received!r}:{hint} Known: {', '.join(names) or 'none'}")

@@ -1,0 +1,1 @@
+"""LightningModule, data modules, command line and report."""

@@ -1,1 +1,21 @@
-"""."""
+"""Overlays, mosaics of kept tokens and curves: drawn from arrays and maps, never from a model."""
+
+from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_png
+from prunex.pictures.curves import curves, curves_svg
+from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic
+from prunex.pictures.overlay import dim_dropped, outline, overlay
+
+__all__ = [
+    "curves",
+    "curves_svg",
+    "dim_dropped",
+    "from_tensor",
+    "kept_mosaic",
+    "kept_over_epochs",
+    "outline",
+    "overlay",
+    "png_bytes",
+    "relevancy_mosaic",
+    "resized",
+    "save_png",
+]

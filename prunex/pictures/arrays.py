@@ -1,0 +1,154 @@
+"""Pictures as arrays: what comes in is checked once, enlarged crisply, and written whole or not at all."""
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from prunex.errors import PrunexError
+
+Picture = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+
+def from_tensor(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:
+    """Normalised model input back to pictures.
+
+    Args:
+        images: Float [B, 3, H, W], normalised as ``(x - mean) / std`` from RGB in [0, 1].
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+
+    Returns:
+        uint8 [B, H, W, 3]; values outside [0, 1] are clipped.
+
+    Raises:
+        PrunexError: Images that are not [B, 3, H, W].
+
+    >>> from_tensor(torch.zeros(1, 3, 2, 2), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))[0, 0, 0].tolist()
+    [128, 128, 128]
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise PrunexError(f"images of shape {tuple(images.shape)} are not allowed: give [B, 3, H, W]")
+    scale, shift = (torch.tensor(list(v), dtype=torch.float32)[:, None, None] for v in (std, mean))
+    rgb = images.detach().float().cpu() * scale + shift
+    return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def resized(images: Any, side: int = 160) -> Picture:
+    """Pictures at a size at which single patches can be seen.
+
+    Small ones are enlarged by the smallest whole factor that brings the longer side to `side` or above, pixel by
+    pixel, so that nothing is blurred; ones of more than twice `side` are averaged down to it.
+
+    Args:
+        images: uint8 [..., H, W, 3].
+        side: Wanted length of the longer side, in pixels.
+
+    Returns:
+        uint8 [..., H', W', 3].
+
+    Raises:
+        PrunexError: Pictures that are not uint8 [..., H, W, 3].
+
+    >>> resized(np.zeros((2, 64, 48, 3), dtype=np.uint8), side=160).shape
+    (2, 192, 144, 3)
+    """
+    pictures = as_pictures(images)
+    longer = max(pictures.shape[-3:-1])
+    if longer > 2 * side:
+        height, width = (max(1, round(length * side / longer)) for length in pictures.shape[-3:-1])
+        flat = torch.from_numpy(pictures.reshape(-1, *pictures.shape[-3:])).permute(0, 3, 1, 2)
+        small = F.interpolate(flat, size=(height, width), mode="bilinear", antialias=True)
+        return small.permute(0, 2, 3, 1).numpy().reshape(*pictures.shape[:-3], height, width, 3)
+    factor = -(-side // longer)
+    return pictures.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def on_pixels(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """Patch grid [..., gh, gw] to pixels [..., height, width]: each pixel takes the value of its patch."""
+    rows = np.arange(height) * grid.shape[-2] // height
+    columns = np.arange(width) * grid.shape[-1] // width
+    return grid[..., rows[:, None], columns]
+
+
+def as_numpy(values: Any) -> NDArray[Any]:
+    """Array or tensor (any device, any float type) to numpy."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        return values.numpy()
+    return np.asarray(values)
+
+
+def as_pictures(images: Any, ndim: int | None = None, name: str = "images") -> Picture:
+    """Checked uint8 [..., H, W, 3], of `ndim` dimensions where that is given."""
+    pictures = as_numpy(images)
+    wrong = pictures.shape[-1:] != (3,) or 0 in pictures.shape or pictures.ndim != (ndim or max(pictures.ndim, 3))
+    if wrong or pictures.dtype != np.uint8:
+        shape = {3: "[H, W, 3]", 4: "[M, H, W, 3]"}.get(ndim or 0, "[..., H, W, 3]")
+        raise PrunexError(
+            f"{name} of shape {pictures.shape} and type {pictures.dtype} cannot be drawn: give uint8 {shape} "
+            "(prunex.pictures.from_tensor makes them from normalised model input)"
+        )
+    return pictures
+
+
+def as_grids(values: Any, lead: tuple[int, ...], name: str, dtype: type = bool) -> NDArray[Any]:
+    """Checked grids of the wanted leading shape: [*lead, gh, gw], as `dtype`."""
+    grids = as_numpy(values)
+    if grids.ndim != len(lead) + 2 or grids.shape[: len(lead)] != lead or 0 in grids.shape[-2:]:
+        wanted = ", ".join([*map(str, lead), "gh", "gw"])
+        raise PrunexError(f"{name} of shape {grids.shape} does not fit the images: give [{wanted}]")
+    if not (np.issubdtype(grids.dtype, np.number) or grids.dtype == np.bool_):
+        raise PrunexError(f"{name} of type {grids.dtype} cannot be drawn: give numbers or booleans")
+    return grids.astype(dtype)
+
+
+def png_bytes(picture: Any) -> bytes:
+    """A picture, uint8 [H, W, 3], as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(as_pictures(picture, 3, "picture")).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save_png(path: str | Path, picture: Any) -> Path:
+    """Write a picture as PNG; a reader never sees half of it.
+
+    Args:
+        path: File to write; its folder is made where it is missing.
+        picture: uint8 [H, W, 3].
+
+    Returns:
+        The path.
+
+    Raises:
+        PrunexError: A picture that is not uint8 [H, W, 3].
+    """
+    return write_whole(Path(path), png_bytes(picture))
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file beside its place and move it there, so that it is whole or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only their owner may read
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,154 @@
+"""Curves of what was logged, as a picture or as SVG that follows the colours of the page it lies in."""
+
+import io
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from prunex.errors import PrunexError
+from prunex.pictures.arrays import Floats, Picture, as_numpy
+
+# Told apart by people with any colour vision, and legible on white as on near black.
+COLORS = ("#0a7bd6", "#e5730f", "#119a6d", "#c2478f", "#8d6bd1", "#b08900", "#5b8a99")
+_INK = "#123456"  # stands for the text colour in SVG until it is replaced by currentColor
+_MANY = 60  # points from which a noisy line is also drawn smoothed
+_DPI = 96
+
+
+def curves(
+    metrics: Mapping[str, tuple[Any, Any]],
+    title: str | None = None,
+    percent: bool = False,
+    xlabel: str = "step",
+    size: tuple[int, int] = (640, 360),
+) -> Picture:
+    """Lines of numbers over steps, in one chart.
+
+    A line of many points is drawn faintly, with a running mean over it. Values that are not finite are left out.
+
+    Args:
+        metrics: For each name its steps [N] and values [N].
+        title: A line above the chart.
+        percent: Show values as per cent of 1.
+        xlabel: What the steps count.
+        size: Width and height in pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        PrunexError: Steps and values of different length, or nothing to draw.
+
+    >>> curves({"loss": ([0, 1, 2], [1.0, 0.5, 0.3])}, size=(200, 100)).shape
+    (100, 200, 3)
+    """
+    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    with rc_context({"text.usetex": False}):
+        _draw(figure, metrics, title, percent, xlabel, ink="#1b1f24")
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def curves_svg(
+    metrics: Mapping[str, tuple[Any, Any]],
+    title: str | None = None,
+    percent: bool = False,
+    xlabel: str = "step",
+    size: tuple[int, int] = (640, 360),
+) -> str:
+    """The same chart as `curves` as an ``<svg>`` element for an HTML page.
+
+    It has no background, and text and axes take the page's text colour and font, so it reads in light and dark.
+
+    Args:
+        metrics: For each name its steps [N] and values [N].
+        title: A line above the chart.
+        percent: Show values as per cent of 1.
+        xlabel: What the steps count.
+        size: Width and height in pixels at which the text has its natural size.
+
+    Returns:
+        The element as text; names are escaped.
+
+    Raises:
+        PrunexError: Steps and values of different length, or nothing to draw.
+
+    >>> curves_svg({"<loss>": ([0, 1], [1.0, 0.5])}).startswith("<svg")
+    True
+    """
+    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
+    canvas = FigureCanvasSVG(figure)
+    # The salt makes ids depend on the content alone: charts on one page differ, the same chart twice is the same.
+    salt = f"{title}|{'|'.join(metrics)}"
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.usetex": False}):
+        _draw(figure, metrics, title, percent, xlabel, ink=_INK)
+        figure.patch.set_alpha(0)
+        buffer = io.StringIO()
+        canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    # Two charts on a page may not use one id twice; only ids that are referred to matter, and those are salted.
+    svg = re.sub(r'(<(?:g|svg)[^>]*?) id="[^"]*"', r"\1", svg)
+    return re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+
+
+def _draw(
+    figure: Figure,
+    metrics: Mapping[str, tuple[Any, Any]],
+    title: str | None,
+    percent: bool,
+    xlabel: str,
+    ink: str,
+) -> None:
+    lines = {name: line for name, (steps, values) in metrics.items() if (line := _line(name, steps, values))}
+    if not lines:
+        raise PrunexError(f"no value to draw in {list(metrics)}: give steps and values of at least one finite number")
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    for (name, (steps, values)), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
+        if len(values) >= _MANY:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+            values = _running_mean(values, len(values) // 20)
+        mark = "o" if len(values) <= 20 else None
+        label = f" {name}".replace("$", r"\$")  # a leading underscore would hide the line from the legend
+        axes.plot(steps, values, color=color, linewidth=2, marker=mark, markersize=4, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.tick_params(colors=ink, labelsize=9, length=3)
+    for edge, spine in axes.spines.items():
+        spine.set_visible(edge in ("left", "bottom"))
+        spine.set_color(ink)
+    axes.grid(color=ink, alpha=0.15, linewidth=0.7)
+    axes.set_xlabel(xlabel, color=ink, fontsize=9, parse_math=False)
+    if title:
+        axes.set_title(title, color=ink, fontsize=11, fontweight="bold", loc="left", parse_math=False)
+    columns = min(3, len(lines))
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink, fontsize=9, handlelength=1.4
+    )
+
+
+def _line(name: str, steps: Any, values: Any) -> tuple[Floats, Floats] | None:
+    x, y = (as_numpy(v).astype(float) for v in (steps, values))
+    if x.ndim != 1 or x.shape != y.shape:
+        raise PrunexError(f"curve {name!r} has steps {x.shape} and values {y.shape}: give two lists of one length")
+    finite = np.isfinite(x) & np.isfinite(y)
+    return (x[finite], y[finite]) if finite.any() else None
+
+
+def _running_mean(values: Floats, window: int) -> Floats:
+    """Mean over `window` neighbours; fewer at the two ends, so that these are not pulled to 0."""
+    ones = np.ones(2 * (window // 2) + 1)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")

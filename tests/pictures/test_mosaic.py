@@ -1,0 +1,99 @@
+"""Mosaics: the cells lie where the layout says, and shapes that do not fit are refused."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+
+from prunex import PrunexError
+from prunex.pictures import dim_dropped, kept_mosaic, kept_over_epochs, overlay, relevancy_mosaic, resized
+from prunex.pictures.mosaic import covered, spaced
+
+
+@pytest.fixture
+def scenes():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    kept = rng.random((3, 2, 8, 8)) > 0.5
+    masks = rng.random((2, 64, 64)) > 0.9
+    return images, kept, masks
+
+
+def holds(picture, cell):
+    """Whether a picture shows a cell somewhere, pixel for pixel."""
+    rows, columns = np.nonzero((picture == cell[0, 0]).all(-1))
+    height, width = cell.shape[:2]
+    return any(np.array_equal(picture[y : y + height, x : x + width], cell) for y, x in zip(rows, columns, strict=True))
+
+
+def test_kept_mosaic_shows_every_stage_of_every_image(scenes):
+    images, kept, _ = scenes
+    picture = kept_mosaic(images, kept, [0, 1], [0, 0], ["cat", "dog"])
+    assert picture.dtype == np.uint8
+    cells = resized(images)
+    for image in range(2):
+        assert holds(picture, cells[image])
+        for stage in range(3):
+            assert holds(picture, dim_dropped(cells[image], kept[stage, image]))
+
+
+def test_relevancy_mosaic_shows_every_method(scenes):
+    images, _, _ = scenes
+    maps = {name: np.random.default_rng(i).random((2, 8, 8)) for i, name in enumerate(("rollout", "tokentm"))}
+    picture = relevancy_mosaic(images, maps)
+    assert all(holds(picture, cell) for values in maps.values() for cell in overlay(resized(images), values))
+
+
+def test_epochs_are_spread_over_few_columns(scenes):
+    images, kept, _ = scenes
+    few = kept_over_epochs(images, dict.fromkeys(range(4), kept[0]), most=4)
+    many = kept_over_epochs(images, dict.fromkeys(range(100), kept[0]), most=4)
+    assert few.shape == many.shape
+    assert spaced(range(100), 4) == [0, 33, 66, 99]
+    assert spaced([5], 4) == [5]
+    assert spaced([1, 2, 3], 1) == [3]
+
+
+def test_everything_at_once_and_odd_names(scenes):
+    images, kept, masks = scenes
+    names = ["$5 <b>", "very_" * 30]
+    kept_mosaic(images, kept, [0, 1], [1, -1], names, masks, title="a $title$ " * 30)
+    maps = {"signed": np.random.default_rng(0).normal(size=(2, 8, 8))}
+    for targets in ([0, 1], [1, 0], [1, 1]):
+        relevancy_mosaic(images, maps, kept[-1], {"signed": targets}, [0, 1], [1, 0], names, masks, title="t")
+    kept_mosaic(images, kept, predicted=[0, 1], class_names=["猫", "犬"])
+
+
+def test_large_and_oblong_images():
+    picture = kept_mosaic(np.zeros((1, 518, 1036, 3), dtype=np.uint8), np.ones((1, 1, 37, 74), dtype=bool))
+    assert max(picture.shape) < 400
+
+
+def test_no_figure_is_left_in_pyplot(scenes):
+    kept_mosaic(*scenes[:2])
+    assert pyplot.get_fignums() == []
+
+
+def test_covered():
+    masks = np.zeros((2, 4, 4), dtype=bool)
+    assert np.isnan(covered(np.ones((2, 2, 2), dtype=bool), masks))
+    masks[0, 0] = True  # the second image has no object and does not count
+    assert covered(np.array([[[True, False], [False, False]]] * 2), masks) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda i, k, m: kept_mosaic(i, k[0]), r"kept of shape \(2, 8, 8\) cannot be drawn: give \[stages, images"),
+        (lambda i, k, m: kept_mosaic(i[:1], k), r"kept of shape \(3, 2, 8, 8\) does not fit the images: give \[3, 1,"),
+        (lambda i, k, m: kept_mosaic(i / 255, k), r"give uint8 \[M, H, W, 3\]"),
+        (lambda i, k, m: kept_mosaic(i, k, labels=[1]), "1 class numbers for 2 images: give one for each image"),
+        (lambda i, k, m: kept_mosaic(i, k, masks=m[:1]), "masks of shape"),
+        (lambda i, k, m: kept_over_epochs(i, {}), "no epoch to draw"),
+        (lambda i, k, m: kept_over_epochs(i, {3: k}), "kept of epoch 3 of shape"),
+        (lambda i, k, m: relevancy_mosaic(i, {}), "no map to draw"),
+        (lambda i, k, m: relevancy_mosaic(i, {"rollout": k[:, :1]}), "maps of rollout of shape"),
+    ],
+)
+def test_refused(scenes, call, match):
+    with pytest.raises(PrunexError, match=match):
+        call(*scenes)

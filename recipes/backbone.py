@@ -1,0 +1,194 @@
+"""Building a timm model by name, and its weights as safetensors files: reading, fitting, writing.
+
+The weights that ship with the package are written by ``SaveWeights`` at the end of ``prunex fit``; their metadata
+holds the architecture, the command and the accuracy.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import timm
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError, unknown
+
+log = logging.getLogger(__name__)
+
+SHIPPED = files("prunex.recipes") / "weights"
+
+
+def create_model(
+    architecture: str, num_classes: int, model_args: Mapping[str, object] | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A timm model by name, with errors that say what to change.
+
+    Args:
+        architecture: A name known to ``timm.list_models()``.
+        num_classes: Width of the classifier.
+        model_args: Overrides for the constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
+        pretrained: Download timm's weights; needs a network.
+
+    Returns:
+        The model.
+
+    Raises:
+        PrunexError: If the name or an argument is not known, or the download fails.
+
+    >>> create_model("vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 2}).num_classes
+    10
+    """
+    if not timm.is_model(architecture.split(".")[0].removeprefix("hf_hub:")) and ":" not in architecture:
+        raise unknown("architecture", architecture, [n for n in timm.list_models("*vit*") if "deit" in n or n.startswith("vit_")][:40])
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **dict(model_args or {}))
+    except Exception as error:  # timm passes on whatever its constructors and the download raise
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if pretrained:
+            raise PrunexError(
+                f"pretrained=True for {architecture!r} failed ({reason}): timm's weights could not be downloaded or do "
+                "not fit; give a local safetensors file as weights=, or pretrained=False"
+            ) from error
+        raise PrunexError(
+            f"architecture {architecture!r} does not accept model_args={dict(model_args or {})!r} ({reason})"
+        ) from error
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights that come with the package.
+
+    >>> "digits" in shipped_weights()
+    True
+    """
+    return sorted(f.name.removesuffix(".safetensors") for f in SHIPPED.iterdir() if f.name.endswith(".safetensors"))
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Args:
+        weights: Path of a file, or the name of shipped weights.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        PrunexError: If there is no such file, or it is not a safetensors file.
+    """
+    path = Path(weights).expanduser()
+    if not path.is_file() and weights in shipped_weights():
+        with as_file(SHIPPED / f"{weights}.safetensors") as shipped:
+            return load_file(shipped)
+    if not path.is_file():
+        raise PrunexError(
+            f"weights={weights!r} is neither a file nor shipped: give the path of a safetensors file or one of "
+            f"{', '.join(shipped_weights()) or 'none'}"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise PrunexError(f"weights={weights!r} is not a readable safetensors file ({error}): save it again") from error
+
+
+def load_weights(model: nn.Module, weights: str) -> list[str]:
+    """Load a safetensors file into a timm ViT.
+
+    Position embeddings of another patch grid are resampled. A classifier head of another width is left as it is
+    (and logged); so is a missing one.
+
+    Args:
+        model: A timm ViT.
+        weights: Path of a safetensors file, or the name of shipped weights.
+
+    Returns:
+        Names of the model's parameters that the file did not set.
+
+    Raises:
+        PrunexError: If the file cannot be read or does not belong to this architecture.
+    """
+    state, own = read_weights(weights), model.state_dict()
+    if not any(name in own for name in state) and any(name.removeprefix("model.") in own for name in state):
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    position = state.get("pos_embed")
+    if position is not None and "pos_embed" in own and position.shape[1] != own["pos_embed"].shape[1]:
+        embed: nn.Module = model.patch_embed  # type: ignore[assignment]
+        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+        try:
+            resampled = resample_abs_pos_embed(position, embed.grid_size, num_prefix_tokens=prefix)
+        except RuntimeError as error:
+            raise PrunexError(
+                f"weights={weights!r}: position embeddings {list(position.shape)} cannot be resampled to the grid "
+                f"{embed.grid_size} with {prefix} prefix tokens: give weights of this architecture"
+            ) from error
+        log.info("Resampled position embeddings from %d to %d tokens.", position.shape[1], resampled.shape[1])
+        state["pos_embed"] = resampled
+    heads = ("head.", "head_dist.")
+    for name in [n for n in state if n.startswith(heads) and n in own and state[n].shape != own[n].shape]:
+        log.warning(
+            "Classifier %s of %s has shape %s, the model needs %s: it starts untrained.",
+            name, weights, list(state[name].shape), list(own[name].shape),
+        )  # fmt: skip
+        del state[name]
+    wrong = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in state.items() if n in own and t.shape != own[n].shape]
+    missing = [name for name in own if name not in state]
+    foreign = [name for name in state if name not in own and not name.startswith(heads) and name != "mask_token"]
+    lacking = [name for name in missing if not name.startswith(heads)]
+    if wrong or foreign or lacking:
+        said = [
+            f"{label}: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+            for label, names in (("wrong shape", wrong), ("unknown", foreign), ("missing", lacking))
+            if names
+        ]
+        raise PrunexError(
+            f"weights={weights!r} do not fit the model ({'; '.join(said)}): check architecture and model_args"
+        )
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    return missing
+
+
+class SaveWeights(Callback):
+    """Writes the classifier's weights as one safetensors file when training ends.
+
+    The metadata tells how to build the model (``architecture``, ``model_args``, ``num_classes`` as JSON), which
+    command made it, how much it was trained, and every validation metric.
+
+    Args:
+        path: File to write, ending in ``.safetensors``.
+
+    Raises:
+        PrunexError: If the path has another suffix.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not path.endswith(".safetensors"):
+            raise PrunexError(f"path={path!r} is not allowed: give a file name ending in .safetensors")
+        self.path = path
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        model: nn.Module = pl_module.model  # type: ignore[assignment]
+        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        hparams = pl_module.hparams
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        metadata = {
+            "architecture": str(hparams["architecture"]),
+            "num_classes": str(hparams["num_classes"]),
+            "model_args": json.dumps(hparams["model_args"] or {}),
+            "command": " ".join(["prunex", *sys.argv[1:]]),
+            "epochs": str(trainer.current_epoch),
+            "batches": str(batches),
+            **{name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val_")},
+        }
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, self.path, metadata=metadata)
+        log.info("Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_")))

@@ -1,0 +1,145 @@
+"""The ``prunex`` command: Lightning's own subcommands, and room for others beside them."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from prunex.errors import PrunexError, unknown
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+DEFAULT_CONFIG = "digits/dynamicvit.yaml"
+
+# Further subcommands: name -> (one line of help, function of the remaining arguments that returns an exit code).
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {}
+
+
+def packaged_configs() -> dict[str, Traversable]:
+    """The ready-made runs by name, as in ``"digits/dense.yaml"``.
+
+    >>> "digits/dense.yaml" in packaged_configs()
+    True
+    """
+    root = files("prunex.configs")
+    return {
+        f"{folder.name}/{file.name}": file
+        for folder in root.iterdir()
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.name.endswith(".yaml")
+    }
+
+
+def find_config(name: str) -> str:
+    """A path to a config file: the user's own where it exists, else the packaged one of that name.
+
+    Args:
+        name: A path, or a packaged name with or without the leading ``configs/`` and the ``.yaml``.
+
+    Returns:
+        A path that can be opened.
+
+    Raises:
+        PrunexError: If there is neither.
+    """
+    if Path(name).is_file():
+        return name
+    known = packaged_configs()
+    short = Path(name).as_posix().removeprefix("./").removeprefix("configs/")
+    for candidate in (short, f"{short}.yaml"):
+        if candidate in known:
+            with as_file(known[candidate]) as path:
+                return str(path)
+    raise unknown("config (no such file either)", name, known)
+
+
+def resolve_configs(arguments: Sequence[str], default: str | None = None) -> list[str]:
+    """Arguments in which every ``--config`` is a path that exists; the default is added where there is none."""
+    resolved, given = list(arguments), False
+    for place, argument in enumerate(resolved):
+        if argument in ("--config", "-c") and place + 1 < len(resolved):
+            resolved[place + 1], given = find_config(resolved[place + 1]), True
+        elif argument.startswith("--config="):
+            resolved[place], given = "--config=" + find_config(argument.removeprefix("--config=")), True
+    if default is not None and not given and not any(a in ("-h", "--help") or a.startswith("--help=") for a in resolved):
+        resolved[:0] = ["--config", find_config(default)]
+    return resolved
+
+
+def run_lightning(arguments: Sequence[str]) -> int:
+    """``fit``, ``validate``, ``test`` or ``predict`` with a config, see ``prunex fit --help``."""
+    from jsonargparse import set_parsing_settings
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    import prunex.callbacks
+    import prunex.recipes  # noqa: F401  (imported so that configs may use short class names)
+
+    # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
+    LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+", "prog": "prunex"},
+        args=[subcommand, *rest],
+    )
+    return 0
+
+
+def usage() -> str:
+    """The text of ``prunex --help``."""
+    lines = ["usage: prunex COMMAND [options]", "", "Prune Vision Transformers while fine-tuning them, and see why.", ""]
+    told = {
+        "fit": "train; without --config the embedded demo (digits/dynamicvit.yaml)",
+        "validate": "run the validation set through a checkpoint",
+        "test": "run the test set through a checkpoint",
+        "predict": "write out class probabilities",
+        **{name: text for name, (text, _) in COMMANDS.items()},
+    }
+    lines += [f"  {name:<10} {text}" for name, text in told.items()]
+    lines += ["", f"ready-made configs: {', '.join(sorted(packaged_configs()))}"]
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Dispatch on the first argument.
+
+    Args:
+        arguments: As on the command line, without the program's name.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        PrunexError: If the user made a mistake.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command = arguments[0]
+    if command == "--version":
+        import prunex
+
+        print(f"prunex {prunex.__version__}")
+        return 0
+    if command in LIGHTNING:
+        return run_lightning(arguments)
+    if command in COMMANDS:
+        return COMMANDS[command][1](arguments[1:])
+    raise unknown("command", command, [*LIGHTNING, *COMMANDS])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
+    try:
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+    except PrunexError as error:
+        print(f"prunex: error: {error}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)

@@ -1,0 +1,346 @@
+"""Digit scenes: real handwritten digits on real photos, with the exact mask of every digit.
+
+Both sources ship inside scikit-learn, so the data needs no network: 1,797 handwritten digits of 8 x 8 pixels and
+two photos. A scene is a crop of a photo with one digit painted on it; its label is the digit, its mask the painted
+pixels. Every fifth digit of each class and the left-hand part of each photo belong to validation alone.
+
+Nothing is stored: a scene is a pure function of ``(seed, split, epoch, index)``, and a whole batch is drawn at once.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from prunex.errors import PrunexError, unknown
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+SPLITS = {"train": 0, "val": 1, "test": 2}
+HELD_OUT_EVERY = 5  # every fifth digit of each class is never trained on
+HELD_OUT_WIDTH = 0.3  # nor is the left-hand 30 % of each photo
+ZOOMS = (1.0, 0.7, 0.5)  # photos are also shown scaled down, which makes their texture finer
+STROKE = 48  # side of the enlarged digits, in pixels; at least the largest size they are painted at
+LUMINANCE = (0.299, 0.587, 0.114)
+DRAWS = 20  # random numbers a scene may use
+
+
+def uniform(key: Sequence[int], counters: np.ndarray, draws: int = DRAWS) -> Tensor:
+    """Random numbers that depend on the key and the counter alone, not on the order they are asked for in.
+
+    Args:
+        key: Integers such as ``(seed, split)``.
+        counters: ``[N]`` integers, one per scene.
+        draws: How many numbers each scene gets.
+
+    Returns:
+        float32 ``[N, draws]`` in [0, 1).
+
+    >>> a = uniform((0, 1), np.array([3, 4])); b = uniform((0, 1), np.array([4]))
+    >>> bool((a[1] == b[0]).all()), bool((a[0] == a[1]).any())
+    (True, False)
+    """
+
+    def mix(z: np.ndarray) -> np.ndarray:  # the finaliser of SplitMix64: every input bit reaches every output bit
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        state = np.zeros(1, np.uint64)
+        for part in key:
+            state = mix(state + golden + np.array([part % 2**64], np.uint64))
+        rows = mix(state + golden * (counters.astype(np.uint64) + np.uint64(1)))
+        numbers = mix(rows[:, None] + golden * np.arange(1, draws + 1, dtype=np.uint64))
+    return torch.from_numpy((numbers >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
+
+
+@functools.cache
+def _digits(held_out: bool) -> tuple[Tensor, Tensor]:
+    """Strokes ``[N, 1, STROKE, STROKE]`` in [0, 1] and labels ``[N]`` of one side of the split."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    held = np.zeros(len(labels), bool)
+    for digit in range(10):
+        held[np.flatnonzero(labels == digit)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True
+    chosen = held if held_out else ~held
+    coarse = torch.from_numpy(pixels[chosen]).float().view(-1, 1, 8, 8) / 16
+    fine = F.interpolate(coarse, size=(STROKE, STROKE), mode="bicubic", align_corners=False)
+    strokes = ((fine - 0.38) / 0.2).clamp(0, 1)  # a pen's edge instead of the blur of 8 x 8 pixels
+    return strokes, torch.from_numpy(labels[chosen]).long()
+
+
+@functools.cache
+def _photos(held_out: bool, side: int) -> tuple[Tensor, Tensor]:
+    """One tall picture ``[3, H, W]`` uint8 of all photo parts, and where crops may start: ``[parts, 3]`` (y, height, width)."""
+    from sklearn.datasets import load_sample_images
+
+    parts = []
+    for photo in load_sample_images().images:
+        whole = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+        edge = round(whole.shape[2] * HELD_OUT_WIDTH)
+        region = whole[:, :, :edge] if held_out else whole[:, :, edge:]
+        for zoom in ZOOMS:  # scaled after the cut, so that no pixel crosses it
+            height, width = (max(side, round(n * zoom)) for n in region.shape[1:])
+            small = F.interpolate(region[None].float(), size=(height, width), mode="bilinear", antialias=True)
+            parts.append(small[0].round().clamp(0, 255).byte())
+    atlas = torch.zeros(3, sum(p.shape[1] for p in parts), max(p.shape[2] for p in parts), dtype=torch.uint8)
+    table, top = [], 0
+    for part in parts:
+        atlas[:, top : top + part.shape[1], : part.shape[2]] = part
+        table.append((top, part.shape[1] - side + 1, part.shape[2] - side + 1))
+        top += part.shape[1]
+    return atlas, torch.tensor(table)
+
+
+class DigitDataset(Dataset[Batch]):
+    """The scenes of one split; index ``epoch * len(self) + i`` is scene ``i`` of that epoch.
+
+    Args:
+        split: ``"train"``, ``"val"`` or ``"test"``; the last two share digits and photo parts, not scenes.
+        size: Scenes per epoch.
+        image_size: Side of a scene in pixels.
+        digit_size: Smallest and largest side of a digit's box, in pixels.
+        contrast: Least difference in luminance (0..1) between the ink and the mean of the photo behind it.
+        curriculum: Epochs over which scenes go from easy (large digits, faded photo) to what the arguments say.
+        seed: Another seed gives other scenes from the same digits and photos.
+        mean: Per-channel mean taken off the images.
+        std: Per-channel standard deviation they are divided by.
+
+    >>> images, labels, masks = DigitDataset("val", size=8).__getitems__([0, 5])
+    >>> images.shape, labels.shape, masks.shape, masks.dtype
+    (torch.Size([2, 3, 64, 64]), torch.Size([2]), torch.Size([2, 64, 64]), torch.bool)
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "val", "test"] = "train",
+        size: int = 10_000,
+        image_size: int = 64,
+        digit_size: tuple[int, int] = (20, 32),
+        contrast: float = 0.4,
+        curriculum: int = 0,
+        seed: int = 0,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
+        self.digit_size, self.contrast, self.curriculum = digit_size, contrast, curriculum
+        self.strokes, self.labels = _digits(held_out=split != "train")
+        self.atlas, self.places = _photos(held_out=split != "train", side=image_size)
+        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels, masks = self.__getitems__([index])
+        return images[0], labels[0], masks[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Draw a batch.
+
+        Args:
+            indices: ``[B]`` scene numbers, see the class.
+
+        Returns:
+            ``(images float32 [B, 3, H, W] normalised, labels int64 [B], masks bool [B, H, W])``.
+        """
+        numbers = np.asarray(indices, dtype=np.int64)
+        pixels, labels, masks = self.paint(numbers)
+        return (pixels - self._mean) / self._std, labels, masks
+
+    def paint(self, numbers: np.ndarray) -> Batch:
+        """As ``__getitems__``, with images in [0, 1]."""
+        u = uniform((self.seed, SPLITS[self.split]), numbers).unbind(1)
+        ease = self._ease(numbers)
+        which = (u[0] * len(self.labels)).long()
+        photos = self._crops(u[1], u[2], u[3], flip=u[4] < 0.5)
+        mean = photos.mean((2, 3), keepdim=True)
+        photos = mean + (photos - mean) * (1 - 0.8 * ease).view(-1, 1, 1, 1)
+        alpha = self._place(self.strokes[which], u[7:13], ease)
+        photos, ink = self._light(photos, alpha, u[13:18])
+        pixels = photos + alpha * (ink - photos)
+        return pixels, self.labels[which], alpha[:, 0] >= 0.5
+
+    def _ease(self, numbers: np.ndarray) -> Tensor:
+        """1 for the first epoch's scenes, 0 once the curriculum is over; ``[B]``."""
+        if self.split != "train" or self.curriculum <= 0:
+            return torch.zeros(len(numbers))
+        return torch.from_numpy(1 - numbers // self.size / self.curriculum).float().clamp(0, 1)
+
+    def _crops(self, which: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
+        top, height, width = self.places[(which * len(self.places)).long()].unbind(1)
+        y, x = top + (down * height).long(), (right * width).long()
+        windows = self.atlas.unfold(1, self.image_size, 1).unfold(2, self.image_size, 1)
+        crops = windows[:, y, x].transpose(0, 1).float() / 255
+        return torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops)
+
+    def _place(self, strokes: Tensor, u: Sequence[Tensor], ease: Tensor) -> Tensor:
+        """Turn, slant, scale and move the digits; how much ink lies on each pixel ``[B, 1, H, W]``."""
+        least, most = self.digit_size
+        side = least + (most - least) * u[0]
+        side = side + (0.7 * self.image_size - side).clamp(min=0) * ease
+        angle, slant = math.radians(24) * (u[1] - 0.5), 0.3 * (u[2] - 0.5)
+        stretch = torch.exp(0.3 * (u[3] - 0.5))
+        room = (self.image_size - side) / self.image_size  # the centre may lie this far from the middle, in half images
+        centre_x, centre_y = (2 * u[4] - 1) * room, (2 * u[5] - 1) * room
+        scale = self.image_size / side
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        a, b = cos * stretch, sin * stretch + slant * cos
+        c, d = -sin / stretch, cos / stretch
+        rows = (a, b, -a * centre_x - b * centre_y, c, d, -c * centre_x - d * centre_y)
+        theta = torch.stack(rows, 1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(side), 1, self.image_size, self.image_size], align_corners=False)
+        return F.grid_sample(strokes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    def _light(self, photos: Tensor, alpha: Tensor, u: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Dim photos that leave no room above them; ink ``[B, 3, 1, 1]`` lighter than what is behind it by the contrast."""
+        weights = torch.tensor(LUMINANCE).view(1, 3, 1, 1)
+        behind = (photos * weights * alpha).sum((1, 2, 3)) / alpha.sum((1, 2, 3)).clamp(min=1)
+        wanted = behind.clamp(max=0.15 + (0.8 - self.contrast) * u[0])
+        photos = photos * (wanted / behind.clamp(min=1e-3)).clamp(max=1).view(-1, 1, 1, 1)
+        level = wanted + self.contrast + (0.95 - self.contrast - wanted).clamp(min=0) * u[1]
+        tint = 0.3 * (torch.stack(list(u[2:5]), 1).view(-1, 3, 1, 1) - 0.5)
+        tint = tint - (tint * weights).sum(1, keepdim=True)  # colour without a change of luminance
+        return photos, (level.view(-1, 1, 1, 1) + tint).clamp(0, 1)
+
+
+class _EpochSampler(DistributedSampler[int]):
+    """Yields ``epoch * size + i``, so the scene number alone says which epoch it belongs to, in worker processes too."""
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        for index in super().__iter__():
+            yield self.epoch * size + index
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+class DigitScenes(LightningDataModule):
+    """Batches of digit scenes: fresh ones every training epoch, always the same ones for validation and test.
+
+    A batch is ``(images float32 [B, 3, H, W] normalised, labels int64 [B] in 0..9, masks bool [B, H, W])``; the masks
+    are true where at least half of a pixel is ink. Digits and photo parts of validation are never trained on,
+    whatever the seed. The test split draws other scenes from validation's digits and photo parts.
+
+    Args:
+        batch_size: Scenes per batch (per process).
+        train_size: Scenes per training epoch.
+        val_size: Scenes for validation, and for test.
+        image_size: Side of a scene in pixels, 32 to 128.
+        min_digit: Smallest side of a digit's box in pixels.
+        max_digit: Largest side of a digit's box in pixels.
+        contrast: Least difference in luminance, 0.1 to 0.5, between a digit's ink and the mean of the photo behind it.
+        curriculum: Epochs over which training scenes go from easy (large digits, faded photos) to full difficulty;
+            0 starts with full difficulty. Validation is always at full difficulty.
+        seed: Another seed gives other scenes, from the same split of digits and photos.
+        num_workers: Processes that draw ahead; 0 draws in the training process.
+
+    Raises:
+        PrunexError: If an argument is outside its range.
+
+    >>> data = DigitScenes(batch_size=4, train_size=8, val_size=8)
+    >>> data.setup("fit")
+    >>> [tuple(part.shape) for part in next(iter(data.train_dataloader()))]
+    [(4, 3, 64, 64), (4,), (4, 64, 64)]
+    """
+
+    mean = (0.5, 0.5, 0.5)
+    std = (0.5, 0.5, 0.5)
+    classes = tuple(str(digit) for digit in range(10))
+    num_classes = 10
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        train_size: int = 10_000,
+        val_size: int = 2_000,
+        image_size: int = 64,
+        min_digit: int = 20,
+        max_digit: int = 32,
+        contrast: float = 0.4,
+        curriculum: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("train_size", train_size, 1),
+            ("val_size", val_size, 1),
+            ("curriculum", curriculum, 0),
+            ("seed", seed, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
+        if not 32 <= image_size <= 128:
+            raise PrunexError(f"image_size={image_size!r} is not allowed: give 32 to 128 pixels, as the photos are small")
+        if not 8 <= min_digit <= max_digit <= image_size:
+            raise PrunexError(
+                f"min_digit={min_digit!r}, max_digit={max_digit!r} is not allowed: "
+                f"give 8 <= min_digit <= max_digit <= image_size ({image_size})"
+            )
+        if not 0.1 <= contrast <= 0.5:
+            raise PrunexError(f"contrast={contrast!r} is not allowed: give a number from 0.1 to 0.5")
+        self.save_hyperparameters()
+        self.batch_size, self.train_size, self.val_size, self.num_workers = batch_size, train_size, val_size, num_workers
+        self.image_size, self.seed, self.curriculum = image_size, seed, curriculum
+        self.digit_size, self.contrast = (min_digit, max_digit), contrast
+
+    def dataset(self, split: Literal["train", "val", "test"]) -> DigitDataset:
+        """The scenes of one split as a map-style dataset."""
+        return DigitDataset(
+            split,
+            size=self.train_size if split == "train" else self.val_size,
+            image_size=self.image_size,
+            digit_size=self.digit_size,
+            contrast=self.contrast,
+            curriculum=self.curriculum,
+            seed=self.seed,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def _loader(self, dataset: DigitDataset, sampler: DistributedSampler[int] | None = None) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Fresh scenes; Lightning tells the sampler the epoch."""
+        dataset = self.dataset("train")
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        # Scenes are independent draws already, so shuffling their numbers would add nothing.
+        return self._loader(dataset, _EpochSampler(dataset, world, rank, shuffle=False))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The same scenes every time."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Other scenes from validation's digits and photo parts."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The validation scenes."""
+        return self.val_dataloader()

@@ -8,6 +8,8 @@ if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir() and s
     __path__.append(str(_root))
 
 from prunex.errors import PrunexError
+from prunex.attach import Pruning, attach, attached
+from prunex.registry import methods
 
 __version__ = "0.1.0"
-__all__ = ["PrunexError"]
+__all__ = ["Pruning", "PrunexError", "attach", "attached", "methods"]

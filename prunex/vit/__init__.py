@@ -1,1 +1,1 @@
-"""."""
+"""All that is known about ViT backbones, and nothing about any method."""

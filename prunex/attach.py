@@ -1,0 +1,288 @@
+"""Putting a pruner on a model in place, and taking it off again bit for bit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import prunex.pruners  # noqa: F401  (registers the pruners)
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.base import Forward, TokenPruner, strip_official
+from prunex.registry import lookup
+from prunex.vit.anatomy import Anatomy, find
+from prunex.vit.forward import check_parity, masked_pool, put_on, run, take_off
+from prunex.vit.tape import Tape
+from prunex.vit.trace import TokenTrace
+
+CHILD = "prunex"
+
+
+class Attached(nn.Module):
+    """What hangs on a pruned model as ``model.prunex``: the pruner's parameters, and what the last forward left.
+
+    Dense parameter names stay as they are; a pruner's own are called ``prunex.<method>.*``. A dense state dict loads
+    strictly into a pruned model: the pruner's parameters keep their values.
+    """
+
+    def __init__(self, pruner: TokenPruner, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.add_module(pruner.name, pruner)
+        self.method = pruner.name
+        self.anatomy = anatomy
+        self.masked: bool | None = None
+        self.trace: TokenTrace | None = None
+        self.tape: Tape | None = None
+        self.last: Forward | None = None
+        self.policy: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_accept_dense)
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The pruner itself."""
+        return getattr(self, self.method)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
+        return self.__dict__ | {"trace": None, "tape": None, "last": None, "policy": None}
+
+    def features(self, model: VisionTransformer, images: Tensor) -> Tensor:
+        """The pruned ``forward_features``: [B, prefix + n, D]."""
+        pruner = self.pruner
+        masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
+        anatomy = self.anatomy
+        if (model.num_classes, model.global_pool) != (anatomy.classes, anatomy.pool):  # after reset_classifier
+            anatomy = self.anatomy = replace(anatomy, classes=model.num_classes, pool=model.global_pool)
+        tokens, state = run(model, images, anatomy, (pruner,), self.tape, masked)
+        self.policy = state.policy
+        self.trace = state.trace.detach()
+        self.last = None
+        if model.training:
+            self.last = Forward(images, tokens, state.policy, anatomy, state.masks)
+        return tokens
+
+    def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
+        """The head's pooling, over tokens that are there."""
+        return masked_pool(model, x, pool_type, self.policy, self.anatomy)
+
+    def saw_logits(self, logits: Any) -> None:
+        """Remember the logits of a training forward, for losses that need them."""
+        if self.last is not None:
+            if isinstance(logits, tuple):  # a distilled DeiT in distilled training: two heads
+                logits = sum(logits) / len(logits)
+            self.last.logits = logits
+
+
+def _accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not any(k.startswith(prefix) for k in state):
+        state.update({prefix + k: v for k, v in module.state_dict().items()})
+
+
+class Pruning:
+    """The handle on a pruned model, returned by :func:`prunex.attach`; also a context manager that detaches.
+
+    Attributes:
+        model: The ViT it is on.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    @property
+    def _attached(self) -> Attached:
+        attached = getattr(self.model, CHILD, None)
+        if attached is None:
+            raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
+        return attached
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The module that decides."""
+        return self._attached.pruner
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self._attached.method
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options in force, in plain values."""
+        return dict(self.pruner.options)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Method and options, in plain values: ``prunex.attach(model, **spec)`` makes the same pruning."""
+        return {"method": self.method, **self.options}
+
+    @property
+    def trace(self) -> TokenTrace:
+        """What the last forward did to the patches.
+
+        Raises:
+            PrunexError: Before the first forward.
+        """
+        if self._attached.trace is None:
+            raise PrunexError("no forward has run yet: call the model on images first, then read the trace")
+        return self._attached.trace
+
+    @property
+    def progress(self) -> float:
+        """Fraction of training done, 0..1, read by schedules; 1 unless set."""
+        return self.pruner.progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise PrunexError(f"progress={value!r} is not allowed: give the fraction of training done, in [0, 1]")
+        self.pruner.progress = float(value)
+
+    @property
+    def masked(self) -> bool | None:
+        """True: dropped tokens keep their slots, masked. False: they leave. None: as the method trains and infers."""
+        return self._attached.masked
+
+    @masked.setter
+    def masked(self, value: bool | None) -> None:
+        self._attached.masked = value
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the last training forward, each a scalar; empty after an eval forward."""
+        attached = self._attached
+        return attached.pruner.losses(attached.last) if attached.last is not None else {}
+
+    def forget(self) -> None:
+        """Let go of the last training forward's graph (after its losses were used)."""
+        self._attached.last = None
+        self._attached.policy = None
+
+    def counts(self, patches: int | None = None) -> list[int]:
+        """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid."""
+        gh, gw = self._attached.anatomy.grid
+        return self.pruner.counts(gh * gw if patches is None else patches)
+
+    def load_official(self, state: Mapping[str, Any]) -> Pruning:
+        """Load weights of the method's official repository, by their published names.
+
+        Backbone weights among them (timm's names) are loaded too.
+
+        Args:
+            state: A state dict, or a checkpoint holding one under "model".
+
+        Returns:
+            This handle.
+
+        Raises:
+            PrunexError: For missing, foreign or ill-shaped entries; the model is then unchanged.
+        """
+        plain = strip_official(state)
+        own = self.pruner.official(plain)
+        needed = self.pruner.state_dict()
+        missing = sorted(set(needed) - set(own))
+        if missing:
+            raise PrunexError(
+                f"not an official {self.method} checkpoint: {len(missing)} of {len(needed)} parameters are missing, "
+                f"such as {missing[0]}; it holds {', '.join(list(plain)[:4])}"
+            )
+        dense = {k: v for k, v in self.model.state_dict().items() if not k.startswith(CHILD + ".")}
+        backbone = {k: v for k, v in plain.items() if k in dense}
+        if not own and not backbone:
+            raise PrunexError(f"nothing in this state dict fits: it holds {', '.join(list(plain)[:4])}")
+        foreign = [k for k in own if k not in needed]
+        wrong = [k for k, v in own.items() if k in needed and v.shape != needed[k].shape]
+        wrong += [k for k, v in backbone.items() if v.shape != dense[k].shape]
+        if foreign or wrong:
+            raise PrunexError(
+                f"entries do not fit this model: {', '.join((foreign + wrong)[:4])}; same sizes and stages needed"
+            )
+        self.pruner.load_state_dict(own)
+        self.model.load_state_dict(backbone, strict=False)
+        return self
+
+    def detach(self) -> nn.Module:
+        """Give the dense model back, bit for bit; harmless when done already.
+
+        Returns:
+            The model.
+        """
+        take_off(self.model)
+        if CHILD in self.model._modules:
+            del self.model._modules[CHILD]
+        return self.model
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"Pruning({self.method!r}, {options})"
+
+
+def attach(model: nn.Module, method: str, *, path: str | None = None, **options: Any) -> Pruning:
+    """Make a timm ViT prune its tokens, in place.
+
+    Args:
+        model: A supported ViT, or any module that holds exactly one.
+        method: A pruner's name; :func:`prunex.methods` lists them.
+        path: Dotted path to the ViT when ``model`` holds several.
+        **options: The method's own, such as ``keep_ratio`` in (0, 1] and ``stages`` (block indices).
+
+    Returns:
+        The handle: trace, losses, progress, detach.
+
+    Raises:
+        PrunexError: Unknown method or option, a value out of range, no ViT or several, an unsupported family, or a
+            model that is pruned already. The model is then unchanged.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    >>> pruning = prunex.attach(model, "evit", keep_ratio=0.7, stages=(3, 6, 9))
+    >>> logits = model(torch.randn(2, 3, 224, 224))
+    >>> pruning.trace.kept().shape, pruning.counts()
+    (torch.Size([2, 14, 14]), [139, 99, 71])
+    >>> _ = pruning.detach()
+    """
+    make = lookup("pruner", method).make
+    allowed = [n for n in inspect.signature(make).parameters if n != "anatomy"]
+    for name in options:
+        if name not in allowed:
+            raise unknown(f"option of {method}", name, allowed)
+    vit = find(model, path)[1]
+    if hasattr(vit, CHILD):
+        raise PrunexError(f"{type(vit).__name__} is pruned already by {vit.prunex.method}: detach() it first")
+    anatomy = check_parity(vit)
+    pruner: TokenPruner = make(anatomy, **options)
+    pruner.prepare(vit)
+    weight = next(vit.parameters())
+    pruner.to(device=weight.device, dtype=weight.dtype if weight.dtype != torch.float16 else None)
+    pruner.train(vit.training)
+    attached = Attached(pruner, anatomy)
+    attached.train(vit.training)
+    vit.add_module(CHILD, attached)
+    put_on(vit)
+    return Pruning(vit)
+
+
+def attached(model: nn.Module, path: str | None = None) -> Pruning | None:
+    """The handle on a model that is pruned, or None when it is dense.
+
+    Args:
+        model: A ViT or a module that holds exactly one.
+        path: Dotted path to the ViT when there are several.
+
+    Raises:
+        PrunexError: When there is no ViT, or several.
+    """
+    vit = find(model, path)[1]
+    return Pruning(vit) if hasattr(vit, CHILD) else None

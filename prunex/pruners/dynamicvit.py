@@ -1,0 +1,205 @@
+"""DynamicViT: learned per-image token pruning by small predictors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.base import Forward, TokenPruner, check_number, floor_share, top
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.forward import Keep, Mask, TokenState, as_found
+
+
+class Predictor(nn.Module):
+    """Scores patches by a local half of each token's features and a global half pooled over the tokens still there.
+
+    Input [B, n, D] and a policy [B, n] or None; output log-probabilities [B, n, 2], class 0 = keep (arXiv 2106.02034,
+    Eqs. 2-6; the paper numbers the classes the other way round).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.score = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor, policy: Tensor | None) -> Tensor:
+        """Log-probabilities [B, n, 2] of keep and drop."""
+        local, shared = self.embed(x).chunk(2, -1)
+        if policy is None:
+            pooled = shared.mean(1, keepdim=True)
+        else:
+            # An image whose patches were all dropped divides by 1, not by 0.
+            weight = policy.unsqueeze(-1)
+            pooled = ((shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)).to(
+                shared.dtype
+            )
+        return self.score(torch.cat([local, pooled.expand_as(local)], -1)).log_softmax(-1)
+
+
+@register(
+    "pruner", "dynamicvit", "Rao et al., NeurIPS 2021, arXiv 2106.02034", "fine-tuning: its predictors are learned"
+)
+class DynamicViT(TokenPruner):
+    r"""Dynamic token sparsification (arXiv 2106.02034).
+
+    Before each stage's block a predictor gives every patch a keep probability. In training, hard straight-through
+    Gumbel masks switch patches off as attention keys while all tokens stay in the tensor; at inference the
+    floor(P * keep_ratio^(s+1)) best-scored of the P original patches continue and the rest are gone.
+
+    Auxiliary losses, added to the user's own: ``ratio``, mean over stages and images of (kept share - target)^2, weight
+    2; ``distill``, KL(teacher || student) of the logits, and ``tokens``, the mean squared error of the final patch
+    tokens still kept, weight 0.5 each, both against the frozen dense model.
+
+    Departures from the authors' code: dropped keys are left out of the softmax altogether (theirs leak up to 41 % of a
+    row when one dominates), an image whose patches are all dropped stays finite, and any number of prefix tokens is
+    protected.
+
+    Args:
+        anatomy: Of the model.
+        keep_ratio: Base rate in (0, 1]; stage s keeps its (s+1)-th power. A sequence gives one factor a stage.
+        stages: Blocks before which tokens are dropped.
+        teacher: Distil from a frozen copy of the dense model as it was when attached; False turns both terms off.
+        ratio_weight: Of the ratio loss (the authors: 2, DeiT-B 5).
+        distill_weight: Of the two distillation losses.
+        token_loss: "mse" (DeiT) or "kl" (the authors' switch for token distributions).
+        batch_ratio: Hold the ratio on the batch mean instead of on every image.
+    """
+
+    name = "dynamicvit"
+    trains_masked = True
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        keep_ratio: float | Sequence[float] = 0.7,
+        stages: Sequence[int] | None = None,
+        teacher: bool = True,
+        ratio_weight: float = 2.0,
+        distill_weight: float = 0.5,
+        token_loss: Literal["mse", "kl"] = "mse",
+        batch_ratio: bool = False,
+    ) -> None:
+        super().__init__(anatomy, keep_ratio, stages)
+        if token_loss not in ("mse", "kl"):
+            raise unknown("token_loss", token_loss, ("mse", "kl"))
+        if anatomy.width < 4:
+            raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
+        self.targets = tuple(math.prod(self.rates[: s + 1]) for s in range(len(self.stages)))
+        self.predictors = nn.ModuleList(Predictor(anatomy.width) for _ in self.stages)
+        self.distills = bool(teacher)
+        self.ratio_weight = check_number("ratio_weight", ratio_weight, 0)
+        self.distill_weight = check_number("distill_weight", distill_weight, 0)
+        self.token_loss = token_loss
+        self.batch_ratio = bool(batch_ratio)
+        self._teacher: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters, state dict, optimiser and DDP
+        self.options |= {
+            "teacher": self.distills,
+            "ratio_weight": self.ratio_weight,
+            "distill_weight": self.distill_weight,
+            "token_loss": token_loss,
+            "batch_ratio": self.batch_ratio,
+        }
+
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze a copy of the dense model as the teacher."""
+        if self.distills:
+            self._teacher = (copy.deepcopy(model).eval().requires_grad_(False),)
+
+    def before(self, block: int, state: TokenState) -> Keep | Mask | None:
+        """Keep the best-scored patches before a stage's block, or mask them while training."""
+        if block not in self.stages:
+            return None
+        s = self.stages.index(block)
+        if self.targets[s] >= 1:
+            return None
+        logp = self.predictors[s](state.patches, state.present).float()
+        score = logp[..., 0]
+        if state.training and state.masked:
+            drawn = F.gumbel_softmax(logp, tau=1.0, hard=True, dim=-1)[..., 0]
+            return Mask(drawn if state.present is None else drawn * state.present, score)
+        k = floor_share(self.targets[s], state.trace.grid[0] * state.trace.grid[1])
+        return None if k >= state.left else Keep(top(score, k, state.present), score)
+
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens after each stage."""
+        return [floor_share(t, patches) for t in self.targets]
+
+    def losses(self, forward: Forward) -> dict[str, Tensor]:
+        """``ratio``, ``distill`` and ``tokens`` of one training forward, weighted."""
+        losses: dict[str, Tensor] = {}
+        if not forward.masks:
+            return losses
+        targets = [t for t in self.targets if t < 1]
+        shares = [m.mean(1) for m in forward.masks]
+        if self.batch_ratio:
+            shares = [s.mean() for s in shares]
+        gaps = [((s - t) ** 2).mean() for s, t in zip(shares, targets, strict=True)]
+        losses["ratio"] = self.ratio_weight * torch.stack(gaps).mean()
+        if self._teacher and self.distill_weight > 0:
+            losses |= {k: self.distill_weight * v for k, v in self._distill(forward).items()}
+        return losses
+
+    def _distill(self, forward: Forward) -> dict[str, Tensor]:
+        teacher = self._teacher[0]
+        prefix = forward.anatomy.prefix
+        with torch.no_grad(), as_found(teacher, train=False):
+            teacher.to(forward.images.device)
+            features = teacher.forward_features(forward.images)
+            wanted = teacher.forward_head(features)
+        losses = {}
+        if forward.logits is not None:
+            if forward.logits.shape != wanted.shape:
+                raise PrunexError(
+                    f"the model gives logits {list(forward.logits.shape)}, its dense teacher {list(wanted.shape)}: "
+                    "change the classifier before attaching, or attach with teacher=False"
+                )
+            losses["distill"] = F.kl_div(
+                forward.logits.float().log_softmax(-1),
+                wanted.float().log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+        student, target = forward.tokens[:, prefix:].float(), features[:, prefix:].float()
+        kept = forward.masks[-1].detach() > 0.5
+        if self.token_loss == "mse":
+            distance = ((student - target) ** 2).mean(-1)
+        else:
+            distance = F.kl_div(student.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(
+                -1
+            )
+        losses["tokens"] = (distance * kept).sum() / kept.sum().clamp(min=1)
+        return losses
+
+    def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Predictors from the authors' names: ``score_predictor.{s}.in_conv.{0,1}`` and ``.out_conv.{0,2,4}``."""
+        names = {"in_conv": "embed", "out_conv": "score"}
+        own = {}
+        for key, value in state.items():
+            parts = key.split(".")
+            if parts[0] == "score_predictor" and len(parts) == 5 and parts[2] in names:
+                own[".".join(["predictors", parts[1], names[parts[2]], *parts[3:]])] = value
+        return own
+
+    def inference_only(self) -> None:
+        """Let the teacher go."""
+        self._teacher = ()
+        self.distills = False
+        self.options["teacher"] = False

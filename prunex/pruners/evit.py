@@ -1,0 +1,69 @@
+"""EViT: keep what the class token attends to, fuse the rest into one token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from prunex.errors import PrunexError
+from prunex.pruners.base import check_number
+from prunex.pruners.topk import TopK
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
+
+
+@register("pruner", "evit", "Liang et al., ICLR 2022, arXiv 2202.07800", "fine-tuning recommended, no parameters")
+class EViT(TopK):
+    r"""Token reorganisation by class attention ("Not All Patches are What You Need", arXiv 2202.07800, Sec. 3).
+
+    As :class:`TopK`, and the dropped patches are fused into one extra token f = sum_dropped a_i x_i, which is not
+    divided by its weights' sum and competes like any other token at the next stage. Gradients reach queries and keys
+    through a. Only patches are ever dropped: class, distillation and register tokens stay where they are (the authors'
+    code protects index 0 alone).
+
+    In training the keep rate may fall along a cosine: 1 before ``shrink_start``, then
+    base + (1 - base) (cos(pi (t - start) / length) + 1) / 2, and the base rate from ``shrink_start + shrink_length``.
+
+    Args:
+        anatomy: Of the model.
+        keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
+        stages: Blocks that shrink.
+        fuse: Whether dropped patches leave a fused token.
+        shrink_start: Fraction of training with everything kept; 0 as in the authors' fine-tuning.
+        shrink_length: Fraction of training the rate falls over; 0 goes to the base rate at once.
+    """
+
+    name = "evit"
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        keep_ratio: float | Sequence[float] = 0.7,
+        stages: Sequence[int] | None = None,
+        fuse: bool = True,
+        shrink_start: float = 0.0,
+        shrink_length: float = 0.0,
+    ) -> None:
+        super().__init__(anatomy, keep_ratio, stages)
+        self.fuses = bool(fuse)
+        self.shrink_start = check_number("shrink_start", shrink_start, 0, 1)
+        self.shrink_length = check_number("shrink_length", shrink_length, 0, 1)
+        if self.shrink_start + self.shrink_length > 1:
+            raise PrunexError(
+                f"shrink_start={shrink_start} plus shrink_length={shrink_length} is more than the whole training: "
+                "their sum may be at most 1"
+            )
+        self.options |= {"fuse": self.fuses, "shrink_start": self.shrink_start, "shrink_length": self.shrink_length}
+
+    def rate(self, stage: int) -> float:
+        """The keep rate in force at a stage, at the present progress."""
+        base, t, start, length = self.rates[stage], self.progress, self.shrink_start, self.shrink_length
+        if t >= start + length:
+            return base
+        if t < start:
+            return 1.0
+        return base + (1 - base) * (math.cos(math.pi * (t - start) / length) + 1) / 2
+
+    def inference_only(self) -> None:
+        """A finished model keeps its base rate."""
+        self.progress = 1.0

@@ -1,0 +1,71 @@
+"""Every method by name: what it is, where it was published, what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prunex.errors import unknown
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of :func:`prunex.methods`.
+
+    Attributes:
+        name: Lower case with underscores, as passed to ``attach`` or ``explain``.
+        kind: "pruner" or "explainer".
+        paper: Authors, venue, arXiv number.
+        needs: What the model or the user must bring.
+        make: The class or function behind it.
+    """
+
+    name: str
+    kind: str
+    paper: str
+    needs: str
+    make: Callable[..., Any]
+
+
+_METHODS: dict[tuple[str, str], Method] = {}
+
+
+def register(kind: str, name: str, paper: str, needs: str) -> Callable[[T], T]:
+    """Class or function decorator that makes a method known under its name."""
+
+    def add(make: T) -> T:
+        _METHODS[kind, name] = Method(name, kind, paper, needs, make)  # type: ignore[arg-type]
+        return make
+
+    return add
+
+
+def lookup(kind: str, name: str) -> Method:
+    """The method of that kind and name.
+
+    Raises:
+        PrunexError: When there is none; near names are offered and all are listed.
+    """
+    known = [n for k, n in _METHODS if k == kind]
+    if not isinstance(name, str) or name not in known:
+        raise unknown(kind, name, known)
+    return _METHODS[kind, name]
+
+
+def methods(kind: str | None = None) -> list[Method]:
+    """Every pruner and explainer, sorted by kind and name.
+
+    Args:
+        kind: Only this kind, or all.
+
+    >>> import prunex
+    >>> [m.name for m in prunex.methods("pruner")]
+    ['dynamicvit', 'evit', 'topk']
+    """
+    kinds = {k for k, _ in _METHODS}
+    if kind is not None and kind not in kinds:
+        raise unknown("kind of method", kind, kinds)
+    return sorted((m for (k, _), m in _METHODS.items() if kind in (None, k)), key=lambda m: (m.kind, m.name))

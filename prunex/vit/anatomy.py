@@ -1,0 +1,345 @@
+"""Where a timm ViT keeps its prefix tokens, patch grid, blocks, attention and head, and how to build it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+
+WORKS = (
+    "timm VisionTransformer or VisionTransformerDistilled made of the plain Block: ViT, DeiT, distilled DeiT, "
+    "DeiT-III, DINO, DINOv2 with and without registers, average-pooled ViTs, LayerScale, qk-norm, class-token-free"
+)
+_POOLS = ("token", "avg", "avgmax", "max", "")
+_MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What one supported ViT is made of; sizes in tokens, pixels and channels.
+
+    Attributes:
+        depth: Number of blocks.
+        width: Embedding dimension D.
+        heads: Heads of each block.
+        head_dim: Width of one head.
+        hidden: MLP hidden width of each block (what the second linear layer reads).
+        prefix: Number of prefix tokens: class, distillation and register tokens.
+        grid: Patch grid (gh, gw) at the model's own image size.
+        image: Image size (h, w) in pixels.
+        patch: Patch size (h, w) in pixels.
+        channels: Image channels.
+        classes: Outputs of the head; 0 without one.
+        pool: timm's ``global_pool``.
+        dynamic: Whether any image size is accepted.
+        readers: Prefix positions whose tokens the head reads; empty when it pools patches.
+        pool_prefix: Whether pooling takes prefix tokens in.
+        pads: Whether images are padded to whole patches.
+    """
+
+    depth: int
+    width: int
+    heads: tuple[int, ...]
+    head_dim: int
+    hidden: tuple[int, ...]
+    prefix: int
+    grid: tuple[int, int]
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    classes: int
+    pool: str
+    dynamic: bool
+    readers: tuple[int, ...]
+    pool_prefix: bool = False
+    pads: bool = False
+
+    def readout(self, tokens: int, policy: Tensor | None, like: Tensor) -> Tensor:
+        """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
+
+        Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
+        pooled tokens that are there.
+
+        Args:
+            tokens: Tokens after the last block, prefix included.
+            policy: [B, tokens] or None: 0 for slots of tokens that were dropped.
+            like: A tensor whose first dimension, device and float type the result takes.
+        """
+        row = like.new_zeros(like.shape[0], tokens)
+        if self.readers:
+            row[:, list(self.readers)] = 1 / len(self.readers)
+            return row
+        start = 0 if self.pool_prefix else self.prefix
+        row[:, start:] = 1 if policy is None else (policy[:, start:] > 0).to(row.dtype)
+        return row / row.sum(1, keepdim=True)
+
+
+def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransformer]:
+    """The one timm ViT inside a module.
+
+    Args:
+        module: A model, LightningModule or anything that holds a ViT.
+        path: Dotted attribute path to it; needed when there are several.
+
+    Returns:
+        The dotted path and the ViT itself (path ``""`` when ``module`` is the ViT).
+
+    Raises:
+        PrunexError: When there is none, more than one, or ``path`` leads nowhere.
+    """
+    if not isinstance(module, nn.Module):
+        raise PrunexError(f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}")
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, VisionTransformer)]
+    if path is not None:
+        target = dict(module.named_modules()).get(path)
+        inside = (
+            [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, VisionTransformer)]
+        )
+        if len(inside) != 1:
+            what = (
+                "does not exist" if target is None else f"is a {type(target).__name__} holding {len(inside)} timm ViTs"
+            )
+            raise PrunexError(
+                f"model={path!r} {what} in {type(module).__name__}; timm ViTs there: "
+                f"{', '.join(repr(n) for n, _ in found) or 'none'}"
+            )
+        return ".".join(p for p in (path, inside[0][0]) if p), inside[0][1]
+    if len(found) > 1:
+        names = ", ".join(repr(n) for n, _ in found)
+        raise PrunexError(
+            f"{type(module).__name__} holds {len(found)} timm ViTs ({names}): say which with model=<path>"
+        )
+    if not found:
+        children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]
+        raise PrunexError(
+            f"no supported ViT in {type(module).__module__.split('.')[0]}.{type(module).__name__} "
+            f"(it holds {', '.join(children) or 'nothing'}); what works: {WORKS}"
+        )
+    return found[0]
+
+
+def read(model: nn.Module) -> Anatomy:
+    """What a supported ViT is made of.
+
+    Args:
+        model: A timm ``VisionTransformer``.
+
+    Returns:
+        Its anatomy.
+
+    Raises:
+        PrunexError: For an unsupported family, by name, with the list of what works.
+    """
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        raise PrunexError(f"{name} is not supported; what works: {WORKS}")
+    own = {
+        f
+        for f in ("forward", "forward_features", "_pos_embed", "pool", "forward_head")
+        if f in _overridden(type(model))
+    }
+    if own:
+        raise PrunexError(f"{name} has its own {', '.join(sorted(own))}() and is not supported; what works: {WORKS}")
+    blocks = list(model.blocks)
+    for i, block in enumerate(blocks):
+        if type(block).forward is not Block.forward:
+            raise PrunexError(f"{name} with {type(block).__name__} (block {i}) is not supported; what works: {WORKS}")
+        if type(block.attn).forward is not Attention.forward:
+            raise PrunexError(
+                f"{name} with {type(block.attn).__name__} (block {i}) is not supported; what works: {WORKS}"
+            )
+    if not blocks:
+        raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
+    if model.global_pool not in _POOLS:
+        raise PrunexError(f"{name} with global_pool={model.global_pool!r} is not supported; what works: {WORKS}")
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
+    embed = model.patch_embed
+    if not hasattr(embed, "proj") or not isinstance(embed.proj, nn.Conv2d):
+        raise PrunexError(
+            f"{name} with {type(embed).__name__} as patch embedding is not supported; what works: {WORKS}"
+        )
+    distilled = isinstance(model, VisionTransformerDistilled)
+    readers: tuple[int, ...] = ()
+    if distilled:
+        readers = (0, 1)
+    elif model.global_pool == "token" or (model.global_pool == "" and model.cls_token is not None):
+        readers = (0,)
+    return Anatomy(
+        depth=len(blocks),
+        width=model.embed_dim,
+        heads=tuple(b.attn.num_heads for b in blocks),
+        head_dim=blocks[0].attn.head_dim,
+        hidden=tuple(_hidden(b.mlp) for b in blocks),
+        prefix=model.num_prefix_tokens,
+        grid=tuple(embed.grid_size),
+        image=tuple(embed.img_size),
+        patch=tuple(embed.patch_size),
+        channels=embed.proj.in_channels,
+        classes=model.num_classes,
+        pool=model.global_pool,
+        dynamic=bool(model.dynamic_img_size),
+        readers=readers,
+        pool_prefix=bool(getattr(model, "pool_include_prefix", False)),
+        pads=bool(getattr(embed, "dynamic_img_pad", False)),
+    )
+
+
+def _overridden(cls: type) -> set[str]:
+    """Methods a subclass brings that timm's own classes do not have."""
+    known = (VisionTransformer, VisionTransformerDistilled, nn.Module, object)
+    names: set[str] = set()
+    for c in cls.__mro__:
+        if c not in known:
+            names |= set(vars(c))
+    return names
+
+
+def _hidden(mlp: nn.Module) -> int:
+    last = getattr(mlp, "fc2", None)
+    return last.in_features if isinstance(last, nn.Linear) else 0
+
+
+def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
+    """Refuse what the model cannot take, in one line.
+
+    Args:
+        anatomy: Of the model.
+        images: What was passed; allowed is a floating tensor [B, C, H, W] with B >= 1.
+        values: Also look for NaN and infinities (this waits for the device).
+
+    Raises:
+        PrunexError: For a wrong type, dtype, number of dimensions, channels or size, an empty batch, or bad values.
+    """
+    a = anatomy
+    want = f"[B, {a.channels}, " + ("H, W]" if a.dynamic else f"{a.image[0]}, {a.image[1]}]")
+    if not isinstance(images, Tensor):
+        raise PrunexError(f"images are a {type(images).__name__}: give a float tensor {want}")
+    if not images.is_floating_point():
+        raise PrunexError(f"images have dtype {images.dtype}: give normalised floats {want}, as in x.float() / 255")
+    shape = list(images.shape)
+    if images.ndim != 4 or shape[1] != a.channels:
+        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
+        raise PrunexError(f"images have shape {shape}: this model takes {want}{hint}")
+    if min(shape[2:]) < min(a.patch):
+        raise PrunexError(f"images are {shape[2]} x {shape[3]} pixels: the smallest that has a patch is {a.patch}")
+    if not a.dynamic and (shape[2], shape[3]) != a.image:
+        raise PrunexError(
+            f"images are {shape[2]} x {shape[3]} pixels: this model takes {a.image[0]} x {a.image[1]}; resize them, "
+            "or build the model with img_size= or dynamic_img_size=True"
+        )
+    if a.dynamic and not a.pads and (shape[2] % a.patch[0] or shape[3] % a.patch[1]):
+        raise PrunexError(f"images are {shape[2]} x {shape[3]} pixels: give multiples of the patch size {a.patch}")
+    if not torch.compiler.is_compiling():
+        if shape[0] == 0:
+            raise PrunexError(f"images are an empty batch {shape}: give at least one image")
+        if values and not torch.isfinite(images).all():
+            bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The constructor call that makes an equal model, in plain values.
+
+    Args:
+        model: A supported ViT.
+
+    Returns:
+        ``{"class": name, "args": {...}}`` for :func:`build`; JSON holds it.
+
+    Raises:
+        PrunexError: For parts that plain values cannot name.
+    """
+    a = read(model)
+    block = model.blocks[0]
+    norm, attn, mlp = block.norm1, block.attn, block.mlp
+    mlp_name = next((n for n, c in _MLPS.items() if type(mlp) is c), None)
+    if mlp_name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):
+        mlp_name = "SwiGLUPacked"
+    if mlp_name is None:
+        raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(_MLPS)}")
+    first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
+    if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
+        raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
+    args: dict[str, Any] = {
+        "img_size": list(a.image),
+        "patch_size": list(a.patch),
+        "in_chans": a.channels,
+        "num_classes": a.classes,
+        "global_pool": a.pool,
+        "embed_dim": a.width,
+        "depth": a.depth,
+        "num_heads": a.heads[0],
+        "mlp_ratio": first.out_features / a.width,
+        "qkv_bias": attn.qkv.bias is not None,
+        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+        "proj_bias": attn.proj.bias is not None,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": bool(model.no_embed_class),
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "dynamic_img_size": a.dynamic,
+        "dynamic_img_pad": bool(model.patch_embed.dynamic_img_pad),
+        "norm_layer": [_norm_name(norm), float(getattr(norm, "eps", 1e-6))],
+        "act_layer": _act_name(getattr(mlp, "act", None)),
+        "mlp_layer": mlp_name,
+    }
+    if not isinstance(attn.norm, nn.Identity):
+        args["scale_attn_norm"] = True
+    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+        args["scale_mlp_norm"] = True
+    if a.pool_prefix:
+        args["pool_include_prefix"] = True
+    distilled = isinstance(model, VisionTransformerDistilled)
+    return {"class": "VisionTransformerDistilled" if distilled else "VisionTransformer", "args": args}
+
+
+def build(spec: dict[str, Any]) -> VisionTransformer:
+    """A ViT from what :func:`describe` wrote, with fresh weights, in eval mode.
+
+    Raises:
+        PrunexError: For a description this version cannot build.
+    """
+    classes = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
+    try:
+        cls, args = classes[spec["class"]], dict(spec["args"])
+        norm, eps = args.pop("norm_layer")
+        args["norm_layer"] = partial(timm.layers.get_norm_layer(norm), eps=eps)
+        args["act_layer"] = timm.layers.get_act_layer(args.pop("act_layer"))
+        args["mlp_layer"] = _MLPS[args.pop("mlp_layer")]
+        args["img_size"], args["patch_size"] = tuple(args["img_size"]), tuple(args["patch_size"])
+        return cls(**args).eval()
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise PrunexError(
+            f"cannot build the described model: {type(error).__name__} {error}; was the file edited?"
+        ) from error
+
+
+def _norm_name(norm: nn.Module) -> str:
+    known = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm", "simplenorm": "SimpleNorm"}
+    for key, cls in known.items():
+        if type(norm).__name__ in (cls, cls + "Fp32"):
+            return key + ("fp32" if type(norm).__name__.endswith("Fp32") else "")
+    raise PrunexError(f"cannot save a model with {type(norm).__name__}: known are {', '.join(known.values())}")
+
+
+def _act_name(act: nn.Module | None) -> str:
+    if act is None:
+        return "gelu"
+    for name in ("gelu", "quick_gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh"):
+        cls = timm.layers.get_act_layer(name)
+        if isinstance(cls, type) and type(act) is cls:
+            return name
+    raise PrunexError(f"cannot save a model with activation {type(act).__name__}")

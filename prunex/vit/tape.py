@@ -1,0 +1,67 @@
+"""Tape: what one forward left behind for explainers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from prunex.vit.trace import Stage
+
+
+@dataclass
+class Attended:
+    """One block's attention half, as it ran.
+
+    Attributes:
+        block: Block index.
+        attention: [B, H, n, n] with rows = queries, part of the graph when gradients are on; None unless asked for.
+        value: [B, H, n, d], the values it gathered; None unless streams were asked for.
+        before: [B, n, D], the residual stream entering the block; None unless streams were asked for.
+        policy: [B, n] or None: 0 for slots of tokens that were dropped (masked mode).
+        row: [B, n] or None: attention paid by the tokens that the head reads (or the class token), mean over heads.
+    """
+
+    block: int
+    attention: Tensor | None = None
+    value: Tensor | None = None
+    before: Tensor | None = None
+    policy: Tensor | None = None
+    row: Tensor | None = None
+
+
+@dataclass
+class Fed:
+    """One block's MLP half: the stream entering it, and what the MLP gave before it was added ([B, n, D] each)."""
+
+    block: int
+    before: Tensor | None = None
+    branch: Tensor | None = None
+    policy: Tensor | None = None
+
+
+@dataclass
+class Tape:
+    """A recording of one forward, in the order things happened.
+
+    Attributes:
+        attention: Ask for every block's attention matrix (turns fused attention off for this forward only).
+        streams: Ask for values and token streams.
+        rows: Blocks whose read-out row alone is wanted (N numbers a head instead of N x N).
+        steps: ``Attended``, ``Fed`` and ``Stage`` in forward order.
+        policy: [B, n] or None: which slots hold a token at the end (masked mode).
+        tokens: Tokens after the last block, prefix included.
+        logits: [B, C], the model's output.
+    """
+
+    attention: bool = False
+    streams: bool = False
+    rows: frozenset[int] = frozenset()
+    steps: list[Attended | Fed | Stage] = field(default_factory=list)
+    policy: Tensor | None = None
+    tokens: int = 0
+    logits: Tensor | None = None
+
+    def attended(self) -> list[Attended]:
+        """The attention halves in forward order."""
+        return [s for s in self.steps if isinstance(s, Attended)]

@@ -336,10 +336,10 @@ def _norm_name(norm: nn.Module) -> str:
 
 
 def _act_name(act: nn.Module | None) -> str:
-    if act is None:
-        return "gelu"
-    for name in ("gelu", "quick_gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh"):
-        cls = timm.layers.get_act_layer(name)
-        if isinstance(cls, type) and type(act) is cls:
-            return name
-    raise PrunexError(f"cannot save a model with activation {type(act).__name__}")
+    known = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu"}
+    if isinstance(act, nn.GELU) and act.approximate == "tanh":
+        return "gelu_tanh"
+    name = "GELU" if act is None else type(act).__name__
+    if name not in known:
+        raise PrunexError(f"cannot save a model with activation {name}: known are {', '.join(known)}")
+    return known[name]

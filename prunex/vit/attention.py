@@ -1,7 +1,8 @@
 """What is computed inside one attention module, as functions of queries, keys and values.
 
 Shapes: q, k, v [B, H, N, d]; policy [B, N] with 1 for a token that is there and 0 for one that was dropped but still
-has a slot. Masking follows DynamicViT (arXiv 2106.02034, Eq. 9-10): every query sees the tokens that are there, and itself.
+has a slot. Masking follows DynamicViT (arXiv 2106.02034, Eqs. 9-10): every query sees
+the tokens that are there, and itself.
 """
 
 from __future__ import annotations

@@ -189,7 +189,9 @@ def run(
     x, grid = embed(model, images)
     trace = TokenTrace(grid, anatomy.prefix, len(images), images.device)
     state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1])
-    wanted = frozenset[int]().union(*(p.rows() for p in pruners), tape.rows if tape else ())
+    wanted: set[int] = set(tape.rows) if tape is not None else set()
+    for pruner in pruners:
+        wanted.update(pruner.rows())
     recompute = model.grad_checkpointing and torch.is_grad_enabled() and tape is None
     for i, block in enumerate(model.blocks):
         for pruner in pruners:

@@ -9,7 +9,8 @@ if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir() and s
 
 from prunex.errors import PrunexError
 from prunex.attach import Pruning, attach, attached
+from prunex.explain import Explanation, explain
 from prunex.registry import methods
 
 __version__ = "0.1.0"
-__all__ = ["Pruning", "PrunexError", "attach", "attached", "methods"]
+__all__ = ["Explanation", "Pruning", "PrunexError", "attach", "attached", "explain", "methods"]

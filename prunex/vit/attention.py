@@ -40,8 +40,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 def matrix(q: Tensor, k: Tensor, scale: float, policy: Tensor | None = None) -> Tensor:
-    """The softmax attention itself, [B, H, N, N], over the tokens that are there (and the query's own)."""
-    scores = (q * scale) @ k.transpose(-2, -1)
+    """The softmax attention itself, [B, H, N, N], over the tokens that are there (and the query's own).
+
+    At least float32, whatever the queries are: gradients of single entries are tiny.
+    """
+    scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
     if policy is not None:
         seen = (policy > 0)[:, None, None, :] | torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
         scores = scores.masked_fill(~seen, float("-inf"))

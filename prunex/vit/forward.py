@@ -110,17 +110,20 @@ def attend(
         The stream [B, N, D], the read-out row [B, N] if asked for, and the recording if a tape runs.
     """
     attn, y = block.attn, block.norm1(x)
-    want_map = tape is not None and tape.attention
     want_streams = tape is not None and tape.streams
     row = heads_attention = value = None
-    if policy is None and not (want_row or want_map or want_streams):
+    if policy is None and not (want_row or want_streams or (tape is not None and tape.attention)):
         branch = attn(y)
     else:
         q, k, v = attention.heads(attn, y)
         dropout = attn.attn_drop.p if block.training else 0.0
-        if want_map:
+        if tape is not None and tape.attention:
             heads_attention = attention.matrix(q, k, attn.scale, policy)
+            if tape.gradients and not heads_attention.requires_grad:
+                heads_attention.requires_grad_()
             out = attn.attn_drop(heads_attention).to(v.dtype) @ v
+            if tape.reduce is not None:
+                heads_attention = tape.reduce(heads_attention)
         elif policy is not None:
             out = attention.under_policy(q, k, v, policy, attn.scale, dropout)
         else:
@@ -128,9 +131,14 @@ def attend(
         if want_row:
             row = _row(q, k, attn.scale, anatomy, policy)
         branch = attention.project(attn, out, y)
-        value = v if want_streams else None
-    recorded = None if tape is None else Attended(-1, heads_attention, value, x if want_streams else None, policy, row)
-    return x + block.drop_path1(block.ls1(branch)), row, recorded
+        value = v.detach() if want_streams else None
+    after = x + block.drop_path1(block.ls1(branch))
+    recorded = None
+    if tape is not None:
+        recorded = Attended(-1, heads_attention, value, policy=policy, row=row)
+        if want_streams:
+            recorded.before, recorded.after = x.detach(), after.detach()
+    return after, row, recorded
 
 
 def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None) -> Tensor:
@@ -153,7 +161,7 @@ def feed(
 ) -> tuple[Tensor, Fed | None]:
     """The second half of a block: ``x + drop_path(ls(mlp(norm(x))))``."""
     branch = block.ls2(block.mlp(block.norm2(x)))
-    recorded = Fed(-1, x, branch, policy) if tape is not None and tape.streams else None
+    recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
     return x + block.drop_path2(branch), recorded
 
 
@@ -189,6 +197,8 @@ def run(
     x, grid = embed(model, images)
     trace = TokenTrace(grid, anatomy.prefix, len(images), images.device)
     state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1])
+    if tape is not None and tape.streams:
+        tape.embedded = x.detach()
     wanted: set[int] = set(tape.rows) if tape is not None else set()
     for pruner in pruners:
         wanted.update(pruner.rows())
@@ -227,6 +237,32 @@ def run(
         tape.policy, tape.tokens = state.policy, state.tokens.shape[1]
     state.tokens = model.norm(state.tokens)
     return state.tokens, state
+
+
+def record(model: VisionTransformer, images: Tensor, tape: Tape) -> TokenState:
+    """Run a model, pruned or dense, under a tape, leaving no trace of it on the model.
+
+    Args:
+        model: A supported ViT; call it in eval mode.
+        images: [B, C, H, W].
+        tape: Says what to record; its ``logits`` are filled too ([B, classes], or pooled features without a head).
+
+    Returns:
+        The final state, with the trace.
+    """
+    attached = getattr(model, "prunex", None)
+    if attached is None:
+        tokens, state = run(model, images, read(model), tape=tape)
+        tape.logits = type(model).forward_head(model, tokens)
+        return state
+    masked = bool(attached.masked)
+    tokens, state = run(model, images, attached.anatomy, (attached.pruner,), tape, masked)
+    found, attached.policy = attached.policy, state.policy
+    try:
+        tape.logits = type(model).forward_head(model, tokens)
+    finally:
+        attached.policy = found
+    return state
 
 
 def _maybe_checkpoint(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,8 +17,9 @@ class Attended:
     Attributes:
         block: Block index.
         attention: [B, H, n, n] with rows = queries, part of the graph when gradients are on; None unless asked for.
-        value: [B, H, n, d], the values it gathered; None unless streams were asked for.
-        before: [B, n, D], the residual stream entering the block; None unless streams were asked for.
+        value: [B, H, n, d], the values it gathered, off the graph; None unless streams were asked for.
+        before: [B, n, D], the residual stream entering the block, likewise.
+        after: [B, n, D], the residual stream with the branch added, likewise.
         policy: [B, n] or None: 0 for slots of tokens that were dropped (masked mode).
         row: [B, n] or None: attention paid by the tokens that the head reads (or the class token), mean over heads.
     """
@@ -26,13 +28,14 @@ class Attended:
     attention: Tensor | None = None
     value: Tensor | None = None
     before: Tensor | None = None
+    after: Tensor | None = None
     policy: Tensor | None = None
     row: Tensor | None = None
 
 
 @dataclass
 class Fed:
-    """One block's MLP half: the stream entering it, and what the MLP gave before it was added ([B, n, D] each)."""
+    """One block's MLP half: the stream entering it and what is added to it ([B, n, D] each, off the graph)."""
 
     block: int
     before: Tensor | None = None
@@ -45,19 +48,25 @@ class Tape:
     """A recording of one forward, in the order things happened.
 
     Attributes:
-        attention: Ask for every block's attention matrix (turns fused attention off for this forward only).
+        attention: Ask for every block's attention matrix (no fused attention in this forward).
+        reduce: Applied to each matrix before it is kept, such as a head mean; None keeps all heads.
+        gradients: Make the matrices part of an autograd graph even if no parameter asks for gradients.
         streams: Ask for values and token streams.
         rows: Blocks whose read-out row alone is wanted (N numbers a head instead of N x N).
         steps: ``Attended``, ``Fed`` and ``Stage`` in forward order.
+        embedded: [B, N, D], the tokens entering the first block, off the graph; None unless streams were asked for.
         policy: [B, n] or None: which slots hold a token at the end (masked mode).
         tokens: Tokens after the last block, prefix included.
         logits: [B, C], the model's output.
     """
 
     attention: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
+    gradients: bool = False
     streams: bool = False
     rows: frozenset[int] = frozenset()
     steps: list[Attended | Fed | Stage] = field(default_factory=list)
+    embedded: Tensor | None = None
     policy: Tensor | None = None
     tokens: int = 0
     logits: Tensor | None = None

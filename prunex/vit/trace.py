@@ -37,18 +37,20 @@ class Stage:
     counted: Tensor | int = 0
 
     def lift(self, row: Tensor, prefix: int) -> Tensor:
-        """Carry a row vector over tokens one stage towards the input: ``row @ S``.
+        """Carry row vectors over tokens one stage towards the input: ``row @ S``.
 
         Args:
-            row: float [B, prefix + n_out].
+            row: float [B, prefix + n_out], or several rows an image [B, R, prefix + n_out].
             prefix: Number of prefix tokens in front.
 
         Returns:
-            float [B, prefix + n_in]; the sum is unchanged, since every group's shares sum to 1.
+            float [..., prefix + n_in]; sums are unchanged, since every group's shares sum to 1.
         """
-        body = row[:, prefix:]
-        share = body.gather(1, self.group.clamp(min=0)) * self.weight
-        return torch.cat([row[:, :prefix], share.masked_fill(self.group < 0, 0)], 1)
+        group, weight = self.group, self.weight
+        if row.ndim == 3:
+            group, weight = (t.unsqueeze(1).expand(-1, row.shape[1], -1) for t in (group, weight))
+        share = row[..., prefix:].gather(-1, group.clamp(min=0)) * weight
+        return torch.cat([row[..., :prefix], share.masked_fill(group < 0, 0)], -1)
 
 
 @dataclass

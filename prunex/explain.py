@@ -1,0 +1,139 @@
+"""One door to every explainer."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import prunex.explainers  # noqa: F401  (registers the explainers)
+from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import Relevance
+from prunex.registry import lookup
+from prunex.vit.anatomy import check_images, find, read
+from prunex.vit.trace import TokenTrace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass
+class Explanation:
+    """One map per image, and what it was made from.
+
+    Attributes:
+        method: The explainer's name.
+        options: What it was given, in plain values.
+        maps: float [B, gh, gw] on the patch grid, the method's raw values.
+        raw: The method's own finest output; its docstring gives the shape.
+        target: int64 [B], the class explained.
+        signed: Whether negative values mean "against the class".
+        trace: What the explained forward did to the patches.
+        logits: float [B, classes].
+        image_size: Height and width of the images in pixels.
+    """
+
+    method: str
+    options: dict[str, Any]
+    maps: Tensor
+    raw: Tensor
+    target: Tensor
+    signed: bool
+    trace: TokenTrace
+    logits: Tensor
+    image_size: tuple[int, int]
+
+    def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
+        """The maps at pixel size, bilinear: float [B, H, W]; ``size`` defaults to the images' own."""
+        size = self.image_size if size is None else size
+        return F.interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+    @property
+    def pixels(self) -> Tensor:
+        """The finest map the method has, [B, H, W]; for methods on the patch grid, that grid upsampled."""
+        return self.upsample()
+
+    def overlay(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The maps over the images, for looking at.
+
+        Args:
+            images: uint8 [B, H, W, 3], or float [B, 3, H, W] (scaled to 0..1 per image when outside that range).
+
+        Returns:
+            uint8 [B, H, W, 3]; colours are scaled per image.
+        """
+        from prunex.pictures import overlay
+
+        if isinstance(images, Tensor):
+            shown = images.detach().float().cpu()
+            if shown.ndim != 4:
+                raise PrunexError(f"images have shape {list(shown.shape)}: give [B, 3, H, W]")
+            low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
+            outside = (low < 0) | (high > 1)
+            shown = (shown - low * outside) / ((high - low) * outside + ~outside).clamp(min=1e-8)
+            pictures = (shown.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        else:
+            pictures = images
+        return overlay(pictures, self.maps.float().cpu().numpy(), signed=self.signed)
+
+
+def explain(
+    method: str,
+    model: nn.Module,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    path: str | None = None,
+    **options: Any,
+) -> Explanation:
+    """Explain what a ViT's prediction rests on, dense or pruned.
+
+    Runs in eval mode on its own and leaves the model, its gradients, its train flags and the caller's grad mode as they
+    were; it works under ``torch.no_grad`` and ``torch.inference_mode``. Each image's map is the same alone and in a
+    batch.
+
+    Args:
+        method: An explainer's name; :func:`prunex.methods` lists them.
+        model: A supported ViT, or any module that holds exactly one.
+        images: float [B, C, H, W], normalised as the model expects.
+        target: Class index, integer tensor [B], or None for the predicted class.
+        path: Dotted path to the ViT when ``model`` holds several.
+        **options: The method's own.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        PrunexError: Unknown method or option, images or target the model cannot take, NaN in the images.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    >>> e = prunex.explain("rollout", model, torch.randn(2, 3, 224, 224))
+    >>> e.maps.shape, e.upsample().shape
+    (torch.Size([2, 14, 14]), torch.Size([2, 224, 224]))
+    """
+    make = lookup("explainer", method).make
+    allowed = [n for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in allowed:
+            raise unknown(f"option of {method}", name, allowed)
+    vit = find(model, path)[1]
+    anatomy = read(vit)
+    check_images(anatomy, images, values=True)
+    weight = next(vit.parameters())
+    answer: Relevance = make(vit, images.detach().to(weight.device, weight.dtype), target, **options)
+    return Explanation(
+        method,
+        dict(options),
+        answer.maps,
+        answer.raw,
+        answer.target,
+        answer.signed,
+        answer.trace,
+        answer.logits,
+        (images.shape[2], images.shape[3]),
+    )

@@ -1,0 +1,160 @@
+"""What explainers share: one recorded forward, the target class, gradients of attention, the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import Anatomy, read
+from prunex.vit.forward import as_found, record
+from prunex.vit.tape import Tape
+from prunex.vit.trace import TokenTrace
+
+
+@dataclass
+class Relevance:
+    """What an explainer answers.
+
+    Attributes:
+        maps: float32 [B, gh, gw] on the original patch grid, raw values of the method.
+        raw: The method's own finest output.
+        target: int64 [B], the class explained (for methods that know no class: the predicted or asked one).
+        signed: Whether negative values mean "against the class".
+        trace: What the explained forward did to the patches.
+        logits: float [B, classes] of the explained forward.
+    """
+
+    maps: Tensor
+    raw: Tensor
+    target: Tensor
+    signed: bool
+    trace: TokenTrace
+    logits: Tensor
+
+
+@dataclass
+class Recording:
+    """One forward of a model under a tape, as explainers use it."""
+
+    model: VisionTransformer
+    anatomy: Anatomy
+    tape: Tape
+    trace: TokenTrace
+    target: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's output [B, classes]."""
+        if self.tape.logits is None:
+            raise PrunexError("the recorded forward gave no logits")
+        return self.tape.logits
+
+    def readout(self) -> Tensor:
+        """Which tokens the head reads, as weights [B, n_last] that sum to 1."""
+        return self.anatomy.readout(self.tape.tokens, self.tape.policy, self.logits.detach().float())
+
+    def answer(self, row: Tensor, raw: Tensor | None = None, signed: bool = False) -> Relevance:
+        """From one relevance a token, [B, prefix + P], to the answer on the patch grid."""
+        row = row.detach()
+        maps = row[:, self.anatomy.prefix :].unflatten(1, self.trace.grid)
+        whole = row if raw is None else raw.detach()
+        return Relevance(maps, whole, self.target, signed, self.trace.detach(), self.logits.detach())
+
+
+@contextmanager
+def recording(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None,
+    tape: Tape,
+    needs_class: bool = False,
+) -> Iterator[Recording]:
+    """Run the model once under a tape, in eval mode and full view of autograd if gradients are asked for.
+
+    The model's train flags, its last training forward and the caller's grad mode are left as they were.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Class to explain, or None for the predicted one.
+        tape: Says what to record.
+        needs_class: Whether the method explains a class, so that a model without a head is refused.
+
+    Raises:
+        PrunexError: For a target out of range, or a headless model where a class is needed.
+    """
+    with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
+        if images.is_inference():
+            images = images.clone()
+        state = record(model, images, tape)
+        anatomy = read(model)
+        if needs_class and anatomy.classes == 0:
+            raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
+        chosen = choose_target(tape.logits, target)
+        with torch.autocast(images.device.type, enabled=False):
+            yield Recording(model, anatomy, tape, state.trace, chosen)
+
+
+def choose_target(logits: Tensor | None, target: Any) -> Tensor:
+    """The class of each image: int64 [B].
+
+    Args:
+        logits: float [B, classes].
+        target: An int, an integer tensor [B], or None for the predicted class.
+
+    Raises:
+        PrunexError: For anything else, or a class out of range.
+    """
+    if logits is None or logits.ndim != 2:
+        raise PrunexError("this model gives no logits [B, classes]: explain a model with a pooled head")
+    batch, classes = logits.shape
+    if target is None:
+        return logits.detach().argmax(1)
+    if isinstance(target, bool) or not isinstance(target, int | Tensor):
+        raise PrunexError(f"target={target!r} is not allowed: give a class index, an integer tensor [{batch}], or None")
+    chosen = torch.as_tensor(target, device=logits.device)
+    if chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise PrunexError(f"target has dtype {chosen.dtype}: give integers")
+    if chosen.ndim == 0:
+        chosen = chosen.expand(batch)
+    if chosen.shape != (batch,):
+        raise PrunexError(
+            f"target has shape {list(chosen.shape)} for {batch} images: give one class for all or one each"
+        )
+    if chosen.min() < 0 or chosen.max() >= classes:
+        raise PrunexError(
+            f"target {int(chosen.min())}..{int(chosen.max())} is out of range: this model has classes 0..{classes - 1}"
+        )
+    return chosen.long()
+
+
+def attention_gradients(recorded: Recording) -> list[Tensor]:
+    """Gradient of each image's target logit for every block's attention, float32 (or 64): a list of [B, H, n, n].
+
+    Only activations are differentiated, never parameters; nothing is accumulated into ``.grad``.
+    """
+    maps = [a.attention for a in recorded.tape.attended()]
+    score = recorded.logits.gather(1, recorded.target[:, None]).sum()
+    inputs = [m for m in maps if m is not None]
+    found = torch.autograd.grad(score, inputs, allow_unused=True)
+    return [torch.zeros_like(m) if g is None else g for m, g in zip(inputs, found, strict=True)]
+
+
+def start_layer(value: Any, depth: int) -> int:
+    """A block index in 0..depth-1, counted from the end when negative.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not -depth <= value < depth:
+        raise PrunexError(
+            f"layer {value!r} does not exist: this model has blocks 0..{depth - 1} (or negative from the end)"
+        )
+    return value % depth

@@ -1,0 +1,58 @@
+"""Generic attention explainability: attention times its gradient, accumulated over blocks."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.explainers.base import Relevance, attention_gradients, recording
+from prunex.explainers.base import start_layer as check_layer
+from prunex.explainers.propagation import propagate, times
+from prunex.registry import register
+from prunex.vit.tape import Attended, Tape
+
+
+@register("explainer", "generic_attention", "Chefer et al., ICCV 2021, arXiv 2103.15679", "one forward, one backward")
+def generic_attention(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    start_layer: int = 0,
+    full: bool = False,
+) -> Relevance:
+    """R <- R + Abar R over the blocks, Abar = head mean of max(0, dy/dA * A) (arXiv 2103.15679, Eqs. 5-6).
+
+    Class-specific; the recommended default for plain ViTs. The product is clamped before the head mean. Only the
+    read-out row of R is propagated, unless the whole of R is asked for.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Class whose logit is explained; None: the predicted one.
+        start_layer: First block included.
+        full: Also give the whole R.
+
+    Returns:
+        ``maps`` >= 0; ``raw`` is the read-out row [B, prefix + P], or R [B, n_last, prefix + P] with ``full``.
+    """
+    start = check_layer(start_layer, len(model.blocks))
+    tape = Tape(attention=True, gradients=True)
+    with recording(model, images, target, tape, needs_class=True) as recorded:
+        grads = attention_gradients(recorded)
+        with torch.no_grad():
+            weights = {
+                step.block: (torch.as_tensor(step.attention) * grad).clamp(min=0).mean(1)
+                for step, grad in zip(tape.attended(), grads, strict=True)
+            }
+
+            def mix(row: Tensor, step: Attended) -> Tensor:
+                return row + times(row, weights[step.block])
+
+            prefix, readout = recorded.anatomy.prefix, recorded.readout().to(recorded.logits)
+            if not full:
+                return recorded.answer(propagate(tape, readout, prefix, mix, start=start))
+            identity = torch.eye(tape.tokens, device=images.device, dtype=readout.dtype).expand(len(images), -1, -1)
+            whole = propagate(tape, identity, prefix, mix, start=start)
+            return recorded.answer(times(readout, whole), raw=whole)

@@ -1,0 +1,52 @@
+"""The propagation family's core: a row vector walked from the head back to the input patches.
+
+A network is a list of linear steps on token identities: *mix* inside a block (a matrix M, one per attention half and,
+for methods that have one, per MLP half) and *reduce* where tokens left (the stage map S of the trace). The relevance of
+the input tokens is p^T (... M_2 S_1 M_1); only the row vector is ever multiplied, so a class-token map costs O(L n^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from prunex.vit.tape import Attended, Fed, Tape
+from prunex.vit.trace import Stage
+
+MixAttention = Callable[[Tensor, Attended], Tensor]
+MixFeed = Callable[[Tensor, Fed], Tensor]
+
+
+def propagate(
+    tape: Tape, readout: Tensor, prefix: int, mix: MixAttention, feed: MixFeed | None = None, start: int = 0
+) -> Tensor:
+    """Walk row vectors from the last token list to the input tokens.
+
+    Args:
+        tape: A recorded forward.
+        readout: [B, n_last], or several rows an image [B, R, n_last].
+        prefix: Number of prefix tokens.
+        mix: One attention half's ``row @ M``.
+        feed: One MLP half's ``row @ M``; None passes rows through (the identity).
+        start: First block that mixes; earlier ones only pass rows through (where tokens left, they still return).
+
+    Returns:
+        [B, prefix + P] or [B, R, prefix + P].
+    """
+    row = readout
+    for step in reversed(tape.steps):
+        if isinstance(step, Stage):
+            row = step.lift(row, prefix)
+        elif step.block < start:
+            continue
+        elif isinstance(step, Attended):
+            row = mix(row, step)
+        elif feed is not None:
+            row = feed(row, step)
+    return row
+
+
+def times(row: Tensor, matrix: Tensor) -> Tensor:
+    """``row @ matrix`` for one row an image [B, n] or several [B, R, n], with matrix [B, n, m]."""
+    return (row.unsqueeze(1) @ matrix).squeeze(1) if row.ndim == 2 else row @ matrix

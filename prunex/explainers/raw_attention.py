@@ -1,0 +1,45 @@
+"""Raw attention: how strongly the class token looks at each patch in one block."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.explainers.base import Relevance, recording, start_layer
+from prunex.registry import register
+from prunex.vit.tape import Attended, Tape
+from prunex.vit.trace import Stage
+
+
+@register("explainer", "raw_attention", "baseline in Chefer et al., CVPR 2021, arXiv 2012.09838", "one forward")
+def raw_attention(
+    model: VisionTransformer, images: Tensor, target: int | Tensor | None = None, *, layer: int = -1
+) -> Relevance:
+    """Head-mean class-token attention of one block, the cheapest map and the very signal EViT prunes by.
+
+    Only that row is computed (N numbers a head); the model keeps its fused attention. Average-pooled models have no
+    class row: the mean row of the pooled tokens is taken.
+
+    A patch that left before the block has no attention there and gets 0 (order such ties by ``trace.depth()``); a patch
+    inside a fused token gets its share of that token's value. Not class-specific.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Recorded, not used.
+        layer: Block index, negative from the end.
+
+    Returns:
+        ``maps`` >= 0; ``raw`` [B, prefix + P] sums to 1 over all tokens.
+    """
+    layer = start_layer(layer, len(model.blocks))
+    with recording(model, images, target, Tape(rows=frozenset({layer}))) as recorded, torch.no_grad():
+        row = None
+        for step in reversed(recorded.tape.steps):
+            if row is None:
+                if isinstance(step, Attended) and step.block == layer:
+                    row = step.row
+            elif isinstance(step, Stage):
+                row = step.lift(row, recorded.anatomy.prefix)
+        return recorded.answer(torch.as_tensor(row))

@@ -1,0 +1,86 @@
+"""Attention rollout: how much each patch is mixed into the class token over all blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import Relevance, recording
+from prunex.explainers.base import start_layer as check_layer
+from prunex.explainers.propagation import propagate, times
+from prunex.registry import register
+from prunex.vit.tape import Attended, Tape
+
+_FUSIONS = {
+    "mean": lambda a: a.mean(1),
+    "max": lambda a: a.amax(1),
+    "min": lambda a: a.amin(1),
+}
+
+
+@register("explainer", "rollout", "Abnar & Zuidema, ACL 2020, arXiv 2005.00928", "one forward")
+def rollout(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    head_fusion: Literal["mean", "max", "min"] = "mean",
+    discard_ratio: float = 0.0,
+    start_layer: int = 0,
+) -> Relevance:
+    """Product over blocks of 0.5 A + 0.5 I, rows normalised, read at the head's tokens (arXiv 2005.00928, Sec. 3).
+
+    A public code for ViTs divides columns by row sums, discards in the first image only and protects one entry; here
+    rows are normalised, every image is treated alike, and prefix columns and the diagonal are never discarded.
+    Not class-specific: two target classes rightly give the same map.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Recorded, not used.
+        head_fusion: "mean" (the paper), "max" or "min" over heads.
+        discard_ratio: Share of each fused matrix' smallest entries set to 0, in [0, 1).
+        start_layer: First block included.
+
+    Returns:
+        ``maps`` >= 0; ``raw`` [B, prefix + P] sums to 1 over all tokens, removed ones included.
+
+    Raises:
+        PrunexError: For an unknown fusion, a ratio outside [0, 1) or a block that does not exist.
+    """
+    if head_fusion not in _FUSIONS:
+        raise unknown("head_fusion", head_fusion, _FUSIONS)
+    if isinstance(discard_ratio, bool) or not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
+        raise PrunexError(f"discard_ratio={discard_ratio!r} is not allowed: give a number in [0, 1)")
+    start = check_layer(start_layer, len(model.blocks))
+    tape = Tape(attention=True, reduce=_FUSIONS[head_fusion])
+    with recording(model, images, target, tape) as recorded, torch.no_grad():
+        prefix = recorded.anatomy.prefix
+        plain = head_fusion == "mean" and discard_ratio == 0
+
+        def mix(row: Tensor, step: Attended) -> Tensor:
+            fused = torch.as_tensor(step.attention)
+            if plain:
+                return 0.5 * times(row, fused) + 0.5 * row
+            fused = _discard(fused, discard_ratio, prefix)
+            row = row / (fused.sum(-1) + 1)
+            return times(row, fused) + row
+
+        return recorded.answer(propagate(tape, recorded.readout().to(recorded.logits), prefix, mix, start=start))
+
+
+def _discard(fused: Tensor, ratio: float, prefix: int) -> Tensor:
+    """Zero each image's floor(ratio * n * n) smallest entries, sparing prefix columns and the diagonal."""
+    n = fused.shape[-1]
+    count = int(ratio * n * n)
+    if count == 0:
+        return fused
+    flat = fused.flatten(1)
+    spared = torch.eye(n, dtype=torch.bool, device=fused.device)
+    spared[:, :prefix] = True
+    smallest = torch.zeros_like(flat, dtype=torch.bool).scatter(1, flat.topk(count, 1, largest=False).indices, True)
+    return flat.masked_fill(smallest & ~spared.flatten(), 0).view_as(fused)

@@ -12,7 +12,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import timm
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
@@ -48,7 +47,11 @@ def create_model(
     10
     """
     if not timm.is_model(architecture.split(".")[0].removeprefix("hf_hub:")) and ":" not in architecture:
-        raise unknown("architecture", architecture, [n for n in timm.list_models("*vit*") if "deit" in n or n.startswith("vit_")][:40])
+        raise unknown(
+            "architecture",
+            architecture,
+            [n for n in timm.list_models("*vit*") if "deit" in n or n.startswith("vit_")][:40],
+        )
     try:
         return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **dict(model_args or {}))
     except Exception as error:  # timm passes on whatever its constructors and the download raise
@@ -138,7 +141,11 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
             name, weights, list(state[name].shape), list(own[name].shape),
         )  # fmt: skip
         del state[name]
-    wrong = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in state.items() if n in own and t.shape != own[n].shape]
+    wrong = [
+        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
+        for n, t in state.items()
+        if n in own and t.shape != own[n].shape
+    ]
     missing = [name for name in own if name not in state]
     foreign = [name for name in state if name not in own and not name.startswith(heads) and name != "mask_token"]
     lacking = [name for name in missing if not name.startswith(heads)]
@@ -187,8 +194,14 @@ class SaveWeights(Callback):
             "command": " ".join(["prunex", *sys.argv[1:]]),
             "epochs": str(trainer.current_epoch),
             "batches": str(batches),
-            **{name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.startswith("val_")},
+            **{
+                name: f"{float(value):.4f}"
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val_")
+            },
         }
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, self.path, metadata=metadata)
-        log.info("Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_")))
+        log.info(
+            "Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_"))
+        )

@@ -162,7 +162,10 @@ class ImageClassifier(LightningModule):
                 plain = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
                 (decayed if plain else others).append(parameter)
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=self.hparams["learning_rate"],
         )
         total = self.trainer.estimated_stepping_batches
@@ -194,8 +197,8 @@ class ImageClassifier(LightningModule):
     def _check_labels(self, labels: Tensor) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise PrunexError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {self.num_classes} classes: "
-                "set num_classes to the number of classes in the data"
+                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {self.num_classes} "
+                "classes: set num_classes to the number of classes in the data"
             )
 
     def _logits_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +209,9 @@ class ImageClassifier(LightningModule):
 
     def _patch_loss(self, tokens: Tensor, labels: Tensor, masks: Tensor | None) -> Tensor:
         if masks is None:
-            raise PrunexError("patch_label_weight is set but the batch has no masks: give (images, labels, masks) or set 0")
+            raise PrunexError(
+                "patch_label_weight is set but the batch has no masks: give (images, labels, masks) or set 0"
+            )
         height, width = self.model.patch_embed.grid_size
         if tokens.shape[1] != height * width:
             raise PrunexError(

@@ -1,6 +1,7 @@
 """The ``prunex`` command: Lightning's own subcommands, and room for others beside them."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
@@ -62,7 +63,11 @@ def resolve_configs(arguments: Sequence[str], default: str | None = None) -> lis
             resolved[place + 1], given = find_config(resolved[place + 1]), True
         elif argument.startswith("--config="):
             resolved[place], given = "--config=" + find_config(argument.removeprefix("--config=")), True
-    if default is not None and not given and not any(a in ("-h", "--help") or a.startswith("--help=") for a in resolved):
+    if (
+        default is not None
+        and not given
+        and not any(a in ("-h", "--help") or a.startswith("--help=") for a in resolved)
+    ):
         resolved[:0] = ["--config", find_config(default)]
     return resolved
 
@@ -78,6 +83,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
 
     # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
     LightningCLI(
         LightningModule,
@@ -94,7 +100,12 @@ def run_lightning(arguments: Sequence[str]) -> int:
 
 def usage() -> str:
     """The text of ``prunex --help``."""
-    lines = ["usage: prunex COMMAND [options]", "", "Prune Vision Transformers while fine-tuning them, and see why.", ""]
+    lines = [
+        "usage: prunex COMMAND [options]",
+        "",
+        "Prune Vision Transformers while fine-tuning them, and see why.",
+        "",
+    ]
     told = {
         "fit": "train; without --config the embedded demo (digits/dynamicvit.yaml)",
         "validate": "run the validation set through a checkpoint",

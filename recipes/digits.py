@@ -1,8 +1,8 @@
 """Digit scenes: real handwritten digits on real photos, with the exact mask of every digit.
 
 Both sources ship inside scikit-learn, so the data needs no network: 1,797 handwritten digits of 8 x 8 pixels and
-two photos. A scene is a crop of a photo with one digit painted on it; its label is the digit, its mask the painted
-pixels. Every fifth digit of each class and the left-hand part of each photo belong to validation alone.
+two photos. A scene is a crop of a photo with one digit painted on it in lighter ink; its label is the digit, its mask
+the painted pixels. Every fifth digit of each class and the left-hand part of each photo belong to validation alone.
 
 Nothing is stored: a scene is a pure function of ``(seed, split, epoch, index)``, and a whole batch is drawn at once.
 """
@@ -81,7 +81,7 @@ def _digits(held_out: bool) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _photos(held_out: bool, side: int) -> tuple[Tensor, Tensor]:
-    """One tall picture ``[3, H, W]`` uint8 of all photo parts, and where crops may start: ``[parts, 3]`` (y, height, width)."""
+    """All photo parts in one picture ``[3, H, W]`` uint8, and for each its first row and the starts down and across."""
     from sklearn.datasets import load_sample_images
 
     parts = []
@@ -110,7 +110,7 @@ class DigitDataset(Dataset[Batch]):
         size: Scenes per epoch.
         image_size: Side of a scene in pixels.
         digit_size: Smallest and largest side of a digit's box, in pixels.
-        contrast: Least difference in luminance (0..1) between the ink and the mean of the photo behind it.
+        contrast: How much lighter (0..1, luminance) the ink at least is than the mean of the photo behind it.
         curriculum: Epochs over which scenes go from easy (large digits, faded photo) to what the arguments say.
         seed: Another seed gives other scenes from the same digits and photos.
         mean: Per-channel mean taken off the images.
@@ -126,8 +126,8 @@ class DigitDataset(Dataset[Batch]):
         split: Literal["train", "val", "test"] = "train",
         size: int = 10_000,
         image_size: int = 64,
-        digit_size: tuple[int, int] = (20, 32),
-        contrast: float = 0.4,
+        digit_size: tuple[int, int] = (22, 34),
+        contrast: float = 0.45,
         curriculum: int = 0,
         seed: int = 0,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
@@ -206,7 +206,7 @@ class DigitDataset(Dataset[Batch]):
         return F.grid_sample(strokes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _light(self, photos: Tensor, alpha: Tensor, u: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Dim photos that leave no room above them; ink ``[B, 3, 1, 1]`` lighter than what is behind it by the contrast."""
+        """Photos dimmed where they leave no room above them, and lighter ink ``[B, 3, 1, 1]`` to paint with."""
         weights = torch.tensor(LUMINANCE).view(1, 3, 1, 1)
         behind = (photos * weights * alpha).sum((1, 2, 3)) / alpha.sum((1, 2, 3)).clamp(min=1)
         wanted = behind.clamp(max=0.15 + (0.8 - self.contrast) * u[0])
@@ -218,7 +218,7 @@ class DigitDataset(Dataset[Batch]):
 
 
 class _EpochSampler(DistributedSampler[int]):
-    """Yields ``epoch * size + i``, so the scene number alone says which epoch it belongs to, in worker processes too."""
+    """Yields ``epoch * size + i``, so a scene's number tells its epoch, in worker processes too."""
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)  # type: ignore[arg-type]
@@ -244,7 +244,8 @@ class DigitScenes(LightningDataModule):
         image_size: Side of a scene in pixels, 32 to 128.
         min_digit: Smallest side of a digit's box in pixels.
         max_digit: Largest side of a digit's box in pixels.
-        contrast: Least difference in luminance, 0.1 to 0.5, between a digit's ink and the mean of the photo behind it.
+        contrast: How much lighter, 0.1 to 0.5 of full luminance, a digit's ink at least is than the mean of the photo
+            behind it. Photos that are too light for that are dimmed.
         curriculum: Epochs over which training scenes go from easy (large digits, faded photos) to full difficulty;
             0 starts with full difficulty. Validation is always at full difficulty.
         seed: Another seed gives other scenes, from the same split of digits and photos.
@@ -270,9 +271,9 @@ class DigitScenes(LightningDataModule):
         train_size: int = 10_000,
         val_size: int = 2_000,
         image_size: int = 64,
-        min_digit: int = 20,
-        max_digit: int = 32,
-        contrast: float = 0.4,
+        min_digit: int = 22,
+        max_digit: int = 34,
+        contrast: float = 0.45,
         curriculum: int = 0,
         seed: int = 0,
         num_workers: int = 0,
@@ -289,7 +290,9 @@ class DigitScenes(LightningDataModule):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
         if not 32 <= image_size <= 128:
-            raise PrunexError(f"image_size={image_size!r} is not allowed: give 32 to 128 pixels, as the photos are small")
+            raise PrunexError(
+                f"image_size={image_size!r} is not allowed: give 32 to 128 pixels, as the photos are small"
+            )
         if not 8 <= min_digit <= max_digit <= image_size:
             raise PrunexError(
                 f"min_digit={min_digit!r}, max_digit={max_digit!r} is not allowed: "
@@ -298,7 +301,12 @@ class DigitScenes(LightningDataModule):
         if not 0.1 <= contrast <= 0.5:
             raise PrunexError(f"contrast={contrast!r} is not allowed: give a number from 0.1 to 0.5")
         self.save_hyperparameters()
-        self.batch_size, self.train_size, self.val_size, self.num_workers = batch_size, train_size, val_size, num_workers
+        self.batch_size, self.train_size, self.val_size, self.num_workers = (
+            batch_size,
+            train_size,
+            val_size,
+            num_workers,
+        )
         self.image_size, self.seed, self.curriculum = image_size, seed, curriculum
         self.digit_size, self.contrast = (min_digit, max_digit), contrast
 

@@ -117,7 +117,7 @@ def as_grids(values: Any, lead: tuple[int, ...], name: str, dtype: type = bool) 
 def png_bytes(picture: Any) -> bytes:
     """A picture, uint8 [H, W, 3], as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(as_pictures(picture, 3, "picture")).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(as_pictures(picture, 3, "picture")).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -1,0 +1,423 @@
+"""One self-contained ``report.html`` from what a run folder holds."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from prunex.errors import PrunexError
+from prunex.pictures import curves_svg, dim_dropped, outline, overlay, png_bytes, resized
+from prunex.pictures.arrays import Picture, write_whole
+from prunex.pictures.mosaic import class_name, covered, spaced
+from prunex.pictures.overlay import OBJECT
+
+IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
+_PNG_BYTES = 30_000  # a tile larger than this is a photo, which JPEG holds in a tenth of the space
+_NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger."
+_NO_MAPS = (
+    "There are no maps in the run folder, so there are no pictures: "
+    "train with the callbacks KeptTokenMonitor and RelevancyMonitor."
+)
+_NO_SUMMARY = "There is no summary.json in the run folder, so costs are not compared: run prunex bench on this folder."
+_NO_SLIM = "There is no slim/ in the run folder, so there is no model to load yet: train with the callback SlimExport."
+_NO_CONFIG = "There is no config.yaml in the run folder; prunex fit writes one."
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass
+class Cell:
+    """One cell of the headline table: its text, a second smaller line, and the length of its bar (0..1) or none."""
+
+    text: str
+    note: str | None = None
+    bar: float | None = None
+
+
+@dataclass
+class Tile:
+    """One picture: its address (a data URI) and what it shows, in words."""
+
+    source: str
+    alt: str
+
+
+@dataclass
+class Gallery:
+    """A table of tiles: headings (title, smaller line), and for each image (name, verdict, whether right, tiles)."""
+
+    headings: list[tuple[str, str]]
+    rows: list[tuple[str, str, bool, list[Tile]]]
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    The page needs no network and no other file. It holds what the folder holds: ``summary.json`` (dense beside
+    pruned), ``maps/epoch=NNN.npz`` (kept patches and relevancy), ``metrics.csv`` (curves), ``slim/`` (how to load the
+    model) and ``config.yaml``. What is missing or cannot be read is left out, with a sentence that says so.
+
+    ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
+    multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
+    be missing. The row whose model is called ``dense`` is what the others are compared with.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        PrunexError: `run` is no folder, or holds neither ``metrics.csv`` nor ``config.yaml``.
+
+    Example::
+
+        write_report("runs/version_0")
+    """
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise PrunexError(f"run='{run}' is not a folder: give the folder that a training run wrote")
+    if not any((folder / name).is_file() for name in ("metrics.csv", "config.yaml")):
+        raise PrunexError(
+            f"run='{run}' is not a run folder (it has neither metrics.csv nor config.yaml): "
+            "give the folder that a training run wrote, such as runs/version_0"
+        )
+    summary, summary_note = _json(folder / "summary.json", _NO_SUMMARY)
+    slim, slim_note = _json(folder / "slim" / "config.json", _NO_SLIM)
+    names = slim.get("label_names")
+    maps, map_notes = _maps(folder / "maps")
+    metrics, metrics_note = _metrics(folder / "metrics.csv")
+    config, config_note = _text(folder / "config.yaml", _NO_CONFIG)
+    rows = [row for row in _list(summary.get("rows")) if isinstance(row, dict)]
+    page = _template().render(
+        title=folder.resolve().name,
+        architecture=str(slim.get("architecture") or ""),
+        machine=str(summary.get("machine") or ""),
+        cards=_cards(rows, maps),
+        table=_table(rows),
+        table_note=summary_note or ("" if rows else "summary.json holds no rows, so costs are not compared."),
+        epochs=_epoch_gallery(maps, names if isinstance(names, list) else None),
+        stages=_stage_gallery(maps, names if isinstance(names, list) else None),
+        map_notes=map_notes or ([] if maps else [_NO_MAPS]),
+        charts=[_chart(title, lines) for title, lines in _charts(metrics)],
+        charts_note=metrics_note or ("" if metrics else "metrics.csv holds no numbers, so there are no curves."),
+        slim_path=repr((folder / "slim").as_posix()),
+        slim_files=_files(folder / "slim") if not slim_note else [],
+        slim_note=slim_note,
+        config=config,
+        config_note=config_note,
+    )
+    return write_whole(folder / "report.html", page.encode())
+
+
+def _template() -> Any:
+    text = (files("prunex.recipes") / "templates" / "report.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        text
+    )
+
+
+# Reading: each returns what it found, and a sentence where there is nothing to show.
+
+
+def _text(path: Path, missing: str) -> tuple[str, str]:
+    if not path.is_file():
+        return "", missing
+    try:
+        return path.read_text(encoding="utf-8"), ""
+    except (OSError, UnicodeDecodeError) as error:
+        return "", f"{path.name} could not be read ({error}) and is left out."
+
+
+def _json(path: Path, missing: str) -> tuple[dict[str, Any], str]:
+    text, note = _text(path, missing)
+    if note:
+        return {}, note
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        return {}, f"{path.name} could not be read ({error}) and is left out."
+    return (content, "") if isinstance(content, dict) else ({}, f"{path.name} is not a JSON object and is left out.")
+
+
+def _metrics(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
+    """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged."""
+    text, note = _text(path, _NO_METRICS)
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for number, row in enumerate(csv.DictReader(io.StringIO(text))):
+        step = _number(row.get("step"))
+        for name, cell in row.items():
+            value = _number(cell)
+            if name not in (None, "step", "epoch") and value is not None:
+                steps, values = lines.setdefault(name, ([], []))
+                steps.append(number if step is None else step)
+                values.append(value)
+    return lines, note
+
+
+def _maps(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
+    """The arrays of every epoch that draws the same images as the last one."""
+    found: dict[int, Arrays] = {}
+    notes: list[str] = []
+    paths = {
+        int(m[1]): path for path in folder.glob("epoch=*.npz") if (m := re.fullmatch(r"epoch=(\d+)\.npz", path.name))
+    }
+    for epoch in sorted(paths, reverse=True):
+        try:
+            with np.load(paths[epoch], allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            _check(arrays)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            notes.append(f"maps/{paths[epoch].name} could not be read ({error}) and is left out.")
+            continue
+        if found and not np.array_equal(arrays["images"], next(iter(found.values()))["images"]):
+            notes.append(f"maps/{paths[epoch].name} shows other images than the last epoch and is left out.")
+            continue
+        found[epoch] = arrays
+    return dict(sorted(found.items())), notes
+
+
+def _check(arrays: Arrays) -> None:
+    """Raise ValueError where arrays do not belong together."""
+    images = arrays["images"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 [M, H, W, 3]")
+    count = len(images)
+    for key, values in arrays.items():
+        grid, one = key.startswith("relevance/"), key in ("labels", "predicted") or key.startswith("target/")
+        wrong = (
+            (one and values.shape != (count,))
+            or (grid and (values.ndim != 3 or len(values) != count))
+            or (key == "kept" and (values.ndim != 4 or values.shape[1] != count or not len(values)))
+            or (key == "masks" and values.shape != images.shape[:3])
+        )
+        if wrong:
+            raise ValueError(f"{key} of shape {values.shape} does not fit {count} images")
+
+
+def _files(folder: Path) -> list[tuple[str, str]]:
+    """Names and sizes of the files in a folder."""
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return [(p.name, f"{p.stat().st_size / 2**20:.1f} MB" if p.stat().st_size > 1e5 else f"{p.stat().st_size:,} bytes")
+            for p in paths]  # fmt: skip
+
+
+# The headline.
+
+
+def _dense(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((row for row in rows if str(row.get("model", "")).lower().startswith("dense")), {})
+
+
+def _ratio(row: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float | None:
+    value, base = _number(row.get(key)), _number(dense.get(key))
+    return value / base if value is not None and base else None
+
+
+def _points(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """Difference in accuracy to the dense model, in points."""
+    value, base = _number(row.get("accuracy")), _number(dense.get("accuracy"))
+    return "" if value is None or base is None else f"{100 * (value - base):+.1f} points".replace("-", "−")
+
+
+def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays]) -> list[tuple[str, str, str]]:
+    """The result at a glance: (value, what it is, compared with what)."""
+    dense = _dense(rows)
+    pruned = next((r for r in rows if r is not dense and "untrained" not in str(r.get("model", "")).lower()), {})
+    cards = []
+    if (accuracy := _number(pruned.get("accuracy"))) is not None:
+        points = _points(pruned, dense)
+        cards.append((f"{accuracy:.1%}", "accuracy", f"{points} to dense" if points else ""))
+    for key, what, unit in (("gmacs", "compute", "GMACs an image"), ("images_per_s", "speed", "images/s")):
+        if (ratio := _ratio(pruned, dense, key)) is not None:
+            cards.append((f"{ratio:.2f}×", what, f"{_short(dense[key])} → {_short(pruned[key])} {unit}"))
+    kept = [arrays for arrays in maps.values() if "kept" in arrays]
+    if kept:
+        cards.append((f"{kept[-1]['kept'][-1].mean():.0%}", "of patches left", "after the last stage"))
+    return cards
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and rows; a column nobody has a number for is left out."""
+    dense = _dense(rows)
+    columns = [
+        ("accuracy", "accuracy", "{:.1%}"),
+        ("gmacs", "GMACs / image", "{:.3g}"),
+        ("params_m", "parameters (M)", "{:.3g}"),
+        ("images_per_s", "images / s", "{:,.0f}"),
+        ("kept_digit_cover", "object patches kept", "{:.1%}"),
+    ]
+    columns = [column for column in columns if any(_number(row.get(column[0])) is not None for row in rows)]
+    most = {key: max(_number(row.get(key)) or 0.0 for row in rows) for key, *_ in columns}
+    lines = []
+    for row in rows:
+        line = [Cell(str(row.get("model") or "?"))]
+        for key, _, form in columns:
+            value = _number(row.get(key))
+            if value is None:
+                line.append(Cell("–"))
+                continue
+            ratio = _ratio(row, dense, key) if row is not dense else None
+            note = _points(row, dense) or None if key == "accuracy" and row is not dense else None
+            if key in ("gmacs", "params_m", "images_per_s") and ratio is not None:
+                note = f"{ratio:.2f}×"
+            bar = value / most[key] if key in ("gmacs", "images_per_s") and most[key] > 0 else None
+            line.append(Cell(form.format(value), note, bar))
+        lines.append(line)
+    for column in zip(*lines, strict=True):
+        if any(cell.note for cell in column):  # an empty note keeps the numbers of a column below one another
+            for cell in column:
+                cell.note = cell.note or ""
+    return [heading for _, heading, _ in columns], lines
+
+
+# The pictures.
+
+
+def _epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Gallery | None:
+    """Image, what was left of it at the last stage epoch by epoch, and what the last epoch's prediction rests on."""
+    if not maps:
+        return None
+    last = maps[max(maps)]
+    gallery, cells = _gallery(last, names)
+    kept = {epoch: arrays["kept"][-1] for epoch, arrays in maps.items() if "kept" in arrays}
+    for epoch in spaced(sorted(kept), EPOCHS):
+        _add(gallery, f"epoch {epoch}", _kept_words(kept[epoch], last), dim_dropped(cells, kept[epoch][: len(cells)]))
+    if not kept:
+        gallery.notes.append("No kept patches were recorded: train with the callback KeptTokenMonitor to see them.")
+    methods = [key.removeprefix("relevance/") for key in last if key.startswith("relevance/")]
+    for method in methods:
+        values = last[f"relevance/{method}"]
+        drawn = overlay(cells, values[: len(cells)], signed=bool((values < 0).any()))
+        if kept and max(kept) == max(maps):
+            drawn = outline(drawn, kept[max(kept)][: len(cells)], thick=1)
+        _add(gallery, method, _explained(last.get(f"target/{method}"), last), drawn)
+    if not methods:
+        gallery.notes.append("No relevancy was recorded: train with the callback RelevancyMonitor to see it.")
+    hidden = len(last["images"]) - len(cells)
+    if hidden > 0:
+        gallery.notes.append(f"{hidden} more image{'s are' if hidden > 1 else ' is'} in maps/.")
+    return gallery
+
+
+def _stage_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Gallery | None:
+    """Image and what was left of it after each stage, in the last epoch."""
+    kept = [arrays for arrays in maps.values() if "kept" in arrays]
+    if not kept or len(kept[-1]["kept"]) < 2:
+        return None
+    gallery, cells = _gallery(kept[-1], names, STAGED)
+    for number, stage in enumerate(kept[-1]["kept"], start=1):
+        _add(gallery, f"stage {number}", _kept_words(stage, kept[-1]), dim_dropped(cells, stage[: len(cells)]))
+    return gallery
+
+
+def _gallery(arrays: Arrays, names: Sequence[str] | None, most: int = IMAGES) -> tuple[Gallery, Picture]:
+    """A gallery with the images themselves as first column, and the images enlarged."""
+    cells = resized(arrays["images"][:most])
+    rows: list[tuple[str, str, bool, list[Tile]]] = []
+    for index in range(len(cells)):
+        label, guess = (int(arrays[key][index]) if key in arrays else None for key in ("labels", "predicted"))
+        name = f"image {index}" if label is None else class_name(label, names)
+        right = label is None or label == guess
+        verdict = "" if guess is None else "predicted" if label == guess else class_name(guess, names)
+        rows.append((name, verdict, right, []))
+    gallery = Gallery([], rows)
+    first = outline(cells, arrays["masks"][:most], OBJECT) if "masks" in arrays else cells
+    _add(gallery, "input", "object outlined" if "masks" in arrays else "", first)
+    return gallery, cells
+
+
+def _add(gallery: Gallery, heading: str, words: str, pictures: Picture) -> None:
+    gallery.headings.append((heading, words))
+    for (name, _, _, tiles), picture in zip(gallery.rows, pictures, strict=True):
+        tiles.append(Tile(_data_uri(picture), f"{name}, {heading}"))
+
+
+def _kept_words(kept: NDArray[Any], arrays: Arrays) -> str:
+    words = f"{kept.mean():.0%} kept"
+    cover = covered(kept.astype(bool), arrays["masks"].astype(bool)) if "masks" in arrays else math.nan
+    return words if math.isnan(cover) else f"{words}, {cover:.0%} of object"
+
+
+def _explained(target: NDArray[Any] | None, arrays: Arrays) -> str:
+    for key, words in (("predicted", "for the predicted class"), ("labels", "for the true class")):
+        if target is not None and key in arrays and np.array_equal(target, arrays[key]):
+            return words
+    return "relevancy"
+
+
+def _data_uri(picture: Picture) -> str:
+    content, kind = png_bytes(picture), "png"
+    if len(content) > _PNG_BYTES:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
+        content, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# The curves.
+
+
+def _charts(
+    metrics: Mapping[str, tuple[list[float], list[float]]],
+) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
+    """Metrics that belong in one chart, by their names; what fits nowhere gets a chart for each quantity."""
+    groups: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    first = ("Loss", "Accuracy", "Patches kept", "Parts of the loss")
+    for name in metrics:
+        low = name.lower()
+        if re.fullmatch(r"(train|val|test)?[/_]?loss(_step|_epoch)?", low):
+            group = first[0]
+        elif "loss" in low:
+            group = first[3]
+        elif "acc" in low:
+            group = first[1]
+        elif re.search(r"keep|kept", low) and not re.search(r"cover|mass|relevan|inside", low):
+            group = first[2]
+        else:
+            group = re.sub(r"^(train|val|test)[/_]|(_step|_epoch)$", "", name)
+        groups.setdefault(group, {})[name] = metrics[name]
+    order = [*(name for name in first if name in groups), *sorted(set(groups) - set(first))]
+    return [(name, groups[name]) for name in order]
+
+
+def _chart(title: str, lines: Mapping[str, tuple[list[float], list[float]]]) -> Markup:
+    steps, epochs = {n for n in lines if n.endswith("_step")}, {n for n in lines if n.endswith("_epoch")}
+    # Lightning logs one quantity twice when asked for both; the curve of steps says what the epochs' would.
+    twice = {name for name in epochs if name.removesuffix("_epoch") + "_step" in steps}
+    shown = {name: line for name, line in lines.items() if name not in twice}
+    values = [value for _, line in shown.values() for value in line]
+    percent = title in ("Accuracy", "Patches kept") and all(0 <= value <= 1 for value in values)
+    return Markup(curves_svg(shown, title=title, percent=percent, size=(520, 300)))  # it escapes names itself
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None for whatever else a cell may hold."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _short(value: Any) -> str:
+    return f"{float(value):,.0f}" if float(value) >= 100 else f"{float(value):.3g}"
+
+
+def _list(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else []

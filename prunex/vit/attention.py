@@ -125,7 +125,9 @@ def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, 
         mean = (k.to(wide) * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
         longest = torch.linalg.vector_norm(q.to(wide), dim=-1, keepdim=True).amax(2, keepdim=True)
         lead = scale * longest * torch.linalg.vector_norm(k.to(wide) - mean, dim=-1, keepdim=True)
-        room = 600 if wide == torch.float64 else 80  # exp(+-room) is well inside the type's range
+        # A dropped key's exact policy gradient grows with e^lead. Twice the room stays inside the type's range, so that
+        # it is exact up to there and finite above.
+        room = 300 if wide == torch.float64 else 40
         lower = ((lead - room).clamp(min=40) * dropped / scale).to(dtype)
         raised = (lower.to(wide) * scale).clamp(max=room).exp()
 

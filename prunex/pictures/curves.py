@@ -134,7 +134,8 @@ def _draw(
     axes.set_xlabel(xlabel, color=ink, fontsize=9, parse_math=False)
     if title:
         axes.set_title(title, color=ink, fontsize=11, fontweight="bold", loc="left", parse_math=False)
-    columns = min(3, len(lines))
+    room = int(figure.get_figwidth() * _DPI / (45 + 7 * max(map(len, lines))))  # names that fit side by side
+    columns = min(3, len(lines), max(1, room))
     figure.legend(
         loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink, fontsize=9, handlelength=1.4
     )

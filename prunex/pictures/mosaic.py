@@ -220,7 +220,7 @@ def compose(
         middle = top + row * (cell_height + _GAP) + cell_height / 2 + 5
         for index, (line, color) in enumerate(words):
             y = middle + 18 * (index - (len(words) - 1) / 2)
-            texts.append(_Text(left - _GAP, y, _fit(line, left), color=color, bold=not index, anchor="right"))
+            texts.append(_Text(left - _GAP, y, _fit(line, left - _GAP), color=color, bold=not index, anchor="right"))
     if key:
         texts.append(_Text(left, height - 7, _fit(" · ".join(key), width - left, 11, 0.53), size=11, color=FAINT))
     return _written(canvas, texts)

@@ -100,7 +100,8 @@ def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick:
         images: uint8 [..., H, W, 3].
         region: Booleans [..., h, w]: a patch grid or a mask of pixels.
         color: RGB of the line, 0..255.
-        thick: Width of the line in pixels; about a hundredth of the longer side when not given.
+        thick: Width of the line in pixels; about a twelfth of a patch, or a hundredth of the image for a mask, when
+            not given.
 
     Returns:
         uint8 [..., H, W, 3].
@@ -110,8 +111,10 @@ def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick:
     """
     pictures = as_pictures(images).copy()
     height, width = pictures.shape[-3:-1]
-    inside = on_pixels(as_grids(region, pictures.shape[:-3], "region"), height, width)
-    thick = thick or max(1, round(max(height, width) / 110))
+    grid = as_grids(region, pictures.shape[:-3], "region")
+    inside = on_pixels(grid, height, width)
+    patch = min(height / grid.shape[-2], width / grid.shape[-1])
+    thick = thick or max(1, round(patch / 12 if patch >= 4 else max(height, width) / 110))
     pictures[inside & _grown(~inside, thick)] = color
     pictures[~inside & _grown(inside, max(1, thick // 2))] = (20, 20, 20)
     return pictures

@@ -1,0 +1,114 @@
+"""Tiny timm ViTs of every supported family, with weights lively enough that attention is not uniform."""
+
+from functools import partial
+
+import torch
+from timm.layers import SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
+
+# Constructor arguments of each family; the first ones name published models, the rest single features of theirs.
+FAMILIES = {
+    "vit": {},
+    "deit_distilled": {"cls": VisionTransformerDistilled},
+    "deit3": {"no_embed_class": True, "init_values": 0.5},
+    "dinov2": {"init_values": 0.5},
+    "dinov2_giant": {"init_values": 0.5, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 8 / 3},
+    "dinov2_reg": {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True},
+    "avg_pool": {"global_pool": "avg"},
+    "avg_pool_no_class": {"global_pool": "avg", "class_token": False},
+    "avg_pool_no_class_reg": {"global_pool": "avg", "class_token": False, "reg_tokens": 2},
+    "avg_pool_prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "avgmax_pool": {"global_pool": "avgmax"},
+    "max_pool": {"global_pool": "max"},
+    "layer_scale": {"init_values": 0.3},
+    "qk_norm": {"qk_norm": True},
+    "attn_norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no_embed_class": {"no_embed_class": True},
+    "clip": {"pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
+    "no_pos_embed": {"pos_embed": "none"},
+    "no_qkv_bias": {"qkv_bias": False},
+    "not_square": {"img_size": (40, 24), "patch_size": 8},
+    "dynamic": {"dynamic_img_size": True},
+}
+
+
+def tiny(family="vit", seed=0, **kwargs):
+    """A tiny ViT of a family in eval mode; keyword arguments go to timm's constructor."""
+    args = SIZES | FAMILIES[family] | kwargs
+    cls = args.pop("cls", VisionTransformer)
+    return lively(cls(**args), seed).eval()
+
+
+def lively(model, seed=0):
+    """Random weights whose attention is peaked but not saturated (timm's own start is nearly uniform)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype)
+            if name.endswith(("gamma",)):  # LayerScale
+                p.mul_(1 + 0.2 * noise)
+            elif p.ndim == 1:  # biases, or the scale of a norm
+                p.copy_((1 if name.endswith("weight") else 0) + 0.1 * noise)
+            elif "token" in name or "pos_embed" in name:
+                p.copy_(0.5 * noise)
+            else:
+                gain = 1.8 if "qkv" in name else 1.0
+                p.copy_(gain * noise / p[0].numel() ** 0.5)
+    return model
+
+
+def images(batch=3, size=(32, 32), seed=1, dtype=torch.float32):
+    """Standard-normal images [B, 3, H, W]."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def images_for(model, batch=3, seed=1):
+    """Images of a model's own size and dtype."""
+    return images(batch, tuple(model.patch_embed.img_size), seed, next(model.parameters()).dtype)
+
+
+def state_of(model):
+    """A copy of everything ``attach`` might disturb: tensors, instance attributes, children, flags."""
+    return {
+        "tensors": {k: v.clone() for k, v in model.state_dict().items()},
+        "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
+        "children": [n for n, _ in model.named_modules()],
+        "flags": [m.training for m in model.modules()],
+        "grads": [p.requires_grad for p in model.parameters()],
+        "hooks": {n: [len(getattr(m, a)) for a in vars(m) if a.endswith("_hooks")] for n, m in model.named_modules()},
+    }
+
+
+def assert_same_state(model, before):
+    """The model is what :func:`state_of` saw, bit for bit."""
+    after = state_of(model)
+    tensors = after.pop("tensors")
+    wanted = before["tensors"]
+    assert list(tensors) == list(wanted)
+    for name, value in tensors.items():
+        assert torch.equal(value, wanted[name]), name
+    for key, value in after.items():
+        assert value == before[key], key
+
+
+def randomise(module, seed=0, std=0.3):
+    """Normal noise in every parameter, so that a fresh predictor decides something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(std * torch.randn(p.shape, generator=generator).to(p))
+    return module
+
+
+def largest(a, b):
+    """Largest absolute difference."""
+    return float((a.detach().double() - b.detach().double()).abs().max())
+
+
+def relative(a, b):
+    """Largest absolute difference over the largest absolute value of ``b``."""
+    return largest(a, b) / max(float(b.detach().abs().max()), 1e-30)

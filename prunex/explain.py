@@ -30,10 +30,10 @@ class Explanation:
         options: What it was given, in plain values.
         maps: float [B, gh, gw] on the patch grid, the method's raw values.
         raw: The method's own finest output; its docstring gives the shape.
-        target: int64 [B], the class explained.
+        target: int64 [B], the class explained; -1 where the model has no classifier.
         signed: Whether negative values mean "against the class".
         trace: What the explained forward did to the patches.
-        logits: float [B, classes].
+        logits: float [B, classes]; the features where the model has no classifier.
         image_size: Height and width of the images in pixels.
     """
 
@@ -48,8 +48,17 @@ class Explanation:
     image_size: tuple[int, int]
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
-        """The maps at pixel size, bilinear: float [B, H, W]; ``size`` defaults to the images' own."""
+        """The maps at pixel size, bilinear: float [B, H, W].
+
+        Args:
+            size: Height and width in pixels; None: the images' own.
+
+        Raises:
+            PrunexError: For a size that is not two positive integers.
+        """
         size = self.image_size if size is None else size
+        if not isinstance(size, tuple | list) or len(size) != 2 or not all(type(s) is int and s > 0 for s in size):
+            raise PrunexError(f"size={size!r} is not allowed: give (height, width) in pixels, or None for the images'")
         return F.interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
     @property
@@ -61,17 +70,24 @@ class Explanation:
         """The maps over the images, for looking at.
 
         Args:
-            images: uint8 [B, H, W, 3], or float [B, 3, H, W] (scaled to 0..1 per image when outside that range).
+            images: uint8 [B, H, W, 3], or float [B, C, H, W] of 1 or 3 channels (scaled to 0..1 per image when outside
+                that range).
 
         Returns:
             uint8 [B, H, W, 3]; colours are scaled per image.
+
+        Raises:
+            PrunexError: For images of another shape, number or type.
         """
         from prunex.pictures import overlay
 
         if isinstance(images, Tensor):
             shown = images.detach().float().cpu()
-            if shown.ndim != 4:
-                raise PrunexError(f"images have shape {list(shown.shape)}: give [B, 3, H, W]")
+            if shown.ndim != 4 or shown.shape[1] not in (1, 3):
+                raise PrunexError(
+                    f"images have shape {list(shown.shape)}: give [B, 3, H, W], or a uint8 array [B, H, W, 3]"
+                )
+            shown = shown.expand(-1, 3, -1, -1)
             low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
             outside = (low < 0) | (high > 1)
             shown = (shown - low * outside) / ((high - low) * outside + ~outside).clamp(min=1e-8)

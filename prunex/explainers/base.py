@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, read
@@ -25,10 +25,11 @@ class Relevance:
     Attributes:
         maps: float32 [B, gh, gw] on the original patch grid, raw values of the method.
         raw: The method's own finest output.
-        target: int64 [B], the class explained (for methods that know no class: the predicted or asked one).
+        target: int64 [B], the class explained (for methods that know no class: the predicted or asked one); -1 where
+            the model has no classifier.
         signed: Whether negative values mean "against the class".
         trace: What the explained forward did to the patches.
-        logits: float [B, classes] of the explained forward.
+        logits: float [B, classes] of the explained forward; the features where the model has no classifier.
     """
 
     maps: Tensor
@@ -57,8 +58,10 @@ class Recording:
         return self.tape.logits
 
     def readout(self) -> Tensor:
-        """Which tokens the head reads, as weights [B, n_last] that sum to 1."""
-        return self.anatomy.readout(self.tape.tokens, self.tape.policy, self.logits.detach().float())
+        """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
+        like = self.logits.detach()
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
+        return self.anatomy.readout(self.tape.tokens, self.tape.policy, like)
 
     def answer(self, row: Tensor, raw: Tensor | None = None, signed: bool = False) -> Relevance:
         """From one relevance a token, [B, prefix + P], to the answer on the patch grid."""
@@ -88,16 +91,20 @@ def recording(
         needs_class: Whether the method explains a class, so that a model without a head is refused.
 
     Raises:
-        PrunexError: For a target out of range, or a headless model where a class is needed.
+        PrunexError: For a target out of range, or a headless model where a class is needed or asked for.
     """
     with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
         if images.is_inference():
             images = images.clone()
         state = record(model, images, tape)
         anatomy = read(model)
-        if needs_class and anatomy.classes == 0:
+        # The head itself tells, not num_classes: users put heads on and take them off by assignment.
+        if not isinstance(model.head, nn.Identity):
+            chosen = choose_target(tape.logits, target)
+        elif needs_class or target is not None:
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
-        chosen = choose_target(tape.logits, target)
+        else:
+            chosen = torch.full((len(images),), -1, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
             yield Recording(model, anatomy, tape, state.trace, chosen)
 
@@ -112,16 +119,20 @@ def choose_target(logits: Tensor | None, target: Any) -> Tensor:
     Raises:
         PrunexError: For anything else, or a class out of range.
     """
+    allowed = "a class index, an integer tensor [B], or None"
     if logits is None or logits.ndim != 2:
         raise PrunexError("this model gives no logits [B, classes]: explain a model with a pooled head")
     batch, classes = logits.shape
     if target is None:
         return logits.detach().argmax(1)
     if isinstance(target, bool) or not isinstance(target, int | Tensor):
-        raise PrunexError(f"target={target!r} is not allowed: give a class index, an integer tensor [{batch}], or None")
+        raise PrunexError(f"target={target!r} is not allowed: give {allowed}")
+    known = f"this model has classes 0..{classes - 1}"
+    if isinstance(target, int) and not 0 <= target < classes:
+        raise PrunexError(f"target={target} is out of range: {known}")
     chosen = torch.as_tensor(target, device=logits.device)
-    if chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise PrunexError(f"target has dtype {chosen.dtype}: give integers")
+    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+        raise PrunexError(f"target has dtype {chosen.dtype}: give {allowed}")
     if chosen.ndim == 0:
         chosen = chosen.expand(batch)
     if chosen.shape != (batch,):
@@ -129,10 +140,8 @@ def choose_target(logits: Tensor | None, target: Any) -> Tensor:
             f"target has shape {list(chosen.shape)} for {batch} images: give one class for all or one each"
         )
     if chosen.min() < 0 or chosen.max() >= classes:
-        raise PrunexError(
-            f"target {int(chosen.min())}..{int(chosen.max())} is out of range: this model has classes 0..{classes - 1}"
-        )
-    return chosen.long()
+        raise PrunexError(f"target has values {int(chosen.min())}..{int(chosen.max())}, out of range: {known}")
+    return chosen.long().clone()  # a tensor of the caller's inference mode cannot be part of a graph
 
 
 def attention_gradients(recorded: Recording) -> list[Tensor]:

@@ -50,7 +50,7 @@ def generic_attention(
             def mix(row: Tensor, step: Attended) -> Tensor:
                 return row + times(row, weights[step.block])
 
-            prefix, readout = recorded.anatomy.prefix, recorded.readout().to(recorded.logits)
+            prefix, readout = recorded.anatomy.prefix, recorded.readout()
             if not full:
                 return recorded.answer(propagate(tape, readout, prefix, mix, start=start))
             identity = torch.eye(tape.tokens, device=images.device, dtype=readout.dtype).expand(len(images), -1, -1)

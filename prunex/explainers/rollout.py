@@ -52,7 +52,7 @@ def rollout(
     Raises:
         PrunexError: For an unknown fusion, a ratio outside [0, 1) or a block that does not exist.
     """
-    if head_fusion not in _FUSIONS:
+    if not isinstance(head_fusion, str) or head_fusion not in _FUSIONS:
         raise unknown("head_fusion", head_fusion, _FUSIONS)
     if isinstance(discard_ratio, bool) or not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
         raise PrunexError(f"discard_ratio={discard_ratio!r} is not allowed: give a number in [0, 1)")
@@ -66,21 +66,26 @@ def rollout(
             fused = torch.as_tensor(step.attention)
             if plain:
                 return 0.5 * times(row, fused) + 0.5 * row
-            fused = _discard(fused, discard_ratio, prefix)
+            fused = _discard(fused, discard_ratio, prefix, step.policy)
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row
 
-        return recorded.answer(propagate(tape, recorded.readout().to(recorded.logits), prefix, mix, start=start))
+        return recorded.answer(propagate(tape, recorded.readout(), prefix, mix, start=start))
 
 
-def _discard(fused: Tensor, ratio: float, prefix: int) -> Tensor:
-    """Zero each image's floor(ratio * n * n) smallest entries, sparing prefix columns and the diagonal."""
+def _discard(fused: Tensor, ratio: float, prefix: int, policy: Tensor | None) -> Tensor:
+    """Zero each image's floor(ratio * m * m) smallest entries, sparing prefix columns and the diagonal.
+
+    The m tokens that are there are counted and ranked: slots of dropped ones hold zeros, which would use the share up.
+    """
     n = fused.shape[-1]
-    count = int(ratio * n * n)
-    if count == 0:
-        return fused
+    there = fused.new_ones(fused.shape[:2], dtype=torch.bool) if policy is None else policy > 0
+    counts = torch.tensor([int(m * m * ratio) for m in there.sum(1).tolist()], device=fused.device)
+    among = (there.unsqueeze(1) & there.unsqueeze(2)).flatten(1)
     flat = fused.flatten(1)
+    order = flat.masked_fill(~among, float("inf")).argsort(dim=1, stable=True)
+    lowest = torch.arange(n * n, device=fused.device) < counts[:, None]
+    smallest = torch.zeros_like(among).scatter(1, order, lowest)
     spared = torch.eye(n, dtype=torch.bool, device=fused.device)
     spared[:, :prefix] = True
-    smallest = torch.zeros_like(flat, dtype=torch.bool).scatter(1, flat.topk(count, 1, largest=False).indices, True)
     return flat.masked_fill(smallest & ~spared.flatten(), 0).view_as(fused)

@@ -62,7 +62,7 @@ def tokentm(
     with recording(model, images, target, tape, needs_class=True) as recorded:
         grads = attention_gradients(recorded)
         with torch.no_grad():
-            first = torch.as_tensor(tape.embedded).to(recorded.logits)
+            first = _wide(tape.embedded)
             total = first.shape[1]
             updates = {}
             for step, grad in zip(tape.attended(), grads, strict=True):
@@ -83,8 +83,7 @@ def tokentm(
                     after = before + after
                 return row + row * _weights(before, after, step.policy, total, necc_scale)
 
-            readout = recorded.readout().to(recorded.logits)
-            row = propagate(tape, readout, recorded.anatomy.prefix, mix, feed)
+            row = propagate(tape, recorded.readout(), recorded.anatomy.prefix, mix, feed)
             return recorded.answer(row * torch.linalg.vector_norm(first, dim=-1))
 
 

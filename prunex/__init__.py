@@ -7,10 +7,27 @@ if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir() and s
     # In a checkout, callbacks/, recipes/ and configs/ lie beside this folder; an installed wheel has them inside it.
     __path__.append(str(_root))
 
+__version__ = "0.1.0"
+
 from prunex.errors import PrunexError
 from prunex.attach import Pruning, attach, attached
 from prunex.explain import Explanation, explain
+from prunex.metrics import Cost, cost
 from prunex.registry import methods
+from prunex.slim import export, load, save, slim
 
-__version__ = "0.1.0"
-__all__ = ["Explanation", "Pruning", "PrunexError", "attach", "attached", "explain", "methods"]
+__all__ = [
+    "Cost",
+    "Explanation",
+    "PrunexError",
+    "Pruning",
+    "attach",
+    "attached",
+    "cost",
+    "explain",
+    "export",
+    "load",
+    "methods",
+    "save",
+    "slim",
+]

@@ -16,7 +16,9 @@ class PrunexError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        # A data loader's worker hands its error over with the whole traceback as text: only the last message counts.
+        text = str(message).rsplit("PrunexError: ", 1)[-1]
+        super().__init__(" ".join(text.split()))
 
 
 def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:

@@ -50,6 +50,7 @@ class TokenPruner(nn.Module):
     """
 
     name = ""
+    inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
 
     def __init__(
@@ -90,6 +91,10 @@ class TokenPruner(nn.Module):
     def counts(self, patches: int) -> list[int]:
         """Patch tokens left after each stage at inference, for ``patches`` to start with."""
         raise PrunexError(f"{self.name} does not fix its token counts")
+
+    def macs(self, entering: int) -> int:
+        """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
+        return 0
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""

@@ -142,6 +142,11 @@ class DynamicViT(TokenPruner):
         """Patch tokens after each stage."""
         return [floor_share(t, patches) for t in self.targets]
 
+    def macs(self, entering: int) -> int:
+        """One predictor over the entering patches: n (D^2 + D^2/2 + D^2/8 + D/2)."""
+        linear = [m for m in self.predictors[0].modules() if isinstance(m, nn.Linear)]
+        return entering * sum(m.in_features * m.out_features for m in linear)
+
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         """``ratio``, ``distill`` and ``tokens`` of one training forward, weighted."""
         losses: dict[str, Tensor] = {}

@@ -65,5 +65,12 @@ class EViT(TopK):
         return base + (1 - base) * (math.cos(math.pi * (t - start) / length) + 1) / 2
 
     def inference_only(self) -> None:
-        """A finished model keeps its base rate."""
-        self.progress = 1.0
+        """A finished model keeps the rates in force now, so that its logits stay as they were."""
+        self.rates = tuple(self.rate(s) for s in range(len(self.stages)))
+        self.shrink_start = self.shrink_length = 0.0
+        even = len(set(self.rates)) == 1
+        self.options |= {
+            "keep_ratio": self.rates[0] if even else list(self.rates),
+            "shrink_start": 0.0,
+            "shrink_length": 0.0,
+        }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prunex.pruners.base import TokenPruner, ceil_share, top
 from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
 from prunex.vit.forward import Keep, Mask, TokenState
 
 
@@ -27,7 +30,14 @@ class TopK(TokenPruner):
     """
 
     name = "topk"
+    inside = True
     fuses = False
+
+    def __init__(
+        self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(anatomy, keep_ratio, stages)
+        self.width = anatomy.width
 
     def rate(self, stage: int) -> float:
         """The keep rate in force at a stage now."""
@@ -54,3 +64,7 @@ class TopK(TokenPruner):
             n = n if k >= n else k + self.fuses
             counts.append(n)
         return counts
+
+    def macs(self, entering: int) -> int:
+        """The class row, and the fused token where there is one."""
+        return entering * self.width * (2 if self.fuses else 1)

@@ -195,7 +195,7 @@ def run(
     """
     check_images(anatomy, images)
     x, grid = embed(model, images)
-    trace = TokenTrace(grid, anatomy.prefix, len(images), images.device)
+    trace = TokenTrace(grid, anatomy.prefix, images.shape[0], images.device)
     state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1])
     if tape is not None and tape.streams:
         tape.embedded = x.detach()

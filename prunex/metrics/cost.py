@@ -1,0 +1,108 @@
+"""What a model costs: multiply-adds, parameters and tokens, block by block, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import Anatomy, find, read
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block's share: tokens (prefix included) in its attention and in its MLP, and its MACs."""
+
+    attention_tokens: int
+    mlp_tokens: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image at inference.
+
+    Attributes:
+        macs: Multiply-adds (papers often call them FLOPs; torch's flop counter counts two each).
+        params: Parameters, those of predictors included.
+        blocks: Block by block; a pruner's decision counts to the block it is made at.
+    """
+
+    macs: int
+    params: int
+    blocks: tuple[BlockCost, ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens in each block's attention, prefix included."""
+        return [b.attention_tokens for b in self.blocks]
+
+    @property
+    def gmacs(self) -> float:
+        """Multiply-adds in units of 1e9."""
+        return self.macs / 1e9
+
+
+def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
+    """Count multiply-adds, parameters and tokens of a ViT, dense or pruned, without running it.
+
+    Per block 3 n D A + n A D + 2 n^2 A for attention (A = heads * head width) and the MLP's linear layers over the
+    tokens that reach it; plus patch embedding, head and the pruner's own decisions. Norms, biases and activations are
+    left out, as is usual.
+
+    Args:
+        model: A supported ViT, or a module that holds exactly one.
+        image_size: (h, w) in pixels; None: the model's own.
+
+    Returns:
+        The cost of one image.
+
+    Raises:
+        PrunexError: No supported ViT, or a size that is not a multiple of the patch size.
+
+    >>> import prunex, timm
+    >>> model = timm.create_model("deit_small_patch16_224")
+    >>> round(prunex.cost(model).gmacs, 2)
+    4.6
+    >>> _ = prunex.attach(model, "evit", keep_ratio=0.7)
+    >>> round(prunex.cost(model).gmacs, 2)
+    3.03
+    """
+    vit = find(model)[1]
+    a = read(vit)
+    gh, gw = a.grid if image_size is None else _grid(a, image_size)
+    patches = gh * gw
+    attached = getattr(vit, "prunex", None)
+    pruner = None if attached is None else attached.pruner
+    left = dict(zip(pruner.stages, pruner.counts(patches), strict=True)) if pruner is not None else {}
+    blocks, n = [], patches
+    for i, block in enumerate(vit.blocks):
+        decision = 0
+        after = left.get(i, n)
+        if pruner is not None and i in left and after != n:
+            decision = pruner.macs(n)
+        entering = n if pruner is not None and pruner.inside else after
+        n = after
+        blocks.append(_block(block, a.prefix + entering, a.prefix + n, decision))
+    projection = vit.patch_embed.proj
+    embedding = patches * projection.weight.numel()
+    heads = [h for h in (vit.head, getattr(vit, "head_dist", None)) if isinstance(h, nn.Linear)]
+    head = sum(h.in_features * h.out_features for h in heads)
+    params = sum(p.numel() for p in vit.parameters())
+    return Cost(embedding + sum(b.macs for b in blocks) + head, params, tuple(blocks))
+
+
+def _block(block: nn.Module, attending: int, feeding: int, decision: int) -> BlockCost:
+    attn = block.attn
+    width = attn.proj.in_features
+    linear = attn.qkv.in_features * attn.qkv.out_features + attn.proj.in_features * attn.proj.out_features
+    mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
+    macs = attending * linear + 2 * attending * attending * width + feeding * mlp + decision
+    return BlockCost(attending, feeding, macs)
+
+
+def _grid(a: Anatomy, size: tuple[int, int]) -> tuple[int, int]:
+    if size[0] % a.patch[0] or size[1] % a.patch[1] or min(size) < 1:
+        raise PrunexError(f"image_size={size} is not a multiple of the patch size {a.patch}")
+    return size[0] // a.patch[0], size[1] // a.patch[1]

@@ -1,0 +1,140 @@
+"""Graphs for other runtimes: torch.export (.pt2) and ONNX (.onnx), any batch size."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunex.attach import attached
+from prunex.errors import PrunexError
+from prunex.slim.slim import slim
+from prunex.vit.anatomy import check_images, read
+from prunex.vit.forward import run
+
+SUFFIXES = (".onnx", ".pt2")
+_NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
+
+
+class Graph(nn.Module):
+    """The inference graph of a slim model: images in, logits (and, if asked for, kept maps) out, no side effects."""
+
+    def __init__(self, model: nn.Module, kept: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.kept = kept
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, classes], or these and the kept map bool [B, gh, gw] of the last stage."""
+        vit: Any = self.model
+        hooked = getattr(vit, "prunex", None)
+        pruners = () if hooked is None else (hooked.pruner,)
+        tokens, state = run(vit, images, read(vit), pruners)
+        logits = type(vit).forward_head(vit, tokens)
+        return (logits, state.trace.kept()) if self.kept else logits
+
+
+def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *, kept: bool = False) -> Path:
+    """Write the model as a graph, and check the graph against the model before the file appears.
+
+    Args:
+        model: What :func:`prunex.slim` gave, or any supported ViT (it is slimmed first).
+        path: Ends in ``.pt2`` (torch.export) or ``.onnx`` (needs the extra ``prunex-vit[onnx]``).
+        example: float [B, C, H, W]; None: random images of the model's size. Any batch size works afterwards.
+        kept: Also return the kept-token map bool [B, gh, gw] (outputs ``logits`` and ``kept``).
+
+    Returns:
+        The path.
+
+    Raises:
+        PrunexError: Another suffix, images the model cannot take, a missing extra, or a graph that disagrees.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise PrunexError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
+    if path.suffix == ".onnx":
+        for module, package in _NEEDS.items():
+            if find_spec(module) is None:
+                raise PrunexError(f"ONNX export needs {package}: pip install 'prunex-vit[onnx]', or export to .pt2")
+    small = slim(model).float().cpu()
+    anatomy = read(small)
+    if example is None:
+        example = torch.randn(2, anatomy.channels, *anatomy.image, generator=torch.Generator().manual_seed(0))
+    check_images(anatomy, example, values=True)
+    example = example.detach().float().cpu()
+    example = example.repeat(2, 1, 1, 1) if len(example) == 1 else example  # one image would fix the batch at 1
+    graph = Graph(small, kept).eval()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise PrunexError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
+    os.close(handle)
+    waiting = Path(name)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            _write(program, waiting, small, kept)
+            _check(waiting, graph, example)
+        os.chmod(waiting, 0o644)
+        os.replace(waiting, path)
+    finally:
+        waiting.unlink(missing_ok=True)
+    return path
+
+
+def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, kept: bool) -> None:
+    pruning = attached(small)
+    spec = json.dumps(None if pruning is None else pruning.spec)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path, extra_files={"prunex.json": spec})
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits", "kept"] if kept else ["logits"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if onnx is None:
+        raise PrunexError("torch gave no ONNX program: upgrade torch or onnxscript, or export to .pt2")
+    onnx.model.metadata_props["prunex"] = spec
+    onnx.save(str(path), external_data=False)
+
+
+def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -> None:
+    """Run the written file on one, two and more images and compare logits with the model's."""
+    if path.suffix == ".onnx" and find_spec("onnxruntime") is None:
+        return
+    for batch in (1, len(example), len(example) + 1):
+        images = example.repeat(2, 1, 1, 1)[:batch]
+        wanted = graph(images)
+        wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+        found = _run_onnx(path, images) if path.suffix == ".onnx" else _run_pt2(path, images)
+        gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+        if not gap <= tolerance:
+            raise PrunexError(
+                f"the exported graph differs from the model by {gap:.1e} at batch {batch}: nothing was written"
+            )
+
+
+def _run_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _run_pt2(path: Path, images: Tensor) -> Tensor:
+    out = torch.export.load(path).module()(images)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,220 @@
+"""Slim models on disk: safetensors, config.json with timm's keys, and a model card. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import prunex
+from prunex.attach import attach, attached
+from prunex.errors import PrunexError
+from prunex.metrics.cost import cost
+from prunex.vit.anatomy import build, describe, find, read
+
+VERSION = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_ONLY_OURS = ("norm_layer", "act_layer", "mlp_layer")  # constructor arguments that timm's JSON cannot carry
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Path:
+    """Write a ViT, pruned or dense, as a folder that :func:`load` and any safetensors reader can open.
+
+    Files are written beside the folder and moved in when all are whole, so an interrupted save leaves the old ones.
+
+    Args:
+        model: What :func:`prunex.slim` gave; or any supported ViT.
+        folder: Where to; made if missing, its three files replaced if there.
+        labels: Class names, one a class.
+        mean: Per-channel mean the images were normalised with.
+        std: Per-channel standard deviation, likewise.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PrunexError: For a model plain values cannot describe, labels of the wrong number, or a path that is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise PrunexError(f"{folder} is a file: give a folder to save to")
+    vit = find(model)[1]
+    config = _config(vit, labels, mean, std)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        waiting = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    try:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
+        save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt", "prunex": str(VERSION)})
+        config["prunex"]["sha256"] = _sha256(waiting / WEIGHTS)
+        (waiting / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (waiting / CARD).write_text(_card(config))
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CARD, CONFIG):
+            os.replace(waiting / name, folder / name)
+    except OSError as error:
+        raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+    return folder
+
+
+def load(folder: str | Path) -> nn.Module:
+    """A saved model again: rebuilt from its description, pruned if it was, in eval mode.
+
+    Args:
+        folder: As given to :func:`save`.
+
+    Returns:
+        The ViT; logits equal the saved model's.
+
+    Raises:
+        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise PrunexError(f"{folder} has no {WEIGHTS}: the folder is not whole; save the model again")
+    ours = config["prunex"]
+    if _sha256(weights) != ours.get("sha256"):
+        raise PrunexError(f"{weights} is damaged or was replaced: its checksum is not the one in {CONFIG}")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PrunexError(f"{weights} is damaged: {error}") from error
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
+        vit = build(ours["model"])
+        if ours.get("pruning") is not None:
+            spec = dict(ours["pruning"])
+            attach(vit, spec.pop("method"), **spec)
+    missing, unexpected = (set(vit.state_dict()) - set(tensors), set(tensors) - set(vit.state_dict()))
+    wrong = [k for k, v in vit.state_dict().items() if k in tensors and tensors[k].shape != v.shape]
+    if missing or unexpected or wrong:
+        names = ", ".join(sorted(missing | unexpected | set(wrong))[:4])
+        raise PrunexError(f"{weights} does not fit {CONFIG} ({names}): one of them was changed; save the model again")
+    dtype = next(iter(tensors.values())).dtype
+    vit.to(dtype).load_state_dict(tensors)
+    vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
+    vit.label_names = list(config.get("label_names", []))
+    return vit.eval()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a slim folder, checked to be one.
+
+    Raises:
+        PrunexError: For a folder that is missing, damaged, foreign or of a later version.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise PrunexError(f"{folder} is no folder: give one written by prunex.save, such as runs/NAME/slim")
+    if not path.is_file():
+        raise PrunexError(f"{folder} has no {CONFIG}: give a folder written by prunex.save, such as runs/NAME/slim")
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise PrunexError(f"{path} is damaged: {error}") from error
+    ours = config.get("prunex") if isinstance(config, Mapping) else None
+    if not isinstance(ours, Mapping) or not isinstance(ours.get("version"), int) or "model" not in ours:
+        raise PrunexError(
+            f"{path} was not written by prunex (it has no whole 'prunex' entry): give a folder of prunex.save"
+        )
+    if ours["version"] > VERSION:
+        raise PrunexError(
+            f"{path} is of format {ours['version']}, this prunex reads up to {VERSION}: upgrade prunex-vit"
+        )
+    return dict(config)
+
+
+def _config(
+    vit: nn.Module, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict[str, Any]:
+    anatomy, model = read(vit), describe(vit)
+    if labels is not None and len(labels) != anatomy.classes:
+        raise PrunexError(f"{len(labels)} labels for {anatomy.classes} classes: give one name a class")
+    known = getattr(vit, "pretrained_cfg", None) or {}
+    known = known.to_dict() if hasattr(known, "to_dict") else dict(known)
+    kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license")
+    cfg: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items() if k in kept}
+    cfg |= {"input_size": [anatomy.channels, *anatomy.image], "num_classes": anatomy.classes}
+    cfg |= {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": not anatomy.dynamic}
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            cfg[name] = [float(v) for v in value]
+    pruning = attached(vit)
+    count = cost(vit)
+    names = list(labels) if labels is not None else list(getattr(vit, "label_names", []) or [])
+    return {
+        "architecture": known.get("architecture") or "vit_small_patch16_224",
+        "num_classes": anatomy.classes,
+        "num_features": anatomy.width,
+        "global_pool": anatomy.pool,
+        "model_args": {k: v for k, v in model["args"].items() if k not in (*_ONLY_OURS, "num_classes", "global_pool")},
+        "pretrained_cfg": cfg,
+        **({"label_names": names} if names else {}),
+        "prunex": {
+            "version": VERSION,
+            "model": model,
+            "pruning": None if pruning is None else pruning.spec,
+            "macs": count.macs,
+            "params": count.params,
+            "tokens_per_block": count.tokens,
+            "made_with": {"prunex": prunex.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    ours, cfg = config["prunex"], config["pretrained_cfg"]
+    size = " x ".join(map(str, cfg["input_size"]))
+    pruning = ours["pruning"]
+    told = "dense" if pruning is None else ", ".join(f"{k}={v}" for k, v in pruning.items())
+    return f"""---
+library_name: prunex
+tags: [image-classification, vision-transformer, token-pruning]
+---
+# {config["architecture"]}, {"dense" if pruning is None else "pruned with " + pruning["method"]}
+
+| | |
+|---|---|
+| input | {size}, mean {cfg.get("mean", "not recorded")}, std {cfg.get("std", "not recorded")} |
+| classes | {config["num_classes"]} |
+| pruning | {told} |
+| multiply-adds an image | {ours["macs"] / 1e9:.3f} G |
+| parameters | {ours["params"] / 1e6:.2f} M |
+| tokens in each block | {", ".join(map(str, ours["tokens_per_block"]))} |
+
+```python
+import prunex
+
+model = prunex.load("path/to/this/folder")  # eval mode; model(images) -> logits
+kept = prunex.attached(model).trace.kept()  # after a forward: which patches were used
+```
+"""

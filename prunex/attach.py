@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, strip_official
+from prunex.pruners.base import Forward, TokenPruner, check_number, strip_official
 from prunex.registry import lookup
-from prunex.vit.anatomy import Anatomy, find
+from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import check_parity, masked_pool, put_on, run, take_off
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
@@ -52,13 +50,19 @@ class Attached(nn.Module):
         # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
         return self.__dict__ | {"trace": None, "tape": None, "last": None, "policy": None}
 
+    def current(self, model: VisionTransformer) -> Anatomy:
+        """The model's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
+        embed, known = model.patch_embed, self.anatomy
+        now = (model.num_classes, model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
+        if now != (known.classes, known.pool, known.image, known.patch):
+            self.anatomy = read(model)
+        return self.anatomy
+
     def features(self, model: VisionTransformer, images: Tensor) -> Tensor:
         """The pruned ``forward_features``: [B, prefix + n, D]."""
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
-        anatomy = self.anatomy
-        if (model.num_classes, model.global_pool) != (anatomy.classes, anatomy.pool):  # after reset_classifier
-            anatomy = self.anatomy = replace(anatomy, classes=model.num_classes, pool=model.global_pool)
+        anatomy = self.current(model)
         tokens, state = run(model, images, anatomy, (pruner,), self.tape, masked)
         self.policy = state.policy
         self.trace = state.trace.detach()
@@ -139,9 +143,7 @@ class Pruning:
 
     @progress.setter
     def progress(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise PrunexError(f"progress={value!r} is not allowed: give the fraction of training done, in [0, 1]")
-        self.pruner.progress = float(value)
+        self.pruner.progress = check_number("progress", value, 0, 1)
 
     @property
     def masked(self) -> bool | None:
@@ -164,7 +166,7 @@ class Pruning:
 
     def counts(self, patches: int | None = None) -> list[int]:
         """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid."""
-        gh, gw = self._attached.anatomy.grid
+        gh, gw = self._attached.current(self.model).grid
         return self.pruner.counts(gh * gw if patches is None else patches)
 
     def load_official(self, state: Mapping[str, Any]) -> Pruning:
@@ -265,7 +267,7 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
     pruner: TokenPruner = make(anatomy, **options)
     pruner.prepare(vit)
     weight = next(vit.parameters())
-    pruner.to(device=weight.device, dtype=weight.dtype if weight.dtype != torch.float16 else None)
+    pruner.to(device=weight.device, dtype=weight.dtype)
     pruner.train(vit.training)
     attached = Attached(pruner, anatomy)
     attached.train(vit.training)

@@ -167,6 +167,9 @@ class DynamicViT(TokenPruner):
         prefix = forward.anatomy.prefix
         with torch.no_grad(), as_found(teacher, train=False):
             teacher.to(forward.images.device)
+            size = forward.anatomy.image
+            if tuple(teacher.patch_embed.img_size) != size:  # the model was given another size since
+                teacher.set_input_size(img_size=size)
             features = teacher.forward_features(forward.images)
             wanted = teacher.forward_head(features)
         losses = {}

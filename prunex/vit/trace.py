@@ -123,7 +123,9 @@ class TokenTrace:
     def depth(self) -> Tensor:
         """Number of stages each patch survived as a token of its own: int64 [B, gh, gw] in 0..len(stages)."""
         maps = [self.kept(i) for i in range(len(self.stages))]
-        return torch.stack(maps).sum(0) if maps else torch.zeros(self.batch, *self.grid, dtype=torch.long)
+        if not maps:
+            return torch.zeros(self.batch, *self.grid, dtype=torch.long, device=self.device)
+        return torch.stack(maps).sum(0)
 
     def keep_ratios(self) -> list[Tensor]:
         """Realised share of the original patches that are kept after each stage: a list of float [B]."""

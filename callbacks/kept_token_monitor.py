@@ -1,0 +1,76 @@
+"""KeptTokenMonitor: one picture an epoch of which patches the model keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+import prunex
+from prunex.callbacks.monitor import Monitor
+from prunex.pictures import kept_mosaic
+from prunex.vit.forward import as_found, record
+from prunex.vit.tape import Tape
+
+
+class KeptTokenMonitor(Monitor):
+    """Draw, after every validation epoch, what each stage keeps of a few fixed validation images.
+
+    Writes ``maps/kept_tokens-epoch=NNN.png`` and, into ``maps/epoch=NNN.npz``, ``kept`` bool [S, M, gh, gw], ``share``
+    float [M, gh, gw], ``predicted`` [M], ``images``, ``labels`` and ``masks``; sends the picture to TensorBoard, W&B,
+    MLflow and Comet loggers. Where batches hold object masks, logs ``prunex/object_kept``, the share of the patches
+    that touch the object which are still there at the end.
+
+    Args:
+        images: How many validation images to watch.
+        every_n_epochs: Watch every so many epochs.
+        model: Dotted path of the ViT in the module, when it holds several.
+    """
+
+    def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
+        """Run the images once and draw."""
+        vit = self.vit(pl_module)
+        if prunex.attached(vit) is None:
+            return
+        images = batch["images"].to(next(vit.parameters()))
+        tape = Tape()
+        with as_found(vit, train=False), torch.no_grad():
+            trace = record(vit, images, tape).trace
+        arrays = self.common(trainer, vit, batch)
+        stages = range(len(trace.stages)) or [-1]
+        arrays["kept"] = np.stack([trace.kept(s).cpu().numpy() for s in stages])
+        arrays["share"] = trace.share().float().cpu().numpy()
+        if tape.logits is not None and tape.logits.ndim == 2:
+            arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
+        if "masks" in batch:
+            covered = object_kept(trace.kept().cpu(), batch["masks"])
+            pl_module.log("prunex/object_kept", covered, rank_zero_only=True)
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        picture = kept_mosaic(
+            arrays["images"],
+            arrays["kept"],
+            arrays.get("labels"),
+            arrays.get("predicted"),
+            names,
+            arrays.get("masks"),
+            title=f"{prunex.attached(vit).method}, epoch {trainer.current_epoch}: patches kept",  # type: ignore[union-attr]
+        )
+        self.write(trainer, "kept_tokens", arrays, picture)
+
+
+def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
+    """Share of object patches that are kept, mean over the images that show an object.
+
+    Args:
+        kept: bool [B, gh, gw].
+        masks: bool [B, H, W].
+        least: Share of a patch that must lie on the object for the patch to count as the object's.
+
+    Returns:
+        0..1; NaN without any object.
+    """
+    area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], kept.shape[1:])[:, 0]
+    touched = (area > least).flatten(1)
+    there = (touched & kept.flatten(1)).sum(1) / touched.sum(1).clamp(min=1)
+    return float(there[touched.any(1)].mean())

@@ -1,0 +1,96 @@
+"""RelevancyMonitor: one picture an epoch of what the prediction rests on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+import prunex
+from prunex.callbacks.monitor import Monitor
+from prunex.errors import PrunexError
+from prunex.pictures import relevancy_mosaic
+from prunex.registry import lookup
+
+
+class RelevancyMonitor(Monitor):
+    """Explain, after every validation epoch, the predictions on a few fixed validation images.
+
+    Writes ``maps/relevancy-epoch=NNN.png`` and, into ``maps/epoch=NNN.npz``, ``relevance/<method>`` float [M, gh, gw]
+    and ``target/<method>`` [M]; sends the picture to every logger that takes images. On a pruned model it logs
+    ``prunex/relevancy_kept/<method>``, the share of (positive) relevancy on patches that are still there at the end.
+    The map is the pruned model's own, so that share says how much rests on tokens that left early, not whether the
+    choice was right; chance is the keep ratio. With object masks it logs ``prunex/relevancy_on_object/<method>``.
+
+    Args:
+        methods: Names of explainers.
+        images: How many validation images to watch.
+        every_n_epochs: Watch every so many epochs.
+        model: Dotted path of the ViT in the module, when it holds several.
+
+    Raises:
+        PrunexError: For an unknown explainer, at once.
+    """
+
+    def __init__(
+        self,
+        methods: list[str] | None = None,
+        images: int = 8,
+        every_n_epochs: int = 1,
+        model: str | None = None,
+    ) -> None:
+        super().__init__(images, every_n_epochs, model)
+        self.methods = list(["tokentm"] if methods is None else methods)
+        if isinstance(methods, str) or not self.methods:
+            raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
+        for name in self.methods:
+            lookup("explainer", name)
+
+    def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
+        """Explain and draw."""
+        vit = self.vit(pl_module)
+        arrays = self.common(trainer, vit, batch)
+        kept: Tensor | None = None
+        for name in self.methods:
+            e = prunex.explain(name, vit, batch["images"])
+            arrays[f"relevance/{name}"] = e.maps.float().cpu().numpy()
+            arrays[f"target/{name}"] = e.target.cpu().numpy()
+            arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
+            mass = e.maps.clamp(min=0)
+            if e.trace.stages:
+                kept = e.trace.kept()
+                pl_module.log(f"prunex/relevancy_kept/{name}", share_inside(mass, kept), rank_zero_only=True)
+            if "masks" in batch:
+                pixels = e.upsample().clamp(min=0).cpu()
+                on_object = share_inside(pixels, batch["masks"])
+                pl_module.log(f"prunex/relevancy_on_object/{name}", on_object, rank_zero_only=True)
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        picture = relevancy_mosaic(
+            arrays["images"],
+            {n: arrays[f"relevance/{n}"] for n in self.methods},
+            None if kept is None else np.asarray(kept.cpu()),
+            {n: arrays[f"target/{n}"] for n in self.methods},
+            arrays.get("labels"),
+            arrays["predicted"],
+            names,
+            arrays.get("masks"),
+            title=f"epoch {trainer.current_epoch}: what the prediction rests on",
+        )
+        self.write(trainer, "relevancy", arrays, picture)
+
+
+def share_inside(mass: Tensor, region: Tensor) -> float:
+    """Share of each map's mass inside a region, mean over images with any mass.
+
+    Args:
+        mass: float [B, h, w], not negative.
+        region: bool [B, h, w].
+
+    Returns:
+        0..1; NaN when no map has any mass.
+    """
+    total = mass.flatten(1).sum(1)
+    inside = (mass * region).flatten(1).sum(1)
+    share = (inside / total.clamp(min=torch.finfo(total.dtype).tiny))[total > 0]
+    return float(share.mean()) if len(share) else float("nan")

@@ -1,0 +1,113 @@
+"""SlimExport: write the smaller model at the end of training, or whenever a metric improves."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+import prunex
+from prunex.callbacks.monitor import run_folder
+from prunex.errors import PrunexError, unknown
+from prunex.slim.export import SUFFIXES
+from prunex.vit.anatomy import find, read
+
+
+class SlimExport(Callback):
+    """Write ``<folder>/slim`` (safetensors, config.json, card) and its exported graphs.
+
+    ``prunex.load("<folder>/slim")`` gives the module back; ``model.pt2`` and ``model.onnx`` in it take any batch.
+
+    Args:
+        folder: Where ``slim/`` goes; None: the run's own folder.
+        monitor: A logged metric; the model is written at each improvement. None: once, at the end of fit.
+        mode: Whether more or less of the metric is better.
+        formats: Graphs made once, at the end of fit: "pt2" and "onnx". None makes both, and leaves ONNX out with a
+            warning where the extra ``prunex-vit[onnx]`` is not installed.
+        model: Dotted path of the ViT in the module, when it holds several.
+
+    Raises:
+        PrunexError: For an unknown mode or format, at once; for a metric that is never logged, at the end.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        formats: list[str] | None = None,
+        model: str | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in ("min", "max"):
+            raise unknown("mode", mode, ("min", "max"))
+        known = [s.removeprefix(".") for s in SUFFIXES]
+        for name in formats or ():
+            if name not in known:
+                raise unknown("format", name, known)
+        self.folder = None if folder is None else Path(folder)
+        self.monitor = monitor
+        self.mode = mode
+        self.formats = formats
+        self.model = model
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best = state_dict["best"]
+
+    def path(self, trainer: Trainer) -> Path:
+        """The slim folder."""
+        return (run_folder(trainer) if self.folder is None else self.folder) / "slim"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the model if the metric improved."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None or torch.isnan(torch.as_tensor(value)):
+            return
+        sign = 1 if self.mode == "max" else -1
+        if self.best is None or sign * float(value) > sign * self.best:
+            self.best = float(value)
+            if trainer.is_global_zero:
+                self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the model, unless a better one is there, and the graphs."""
+        if self.monitor is not None and self.best is None:
+            known = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
+            raise PrunexError(f"SlimExport(monitor={self.monitor!r}): no such metric was logged; there are: {known}")
+        if not trainer.is_global_zero:
+            return
+        if self.monitor is None:
+            self._save(trainer, pl_module)
+        folder = self.path(trainer)
+        small = prunex.load(folder)
+        for name in self.formats if self.formats is not None else ("pt2", "onnx"):
+            if self.formats is None and name == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+                rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
+                continue
+            prunex.export(small, folder / f"model.{name}")
+        rank_zero_info(f"prunex: the slim model is in {folder}")
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        vit = find(pl_module, self.model)[1]
+        data = getattr(trainer, "datamodule", None)
+        names = getattr(data, "class_names", None)
+        fits = names is not None and len(names) == read(vit).classes
+        prunex.save(
+            prunex.slim(vit),
+            self.path(trainer),
+            labels=list(map(str, names)) if names is not None and fits else None,
+            mean=getattr(data, "mean", None),
+            std=getattr(data, "std", None),
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -103,8 +103,9 @@ def _head_weights(block: nn.Module, step: Attended, total: int, scale: str | Non
     """Length ratio times NECC of each head's value-output map, [B, H, n]."""
     value, before = _wide(step.value), _wide(step.before)
     h, d = value.shape[1], value.shape[3]
-    out = block.attn.proj.weight.to(value)
-    gamma = getattr(block.ls1, "gamma", None)
+    inner: Any = block
+    out: Tensor = inner.attn.proj.weight.to(value)
+    gamma: Tensor | None = getattr(inner.ls1, "gamma", None)
     if gamma is not None:
         out = out * gamma.to(out)[:, None]
     gram = torch.einsum("xhd,xhe->hde", out.unflatten(1, (h, d)), out.unflatten(1, (h, d)))

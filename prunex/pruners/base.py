@@ -170,6 +170,17 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> f
     return float(value)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as one (``"no"`` would be true).
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if not isinstance(value, bool):
+        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
+    return value
+
+
 def strip_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of an official checkpoint under plain names: ``{"model": ...}`` opened, ``module.`` taken off.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, check_number, floor_share, top
+from prunex.pruners.base import Forward, TokenPruner, check_flag, check_number, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.forward import Keep, Mask, TokenState, as_found
@@ -104,11 +104,11 @@ class DynamicViT(TokenPruner):
             raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
         self.targets = tuple(math.prod(self.rates[: s + 1]) for s in range(len(self.stages)))
         self.predictors = nn.ModuleList(Predictor(anatomy.width) for _ in self.stages)
-        self.distills = bool(teacher)
+        self.distills = check_flag("teacher", teacher)
         self.ratio_weight = check_number("ratio_weight", ratio_weight, 0)
         self.distill_weight = check_number("distill_weight", distill_weight, 0)
         self.token_loss = token_loss
-        self.batch_ratio = bool(batch_ratio)
+        self.batch_ratio = check_flag("batch_ratio", batch_ratio)
         self._teacher: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters, state dict, optimiser and DDP
         self.options |= {
             "teacher": self.distills,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from prunex.errors import PrunexError
-from prunex.pruners.base import check_number
+from prunex.pruners.base import check_flag, check_number
 from prunex.pruners.topk import TopK
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
@@ -45,7 +45,7 @@ class EViT(TopK):
         shrink_length: float = 0.0,
     ) -> None:
         super().__init__(anatomy, keep_ratio, stages)
-        self.fuses = bool(fuse)
+        self.fuses = check_flag("fuse", fuse)
         self.shrink_start = check_number("shrink_start", shrink_start, 0, 1)
         self.shrink_length = check_number("shrink_length", shrink_length, 0, 1)
         if self.shrink_start + self.shrink_length > 1:

@@ -79,7 +79,7 @@ class Anatomy:
             return row
         start = 0 if self.pool_prefix else self.prefix
         row[:, start:] = 1 if policy is None else (policy[:, start:] > 0).to(row.dtype)
-        return row / row.sum(1, keepdim=True)
+        return row / row.sum(1, keepdim=True).clamp(min=1)  # all 0 for an image whose patches were all dropped
 
 
 def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransformer]:
@@ -115,7 +115,8 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransfo
     if len(found) > 1:
         names = ", ".join(repr(n) for n, _ in found)
         raise PrunexError(
-            f"{type(module).__name__} holds {len(found)} timm ViTs ({names}): say which with model=<path>"
+            f"{type(module).__name__} holds {len(found)} timm ViTs ({names}): say which with path=... "
+            "(model=... in callbacks)"
         )
     if not found:
         children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]

@@ -194,6 +194,7 @@ def run(
         Tokens [B, prefix + n_last, D] after the final norm, and the final state with its trace.
     """
     check_images(anatomy, images)
+    _check_dtype(model, images)
     x, grid = embed(model, images)
     trace = TokenTrace(grid, anatomy.prefix, images.shape[0], images.device)
     state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1])
@@ -263,6 +264,17 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape) -> TokenState:
     finally:
         attached.policy = found
     return state
+
+
+def _check_dtype(model: VisionTransformer, images: Tensor) -> None:
+    wanted = model.patch_embed.proj.weight.dtype
+    # Autocast brings 16- and 32-bit floats together, but leaves float64 (numpy's own) alone.
+    if images.dtype != wanted and (
+        torch.float64 in (images.dtype, wanted) or not torch.is_autocast_enabled(images.device.type)
+    ):
+        raise PrunexError(
+            f"images have dtype {images.dtype}, the model {wanted}: convert them with images.to({wanted})"
+        )
 
 
 def _maybe_checkpoint(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:
@@ -402,6 +414,7 @@ def masked_pool(
     if kind == "avg":
         return mean
     top = body.masked_fill(p <= 0, torch.finfo(x.dtype).min).amax(1)
+    top = torch.where(p.sum(1) > 0, top, 0)  # an image whose patches were all dropped
     return top if kind == "max" else 0.5 * (top + mean)
 
 
@@ -432,6 +445,12 @@ def check_parity(model: VisionTransformer, tolerance: float = 1e-4) -> Anatomy:
         PrunexError: By name, for a model whose outputs differ (a new timm, a subclass with something of its own).
     """
     anatomy = read(model)
+    own = [name for name in ("forward", *_METHODS) if name in vars(model)]
+    if own:
+        raise PrunexError(
+            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
+            "first, or subclass and prune the plain model"
+        )
     weight = next(model.parameters())
     if weight.is_meta:
         return anatomy

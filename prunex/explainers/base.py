@@ -91,8 +91,14 @@ def recording(
         needs_class: Whether the method explains a class, so that a model without a head is refused.
 
     Raises:
-        PrunexError: For a target out of range, or a headless model where a class is needed or asked for.
+        PrunexError: For a target out of range, a headless model where a class is needed or asked for, or weights that
+            cannot be differentiated through.
     """
+    if tape.gradients and any(p.is_inference() for p in model.parameters()):
+        raise PrunexError(
+            "the model's weights were made under torch.inference_mode, and nothing can be differentiated through them: "
+            "build or load the model outside of it, or use rollout"
+        )
     with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
         if images.is_inference():
             images = images.clone()

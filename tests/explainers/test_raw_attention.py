@@ -100,7 +100,9 @@ def test_its_largest_at_the_reduction_block_are_what_evit_keeps(family, stage):
 
 def test_no_matrix_is_formed():
     class Shapes(TorchDispatchMode):
-        seen: set[tuple[int, ...]] = set()
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))

@@ -109,7 +109,8 @@ def test_tokens_that_stay_as_they_are_weigh_one_nth():
 
 
 def test_whole_walk_when_tokens_stay_as_they_are():
-    # Values are the tokens, projections the identity, MLPs return their input: U = I + mean(ReLU(g) A) / n, (1 + 1/n) I.
+    # Values are the tokens, projections the identity, MLPs return their input: U_att = I + ReLU(g) A / n and
+    # U_ffn = (1 + 1/n) I.
     class Same(nn.Module):
         def forward(self, x):
             return x

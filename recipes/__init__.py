@@ -2,5 +2,8 @@
 
 from prunex.recipes.classifier import ImageClassifier
 from prunex.recipes.digits import DigitScenes
+from prunex.recipes.folder import ImageFolder
+from prunex.recipes.report import write_report
+from prunex.recipes.run_report import RunReport
 
-__all__ = ["DigitScenes", "ImageClassifier"]
+__all__ = ["DigitScenes", "ImageClassifier", "ImageFolder", "RunReport", "write_report"]

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError, unknown
+from prunex.attach import CHILD
+from prunex.errors import PrunexError
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,11 @@ def create_model(
     >>> create_model("vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 2}).num_classes
     10
     """
-    if not timm.is_model(architecture.split(".")[0].removeprefix("hf_hub:")) and ":" not in architecture:
-        raise unknown(
-            "architecture",
-            architecture,
-            [n for n in timm.list_models("*vit*") if "deit" in n or n.startswith("vit_")][:40],
+    if ":" not in architecture and not timm.is_model(architecture.split(".")[0]):
+        near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
+        raise PrunexError(
+            f"unknown architecture {architecture!r}: did you mean {' or '.join(near) or 'a ViT'}? "
+            "timm.list_models('*vit*') lists what there is"
         )
     try:
         return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **dict(model_args or {}))
@@ -184,7 +186,11 @@ class SaveWeights(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         model: nn.Module = pl_module.model  # type: ignore[assignment]
-        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {
+            name: tensor.detach().float().cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(f"{CHILD}.")  # a pruner's own parameters are not the classifier's
+        }
         hparams = pl_module.hparams
         batches = trainer.global_step * trainer.accumulate_grad_batches
         metadata = {

@@ -9,6 +9,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+import prunex
 from prunex.errors import PrunexError
 from prunex.recipes.backbone import create_model, load_weights
 
@@ -57,6 +58,8 @@ class ImageClassifier(LightningModule):
         cutmix: Alpha of CutMix, likewise.
         patch_label_weight: Weight of an auxiliary loss in which a linear head on the final patch tokens names the
             class that each patch shows, or background; 0 is off. Needs masks, and serves training only.
+        pruning: ``method`` and its options, as for ``prunex.attach``. Checkpoints carry it, also where the model was
+            pruned by the callback ``TokenPruning``, so that ``load_from_checkpoint`` alone rebuilds a pruned model.
 
     Raises:
         PrunexError: If an argument is outside its range, or the weights cannot be loaded.
@@ -81,6 +84,7 @@ class ImageClassifier(LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         patch_label_weight: float = 0.0,
+        pruning: dict | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -120,6 +124,15 @@ class ImageClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
         return self.model(images)
+
+    def configure_model(self) -> None:
+        """Put on the pruner that the hyperparameters tell of; a model that is pruned already stays as it is."""
+        spec = dict(self.hparams["pruning"] or {})
+        if not spec or prunex.attached(self.model) is not None:
+            return
+        if "method" not in spec:
+            raise PrunexError(f"pruning={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
+        prunex.attach(self.model, **spec)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Classification loss, with the patch loss where it is on."""
@@ -203,9 +216,13 @@ class ImageClassifier(LightningModule):
 
     def _logits_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, num_classes]`` and the final patch tokens ``[B, gh * gw, D]`` of one forward."""
-        model = self.model
-        features = model.forward_features(images)
-        return model.forward_head(features), features[:, model.num_prefix_tokens :]
+        final: list[Tensor] = []
+        handle = self.model.norm.register_forward_hook(lambda module, inputs, output: final.append(output))
+        try:
+            logits = self(images)
+        finally:
+            handle.remove()
+        return logits, final[0][:, self.model.num_prefix_tokens :]
 
     def _patch_loss(self, tokens: Tensor, labels: Tensor, masks: Tensor | None) -> Tensor:
         if masks is None:

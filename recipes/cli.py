@@ -2,18 +2,16 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from prunex.errors import PrunexError, unknown
+from prunex.recipes.commands import COMMANDS
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEFAULT_CONFIG = "digits/dynamicvit.yaml"
-
-# Further subcommands: name -> (one line of help, function of the remaining arguments that returns an exit code).
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {}
 
 
 def packaged_configs() -> dict[str, Traversable]:
@@ -146,11 +144,21 @@ def run(arguments: Sequence[str]) -> int:
     raise unknown("command", command, [*LIGHTNING, *COMMANDS])
 
 
+def find_mistake(error: BaseException | None) -> PrunexError | None:
+    """The user's mistake behind an error; jsonargparse raises its own over whatever a constructor raised."""
+    while error is not None and not isinstance(error, PrunexError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
-    except PrunexError as error:
-        print(f"prunex: error: {error}", file=sys.stderr)
+    except Exception as error:
+        mistake = find_mistake(error)
+        if mistake is None:
+            raise
+        print(f"prunex: error: {mistake}", file=sys.stderr)
         code = 2
     raise SystemExit(code)

@@ -1,0 +1,56 @@
+# make demo   set up, fine-tune a pruned ViT on digit scenes, print the table and where the report is
+# make test   the whole check, from nothing: style, types, doctests, tests
+# make test-all   the same with the tests that take minutes
+# make clean  remove the environment and what was built
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAGE  := build/stage
+
+.PHONY: demo test test-all style types doctest tests stage clean
+
+demo: $(VENV)/.demo
+	$(BIN)/prunex fit
+
+test: style types doctest tests
+
+test-all: style types doctest
+	$(BIN)/python -m pytest -q
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("prunex needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV): torch alone is some GB, this takes minutes the first time."
+	$(BIN)/python -m pip install -q -e '.[onnx]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV): torch alone is some GB, this takes minutes the first time."
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Types and doctests run on an installed copy: it holds the package as users get it, every folder under its own name.
+stage: $(VENV)/.dev
+	@rm -rf $(STAGE) build/lib build/bdist*
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(STAGE) . 2>/dev/null \
+		|| $(BIN)/python -m pip install -q --no-deps --target $(STAGE) .
+
+types: stage
+	cd $(STAGE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+
+doctest: stage
+	cd $(STAGE) && $(abspath $(BIN))/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir . --doctest-modules prunex \
+		-p no:cacheprovider
+
+tests: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

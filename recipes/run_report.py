@@ -1,0 +1,98 @@
+"""RunReport: at the end of fit, measure dense beside pruned and write report.html."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+import prunex
+from prunex.callbacks.monitor import run_folder
+from prunex.errors import PrunexError
+from prunex.recipes.report import write_report
+from prunex.recipes.runs import SUMMARY, compare, table, write_summary
+from prunex.vit.anatomy import find
+
+
+class RunReport(Callback):
+    """Compare the model with what it started from, print the table, and write ``summary.json`` and ``report.html``.
+
+    Rows: ``dense`` (the ViT as it was before anything was attached), the trained model, and Top-K at the same keep
+    ratio and stages on the untrained dense model. Put it before ``TokenPruning`` in the list of callbacks, so that it
+    sees the dense model.
+
+    Args:
+        dense_accuracy: Evaluate the dense model too; False where its classifier starts untrained.
+        untrained_topk: Show Top-K without training; needs ``dense_accuracy``.
+        beside: Run folders whose trained model is shown in this table too.
+        model: Dotted path of the ViT in the module, when it holds several.
+    """
+
+    def __init__(
+        self,
+        dense_accuracy: bool = True,
+        untrained_topk: bool = True,
+        beside: list[str] | None = None,
+        model: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dense_accuracy = dense_accuracy
+        self.untrained_topk = untrained_topk
+        self.beside = [_trained_row(Path(run)) for run in beside or []]
+        self.model = model
+        self._dense: tuple[nn.Module, ...] = ()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep a copy of the dense model."""
+        if stage == "fit" and not self._dense and prunex.attached(pl_module, self.model) is None:
+            self._dense = (copy.deepcopy(find(pl_module, self.model)[1]).eval().requires_grad_(False),)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, print, write."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        run, batches = run_folder(trainer), trainer.val_dataloaders
+        if batches is None:
+            return
+        trained = prunex.slim(pl_module, self.model)
+        pruning = prunex.attached(trained)
+        name = "dense, trained" if pruning is None else pruning.method
+        models: dict[str, nn.Module] = {}
+        evaluated = {name}
+        if self._dense and pruning is not None:
+            dense = self._dense[0].to(next(trained.parameters()).device)
+            models["dense"] = dense
+            if self.dense_accuracy:
+                evaluated.add("dense")
+                if self.untrained_topk:
+                    plain = copy.deepcopy(dense)
+                    options = pruning.options
+                    prunex.attach(plain, "topk", keep_ratio=options["keep_ratio"], stages=options["stages"])
+                    models["topk, untrained"] = plain
+                    evaluated.add("topk, untrained")
+        models[name] = trained
+        summary = compare(models, batches[0] if isinstance(batches, list) else batches, evaluated)
+        order = {"dense": 0, name: 1}
+        summary["rows"] = sorted(summary["rows"] + self.beside, key=lambda r: order.get(r["model"], 2))
+        write_summary(run, summary)
+        print(f"\n{table(summary['rows'])}\n({summary['machine']})\n")
+        print(f"report: {write_report(run)}")
+        slim = run / "slim"
+        if slim.is_dir():
+            print(f"slim model: {slim}")
+
+
+def _trained_row(run: Path) -> dict:
+    """The trained model's row of another run."""
+    path = run / SUMMARY
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise PrunexError(f"beside={str(run)!r}: no whole {SUMMARY} there; give a run folder that finished") from error
+    trained = [r for r in rows if r["model"] not in ("dense", "topk, untrained")]
+    if not trained:
+        raise PrunexError(f"beside={str(run)!r}: its {SUMMARY} names no trained model")
+    return trained[0]

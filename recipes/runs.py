@@ -1,0 +1,235 @@
+"""Run folders: opening their model and data again, and measuring models beside each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+import prunex
+from prunex.callbacks import load_from_checkpoint
+from prunex.callbacks.kept_token_monitor import object_kept
+from prunex.callbacks.monitor import parts_of
+from prunex.errors import PrunexError
+from prunex.pictures.arrays import write_whole
+from prunex.vit.anatomy import read
+
+SUMMARY = "summary.json"
+
+
+def read_run(run: str | Path) -> dict[str, Any]:
+    """The config.yaml of a run folder.
+
+    Raises:
+        PrunexError: When it is no folder of a run, or the file is damaged.
+    """
+    folder = Path(run)
+    path = folder / "config.yaml"
+    if not folder.is_dir():
+        raise PrunexError(f"{run} is no folder: give a run folder, such as runs/digits-dynamicvit/version_0")
+    if not path.is_file():
+        raise PrunexError(f"{run} has no config.yaml: give a run folder that prunex fit wrote")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise PrunexError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or "model" not in config or "data" not in config:
+        raise PrunexError(f"{path} has no model and data: give a run folder that prunex fit wrote")
+    return config
+
+
+def open_model(where: str | Path) -> nn.Module:
+    """The slim model of a slim folder, a run folder (its slim/, else its newest checkpoint) or a checkpoint file.
+
+    Args:
+        where: ``runs/NAME/version_0``, ``.../slim`` or ``.../checkpoints/x.ckpt``.
+
+    Returns:
+        The ViT, pruned if it was trained so, in eval mode.
+
+    Raises:
+        PrunexError: When there is nothing to open.
+    """
+    path = Path(where)
+    if path.is_file():
+        run = path.parent.parent
+        return _from_checkpoint(read_run(run), path)
+    if (path / "config.json").is_file():
+        return prunex.load(path)
+    if (path / "slim" / "config.json").is_file():
+        return prunex.load(path / "slim")
+    config = read_run(path)
+    found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise PrunexError(f"{path} has neither a slim model nor a checkpoint: train with prunex fit first")
+    return _from_checkpoint(config, found[-1])
+
+
+def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
+    module_class = type(instantiate(LightningModule, config["model"]))
+    try:
+        told = torch.load(path, map_location="cpu", weights_only=True).get("prunex")
+    except Exception as error:
+        raise PrunexError(f"{path} is no checkpoint that loads safely: {type(error).__name__}") from error
+    if told is not None:
+        return prunex.slim(load_from_checkpoint(module_class, str(path)), told["path"])
+    return prunex.slim(module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True))
+
+
+def instantiate(base: type, spec: dict[str, Any]) -> Any:
+    """An object from ``class_path`` and ``init_args``, as configs hold them.
+
+    Raises:
+        PrunexError: When the class or its arguments are not as the config says.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "part")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"part": spec})).part
+    except PrunexError:
+        raise
+    except Exception as error:  # jsonargparse reports what it finds in several classes of its own
+        raise PrunexError(
+            f"cannot make {spec.get('class_path')} of the config: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def open_data(run: str | Path) -> LightningDataModule:
+    """The data module a run was trained with, ready for validation."""
+    data = instantiate(LightningDataModule, read_run(run)["data"])
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> dict[str, float]:
+    """Accuracy, and how much of the object the kept patches cover.
+
+    Args:
+        model: A ViT, dense or pruned.
+        batches: Validation batches: images, labels and (optionally) object masks.
+        limit: Look at no more than this many batches.
+
+    Returns:
+        ``accuracy`` 0..1, and ``kept_digit_cover`` 0..1 for a pruned model where masks are known.
+    """
+    weight = next(model.parameters())
+    pruning = prunex.attached(model)
+    right = seen = 0
+    cover: list[tuple[float, int]] = []
+    model.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            if limit is not None and number >= limit:
+                break
+            parts = parts_of(batch)
+            if "labels" not in parts:
+                raise PrunexError("validation batches have no labels: accuracy needs (images, labels)")
+            predicted = model(parts["images"].to(weight)).argmax(1).cpu()
+            right += int((predicted == parts["labels"].cpu()).sum())
+            seen += len(predicted)
+            if pruning is not None and "masks" in parts:
+                cover.append((object_kept(pruning.trace.kept().cpu(), parts["masks"].cpu()), len(predicted)))
+    if not seen:
+        raise PrunexError("there are no validation images to evaluate on")
+    found = {"accuracy": right / seen}
+    if cover:
+        found["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
+    return found
+
+
+def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float = 0.6, rounds: int = 3) -> list[float]:
+    """Throughput of models side by side in one process.
+
+    Rounds alternate between the models, so that a slow moment of the machine hits all of them alike.
+
+    Args:
+        models: ViTs taking the same images.
+        batch: Images in one forward.
+        seconds: Measured time for each model in a round.
+        rounds: How many rounds; each model's best median counts.
+
+    Returns:
+        Images a second, one number a model.
+    """
+    best = [float("inf")] * len(models)
+    a, weight = read(models[0]), next(models[0].parameters())
+    images = torch.randn(batch, a.channels, *a.image, device=weight.device, dtype=weight.dtype)
+    for _ in range(rounds):
+        for i, model in enumerate(models):
+            timer = Timer(
+                "model(x)", globals={"model": _quiet(model), "x": images}, num_threads=torch.get_num_threads()
+            )
+            best[i] = min(best[i], timer.blocked_autorange(min_run_time=seconds).median)
+    return [batch / t for t in best]
+
+
+def _quiet(model: nn.Module) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(x)
+
+    return forward
+
+
+def compare(
+    models: dict[str, nn.Module], batches: Iterable[Any], accuracy: bool | set[str] = True, limit: int | None = None
+) -> dict[str, Any]:
+    """What :func:`prunex.recipes.report.write_report` shows in its cost table.
+
+    Args:
+        models: ViTs by the name to show.
+        batches: Validation batches, walked once for each model.
+        accuracy: Whether to evaluate them, or the names of those to evaluate.
+        limit: Look at no more than this many batches.
+
+    Returns:
+        ``{"machine": str, "rows": [...]}`` in plain values.
+    """
+    speeds = images_per_second(list(models.values()))
+    rows = []
+    for (name, model), speed in zip(models.items(), speeds, strict=True):
+        cost = prunex.cost(model)
+        row: dict[str, Any] = {"model": name, "gmacs": cost.gmacs, "params_m": cost.params / 1e6, "images_per_s": speed}
+        if accuracy is True or (isinstance(accuracy, set) and name in accuracy):
+            row |= evaluate(model, batches, limit)
+        rows.append(row)
+    return {"machine": machine(next(next(iter(models.values())).parameters())), "rows": rows}
+
+
+def machine(weight: Tensor) -> str:
+    """Where something was measured, in one line."""
+    where = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"{os.cpu_count()} CPU cores"
+    threads = f"{torch.get_num_threads()} threads, " if not weight.is_cuda else ""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"{where} ({platform.machine()}), {threads}{dtype}, batch 32, torch {torch.__version__}"
+
+
+def write_summary(run: str | Path, summary: dict[str, Any]) -> Path:
+    """Write ``summary.json`` into a run folder."""
+    return write_whole(Path(run) / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The cost table as text.
+
+    >>> print(table([{"model": "dense", "accuracy": 0.9, "gmacs": 0.05, "params_m": 0.7, "images_per_s": 900.0}]))
+    model                  accuracy   object kept      MMACs   params (M)   images/s
+    dense                    90.0 %                     50.0         0.70        900
+    """
+    lines = [f"{'model':<20} {'accuracy':>10} {'object kept':>13} {'MMACs':>10} {'params (M)':>12} {'images/s':>10}"]
+    for r in rows:
+        shown = {k: f"{100 * r[k]:.1f} %" if r.get(k) is not None else "" for k in ("accuracy", "kept_digit_cover")}
+        numbers = f"{1000 * r['gmacs']:>10.1f} {r['params_m']:>12.2f} {r['images_per_s']:>10.0f}"
+        lines.append(f"{r['model']:<20} {shown['accuracy']:>10} {shown['kept_digit_cover']:>13} {numbers}")
+    return "\n".join(lines)

@@ -112,7 +112,7 @@ def top(score: Tensor, k: int, present: Tensor | None) -> Tensor:
 
 
 def ceil_share(rate: float, n: int) -> int:
-    """ceil(rate * n), at least 1, not fooled by the last bit of a float product (0.1 * 30 is 3)."""
+    """ceil(rate * n), at least 1, not fooled by the last bit of a float product (0.55 * 100 is 55)."""
     return max(1, math.ceil(rate * n - 1e-9))
 
 

@@ -44,7 +44,7 @@ class ImageClassifier(LightningModule):
 
     Args:
         architecture: Name of a timm model.
-        num_classes: Number of classes.
+        num_classes: Number of classes; on the command line, None takes it from the data module.
         model_args: Overrides for timm's constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
         weights: Path of a safetensors file, or the name of weights shipped with prunex (``digits``).
         pretrained: Download timm's weights; needs a network.
@@ -72,7 +72,7 @@ class ImageClassifier(LightningModule):
     def __init__(
         self,
         architecture: str = "vit_small_patch16_224",
-        num_classes: int = 10,
+        num_classes: int | None = None,
         model_args: dict | None = None,
         weights: str | None = None,
         pretrained: bool = False,
@@ -87,8 +87,8 @@ class ImageClassifier(LightningModule):
         pruning: dict | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise PrunexError(f"num_classes={num_classes!r} is not allowed: give at least 1")
+        if num_classes is None or num_classes < 1:
+            raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
         for name, value, most in (
             ("learning_rate", learning_rate, math.inf),
             ("weight_decay", weight_decay, math.inf),

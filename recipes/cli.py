@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prunex.errors import PrunexError, unknown
 from prunex.recipes.commands import COMMANDS
+from prunex.recipes.runs import instantiate
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEFAULT_CONFIG = "digits/dynamicvit.yaml"
@@ -76,6 +77,17 @@ def run_lightning(arguments: Sequence[str]) -> int:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
+    class CLI(LightningCLI):
+        """LightningCLI in which a model without a number of classes gets the data's."""
+
+        def instantiate_classes(self) -> None:
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            arguments = config.model.get("init_args") or {}
+            if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
+                data = instantiate(LightningDataModule, config.data.as_dict())
+                arguments["num_classes"] = getattr(data, "num_classes", None)
+            super().instantiate_classes()
+
     import prunex.callbacks
     import prunex.recipes  # noqa: F401  (imported so that configs may use short class names)
 
@@ -83,7 +95,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
-    LightningCLI(
+    CLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -8,7 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+import prunex
 from prunex import PrunexError
+from prunex.callbacks import TokenPruning
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.backbone import SaveWeights, create_model, load_weights, shipped_weights
 from prunex.recipes.classifier import patch_labels
@@ -73,6 +75,47 @@ def test_a_checkpoint_reads_back_plainly_and_without_the_first_weights(tmp_path)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(images), module.eval()(images))
+
+
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+def test_a_pruned_model_comes_back_from_its_checkpoint(tmp_path, method):
+    module = small(pruning={"method": method, "keep_ratio": 0.5, "stages": [1]})
+    run = trainer(tmp_path)
+    run.fit(module, scenes())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True, map_location="cpu").eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(images), module.eval()(images))
+    assert prunex.attached(again).spec == prunex.attached(module).spec
+
+
+def test_a_model_pruned_by_the_callback_comes_back_without_it(tmp_path):
+    module = small()
+    run = trainer(tmp_path, callbacks=[TokenPruning("dynamicvit", keep_ratio=0.5, stages=[1])])
+    run.fit(module, scenes())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True, map_location="cpu").eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(images), module.eval()(images))
+
+
+def test_patch_labels_and_masked_pruning_train_together(tmp_path):
+    module = small(patch_label_weight=1.0)
+    trainer(tmp_path, callbacks=[TokenPruning("dynamicvit", keep_ratio=0.5, stages=[1])]).fit(module, scenes())
+
+
+def test_patch_labels_refuse_tokens_that_left(tmp_path):
+    with pytest.raises(PrunexError, match="needs all 16 patch tokens"):
+        trainer(tmp_path, callbacks=[TokenPruning("evit", keep_ratio=0.5, stages=[1])]).fit(
+            small(patch_label_weight=1.0), scenes()
+        )
+
+
+def test_a_pruning_without_a_method_is_refused(tmp_path):
+    with pytest.raises(PrunexError, match="names no method"):
+        small(pruning={"keep_ratio": 0.5}).configure_model()
 
 
 def test_training_resumes_where_it_stopped(tmp_path):

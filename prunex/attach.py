@@ -76,8 +76,8 @@ class Attached(nn.Module):
         return masked_pool(model, x, pool_type, self.policy, self.anatomy)
 
     def saw_logits(self, logits: Any) -> None:
-        """Remember the logits of a training forward, for losses that need them."""
-        if self.last is not None:
+        """Remember the logits of a training forward, for losses that need them; a model without a head has none."""
+        if self.last is not None and self.anatomy.classes > 0:
             if isinstance(logits, tuple):  # a distilled DeiT in distilled training: two heads
                 logits = sum(logits) / len(logits)
             self.last.logits = logits

@@ -187,6 +187,10 @@ def strip_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         PrunexError: When it holds no tensors.
     """
+    if not isinstance(state, Mapping):
+        raise PrunexError(
+            f"got a {type(state).__name__}: give a state dict, as torch.load(path, weights_only=True) reads"
+        )
     for key in ("model", "state_dict", "model_ema"):
         inner = state.get(key)
         if isinstance(inner, Mapping):

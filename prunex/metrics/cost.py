@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,7 +54,7 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
 
     Args:
         model: A supported ViT, or a module that holds exactly one.
-        image_size: (h, w) in pixels; None: the model's own.
+        image_size: (h, w) in pixels, which the model need not have been built for; None: its own.
 
     Returns:
         The cost of one image.
@@ -102,7 +103,10 @@ def _block(block: nn.Module, attending: int, feeding: int, decision: int) -> Blo
     return BlockCost(attending, feeding, macs)
 
 
-def _grid(a: Anatomy, size: tuple[int, int]) -> tuple[int, int]:
-    if size[0] % a.patch[0] or size[1] % a.patch[1] or min(size) < 1:
-        raise PrunexError(f"image_size={size} is not a multiple of the patch size {a.patch}")
-    return size[0] // a.patch[0], size[1] // a.patch[1]
+def _grid(a: Anatomy, size: Sequence[int]) -> tuple[int, int]:
+    whole = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(v, int) and v > 0 for v in size)
+    if not whole or (not a.pads and (size[0] % a.patch[0] or size[1] % a.patch[1])):
+        raise PrunexError(
+            f"image_size={size!r} is not allowed: give (h, w) in pixels, multiples of the patch {a.patch}"
+        )
+    return -(-size[0] // a.patch[0]), -(-size[1] // a.patch[1])

@@ -37,7 +37,7 @@ class TopK(TokenPruner):
         self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
     ) -> None:
         super().__init__(anatomy, keep_ratio, stages)
-        self.width = anatomy.width
+        self.anatomy = anatomy
 
     def rate(self, stage: int) -> float:
         """The keep rate in force at a stage now."""
@@ -66,5 +66,7 @@ class TopK(TokenPruner):
         return counts
 
     def macs(self, entering: int) -> int:
-        """The class row, and the fused token where there is one."""
-        return entering * self.width * (2 if self.fuses else 1)
+        """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
+        a = self.anatomy
+        asking = 1 if a.readers else entering + a.prefix * a.pool_prefix
+        return asking * (entering + a.prefix) * sum(a.heads) // a.depth * a.head_dim + self.fuses * entering * a.width

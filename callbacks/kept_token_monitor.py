@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor
+from prunex.callbacks.monitor import Monitor, decisions, log_share
 from prunex.pictures import kept_mosaic
 from prunex.vit.forward import as_found, record
 from prunex.vit.tape import Tape
@@ -31,21 +31,23 @@ class KeptTokenMonitor(Monitor):
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Run the images once and draw."""
         vit = self.vit(pl_module)
-        if prunex.attached(vit) is None:
+        pruning = prunex.attached(vit)
+        if pruning is None:
             return
         images = batch["images"].to(next(vit.parameters()))
         tape = Tape()
         with as_found(vit, train=False), torch.no_grad():
             trace = record(vit, images, tape).trace
         arrays = self.common(trainer, vit, batch)
-        stages = range(len(trace.stages)) or [-1]
-        arrays["kept"] = np.stack([trace.kept(s).cpu().numpy() for s in stages])
+        everything = np.ones((len(images), *trace.grid), dtype=bool)
+        arrays["kept"] = np.stack(
+            [everything if i is None else trace.kept(i).cpu().numpy() for i in decisions(trace, pruning.pruner.stages)]
+        )
         arrays["share"] = trace.share().float().cpu().numpy()
-        if tape.logits is not None and tape.logits.ndim == 2:
+        if tape.logits is not None and vit.num_classes > 0:  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
         if "masks" in batch:
-            covered = object_kept(trace.kept().cpu(), batch["masks"])
-            pl_module.log("prunex/object_kept", covered, rank_zero_only=True)
+            log_share(pl_module, "prunex/object_kept", object_kept(trace.kept().cpu(), batch["masks"]))
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         picture = kept_mosaic(
             arrays["images"],
@@ -54,7 +56,7 @@ class KeptTokenMonitor(Monitor):
             arrays.get("predicted"),
             names,
             arrays.get("masks"),
-            title=f"{prunex.attached(vit).method}, epoch {trainer.current_epoch}: patches kept",  # type: ignore[union-attr]
+            title=f"{pruning.method}, epoch {trainer.current_epoch}: patches kept",
         )
         self.write(trainer, "kept_tokens", arrays, picture)
 
@@ -70,7 +72,7 @@ def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
     Returns:
         0..1; NaN without any object.
     """
-    area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], kept.shape[1:])[:, 0]
+    area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], tuple(kept.shape[1:]))[:, 0]
     touched = (area > least).flatten(1)
     there = (touched & kept.flatten(1)).sum(1) / touched.sum(1).clamp(min=1)
     return float(there[touched.any(1)].mean())

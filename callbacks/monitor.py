@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from prunex.errors import PrunexError
 from prunex.pictures import from_tensor, save_png
 from prunex.vit.anatomy import find
+from prunex.vit.trace import TokenTrace
+
+_WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # npz files that a trainer's monitors share
 
 
 class Monitor(Callback):
@@ -40,6 +46,9 @@ class Monitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.model = model
         self._parts: list[dict[str, Tensor]] = []
+        self._whole = False
+        self._seen = -1
+        self._folder: Path | None = None
 
     @property
     def collected(self) -> int:
@@ -47,8 +56,12 @@ class Monitor(Callback):
         return sum(len(p["images"]) for p in self._parts)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start a new set of images for a new run."""
+        """Start a new set of images for a new run, and learn its folder."""
         self._parts = []
+        self._whole = False
+        self._seen = -1
+        # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
+        self._folder = run_folder(trainer)
 
     def on_validation_batch_end(
         self,
@@ -59,8 +72,9 @@ class Monitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect images until there are enough."""
-        if dataloader_idx != 0 or self.collected >= self.images or not trainer.is_global_zero:
+        """Collect images until there are enough, in the first whole validation; the sanity check only tries a batch."""
+        enough = self._whole or self.collected >= self.images
+        if dataloader_idx != 0 or enough or not trainer.is_global_zero:
             return
         part = parts_of(batch)
         if not part:
@@ -68,16 +82,32 @@ class Monitor(Callback):
                 f"{type(self).__name__} found no images in the validation batch ({type(batch).__name__}): "
                 "give batches that hold a float tensor [B, C, H, W]"
             )
+        if trainer.sanity_checking:
+            return
         room = self.images - self.collected
         self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch, unless this is the sanity check."""
-        due = trainer.current_epoch % self.every_n_epochs == 0 or trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.sanity_checking or not trainer.is_global_zero or not self._parts or not due:
+        if trainer.sanity_checking or not trainer.is_global_zero or not self._parts:
             return
+        self._whole = True
+        if not self._due(trainer):
+            return
+        self._seen = trainer.current_epoch
         keys = set.intersection(*(set(p) for p in self._parts))
         self.watch(trainer, pl_module, {k: torch.cat([p[k] for p in self._parts]) for k in keys})
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether a multiple of ``every_n_epochs`` lies between the last watched epoch and this one, or training ends.
+
+        Validation itself may come only every so many epochs, and several times in one.
+        """
+        if trainer.state.fn != "fit":
+            return True
+        epoch, every = trainer.current_epoch, self.every_n_epochs
+        last = epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+        return last or epoch == self._seen or self._seen < 0 or epoch // every > self._seen // every
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Look at the model; ``batch`` holds images and, where known, labels and masks (on the CPU)."""
@@ -96,12 +126,19 @@ class Monitor(Callback):
         return found
 
     def write(self, trainer: Trainer, name: str, arrays: dict[str, np.ndarray], picture: np.ndarray) -> None:
-        """PNG and npz under maps/, and the picture to every logger that takes one."""
-        folder = run_folder(trainer) / "maps"
+        """PNG and npz under maps/, and the picture to every logger that takes one; nothing in ``fast_dev_run``."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        folder = (self._folder or run_folder(trainer)) / "maps"
         folder.mkdir(parents=True, exist_ok=True)
         epoch = trainer.current_epoch
         save_png(folder / f"{name}-epoch={epoch:03d}.png", picture)
-        merge_npz(folder / f"epoch={epoch:03d}.npz", arrays)
+        path = folder / f"epoch={epoch:03d}.npz"
+        written = _WRITTEN.setdefault(trainer, set())
+        if path not in written:  # of an earlier run in the same folder
+            path.unlink(missing_ok=True)
+        merge_npz(path, arrays)
+        written.add(path)
         log_picture(trainer, f"prunex/{name}", picture)
 
 
@@ -130,15 +167,39 @@ def shown(trainer: Trainer, vit: Any, images: Tensor) -> np.ndarray:
     if mean is None or std is None:
         mean, std = known.get("mean", (0.5,) * 3), known.get("std", (0.5,) * 3)
     images = images.float()
-    if images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
+    if images.shape[1] < 3:  # grey, or two channels of no known colour
+        images = images[:, :1].expand(-1, 3, -1, -1)
         mean, std = [mean[0]] * 3, [std[0]] * 3
     return np.asarray(from_tensor(images[:, :3], list(mean), list(std)))
 
 
+def decisions(trace: TokenTrace, stages: Sequence[int]) -> list[int | None]:
+    """For each of a pruner's stages the last decision in the trace by then; None while nothing was decided.
+
+    A stage whose keep rate is 1 at present decides nothing and leaves no entry.
+    """
+    made = [s.block for s in trace.stages]
+    return [max((i for i, block in enumerate(made) if block <= stage), default=None) for stage in stages]
+
+
+def log_share(pl_module: LightningModule, name: str, value: float) -> None:
+    """Log a share that rank zero found; one that has no value (no object in any image) is left out."""
+    if not math.isnan(value):
+        pl_module.log(name, value, rank_zero_only=True)
+
+
 def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder: the first logger's, or the trainer's root."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The run's own folder: the first logger's, where Lightning puts checkpoints too, or the trainer's root.
+
+    Call it on all processes: it is a broadcast.
+    """
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    root, version = logger.save_dir or trainer.default_root_dir, logger.version
+    named = version if isinstance(version, str) else None if version is None else f"version_{version}"
+    # Their save_dir is shared by all runs.
+    return Path(trainer.strategy.broadcast(str(Path(root, *(str(p) for p in (logger.name, named) if p)))))
 
 
 def merge_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -156,28 +217,18 @@ def merge_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def log_picture(trainer: Trainer, tag: str, picture: np.ndarray) -> None:
     """Hand one uint8 [H, W, 3] picture to every logger that takes images; files are written by the caller anyway."""
+    step = trainer.global_step
     for logger in trainer.loggers:
+        kinds = {c.__name__ for c in type(logger).__mro__}  # by name: none of these packages is required
+        own: Any = logger
         try:
-            kind = type(logger).__name__
-            if kind == "TensorBoardLogger":
-                logger.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")  # type: ignore[attr-defined]
-            elif kind == "WandbLogger":
-                logger.log_image(tag, images=[picture], step=trainer.global_step)  # type: ignore[attr-defined]
-            elif kind == "MLFlowLogger":
-                logger.experiment.log_image(  # type: ignore[attr-defined]
-                    logger.run_id,
-                    picture,
-                    key=tag.replace("/", "."),
-                    step=trainer.global_step,  # type: ignore[attr-defined]
-                )
-            elif kind == "CometLogger":
-                logger.experiment.log_image(picture, name=tag, step=trainer.global_step)  # type: ignore[attr-defined]
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            AttributeError,
-            ImportError,
-        ) as error:
-            # A picture must not end a training.
+            if "TensorBoardLogger" in kinds:
+                own.experiment.add_image(tag, picture, step, dataformats="HWC")
+            elif "WandbLogger" in kinds:
+                own.log_image(tag, images=[picture], step=step)
+            elif "MLFlowLogger" in kinds:
+                own.experiment.log_image(own.run_id, picture, key=tag.replace("/", "."), step=step)
+            elif "CometLogger" in kinds:
+                own.experiment.log_image(picture, name=tag, step=step)
+        except Exception as error:  # whatever a service raises: a picture must not end a training
             rank_zero_warn(f"{type(logger).__name__} did not take the picture {tag}: {error}")

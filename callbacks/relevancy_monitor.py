@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor
+from prunex.callbacks.monitor import Monitor, log_share
 from prunex.errors import PrunexError
 from prunex.pictures import relevancy_mosaic
 from prunex.registry import lookup
@@ -47,6 +47,19 @@ class RelevancyMonitor(Monitor):
         for name in self.methods:
             lookup("explainer", name)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn before training whether a model without a classifier can be explained by these methods.
+
+        Raises:
+            PrunexError: When a method needs classes and the ViT has none.
+        """
+        vit = self.vit(pl_module)
+        if vit.num_classes > 0:
+            return
+        size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+        for name in self.methods:
+            prunex.explain(name, vit, next(vit.parameters()).new_zeros(size))
+
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain and draw."""
         vit = self.vit(pl_module)
@@ -56,15 +69,15 @@ class RelevancyMonitor(Monitor):
             e = prunex.explain(name, vit, batch["images"])
             arrays[f"relevance/{name}"] = e.maps.float().cpu().numpy()
             arrays[f"target/{name}"] = e.target.cpu().numpy()
-            arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
+            if vit.num_classes > 0:  # without a classifier these are features
+                arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
             mass = e.maps.clamp(min=0)
             if e.trace.stages:
                 kept = e.trace.kept()
-                pl_module.log(f"prunex/relevancy_kept/{name}", share_inside(mass, kept), rank_zero_only=True)
+                log_share(pl_module, f"prunex/relevancy_kept/{name}", share_inside(mass, kept))
             if "masks" in batch:
                 pixels = e.upsample().clamp(min=0).cpu()
-                on_object = share_inside(pixels, batch["masks"])
-                pl_module.log(f"prunex/relevancy_on_object/{name}", on_object, rank_zero_only=True)
+                log_share(pl_module, f"prunex/relevancy_on_object/{name}", share_inside(pixels, batch["masks"]))
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         picture = relevancy_mosaic(
             arrays["images"],
@@ -72,7 +85,7 @@ class RelevancyMonitor(Monitor):
             None if kept is None else np.asarray(kept.cpu()),
             {n: arrays[f"target/{n}"] for n in self.methods},
             arrays.get("labels"),
-            arrays["predicted"],
+            arrays.get("predicted"),
             names,
             arrays.get("masks"),
             title=f"epoch {trainer.current_epoch}: what the prediction rests on",

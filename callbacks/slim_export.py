@@ -14,6 +14,7 @@ import prunex
 from prunex.callbacks.monitor import run_folder
 from prunex.errors import PrunexError, unknown
 from prunex.slim.export import SUFFIXES
+from prunex.slim.files import CONFIG
 from prunex.vit.anatomy import find, read
 
 
@@ -46,8 +47,8 @@ class SlimExport(Callback):
         if mode not in ("min", "max"):
             raise unknown("mode", mode, ("min", "max"))
         known = [s.removeprefix(".") for s in SUFFIXES]
-        for name in formats or ():
-            if name not in known:
+        for name in [formats] if isinstance(formats, str) else formats or ():
+            if name not in known or isinstance(formats, str):
                 raise unknown("format", name, known)
         self.folder = None if folder is None else Path(folder)
         self.monitor = monitor
@@ -55,6 +56,16 @@ class SlimExport(Callback):
         self.formats = formats
         self.model = model
         self.best: float | None = None
+        self._run: Path | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Lets one trainer hold several, by what they watch."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the run's folder; here, because all processes come by, and asking for it is a broadcast."""
+        self._run = run_folder(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -66,11 +77,18 @@ class SlimExport(Callback):
 
     def path(self, trainer: Trainer) -> Path:
         """The slim folder."""
-        return (run_folder(trainer) if self.folder is None else self.folder) / "slim"
+        return (self.folder or self._run or run_folder(trainer)) / "slim"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model if the metric improved."""
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        self._improved(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for metrics of training, which are whole only now."""
+        self._improved(trainer, pl_module)
+
+    def _improved(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or _only_trying(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor)
         if value is None or torch.isnan(torch.as_tensor(value)):
@@ -83,6 +101,8 @@ class SlimExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model, unless a better one is there, and the graphs."""
+        if _only_trying(trainer):
+            return
         if self.monitor is not None and self.best is None:
             known = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
             raise PrunexError(f"SlimExport(monitor={self.monitor!r}): no such metric was logged; there are: {known}")
@@ -91,6 +111,12 @@ class SlimExport(Callback):
         if self.monitor is None:
             self._save(trainer, pl_module)
         folder = self.path(trainer)
+        if self.monitor is not None and not (folder / CONFIG).is_file():
+            rank_zero_warn(
+                f"no slim model was written to {folder}: {self.monitor} did not improve on {self.best:g}, the best of "
+                "the run that was resumed; its own slim folder holds that model"
+            )
+            return
         small = prunex.load(folder)
         for name in self.formats if self.formats is not None else ("pt2", "onnx"):
             if self.formats is None and name == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
@@ -111,3 +137,8 @@ class SlimExport(Callback):
             mean=getattr(data, "mean", None),
             std=getattr(data, "std", None),
         )
+
+
+def _only_trying(trainer: Trainer) -> bool:
+    """Whether this is ``fast_dev_run``: one batch of training must not replace a model that is there."""
+    return bool(getattr(trainer, "fast_dev_run", False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
+from prunex.callbacks.monitor import decisions
 from prunex.errors import PrunexError
 from prunex.pruners.base import check_number
 from prunex.vit.anatomy import find
@@ -74,19 +76,26 @@ class TokenPruning(Callback):
         self.pruning: prunex.Pruning | None = None
         self._undo: list[Callable[[], None]] = []
         self._before: list[tuple[nn.Parameter, Tensor]] = []
-        self._steps = math.inf
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
         others = [c for c in trainer.callbacks if isinstance(c, TokenPruning)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise PrunexError(f"{len(others)} TokenPruning callbacks in one Trainer: keep one")
+        if stage == "fit" and self._brings_losses() and not pl_module.automatic_optimization:
+            raise PrunexError(
+                f"{self.method} brings losses of its own, and this module optimises by hand: add "
+                "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
+            )
         if self._waits_for_configure_model(pl_module):
             self._attach_after_configure_model(pl_module)
         else:
             self._attach(pl_module)
         if stage == "fit":
             self._wrap_training_step(pl_module)
+
+    def _brings_losses(self) -> bool:
+        return bool(prunex.registry.lookup("pruner", self.method).make.trains_masked)  # type: ignore[attr-defined]
 
     def _waits_for_configure_model(self, module: LightningModule) -> bool:
         """Whether the module makes its ViT later, in ``configure_model``."""
@@ -116,15 +125,17 @@ class TokenPruning(Callback):
             raise PrunexError(
                 f"the model is pruned by {found.method} already: detach() it, or ask for {found.method} here"
             )
+        for name, wanted in self.options.items():
+            has = found.options.get(name)
+            if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
+                raise PrunexError(
+                    f"the model is pruned already with {name}={has!r}, not {wanted!r}: detach() it first with "
+                    f"prunex.attached(module).detach(), or ask for {has!r} here"
+                )
         self.pruning = found
-        if "pruning" in module.hparams:  # a module that rebuilds its structure itself needs to know it
+        if "pruning" in module.hparams and isinstance(module.hparams["pruning"], dict | None):
+            # A module that rebuilds its structure itself needs to know it; an argument that only shares the name stays.
             module.hparams["pruning"] = found.spec
-        brings_losses = found.pruner.trains_masked
-        if brings_losses and not module.automatic_optimization:
-            raise PrunexError(
-                f"{self.method} brings losses of its own, and this module optimises by hand: add "
-                "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
-            )
 
     def _wrap_training_step(self, module: LightningModule) -> None:
         if "training_step" in module.__dict__ and hasattr(module.training_step, "_prunex"):
@@ -151,12 +162,23 @@ class TokenPruning(Callback):
         self._undo.append(undo)
 
     def _with_losses(self, module: LightningModule, output: STEP_OUTPUT) -> STEP_OUTPUT:
-        if self.pruning is None or output is None:
+        if self.pruning is None:
+            return output
+        self._log_ratios(module, "prunex/keep_ratio")
+        seen = self.pruning._attached.last
+        if output is None or seen is None:  # optimised by hand, a skipped batch, or a step that did not run the model
+            self.pruning.forget()
             return output
         losses = self.pruning.losses()
         for name, value in losses.items():
-            module.log(f"prunex/loss_{name}", value.detach(), on_step=False, on_epoch=True, sync_dist=True)
-        self._log_ratios(module, "prunex/keep_ratio")
+            module.log(
+                f"prunex/loss_{name}",
+                value.detach(),
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                batch_size=len(seen.images),
+            )
         self.pruning.forget()
         if not losses:
             return output
@@ -172,61 +194,84 @@ class TokenPruning(Callback):
     def _log_ratios(self, module: LightningModule, name: str) -> None:
         if self.pruning is None or self.pruning._attached.trace is None:
             return
-        for s, ratios in enumerate(self.pruning.trace.keep_ratios()):
-            batch = len(ratios)
-            module.log(
-                f"{name}_stage{s}", ratios.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=batch
-            )
+        trace = self.pruning.trace
+        shares = [ratios.mean() for ratios in trace.keep_ratios()]
+        for s, i in enumerate(decisions(trace, self.pruning.pruner.stages)):
+            share = torch.ones((), device=module.device) if i is None else shares[i]
+            module.log(f"{name}_stage{s}", share, on_step=False, on_epoch=True, sync_dist=True, batch_size=trace.batch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn how long the training is, for schedules."""
-        self._steps = float(trainer.estimated_stepping_batches)
-        if self.pruning is not None:
-            tokens = self.pruning.counts()
-            rank_zero_info(
-                f"prunex: {self.method} leaves {tokens} patch tokens after blocks {self.pruning.pruner.stages}"
-            )
+        """Say what will be left, and watch the optimisers where only part of their steps shall reach the backbone."""
+        if self.pruning is None:
+            return
+        tokens = self.pruning.counts()
+        rank_zero_info(f"prunex: {self.method} leaves {tokens} patch tokens after blocks {self.pruning.pruner.stages}")
+        if self._brings_losses() and not self.pruning.model.training:
+            rank_zero_warn(f"the ViT is in eval mode, so {self.method} learns nothing: call module.train() before fit")
+        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0:
+            return
+        if self.freeze_backbone > 0 and trainer.max_epochs == -1 and trainer.max_steps == -1:
+            rank_zero_warn("freeze_backbone is a fraction of the training, and this one has no end: nothing is frozen")
+        for optimizer in trainer.optimizers:
+            # Hooks of the optimiser itself, not of the trainer: they see every step, also several in one batch by hand,
+            # and see none that the gradient scaler skips.
+            self._undo.append(optimizer.register_step_pre_hook(self._remember).remove)
+            self._undo.append(optimizer.register_step_post_hook(self._take_back).remove)
 
-    def _progress(self, trainer: Trainer) -> float:
-        """Fraction of training done; an open-ended run counts as done."""
-        return min(1.0, trainer.global_step / self._steps) if math.isfinite(self._steps) and self._steps > 0 else 1.0
+    def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Copy the backbone before a step."""
+        if self.pruning is None or self._scale() == 1:
+            self._before = []
+            return
+        own = {id(p) for p in self.pruning.pruner.parameters()}
+        moving = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in own]
+        self._before = [(p, p.detach().clone()) for p in moving]
+
+    def _take_back(self, *_: Any) -> None:
+        """Take the rest of the backbone's step back: a learning-rate scale for any optimiser and schedule."""
+        with torch.no_grad():
+            for parameter, old in self._before:
+                parameter.lerp_(old, 1 - self._scale())
+        self._before = []
+
+    def _scale(self) -> float:
+        """Share of the present step that reaches the backbone; progress is that of the step's begin."""
+        begun = self.pruning.progress if self.pruning is not None else 1.0
+        return 0.0 if begun < self.freeze_backbone else self.backbone_lr_scale
+
+    def _progress(self, trainer: Trainer, batches: int) -> float:
+        """Fraction of training done after so many batches of this epoch; an open-ended run counts as done.
+
+        Batches are counted, not steps, since steps come in several a batch (optimised by hand) or change their length;
+        within one accumulation of gradients the progress stands still.
+        """
+        epochs, most, total = trainer.max_epochs, trainer.max_steps, trainer.num_training_batches
+        done = []
+        if epochs is not None and epochs > 0:
+            window = trainer.accumulate_grad_batches
+            known = math.isfinite(total) and total > 0
+            share = (1.0 if batches >= total else (batches // window) / math.ceil(total / window)) if known else 0.0
+            done.append((trainer.current_epoch + share) / epochs)
+        if most > 0:
+            done.append(trainer.global_step / most)
+        return min(1.0, max(done, default=1.0))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the pruner how far training is."""
         if self.pruning is not None:
-            self.pruning.progress = self._progress(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Schedules end at their base."""
-        if self.pruning is not None and self._progress(trainer) >= 1:
-            self.pruning.progress = 1.0
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Remember the backbone, where only part of the step shall reach it."""
-        if self._scale(trainer) == 1 or self.pruning is None:
-            return
-        own = {id(p) for p in self.pruning.pruner.parameters()}
-        moving = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None and id(p) not in own]
-        self._before = [(p, p.detach().clone()) for p in moving]
-
-    def _scale(self, trainer: Trainer) -> float:
-        return 0.0 if self._progress(trainer) < self.freeze_backbone else self.backbone_lr_scale
+            self.pruning.progress = self._progress(trainer, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the rest of the backbone's step back: a learning-rate scale for any optimiser and schedule."""
-        if not self._before:
-            return
-        # The step just taken has raised global_step; the scale is the one that held when it began.
-        begun = self.pruning.progress if self.pruning is not None else 1.0
-        scale = 0.0 if begun < self.freeze_backbone else self.backbone_lr_scale
-        with torch.no_grad():
-            for parameter, old in self._before:
-                parameter.lerp_(old, 1 - scale)
-        self._before = []
+        """Tell it again, so that validation after the last batch sees the schedule's end."""
+        if self.pruning is not None:
+            self.pruning.progress = self._progress(trainer, batch_idx + 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Schedules end at their base, also where an epoch's length was unknown."""
+        if self.pruning is not None and self._progress(trainer, 0) >= 1:
+            self.pruning.progress = 1.0
 
     def on_validation_batch_end(
         self,
@@ -253,7 +298,14 @@ class TokenPruning(Callback):
                 "version": CHECKPOINT_VERSION,
                 "path": self.model,
                 "pruning": self.pruning.spec,
+                "progress": self.pruning.progress,
             }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take schedules to where they were, so that validating a checkpoint gives what training saw."""
+        told = checkpoint.get(CHECKPOINT_KEY)
+        if self.pruning is not None and isinstance(told, dict):
+            self.pruning.progress = told.get("progress", 1.0)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module's own methods as they were."""
@@ -295,16 +347,30 @@ def load_from_checkpoint(
     except Exception as error:
         raise PrunexError(f"{path} is no checkpoint that loads safely: {type(error).__name__}") from error
     told = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
-    if told is None:
+    if not isinstance(told, dict) or "pruning" not in told:
         raise PrunexError(f"{path} was not trained with TokenPruning: use {module_class.__name__}.load_from_checkpoint")
     if told["version"] > CHECKPOINT_VERSION:
         raise PrunexError(f"{path} has prunex format {told['version']}: this prunex reads up to {CHECKPOINT_VERSION}")
-    hparams = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
-    module = module_class(**{**hparams, **arguments})
+    module = module_class(**_arguments(module_class, checkpoint, arguments))
     module.configure_model()
-    if prunex.attached(module, told["path"]) is None:
+    pruning = prunex.attached(module, told["path"])
+    if pruning is None:
         spec = {**told["pruning"]}
-        prunex.attach(module, spec.pop("method"), path=told["path"], **spec)
+        pruning = prunex.attach(module, spec.pop("method"), path=told["path"], **spec)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
+    pruning.progress = told.get("progress", 1.0)
     return module.eval()
+
+
+def _arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments from saved hyperparameters, as Lightning's own loader chooses them."""
+    parameters = inspect.signature(module_class).parameters
+    saved = dict(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    whole = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
+    if whole in parameters and whole != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
+        saved = {whole: saved}
+    chosen = {k: v for k, v in {**saved, **given}.items() if not k.startswith("_")}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return chosen
+    return {k: v for k, v in chosen.items() if k in parameters or k in given}

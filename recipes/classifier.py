@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -111,7 +112,7 @@ class ImageClassifier(LightningModule):
         if patch_label_weight > 0:
             if not hasattr(self.model, "patch_embed") or not hasattr(self.model, "num_prefix_tokens"):
                 raise PrunexError(f"patch_label_weight needs a ViT, not {architecture!r}: set it to 0")
-            self.patch_head = nn.Linear(int(self.model.num_features), num_classes + 1)  # type: ignore[arg-type]
+            self.patch_head = nn.Linear(int(self.model.num_features), num_classes + 1)
         self.mix = (
             Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
             if mixup or cutmix
@@ -136,9 +137,9 @@ class ImageClassifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Classification loss, with the patch loss where it is on."""
-        images, labels, masks = (*batch, None)[:3] if len(batch) > 1 else (batch[0], None, None)
-        if labels is None:
+        if len(batch) < 2:
             raise PrunexError("a training batch has one part: give (images, labels) or (images, labels, masks)")
+        images, labels, masks = batch[0], batch[1], batch[2] if len(batch) > 2 else None
         self._check_labels(labels)
         if self.mix is not None and len(images) % 2 == 0:  # Mixup pairs the images of a batch
             images, targets = self.mix(images, labels)
@@ -148,8 +149,8 @@ class ImageClassifier(LightningModule):
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
             self.train_accuracy(logits, labels)
             self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-            if tokens is not None:
-                patch_loss = self._patch_loss(tokens, labels, masks)
+            if tokens is not None and self.patch_head is not None:
+                patch_loss = self._patch_loss(self.patch_head, tokens, labels, masks)
                 self.log("train_patch_loss", patch_loss, on_step=False, on_epoch=True)
                 loss = loss + self.hparams["patch_label_weight"] * patch_loss
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
@@ -167,9 +168,10 @@ class ImageClassifier(LightningModule):
         """Class probabilities ``[B, num_classes]``."""
         return self(batch if isinstance(batch, Tensor) else batch[0]).float().softmax(1)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over two groups of parameters; linear warm-up and cosine, stepped with every batch."""
-        decayed, others = [], []
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 plain = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
@@ -224,7 +226,7 @@ class ImageClassifier(LightningModule):
             handle.remove()
         return logits, final[0][:, self.model.num_prefix_tokens :]
 
-    def _patch_loss(self, tokens: Tensor, labels: Tensor, masks: Tensor | None) -> Tensor:
+    def _patch_loss(self, head: nn.Linear, tokens: Tensor, labels: Tensor, masks: Tensor | None) -> Tensor:
         if masks is None:
             raise PrunexError(
                 "patch_label_weight is set but the batch has no masks: give (images, labels, masks) or set 0"
@@ -236,4 +238,4 @@ class ImageClassifier(LightningModule):
                 "set it to 0 while tokens are pruned"
             )
         targets = patch_labels(masks, labels, (height, width), background=self.num_classes)
-        return F.cross_entropy(self.patch_head(tokens).float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(head(tokens).float().flatten(0, 1), targets.flatten())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import timm
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,7 +30,7 @@ SHIPPED = files("prunex.recipes") / "weights"
 
 
 def create_model(
-    architecture: str, num_classes: int, model_args: Mapping[str, object] | None = None, pretrained: bool = False
+    architecture: str, num_classes: int, model_args: Mapping[str, Any] | None = None, pretrained: bool = False
 ) -> nn.Module:
     """A timm model by name, with errors that say what to change.
 

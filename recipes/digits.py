@@ -10,7 +10,7 @@ Nothing is stored: a scene is a pure function of ``(seed, split, epoch, index)``
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -226,7 +226,7 @@ class _EpochSampler(DistributedSampler[int]):
             yield self.epoch * size + index
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

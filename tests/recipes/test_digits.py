@@ -120,7 +120,7 @@ def test_uniform_is_flat_and_independent():
         {"image_size": 16},
         {"image_size": 512},
         {"min_digit": 4},
-        {"min_digit": 33},
+        {"min_digit": 35},
         {"max_digit": 65},
         {"contrast": 0.9},
         {"curriculum": -1},

@@ -51,7 +51,8 @@ def start(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     chip = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        names = [li.split(":", 1)[1].strip() for li in Path("/proc/cpuinfo").open() if li.startswith("model name")]
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in told if line.startswith("model name")]
         chip = f"{len(names)} cores {names[0]}" if names else chip
     if args.device.startswith("cuda"):
         chip = torch.cuda.get_device_name(args.device)

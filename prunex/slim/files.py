@@ -21,6 +21,7 @@ import prunex
 from prunex.attach import attach, attached
 from prunex.errors import PrunexError
 from prunex.metrics.cost import cost
+from prunex.slim.slim import slim
 from prunex.vit.anatomy import build, describe, find, read
 
 VERSION = 1
@@ -51,18 +52,22 @@ def save(
         The folder.
 
     Raises:
-        PrunexError: For a model plain values cannot describe, labels of the wrong number, or a path that is a file.
+        PrunexError: For a model plain values cannot describe, labels, mean or std of the wrong number, or a folder that
+            cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise PrunexError(f"{folder} is a file: give a folder to save to")
     vit = find(model)[1]
+    if attached(vit) is not None:
+        vit = slim(vit)  # no teacher, and a schedule's present rates as they are now
     config = _config(vit, labels, mean, std)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         waiting = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    made = not folder.exists()
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
         save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt", "prunex": str(VERSION)})
@@ -70,13 +75,34 @@ def save(
         (waiting / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (waiting / CARD).write_text(_card(config))
         folder.mkdir(exist_ok=True)
-        for name in (WEIGHTS, CARD, CONFIG):
-            os.replace(waiting / name, folder / name)
-    except OSError as error:
-        raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        _move_in(waiting, folder)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        reason = getattr(error, "strerror", None) or error
+        raise PrunexError(f"cannot write to {folder}: {reason}; choose another folder") from error
     finally:
         shutil.rmtree(waiting, ignore_errors=True)
     return folder
+
+
+def _move_in(waiting: Path, folder: Path) -> None:
+    """Replace the folder's files by those that wait; all of them, or none."""
+    names = (WEIGHTS, CARD, CONFIG)
+    old = waiting / "old"
+    old.mkdir()
+    try:
+        for name in names:
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+            os.replace(waiting / name, folder / name)
+    except BaseException:  # an interrupt too: old weights beside a new description would fit nothing
+        for name in names:
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+            elif not (waiting / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -113,10 +139,9 @@ def load(folder: str | Path) -> nn.Module:
     if missing or unexpected or wrong:
         names = ", ".join(sorted(missing | unexpected | set(wrong))[:4])
         raise PrunexError(f"{weights} does not fit {CONFIG} ({names}): one of them was changed; save the model again")
-    dtype = next(iter(tensors.values())).dtype
-    vit.to(dtype).load_state_dict(tensors)
+    vit.load_state_dict(tensors, assign=True)  # every tensor keeps the dtype it was saved in
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
-    vit.label_names = list(config.get("label_names", []))
+    vit.label_names = list(config.get("label_names") or [])
     return vit.eval()
 
 
@@ -137,14 +162,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise PrunexError(f"{path} is damaged: {error}") from error
     ours = config.get("prunex") if isinstance(config, Mapping) else None
-    if not isinstance(ours, Mapping) or not isinstance(ours.get("version"), int) or "model" not in ours:
-        raise PrunexError(
-            f"{path} was not written by prunex (it has no whole 'prunex' entry): give a folder of prunex.save"
-        )
-    if ours["version"] > VERSION:
-        raise PrunexError(
-            f"{path} is of format {ours['version']}, this prunex reads up to {VERSION}: upgrade prunex-vit"
-        )
+    ours = ours if isinstance(ours, Mapping) else {}
+    version = ours.get("version")
+    foreign = f"{path} was not written by prunex (it has no whole 'prunex' entry): give a folder of prunex.save"
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise PrunexError(foreign)
+    if version > VERSION:
+        raise PrunexError(f"{path} is of format {version}, this prunex reads up to {VERSION}: upgrade prunex-vit")
+    pruning = ours.get("pruning")
+    whole = isinstance(ours.get("model"), Mapping) and (
+        pruning is None or (isinstance(pruning, Mapping) and isinstance(pruning.get("method"), str))
+    )
+    if not whole or not isinstance(config.get("pretrained_cfg", {}), Mapping):
+        raise PrunexError(foreign)
     return dict(config)
 
 
@@ -162,6 +192,8 @@ def _config(
     cfg |= {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": not anatomy.dynamic}
     for name, value in (("mean", mean), ("std", std)):
         if value is not None:
+            if len(value) != anatomy.channels:
+                raise PrunexError(f"{name} has {len(value)} values for {anatomy.channels} channels: give one a channel")
             cfg[name] = [float(v) for v in value]
     pruning = attached(vit)
     count = cost(vit)
@@ -195,6 +227,7 @@ def _card(config: Mapping[str, Any]) -> str:
     ours, cfg = config["prunex"], config["pretrained_cfg"]
     size = " x ".join(map(str, cfg["input_size"]))
     pruning = ours["pruning"]
+    kept = "\nkept = prunex.attached(model).trace.kept()  # after a forward: which patches were used"
     told = "dense" if pruning is None else ", ".join(f"{k}={v}" for k, v in pruning.items())
     return f"""---
 library_name: prunex
@@ -214,7 +247,6 @@ tags: [image-classification, vision-transformer, token-pruning]
 ```python
 import prunex
 
-model = prunex.load("path/to/this/folder")  # eval mode; model(images) -> logits
-kept = prunex.attached(model).trace.kept()  # after a forward: which patches were used
+model = prunex.load("path/to/this/folder")  # eval mode; model(images) -> logits{"" if pruning is None else kept}
 ```
 """

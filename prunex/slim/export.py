@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import prunex
 from prunex.attach import attached
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
@@ -59,6 +60,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise PrunexError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise PrunexError(f"{path} is a folder: give the name of a file in it, such as {path / 'model.pt2'}")
     if path.suffix == ".onnx":
         for module, package in _NEEDS.items():
             if find_spec(module) is None:
@@ -85,14 +88,15 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
             _check(waiting, graph, example)
         os.chmod(waiting, 0o644)
         os.replace(waiting, path)
+    except OSError as error:
+        raise PrunexError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
     finally:
         waiting.unlink(missing_ok=True)
     return path
 
 
 def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, kept: bool) -> None:
-    pruning = attached(small)
-    spec = json.dumps(None if pruning is None else pruning.spec)
+    spec = json.dumps(_told(small))
     if path.suffix == ".pt2":
         torch.export.save(program, path, extra_files={"prunex.json": spec})
         return
@@ -110,6 +114,21 @@ def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, 
         raise PrunexError("torch gave no ONNX program: upgrade torch or onnxscript, or export to .pt2")
     onnx.model.metadata_props["prunex"] = spec
     onnx.save(str(path), external_data=False)
+
+
+def _told(small: nn.Module) -> dict[str, Any]:
+    """What a graph's user has to know: size and normalisation of its images, labels, and how it was pruned."""
+    pruning, anatomy = attached(small), read(small)
+    known = getattr(small, "pretrained_cfg", None) or {}
+    known = known.to_dict() if hasattr(known, "to_dict") else known
+    return {
+        "prunex": prunex.__version__,
+        "pruning": None if pruning is None else pruning.spec,
+        "input_size": [anatomy.channels, *anatomy.image],
+        "mean": list(known.get("mean") or []) or None,
+        "std": list(known.get("std") or []) or None,
+        "labels": list(getattr(small, "label_names", None) or []) or None,
+    }
 
 
 def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -> None:

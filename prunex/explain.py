@@ -27,7 +27,7 @@ class Explanation:
 
     Attributes:
         method: The explainer's name.
-        options: What it was given, in plain values.
+        options: Every option in force, defaults included.
         maps: float [B, gh, gw] on the patch grid, the method's raw values.
         raw: The method's own finest output; its docstring gives the shape.
         target: int64 [B], the class explained; -1 where the model has no classifier.
@@ -133,10 +133,10 @@ def explain(
     (torch.Size([2, 14, 14]), torch.Size([2, 224, 224]))
     """
     make = lookup("explainer", method).make
-    allowed = [n for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    defaults = {n: p.default for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name in options:
-        if name not in allowed:
-            raise unknown(f"option of {method}", name, allowed)
+        if name not in defaults:
+            raise unknown(f"option of {method}", name, defaults)
     vit = find(model, path)[1]
     anatomy = read(vit)
     check_images(anatomy, images, values=True)
@@ -144,7 +144,7 @@ def explain(
     answer: Relevance = make(vit, images.detach().to(weight.device, weight.dtype), target, **options)
     return Explanation(
         method,
-        dict(options),
+        {**defaults, **options},
         answer.maps,
         answer.raw,
         answer.target,

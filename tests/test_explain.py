@@ -245,6 +245,14 @@ def test_a_module_that_holds_two_or_none():
 
 
 @every
+DEFAULTS = {
+    "raw_attention": {"layer": -1},
+    "rollout": {"head_fusion": "mean", "discard_ratio": 0.0, "start_layer": 0},
+    "generic_attention": {"start_layer": 0, "full": False},
+    "tokentm": {"variant": "per_head", "necc_scale": None},
+}
+
+
 @pytest.mark.parametrize("family", ["vit", "not_square"])
 def test_explanation(method, family):
     model = tiny(family)
@@ -255,7 +263,7 @@ def test_explanation(method, family):
             logits = model(x)
     height, width = x.shape[2:]
     assert e.method == method
-    assert e.options == {}
+    assert e.options == DEFAULTS[method]
     assert e.signed is False
     assert e.image_size == (height, width)
     assert relative(e.logits, logits) < 1e-5
@@ -273,7 +281,7 @@ def test_explanation(method, family):
 
 def test_options_are_kept():
     e = prunex.explain("rollout", tiny(), images(), head_fusion="max", start_layer=-2)
-    assert e.options == {"head_fusion": "max", "start_layer": -2}
+    assert e.options == {"head_fusion": "max", "discard_ratio": 0.0, "start_layer": -2}
 
 
 @pytest.mark.parametrize("size", [7, (7,), (0, 7), (7.0, 7), (7, -1), "7x7"])

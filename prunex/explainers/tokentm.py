@@ -37,6 +37,8 @@ def tokentm(
     in, output bias out, LayerScale in) and, for the MLP, its output before the skip; ``variant="libragrad"`` takes the
     stream after the skips and one weight for all heads. That norm and bias are inside Et is our reading.
 
+    Attention with a norm or gate after the heads (``scale_attn_norm``, gated) has W_O v_h taken without it.
+
     Class-specific. The class row alone is propagated; norms and angles come from Gram matrices of W_O, never from
     [n, H, D] tensors. After pruning, NECC spreads over fewer tokens, so maps of different keep ratios differ in scale;
     ``necc_scale="n0"`` (ours, not the paper's) multiplies by n / N_0 and takes that effect out.

@@ -111,25 +111,24 @@ def attend(
     """
     attn, y = block.attn, block.norm1(x)
     want_streams = tape is not None and tape.streams
-    row = heads_attention = value = None
+    row = heads_attention = value = whole = None
     if policy is None and not (want_row or want_streams or (tape is not None and tape.attention)):
         branch = attn(y)
     else:
         q, k, v = attention.heads(attn, y)
         dropout = attn.attn_drop.p if block.training else 0.0
         if tape is not None and tape.attention:
-            heads_attention = attention.matrix(q, k, attn.scale, policy)
-            if tape.gradients and not heads_attention.requires_grad:
-                heads_attention.requires_grad_()
-            out = attn.attn_drop(heads_attention).to(v.dtype) @ v
-            if tape.reduce is not None:
-                heads_attention = tape.reduce(heads_attention)
+            whole = attention.matrix(q, k, attn.scale, policy)
+            if tape.gradients and not whole.requires_grad:
+                whole.requires_grad_()
+            out = attn.attn_drop(whole).to(v.dtype) @ v
+            heads_attention = whole if tape.reduce is None else tape.reduce(whole)
         elif policy is not None:
             out = attention.under_policy(q, k, v, policy, attn.scale, dropout)
         else:
             out = attention.fused(q, k, v, dropout)
         if want_row:
-            row = _row(q, k, attn.scale, anatomy, policy)
+            row = _row(q, k, attn.scale, anatomy, policy, whole)
         branch = attention.project(attn, out, y)
         value = v.detach() if want_streams else None
     after = x + block.drop_path1(block.ls1(branch))
@@ -141,18 +140,25 @@ def attend(
     return after, row, recorded
 
 
-def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None) -> Tensor:
-    """Attention paid by the class token, or (pooled models) by every pooled token that is there."""
+def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None, whole: Tensor | None) -> Tensor:
+    """Attention paid by the class token, or (pooled models) by every pooled token that is there.
+
+    Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a fused
+    token took from it.
+    """
     if anatomy.readers:
-        return attention.rows(q[:, :, :1], k, scale, policy)
+        return attention.rows(q[:, :, :1], k, scale, policy) if whole is None else whole[:, :, 0].mean(1)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     asking = q[:, :, start:]
     if policy is None:
-        return attention.rows(asking, k, scale)
+        return attention.rows(asking, k, scale) if whole is None else whole[:, :, start:].mean((1, 2))
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
     there = (policy[:, start:] > 0).to(torch.promote_types(q.dtype, torch.float32))
-    scores = ((asking * scale) @ k.transpose(-2, -1)).to(there.dtype)
-    seen = scores.masked_fill((policy <= 0)[:, None, None, :], float("-inf")).softmax(-1)
+    if whole is None:
+        scores = ((asking * scale) @ k.transpose(-2, -1)).to(there.dtype)
+        seen = scores.masked_fill((policy <= 0)[:, None, None, :], float("-inf")).softmax(-1)
+    else:
+        seen = whole[:, :, start:]
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
 
 
@@ -257,7 +263,7 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape) -> TokenState:
         tape.logits = type(model).forward_head(model, tokens)
         return state
     masked = bool(attached.masked)
-    tokens, state = run(model, images, attached.anatomy, (attached.pruner,), tape, masked)
+    tokens, state = run(model, images, attached.current(model), (attached.pruner,), tape, masked)
     found, attached.policy = attached.policy, state.policy
     try:
         tape.logits = type(model).forward_head(model, tokens)

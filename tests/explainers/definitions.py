@@ -58,8 +58,7 @@ def opened(model, image, target, prune=None):
         record.halves.append(Half("attention", i, a, v.detach(), x.detach(), (x + branch).detach(), branch.detach()))
         x = x + branch
         if prune and prune[0] in ("topk", "evit") and i in prune[2]:
-            # The weights of the fused token follow queries and keys, but not the matrix that gathers the values.
-            score = (q @ k.transpose(1, 2) / math.sqrt(d)).softmax(-1)[:, 0, prefix:].mean(0)
+            score = a[:, 0, prefix:].mean(0)
             forward, backward = reduction(score, prefix, prune[1], prune[0] == "evit")
             record.halves.append(Half("reduce", i, backward.detach()))
             x = forward @ x

@@ -244,7 +244,6 @@ def test_a_module_that_holds_two_or_none():
 # -------------------------------------------------------------------------------------------------------- what it gives
 
 
-@every
 DEFAULTS = {
     "raw_attention": {"layer": -1},
     "rollout": {"head_fusion": "mean", "discard_ratio": 0.0, "start_layer": 0},
@@ -253,6 +252,7 @@ DEFAULTS = {
 }
 
 
+@every
 @pytest.mark.parametrize("family", ["vit", "not_square"])
 def test_explanation(method, family):
     model = tiny(family)

@@ -1,0 +1,62 @@
+"""What only a GPU can show; skipped without one."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import prunex
+from prunex.vit.attention import under_policy
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def small():
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=5)
+    return vit.cuda().eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_policy_attention_agrees_with_float64(dtype):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 65, 64, generator=g) for _ in range(3))
+    policy = (torch.rand(2, 65, generator=g) > 0.5).float()
+    policy[:, 0] = 1
+    wanted = under_policy(q.double(), k.double(), v.double(), policy.double(), 0.125)
+    found = under_policy(*(t.cuda().to(dtype) for t in (q, k, v)), policy.cuda(), 0.125)
+    assert (found.cpu().double() - wanted).abs().max() < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+def test_gpu_agrees_with_cpu_and_trains_in_bf16(method):
+    model, x = small(), torch.randn(4, 3, 64, 64)
+    pruning = prunex.attach(model, method, keep_ratio=0.7)
+    with torch.no_grad():
+        there = model(x.cuda()).cpu()
+        here = prunex.slim(model).cpu()(x)
+    assert (there - here).abs().max() < 1e-2 * here.abs().max()
+    model.train()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(x.cuda()).float().square().mean() + sum(pruning.losses().values())
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+def test_compiled_on_the_gpu(method):
+    model, x = small(), torch.randn(4, 3, 64, 64).cuda()
+    prunex.attach(model, method, keep_ratio=0.7)
+    with torch.no_grad():
+        wanted = model(x)
+        found = torch.compile(model)(x)
+    assert (found - wanted).abs().max() < 1e-2 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("explainer", ["raw_attention", "rollout", "generic_attention", "tokentm"])
+def test_explanations_agree_with_the_cpu(explainer):
+    model, x = small(), torch.randn(4, 3, 64, 64)
+    with prunex.attach(model, "evit", keep_ratio=0.7):
+        target = torch.tensor([0, 1, 2, 3])
+        there = prunex.explain(explainer, model, x.cuda(), target.cuda()).maps.cpu()
+        here = prunex.explain(explainer, prunex.slim(model).cpu(), x, target).maps
+    assert torch.nn.functional.cosine_similarity(there.flatten(1), here.flatten(1)).min() > 0.99

@@ -17,7 +17,7 @@ import timm
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -208,7 +208,7 @@ class SaveWeights(Callback):
             },
         }
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, self.path, metadata=metadata)
+        Path(self.path).write_bytes(save(state, metadata=metadata))  # with the user's file mode, unlike save_file
         log.info(
             "Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_"))
         )

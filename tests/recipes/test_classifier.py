@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 )
 def test_bad_arguments_end_in_one_line(arguments, message):
     with pytest.raises(PrunexError, match=message):
-        ImageClassifier(**({"architecture": ARCHITECTURE} | arguments))
+        ImageClassifier(**({"architecture": ARCHITECTURE, "num_classes": 10} | arguments))
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch):
@@ -232,7 +232,7 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(PrunexError, match=r"pretrained=True.*no route to host.*weights="):
-        ImageClassifier(ARCHITECTURE, pretrained=True)
+        ImageClassifier(ARCHITECTURE, 10, pretrained=True)
 
 
 def test_batches_that_cannot_be_learnt_from(tmp_path):

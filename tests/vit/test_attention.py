@@ -172,6 +172,19 @@ def test_dropout_leaves_the_denominator_alone_and_the_mean_unchanged():
     assert float(ones.std()) > 0
 
 
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_dropout_gradients_are_finite_differences(kind):
+    q, k, v, generator = inputs(batch=2, heads=2, tokens=5, width=3)
+    policy = policies(kind, 2, 5, generator)
+
+    def same_draw(*values):
+        torch.manual_seed(4)
+        return under_policy(*values, SCALE, 0.3)
+
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, policy)]
+    assert torch.autograd.gradcheck(same_draw, leaves, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
 class Largest(TorchDispatchMode):
     """Records the largest number of elements any operation returned."""
 

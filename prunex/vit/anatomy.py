@@ -149,7 +149,7 @@ def read(model: nn.Module) -> Anatomy:
     }
     if own:
         raise PrunexError(f"{name} has its own {', '.join(sorted(own))}() and is not supported; what works: {WORKS}")
-    blocks = list(model.blocks)
+    blocks: list[Any] = list(model.blocks)
     for i, block in enumerate(blocks):
         if type(block).forward is not Block.forward:
             raise PrunexError(f"{name} with {type(block).__name__} (block {i}) is not supported; what works: {WORKS}")
@@ -247,7 +247,7 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
             raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: VisionTransformer) -> dict[str, Any]:
     """The constructor call that makes an equal model, in plain values.
 
     Args:
@@ -260,7 +260,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         PrunexError: For parts that plain values cannot name.
     """
     a = read(model)
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     norm, attn, mlp = block.norm1, block.attn, block.mlp
     mlp_name = next((n for n, c in _MLPS.items() if type(mlp) is c), None)
     if mlp_name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):

@@ -102,7 +102,7 @@ class Pruner(Protocol):
 
 
 def attend(
-    block: nn.Module, x: Tensor, anatomy: Anatomy, policy: Tensor | None, want_row: bool, tape: Tape | None
+    block: Any, x: Tensor, anatomy: Anatomy, policy: Tensor | None, want_row: bool, tape: Tape | None
 ) -> tuple[Tensor, Tensor | None, Attended | None]:
     """The first half of a block: ``x + drop_path(ls(attn(norm(x))))``, with what was asked for from inside.
 
@@ -162,9 +162,7 @@ def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | 
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
 
 
-def feed(
-    block: nn.Module, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None
-) -> tuple[Tensor, Fed | None]:
+def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None) -> tuple[Tensor, Fed | None]:
     """The second half of a block: ``x + drop_path(ls(mlp(norm(x))))``."""
     branch = block.ls2(block.mlp(block.norm2(x)))
     recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
@@ -363,24 +361,24 @@ def _mask(d: Mask, block: int, state: TokenState) -> Stage:
 _METHODS = ("forward_features", "forward_head", "pool", "forward_intermediates")
 
 
-def _forward_features(self: VisionTransformer, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     if attn_mask is not None or any(kwargs.values()):
         raise PrunexError("attn_mask and is_causal cannot be combined with token pruning: call detach() first")
     return self.prunex.features(self, x)
 
 
-def _pool(self: VisionTransformer, x: Tensor, pool_type: str | None = None) -> Tensor:
+def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
     return self.prunex.pool(self, x, pool_type)
 
 
-def _forward_head(self: VisionTransformer, x: Tensor, pre_logits: bool = False) -> Tensor:
+def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
     out = type(self).forward_head(self, x, pre_logits=pre_logits)
     if not pre_logits:
         self.prunex.saw_logits(out)
     return out
 
 
-def _forward_intermediates(self: VisionTransformer, *args: Any, **kwargs: Any) -> Any:
+def _forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
     raise PrunexError(
         "forward_intermediates of a pruned model has no full grid to return: detach() first, or read pruning.trace"
     )
@@ -388,7 +386,8 @@ def _forward_intermediates(self: VisionTransformer, *args: Any, **kwargs: Any) -
 
 def put_on(model: VisionTransformer) -> None:
     """Route the model's forward through ``model.prunex`` (an object with features, pool and saw_logits)."""
-    for name, function in zip(_METHODS, (_forward_features, _forward_head, _pool, _forward_intermediates), strict=True):
+    ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
+    for name, function in zip(_METHODS, ours, strict=True):
         model.__dict__[name] = MethodType(function, model)
 
 

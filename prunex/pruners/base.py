@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
@@ -85,7 +86,7 @@ class TokenPruner(nn.Module):
         """Weighted auxiliary losses (scalars) of one training forward."""
         return {}
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: VisionTransformer) -> None:
         """Called once with the dense model, before anything is attached to it."""
 
     def counts(self, patches: int) -> list[int]:

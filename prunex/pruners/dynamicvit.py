@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError, unknown
@@ -109,7 +110,8 @@ class DynamicViT(TokenPruner):
         self.distill_weight = check_number("distill_weight", distill_weight, 0)
         self.token_loss = token_loss
         self.batch_ratio = check_flag("batch_ratio", batch_ratio)
-        self._teacher: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters, state dict, optimiser and DDP
+        # A tuple hides it from parameters, state dict, optimiser and DDP.
+        self._teacher: tuple[VisionTransformer, ...] = ()
         self.options |= {
             "teacher": self.distills,
             "ratio_weight": self.ratio_weight,
@@ -118,7 +120,7 @@ class DynamicViT(TokenPruner):
             "batch_ratio": self.batch_ratio,
         }
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: VisionTransformer) -> None:
         """Freeze a copy of the dense model as the teacher."""
         if self.distills:
             self._teacher = (copy.deepcopy(model).eval().requires_grad_(False),)

@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import prunex
@@ -130,7 +131,7 @@ def load(folder: str | Path) -> nn.Module:
     except (SafetensorError, OSError, ValueError) as error:
         raise PrunexError(f"{weights} is damaged: {error}") from error
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
-        vit = build(ours["model"])
+        vit: Any = build(ours["model"])
         if ours.get("pruning") is not None:
             spec = dict(ours["pruning"])
             attach(vit, spec.pop("method"), **spec)
@@ -179,7 +180,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _config(
-    vit: nn.Module, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    vit: VisionTransformer, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Any]:
     anatomy, model = read(vit), describe(vit)
     if labels is not None and len(labels) != anatomy.classes:

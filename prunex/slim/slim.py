@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prunex.attach import CHILD
 from prunex.vit.anatomy import find, read
 
 
-def slim(model: nn.Module, path: str | None = None) -> nn.Module:
+def slim(model: nn.Module, path: str | None = None) -> VisionTransformer:
     """The pruned ViT as it is used: tokens really leave, no teacher, no schedule, eval mode, same logits.
 
     Args:
@@ -44,6 +45,7 @@ def slim(model: nn.Module, path: str | None = None) -> nn.Module:
     small.eval()
     small.zero_grad(set_to_none=True)
     if attached is not None:
-        small.prunex.pruner.inference_only()
-        small.prunex.masked = None
+        copied = getattr(small, CHILD)
+        copied.pruner.inference_only()
+        copied.masked = None
     return small

@@ -1,6 +1,7 @@
 """The ready-made LightningModule: a timm classifier, its optimiser, and an optional loss on the patch tokens."""
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ class ImageClassifier(LightningModule):
                 bound = "0 or more" if most == math.inf else f"0 to {most:g}"
                 raise PrunexError(f"{name}={value!r} is not allowed: give a number of {bound}")
         self.save_hyperparameters()
-        self.model = create_model(architecture, num_classes, model_args, pretrained)
+        self.model = cast(Any, create_model(architecture, num_classes, model_args, pretrained))
         if weights:
             load_weights(self.model, weights)
         self.num_classes = num_classes

@@ -74,8 +74,8 @@ class RunReport(Callback):
                     models["topk, untrained"] = plain
                     evaluated.add("topk, untrained")
         models[name] = trained
-        limit = trainer.num_val_batches[0] if isinstance(trainer.num_val_batches, list) else None
-        limit = limit if isinstance(limit, int) else None
+        most = trainer.num_val_batches[0] if isinstance(trainer.num_val_batches, list) else None
+        limit = most if isinstance(most, int) else None  # inf for loaders without a length
         summary = compare(models, batches[0] if isinstance(batches, list) else batches, evaluated, limit)
         order = {"dense": 0, name: 1}
         summary["rows"] = sorted(summary["rows"] + self.beside, key=lambda r: order.get(r["model"], 2))

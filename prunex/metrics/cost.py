@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -94,7 +95,7 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     return Cost(embedding + sum(b.macs for b in blocks) + head, params, tuple(blocks))
 
 
-def _block(block: nn.Module, attending: int, feeding: int, decision: int) -> BlockCost:
+def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost:
     attn = block.attn
     width = attn.proj.in_features
     linear = attn.qkv.in_features * attn.qkv.out_features + attn.proj.in_features * attn.proj.out_features

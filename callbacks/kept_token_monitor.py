@@ -72,7 +72,7 @@ def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
     Returns:
         0..1; NaN without any object.
     """
-    area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], tuple(kept.shape[1:]))[:, 0]
+    area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], (kept.shape[1], kept.shape[2]))[:, 0]
     touched = (area > least).flatten(1)
     there = (touched & kept.flatten(1)).sum(1) / touched.sum(1).clamp(min=1)
     return float(there[touched.any(1)].mean())

@@ -262,7 +262,7 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
             raise unknown(f"option of {method}", name, allowed)
     vit = find(model, path)[1]
     if hasattr(vit, CHILD):
-        raise PrunexError(f"{type(vit).__name__} is pruned already by {vit.prunex.method}: detach() it first")
+        raise PrunexError(f"{type(vit).__name__} is pruned already by {getattr(vit, CHILD).method}: detach() it first")
     anatomy = check_parity(vit)
     pruner: TokenPruner = make(anatomy, **options)
     pruner.prepare(vit)

@@ -7,23 +7,25 @@ the tokens that are there, and itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def heads(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of timm's ``Attention`` for normed tokens x [B, N, D]: three of [B, H, N, d]."""
     qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def project(attn: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+def project(attn: Any, out: Tensor, x: Tensor) -> Tensor:
     """From the heads' outputs [B, H, N, d] to the branch's output [B, N, D], as timm's ``Attention`` ends.
 
     Args:
-        attn: The attention module.
+        attn: timm's attention module.
         out: What the heads gathered.
         x: The normed tokens the module was given; gated attention reads them once more.
     """
@@ -69,14 +71,13 @@ def rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None = None, chunk
         float32 (or float64) [B, N]; gradients flow.
     """
     gone = None if policy is None else (policy <= 0)[:, None, None, :]
-    total = None
+    seen = []
     for part in q.split(chunk, 2):
         scores = ((part * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
         if gone is not None:
             scores = scores.masked_fill(gone, float("-inf"))
-        seen = scores.softmax(-1).mean(1).sum(1)
-        total = seen if total is None else total + seen
-    return total / q.shape[2]
+        seen.append(scores.softmax(-1).mean(1).sum(1))
+    return sum(seen[1:], seen[0]) / q.shape[2]
 
 
 def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, dropout: float = 0.0) -> Tensor:

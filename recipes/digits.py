@@ -262,7 +262,7 @@ class DigitScenes(LightningDataModule):
 
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
-    classes = tuple(str(digit) for digit in range(10))
+    class_names = tuple(str(digit) for digit in range(10))
     num_classes = 10
 
     def __init__(

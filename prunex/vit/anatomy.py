@@ -268,6 +268,8 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     if mlp_name is None:
         raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(_MLPS)}")
     first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
+    if attn.num_heads * attn.head_dim != a.width or getattr(attn, "gate", None) is not None:
+        raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
     if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
         raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
     args: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -208,6 +209,11 @@ class TokenPruning(Callback):
         rank_zero_info(f"prunex: {self.method} leaves {tokens} patch tokens after blocks {self.pruning.pruner.stages}")
         if self._brings_losses() and not self.pruning.model.training:
             rank_zero_warn(f"the ViT is in eval mode, so {self.method} learns nothing: call module.train() before fit")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "a strategy that spawns its processes gives the calling one a dense module back, without what "
+                f"{self.method} learned: read the checkpoint with prunex.callbacks.load_from_checkpoint, or use ddp"
+            )
         if self.backbone_lr_scale == 1 and self.freeze_backbone == 0:
             return
         if self.freeze_backbone > 0 and trainer.max_epochs == -1 and trainer.max_steps == -1:
@@ -345,7 +351,10 @@ def load_from_checkpoint(
     except FileNotFoundError as error:
         raise PrunexError(f"there is no checkpoint at {path}") from error
     except Exception as error:
-        raise PrunexError(f"{path} is no checkpoint that loads safely: {type(error).__name__}") from error
+        raise PrunexError(
+            f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
+            "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
+        ) from error
     told = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(told, dict) or "pruning" not in told:
         raise PrunexError(f"{path} was not trained with TokenPruning: use {module_class.__name__}.load_from_checkpoint")

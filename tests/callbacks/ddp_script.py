@@ -1,0 +1,40 @@
+"""One training by two processes on the CPU; run as a script by ``test_ddp.py`` with a folder and a method."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from prunex.callbacks import KeptTokenMonitor, RelevancyMonitor, SlimExport, TokenPruning
+from tests.callbacks.modules import Plain, csv_logger, loader, trainer
+
+
+def main(folder, method):
+    torch.set_num_threads(1)
+    callbacks = [
+        TokenPruning(method, keep_ratio=0.6, backbone_lr_scale=0.5),
+        KeptTokenMonitor(images=3),
+        RelevancyMonitor(images=3),
+        SlimExport(monitor="val_loss", mode="min", formats=[]),
+        ModelCheckpoint(monitor="val_loss", save_top_k=1),
+    ]
+    run = trainer(
+        folder,
+        *callbacks,
+        strategy="ddp",
+        devices=2,
+        max_epochs=2,
+        logger=csv_logger(folder),
+        enable_checkpointing=True,
+        num_sanity_val_steps=1,
+    )
+    torch.manual_seed(run.local_rank)  # predictors start differently: DDP must bring them together
+    module = Plain()
+    run.fit(module, loader(), loader(8))
+    state = {n: p.detach() for n, p in module.named_parameters()}
+    torch.save({"state": state, "log_dir": str(run.log_dir)}, Path(folder) / f"rank{run.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

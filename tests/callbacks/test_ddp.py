@@ -1,0 +1,52 @@
+"""Two processes: the same weights in both, files from one, and nobody waits for the other."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prunex
+from tests.callbacks.modules import Plain, metrics
+from tests.vits import images
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow  # three processes that import everything
+@pytest.mark.parametrize("method", ["dynamicvit", "evit"])
+def test_two_processes(tmp_path, method):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "tests.callbacks.ddp_script", str(tmp_path), method]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert first["log_dir"] == second["log_dir"]
+    start = dict(Plain().named_parameters())
+    for name, p in first["state"].items():
+        assert torch.equal(p, second["state"][name]), name
+        assert name not in start or name.endswith("norm.bias") or not torch.equal(p, start[name]), name
+    run = Path(first["log_dir"])
+    assert run == tmp_path / "run" / "version_0"
+    assert [p.name for p in run.parent.iterdir()] == ["version_0"]
+    assert sorted(p.name for p in (run / "maps").iterdir()) == sorted(
+        f"{name}epoch={e:03d}.{end}"
+        for e in (0, 1)
+        for name, end in (("", "npz"), ("kept_tokens-", "png"), ("relevancy-", "png"))
+    )
+    with np.load(run / "maps" / "epoch=001.npz", allow_pickle=False) as maps:
+        assert maps["images"].shape == (3, 32, 32, 3)
+        assert {"kept", "relevance/tokentm"} <= set(maps.files)
+    assert len(metrics(run)["prunex/keep_ratio_stage0"]) == 2
+    assert len(list((run / "checkpoints").iterdir())) == 1
+    small = prunex.load(run / "slim")
+    with torch.no_grad():
+        assert small(images()).isfinite().all()

@@ -105,6 +105,9 @@ class DynamicViT(TokenPruner):
             raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
         self.targets = tuple(math.prod(self.rates[: s + 1]) for s in range(len(self.stages)))
         self.predictors = nn.ModuleList(Predictor(anatomy.width) for _ in self.stages)
+        for predictor, target in zip(self.predictors, self.targets, strict=True):
+            # One that is never asked must not wait for a gradient: DDP would take it for a mistake.
+            predictor.requires_grad_(target < 1)
         self.distills = check_flag("teacher", teacher)
         self.ratio_weight = check_number("ratio_weight", ratio_weight, 0)
         self.distill_weight = check_number("distill_weight", distill_weight, 0)
@@ -168,7 +171,7 @@ class DynamicViT(TokenPruner):
         teacher = self._teacher[0]
         prefix = forward.anatomy.prefix
         with torch.no_grad(), as_found(teacher, train=False):
-            teacher.to(forward.images.device)
+            teacher.to(forward.images.device, next(self.predictors.parameters()).dtype)
             size = forward.anatomy.image
             if tuple(teacher.patch_embed.img_size) != size:  # the model was given another size since
                 teacher.set_input_size(img_size=size)

@@ -121,7 +121,6 @@ def test_bfloat16_mixed_precision(tmp_path):
     assert all(p.dtype == torch.float32 for p in module.parameters())
 
 
-@pytest.mark.xfail(reason="dynamicvit's teacher keeps the precision it was copied in")
 def test_true_bfloat16_trains_and_validates(tmp_path):
     module = Plain()
     trainer(tmp_path, TokenPruning("dynamicvit"), precision="bf16-true").fit(module, loader(), loader(8))

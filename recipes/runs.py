@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterable
@@ -161,7 +162,9 @@ def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float =
     Returns:
         Images a second, one number a model.
     """
-    from torch.utils.benchmark import Timer  # imports torch's compiler tool chain, which no other command needs
+    # Imports torch's compiler tool chain, which warns where CUDA's compiler is installed but no GPU is.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
 
     best = [float("inf")] * len(models)
     a, weight = read(models[0]), next(models[0].parameters())

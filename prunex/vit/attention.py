@@ -109,16 +109,7 @@ def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, 
     """
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    b, h, n, d = q.shape
     p = policy.to(wide)[:, None, :, None]
-    qf, kf = q.to(dtype), k.to(dtype)
-
-    own = (q.to(wide) * k.to(wide)).sum(-1, keepdim=True)
-    parts, rest = [], own
-    for _ in range(3 if dtype == torch.bfloat16 else 1):  # three bfloat16 numbers carry one float32
-        parts.append(rest.to(dtype))
-        rest = rest - parts[-1].to(wide)
-
     with torch.no_grad():
         # The kept keys' mean bounds a dropped key's lead over the best kept one: A_ij - max A_i <= |q_i| |k_j - mean|.
         dropped = (p <= 0).to(wide)
@@ -131,26 +122,98 @@ def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, 
         room = 300 if wide == torch.float64 else 40
         lower = ((lead - room).clamp(min=40) * dropped / scale).to(dtype)
         raised = (lower.to(wide) * scale).clamp(max=room).exp()
-
-    width = -(-(d + 1 + len(parts)) // 8) * 8  # fused kernels like multiples of 8
-    one = torch.ones_like(own, dtype=dtype)
-    query = F.pad(torch.cat([qf, one, *parts], -1), (0, width - d - 1 - len(parts)))
-    key = F.pad(torch.cat([kf, -lower], -1), (0, width - d - 1, 0, 1))
-    self_key = key.new_zeros(width)
-    self_key[d + 1 : d + 1 + len(parts)] = 1
-    key = torch.cat([key[:, :, :n], self_key.expand(b, h, 1, width)], 2)
-    share = p * raised
-    value = torch.cat([v.to(wide) * share, share.expand(b, h, n, 1)], -1).to(dtype)
-    value = F.pad(value, (0, width - d - 1))
-    self_value = value.new_zeros(width)
-    self_value[d + 1] = 1
-    value = torch.cat([value, self_value.expand(b, h, 1, width)], 2)
-
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale).to(wide)
-    mixed = out
+    query, key, value = _Extend.apply(q.to(dtype), k.to(dtype), v.to(dtype), lower, p * raised)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    mixed = None
     if dropout > 0:  # entries are dropped after normalisation, so the denominator keeps its own undisturbed pass
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale).to(wide)
-    absent = 1 - p
-    top = mixed[..., :d] + mixed[..., d + 1 : d + 2] * absent * v.to(wide)
-    bottom = out[..., d : d + 1] + out[..., d + 1 : d + 2] * absent
-    return (top / bottom).to(v.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+    return _Quotient.apply(out, mixed, v.to(dtype), 1 - p).to(v.dtype)
+
+
+class _Extend(torch.autograd.Function):
+    """Queries, keys and values with the further columns and the further key of :func:`under_policy`.
+
+    By hand, since a dozen ``cat``, ``pad`` and ``slice`` each write all of it once more, forth and back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lower: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v, share)
+        b, h, n, d = q.shape
+        wide = share.dtype
+        rest = (q.to(wide) * k.to(wide)).sum(-1)
+        parts = 3 if q.dtype == torch.bfloat16 else 1  # three bfloat16 numbers carry one float32
+        width = -(-(d + 1 + parts) // 8) * 8  # fused kernels like multiples of 8
+        query, (key, value) = q.new_empty(b, h, n, width), q.new_empty(2, b, h, n + 1, width)
+        query[..., :d] = q
+        query[..., d] = 1
+        query[..., d + 1 + parts :] = 0
+        for i in range(d + 1, d + 1 + parts):
+            query[..., i] = rest
+            rest = rest - query[..., i].to(wide)
+        key[:, :, :n, :d] = k
+        key[:, :, :n, d] = -lower[..., 0]
+        key[:, :, :n, d + 1 :] = 0
+        key[:, :, n] = 0
+        key[:, :, n, d + 1 : d + 1 + parts] = 1
+        value[:, :, :n, :d] = v
+        value[:, :, :n, :d] *= share
+        value[:, :, :n, d] = share[..., 0]
+        value[:, :, :n, d + 1 :] = 0
+        value[:, :, n] = 0
+        value[:, :, n, d + 1] = 1
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, share = ctx.saved_tensors
+        n, d, wide = q.shape[2], q.shape[3], share.dtype
+        gq, gk, gv = grads[0], grads[1][:, :, :n], grads[2][:, :, :n].to(wide)
+        own = gq[..., d + 1 : d + 2].to(wide)
+        to_q = torch.addcmul(gq[..., :d].to(wide), own, k.to(wide)).to(q.dtype)
+        to_k = torch.addcmul(gk[..., :d].to(wide), own, q.to(wide)).to(k.dtype)
+        to_v = (gv[..., :d] * share).to(v.dtype)
+        to_share = None
+        if ctx.needs_input_grad[4]:
+            to_share = (gv[..., :d] * v.to(wide)).sum(-1, keepdim=True) + gv[..., d : d + 1]
+        return to_q, to_k, to_v, None, to_share
+
+
+class _Quotient(torch.autograd.Function):
+    """What :func:`under_policy` reads out of the extended attention: numerator over denominator, [B, H, N, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, mixed: Tensor | None, v: Tensor, absent: Tensor) -> Tensor:
+        d, wide = v.shape[-1], absent.dtype
+        top = (out if mixed is None else mixed).to(wide)
+        bottom = out[..., d : d + 1].to(wide) + out[..., d + 1 : d + 2].to(wide) * absent
+        own = top[..., d + 1 : d + 2]
+        result = torch.addcmul(top[..., :d], own * absent, v.to(wide)) / bottom
+        ctx.save_for_backward(result, bottom, out[..., d + 1 : d + 2].to(wide), own, v, absent)
+        ctx.shape, ctx.split = out.shape, mixed is not None
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        result, bottom, own_bottom, own_top, v, absent = ctx.saved_tensors
+        d = v.shape[-1]
+        grad = grad / bottom
+        to_bottom = -(grad * result).sum(-1, keepdim=True)
+        to_own = (grad * v.to(grad.dtype)).sum(-1, keepdim=True)
+        to_v = (grad * (own_top * absent)).to(v.dtype)
+        to_absent = (to_bottom * own_bottom + to_own * own_top).sum(1, keepdim=True)
+        to_top = v.new_empty(ctx.shape)
+        to_top[..., :d] = grad
+        to_top[..., d + 2 :] = 0
+        if ctx.split:
+            to_out = v.new_zeros(ctx.shape)
+            to_out[..., d : d + 1] = to_bottom
+            to_out[..., d + 1 : d + 2] = to_bottom * absent
+            to_top[..., d : d + 1] = 0
+            to_top[..., d + 1 : d + 2] = to_own * absent
+            return to_out, to_top, to_v, to_absent
+        to_top[..., d : d + 1] = to_bottom
+        to_top[..., d + 1 : d + 2] = (to_bottom + to_own) * absent
+        return to_top, None, to_v, to_absent

@@ -46,7 +46,7 @@ def main() -> None:
         for batch in args.batches:
             images = torch.randn(batch, 3, *size, device=args.device, dtype=dtype)
             calls = [(name, partial(m, images)) for name, m in models.items()]
-            for timing in side_by_side(calls, args.device, args.repeats, args.seconds):
+            for timing in side_by_side(calls, args.device, args.repeats, args.seconds, args.clock):
                 timing.macs = macs[timing.name]
                 rows.append((str(batch), timing))
             print(f"batch {batch}: {len(rows[-1][1].own)} rounds", flush=True)

@@ -41,12 +41,22 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on a CPU")
     parser.add_argument("--repeats", type=int, default=0, help="rounds; 0: as many as fit into --seconds, at least 7")
     parser.add_argument("--seconds", type=float, default=40.0, help="time for each batch size where --repeats is 0")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time of this process, for a machine that others use too; only with --threads 1",
+    )
     parser.add_argument("--keep-ratio", type=float, default=0.7, help="of every pruner")
     return parser
 
 
 def start(args: argparse.Namespace) -> None:
     """Set threads and seed, and print what the numbers depend on."""
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        raise SystemExit(
+            "--clock cpu needs --threads 1 and --device cpu: threads that wait for each other burn time too"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     chip = platform.processor() or platform.machine()
@@ -56,7 +66,8 @@ def start(args: argparse.Namespace) -> None:
         chip = f"{len(names)} cores {names[0]}" if names else chip
     if args.device.startswith("cuda"):
         chip = torch.cuda.get_device_name(args.device)
-    print(f"machine: {chip}; {torch.backends.cpu.get_cpu_capability()}; {args.threads} threads; device {args.device}")
+    how = f"{args.threads} threads; device {args.device}; {args.clock} time"
+    print(f"machine: {chip}; {torch.backends.cpu.get_cpu_capability()}; {how}")
     print(
         f"versions: python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
         f"prunex {prunex.__version__}"
@@ -64,7 +75,11 @@ def start(args: argparse.Namespace) -> None:
 
 
 def side_by_side(
-    contestants: Sequence[tuple[str, Callable[[], object]]], device: str, repeats: int, seconds: float
+    contestants: Sequence[tuple[str, Callable[[], object]]],
+    device: str,
+    repeats: int,
+    seconds: float,
+    clock: str = "wall",
 ) -> list[Timing]:
     """Time callables in turn, round after round; the first is the reference.
 
@@ -75,11 +90,13 @@ def side_by_side(
         device: "cpu", or "cuda" to wait for it before the clock is read.
         repeats: Rounds; 0: what fits into ``seconds``, at least 7.
         seconds: See ``repeats``.
+        clock: "wall", or "cpu" for processor time.
 
     Returns:
         One timing a contestant, in the order given.
     """
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    now = time.process_time if clock == "cpu" else time.perf_counter
     spent: dict[str, list[float]] = {name: [] for name, _ in contestants}
     for _, call in contestants:  # warm-up: allocator, kernels chosen by shape
         call()
@@ -89,10 +106,10 @@ def side_by_side(
     while done < repeats or (repeats == 0 and (done < 7 or time.perf_counter() - began < seconds)):
         turn = done % len(contestants)
         for name, call in [*contestants[turn:], *contestants[:turn]]:
-            start = time.perf_counter()
+            start = now()
             call()
             wait()
-            spent[name].append(1e3 * (time.perf_counter() - start))
+            spent[name].append(1e3 * (now() - start))
         done += 1
     reference = spent[contestants[0][0]]
     return [Timing(name, spent[name], reference) for name, _ in contestants]
@@ -100,16 +117,17 @@ def side_by_side(
 
 def table(rows: Sequence[tuple[str, Timing]], first: str) -> str:
     """A markdown table: medians, the ratio's median and quartiles, and the ratio of the fastest rounds."""
+    counted = any(t.macs is not None for _, t in rows)
     lines = [
-        f"| {first} | | ms (median) | ratio to dense | quartiles | of the fastest rounds | MACs |",
-        "|---|---|---|---|---|---|---|",
+        f"| {first} | | ms (median) | ratio to dense | quartiles | of the fastest rounds |" + " MACs |" * counted,
+        "|---|---|---|---|---|---|" + "---|" * counted,
     ]
     for key, t in rows:
         low, middle, high = statistics.quantiles(t.ratios, n=4)
-        macs = "" if t.macs is None else f"{t.macs:.3f}"
+        macs = f" {t.macs:.3f} |" if t.macs is not None else " |" * counted
         fastest = min(t.own) / min(t.reference)
         lines.append(
             f"| {key} | {t.name} | {statistics.median(t.own):.1f} | **{middle:.3f}** | {low:.3f} to {high:.3f} "
-            f"| {fastest:.3f} | {macs} |"
+            f"| {fastest:.3f} |{macs}"
         )
     return "\n".join(lines)

@@ -66,7 +66,7 @@ def main() -> None:
         images = torch.randn(batch, 3, *size, device=args.device)
         target = torch.randint(dense.num_classes, (batch,), device=args.device)
         calls = [(name, step(m, p, images, target, args.amp)) for name, (m, p) in models.items()]
-        rows += [(str(batch), t) for t in side_by_side(calls, args.device, args.repeats, args.seconds)]
+        rows += [(str(batch), t) for t in side_by_side(calls, args.device, args.repeats, args.seconds, args.clock)]
         print(f"batch {batch}: {len(rows[-1][1].own)} rounds", flush=True)
     print("\n" + table(rows, "batch"))
 

@@ -102,7 +102,12 @@ def run_lightning(arguments: Sequence[str]) -> int:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+", "prog": "prunex"},
+        parser_kwargs={
+            "parser_mode": "omegaconf+",
+            "prog": "prunex",
+            "exit_on_error": False,
+            **{name: {"exit_on_error": False} for name in LIGHTNING},
+        },
         args=[subcommand, *rest],
     )
     return 0
@@ -163,12 +168,23 @@ def find_mistake(error: BaseException | None) -> PrunexError | None:
     return error
 
 
+def parse_mistake(error: BaseException) -> PrunexError | None:
+    """What jsonargparse found wrong with an option, as one line; None for any other error."""
+    if type(error).__name__ not in ("ArgumentError", "ParserError"):
+        return None
+    lines = [line.strip(" -\t") for line in str(error).splitlines()]
+    noise = ("Subtypes:", "Errors:", "Given value", "Expected a <class 'None")
+    told = [x for x in lines if x and not x.startswith(noise)]
+    given = [x for x in lines if x.startswith("Given value:")][-1:]
+    return PrunexError("; ".join([*told[:4], *given])[:400] + "; see prunex fit --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception as error:
-        mistake = find_mistake(error)
+        mistake = find_mistake(error) or parse_mistake(error)
         if mistake is None:
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)

@@ -135,3 +135,20 @@ def test_the_command_runs_from_anywhere(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("prunex: error: unknown command 'evit'")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fit", "--nonsense", "3"], "nonsense"),
+        (["fit", "--trainer.max_epochs", "x"], "Given value: x"),
+        (["fit", "--data.rot", "there"], "Option 'rot' is not accepted"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len([line for line in told if line.startswith("prunex: error:")]) == 1
+    assert says in told[-1]

@@ -51,6 +51,8 @@ class ImageClassifier(LightningModule):
         weights: Path of a safetensors file, or the name of weights shipped with prunex (``digits``).
         pretrained: Download timm's weights; needs a network.
         learning_rate: Peak learning rate.
+        head_lr_scale: The classifier's learning rate, as a multiple of the others'; a new head on pretrained weights
+            learns little in few epochs at the rate that suits those.
         weight_decay: Not applied to biases, norms, position embeddings and class tokens.
         warmup: Share (0..1) of all steps over which the learning rate rises linearly; a cosine takes it to
             ``final_learning_rate`` times the peak afterwards.
@@ -79,6 +81,7 @@ class ImageClassifier(LightningModule):
         weights: str | None = None,
         pretrained: bool = False,
         learning_rate: float = 1e-3,
+        head_lr_scale: float = 1.0,
         weight_decay: float = 0.05,
         warmup: float = 0.05,
         final_learning_rate: float = 0.01,
@@ -93,6 +96,7 @@ class ImageClassifier(LightningModule):
             raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
         for name, value, most in (
             ("learning_rate", learning_rate, math.inf),
+            ("head_lr_scale", head_lr_scale, math.inf),
             ("weight_decay", weight_decay, math.inf),
             ("warmup", warmup, 1.0),
             ("final_learning_rate", final_learning_rate, 1.0),
@@ -170,19 +174,19 @@ class ImageClassifier(LightningModule):
         return self(batch if isinstance(batch, Tensor) else batch[0]).float().softmax(1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over two groups of parameters; linear warm-up and cosine, stepped with every batch."""
-        decayed: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        """AdamW, weights decayed and others not, head and rest apart; warm-up and cosine, stepped every batch."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                plain = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
-                (decayed if plain else others).append(parameter)
+                decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
+                groups.setdefault((decayed, name.startswith(("model.head.", "model.head_dist."))), []).append(parameter)
+        rate, decay, scale = (self.hparams[k] for k in ("learning_rate", "weight_decay", "head_lr_scale"))
         optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
-                {"params": others, "weight_decay": 0.0},
+                {"params": found, "weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
+                for (decayed, head), found in groups.items()
             ],
-            lr=self.hparams["learning_rate"],
+            lr=rate,
         )
         total = self.trainer.estimated_stepping_batches
         warm, floor = self.hparams["warmup"] * total, self.hparams["final_learning_rate"]

@@ -129,16 +129,18 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert run.global_step == 9
 
 
-def test_biases_norms_and_embeddings_are_not_decayed():
-    module = small(weight_decay=0.1)
+def test_biases_norms_and_embeddings_are_not_decayed_and_the_head_has_its_own_rate():
+    module = small(weight_decay=0.1, learning_rate=0.01, head_lr_scale=5.0)
     module._trainer = type("FakeTrainer", (), {"estimated_stepping_batches": 100})()
-    optimizer = module.configure_optimizers()["optimizer"]
-    decayed, others = (group["params"] for group in optimizer.param_groups)
-    assert optimizer.param_groups[1]["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed)
-    exempt = {id(p) for p in others}
-    assert {id(module.model.pos_embed), id(module.model.cls_token), id(module.model.blocks[0].norm1.weight)} <= exempt
-    assert len(decayed) + len(others) == len(list(module.parameters()))
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    settings = {id(p): (g["weight_decay"], g["initial_lr"]) for g in groups for p in g["params"]}
+    model = module.model
+    assert settings[id(model.blocks[0].mlp.fc1.weight)] == (0.1, 0.01)
+    for exempt in (model.pos_embed, model.cls_token, model.blocks[0].norm1.weight, model.blocks[0].mlp.fc1.bias):
+        assert settings[id(exempt)] == (0.0, 0.01)
+    assert settings[id(model.head.weight)] == (0.1, 0.05)
+    assert settings[id(model.head.bias)] == (0.0, 0.05)
+    assert sum(len(g["params"]) for g in groups) == len(settings) == len(list(module.parameters()))
 
 
 def test_the_learning_rate_rises_and_falls():

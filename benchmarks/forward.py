@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from measure import Timing, options, side_by_side, start, table
+from measure import Timing, options, side_by_side, start, table, told
 
 import prunex
 
@@ -49,7 +49,7 @@ def main() -> None:
             for timing in side_by_side(calls, args.device, args.repeats, args.seconds, args.clock):
                 timing.macs = macs[timing.name]
                 rows.append((str(batch), timing))
-            print(f"batch {batch}: {len(rows[-1][1].own)} rounds", flush=True)
+            print(f"batch {batch}: {told([t for k, t in rows if k == str(batch)])}", flush=True)
     print("\n" + table(rows, "batch"))
 
 

@@ -131,3 +131,9 @@ def table(rows: Sequence[tuple[str, Timing]], first: str) -> str:
             f"| {fastest:.3f} |{macs}"
         )
     return "\n".join(lines)
+
+
+def told(timings: Sequence[Timing]) -> str:
+    """One batch size in one line, for whoever waits for the others."""
+    ratios = ", ".join(f"{t.name}: {statistics.median(t.ratios):.3f}" for t in timings[1:])
+    return f"{len(timings[0].own)} rounds; {ratios}"

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from measure import Timing, options, side_by_side, start, table
+from measure import Timing, options, side_by_side, start, table, told
 from torch import Tensor, nn
 
 import prunex
@@ -67,7 +67,7 @@ def main() -> None:
         target = torch.randint(dense.num_classes, (batch,), device=args.device)
         calls = [(name, step(m, p, images, target, args.amp)) for name, (m, p) in models.items()]
         rows += [(str(batch), t) for t in side_by_side(calls, args.device, args.repeats, args.seconds, args.clock)]
-        print(f"batch {batch}: {len(rows[-1][1].own)} rounds", flush=True)
+        print(f"batch {batch}: {told([t for k, t in rows if k == str(batch)])}", flush=True)
     print("\n" + table(rows, "batch"))
 
 

@@ -110,9 +110,12 @@ def test_nothing_but_the_graph_lies_there(onnx, pt2):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=needs_onnx)])
-@pytest.mark.parametrize("method", [None, *METHODS])
-@pytest.mark.parametrize("family", ["vit", "deit_distilled", "dinov2_swiglu", "avg_pool_no_class", "clip_quick_gelu"])
-def test_every_method_on_every_kind_of_model(tmp_path, family, method, suffix):
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("vit", m) for m in (None, *METHODS)]
+    + [(f, "evit") for f in ("deit_distilled", "dinov2_swiglu", "avg_pool_no_class", "clip_quick_gelu")],
+)
+def test_every_method_and_every_kind_of_model(tmp_path, family, method, suffix):
     model = model_of(family, method)
     path = prunex.export(model, tmp_path / f"deep/er/model{suffix}")
     agree(path, prunex.slim(model), kept=False)

@@ -71,7 +71,7 @@ def save(
     made = not folder.exists()
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
-        save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt", "prunex": str(VERSION)})
+        save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt"})
         config["prunex"]["sha256"] = _sha256(waiting / WEIGHTS)
         (waiting / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (waiting / CARD).write_text(_card(config))

@@ -16,7 +16,6 @@ from prunex.pruners.base import Forward, TokenPruner, check_number, strip_offici
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import check_parity, masked_pool, put_on, run, take_off
-from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 
 CHILD = "prunex"
@@ -36,7 +35,6 @@ class Attached(nn.Module):
         self.anatomy = anatomy
         self.masked: bool | None = None
         self.trace: TokenTrace | None = None
-        self.tape: Tape | None = None
         self.last: Forward | None = None
         self.policy: Tensor | None = None
         self.register_load_state_dict_pre_hook(_accept_dense)
@@ -48,7 +46,7 @@ class Attached(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
-        return self.__dict__ | {"trace": None, "tape": None, "last": None, "policy": None}
+        return self.__dict__ | {"trace": None, "last": None, "policy": None}
 
     def current(self, model: VisionTransformer) -> Anatomy:
         """The model's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
@@ -63,7 +61,7 @@ class Attached(nn.Module):
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
         anatomy = self.current(model)
-        tokens, state = run(model, images, anatomy, (pruner,), self.tape, masked)
+        tokens, state = run(model, images, anatomy, (pruner,), masked=masked)
         self.policy = state.policy
         self.trace = state.trace.detach()
         self.last = None

@@ -103,7 +103,11 @@ def test_a_model_pruned_by_the_callback_comes_back_without_it(tmp_path):
 
 def test_patch_labels_and_masked_pruning_train_together(tmp_path):
     module = small(patch_label_weight=1.0)
-    trainer(tmp_path, callbacks=[TokenPruning("dynamicvit", keep_ratio=0.5, stages=[1])]).fit(module, scenes())
+    head = module.patch_head.weight.detach().clone()
+    run = trainer(tmp_path, callbacks=[TokenPruning("dynamicvit", keep_ratio=0.5, stages=[1])])
+    run.fit(module, scenes())
+    assert not torch.equal(module.patch_head.weight, head)
+    assert {"train_patch_loss", "prunex/loss_ratio"} <= set(run.callback_metrics)
 
 
 def test_patch_labels_refuse_tokens_that_left(tmp_path):

@@ -75,9 +75,9 @@ def lrp(
     model, images = widened(model, images)
     images = images.clone().requires_grad_()
     if rule in ("attnlrp", "cplrp"):
-        ops: Any = ModifiedGradients(rule, strengths)  # type: ignore[arg-type]
+        ops: Any = ModifiedGradients(rule, strengths)
     else:
-        ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))  # type: ignore[arg-type]
+        ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)

@@ -229,8 +229,12 @@ class RelevanceRules(Arithmetic):
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """In proportion to the terms."""
-        split = conserving_add if self.rule == "zplus" and self.rule_set == "conserving" else proportional
-        return _Route.apply(self, lambda saved, out, r: split(*saved, out, r), a + b, a, b)
+        conserving = self.rule == "zplus" and self.rule_set == "conserving"
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            return (conserving_add if conserving else proportional)(saved[0], saved[1], out, r)
+
+        return _Route.apply(self, back, a + b, a, b)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half each."""

@@ -164,8 +164,8 @@ def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> 
     parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
     own = [t for t in parts if t is not None]
     front = torch.cat([t.detach() for t in own], 1).expand(len(x), -1, -1) if own else added[:, :0]
-    placed = prefix and model.pos_embed is not None and not model.no_embed_class
-    at = model.pos_embed.detach()[:, :prefix].expand_as(front) if placed else torch.zeros_like(front)
+    table: Tensor | None = None if model.no_embed_class else model.pos_embed
+    at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
     return ops.norm(model.norm_pre, x), grid
 

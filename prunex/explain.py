@@ -64,6 +64,8 @@ class Explanation:
     @property
     def pixels(self) -> Tensor:
         """The finest map the method has, [B, H, W]; for methods on the patch grid, that grid upsampled."""
+        if self.raw.ndim == 4 and self.raw.shape[2:] == self.image_size:
+            return self.raw.sum(1)
         return self.upsample()
 
     def overlay(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,10 +2,11 @@
 
 from functools import partial
 
+import pytest
 import torch
 from timm.layers import SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -41,6 +42,17 @@ def tiny(family="vit", seed=0, **kwargs):
     args = SIZES | FAMILIES[family] | kwargs
     cls = args.pop("cls", VisionTransformer)
     return lively(cls(**args), seed).eval()
+
+
+def gated(**kwargs):
+    """A tiny ViT whose attention has sigmoid gates."""
+    model = tiny(**kwargs)
+    try:
+        for block in model.blocks:
+            block.attn = Attention(48, 3, qkv_bias=True, gated=True)
+    except TypeError:
+        pytest.skip("this timm's attention has no gates")
+    return lively(model).eval()
 
 
 def lively(model, seed=0):

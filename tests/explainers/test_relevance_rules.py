@@ -198,6 +198,19 @@ def test_products_conserve_by_halves():
         assert x.equal(y)
 
 
+def test_gates_leave_all_to_the_signal_and_means_share_as_sums():
+    rules = RelevanceRules()
+    a, b, r = draw(3, 7).requires_grad_(), draw(3, 7, seed=1).sigmoid().requires_grad_(), draw(3, 7, seed=2)
+    found = back(rules, rules.gate(a, b), (a,), r)[0]
+    assert found.equal(r)
+    for x, y in zip(
+        torch.autograd.grad(rules.gate(a, b), (a, b), r), torch.autograd.grad(a * b, (a, b), r), strict=True
+    ):
+        assert x.equal(y)
+    assert relative(sum(back(rules, rules.mean(a, b), (a, b), r)).sum(1), r.sum(1)) < 1e-6
+    assert torch.autograd.grad(rules.mean(a, b), a, r)[0].equal(r / 2)
+
+
 def test_weights_of_a_sum_are_constants_to_relevance_alone():
     rules = RelevanceRules()
     weights, tokens = draw(2, 1, 5).requires_grad_(), draw(2, 5, 4, seed=1).requires_grad_()

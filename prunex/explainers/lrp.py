@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,7 +12,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, recording, widened
 from prunex.explainers.modified_gradients import ModifiedGradients
 from prunex.explainers.partial_lrp import RULE_SETS
-from prunex.explainers.relevance_rules import RelevanceRules, RuleSet
+from prunex.explainers.relevance_rules import LinearRule, RelevanceRules, RuleSet
 from prunex.registry import register
 from prunex.vit.tape import Tape
 
@@ -77,7 +77,7 @@ def lrp(
     if rule in ("attnlrp", "cplrp"):
         ops: Any = ModifiedGradients(rule, strengths)
     else:
-        ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))
+        ops = RelevanceRules(cast(LinearRule, rule), rule_set, strengths or (0.25, 0.05))
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +29,17 @@ class Method:
     paper: str
     needs: str
     make: Callable[..., Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """An explainer's own options with their defaults.
+
+        >>> import prunex
+        >>> sorted(prunex.methods("explainer")[0].options)
+        ['full', 'start_layer']
+        """
+        found = inspect.signature(self.make).parameters.items()
+        return {name: p.default for name, p in found if p.kind is p.KEYWORD_ONLY}
 
 
 _METHODS: dict[tuple[str, str], Method] = {}

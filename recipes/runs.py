@@ -95,10 +95,10 @@ def open_model_or_name(
         PrunexError: When there is nothing to open, weights do not fit, or a timm model is named without weights.
     """
     if Path(where).exists():
-        given = {"weights": weights, "image size": image_size, "pretrained weights": pretrained or None}
+        given = {"--weights": weights, "--img-size": image_size, "--pretrained": pretrained or None}
         for name, value in given.items():
             if value is not None:
-                raise PrunexError(f"{name} are for a timm model name, and {where} is a path: give one or the other")
+                raise PrunexError(f"{name} goes with a timm model name, and {where} is a path: leave it out")
         return open_model(where)
     if weights is not None:
         return model_from_weights(where, weights, image_size)
@@ -125,10 +125,10 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
         model = prunex.slim(load_from_checkpoint(module_class, str(path)), told["path"])
     else:
         model = prunex.slim(module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True))
-    return _as_the_data_tell(model, config["data"])
+    return as_the_data_tell(model, config["data"])
 
 
-def _as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
+def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
     """The model with its data's class names and normalisation, which a slim folder holds and a checkpoint does not."""
     data = instantiate(LightningDataModule, spec)
     try:

@@ -35,8 +35,8 @@ class Method:
         """An explainer's own options with their defaults.
 
         >>> import prunex
-        >>> sorted(prunex.methods("explainer")[0].options)
-        ['full', 'start_layer']
+        >>> lookup("explainer", "generic_attention").options
+        {'start_layer': 0, 'full': False}
         """
         found = inspect.signature(self.make).parameters.items()
         return {name: p.default for name, p in found if p.kind is p.KEYWORD_ONLY}

@@ -389,7 +389,7 @@ def _check_target(vit: nn.Module, target: int | None) -> None:
     """Refuse a class that the model does not have before every method does."""
     if target is None:
         return
-    classes = read(vit).classes  # type: ignore[arg-type]
+    classes = read(vit).classes
     if classes == 0:
         raise PrunexError(f"--target {target}: this model has no classifier; leave --target out")
     choose_target(torch.zeros(1, classes), target)

@@ -126,6 +126,18 @@ class TokenTrace:
         """
         return self._compose(stage)[2].unflatten(1, self.grid)
 
+    def tokens(self, stage: int = -1) -> Tensor:
+        """Which token each patch continues as after a stage.
+
+        Args:
+            stage: Which one; -1 is the last.
+
+        Returns:
+            int64 [B, P], positions among the patch tokens; -1 for a patch that was removed or fused.
+        """
+        where, _, alive = self._compose(stage)
+        return where.masked_fill(~alive, -1)
+
     def share(self, stage: int = -1) -> Tensor:
         """Which part each patch has in the token that stands for it after a stage.
 

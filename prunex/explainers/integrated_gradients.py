@@ -48,7 +48,7 @@ def integrated_gradients(
 
     **On a pruned model the selection of the image itself is frozen** for every step and for the baseline: along the
     path it would jump, which no gradient sees, and the sum would be wrong without notice. EViT's fusing weights are
-    frozen likewise. A patch dropped before it met another one gets exactly 0.
+    frozen likewise. A patch dropped before it met another one gets exactly 0 (in masked mode up to rounding).
 
     "trapezoid" weighs by 1 / (steps - 1), so that the weights sum to 1; Captum's sum to 1 - 1 / steps. With
     ``rule="right", steps=1`` and baseline 0 this is input times gradient.

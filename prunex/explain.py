@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ class Explanation:
         trace: What the explained forward did to the patches.
         logits: float [B, classes]; the features where the model has no classifier.
         image_size: Height and width of the images in pixels.
+        fine: float [B, H, W], the map at pixel size of a method that is finer than a patch; else None.
+        info: What the method found out beside the map, by name: tensors whose first dimension is B, such as ``delta``
+            of integrated_gradients. Empty for most.
     """
 
     method: str
@@ -45,6 +48,8 @@ class Explanation:
     trace: TokenTrace
     logits: Tensor
     image_size: tuple[int, int]
+    fine: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
         """The maps at pixel size, bilinear: float [B, H, W].
@@ -63,7 +68,7 @@ class Explanation:
     @property
     def pixels(self) -> Tensor:
         """The finest map the method has, [B, H, W]; for methods on the patch grid, that grid upsampled."""
-        return self.upsample()
+        return self.upsample() if self.fine is None else self.fine
 
     def overlay(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The maps over the images, for looking at.
@@ -151,4 +156,6 @@ def explain(
         answer.trace,
         answer.logits,
         (images.shape[2], images.shape[3]),
+        answer.pixels,
+        answer.info,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Relevance:
         signed: Whether negative values mean "against the class".
         trace: What the explained forward did to the patches.
         logits: float [B, classes] of the explained forward; the features where the model has no classifier.
+        pixels: float32 (or 64) [B, H, W], for methods that are finer than a patch; else None.
+        info: What the method found out beside the map, by name: tensors whose first dimension is B.
     """
 
     maps: Tensor
@@ -42,6 +44,8 @@ class Relevance:
     signed: bool
     trace: TokenTrace
     logits: Tensor
+    pixels: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,12 +117,29 @@ class Recording:
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         return self.anatomy.readout(self.tape.tokens, self.tape.policy, like)
 
-    def answer(self, row: Tensor, raw: Tensor | None = None, signed: bool = False) -> Relevance:
-        """From one relevance a token, [B, prefix + P], to the answer on the patch grid."""
+    def answer(
+        self,
+        row: Tensor,
+        raw: Tensor | None = None,
+        signed: bool = False,
+        pixels: Tensor | None = None,
+        info: dict[str, Tensor] | None = None,
+    ) -> Relevance:
+        """From one relevance a token to the answer on the patch grid.
+
+        Args:
+            row: [B, prefix + P].
+            raw: The method's own finest output; None: ``row``.
+            signed: Whether negative values mean "against the class".
+            pixels: [B, H, W], where the method is finer than a patch.
+            info: Further findings, one entry an image each.
+        """
         row = row.detach()
         maps = row[:, self.anatomy.prefix :].unflatten(1, self.trace.grid)
         whole = row if raw is None else raw.detach()
-        return Relevance(maps, whole, self.target, signed, self.trace.detach(), self.logits.detach())
+        pixels = None if pixels is None else pixels.detach()
+        found = {name: value.detach() for name, value in (info or {}).items()}
+        return Relevance(maps, whole, self.target, signed, self.trace.detach(), self.logits.detach(), pixels, found)
 
 
 @contextmanager

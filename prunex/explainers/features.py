@@ -14,7 +14,7 @@ from prunex.vit.trace import Stage
 
 @dataclass
 class Features:
-    """What patch tokens are at ``norm1`` of one block; prefix tokens are left out.
+    """What patch tokens are inside one block, such as at its ``norm1``; prefix tokens are left out.
 
     Attributes:
         activation: [B, n, D], at least float32.
@@ -91,14 +91,25 @@ def features(recorded: Recording, layer: int, score: Tensor | None = None) -> Fe
         The features. A token that stands for several patches (merged) counts once in means, and each of its patches
         gets its value; a token fused of patches that were dropped counts nowhere.
     """
-    steps = recorded.tape.steps
-    at = next(i for i, step in enumerate(steps) if isinstance(step, Attended) and step.block == layer)
     normed = torch.as_tensor(recorded.tape.attended()[layer].normed)
     gradient = None
     if score is not None:
         found = torch.autograd.grad(score.sum(), normed, allow_unused=True)[0]
         gradient = _wide(torch.zeros_like(normed) if found is None else found, recorded.anatomy.prefix)
-    activation = _wide(normed, recorded.anatomy.prefix)
+    return on_patches(recorded, layer, _wide(normed, recorded.anatomy.prefix), gradient)
+
+
+def on_patches(recorded: Recording, layer: int, activation: Tensor, gradient: Tensor | None = None) -> Features:
+    """Any channels of the patch tokens inside a block, with the places they belong to.
+
+    Args:
+        recorded: A forward whose tape saw the block.
+        layer: Block index, 0..depth-1.
+        activation: [B, n, D] of the patch tokens entering the block.
+        gradient: Likewise, or None.
+    """
+    steps = recorded.tape.steps
+    at = next(i for i, step in enumerate(steps) if isinstance(step, Attended) and step.block == layer)
     where = replace(recorded.trace, stages=[s for s in steps[:at] if isinstance(s, Stage)]).tokens()
     patches = torch.zeros(activation.shape[:2], dtype=torch.long, device=where.device)
     there = patches.scatter_add(1, where.clamp(min=0), (where >= 0).long()) > 0

@@ -143,8 +143,26 @@ def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> 
     if ops.opened:
         return _embed_opened(model, images, ops)
     x = model.patch_embed(images)
-    grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
-    return model.norm_pre(model.patch_drop(model._pos_embed(x))), grid
+    return _enter(model, x), _grid(model, x)
+
+
+def embed_patches(model: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The first part of :func:`embed`: what each patch is embedded as [B, P, D], and the patch grid."""
+    x = model.patch_embed(images)
+    return x.flatten(1, 2) if x.ndim == 4 else x, _grid(model, x)
+
+
+def place(model: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The rest of :func:`embed`: embedded patches [B, P, D] get positions and prefix tokens, [B, prefix + P, D]."""
+    return _enter(model, patches.unflatten(1, grid) if model.dynamic_img_size else patches)
+
+
+def _grid(model: VisionTransformer, x: Tensor) -> tuple[int, int]:
+    return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
+
+
+def _enter(model: VisionTransformer, x: Tensor) -> Tensor:
+    return model.norm_pre(model.patch_drop(model._pos_embed(x)))
 
 
 def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:

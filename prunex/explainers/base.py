@@ -16,7 +16,7 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, read
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
-from prunex.vit.forward import record, resume
+from prunex.vit.forward import embed, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
@@ -58,6 +58,7 @@ class Recording:
         tape: What was recorded.
         state: How the forward ended: the trace, and the decisions that made it.
         target: int64 [B], the class explained.
+        autocast: Whether the forward ran under the caller's autocast, and its dtype.
     """
 
     model: VisionTransformer
@@ -65,6 +66,7 @@ class Recording:
     tape: Tape
     state: TokenState
     target: Tensor
+    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
 
     @property
     def trace(self) -> TokenTrace:
@@ -85,8 +87,11 @@ class Recording:
         keys: KeyWeights | None = None,
         tape: Tape | None = None,
         masked: bool | None = None,
+        frozen: bool = True,
     ) -> Tensor:
         """The model's output for altered tokens, with the selection of this forward frozen.
+
+        It runs in the precision of this forward, the caller's autocast included.
 
         Args:
             tokens: [R, prefix + P, D], entering the first block.
@@ -96,13 +101,24 @@ class Recording:
             tape: Records what it asks for.
             masked: Whether dropped tokens keep their slots; None: as in this forward, whose decisions must have been
                 made likewise.
+            frozen: Whether tokens leave as in this forward; False: the model's own pruner decides again.
 
         Returns:
             float [R, classes].
         """
         masked = self.state.masked if masked is None else masked
-        pruners = [*before, Replay(self.state.decisions, index)]
-        return resume(self.model, tokens, self.trace.grid, pruners, tape, masked, keys)
+        decides = [Replay(self.state.decisions, index)] if frozen else own_pruners(self.model)
+        with self._as_recorded():
+            return resume(self.model, tokens, self.trace.grid, [*before, *decides], tape, masked, keys)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Other images as tokens for :meth:`again`, [R, prefix + P, D], off the graph."""
+        with torch.no_grad(), self._as_recorded():
+            return embed(self.model, images)[0]
+
+    def _as_recorded(self) -> torch.autocast:
+        enabled, dtype = self.autocast
+        return torch.autocast(self.trace.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
     @property
     def logits(self) -> Tensor:
@@ -187,8 +203,10 @@ def recording(
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
         else:
             chosen = torch.full((len(images),), -1, device=images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            yield Recording(model, anatomy, tape, state, chosen)
+        kind = images.device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            yield Recording(model, anatomy, tape, state, chosen, autocast)
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
@@ -267,6 +285,17 @@ def check_chunk(value: Any) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PrunexError(f"chunk={value!r} is not allowed: give the number of sequences in one forward, at least 1")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as one.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if not isinstance(value, bool):
+        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
     return value
 
 

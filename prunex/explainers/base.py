@@ -263,7 +263,8 @@ def widened(model: VisionTransformer, images: Tensor) -> tuple[VisionTransformer
     """
     if images.dtype in (torch.float32, torch.float64):
         return model, images
-    return copy.deepcopy(model).float(), images.float()
+    with torch.inference_mode(False):  # weights made under it cannot be differentiated through
+        return copy.deepcopy(model).float(), images.float()
 
 
 def check_flag(name: str, value: Any) -> bool:

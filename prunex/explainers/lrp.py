@@ -11,8 +11,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, recording, widened
 from prunex.explainers.modified_gradients import ModifiedGradients
-from prunex.explainers.partial_lrp import RULE_SETS
-from prunex.explainers.relevance_rules import LinearRule, RelevanceRules, RuleSet
+from prunex.explainers.relevance_rules import RULE_SETS, LinearRule, RelevanceRules, RuleSet
 from prunex.registry import register
 from prunex.vit.tape import Tape
 
@@ -64,24 +63,28 @@ def lrp(
         channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours.
 
     Raises:
-        PrunexError: For unknown rules, a gamma that its rule does not have or below 0, or layers that the rules do not
-            know.
+        PrunexError: For unknown rules, a gamma or rule set that the rule does not have, a gamma below 0, or layers that
+            the rules do not know.
     """
     if not isinstance(rule, str) or rule not in RULES:
         raise unknown("rule", rule, RULES)
     if not isinstance(rule_set, str) or rule_set not in RULE_SETS:
         raise unknown("rule_set", rule_set, RULE_SETS)
     strengths = _strengths(rule, gamma)
+    if rule != "zplus" and rule_set != "conserving":
+        raise PrunexError(f"rule_set={rule_set!r} with rule={rule!r} is not allowed: rule sets belong to rule='zplus'")
     model, images = widened(model, images)
-    images = images.clone().requires_grad_()
-    if rule in ("attnlrp", "cplrp"):
-        ops: Any = ModifiedGradients(rule, strengths)
+    with torch.inference_mode(False):
+        images = images.clone().requires_grad_()
+    if rule == "attnlrp" or rule == "cplrp":
+        ops: ModifiedGradients | RelevanceRules = ModifiedGradients(rule, strengths)
     else:
         ops = RelevanceRules(cast(LinearRule, rule), rule_set, strengths or (0.25, 0.05))
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)
-        ops.relevance = True
+        if isinstance(ops, RelevanceRules):
+            ops.relevance = True
         tokens, pixels = torch.autograd.grad(recorded.logits, [recorded.embedded, images], one_hot)
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
 from prunex.explainers.relevance_rules import Layer, gamma_rule
-from prunex.vit.arithmetic import Arithmetic
+from prunex.vit.arithmetic import Arithmetic, unknown_layer
 
 
 class ModifiedGradients(Arithmetic):
@@ -23,7 +23,7 @@ class ModifiedGradients(Arithmetic):
     - element-wise f: the gradient is f(x) / x;
     - norms: the deviation (or root mean square) is a constant;
     - attention: "attnlrp" divides the gradients of q and k by 4 and of v by 2; "cplrp" takes q and k as constants;
-    - gates: half each;
+    - products in gated MLPs: half each; gates of gated attention are constants;
     - linear layers and the patch convolution: as they are, or the gamma rule.
 
     Args:
@@ -37,26 +37,16 @@ class ModifiedGradients(Arithmetic):
         self.kind, self.gamma = kind, gamma
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A linear layer; heads made of several layers are opened."""
-        if isinstance(module, nn.Sequential):
-            for part in module:
-                if isinstance(part, nn.Linear | nn.Identity | nn.Dropout | nn.Sequential):
-                    x = self.linear(part, x)
-                elif isinstance(part, nn.LayerNorm):
-                    x = self.norm(part, x)
-                else:
-                    x = self.activation(part, x)
-            return x
-        return self._gamma(module, x, 1)
+        """As it is, or by the gamma rule."""
+        return self._by_rule(module, x, 1)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
-        """The patch convolution."""
-        return self._gamma(module, images, 0)
+        """The patch convolution, likewise."""
+        return self._by_rule(module, images, 0)
 
-    def _gamma(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
-        if self.gamma is None or isinstance(module, nn.Identity):
-            return module(x)
-        return _Gamma.apply(x, module(x), Layer.of(module), self.gamma[which])
+    def _by_rule(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
+        layer = Layer.of(module)
+        return module(x) if self.gamma is None else _Gamma.apply(x, module(x), layer, self.gamma[which])
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """A norm with its deviation held constant."""
@@ -71,6 +61,10 @@ class ModifiedGradients(Arithmetic):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half each."""
         return _Scaled.apply(a, 0.5) * _Scaled.apply(b, 0.5)
+
+    def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
+        """The openness is a constant."""
+        return signal * openness.detach()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused attention; queries, keys and values get their share of the gradient."""
@@ -130,16 +124,12 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, out: Tensor, module: Any) -> Tensor:
-        if getattr(module, "weight", None) is None and getattr(module, "elementwise_affine", False):
-            raise PrunexError(f"relevance rules do not know {type(module).__name__} without its weight")
         ctx.centred = isinstance(module, nn.LayerNorm)
-        if not ctx.centred and "rms" not in type(module).__name__.lower():
-            raise PrunexError(
-                f"relevance rules do not know {type(module).__name__}: known are LayerNorm and RmsNorm; "
-                "generic_attention and rollout take this model"
-            )
+        if not ctx.centred and not isinstance(module, RmsNorm | nn.RMSNorm):
+            raise unknown_layer(module, "LayerNorm and RmsNorm")
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
         spread = x.var(-1, unbiased=False, keepdim=True) if ctx.centred else x.square().mean(-1, keepdim=True)
-        ctx.save_for_backward((spread + module.eps).rsqrt(), module.weight)
+        ctx.save_for_backward((spread + eps).rsqrt(), module.weight)
         return out.view_as(out)
 
     @staticmethod

@@ -9,11 +9,9 @@ from torch import Tensor
 from prunex.errors import unknown
 from prunex.explainers.base import Relevance, check_flag, recording, widened
 from prunex.explainers.propagation import propagate, times
-from prunex.explainers.relevance_rules import RelevanceRules, RuleSet
+from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
 from prunex.vit.tape import Attended, Tape
-
-RULE_SETS = ("conserving", "published_baseline")
 
 
 @register(

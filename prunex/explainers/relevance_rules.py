@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
-from prunex.vit.arithmetic import Arithmetic
+from prunex.vit.arithmetic import Arithmetic, unknown_layer
 
 LinearRule = Literal["zplus", "epsilon", "gamma"]
 RuleSet = Literal["conserving", "published_baseline"]
+RULE_SETS = get_args(RuleSet)
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class Layer:
         """The layer behind a module.
 
         Raises:
-            PrunexError: For anything but ``nn.Linear`` or a patch convolution.
+            PrunexError: For anything but ``nn.Linear`` or a patch convolution, such as a subclass that computes
+                something else.
         """
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             bias = None if module.bias is None else module.bias.detach()
             return cls(module.weight.detach(), bias, lambda x, w: x @ w.T, lambda s, w: s @ w)
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and set(module.padding) == {0}:
+        if _is_patch_convolution(module):
             stride: Any = module.stride
             return cls(
                 module.weight.detach(),
@@ -56,10 +57,18 @@ class Layer:
                 lambda x, w: F.conv2d(x, w, stride=stride),
                 lambda s, w: F.conv_transpose2d(s, w, stride=stride),
             )
-        raise PrunexError(
-            f"relevance rules do not know {type(module).__name__}: known are nn.Linear and patch convolutions; "
-            "generic_attention and rollout take this model"
-        )
+        raise unknown_layer(module, "nn.Linear and patch convolutions")
+
+
+def _is_patch_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and module.stride == module.kernel_size
+        and set(module.padding) == {0}
+        and module.groups == 1
+        and set(module.dilation) == {1}
+    )
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -73,25 +82,22 @@ def stabilised(z: Tensor, epsilon: float) -> Tensor:
     return z + epsilon * torch.where(z < 0, -1.0, 1.0).to(z.dtype)
 
 
-def zplus(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
+def zplus(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
     """R_j = sum_k (x_j w_jk)^+ / sum_i (x_i w_ik)^+ R_k: positive products only, one denominator, no bias.
 
-    Half the layer's own output and half of |x| |w| make the positive part, so that the denominator costs one product
-    with weights and the whole rule three.
+    The two signs are summed apart, never as half of output plus magnitudes: where positive products are few, that
+    difference would be rounding alone.
     """
-    weight, size = layer.weight, layer.weight.abs()
-    plain = out if layer.bias is None else out - layer.bias
-    s = ratio(r, (plain + layer.forth(x.abs(), size)) / 2)
-    return (x * layer.back(s, weight) + x.abs() * layer.back(s, size)) / 2
+    (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
+    s = ratio(r, layer.forth(above, up) + layer.forth(below, down))
+    return above * layer.back(s, up) + below * layer.back(s, down)
 
 
-def zplus_split(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
+def zplus_split(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
     """As :func:`zplus`, each sign of the inputs divided by its own denominator: up to twice the relevance leaves."""
-    total = torch.zeros_like(x)
-    for bound in ({"min": 0}, {"max": 0}):
-        part, weight = x.clamp(**bound), layer.weight.clamp(**bound)
-        total += part * layer.back(ratio(r, layer.forth(part, weight)), weight)
-    return total
+    (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
+    first = above * layer.back(ratio(r, layer.forth(above, up)), up)
+    return first + below * layer.back(ratio(r, layer.forth(below, down)), down)
 
 
 def epsilon_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, epsilon: float = 1e-6) -> Tensor:
@@ -104,7 +110,7 @@ def gamma_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, gamma: float, ep
 
     For z_k > 0 these are x_j w_jk > 0, for z_k < 0 those below 0; the bias is favoured alike.
     """
-    up, down = x.clamp(min=0), x.clamp(max=0)
+    up, down = _by_sign(x)
     positive = layer.weight + gamma * layer.weight.clamp(min=0)
     negative = layer.weight + gamma * layer.weight.clamp(max=0)
     total = torch.zeros_like(x)
@@ -120,21 +126,16 @@ def gamma_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, gamma: float, ep
     return total
 
 
-def bounded(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
-    """The pixel layer's rule zB: products less those of each image's lowest and highest value (no bias)."""
-    up, down = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
-    lowest, highest = (torch.full_like(x[:1], 1).expand_as(x) * e(x) for e in (_lowest, _highest))
-    plain = out if layer.bias is None else out - layer.bias
-    s = r / (plain - layer.forth(lowest, up) - layer.forth(highest, down) + 1e-9)
-    return x * layer.back(s, layer.weight) - lowest * layer.back(s, up) - highest * layer.back(s, down)
+def bounded(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
+    """The pixel layer's rule zB: x w - l w^+ - h w^-, l and h each image's lowest and highest value (no bias)."""
+    above, below = x - x.amin((1, 2, 3), keepdim=True), x - x.amax((1, 2, 3), keepdim=True)
+    up, down = _by_sign(layer.weight)
+    s = ratio(r, layer.forth(above, up) + layer.forth(below, down))
+    return above * layer.back(s, up) + below * layer.back(s, down)
 
 
-def _lowest(x: Tensor) -> Tensor:
-    return x.amin((1, 2, 3), keepdim=True)
-
-
-def _highest(x: Tensor) -> Tensor:
-    return x.amax((1, 2, 3), keepdim=True)
+def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.clamp(min=0), x.clamp(max=0)
 
 
 def proportional(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,8 +159,8 @@ class RelevanceRules(Arithmetic):
     """A forward whose graph carries gradients or, with ``relevance`` set, relevance.
 
     Norms, element-wise non-linearities, softmax and LayerScale pass relevance through unchanged; a product of two
-    signals gives each half; the scale of the scores is left out; constants (positions, a fused token's weights) keep
-    what they get.
+    signals gives each half; sigmoid gates, pooling weights and a fused token's weights are constants; the scale of the
+    scores is left out; positions keep what they get.
 
     Args:
         linear: Rule of linear layers: "zplus", "epsilon" or "gamma".
@@ -189,32 +190,24 @@ class RelevanceRules(Arithmetic):
         return _Route.apply(self, lambda saved, out, r: (r.reshape(saved[0].shape),), out, x)
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A linear layer by its rule; heads made of several layers are opened."""
-        if isinstance(module, nn.Identity | nn.Dropout):
-            return module(x)
-        if isinstance(module, nn.Sequential):
-            for part in module:
-                known = isinstance(part, nn.Linear | nn.Identity | nn.Dropout | nn.Sequential)
-                x = self.linear(part, x) if known else self._through(part(x), x)
-            return x
-        layer = Layer.of(module)
-        return _Route.apply(self, lambda saved, out, r: (self._linear(layer, saved[0], out, r),), module(x), x)
-
-    def _linear(self, layer: Layer, x: Tensor, out: Tensor, r: Tensor, gamma: int = 1) -> Tensor:
-        if self.rule == "epsilon":
-            return epsilon_rule(layer, x, out, r, self.epsilon)
-        if self.rule == "gamma":
-            return gamma_rule(layer, x, out, r, self.gamma[gamma], self.epsilon)
-        return (zplus if self.rule_set == "conserving" else zplus_split)(layer, x, out, r)
+        """By its rule."""
+        return self._by_rule(module, x, self.gamma[1], zplus if self.rule_set == "conserving" else zplus_split)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
         """The pixel layer: zB under z+, else the linear layers' rule."""
+        return self._by_rule(module, images, self.gamma[0], bounded)
+
+    def _by_rule(self, module: nn.Module, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
         layer = Layer.of(module)
-        if self.rule == "zplus":
-            return _Route.apply(self, lambda saved, out, r: (bounded(layer, saved[0], out, r),), module(images), images)
-        return _Route.apply(
-            self, lambda saved, out, r: (self._linear(layer, saved[0], out, r, 0),), module(images), images
-        )
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            if self.rule == "epsilon":
+                return (epsilon_rule(layer, saved[0], out, r, self.epsilon),)
+            if self.rule == "gamma":
+                return (gamma_rule(layer, saved[0], out, r, gamma, self.epsilon),)
+            return (positive(layer, saved[0], r),)
+
+        return _Route.apply(self, back, module(x), x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """Passes through."""
@@ -235,6 +228,15 @@ class RelevanceRules(Arithmetic):
             return (conserving_add if conserving else proportional)(saved[0], saved[1], out, r)
 
         return _Route.apply(self, back, a + b, a, b)
+
+    def mean(self, a: Tensor, b: Tensor) -> Tensor:
+        """As their sum."""
+        both = self.add(a, b)
+        return self._through(both / 2, both)
+
+    def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
+        """All to the signal."""
+        return self._through(signal * openness, signal)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half each."""
@@ -262,9 +264,9 @@ class RelevanceRules(Arithmetic):
         """Tokens in proportion to their weighted part."""
 
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
-            return (saved[0] * (weights.transpose(-2, -1) @ ratio(r, out)),)
+            return (saved[0] * (fixed.transpose(-2, -1) @ ratio(r, out)),)
 
-        weights = weights.detach()
+        fixed = weights.detach()  # constants to relevance, not to gradients
         return _Route.apply(self, back, weights @ tokens, tokens)
 
 

@@ -47,8 +47,8 @@ def transformer_attribution(
         images: float [B, C, H, W].
         target: Class whose logit is explained; None: the predicted one.
         start_layer: First block included.
-        gradient: False rolls out the relevance alone (head mean of max(0, R_l), rows normalised with the identity), the
-            paper's ablation.
+        gradient: False rolls out the relevance alone, head mean of max(0, R_l) (the paper's ablation); its rows are
+            not normalised either.
 
     Returns:
         ``maps`` >= 0; ``raw`` is the read-out row [B, prefix + P].

@@ -61,7 +61,7 @@ def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tenso
     y = ops.norm(attn.norm, out.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:
-        y = ops.product(y, gate(x).sigmoid())
+        y = ops.gate(y, ops.linear(gate, x).sigmoid())
     return attn.proj_drop(ops.linear(attn.proj, y))
 
 

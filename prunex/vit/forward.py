@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, check_images, read
-from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp, pooled
+from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, TokenState, apply
 from prunex.vit.tape import Attended, Fed, Tape
@@ -395,14 +395,17 @@ def head(
     """
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
-        first, second = (ops.linear(h, inner.head_drop(x[:, i])) for i, h in enumerate((inner.head, inner.head_dist)))
-        return ops.add(first, second) / 2
-    if ops.opened and anatomy.pool == "avg":
-        read_at = anatomy.readout(x.shape[1], policy, x)
-        features = pooled(x, read_at, ops)
+        first, second = (
+            classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
+        )
+        return ops.mean(first, second)
+    if ops.opened and anatomy.pool in ("avg", "avgmax"):
+        features = pooled(x, anatomy.readout(x.shape[1], policy, x), ops)
+        if anatomy.pool == "avgmax":
+            features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
     else:
         features = masked_pool(model, x, None, policy, anatomy)
-    return ops.linear(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)))
+    return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
 
 
 def masked_pool(

@@ -10,7 +10,8 @@ from torch import Tensor
 import prunex
 from prunex.callbacks.monitor import Monitor, decisions, log_share
 from prunex.pictures import kept_mosaic
-from prunex.vit.forward import as_found, record
+from prunex.vit.forward import record
+from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 
 

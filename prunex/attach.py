@@ -15,7 +15,8 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, check_number, strip_official
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
-from prunex.vit.forward import check_parity, masked_pool, put_on, run, take_off
+from prunex.vit.forward import masked_pool, run
+from prunex.vit.mount import check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
 
 CHILD = "prunex"

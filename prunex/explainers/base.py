@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, read
-from prunex.vit.forward import as_found, record
+from prunex.vit.attention import KeyWeights
+from prunex.vit.decisions import Pruner, Replay, TokenState
+from prunex.vit.forward import record, resume
+from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 
@@ -42,13 +45,59 @@ class Relevance:
 
 @dataclass
 class Recording:
-    """One forward of a model under a tape, as explainers use it."""
+    """One forward of a model under a tape, as explainers use it.
+
+    Attributes:
+        model: The ViT.
+        anatomy: Of the model.
+        tape: What was recorded.
+        state: How the forward ended: the trace, and the decisions that made it.
+        target: int64 [B], the class explained.
+    """
 
     model: VisionTransformer
     anatomy: Anatomy
     tape: Tape
-    trace: TokenTrace
+    state: TokenState
     target: Tensor
+
+    @property
+    def trace(self) -> TokenTrace:
+        """What the forward did to the patches."""
+        return self.state.trace
+
+    @property
+    def embedded(self) -> Tensor:
+        """The tokens that entered the first block, [B, prefix + P, D]."""
+        return torch.as_tensor(self.tape.embedded)
+
+    def again(
+        self,
+        tokens: Tensor,
+        index: Tensor | None = None,
+        *,
+        before: Sequence[Pruner] = (),
+        keys: KeyWeights | None = None,
+        tape: Tape | None = None,
+        masked: bool | None = None,
+    ) -> Tensor:
+        """The model's output for altered tokens, with the selection of this forward frozen.
+
+        Args:
+            tokens: [R, prefix + P, D], entering the first block.
+            index: int64 [R], which image each is made from; None: one an image, in order.
+            before: Asked before the frozen decisions, such as an ``Absent``.
+            keys: Weights of the tokens as attention keys.
+            tape: Records what it asks for.
+            masked: Whether dropped tokens keep their slots; None: as in this forward, whose decisions must have been
+                made likewise.
+
+        Returns:
+            float [R, classes].
+        """
+        masked = self.state.masked if masked is None else masked
+        pruners = [*before, Replay(self.state.decisions, index)]
+        return resume(self.model, tokens, self.trace.grid, pruners, tape, masked, keys)
 
     @property
     def logits(self) -> Tensor:
@@ -78,6 +127,7 @@ def recording(
     target: int | Tensor | None,
     tape: Tape,
     needs_class: bool = False,
+    masked: bool | None = None,
 ) -> Iterator[Recording]:
     """Run the model once under a tape, in eval mode and full view of autograd if gradients are asked for.
 
@@ -89,6 +139,7 @@ def recording(
         target: Class to explain, or None for the predicted one.
         tape: Says what to record.
         needs_class: Whether the method explains a class, so that a model without a head is refused.
+        masked: Whether dropped tokens keep their slots; None: as the model is set.
 
     Raises:
         PrunexError: For a target out of range, a headless model where a class is needed or asked for, or weights that
@@ -102,7 +153,7 @@ def recording(
     with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
         if images.is_inference():
             images = images.clone()
-        state = record(model, images, tape)
+        state = record(model, images, tape, masked)
         anatomy = read(model)
         # The head itself tells, not num_classes: users put heads on and take them off by assignment.
         if not isinstance(model.head, nn.Identity):
@@ -112,7 +163,7 @@ def recording(
         else:
             chosen = torch.full((len(images),), -1, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            yield Recording(model, anatomy, tape, state.trace, chosen)
+            yield Recording(model, anatomy, tape, state, chosen)
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
@@ -160,6 +211,17 @@ def attention_gradients(recorded: Recording) -> list[Tensor]:
     inputs = [m for m in maps if m is not None]
     found = torch.autograd.grad(score, inputs, allow_unused=True)
     return [torch.zeros_like(m) if g is None else g for m, g in zip(inputs, found, strict=True)]
+
+
+def check_chunk(value: Any) -> int:
+    """How many sequences go through the model at once, at least 1.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PrunexError(f"chunk={value!r} is not allowed: give the number of sequences in one forward, at least 1")
+    return value
 
 
 def start_layer(value: Any, depth: int) -> int:

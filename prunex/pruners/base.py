@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.forward import Keep, Mask, TokenState
+from prunex.vit.decisions import Keep, Mask, TokenState
 
 
 @dataclass

@@ -16,7 +16,8 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, check_flag, check_number, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.forward import Keep, Mask, TokenState, as_found
+from prunex.vit.decisions import Keep, Mask, TokenState
+from prunex.vit.mount import as_found
 
 
 class Predictor(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prunex.pruners.base import TokenPruner, ceil_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.forward import Keep, Mask, TokenState
+from prunex.vit.decisions import Keep, Mask, TokenState
 
 
 @register("pruner", "topk", "Haurum et al., ICCVW 2023, arXiv 2308.04657", "nothing; works untrained")

@@ -7,50 +7,141 @@ the tokens that are there, and itself.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunex.vit.arithmetic import PLAIN, Arithmetic
 
-def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+@dataclass
+class KeyWeights:
+    """How much each token counts as an attention key; 1 leaves it as it is.
+
+    Attributes:
+        factor: float [B, N], at least 0.
+        rule: "log": the softmax weight is multiplied (log factor added to the score; independent of the scores'
+            scale). "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is,
+            negative ones included.
+    """
+
+    factor: Tensor
+    rule: Literal["log", "shift", "scale"] = "log"
+
+    def on_scores(self, scores: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The weighted scores [B, H, m, N]; only keys that are seen make a row's lowest."""
+        factor = self.factor[:, None, None, :].to(scores.dtype)
+        if self.rule == "log":
+            return scores + factor.log()
+        if self.rule == "shift":
+            lowest = scores if seen is None else scores.masked_fill(~seen, float("inf"))
+            scores = scores - lowest.amin(-1, keepdim=True)
+        return scores * factor
+
+
+def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of timm's ``Attention`` for normed tokens x [B, N, D]: three of [B, H, N, d]."""
-    qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    qkv = ops.linear(attn.qkv, x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    return attn.q_norm(q), attn.k_norm(k), v
+    return ops.norm(attn.q_norm, q), ops.norm(attn.k_norm, k), v
 
 
-def project(attn: Any, out: Tensor, x: Tensor) -> Tensor:
+def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
     """From the heads' outputs [B, H, N, d] to the branch's output [B, N, D], as timm's ``Attention`` ends.
 
     Args:
         attn: timm's attention module.
         out: What the heads gathered.
         x: The normed tokens the module was given; gated attention reads them once more.
+        ops: The arithmetic.
     """
-    y = attn.norm(out.transpose(1, 2).flatten(2))
+    y = ops.norm(attn.norm, out.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:
-        y = y * gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(y))
+        y = ops.product(y, gate(x).sigmoid())
+    return attn.proj_drop(ops.linear(attn.proj, y))
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Plain attention without the matrix; [B, H, N, d]."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, keys: KeyWeights | None = None, scale: float | None = None
+) -> Tensor:
+    """Plain attention without the matrix; [B, H, m, d].
+
+    Args:
+        q: [B, H, m, d].
+        k: [B, H, N, d].
+        v: [B, H, N, d].
+        dropout: Probability for attention entries.
+        keys: Weights of the keys, or None. The "shift" rule alone needs the matrix.
+        scale: Of the scores; None: d ** -0.5.
+    """
+    bias = None
+    if keys is not None and keys.rule == "log":
+        bias = keys.factor.log().to(q.dtype)[:, None, None, :].expand(-1, -1, q.shape[2], -1)
+    elif keys is not None and keys.rule == "scale":
+        k = k * keys.factor[:, None, :, None].to(k.dtype)
+    elif keys is not None:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return matrix(q, k, scale, keys=keys).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
 
 
-def matrix(q: Tensor, k: Tensor, scale: float, policy: Tensor | None = None) -> Tensor:
-    """The softmax attention itself, [B, H, N, N], over the tokens that are there (and the query's own).
+def matrix(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    policy: Tensor | None = None,
+    keys: KeyWeights | None = None,
+    queries: tuple[int, ...] | None = None,
+    ops: Arithmetic = PLAIN,
+) -> Tensor:
+    """The softmax attention itself, [B, H, m, N], over the tokens that are there (and the query's own).
 
     At least float32, whatever the queries are: gradients of single entries are tiny.
+
+    Args:
+        q: [B, H, m, d].
+        k: [B, H, N, d].
+        scale: Of the scores.
+        policy: [B, N] or None: 0 for slots of dropped tokens.
+        keys: Weights of the keys, or None.
+        queries: Positions of the m queries among the N tokens; None: all of them.
+        ops: The arithmetic.
+    """
+    scores = ops.scores(q, k, scale)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    seen = None
+    if policy is not None:
+        own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
+        seen = (policy > 0)[:, None, None, :] | (own if queries is None else own[list(queries)])
+    if keys is not None:
+        scores = keys.on_scores(scores, seen)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return ops.softmax(scores)
+
+
+def rows_of_heads(q: Tensor, k: Tensor, scale: float, policy: Tensor | None, there: Tensor | None = None) -> Tensor:
+    """Attention of each head averaged over query rows, [B, H, N].
+
+    Args:
+        q: [B, H, m, d], the queries whose rows are wanted.
+        k: [B, H, N, d].
+        scale: Of the scores.
+        policy: [B, N] or None.
+        there: [B, m] or None: which of the rows count.
     """
     scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
     if policy is not None:
-        seen = (policy > 0)[:, None, None, :] | torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
-        scores = scores.masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1)
+        scores = scores.masked_fill((policy <= 0)[:, None, None, :], float("-inf"))
+    seen = scores.softmax(-1)
+    if there is None:
+        return seen.mean(2)
+    there = there.to(seen.dtype)
+    return torch.einsum("bm,bhmn->bhn", there, seen) / there.sum(1).clamp(min=1)[:, None, None]
 
 
 def rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None = None, chunk: int = 64) -> Tensor:

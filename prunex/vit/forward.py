@@ -6,13 +6,12 @@ call the block's own submodules in the block's own order; a block that nobody as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import MethodType
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,123 +19,85 @@ from torch.utils.checkpoint import checkpoint
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, check_images, read
+from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp, pooled
+from prunex.vit.attention import KeyWeights
+from prunex.vit.decisions import Pruner, TokenState, apply
 from prunex.vit.tape import Attended, Fed, Tape
-from prunex.vit.trace import Stage, TokenTrace
-
-
-@dataclass
-class TokenState:
-    """What a pruner is shown.
-
-    Attributes:
-        tokens: [B, prefix + n, D], the residual stream.
-        anatomy: Of the model.
-        trace: What was removed so far.
-        masked: Whether dropped tokens keep their slots under a policy (training, or on request) instead of leaving.
-        training: Whether the model is in training mode.
-        policy: [B, prefix + n] or None: 1 for tokens that are there, 0 for dropped ones in their slots.
-        row: [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there
-            is none), mean over heads; present between the halves of a block that a pruner asked it for.
-        left: Patch tokens that are there (an upper bound where images differ).
-        masks: The differentiable policies [B, n] set so far, one a masking decision.
-    """
-
-    tokens: Tensor
-    anatomy: Anatomy
-    trace: TokenTrace
-    masked: bool
-    training: bool
-    policy: Tensor | None = None
-    row: Tensor | None = None
-    left: int = 0
-    masks: list[Tensor] = field(default_factory=list)
-
-    @property
-    def patches(self) -> Tensor:
-        """The patch tokens [B, n, D] of the stream, dropped slots included."""
-        return self.tokens[:, self.anatomy.prefix :]
-
-    @property
-    def present(self) -> Tensor | None:
-        """The policy of the patch tokens [B, n], or None when all of them are there."""
-        return None if self.policy is None else self.policy[:, self.anatomy.prefix :]
-
-
-@dataclass
-class Keep:
-    """A pruner's answer: which patch tokens continue.
-
-    Attributes:
-        index: int64 [B, k], positions among the patch tokens now, in rising order. Every image keeps as many.
-        score: [B, n] or None, what they were ranked by.
-        fuse: [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token.
-    """
-
-    index: Tensor
-    score: Tensor | None = None
-    fuse: Tensor | None = None
-
-
-@dataclass
-class Mask:
-    """A pruner's answer in training: a (differentiable) policy [B, n] in 0..1 over the patch tokens, and its scores."""
-
-    policy: Tensor
-    score: Tensor | None = None
-
-
-class Pruner(Protocol):
-    """What the forward asks of a token pruner; see ``prunex.pruners.base``."""
-
-    def rows(self) -> frozenset[int]:
-        """Blocks whose read-out attention row it needs between the halves."""
-
-    def acts_between(self, block: int) -> bool:
-        """Whether it may decide between the halves of this block."""
-
-    def before(self, block: int, state: TokenState) -> Keep | Mask | None:
-        """Decide before a block."""
-
-    def between(self, block: int, state: TokenState) -> Keep | Mask | None:
-        """Decide between a block's attention and its MLP."""
+from prunex.vit.trace import TokenTrace
 
 
 def attend(
-    block: Any, x: Tensor, anatomy: Anatomy, policy: Tensor | None, want_row: bool, tape: Tape | None
+    block: Any,
+    x: Tensor,
+    anatomy: Anatomy,
+    policy: Tensor | None = None,
+    want_row: bool = False,
+    tape: Tape | None = None,
+    number: int = -1,
+    keys: KeyWeights | None = None,
+    queries: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None, Attended | None]:
     """The first half of a block: ``x + drop_path(ls(attn(norm(x))))``, with what was asked for from inside.
 
+    Args:
+        block: timm's block.
+        x: [B, N, D].
+        anatomy: Of the model.
+        policy: [B, N] or None.
+        want_row: Whether the read-out row is wanted.
+        tape: Records what it asks for, or None.
+        number: The block's index.
+        keys: Weights of the tokens as keys, or None.
+        queries: The tokens that go on; None: all of them.
+
     Returns:
-        The stream [B, N, D], the read-out row [B, N] if asked for, and the recording if a tape runs.
+        The stream [B, N, D] ([B, len(queries), D] if given), the read-out row [B, N] if asked for, and the recording if
+        a tape runs.
     """
-    attn, y = block.attn, block.norm1(x)
-    want_streams = tape is not None and tape.streams
-    row = heads_attention = value = whole = None
-    if policy is None and not (want_row or want_streams or (tape is not None and tape.attention)):
+    ops = PLAIN if tape is None else tape.ops
+    attn, y = block.attn, ops.norm(block.norm1, x)
+    recorded = None if tape is None else Attended(number, policy=policy, queries=queries)
+    if tape is not None and recorded is not None and number in tape.normed:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_()
+        recorded.normed = y
+    wants_streams = tape is not None and tape.streams
+    wants_matrix = tape is not None and tape.wants_matrix(number)
+    wants_heads = tape is not None and number in tape.head_rows
+    row = None
+    asked = want_row or wants_streams or wants_matrix or wants_heads or ops.opened
+    if policy is None and keys is None and queries is None and not asked:
         branch = attn(y)
     else:
-        q, k, v = attention.heads(attn, y)
+        q, k, v = attention.heads(attn, y, ops)
+        asking = q if queries is None else q[:, :, list(queries)]
         dropout = attn.attn_drop.p if block.training else 0.0
-        if tape is not None and tape.attention:
-            whole = attention.matrix(q, k, attn.scale, policy)
-            if tape.gradients and not whole.requires_grad:
+        whole = None
+        if wants_matrix or ops.matrices or (policy is not None and (keys is not None or ops.opened)):
+            whole = attention.matrix(asking, k, attn.scale, policy, keys, queries, ops)
+            if wants_matrix and tape is not None and tape.gradients and torch.is_grad_enabled():
                 whole.requires_grad_()
-            out = attn.attn_drop(whole).to(v.dtype) @ v
-            heads_attention = whole if tape.reduce is None else tape.reduce(whole)
+            out = ops.gather(attn.attn_drop(whole), v)
         elif policy is not None:
             out = attention.under_policy(q, k, v, policy, attn.scale, dropout)
+            out = out if queries is None else out[:, :, list(queries)]
+        elif ops.opened:
+            out = ops.attention(asking, k, v)
         else:
-            out = attention.fused(q, k, v, dropout)
+            out = attention.fused(asking, k, v, dropout, keys)
         if want_row:
             row = _row(q, k, attn.scale, anatomy, policy, whole)
-        branch = attention.project(attn, out, y)
-        value = v.detach() if want_streams else None
-    after = x + block.drop_path1(block.ls1(branch))
-    recorded = None
-    if tape is not None:
-        recorded = Attended(-1, heads_attention, value, policy=policy, row=row)
-        if want_streams:
-            recorded.before, recorded.after = x.detach(), after.detach()
+        branch = attention.project(attn, out, y if queries is None else y[:, list(queries)], ops)
+        if tape is not None and recorded is not None:
+            if wants_matrix and whole is not None:
+                recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
+            if wants_heads:
+                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy)
+            recorded.row, recorded.value = row, v.detach() if wants_streams else None
+    stream = x if queries is None else x[:, list(queries)]
+    after = ops.add(stream, block.drop_path1(ops.scaled(block.ls1, branch)))
+    if recorded is not None and wants_streams:
+        recorded.before, recorded.after = x.detach(), after.detach()
     return after, row, recorded
 
 
@@ -155,25 +116,53 @@ def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | 
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
     there = (policy[:, start:] > 0).to(torch.promote_types(q.dtype, torch.float32))
     if whole is None:
-        scores = ((asking * scale) @ k.transpose(-2, -1)).to(there.dtype)
-        seen = scores.masked_fill((policy <= 0)[:, None, None, :], float("-inf")).softmax(-1)
-    else:
-        seen = whole[:, :, start:]
+        return attention.rows_of_heads(asking, k, scale, policy, there).mean(1)
+    seen = whole[:, :, start:]
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
+
+
+def _head_rows(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None) -> Tensor:
+    """The read-out row of each head, [B, H, N]."""
+    if anatomy.readers:
+        return attention.rows_of_heads(q[:, :, :1], k, scale, policy)
+    start = 0 if anatomy.pool_prefix else anatomy.prefix
+    there = None if policy is None else policy[:, start:] > 0
+    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there)
 
 
 def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None) -> tuple[Tensor, Fed | None]:
     """The second half of a block: ``x + drop_path(ls(mlp(norm(x))))``."""
-    branch = block.ls2(block.mlp(block.norm2(x)))
+    ops = PLAIN if tape is None else tape.ops
+    branch = ops.scaled(block.ls2, mlp(block.mlp, ops.norm(block.norm2, x), ops))
     recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
-    return x + block.drop_path2(branch), recorded
+    return ops.add(x, block.drop_path2(branch)), recorded
 
 
-def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
     """From images to the tokens entering the first block, and the patch grid of these images."""
+    if ops.opened:
+        return _embed_opened(model, images, ops)
     x = model.patch_embed(images)
     grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
     return model.norm_pre(model.patch_drop(model._pos_embed(x))), grid
+
+
+def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
+    """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
+    inner: Any = model.patch_embed
+    height, width = inner.patch_size
+    padded = images
+    if inner.dynamic_img_pad:
+        padded = nn.functional.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
+    patches = ops.patches(inner.proj, padded)
+    grid = (patches.shape[2], patches.shape[3])
+    x = ops.norm(inner.norm, patches.flatten(2).transpose(1, 2))
+    with torch.no_grad():
+        empty = torch.zeros_like(x)
+        added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
+    prefix = model.num_prefix_tokens
+    x = torch.cat([added[:, :prefix], ops.add(x, added[:, prefix:])], 1)
+    return ops.norm(model.norm_pre, x), grid
 
 
 def run(
@@ -199,202 +188,177 @@ def run(
     """
     check_images(anatomy, images)
     _check_dtype(model, images)
-    x, grid = embed(model, images)
-    trace = TokenTrace(grid, anatomy.prefix, images.shape[0], images.device)
-    state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1])
-    if tape is not None and tape.streams:
-        tape.embedded = x.detach()
-    wanted: set[int] = set(tape.rows) if tape is not None else set()
+    x, grid = embed(model, images, PLAIN if tape is None else tape.ops)
+    return encode(model, x, grid, anatomy, pruners, tape, masked)
+
+
+def encode(
+    model: VisionTransformer,
+    x: Tensor,
+    grid: tuple[int, int],
+    anatomy: Anatomy,
+    pruners: Sequence[Pruner] = (),
+    tape: Tape | None = None,
+    masked: bool = False,
+    keys: KeyWeights | None = None,
+) -> tuple[Tensor, TokenState]:
+    """Embedded tokens through all blocks and the final norm; :func:`run` without the embedding.
+
+    Args:
+        model: A supported ViT.
+        x: [B, prefix + P, D], as :func:`embed` gives them.
+        grid: Their patch grid.
+        anatomy: Of the model.
+        pruners: Asked in this order at every place.
+        tape: Records what it asks for, or None.
+        masked: Dropped tokens keep their slots.
+        keys: Weights of the tokens as attention keys in every block, or None.
+
+    Returns:
+        Tokens [B, prefix + n_last, D] after the final norm (only those that the head reads, where the tape asked for no
+        others), and the final state with its trace.
+    """
+    trace = TokenTrace(grid, anatomy.prefix, x.shape[0], x.device)
+    state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1], keys=keys)
+    wanted: set[int] = set()
+    if tape is not None:
+        tape.embedded, state.ops = x, tape.ops
+        wanted.update(tape.rows)
     for pruner in pruners:
         wanted.update(pruner.rows())
     recompute = model.grad_checkpointing and torch.is_grad_enabled() and tape is None
+    last = len(model.blocks) - 1
     for i, block in enumerate(model.blocks):
-        for pruner in pruners:
-            _apply(pruner.before(i, state), i, state, tape)
-        within = [p for p in pruners if p.acts_between(i)]
-        if tape is None and state.policy is None and i not in wanted and not within:
-            state.tokens = _maybe_checkpoint(recompute, block, state.tokens)
-            continue
-        policy = state.policy
-        want = i in wanted
+        if tape is not None and i < tape.graph_from:
+            off: Any = torch.no_grad()
+        else:
+            off = nullcontext()
+        with off:
+            for pruner in pruners:
+                _note(tape, apply(pruner.before(i, state), i, False, state))
+            within = [p for p in pruners if p.acts_between(i)]
+            plain = tape is None and state.policy is None and state.keys is None
+            if plain and i not in wanted and not within:
+                state.tokens = _maybe_checkpoint(recompute, block, state.tokens)
+                continue
+            policy, keys, want = state.policy, state.keys, i in wanted
+            narrow = i == last and tape is not None and tape.narrow and not tape.streams and not within
+            queries = anatomy.readers if narrow and anatomy.readers else None
+            if tape is not None and i == last:
+                tape.policy, tape.tokens = policy, state.tokens.shape[1]
 
-        def first(
-            x: Tensor, policy: Tensor | None, block: nn.Module = block, want: bool = want
-        ) -> tuple[Tensor, Tensor | None, Attended | None]:
-            return attend(block, x, anatomy, policy, want, tape)
+            def first(
+                x: Tensor,
+                policy: Tensor | None,
+                block: nn.Module = block,
+                number: int = i,
+                want: bool = want,
+                keys: KeyWeights | None = keys,
+                queries: tuple[int, ...] | None = queries,
+            ) -> tuple[Tensor, Tensor | None, Attended | None]:
+                return attend(block, x, anatomy, policy, want, tape, number, keys, queries)
 
-        state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
-        if tape is not None and attended is not None:
-            attended.block = i
-            tape.steps.append(attended)
-        for pruner in within:
-            _apply(pruner.between(i, state), i, state, tape)
-        state.row = None
+            state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
+            if tape is not None and attended is not None:
+                tape.steps.append(attended)
+            for pruner in within:
+                _note(tape, apply(pruner.between(i, state), i, True, state))
+            if tape is not None and i == last and within:
+                tape.policy, tape.tokens = state.policy, state.tokens.shape[1]
+            state.row = None
 
-        def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
-            return feed(block, x, tape, state.policy)
+            def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
+                return feed(block, x, tape, state.policy)
 
-        state.tokens, fed = _maybe_checkpoint(recompute, second, state.tokens)
-        if tape is not None and fed is not None:
-            fed.block = i
-            tape.steps.append(fed)
-    if tape is not None:
-        tape.policy, tape.tokens = state.policy, state.tokens.shape[1]
-    state.tokens = model.norm(state.tokens)
+            state.tokens, fed = _maybe_checkpoint(recompute, second, state.tokens)
+            if tape is not None and fed is not None:
+                fed.block = i
+                tape.steps.append(fed)
+    state.tokens = (PLAIN if tape is None else tape.ops).norm(model.norm, state.tokens)
     return state.tokens, state
 
 
-def record(model: VisionTransformer, images: Tensor, tape: Tape) -> TokenState:
+def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:
     """Run a model, pruned or dense, under a tape, leaving no trace of it on the model.
 
     Args:
         model: A supported ViT; call it in eval mode.
         images: [B, C, H, W].
         tape: Says what to record; its ``logits`` are filled too ([B, classes], or pooled features without a head).
+        masked: Whether dropped tokens keep their slots; None: as the model is set.
 
     Returns:
-        The final state, with the trace.
+        The final state, with the trace and the decisions.
     """
     attached = getattr(model, "prunex", None)
+    pruners: tuple[Pruner, ...] = ()
     if attached is None:
-        tokens, state = run(model, images, read(model), tape=tape)
-        tape.logits = type(model).forward_head(model, tokens)
-        return state
-    masked = bool(attached.masked)
-    tokens, state = run(model, images, attached.current(model), (attached.pruner,), tape, masked)
-    found, attached.policy = attached.policy, state.policy
-    try:
-        tape.logits = type(model).forward_head(model, tokens)
-    finally:
-        attached.policy = found
+        anatomy = read(model)
+    else:
+        anatomy, pruners = attached.current(model), (attached.pruner,)
+        masked = bool(attached.masked) if masked is None else masked
+    tokens, state = run(model, images, anatomy, pruners, tape, bool(masked))
+    tape.logits = head(model, tokens, state.policy, anatomy, tape.ops)
     return state
 
 
-def _check_dtype(model: VisionTransformer, images: Tensor) -> None:
-    wanted = model.patch_embed.proj.weight.dtype
-    # Autocast brings 16- and 32-bit floats together, but leaves float64 (numpy's own) alone.
-    if images.dtype != wanted and (
-        torch.float64 in (images.dtype, wanted) or not torch.is_autocast_enabled(images.device.type)
-    ):
-        raise PrunexError(
-            f"images have dtype {images.dtype}, the model {wanted}: convert them with images.to({wanted})"
-        )
+def resume(
+    model: VisionTransformer,
+    x: Tensor,
+    grid: tuple[int, int],
+    pruners: Sequence[Pruner] = (),
+    tape: Tape | None = None,
+    masked: bool = False,
+    keys: KeyWeights | None = None,
+) -> Tensor:
+    """From embedded tokens to the model's output, with decisions of one's own choice.
+
+    Args:
+        model: A supported ViT, pruned or dense; its own pruner decides only if it is among ``pruners``.
+        x: [B, prefix + P, D], as :func:`embed` gives them.
+        grid: Their patch grid.
+        pruners: Such as a :class:`~prunex.vit.decisions.Replay` of the clean run's decisions, or an ``Absent`` before
+            it.
+        tape: Records what it asks for. None: only what the head reads is carried through the last block.
+        masked: Dropped tokens keep their slots.
+        keys: Weights of the tokens as attention keys, or None.
+
+    Returns:
+        [B, classes], or the pooled features without a head.
+    """
+    attached = getattr(model, "prunex", None)
+    anatomy = read(model) if attached is None else attached.current(model)
+    tape = Tape(narrow=True) if tape is None else tape
+    tokens, state = encode(model, x, grid, anatomy, pruners, tape, masked, keys)
+    tape.logits = head(model, tokens, state.policy, anatomy, tape.ops)
+    return tape.logits
 
 
-def _maybe_checkpoint(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+def head(
+    model: VisionTransformer, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN
+) -> Tensor:
+    """From the final tokens to the model's output, as timm's ``forward_head`` in eval mode.
 
+    Args:
+        model: The ViT.
+        x: [B, N, D] after the final norm.
+        policy: [B, N] or None: 0 for slots of dropped tokens, which are not pooled.
+        anatomy: Of the model.
+        ops: The arithmetic.
 
-def _apply(decision: Keep | Mask | None, block: int, state: TokenState, tape: Tape | None) -> None:
-    """Carry a decision out: gather, fuse or mask, and write it into the trace."""
-    if decision is None:
-        return
-    if isinstance(decision, Mask):
-        stage = _mask(decision, block, state)
-    elif state.masked:
-        stage = _keep_masked(decision, block, state)
+    Returns:
+        [B, classes], or the pooled features without a head.
+    """
+    inner: Any = model
+    if isinstance(model, VisionTransformerDistilled):
+        first, second = (ops.linear(h, inner.head_drop(x[:, i])) for i, h in enumerate((inner.head, inner.head_dist)))
+        return ops.add(first, second) / 2
+    if ops.opened and anatomy.pool == "avg":
+        read_at = anatomy.readout(x.shape[1], policy, x)
+        features = pooled(x, read_at, ops)
     else:
-        stage = _keep(decision, block, state)
-    state.trace.stages.append(stage)
-    if tape is not None:
-        tape.steps.append(stage)
-
-
-def _keep(d: Keep, block: int, state: TokenState) -> Stage:
-    prefix, x = state.anatomy.prefix, state.tokens
-    body = state.patches
-    b, n, width = body.shape
-    k = d.index.shape[1]
-    group = torch.full((b, n), -1, dtype=torch.long, device=x.device)
-    group.scatter_(1, d.index, torch.arange(k, device=x.device).expand(b, -1))
-    weight = (group >= 0).to(torch.promote_types(x.dtype, torch.float32))
-    parts = [x[:, :prefix], body.gather(1, d.index.unsqueeze(-1).expand(-1, -1, width))]
-    if d.fuse is not None:
-        dropped = d.fuse * (group < 0)
-        parts.append(dropped.unsqueeze(1).to(x.dtype) @ body)
-        weight = torch.where(group < 0, _shares(dropped), weight)
-        group = group.masked_fill(group < 0, k)
-    state.tokens = torch.cat(parts, 1)
-    state.left = state.tokens.shape[1] - prefix
-    return Stage(block, group, weight, state.left, d.fuse is not None, d.score, state.left)
-
-
-def _shares(dropped: Tensor) -> Tensor:
-    """Weights of dropped tokens as shares of 1; equal shares where all weights are 0."""
-    total = dropped.sum(1, keepdim=True)
-    return torch.where(total > 0, dropped / total.clamp(min=torch.finfo(dropped.dtype).tiny), 0)
-
-
-def _keep_masked(d: Keep, block: int, state: TokenState) -> Stage:
-    prefix = state.anatomy.prefix
-    body = state.patches
-    b, n, _ = body.shape
-    there = state.present if state.present is not None else body.new_ones(b, n, dtype=torch.float32)
-    kept = torch.zeros_like(there).scatter(1, d.index, 1.0) * there
-    group = torch.arange(n, device=body.device).expand(b, -1).masked_fill(kept <= 0, -1)
-    weight = kept
-    left = d.index.shape[1]
-    if d.fuse is not None:
-        dropped = d.fuse * (there - kept)
-        state.tokens = torch.cat([state.tokens, dropped.unsqueeze(1).to(body.dtype) @ body], 1)
-        weight = kept + _shares(dropped) * (there - kept)
-        group = torch.where((there - kept) > 0, n, group)
-        kept = torch.cat([kept, kept.new_ones(b, 1)], 1)
-        left += 1
-    state.policy = torch.cat([kept.new_ones(b, prefix), kept], 1)
-    state.left = left
-    return Stage(block, group, weight, kept.shape[1], d.fuse is not None, d.score, left)
-
-
-def _mask(d: Mask, block: int, state: TokenState) -> Stage:
-    b, n = d.policy.shape
-    hard = d.policy.detach() > 0
-    state.masks.append(d.policy)
-    state.policy = torch.cat([d.policy.new_ones(b, state.anatomy.prefix), d.policy], 1)
-    group = torch.arange(n, device=hard.device).expand(b, -1).masked_fill(~hard, -1)
-    return Stage(block, group, hard.to(d.policy.dtype), n, False, d.score, hard.sum(1))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Putting the forward on a model, and taking it off again.
-
-_METHODS = ("forward_features", "forward_head", "pool", "forward_intermediates")
-
-
-def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    if attn_mask is not None or any(kwargs.values()):
-        raise PrunexError("attn_mask and is_causal cannot be combined with token pruning: call detach() first")
-    return self.prunex.features(self, x)
-
-
-def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
-    return self.prunex.pool(self, x, pool_type)
-
-
-def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    out = type(self).forward_head(self, x, pre_logits=pre_logits)
-    if not pre_logits:
-        self.prunex.saw_logits(out)
-    return out
-
-
-def _forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
-    raise PrunexError(
-        "forward_intermediates of a pruned model has no full grid to return: detach() first, or read pruning.trace"
-    )
-
-
-def put_on(model: VisionTransformer) -> None:
-    """Route the model's forward through ``model.prunex`` (an object with features, pool and saw_logits)."""
-    ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
-    for name, function in zip(_METHODS, ours, strict=True):
-        model.__dict__[name] = MethodType(function, model)
-
-
-def take_off(model: VisionTransformer) -> None:
-    """Give the model its class's own methods back."""
-    for name in _METHODS:
-        model.__dict__.pop(name, None)
+        features = masked_pool(model, x, None, policy, anatomy)
+    return ops.linear(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)))
 
 
 def masked_pool(
@@ -423,53 +387,21 @@ def masked_pool(
     return top if kind == "max" else 0.5 * (top + mean)
 
 
-@contextmanager
-def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
-    """Run something with every module in train or eval mode, and give each its own flag back, whatever is raised."""
-    flags = [(m, m.training) for m in model.modules()]
-    try:
-        if train is not None:
-            model.train(train)
-        yield
-    finally:
-        for m, flag in flags:
-            m.training = flag
-
-
-def check_parity(model: VisionTransformer, tolerance: float = 1e-4) -> Anatomy:
-    """Send one small random input through timm's own forward and through ours.
-
-    Args:
-        model: A supported ViT, nothing attached.
-        tolerance: Largest difference allowed, relative to the largest output.
-
-    Returns:
-        The model's anatomy.
-
-    Raises:
-        PrunexError: By name, for a model whose outputs differ (a new timm, a subclass with something of its own).
-    """
-    anatomy = read(model)
-    own = [name for name in ("forward", *_METHODS) if name in vars(model)]
-    if own:
+def _check_dtype(model: VisionTransformer, images: Tensor) -> None:
+    wanted = model.patch_embed.proj.weight.dtype
+    # Autocast brings 16- and 32-bit floats together, but leaves float64 (numpy's own) alone.
+    if images.dtype != wanted and (
+        torch.float64 in (images.dtype, wanted) or not torch.is_autocast_enabled(images.device.type)
+    ):
         raise PrunexError(
-            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
-            "first, or subclass and prune the plain model"
+            f"images have dtype {images.dtype}, the model {wanted}: convert them with images.to({wanted})"
         )
-    weight = next(model.parameters())
-    if weight.is_meta:
-        return anatomy
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, anatomy.channels, *anatomy.image, generator=generator).to(weight)
-    with as_found(model, train=False), torch.no_grad():
-        theirs = type(model).forward_features(model, image)
-        tape = Tape(rows=frozenset(range(anatomy.depth)))
-        ours, _ = run(model, image, anatomy, tape=tape)
-    scale = theirs.abs().max().clamp(min=1e-6)
-    gap = float((ours - theirs).abs().max() / scale)
-    if not gap <= max(tolerance, 2e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 0):
-        raise PrunexError(
-            f"{type(model).__name__} computes something prunex does not know (outputs differ by {gap:.1e} of their "
-            "size): it is not supported as it is"
-        )
-    return anatomy
+
+
+def _maybe_checkpoint(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+
+
+def _note(tape: Tape | None, stages: Sequence[Any]) -> None:
+    if tape is not None:
+        tape.steps.extend(stages)

@@ -52,6 +52,23 @@ class Stage:
         share = row[..., prefix:].gather(-1, group.clamp(min=0)) * weight
         return torch.cat([row[..., :prefix], share.masked_fill(group < 0, 0)], -1)
 
+    def push(self, values: Tensor, prefix: int) -> Tensor:
+        """Carry one value a token through the stage: ``S @ values``, each group its members' weighted mean.
+
+        Args:
+            values: float [B, prefix + n_in].
+            prefix: Number of prefix tokens in front.
+
+        Returns:
+            float [B, prefix + n_out]; 1 in slots that nobody is left in.
+        """
+        group = self.group.clamp(min=0)
+        weight = self.weight.masked_fill(self.group < 0, 0).to(values.dtype)
+        body = values.new_zeros(len(values), self.n_out)
+        total = body.scatter_add(1, group, weight)
+        body = body.scatter_add(1, group, weight * values[:, prefix:])
+        return torch.cat([values[:, :prefix], torch.where(total > 0, body, 1)], 1)
+
 
 @dataclass
 class TokenTrace:

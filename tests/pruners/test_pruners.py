@@ -7,7 +7,7 @@ import torch
 
 import prunex
 from prunex.pruners.base import ceil_share, check_stages, floor_share
-from prunex.vit.forward import Keep, TokenState
+from prunex.vit.decisions import Keep, TokenState
 from tests.vits import FAMILIES, assert_same_state, images_for, largest, randomise, state_of, tiny
 
 PRUNERS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prunex
-from prunex.vit.forward import Keep
+from prunex.vit.decisions import Keep
 from prunex.vit.trace import Stage, TokenTrace
 from tests.vits import images, largest, randomise, tiny
 

@@ -1,0 +1,119 @@
+"""The elementary operations of a ViT's forward, so that an explainer may replace their backward passes.
+
+Relevance propagation is a backward pass with other rules. The one forward does its arithmetic through an
+:class:`Arithmetic`; the plain one calls timm's modules as they are. An explainer's own returns the same values and
+differentiates them in its own way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+
+
+class Arithmetic:
+    """Plain arithmetic. Subclasses keep every value and change what ``autograd`` does with it.
+
+    Attributes:
+        opened: Whether fused calls are opened, so that each elementary operation passes through here.
+        matrices: Whether attention goes through its matrix (scores, softmax, gather) instead of ``attention``.
+    """
+
+    opened = False
+    matrices = False
+
+    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A linear layer (or an identity in its place)."""
+        return module(x)
+
+    def patches(self, module: nn.Module, images: Tensor) -> Tensor:
+        """The patch embedding's convolution: [B, C, H, W] to [B, D, gh, gw]."""
+        return module(images)
+
+    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A normalisation over the last axis."""
+        return module(x)
+
+    def activation(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An element-wise non-linearity."""
+        return module(x)
+
+    def scaled(self, module: nn.Module, x: Tensor) -> Tensor:
+        """LayerScale."""
+        return module(x)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """A skip connection, ``a`` the stream and ``b`` the branch."""
+        return a + b
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """A gate: element-wise product of two signals."""
+        return a * b
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Scaled products of queries and keys, [B, H, m, n]."""
+        return (q * scale) @ k.transpose(-2, -1)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Attention of each row over its keys."""
+        return scores.softmax(-1)
+
+    def gather(self, attention: Tensor, values: Tensor) -> Tensor:
+        """What the heads gather: [B, H, m, n] times [B, H, n, d]."""
+        return attention.to(values.dtype) @ values
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention without its matrix, [B, H, m, d]."""
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
+        """A weighted sum of tokens with given weights: [B, m, n] times [B, n, D]."""
+        return weights @ tokens
+
+
+PLAIN = Arithmetic()
+
+
+def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
+    """A block's MLP; opened only where the arithmetic asks for it.
+
+    Args:
+        module: timm's ``Mlp``, ``GluMlp`` or ``SwiGLU``.
+        x: [B, n, D], normed.
+        ops: The arithmetic.
+
+    Raises:
+        PrunexError: For an MLP that is not known from inside, where it must be opened.
+    """
+    if not ops.opened:
+        return module(x)
+    m: Any = module
+    if type(module) is SwiGLU:
+        hidden = ops.product(ops.activation(m.act, ops.linear(m.fc1_g, x)), ops.linear(m.fc1_x, x))
+    elif type(module) is GluMlp:
+        first, second = ops.linear(m.fc1, x).chunk(2, -1)
+        gate, signal = (second, first) if m.gate_last else (first, second)
+        hidden = ops.product(ops.activation(m.act, gate), signal)
+    elif type(module) is Mlp:
+        hidden = ops.activation(m.act, ops.linear(m.fc1, x))
+    else:
+        raise PrunexError(
+            f"relevance rules do not know {type(module).__name__} from inside: known are Mlp, GluMlp and SwiGLU; "
+            "generic_attention and rollout take this model"
+        )
+    return ops.linear(m.fc2, ops.norm(m.norm, hidden))
+
+
+def pooled(x: Tensor, weights: Tensor, ops: Arithmetic) -> Tensor:
+    """Weighted mean over tokens, [B, n, D] with weights [B, n] summing to 1: [B, D]."""
+    return ops.combine(weights.unsqueeze(1).to(x.dtype), x).squeeze(1)
+
+
+def promoted(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

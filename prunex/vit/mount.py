@@ -1,0 +1,107 @@
+"""Putting the forward on a timm model, checking it against timm's own, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import Anatomy, read
+from prunex.vit.forward import run
+from prunex.vit.tape import Tape
+
+_METHODS = ("forward_features", "forward_head", "pool", "forward_intermediates")
+
+
+def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    if attn_mask is not None or any(kwargs.values()):
+        raise PrunexError("attn_mask and is_causal cannot be combined with token pruning: call detach() first")
+    return self.prunex.features(self, x)
+
+
+def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
+    return self.prunex.pool(self, x, pool_type)
+
+
+def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+    out = type(self).forward_head(self, x, pre_logits=pre_logits)
+    if not pre_logits:
+        self.prunex.saw_logits(out)
+    return out
+
+
+def _forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise PrunexError(
+        "forward_intermediates of a pruned model has no full grid to return: detach() first, or read pruning.trace"
+    )
+
+
+def put_on(model: VisionTransformer) -> None:
+    """Route the model's forward through ``model.prunex`` (an object with features, pool and saw_logits)."""
+    ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
+    for name, function in zip(_METHODS, ours, strict=True):
+        model.__dict__[name] = MethodType(function, model)
+
+
+def take_off(model: VisionTransformer) -> None:
+    """Give the model its class's own methods back."""
+    for name in _METHODS:
+        model.__dict__.pop(name, None)
+
+
+@contextmanager
+def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
+    """Run something with every module in train or eval mode, and give each its own flag back, whatever is raised."""
+    flags = [(m, m.training) for m in model.modules()]
+    try:
+        if train is not None:
+            model.train(train)
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+def check_parity(model: VisionTransformer, tolerance: float = 1e-4) -> Anatomy:
+    """Send one small random input through timm's own forward and through ours.
+
+    Args:
+        model: A supported ViT, nothing attached.
+        tolerance: Largest difference allowed, relative to the largest output.
+
+    Returns:
+        The model's anatomy.
+
+    Raises:
+        PrunexError: By name, for a model whose outputs differ (a new timm, a subclass with something of its own).
+    """
+    anatomy = read(model)
+    own = [name for name in ("forward", *_METHODS) if name in vars(model)]
+    if own:
+        raise PrunexError(
+            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
+            "first, or subclass and prune the plain model"
+        )
+    weight = next(model.parameters())
+    if weight.is_meta:
+        return anatomy
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, anatomy.channels, *anatomy.image, generator=generator).to(weight)
+    with as_found(model, train=False), torch.no_grad():
+        theirs = type(model).forward_features(model, image)
+        tape = Tape(rows=frozenset(range(anatomy.depth)))
+        ours, _ = run(model, image, anatomy, tape=tape)
+    scale = theirs.abs().max().clamp(min=1e-6)
+    gap = float((ours - theirs).abs().max() / scale)
+    if not gap <= max(tolerance, 2e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 0):
+        raise PrunexError(
+            f"{type(model).__name__} computes something prunex does not know (outputs differ by {gap:.1e} of their "
+            "size): it is not supported as it is"
+        )
+    return anatomy

@@ -53,7 +53,7 @@ class ViTShapley(LightningModule):
         surrogate_learning_rate: Peak of the first stage.
         learning_rate: Peak of the second stage.
         weight_decay: AdamW's.
-        warmup: Share (0..1) of each stage's steps over which the learning rate rises; a cosine takes it to 0 afterwards.
+        warmup: Share (0..1) of each stage's steps over which the learning rate rises; then a cosine takes it to 0.
         chunk: Most token sequences in one forward of the surrogate.
 
     Raises:

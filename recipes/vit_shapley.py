@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -177,9 +178,7 @@ class ViTShapley(LightningModule):
         game = Removal(self.explainer.surrogate, images, chunk=self.hparams["chunk"])
         values = game(torch.cat([ends, coalitions], 1)).to(images.dtype)
         full, empty, wanted = values[:, 0], values[:, 1], values[:, 2:]
-        phi = self.explainer(images, (full, empty))
-        told = empty[:, None] + coalitions.to(phi) @ phi
-        return self.players * F.mse_loss(told.float(), wanted.float())
+        return regression_loss(self.explainer(images, (full, empty)), empty, coalitions, wanted)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``val_surrogate_*`` and, in the second stage, ``val_explainer_loss``."""
@@ -222,12 +221,11 @@ class ViTShapley(LightningModule):
         masks = self.hparams["masks"]
         return shapley_coalitions(images * masks, self.players, draws).unflatten(0, (images, masks))
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_end(self) -> None:
         """Write the explainer where it is the best so far."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         loss = self.trainer.callback_metrics.get("val_explainer_loss")
-        if self.trainer.sanity_checking or not self.explaining or not self.trainer.training or loss is None:
-            return
-        if float(loss) < self.best:
+        if fitting and self.explaining and loss is not None and float(loss) < self.best:
             self.best = float(loss)
             self._write()
 
@@ -286,6 +284,19 @@ class ViTShapley(LightningModule):
         told = checkpoint.get("vit_shapley", {})
         self.explaining, self.best = bool(told.get("explaining")), float(told.get("best", math.inf))
         self.explainer.surrogate.requires_grad_(not self.explaining)
+
+
+def regression_loss(phi: Tensor, empty: Tensor, coalitions: Tensor, wanted: Tensor) -> Tensor:
+    """P times the mean squared error of v(0) + z^T phi, over images, coalitions and classes.
+
+    Args:
+        phi: ``[B, P, C]``, values that already sum to v(all) - v(0).
+        empty: ``[B, C]``, v(0).
+        coalitions: bool ``[B, M, P]``, drawn as :func:`~prunex.explainers.coalitions.shapley_coalitions` does.
+        wanted: ``[B, M, C]``, v of each.
+    """
+    told = empty[:, None] + coalitions.to(phi) @ phi
+    return coalitions.shape[2] * F.mse_loss(told.float(), wanted.float())
 
 
 def _images(batch: Any) -> Tensor:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import Recording, Relevance
 from prunex.vit.anatomy import read
 from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pruner, TokenState
 from prunex.vit.forward import embed, record, resume
@@ -251,6 +252,14 @@ def score(logits: Tensor, output: str) -> Tensor:
     best = logits.argmax(1, keepdim=True)
     others = logits.scatter(1, best, -torch.inf).logsumexp(1, keepdim=True)
     return odds.scatter(1, best, logits.gather(1, best) - others)
+
+
+def answer_for(recorded: Recording, values: Tensor) -> Relevance:
+    """From one value a patch and class, [B, P, C], to the answer: ``maps`` of the target class, ``raw`` all of them."""
+    values = values.to(torch.promote_types(recorded.logits.dtype, torch.float32))
+    mine = values.gather(2, recorded.target[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
+    row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
+    return recorded.answer(row, raw=values, signed=True)
 
 
 def check_whole(name: str, value: object, least: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
-from prunex.explainers.removal import Removal, check_whole
+from prunex.explainers.removal import Removal, answer_for, check_whole
 from prunex.registry import register
 from prunex.vit.tape import Tape
 
@@ -82,11 +82,7 @@ def shap(
         check_whole("budget", budget, 1)
     with recording(model, images, target, Tape(), needs_class=True) as recorded, torch.no_grad():
         value = Removal(model, images, removal=removal, selection=selection, output=output, chunk=chunk)
-        found = estimate(value, len(images), estimator, budget, seed).values
-        found = found.to(torch.promote_types(recorded.logits.dtype, torch.float32))
-        mine = found.gather(2, recorded.target[:, None, None].expand(-1, found.shape[1], 1))[:, :, 0]
-        row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
-        return recorded.answer(row, raw=found, signed=True)
+        return answer_for(recorded, estimate(value, len(images), estimator, budget, seed).values)
 
 
 def estimate(value: Removal, batch: int, estimator: str, budget: int | None, seed: int) -> Estimate:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
-from prunex.explainers.removal import Removal
+from prunex.explainers.removal import Removal, answer_for, check_whole
 from prunex.registry import register
 from prunex.vit.anatomy import build, describe, read
 from prunex.vit.mount import as_found
@@ -29,7 +29,7 @@ HOW = "train one with prunex fit --config configs/digits/vit_shapley.yaml"
 
 
 class ShapleyExplainer(nn.Module):
-    """The explainer network, with the surrogate whose game it has learnt (arXiv 2206.05282, Sec. 4).
+    """The explainer network, with the surrogate whose game it has learnt (arXiv 2206.05282).
 
     A ViT that starts as a copy of the surrogate without its head gives prefix and patch tokens after the final norm;
     one more transformer block, whose first LayerNorm is left out since its input is normalised already (kept where the
@@ -49,6 +49,7 @@ class ShapleyExplainer(nn.Module):
 
     def __init__(self, surrogate: VisionTransformer, mlp_ratio: int = 4) -> None:
         super().__init__()
+        check_whole("mlp_ratio", mlp_ratio, 1)
         anatomy = read(surrogate)
         if anatomy.classes < 1:
             raise PrunexError("the surrogate has no classifier (num_classes=0): give one that does")
@@ -99,8 +100,7 @@ class ShapleyExplainer(nn.Module):
         tokens = self.backbone.forward_features(images)
         raw = self.mlp(self.norm(self.block(tokens)))[:, self.prefix :].tanh()
         full, empty = self.ends(images) if ends is None else ends
-        missing = (full - empty).to(raw.dtype) - raw.sum(1)
-        return raw + missing[:, None] / raw.shape[1]
+        return normalise(raw, (full - empty).to(raw.dtype))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``model.safetensors`` and ``config.json``, which :func:`load_explainer` reads.
@@ -135,6 +135,11 @@ class ShapleyExplainer(nn.Module):
         return folder
 
 
+def normalise(raw: Tensor, total: Tensor) -> Tensor:
+    """Values [B, P, C] that sum to ``total`` [B, C]: an equal amount is added to each (additive normalisation)."""
+    return raw + ((total - raw.sum(1)) / raw.shape[1])[:, None]
+
+
 def load_explainer(path: str | Path) -> ShapleyExplainer:
     """A saved explainer again, in eval mode.
 
@@ -165,7 +170,7 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
     except (SafetensorError, OSError, ValueError) as error:
         raise PrunexError(f"{folder / WEIGHTS} is damaged: {error}") from error
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
-        explainer = ShapleyExplainer(build(ours["surrogate"]), int(ours.get("mlp_ratio", 4)))
+        explainer = ShapleyExplainer(build(ours["surrogate"]), ours.get("mlp_ratio", 4))
     own = explainer.state_dict()
     odd = sorted(set(own) ^ set(tensors)) + [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
     if odd:
@@ -210,7 +215,7 @@ def vit_shapley(
     found = _explainer(explainer)
     theirs, ours = read(found.surrogate), read(model) if not hasattr(model, "prunex") else model.prunex.current(model)
     for what, a, b in (
-        ("classes", theirs.classes, ours.classes),
+        ("number of classes", theirs.classes, ours.classes),
         ("image size", theirs.image, ours.image),
         ("patch size", theirs.patch, ours.patch),
     ):
@@ -222,11 +227,7 @@ def vit_shapley(
         as_found(found, train=False),
         torch.no_grad(),
     ):
-        values = found(images.to(weight.device, weight.dtype)).to(images.device)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        mine = values.gather(2, recorded.target[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
-        row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
-        return recorded.answer(row, raw=values, signed=True)
+        return answer_for(recorded, found(images.to(weight.device, weight.dtype)).to(images.device))
 
 
 def _explainer(given: Any) -> ShapleyExplainer:

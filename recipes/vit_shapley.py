@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunex.callbacks.monitor import run_folder
 from prunex.errors import PrunexError
-from prunex.explainers.coalitions import seeded, shapley_coalitions, uniform_coalitions
+from prunex.explainers.coalitions import batch_coalitions, seeded, uniform_coalitions
 from prunex.explainers.removal import Removal, check_whole, masked
 from prunex.explainers.vit_shapley import ShapleyExplainer
 from prunex.recipes.backbone import create_model, load_weights
@@ -32,9 +32,10 @@ class ViTShapley(LightningModule):
     at once.
 
     Coalitions have exact sizes with probability ~ 1 / (s (P - s)), as in the paper; the authors' code keeps patches
-    independently, with a shifted weight, and draws 13 % trivial coalitions. Other departures: no crops and jitter of
-    its own (the data module's business), the schedule's warm-up is a share of each stage, and one optimiser serves both
-    stages. Run it in one process.
+    independently, with a shifted weight, and draws 13 % trivial coalitions. Other departures: the images of a training
+    batch share the sizes of their coalitions (not the coalitions), so that tokens can be dropped instead of masked; no
+    crops and jitter of its own (the data module's business); the warm-up is a share of each stage; one optimiser serves
+    both. Run it in one process.
 
     After every validation of the second stage with the lowest ``val_explainer_loss`` so far, the explainer is written
     to ``explainer/`` in the run's folder: ``prunex.explain("vit_shapley", model, images, explainer=that_folder)``.
@@ -218,8 +219,7 @@ class ViTShapley(LightningModule):
             self.log(f"{stage}_{name}", value, batch_size=count, sync_dist=True, prog_bar=name == "explainer_loss")
 
     def _coalitions(self, images: int, draws: torch.Generator) -> Tensor:
-        masks = self.hparams["masks"]
-        return shapley_coalitions(images * masks, self.players, draws).unflatten(0, (images, masks))
+        return batch_coalitions(images, self.hparams["masks"], self.players, draws)
 
     def on_validation_end(self) -> None:
         """Write the explainer where it is the best so far."""

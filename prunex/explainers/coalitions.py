@@ -88,6 +88,16 @@ def shapley_coalitions(count: int, players: int, generator: torch.Generator, pai
     return torch.stack([chosen, ~chosen], 1).flatten(0, 1) if paired else chosen
 
 
+def batch_coalitions(batch: int, count: int, players: int, generator: torch.Generator) -> Tensor:
+    """Coalitions as :func:`shapley_coalitions` draws them, paired, each game its own: bool [B, count, P].
+
+    The games share the sizes, so that token sequences of equal length can share a forward.
+    """
+    sizes = shapley_coalitions(count, players, generator)[::2].sum(1)
+    chosen = of_sizes(sizes.repeat(batch), players, generator).unflatten(0, (batch, -1))
+    return torch.stack([chosen, ~chosen], 2).flatten(1, 2)
+
+
 def uniform_coalitions(count: int, players: int, generator: torch.Generator) -> Tensor:
     """Coalitions whose size is uniform on 0..P: keep each player with a probability drawn anew for each coalition."""
     limit = torch.rand(count, 1, generator=generator)

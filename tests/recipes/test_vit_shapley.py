@@ -75,11 +75,13 @@ def test_the_loss_is_players_times_the_mean_square():
 
 
 def test_coalitions_come_in_pairs_and_exact_sizes():
-    module = small(masks=32)
-    z = module._coalitions(300, seeded(0))
-    assert z.shape == (300, 32, 16)
+    module = small(masks=600)
+    z = module._coalitions(3, seeded(0))
+    assert z.shape == (3, 600, 16)
     assert bool((z[:, ::2] ^ z[:, 1::2]).all())
-    sizes = z[:, ::2].sum(2).flatten()
+    assert z.sum(2)[1:].equal(z.sum(2)[:2])  # images share sizes
+    assert float((z[0] == z[1]).all(1).float().mean()) < 0.2  # but not the patches
+    sizes = z[0, ::2].sum(1)
     assert chisquare((sizes - 1).bincount(minlength=15), size_probabilities(16) * len(sizes)).pvalue > 1e-3
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,7 @@ def recording(
     tape: Tape,
     needs_class: bool = False,
     masked: bool | None = None,
+    precise: bool = False,
 ) -> Iterator[Recording]:
     """Run the model once under a tape, in eval mode and full view of autograd if gradients are asked for.
 
@@ -140,6 +142,7 @@ def recording(
         tape: Says what to record.
         needs_class: Whether the method explains a class, so that a model without a head is refused.
         masked: Whether dropped tokens keep their slots; None: as the model is set.
+        precise: Run the forward outside the caller's autocast too.
 
     Raises:
         PrunexError: For a target out of range, a headless model where a class is needed or asked for, or weights that
@@ -153,7 +156,8 @@ def recording(
     with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
         if images.is_inference():
             images = images.clone()
-        state = record(model, images, tape, masked)
+        with torch.autocast(images.device.type, enabled=False) if precise else nullcontext():
+            state = record(model, images, tape, masked)
         anatomy = read(model)
         # The head itself tells, not num_classes: users put heads on and take them off by assignment.
         if not isinstance(model.head, nn.Identity):
@@ -211,6 +215,27 @@ def attention_gradients(recorded: Recording) -> list[Tensor]:
     inputs = [m for m in maps if m is not None]
     found = torch.autograd.grad(score, inputs, allow_unused=True)
     return [torch.zeros_like(m) if g is None else g for m, g in zip(inputs, found, strict=True)]
+
+
+def widened(model: VisionTransformer, images: Tensor) -> tuple[VisionTransformer, Tensor]:
+    """The model and its images in at least float32; a copy where the weights are of half precision.
+
+    Relevance is divided by layer outputs, which half precision cannot carry.
+    """
+    if images.dtype in (torch.float32, torch.float64):
+        return model, images
+    return copy.deepcopy(model).float(), images.float()
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as one.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if not isinstance(value, bool):
+        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
+    return value
 
 
 def check_chunk(value: Any) -> int:

@@ -161,7 +161,12 @@ def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> 
         empty = torch.zeros_like(x)
         added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
     prefix = model.num_prefix_tokens
-    x = torch.cat([added[:, :prefix], ops.add(x, added[:, prefix:])], 1)
+    parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
+    own = [t for t in parts if t is not None]
+    front = torch.cat([t.detach() for t in own], 1).expand(len(x), -1, -1) if own else added[:, :0]
+    table: Tensor | None = None if model.no_embed_class else model.pos_embed
+    at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
+    x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
     return ops.norm(model.norm_pre, x), grid
 
 

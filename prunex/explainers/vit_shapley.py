@@ -213,7 +213,7 @@ def vit_shapley(
         PrunexError: Without an explainer, for a folder that holds none, or one for another grid or other classes.
     """
     found = _explainer(explainer)
-    theirs, ours = read(found.surrogate), read(model) if not hasattr(model, "prunex") else model.prunex.current(model)
+    theirs, ours = read(found.surrogate), read(model)
     for what, a, b in (
         ("number of classes", theirs.classes, ours.classes),
         ("image size", theirs.image, ours.image),

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from prunex.checks import check_flag
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, check_chunk, check_flag, recording
+from prunex.explainers.base import Recording, Relevance, check_chunk, recording
 from prunex.registry import register
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights

@@ -267,17 +267,6 @@ def widened(model: VisionTransformer, images: Tensor) -> tuple[VisionTransformer
         return copy.deepcopy(model).float(), images.float()
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if not isinstance(value, bool):
-        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
-    return value
-
-
 def check_chunk(value: Any) -> int:
     """How many sequences go through the model at once, at least 1.
 
@@ -286,17 +275,6 @@ def check_chunk(value: Any) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PrunexError(f"chunk={value!r} is not allowed: give the number of sequences in one forward, at least 1")
-    return value
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if not isinstance(value, bool):
-        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -11,7 +11,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, recording, widened
 from prunex.explainers.modified_gradients import ModifiedGradients
-from prunex.explainers.relevance_rules import RULE_SETS, LinearRule, RelevanceRules, RuleSet
+from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
 from prunex.vit.tape import Tape
 
@@ -79,7 +79,7 @@ def lrp(
     if rule == "attnlrp" or rule == "cplrp":
         ops: ModifiedGradients | RelevanceRules = ModifiedGradients(rule, strengths)
     else:
-        ops = RelevanceRules(cast(LinearRule, rule), rule_set, strengths or (0.25, 0.05))
+        ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)
@@ -88,7 +88,7 @@ def lrp(
         tokens, pixels = torch.autograd.grad(recorded.logits, [recorded.embedded, images], one_hot)
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images
-        return recorded.answer(tokens.sum(-1), pixels, signed=True)
+        return recorded.answer(tokens.sum(-1), pixels, signed=True, pixels=pixels.sum(1))
 
 
 def _strengths(rule: str, gamma: Any) -> tuple[float, float] | None:

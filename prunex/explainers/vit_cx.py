@@ -117,7 +117,7 @@ def vit_cx(
         patch = recorded.anatomy.patch
         raw = causal_saliency(images, merged, clean, probability, patch, noise, seed, chunk)
         row = F.pad(_patch_means(raw, patch, recorded.trace.grid).flatten(1), (recorded.anatomy.prefix, 0))
-        return recorded.answer(row, raw=raw)
+        return recorded.answer(row, raw=raw, pixels=raw)
 
 
 def channel_masks(activation: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from prunex.checks import check_flag
+from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, recording
 from prunex.registry import register
@@ -72,9 +72,9 @@ def atman(
         PrunexError: For a factor or similarity below 0 or not finite, an unknown rule, a chunk below 1, or a model with
             a single output, whose cross entropy is always 0.
     """
-    _check_number("factor", factor)
+    check_number("factor", factor, 0)
     if similarity is not None:
-        _check_number("similarity", similarity)
+        check_number("similarity", similarity, 0)
     if not isinstance(rule, str) or rule not in _RULES:
         raise unknown("rule", rule, _RULES)
     check_flag("freeze_selection", freeze_selection)
@@ -89,16 +89,6 @@ def atman(
         raw = _damped(recorded, factors, rule, freeze_selection, chunk)
         rise = _cross_entropy(raw, recorded.target) - _cross_entropy(recorded.logits.unsqueeze(1), recorded.target)
         return recorded.answer(F.pad(rise, (recorded.anatomy.prefix, 0)), raw, signed=True)
-
-
-def _check_number(name: str, value: Any) -> None:
-    """A finite number of at least 0.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise PrunexError(f"{name}={value!r} is not allowed: give a number of at least 0")
 
 
 def suppression(vectors: Tensor, factor: float, similarity: float) -> Tensor:

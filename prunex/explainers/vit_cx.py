@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, check_chunk, recording
 from prunex.explainers.base import start_layer as check_layer
@@ -73,10 +74,7 @@ def vit_cx(
         PrunexError: For an option out of range.
     """
     layer = check_layer(layer, len(model.blocks))
-    for name, value, high in (("distance", distance, 1.0), ("noise", noise, float("inf"))):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or value == 1e999:
-            allowed = "in [0, 1]" if high == 1 else "of at least 0"
-            raise PrunexError(f"{name}={value!r} is not allowed: give a number {allowed}")
+    distance, noise = check_number("distance", distance, 0, 1), check_number("noise", noise, 0)
     chunk = check_chunk(chunk)
     for name, number, low in (("seed", seed, 0), ("max_masks", max_masks, 1)):
         if number is None and name == "max_masks":

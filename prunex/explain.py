@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +136,8 @@ def explain(
     >>> e.maps.shape, e.upsample().shape
     (torch.Size([2, 14, 14]), torch.Size([2, 224, 224]))
     """
-    make = lookup("explainer", method).make
-    defaults = {n: p.default for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = lookup("explainer", method)
+    make, defaults = known.make, known.options
     for name in options:
         if name not in defaults:
             raise unknown(f"option of {method}", name, defaults)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, read
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
-from prunex.vit.forward import record, resume
+from prunex.vit.forward import embed, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
@@ -57,6 +58,7 @@ class Recording:
         tape: What was recorded.
         state: How the forward ended: the trace, and the decisions that made it.
         target: int64 [B], the class explained.
+        autocast: Whether the forward ran under the caller's autocast, and its dtype.
     """
 
     model: VisionTransformer
@@ -64,6 +66,7 @@ class Recording:
     tape: Tape
     state: TokenState
     target: Tensor
+    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
 
     @property
     def trace(self) -> TokenTrace:
@@ -84,8 +87,11 @@ class Recording:
         keys: KeyWeights | None = None,
         tape: Tape | None = None,
         masked: bool | None = None,
+        frozen: bool = True,
     ) -> Tensor:
         """The model's output for altered tokens, with the selection of this forward frozen.
+
+        It runs in the precision of this forward, the caller's autocast included.
 
         Args:
             tokens: [R, prefix + P, D], entering the first block.
@@ -95,13 +101,24 @@ class Recording:
             tape: Records what it asks for.
             masked: Whether dropped tokens keep their slots; None: as in this forward, whose decisions must have been
                 made likewise.
+            frozen: Whether tokens leave as in this forward; False: the model's own pruner decides again.
 
         Returns:
             float [R, classes].
         """
         masked = self.state.masked if masked is None else masked
-        pruners = [*before, Replay(self.state.decisions, index)]
-        return resume(self.model, tokens, self.trace.grid, pruners, tape, masked, keys)
+        decides = [Replay(self.state.decisions, index)] if frozen else own_pruners(self.model)
+        with self._as_recorded():
+            return resume(self.model, tokens, self.trace.grid, [*before, *decides], tape, masked, keys)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Other images as tokens for :meth:`again`, [R, prefix + P, D], off the graph."""
+        with torch.no_grad(), self._as_recorded():
+            return embed(self.model, images)[0]
+
+    def _as_recorded(self) -> torch.autocast:
+        enabled, dtype = self.autocast
+        return torch.autocast(self.trace.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
     @property
     def logits(self) -> Tensor:
@@ -149,6 +166,7 @@ def recording(
     tape: Tape,
     needs_class: bool = False,
     masked: bool | None = None,
+    precise: bool = False,
 ) -> Iterator[Recording]:
     """Run the model once under a tape, in eval mode and full view of autograd if gradients are asked for.
 
@@ -161,6 +179,7 @@ def recording(
         tape: Says what to record.
         needs_class: Whether the method explains a class, so that a model without a head is refused.
         masked: Whether dropped tokens keep their slots; None: as the model is set.
+        precise: Run the forward outside the caller's autocast too.
 
     Raises:
         PrunexError: For a target out of range, a headless model where a class is needed or asked for, or weights that
@@ -174,7 +193,8 @@ def recording(
     with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
         if images.is_inference():
             images = images.clone()
-        state = record(model, images, tape, masked)
+        with torch.autocast(images.device.type, enabled=False) if precise else nullcontext():
+            state = record(model, images, tape, masked)
         anatomy = read(model)
         # The head itself tells, not num_classes: users put heads on and take them off by assignment.
         if not isinstance(model.head, nn.Identity):
@@ -183,8 +203,10 @@ def recording(
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
         else:
             chosen = torch.full((len(images),), -1, device=images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            yield Recording(model, anatomy, tape, state, chosen)
+        kind = images.device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            yield Recording(model, anatomy, tape, state, chosen, autocast)
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
@@ -232,6 +254,17 @@ def attention_gradients(recorded: Recording) -> list[Tensor]:
     inputs = [m for m in maps if m is not None]
     found = torch.autograd.grad(score, inputs, allow_unused=True)
     return [torch.zeros_like(m) if g is None else g for m, g in zip(inputs, found, strict=True)]
+
+
+def widened(model: VisionTransformer, images: Tensor) -> tuple[VisionTransformer, Tensor]:
+    """The model and its images in at least float32; a copy where the weights are of half precision.
+
+    Relevance is divided by layer outputs, which half precision cannot carry.
+    """
+    if images.dtype in (torch.float32, torch.float64):
+        return model, images
+    with torch.inference_mode(False):  # weights made under it cannot be differentiated through
+        return copy.deepcopy(model).float(), images.float()
 
 
 def check_chunk(value: Any) -> int:

@@ -38,17 +38,18 @@ def generic_attention(
         ``maps`` >= 0; ``raw`` is the read-out row [B, prefix + P], or R [B, n_last, prefix + P] with ``full``.
     """
     start = check_layer(start_layer, len(model.blocks))
-    tape = Tape(attention=True, gradients=True)
+    blocks = frozenset(range(start, len(model.blocks)))
+    tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start, narrow=not full)
     with recording(model, images, target, tape, needs_class=True) as recorded:
         grads = attention_gradients(recorded)
         with torch.no_grad():
             weights = {
                 step.block: (torch.as_tensor(step.attention) * grad).clamp(min=0).mean(1)
-                for step, grad in zip(tape.attended(), grads, strict=True)
+                for step, grad in zip(tape.attended()[start:], grads, strict=True)
             }
 
             def mix(row: Tensor, step: Attended) -> Tensor:
-                return row + times(row, weights[step.block])
+                return row + times(row, weights[step.block], step.queries)
 
             prefix, readout = recorded.anatomy.prefix, recorded.readout()
             if not full:

@@ -47,6 +47,14 @@ def propagate(
     return row
 
 
-def times(row: Tensor, matrix: Tensor) -> Tensor:
-    """``row @ matrix`` for one row an image [B, n] or several [B, R, n], with matrix [B, n, m]."""
+def times(row: Tensor, matrix: Tensor, queries: tuple[int, ...] | None = None) -> Tensor:
+    """``row @ matrix`` for one row an image [B, n] or several [B, R, n].
+
+    Args:
+        row: The row vectors.
+        matrix: [B, n, m], or [B, len(queries), m]: the rows of these positions alone, the others being 0.
+        queries: Those positions.
+    """
+    if queries is not None:
+        row = row[..., list(queries)]
     return (row.unsqueeze(1) @ matrix).squeeze(1) if row.ndim == 2 else row @ matrix

@@ -60,7 +60,7 @@ def r_cut(
         threshold: Cosine above which two patches belong together, in [-1, 1).
         orient: Which side of the cut is the object. "peak" (the authors): the one above the mean that holds the largest
             \|y\|, which goes wrong where the background is the smaller part. "grad_cam" (ours): the one whose mean
-            Grad-CAM value (before its ReLU) is larger.
+            Grad-CAM value is larger; on small objects it has chosen worse, so look at both.
         objective: "probability" (softmax) or "logit" of the class.
 
     Returns:
@@ -87,13 +87,14 @@ def r_cut(
             weighted = seen.weights().double().unsqueeze(1) * seen.activation.double()
             y, arbitrary = normalised_cut(weighted, seen.there, threshold)
             cam = weighted.sum(-1)
-            y = oriented(y, seen.there, cam if orient == "grad_cam" else None)
+            y = oriented(y, seen.there, cam.clamp(min=0) if orient == "grad_cam" else None)
             if objective == "probability":
                 cam = cam * (score.double().sigmoid() * (-score.double()).sigmoid())[:, None]
             if arbitrary.any():
                 _warn(arbitrary, (weighted == 0).flatten(1).all(1))
             y = torch.where(arbitrary[:, None], cam, y)
-            lowest = y.masked_fill(~seen.there, 0).amin(1)  # at most 0: y's weighted sum is 0, and Grad-CAM has a ReLU
+            # Below 0 for a cut; a Grad-CAM map all above it leaves 0 to the pruned patches.
+            lowest = y.masked_fill(~seen.there, 0).amin(1).clamp(max=0)
             raw = seen.on_grid(y, lowest).to(seen.activation.dtype)
             return recorded.answer(F.pad(raw.clamp(min=0).flatten(1), (recorded.anatomy.prefix, 0)), raw=raw)
 
@@ -133,24 +134,23 @@ def oriented(y: Tensor, there: Tensor, cam: Tensor | None = None) -> Tensor:
     Args:
         y: [B, n], of either sign.
         there: bool [B, n].
-        cam: [B, n] or None. None: the first largest |y| (the first within rounding) shall lie above the mean of y.
-            Given: the side above the mean of y shall have the larger mean of these values.
+        cam: [B, n] or None. None: the largest |y| (the first within rounding) shall lie above the mean of y. Given: the
+            side above the mean of y shall have the larger mean of these values, and the largest |y| if both are equal.
 
     Returns:
         y or -y, image by image.
     """
     mean = y.sum(1, keepdim=True) / there.sum(1, keepdim=True)
     above = there & (y > mean)
-    if cam is None:
-        size = y.abs().masked_fill(~there, -1)
-        peak = (size >= size.amax(1, keepdim=True) * (1 - 1e-9)).int().argmax(1, keepdim=True)
-        up = above.gather(1, peak)
-    else:
+    size = y.abs().masked_fill(~there, -1)
+    peak = (size >= size.amax(1, keepdim=True) * (1 - 1e-9)).int().argmax(1, keepdim=True)
+    up = above.gather(1, peak)
+    if cam is not None:
         inside, outside = (
             (cam * side).sum(1, keepdim=True) / side.sum(1, keepdim=True).clamp(min=1)
             for side in (above, there & ~above)
         )
-        up = inside >= outside
+        up = torch.where(inside == outside, up, inside > outside)
     return torch.where(up, y, -y)
 
 

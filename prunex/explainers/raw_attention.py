@@ -34,7 +34,7 @@ def raw_attention(
         ``maps`` >= 0; ``raw`` [B, prefix + P] sums to 1 over all tokens.
     """
     layer = start_layer(layer, len(model.blocks))
-    with recording(model, images, target, Tape(rows=frozenset({layer}))) as recorded, torch.no_grad():
+    with recording(model, images, target, Tape(rows=frozenset({layer}), narrow=True)) as recorded, torch.no_grad():
         row = None
         for step in reversed(recorded.tape.steps):
             if row is None:

@@ -57,15 +57,15 @@ def rollout(
     if isinstance(discard_ratio, bool) or not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
         raise PrunexError(f"discard_ratio={discard_ratio!r} is not allowed: give a number in [0, 1)")
     start = check_layer(start_layer, len(model.blocks))
-    tape = Tape(attention=True, reduce=_FUSIONS[head_fusion])
+    plain = head_fusion == "mean" and discard_ratio == 0
+    tape = Tape(attention=True, reduce=_FUSIONS[head_fusion], narrow=plain)
     with recording(model, images, target, tape) as recorded, torch.no_grad():
         prefix = recorded.anatomy.prefix
-        plain = head_fusion == "mean" and discard_ratio == 0
 
         def mix(row: Tensor, step: Attended) -> Tensor:
             fused = torch.as_tensor(step.attention)
             if plain:
-                return 0.5 * times(row, fused) + 0.5 * row
+                return 0.5 * times(row, fused, step.queries) + 0.5 * row
             fused = _discard(fused, discard_ratio, prefix, step.policy)
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, recording
+from prunex.explainers.base import Relevance, check_chunk, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.features import features, features_tape
 from prunex.registry import register
@@ -77,7 +77,8 @@ def vit_cx(
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or value == 1e999:
             allowed = "in [0, 1]" if high == 1 else "of at least 0"
             raise PrunexError(f"{name}={value!r} is not allowed: give a number {allowed}")
-    for name, number, low in (("seed", seed, 0), ("chunk", chunk, 1), ("max_masks", max_masks, 1)):
+    chunk = check_chunk(chunk)
+    for name, number, low in (("seed", seed, 0), ("max_masks", max_masks, 1)):
         if number is None and name == "max_masks":
             continue
         if isinstance(number, bool) or not isinstance(number, int) or not low <= number < 2**63:
@@ -116,7 +117,7 @@ def vit_cx(
         patch = recorded.anatomy.patch
         raw = causal_saliency(images, merged, clean, probability, patch, noise, seed, chunk)
         row = F.pad(_patch_means(raw, patch, recorded.trace.grid).flatten(1), (recorded.anatomy.prefix, 0))
-        return recorded.answer(row, raw=raw)
+        return recorded.answer(row, raw=raw, pixels=raw)
 
 
 def channel_masks(activation: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GELUTanh, GluMlp, Mlp, QuickGELU, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
@@ -51,9 +51,17 @@ class Arithmetic:
         """A skip connection, ``a`` the stream and ``b`` the branch."""
         return a + b
 
+    def mean(self, a: Tensor, b: Tensor) -> Tensor:
+        """The mean of two signals: of two heads, or of two ways to pool."""
+        return (a + b) / 2
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """A gate: element-wise product of two signals."""
+        """Element-wise product of two signals, as in gated MLPs."""
         return a * b
+
+    def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
+        """A signal let through in part, as in gated attention: ``openness`` in 0..1."""
+        return signal * openness
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Scaled products of queries and keys, [B, H, m, n]."""
@@ -77,6 +85,9 @@ class Arithmetic:
 
 
 PLAIN = Arithmetic()
+
+_NORMS = (nn.LayerNorm, RmsNorm, nn.RMSNorm)
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, GELUTanh, QuickGELU)
 
 
 def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
@@ -102,11 +113,42 @@ def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
     elif type(module) is Mlp:
         hidden = ops.activation(m.act, ops.linear(m.fc1, x))
     else:
-        raise PrunexError(
-            f"relevance rules do not know {type(module).__name__} from inside: known are Mlp, GluMlp and SwiGLU; "
-            "generic_attention and rollout take this model"
-        )
+        raise unknown_layer(module, "Mlp, GluMlp and SwiGLU")
     return ops.linear(m.fc2, ops.norm(m.norm, hidden))
+
+
+def classify(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
+    """The head; where the arithmetic asks for it, a head of several layers goes through it layer by layer.
+
+    Args:
+        module: Usually ``nn.Linear``.
+        x: [B, D], pooled.
+        ops: The arithmetic.
+
+    Raises:
+        PrunexError: For a layer that is neither linear, norm, dropout nor a known activation, where it must be opened.
+    """
+    if not ops.opened:
+        return ops.linear(module, x)
+    if isinstance(module, nn.Identity | nn.Dropout):
+        return module(x)
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            x = classify(part, x, ops)
+        return x
+    if isinstance(module, _NORMS):
+        return ops.norm(module, x)
+    if isinstance(module, _ACTIVATIONS):
+        return ops.activation(module, x)
+    return ops.linear(module, x)
+
+
+def unknown_layer(module: nn.Module, known: str) -> PrunexError:
+    """The error for a layer that relevance cannot be led through."""
+    return PrunexError(
+        f"relevance rules do not know {type(module).__name__}: known are {known}; "
+        "generic_attention and rollout take this model"
+    )
 
 
 def pooled(x: Tensor, weights: Tensor, ops: Arithmetic) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, check_images, read
-from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp, pooled
+from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, TokenState, apply
 from prunex.vit.tape import Attended, Fed, Tape
@@ -86,13 +86,13 @@ def attend(
         else:
             out = attention.fused(asking, k, v, dropout, keys)
         if want_row:
-            row = _row(q, k, attn.scale, anatomy, policy, whole)
+            row = _row(q, k, attn.scale, anatomy, policy, whole, keys)
         branch = attention.project(attn, out, y if queries is None else y[:, list(queries)], ops)
         if tape is not None and recorded is not None:
             if wants_matrix and whole is not None:
                 recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
             if wants_heads:
-                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy)
+                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys)
             recorded.row, recorded.value = row, v.detach() if wants_streams else None
     stream = x if queries is None else x[:, list(queries)]
     after = ops.add(stream, block.drop_path1(ops.scaled(block.ls1, branch)))
@@ -101,33 +101,43 @@ def attend(
     return after, row, recorded
 
 
-def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None, whole: Tensor | None) -> Tensor:
+def _row(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    anatomy: Anatomy,
+    policy: Tensor | None,
+    whole: Tensor | None,
+    keys: KeyWeights | None = None,
+) -> Tensor:
     """Attention paid by the class token, or (pooled models) by every pooled token that is there.
 
     Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a fused
     token took from it.
     """
     if anatomy.readers:
-        return attention.rows(q[:, :, :1], k, scale, policy) if whole is None else whole[:, :, 0].mean(1)
+        return attention.rows(q[:, :, :1], k, scale, policy, keys=keys) if whole is None else whole[:, :, 0].mean(1)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     asking = q[:, :, start:]
     if policy is None:
-        return attention.rows(asking, k, scale) if whole is None else whole[:, :, start:].mean((1, 2))
+        return attention.rows(asking, k, scale, keys=keys) if whole is None else whole[:, :, start:].mean((1, 2))
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
     there = (policy[:, start:] > 0).to(torch.promote_types(q.dtype, torch.float32))
     if whole is None:
-        return attention.rows_of_heads(asking, k, scale, policy, there).mean(1)
+        return attention.rows_of_heads(asking, k, scale, policy, there, keys).mean(1)
     seen = whole[:, :, start:]
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
 
 
-def _head_rows(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None) -> Tensor:
+def _head_rows(
+    q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None, keys: KeyWeights | None = None
+) -> Tensor:
     """The read-out row of each head, [B, H, N]."""
     if anatomy.readers:
-        return attention.rows_of_heads(q[:, :, :1], k, scale, policy)
+        return attention.rows_of_heads(q[:, :, :1], k, scale, policy, keys=keys)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     there = None if policy is None else policy[:, start:] > 0
-    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there)
+    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there, keys)
 
 
 def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None) -> tuple[Tensor, Fed | None]:
@@ -165,6 +175,12 @@ def _enter(model: VisionTransformer, x: Tensor) -> Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(x)))
 
 
+def patch_vectors(model: VisionTransformer, images: Tensor) -> Tensor:
+    """The patch embeddings alone, before anything is added to them: [B, P, D]."""
+    x = model.patch_embed(images)
+    return x.flatten(1, 2) if x.ndim == 4 else x
+
+
 def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
     """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
     inner: Any = model.patch_embed
@@ -179,7 +195,12 @@ def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> 
         empty = torch.zeros_like(x)
         added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
     prefix = model.num_prefix_tokens
-    x = torch.cat([added[:, :prefix], ops.add(x, added[:, prefix:])], 1)
+    parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
+    own = [t for t in parts if t is not None]
+    front = torch.cat([t.detach() for t in own], 1).expand(len(x), -1, -1) if own else added[:, :0]
+    table: Tensor | None = None if model.no_embed_class else model.pos_embed
+    at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
+    x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
     return ops.norm(model.norm_pre, x), grid
 
 
@@ -296,6 +317,12 @@ def encode(
     return state.tokens, state
 
 
+def own_pruners(model: VisionTransformer) -> tuple[Pruner, ...]:
+    """The pruner attached to a model, or nothing."""
+    attached = getattr(model, "prunex", None)
+    return () if attached is None else (attached.pruner,)
+
+
 def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:
     """Run a model, pruned or dense, under a tape, leaving no trace of it on the model.
 
@@ -309,13 +336,12 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | 
         The final state, with the trace and the decisions.
     """
     attached = getattr(model, "prunex", None)
-    pruners: tuple[Pruner, ...] = ()
     if attached is None:
         anatomy = read(model)
     else:
-        anatomy, pruners = attached.current(model), (attached.pruner,)
+        anatomy = attached.current(model)
         masked = bool(attached.masked) if masked is None else masked
-    tokens, state = run(model, images, anatomy, pruners, tape, bool(masked))
+    tokens, state = run(model, images, anatomy, own_pruners(model), tape, bool(masked))
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops)
     return state
 
@@ -369,14 +395,17 @@ def head(
     """
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
-        first, second = (ops.linear(h, inner.head_drop(x[:, i])) for i, h in enumerate((inner.head, inner.head_dist)))
-        return ops.add(first, second) / 2
-    if ops.opened and anatomy.pool == "avg":
-        read_at = anatomy.readout(x.shape[1], policy, x)
-        features = pooled(x, read_at, ops)
+        first, second = (
+            classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
+        )
+        return ops.mean(first, second)
+    if ops.opened and anatomy.pool in ("avg", "avgmax"):
+        features = pooled(x, anatomy.readout(x.shape[1], policy, x), ops)
+        if anatomy.pool == "avgmax":
+            features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
     else:
         features = masked_pool(model, x, None, policy, anatomy)
-    return ops.linear(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)))
+    return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
 
 
 def masked_pool(

@@ -52,6 +52,20 @@ class Stage:
         share = row[..., prefix:].gather(-1, group.clamp(min=0)) * weight
         return torch.cat([row[..., :prefix], share.masked_fill(group < 0, 0)], -1)
 
+    def paint(self, row: Tensor, prefix: int) -> Tensor:
+        """Carry values of tokens one stage towards the input undivided: each member of a group gets the group's.
+
+        Args:
+            row: float [B, prefix + n_out], or several rows an image [B, R, prefix + n_out].
+            prefix: Number of prefix tokens in front.
+
+        Returns:
+            float [..., prefix + n_in]; 0 for tokens that were removed.
+        """
+        group = self.group if row.ndim == 2 else self.group.unsqueeze(1).expand(-1, row.shape[1], -1)
+        body = row[..., prefix:].gather(-1, group.clamp(min=0)).masked_fill(group < 0, 0)
+        return torch.cat([row[..., :prefix], body], -1)
+
     def push(self, values: Tensor, prefix: int) -> Tensor:
         """Carry one value a token through the stage: ``S @ values``, each group its members' weighted mean.
 

@@ -1,0 +1,307 @@
+"""Attention flow: how much the head's token can draw from each patch when attention weights are pipe widths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import PrunexError
+from prunex.explainers.base import Relevance, recording
+from prunex.explainers.base import start_layer as check_layer
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy, read
+from prunex.vit.tape import Attended, Fed, Tape
+from prunex.vit.trace import Stage
+
+log = logging.getLogger("prunex")
+
+Integers = NDArray[np.int64]
+
+# Edges out of and into a token of the small network that is tried first; how many times smaller it must be to be tried.
+STRONGEST, WORTH = 16, 5
+
+
+@register("explainer", "attention_flow", "Abnar & Zuidema, ACL 2020, arXiv 2005.00928", "one forward, scipy; slow")
+def attention_flow(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    start_layer: int = 0,
+    scale: int = 1_000_000,
+    max_tokens: int = 65,
+) -> Relevance:
+    """Maximum flow from the head's token to each input token through 0.5 A + 0.5 I (arXiv 2005.00928, Sec. 3).
+
+    One node a token and layer; block l joins token i above it to token j below it with capacity M_l[i, j], where A is
+    the head mean. Every input token j is the only sink of a maximum flow f_j of its own, solved exactly on capacities
+    rounded to 1 / scale. A cut of m edges is thereby off by at most m / (2 * scale).
+
+    The source feeds each token by what the head reads of it: 1 into the class token, half each into class and
+    distillation token, 1 / m into each of m pooled tokens. So no flow exceeds 1, and f_j is at least token j's rollout,
+    which is one feasible flow. (The paper has a class token only; the other rules are ours.)
+
+    Where tokens leave, the survivors are the nodes they were before, a fused token reaches its members by their
+    shares, and a removed token has no node above the block it left at. Masked slots of dropped tokens have no nodes.
+
+    **Degenerate**: f_j <= min(1, c_j) with c_j the column sum of the first used M, and from some six layers on nearly
+    every patch sits at that bound (97 % over four images in the digits ViT, 65 tokens and six layers). The map then
+    says nothing about the layers above the first and ties all patches with c_j >= 1. The share of patches at the bound
+    is logged under "prunex" once a call, as a warning when it is all of them; use rollout then. Ties are left as they
+    are: rank them by patch index (a stable sort). A class is not known to it.
+
+    Exact shortcut: a part of a network never carries more than all of it, so a flow that meets the bound through the
+    strongest edges of each token is the maximum flow, and only the other sinks are solved on all edges. It is tried
+    where that is a small part, from some 100 tokens on.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Recorded, not used.
+        start_layer: First block included.
+        scale: Integer steps that a capacity of 1 is cut into, 1,000 to 1,000,000,000.
+        max_tokens: Most input tokens, prefix included, before the method refuses for its cost of O(L n^3) an image.
+
+    Returns:
+        ``maps`` >= 0: the flows divided by their sum over all input tokens, as the authors' code does, so that they
+        compare with rollout's; ``raw`` [B, prefix + P] in 0..1 up to rounding: the flows themselves, which compare
+        between images and show how many are at 1. An image whose attention is not finite gets NaN.
+
+    Raises:
+        PrunexError: For more tokens than ``max_tokens``, an option out of range, or without scipy.
+    """
+    _check_count("scale", scale, 1_000, 1_000_000_000)
+    _check_count("max_tokens", max_tokens, 1, None)
+    start = check_layer(start_layer, len(model.blocks))
+    _check_cost(read(model), images, start, max_tokens)
+    solver = _solver()
+    tape = Tape(attention=True, reduce=lambda a: a.mean(1))
+    with recording(model, images, target, tape) as recorded, torch.no_grad():
+        prefix, readout = recorded.anatomy.prefix, recorded.readout()
+        tokens = prefix + recorded.trace.grid[0] * recorded.trace.grid[1]
+        flows, at_bound = np.full((len(images), tokens), np.nan), []
+        for i, read_by_head in enumerate(readout.double().cpu().numpy()):
+            network = build(tape.steps, i, read_by_head, prefix, tokens, start, scale)
+            if network is not None:
+                found = network.flows(solver)
+                flows[i] = found / scale
+                at_bound.append((found == network.bounds())[prefix:])
+        _report(at_bound)
+        raw = readout.new_tensor(flows)
+        return recorded.answer(raw / raw.sum(1, keepdim=True).clamp(min=1 / scale), raw)
+
+
+@dataclass
+class Network:
+    """One image's layered graph, with the edges into the input tokens apart, since each sink uses its own alone.
+
+    Nodes are numbered upwards from the input tokens; the source comes last.
+
+    Attributes:
+        edges: int64 [4, m]: tail (upper), head (lower), capacity, and 1 where the edge is one of either's strongest.
+        source: Node of the source.
+        entries: int64 [source + 1, tokens], capacities of the edges from every node into each input token.
+    """
+
+    edges: Integers
+    source: int
+    entries: Integers
+
+    def bounds(self) -> Integers:
+        """What no flow exceeds, [tokens]: the cut around the sink and the one around the source."""
+        tail, head, capacity, _ = self.edges
+        leaving = self.entries.sum(1) + np.bincount(tail, capacity, self.source + 1).astype(np.int64)
+        first = tail == self.source
+        fed = np.minimum(capacity[first], leaving[head[first]]).sum()
+        return np.minimum(self.entries.sum(0), fed)
+
+    def flows(self, solver: Solver) -> Integers:
+        """The maximum flow into each input token, [tokens]."""
+        bounds = self.bounds()
+        found = np.zeros_like(bounds)
+        left = np.flatnonzero(bounds)
+        strong = self.edges[3] > 0
+        if WORTH * strong.sum() < len(strong):
+            found[left] = self._solve(solver, strong, left)
+            left = left[found[left] < bounds[left]]
+        found[left] = self._solve(solver, np.ones_like(strong), left)
+        return found
+
+    def _solve(self, solver: Solver, chosen: NDArray[np.bool_], sinks: Integers) -> Integers:
+        """Flows into some input tokens through some of the edges, [len(sinks)]; one matrix serves all of them."""
+        tail, head, capacity, _ = self.edges[:, chosen]
+        sink, last = self.source + 1, np.flatnonzero(self.entries.any(1))
+        graph = solver.csr_array(
+            (
+                np.concatenate([capacity, np.ones_like(last)]).astype(np.int32),
+                (np.concatenate([tail, last]), np.concatenate([head, np.full_like(last, sink)])),
+            ),
+            shape=(sink + 1, sink + 1),
+        )
+        into = graph.indices == sink  # in the order of the rows, as ``last`` is
+        found = np.zeros(len(sinks), dtype=np.int64)
+        for i, token in enumerate(sinks):
+            graph.data[into] = self.entries[last, token]
+            found[i] = solver.maximum_flow(graph, self.source, sink, method="dinic").flow_value
+        return found
+
+
+def build(
+    steps: Sequence[Attended | Fed | Stage],
+    image: int,
+    readout: NDArray[np.float64],
+    prefix: int,
+    tokens: int,
+    start: int,
+    scale: int,
+) -> Network | None:
+    """One image's network, from the input tokens up.
+
+    Args:
+        steps: Of a tape with head-mean attention [B, n, n].
+        image: Which image of the batch.
+        readout: [n_last], the source's capacities.
+        prefix: Number of prefix tokens.
+        tokens: Number of input tokens, prefix included.
+        start: First block included; earlier ones pass everything through, and stages before it still count.
+        scale: Integer steps of a capacity of 1.
+
+    Returns:
+        The network, or None where attention is not finite.
+    """
+    nodes, count = np.arange(tokens), tokens  # the node of each token that is there, -1 for a slot that holds none
+    top = max((s.block for s in steps if isinstance(s, Attended)), default=start)
+    parts = []
+    for step in steps:
+        if isinstance(step, Stage):
+            nodes, count, edges = _reduced(step, image, nodes, count, prefix, scale)
+        elif isinstance(step, Attended) and step.block >= start:
+            attention = torch.as_tensor(step.attention)[image].double().cpu().numpy()
+            if not np.isfinite(attention).all():
+                return None
+            # The class token must fill all of its edges for a flow of 1, so the top block is never thinned.
+            nodes, count, edges = _mixed(attention, nodes, count, scale, None if step.block == top else STRONGEST)
+        else:
+            continue
+        parts.append(edges)
+    capacity = np.rint(readout * scale).astype(np.int64)
+    fed = np.flatnonzero((nodes >= 0) & (capacity > 0))
+    parts.append(np.stack([np.full_like(fed, count), nodes[fed], capacity[fed], np.ones_like(fed)]))
+    return _split(parts, count, tokens)
+
+
+def _mixed(
+    attention: NDArray[np.float64], nodes: Integers, count: int, scale: int, strongest: int | None
+) -> tuple[Integers, int, Integers]:
+    """A layer of new nodes above the present tokens, and the edges of one block."""
+    there = np.flatnonzero(nodes >= 0)
+    mixing = 0.5 * attention[np.ix_(there, there)] + 0.5 * np.eye(len(there))
+    capacity = np.rint(mixing * scale).astype(np.int64)
+    strong = np.ones_like(capacity)
+    if strongest is not None and strongest < len(there):
+        strong[:] = 0
+        order = np.argpartition(-capacity, strongest, axis=1)[:, :strongest]
+        np.put_along_axis(strong, order, 1, axis=1)
+        order = np.argpartition(-capacity, strongest, axis=0)[:strongest]
+        np.put_along_axis(strong, order, 1, axis=0)
+    above = np.full_like(nodes, -1)
+    above[there] = np.arange(count, count + len(there))
+    i, j = capacity.nonzero()
+    edges = np.stack([above[there[i]], nodes[there[j]], capacity[i, j], strong[i, j]])
+    return above, count + len(there), edges
+
+
+def _reduced(
+    stage: Stage, image: int, nodes: Integers, count: int, prefix: int, scale: int
+) -> tuple[Integers, int, Integers]:
+    """The tokens after a stage: survivors keep their nodes, fused ones get new nodes above their members.
+
+    No flow exceeds 1, so an edge that lets all of it through is the same as being one node.
+    """
+    group, before = stage.group[image].cpu().numpy(), nodes[prefix:]
+    share = np.rint(stage.weight[image].double().cpu().numpy() * scale).astype(np.int64)
+    above = np.concatenate([nodes[:prefix], np.full(stage.n_out, -1)])
+    held = (group >= 0) & (before >= 0) & (share > 0)
+    whole, part = held & (share >= scale), held & (share < scale)
+    above[prefix + group[whole]] = before[whole]
+    made = np.unique(prefix + group[part])
+    made = made[above[made] < 0]
+    above[made] = np.arange(count, count + len(made))
+    edges = np.stack([above[prefix + group[part]], before[part], share[part], np.ones_like(share[part])])
+    return above, count + len(made), edges
+
+
+def _split(parts: list[Integers], source: int, tokens: int) -> Network:
+    """Drop the edges nothing can flow through, and set those into input tokens apart."""
+    reached = np.zeros(source + 1, dtype=bool)
+    reached[source] = True
+    for i in reversed(range(len(parts))):
+        parts[i] = parts[i][:, reached[parts[i][0]]]
+        reached[parts[i][1]] = True
+    edges = np.concatenate(parts, 1)
+    lowest = edges[1] < tokens
+    entries = np.zeros((source + 1, tokens), dtype=np.int64)
+    entries[edges[0, lowest], edges[1, lowest]] = edges[2, lowest]
+    return Network(edges[:, ~lowest], source, entries)
+
+
+def _report(at_bound: list[NDArray[np.bool_]]) -> None:
+    """Say once a call how many patches are at their bound."""
+    every = np.concatenate(at_bound) if at_bound else np.zeros(0, dtype=bool)
+    if not every.size:
+        return
+    if every.all():
+        log.warning(
+            "attention_flow: 100 % of the patches are at the bound min(1, c_j), so the maps hold nothing but the "
+            "first used block's column sums: use rollout instead"
+        )
+    else:
+        log.info("attention_flow: %.1f %% of the patches are at the bound min(1, c_j)", 100 * every.mean())
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What is used of scipy."""
+
+    csr_array: Callable[..., Any]
+    maximum_flow: Callable[..., Any]
+
+
+def _solver() -> Solver:
+    try:
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import maximum_flow
+    except ImportError as error:
+        raise PrunexError(
+            f"attention_flow needs scipy, which cannot be imported ({error}): pip install scipy, or use rollout"
+        ) from error
+    return Solver(csr_array, maximum_flow)
+
+
+def _check_count(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"of {low:,} or more" if high is None else f"in {low:,}..{high:,}"
+        raise PrunexError(f"{name}={value!r} is not allowed: give an integer {allowed}")
+
+
+def _check_cost(anatomy: Anatomy, images: Tensor, start: int, most: int) -> None:
+    """Refuse more tokens than asked for, with what they would cost."""
+    (height, width), (h, w) = images.shape[2:], anatomy.patch
+    tokens = anatomy.prefix + -(-height // h) * -(-width // w)
+    if tokens <= most:
+        return
+    # Measured on one core: half a millisecond a sink and about 70 ns an edge, of the small network or of all.
+    edges = (anatomy.depth - start) * tokens
+    quick, slow = (tokens * (5e-4 + 7e-8 * edges * into) for into in (min(STRONGEST, tokens), tokens))
+    raise PrunexError(
+        f"{tokens} tokens are more than max_tokens={most}: attention_flow solves one maximum flow a token, about "
+        f"{quick:.2g} to {slow:.2g} seconds an image here; allow it with max_tokens={tokens}, or use rollout"
+    )

@@ -1,0 +1,107 @@
+"""Layer-wise relevance propagation through a whole ViT: z+, epsilon and gamma rules, AttnLRP and CP-LRP."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import Relevance, recording, widened
+from prunex.explainers.modified_gradients import ModifiedGradients
+from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
+from prunex.registry import register
+from prunex.vit.tape import Tape
+
+RULES = ("zplus", "epsilon", "gamma", "attnlrp", "cplrp")
+
+
+@register(
+    "explainer",
+    "lrp",
+    "Bach et al., PLoS ONE 2015; AttnLRP: Achtibat et al., ICML 2024, arXiv 2402.05602",
+    "one forward, one relevance pass",
+)
+def lrp(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    rule: Literal["zplus", "epsilon", "gamma", "attnlrp", "cplrp"] = "zplus",
+    gamma: float | tuple[float, float] | None = None,
+    rule_set: RuleSet = "conserving",
+) -> Relevance:
+    r"""A logit decomposed backwards through every layer, to tokens and pixels.
+
+    - ``"zplus"``: the "LRP" baseline of arXiv 2012.09838 (alpha 1, beta 0): from a one-hot 1, positive products alone;
+      norms, GELU and softmax pass relevance through; zB at the pixels with each image's lowest and highest value.
+    - ``"epsilon"``, ``"gamma"``: the same pass with those rules in linear layers and the patch convolution.
+    - ``"attnlrp"`` (arXiv 2402.05602, Eqs. 13-16): softmax s gives x_i (R_i - s_i sum_j R_j), products half each, norms
+      are constants but for the mean. As activation times modified gradient (arXiv 2502.15886), with fused attention.
+    - ``"cplrp"`` (arXiv 2202.07304): attention and norm deviations are constants. What public ViT examples use, with
+      ``gamma``.
+
+    Relevance sums to the logit only without biases (they absorb some), and under "attnlrp" not even then. Plain epsilon
+    maps of ViTs are noisy; gamma calms them and wants tuning per model. Published figures beyond the z+ ones of arXiv
+    2012.09838 could not be checked (unverified). LRP is patented for commercial use by its authors' institutions.
+
+    Tokens that left keep what earlier blocks gave them. A fused token's weights are constants.
+
+    Args:
+        model: A supported ViT, pruned or dense. Half-precision weights are read in float32.
+        images: float [B, C, H, W].
+        target: Class whose logit is explained; None: the predicted one.
+        rule: The rules, see above.
+        gamma: For "gamma", "attnlrp" and "cplrp": strength >= 0 of the gamma rule, one number, or one for the patch
+            convolution and one for linear layers. None: (0.25, 0.05) for "gamma", no gamma rule for the others.
+        rule_set: For "zplus": "conserving", or "published_baseline", whose linear layers may double relevance.
+
+    Returns:
+        Signed. ``maps``: relevance of the patch tokens that enter the first block, position included, summed over
+        channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours.
+
+    Raises:
+        PrunexError: For unknown rules, a gamma or rule set that the rule does not have, a gamma below 0, or layers that
+            the rules do not know.
+    """
+    if not isinstance(rule, str) or rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    if not isinstance(rule_set, str) or rule_set not in RULE_SETS:
+        raise unknown("rule_set", rule_set, RULE_SETS)
+    strengths = _strengths(rule, gamma)
+    if rule != "zplus" and rule_set != "conserving":
+        raise PrunexError(f"rule_set={rule_set!r} with rule={rule!r} is not allowed: rule sets belong to rule='zplus'")
+    model, images = widened(model, images)
+    with torch.inference_mode(False):
+        images = images.clone().requires_grad_()
+    if rule == "attnlrp" or rule == "cplrp":
+        ops: ModifiedGradients | RelevanceRules = ModifiedGradients(rule, strengths)
+    else:
+        ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))
+    tape = Tape(gradients=True, narrow=True, ops=ops)
+    with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
+        one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)
+        if isinstance(ops, RelevanceRules):
+            ops.relevance = True
+        tokens, pixels = torch.autograd.grad(recorded.logits, [recorded.embedded, images], one_hot)
+        if isinstance(ops, ModifiedGradients):
+            tokens, pixels = tokens * recorded.embedded, pixels * images
+        return recorded.answer(tokens.sum(-1), pixels, signed=True, pixels=pixels.sum(1))
+
+
+def _strengths(rule: str, gamma: Any) -> tuple[float, float] | None:
+    if gamma is None:
+        return None
+    if rule in ("zplus", "epsilon"):
+        raise PrunexError(
+            f"gamma={gamma!r} with rule={rule!r} is not allowed: rules with gamma are gamma, attnlrp, cplrp"
+        )
+    pair = (gamma, gamma) if isinstance(gamma, int | float) else gamma
+    good = isinstance(pair, tuple | list) and len(pair) == 2
+    if not good or any(isinstance(g, bool) or not isinstance(g, int | float) or not 0 <= g < 1e6 for g in pair):
+        raise PrunexError(
+            f"gamma={gamma!r} is not allowed: give a number of at least 0, or one for pixels and one for linear layers"
+        )
+    return float(pair[0]), float(pair[1])

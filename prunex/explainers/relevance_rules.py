@@ -1,0 +1,291 @@
+"""Rules of layer-wise relevance propagation: one layer's relevance back to its inputs, and a forward that carries it.
+
+A layer is given by its products x_j w_jk; R_k is the relevance of its outputs, R_j what its inputs get. The propagating
+forward (:class:`RelevanceRules`) keeps every value and lets one graph be walked twice: as ordinary gradients, and as
+relevance. Every sum is taken per image, so images of a batch do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunex.vit.arithmetic import Arithmetic, unknown_layer
+
+LinearRule = Literal["zplus", "epsilon", "gamma"]
+RuleSet = Literal["conserving", "published_baseline"]
+RULE_SETS = get_args(RuleSet)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or patch convolution: weights, bias, and how they act on inputs and back.
+
+    Attributes:
+        weight: [out, in], or [out, C, h, w].
+        bias: [out] or None, shaped to be added to outputs.
+        forth: Inputs and a weight to outputs, without bias.
+        back: Outputs and a weight to inputs (the transpose).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    forth: Callable[[Tensor, Tensor], Tensor]
+    back: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layer:
+        """The layer behind a module.
+
+        Raises:
+            PrunexError: For anything but ``nn.Linear`` or a patch convolution, such as a subclass that computes
+                something else.
+        """
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            bias = None if module.bias is None else module.bias.detach()
+            return cls(module.weight.detach(), bias, lambda x, w: x @ w.T, lambda s, w: s @ w)
+        if _is_patch_convolution(module):
+            stride: Any = module.stride
+            return cls(
+                module.weight.detach(),
+                None if module.bias is None else module.bias.detach()[:, None, None],
+                lambda x, w: F.conv2d(x, w, stride=stride),
+                lambda s, w: F.conv_transpose2d(s, w, stride=stride),
+            )
+        raise unknown_layer(module, "nn.Linear and patch convolutions")
+
+
+def _is_patch_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and module.stride == module.kernel_size
+        and set(module.padding) == {0}
+        and module.groups == 1
+        and set(module.dilation) == {1}
+    )
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """``a / (b + 1e-9)``, and 0 where b is 0: the stabiliser of the published relevance layers."""
+    # b is never exactly -1e-9 beside values of a network's size; were it, the quotient would be infinite in theirs too.
+    return (a / (b + 1e-9)).masked_fill_(b == 0, 0)
+
+
+def stabilised(z: Tensor, epsilon: float) -> Tensor:
+    """The values moved away from 0 by epsilon, along its sign (positive at 0)."""
+    return z + epsilon * torch.where(z < 0, -1.0, 1.0).to(z.dtype)
+
+
+def zplus(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
+    """R_j = sum_k (x_j w_jk)^+ / sum_i (x_i w_ik)^+ R_k: positive products only, one denominator, no bias.
+
+    The two signs are summed apart, never as half of output plus magnitudes: where positive products are few, that
+    difference would be rounding alone.
+    """
+    (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
+    s = ratio(r, layer.forth(above, up) + layer.forth(below, down))
+    return above * layer.back(s, up) + below * layer.back(s, down)
+
+
+def zplus_split(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
+    """As :func:`zplus`, each sign of the inputs divided by its own denominator: up to twice the relevance leaves."""
+    (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
+    first = above * layer.back(ratio(r, layer.forth(above, up)), up)
+    return first + below * layer.back(ratio(r, layer.forth(below, down)), down)
+
+
+def epsilon_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """R_j = sum_k x_j w_jk R_k / (z_k + epsilon sign z_k), z_k with bias."""
+    return x * layer.back(r / stabilised(out, epsilon), layer.weight)
+
+
+def gamma_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, gamma: float, epsilon: float = 1e-6) -> Tensor:
+    """The epsilon rule with products of the output's own sign favoured: each counts (1 + gamma) times.
+
+    For z_k > 0 these are x_j w_jk > 0, for z_k < 0 those below 0; the bias is favoured alike.
+    """
+    up, down = _by_sign(x)
+    positive = layer.weight + gamma * layer.weight.clamp(min=0)
+    negative = layer.weight + gamma * layer.weight.clamp(max=0)
+    total = torch.zeros_like(x)
+    for side, with_up, with_down, bound in (
+        (out > 0, positive, negative, {"min": 0}),
+        (out < 0, negative, positive, {"max": 0}),
+    ):
+        z = layer.forth(up, with_up) + layer.forth(down, with_down)
+        if layer.bias is not None:
+            z = z + layer.bias + gamma * layer.bias.clamp(**bound)
+        s = r * side / stabilised(z, epsilon)
+        total += up * layer.back(s, with_up) + down * layer.back(s, with_down)
+    return total
+
+
+def bounded(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
+    """The pixel layer's rule zB: x w - l w^+ - h w^-, l and h each image's lowest and highest value (no bias)."""
+    above, below = x - x.amin((1, 2, 3), keepdim=True), x - x.amax((1, 2, 3), keepdim=True)
+    up, down = _by_sign(layer.weight)
+    s = ratio(r, layer.forth(above, up) + layer.forth(below, down))
+    return above * layer.back(s, up) + below * layer.back(s, down)
+
+
+def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.clamp(min=0), x.clamp(max=0)
+
+
+def proportional(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """A sum's relevance in proportion to its terms."""
+    s = ratio(r, out)
+    return a * s, b * s
+
+
+def conserving_add(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`proportional`, rescaled: a term's share of an image is |sum R_a| / (|sum R_a| + |sum R_b|)."""
+    parts = proportional(a, b, out, r)
+    axes = tuple(range(1, r.ndim))
+    sums = [p.sum(axes, keepdim=True) for p in parts]
+    size = sums[0].abs() + sums[1].abs()
+    whole = r.sum(axes, keepdim=True)
+    first, second = (p * ratio(ratio(s.abs(), size) * whole, s) for p, s in zip(parts, sums, strict=True))
+    return first, second
+
+
+class RelevanceRules(Arithmetic):
+    """A forward whose graph carries gradients or, with ``relevance`` set, relevance.
+
+    Norms, element-wise non-linearities, softmax and LayerScale pass relevance through unchanged; a product of two
+    signals gives each half; sigmoid gates, pooling weights and a fused token's weights are constants; the scale of the
+    scores is left out; positions keep what they get.
+
+    Args:
+        linear: Rule of linear layers: "zplus", "epsilon" or "gamma".
+        rule_set: "conserving": one denominator a linear layer, rescaled skip connections. "published_baseline":
+            separate denominators, plain proportional skips.
+        gamma: Of the gamma rule: for the patch convolution, for linear layers.
+        epsilon: Of the epsilon and gamma rules.
+
+    Attributes:
+        relevance: Which of the two a backward pass carries now.
+    """
+
+    opened = True
+    matrices = True
+
+    def __init__(
+        self,
+        linear: LinearRule = "zplus",
+        rule_set: RuleSet = "conserving",
+        gamma: tuple[float, float] = (0.25, 0.05),
+        epsilon: float = 1e-6,
+    ) -> None:
+        self.rule, self.rule_set, self.gamma, self.epsilon = linear, rule_set, gamma, epsilon
+        self.relevance = False
+
+    def _through(self, out: Tensor, x: Tensor) -> Tensor:
+        return _Route.apply(self, lambda saved, out, r: (r.reshape(saved[0].shape),), out, x)
+
+    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        """By its rule."""
+        return self._by_rule(module, x, self.gamma[1], zplus if self.rule_set == "conserving" else zplus_split)
+
+    def patches(self, module: nn.Module, images: Tensor) -> Tensor:
+        """The pixel layer: zB under z+, else the linear layers' rule."""
+        return self._by_rule(module, images, self.gamma[0], bounded)
+
+    def _by_rule(self, module: nn.Module, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
+        layer = Layer.of(module)
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            if self.rule == "epsilon":
+                return (epsilon_rule(layer, saved[0], out, r, self.epsilon),)
+            if self.rule == "gamma":
+                return (gamma_rule(layer, saved[0], out, r, gamma, self.epsilon),)
+            return (positive(layer, saved[0], r),)
+
+        return _Route.apply(self, back, module(x), x)
+
+    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Passes through."""
+        return x if isinstance(module, nn.Identity) else self._through(module(x), x)
+
+    activation = norm
+    scaled = norm
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Passes through."""
+        return self._through(scores.softmax(-1), scores)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """In proportion to the terms."""
+        conserving = self.rule == "zplus" and self.rule_set == "conserving"
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            return (conserving_add if conserving else proportional)(saved[0], saved[1], out, r)
+
+        return _Route.apply(self, back, a + b, a, b)
+
+    def mean(self, a: Tensor, b: Tensor) -> Tensor:
+        """As their sum."""
+        both = self.add(a, b)
+        return self._through(both / 2, both)
+
+    def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
+        """All to the signal."""
+        return self._through(signal * openness, signal)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Half each."""
+        return _Route.apply(self, lambda saved, out, r: (r / 2, r / 2), a * b, a, b)
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Queries and keys half each, in proportion to their products."""
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            s = ratio(r, out / scale)
+            return saved[0] * (s @ saved[1]) / 2, saved[1] * (s.transpose(-2, -1) @ saved[0]) / 2
+
+        return _Route.apply(self, back, (q * scale) @ k.transpose(-2, -1), q, k)
+
+    def gather(self, attention: Tensor, values: Tensor) -> Tensor:
+        """Attention and values half each, in proportion to their products."""
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            s = ratio(r, out)
+            return saved[0] * (s @ saved[1].transpose(-2, -1)) / 2, saved[1] * (saved[0].transpose(-2, -1) @ s) / 2
+
+        return _Route.apply(self, back, attention @ values, attention, values)
+
+    def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
+        """Tokens in proportion to their weighted part."""
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            return (saved[0] * (fixed.transpose(-2, -1) @ ratio(r, out)),)
+
+        fixed = weights.detach()  # constants to relevance, not to gradients
+        return _Route.apply(self, back, weights @ tokens, tokens)
+
+
+class _Route(torch.autograd.Function):
+    """A value that two graphs lead to: its own (for gradients), and a rule from it straight to its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, rules: RelevanceRules, back: Callable[..., Any], out: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.rules, ctx.back = rules, back
+        ctx.save_for_backward(out, *inputs)
+        ctx.set_materialize_grads(False)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.needs_input_grad) - 3
+        if grads[0] is None:
+            return (None,) * (3 + count)
+        if not ctx.rules.relevance:
+            return (None, None, grads[0], *(None,) * count)
+        out, *inputs = ctx.saved_tensors
+        return (None, None, None, *ctx.back(tuple(inputs), out, grads[0]))

@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunex
-import prunex.explainers.grad_cam  # noqa: F401
 from prunex import PrunexError
 from tests.explainers.definitions import opened
 from tests.vits import FAMILIES, images, images_for, largest, randomise, relative, tiny

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 import prunex
-import prunex.explainers.integrated_gradients  # noqa: F401
 from tests.explainers.reference import SEEDS, arrays, model_and_images, present
 from tests.vits import relative
 

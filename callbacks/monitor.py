@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from prunex.errors import PrunexError
-from prunex.pictures import from_tensor, save_png
+from prunex.pictures import from_tensor, save_npz, save_png
 from prunex.vit.anatomy import find
 from prunex.vit.trace import TokenTrace
 
@@ -208,11 +206,7 @@ def merge_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     if path.is_file():
         with np.load(path, allow_pickle=False) as old:
             found = {k: old[k] for k in old.files}
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".npz", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        np.savez_compressed(file, **(found | arrays))  # type: ignore[arg-type]
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    save_npz(path, found | arrays)
 
 
 def log_picture(trainer: Trainer, tag: str, picture: np.ndarray) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
 from prunex.callbacks.monitor import Monitor, log_share
 from prunex.errors import PrunexError
+from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
 from prunex.registry import lookup
 
@@ -94,16 +94,13 @@ class RelevancyMonitor(Monitor):
 
 
 def share_inside(mass: Tensor, region: Tensor) -> float:
-    """Share of each map's mass inside a region, mean over images with any mass.
+    """Share of each map's mass inside a region, mean over images with any mass and any region.
 
     Args:
         mass: float [B, h, w], not negative.
         region: bool [B, h, w].
 
     Returns:
-        0..1; NaN when no map has any mass.
+        0..1; NaN when no image has both.
     """
-    total = mass.flatten(1).sum(1)
-    inside = (mass * region).flatten(1).sum(1)
-    share = (inside / total.clamp(min=torch.finfo(total.dtype).tiny))[total > 0]
-    return float(share.mean()) if len(share) else float("nan")
+    return float(energy_inside(mass, region).nanmean())

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.callbacks.monitor import decisions
+from prunex.checks import check_number
 from prunex.errors import PrunexError
-from prunex.pruners.base import check_number
 from prunex.vit.anatomy import find
 
 CHECKPOINT_KEY = "prunex"

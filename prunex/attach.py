@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
+from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, check_number, strip_official
+from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import masked_pool, run

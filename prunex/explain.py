@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -35,6 +34,9 @@ class Explanation:
         trace: What the explained forward did to the patches.
         logits: float [B, classes]; the features where the model has no classifier.
         image_size: Height and width of the images in pixels.
+        fine: float [B, H, W], the map at pixel size of a method that is finer than a patch; else None.
+        info: What the method found out beside the map, by name: tensors whose first dimension is B, such as ``delta``
+            of integrated_gradients. Empty for most.
     """
 
     method: str
@@ -46,6 +48,8 @@ class Explanation:
     trace: TokenTrace
     logits: Tensor
     image_size: tuple[int, int]
+    fine: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
         """The maps at pixel size, bilinear: float [B, H, W].
@@ -64,9 +68,7 @@ class Explanation:
     @property
     def pixels(self) -> Tensor:
         """The finest map the method has, [B, H, W]; for methods on the patch grid, that grid upsampled."""
-        if self.raw.ndim == 4 and self.raw.shape[2:] == self.image_size:
-            return self.raw.sum(1)
-        return self.upsample()
+        return self.upsample() if self.fine is None else self.fine
 
     def overlay(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The maps over the images, for looking at.
@@ -134,8 +136,8 @@ def explain(
     >>> e.maps.shape, e.upsample().shape
     (torch.Size([2, 14, 14]), torch.Size([2, 224, 224]))
     """
-    make = lookup("explainer", method).make
-    defaults = {n: p.default for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = lookup("explainer", method)
+    make, defaults = known.make, known.options
     for name in options:
         if name not in defaults:
             raise unknown(f"option of {method}", name, defaults)
@@ -154,4 +156,6 @@ def explain(
         answer.trace,
         answer.logits,
         (images.shape[2], images.shape[3]),
+        answer.pixels,
+        answer.info,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +29,17 @@ class Method:
     paper: str
     needs: str
     make: Callable[..., Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """An explainer's own options with their defaults.
+
+        >>> import prunex
+        >>> lookup("explainer", "generic_attention").options
+        {'start_layer': 0, 'full': False}
+        """
+        found = inspect.signature(self.make).parameters.items()
+        return {name: p.default for name, p in found if p.kind is p.KEYWORD_ONLY}
 
 
 _METHODS: dict[tuple[str, str], Method] = {}

@@ -5,5 +5,6 @@ from prunex.recipes.digits import DigitScenes
 from prunex.recipes.folder import ImageFolder
 from prunex.recipes.report import write_report
 from prunex.recipes.run_report import RunReport
+from prunex.recipes.vit_shapley import ViTShapley
 
-__all__ = ["DigitScenes", "ImageClassifier", "ImageFolder", "RunReport", "write_report"]
+__all__ = ["DigitScenes", "ImageClassifier", "ImageFolder", "RunReport", "ViTShapley", "write_report"]

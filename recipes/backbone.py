@@ -6,8 +6,10 @@ holds the architecture, the command and the accuracy.
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import timm
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -30,13 +32,13 @@ SHIPPED = files("prunex.recipes") / "weights"
 
 
 def create_model(
-    architecture: str, num_classes: int, model_args: Mapping[str, Any] | None = None, pretrained: bool = False
+    architecture: str, num_classes: int | None, model_args: Mapping[str, Any] | None = None, pretrained: bool = False
 ) -> nn.Module:
     """A timm model by name, with errors that say what to change.
 
     Args:
         architecture: A name known to ``timm.list_models()``.
-        num_classes: Width of the classifier.
+        num_classes: Width of the classifier; None: timm's own for this name.
         model_args: Overrides for the constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
         pretrained: Download timm's weights; needs a network.
 
@@ -90,19 +92,29 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     Raises:
         PrunexError: If there is no such file, or it is not a safetensors file.
     """
+    with _located(weights) as path:
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise PrunexError(
+                f"weights={weights!r} is not a readable safetensors file ({error}): save it again"
+            ) from error
+
+
+@contextmanager
+def _located(weights: str) -> Iterator[Path]:
+    """The file of that path, or the shipped one of that name."""
     path = Path(weights).expanduser()
-    if not path.is_file() and weights in shipped_weights():
+    if path.is_file():
+        yield path
+    elif weights in shipped_weights():
         with as_file(SHIPPED / f"{weights}.safetensors") as shipped:
-            return load_file(shipped)
-    if not path.is_file():
+            yield shipped
+    else:
         raise PrunexError(
             f"weights={weights!r} is neither a file nor shipped: give the path of a safetensors file or one of "
             f"{', '.join(shipped_weights()) or 'none'}"
         )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise PrunexError(f"weights={weights!r} is not a readable safetensors file ({error}): save it again") from error
 
 
 def load_weights(model: nn.Module, weights: str) -> list[str]:
@@ -163,6 +175,59 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
         )
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
     return missing
+
+
+def model_from_weights(architecture: str, weights: str, image_size: int | None = None) -> nn.Module:
+    """A timm ViT with the weights of a safetensors file, as wide and (where it tells) as large as these.
+
+    The classifier has as many outputs as the file's, none where the file has no classifier. Constructor arguments come
+    from the file's metadata where ``SaveWeights`` wrote them for this architecture.
+
+    Args:
+        architecture: A name known to ``timm.list_models()``.
+        weights: Path of a safetensors file, or the name of shipped weights.
+        image_size: Side of the square images in pixels; None: what the file's position embeddings were trained for.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        PrunexError: If the name is not known, or the file cannot be read or does not belong to the architecture.
+
+    >>> model_from_weights("vit_tiny_patch16_224", "digits").num_classes
+    10
+    """
+    state, args = read_weights(weights), _model_args(architecture, weights)
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    classes = len(state["head.weight"]) if "head.weight" in state else 0
+    if image_size is not None:
+        args["img_size"] = image_size
+    model = create_model(architecture, classes, args)
+    side = None if "img_size" in args else _side(model, state.get("pos_embed"))
+    if side is not None:
+        model = create_model(architecture, classes, {**args, "img_size": side})
+    load_weights(model, weights)
+    return model.eval()
+
+
+def _model_args(architecture: str, weights: str) -> dict[str, Any]:
+    """Constructor arguments that the file's metadata tell for this architecture."""
+    with _located(weights) as path, safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+    return dict(json.loads(told.get("model_args", "{}"))) if told.get("architecture") == architecture else {}
+
+
+def _side(model: nn.Module, position: Tensor | None) -> int | None:
+    """The square image, in pixels, that position embeddings belong to; None where it is the model's own or unknown."""
+    embed: Any = getattr(model, "patch_embed", None)
+    own: Any = getattr(model, "pos_embed", None)
+    if position is None or embed is None or own is None or position.ndim != 3:
+        return None
+    grid, patch = embed.grid_size, embed.patch_size
+    patches = position.shape[1] - (own.shape[1] - grid[0] * grid[1])
+    side = math.isqrt(max(patches, 0))
+    square = side > 0 and side * side == patches and patch[0] == patch[1]
+    return side * patch[0] if square and (side, side) != tuple(grid) else None
 
 
 class SaveWeights(Callback):

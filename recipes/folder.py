@@ -233,7 +233,7 @@ class FolderSplit(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, Tensor]:
         path, label = self.samples[index]
-        image = _read(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+        image = read_image(path)
         if self.masks is None:
             return self.transform(image).as_subclass(Tensor), label
         mask = tv_tensors.Mask(_read(self.masks[index], _object_pixels))
@@ -250,6 +250,15 @@ class BrokenImage(PrunexError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def read_image(path: Path) -> Image.Image:
+    """One image as RGB, turned as its EXIF data say.
+
+    Raises:
+        PrunexError: For a file that is no whole image; the message names it.
+    """
+    return _read(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _read(path: Path, use: Callable[[Image.Image], Any]) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -22,6 +23,7 @@ from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import write_whole
+from prunex.recipes.backbone import create_model, model_from_weights
 from prunex.vit.anatomy import read
 
 SUMMARY = "summary.json"
@@ -75,6 +77,44 @@ def open_model(where: str | Path) -> nn.Module:
     return _from_checkpoint(config, found[-1])
 
 
+def open_model_or_name(
+    where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
+) -> nn.Module:
+    """What `open_model` opens, or a timm model by name with weights from a file.
+
+    Args:
+        where: A path as for `open_model`, or a name known to ``timm.list_models()``.
+        weights: Path of a safetensors file with timm's names, for a timm model.
+        image_size: Side of the square images in pixels, for a timm model; None: what its weights were trained for.
+        pretrained: Download timm's weights; needs a network.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        PrunexError: When there is nothing to open, weights do not fit, or a timm model is named without weights.
+    """
+    if Path(where).exists():
+        given = {"--weights": weights, "--img-size": image_size, "--pretrained": pretrained or None}
+        for name, value in given.items():
+            if value is not None:
+                raise PrunexError(f"{name} goes with a timm model name, and {where} is a path: leave it out")
+        return open_model(where)
+    if weights is not None:
+        return model_from_weights(where, weights, image_size)
+    if pretrained:
+        return create_model(where, None, None if image_size is None else {"img_size": image_size}, True).eval()
+    if timm.is_model(where.split(".")[0]):
+        raise PrunexError(
+            f"{where} is a timm model name without weights: give --weights FILE.safetensors (nothing is downloaded "
+            "unless --pretrained asks for it)"
+        )
+    raise PrunexError(
+        f"{where} is neither a path nor a timm model name: give a run folder, such as "
+        "runs/digits-dynamicvit/version_0, a slim folder, a checkpoint, or a timm model name with --weights FILE"
+    )
+
+
 def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
     module_class = type(instantiate(LightningModule, config["model"]))
     try:
@@ -82,8 +122,23 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
     except Exception as error:
         raise PrunexError(f"{path} is no checkpoint that loads safely: {type(error).__name__}") from error
     if told is not None:
-        return prunex.slim(load_from_checkpoint(module_class, str(path)), told["path"])
-    return prunex.slim(module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True))
+        model = prunex.slim(load_from_checkpoint(module_class, str(path)), told["path"])
+    else:
+        model = prunex.slim(module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True))
+    return as_the_data_tell(model, config["data"])
+
+
+def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
+    """The model with its data's class names and normalisation, which a slim folder holds and a checkpoint does not."""
+    data = instantiate(LightningDataModule, spec)
+    try:
+        names = [str(name) for name in getattr(data, "class_names", None) or []]
+    except PrunexError:  # the data need not be there any more
+        names = []
+    model.label_names = names if len(names) == model.num_classes else []
+    told = {key: list(getattr(data, key)) for key in ("mean", "std") if getattr(data, key, None) is not None}
+    model.pretrained_cfg = {**dict(getattr(model, "pretrained_cfg", None) or {}), **told}
+    return model
 
 
 def instantiate(base: type, spec: dict[str, Any]) -> Any:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import prunex
-from prunex import PrunexError
+from prunex import PrunexError, registry
+from prunex.explainers.base import recording
+from prunex.vit.tape import Tape
 from tests.vits import images, images_for, relative, tiny
 
 EXPLAINERS = ["raw_attention", "rollout", "generic_attention", "tokentm"]
@@ -277,6 +279,30 @@ def test_explanation(method, family):
     pictures = e.overlay(x)
     assert pictures.shape == (3, height, width, 3)
     assert pictures.dtype == np.uint8
+
+
+@pytest.mark.parametrize("fine", [True, False])
+def test_methods_finer_than_a_patch_and_what_they_found_out(monkeypatch, fine):
+    def toy(model, x, target=None):
+        """Colour sums, and each image's own."""
+        with recording(model, x, target, Tape()) as recorded:
+            found = x.sum(1)
+            row = torch.zeros(len(x), 17)
+            extra = {"pixels": found, "info": {"total": found.sum((1, 2))}} if fine else {}
+            return recorded.answer(row, raw=x, signed=True, **extra)
+
+    monkeypatch.setitem(registry._METHODS, ("explainer", "toy"), registry.Method("toy", "explainer", "", "", toy))
+    x = images().requires_grad_()
+    e = prunex.explain("toy", tiny(), x)
+    assert e.raw.equal(x)
+    if fine:
+        assert e.pixels.equal(x.detach().sum(1))
+        assert not e.pixels.requires_grad
+        assert relative(e.info["total"], x.sum((1, 2, 3))) < 1e-5
+    else:
+        assert e.pixels.equal(e.upsample())
+        assert e.info == {}
+    assert e.upsample().equal(torch.zeros(3, 32, 32))  # always the patch grid
 
 
 def test_options_are_kept():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, read
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
-from prunex.vit.forward import record, resume
+from prunex.vit.forward import embed, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
@@ -34,6 +34,8 @@ class Relevance:
         signed: Whether negative values mean "against the class".
         trace: What the explained forward did to the patches.
         logits: float [B, classes] of the explained forward; the features where the model has no classifier.
+        pixels: float32 (or 64) [B, H, W], for methods that are finer than a patch; else None.
+        info: What the method found out beside the map, by name: tensors whose first dimension is B.
     """
 
     maps: Tensor
@@ -42,6 +44,8 @@ class Relevance:
     signed: bool
     trace: TokenTrace
     logits: Tensor
+    pixels: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Recording:
         tape: What was recorded.
         state: How the forward ended: the trace, and the decisions that made it.
         target: int64 [B], the class explained.
+        autocast: Whether the forward ran under the caller's autocast, and its dtype.
     """
 
     model: VisionTransformer
@@ -61,6 +66,7 @@ class Recording:
     tape: Tape
     state: TokenState
     target: Tensor
+    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
 
     @property
     def trace(self) -> TokenTrace:
@@ -81,8 +87,11 @@ class Recording:
         keys: KeyWeights | None = None,
         tape: Tape | None = None,
         masked: bool | None = None,
+        frozen: bool = True,
     ) -> Tensor:
         """The model's output for altered tokens, with the selection of this forward frozen.
+
+        It runs in the precision of this forward, the caller's autocast included.
 
         Args:
             tokens: [R, prefix + P, D], entering the first block.
@@ -92,13 +101,24 @@ class Recording:
             tape: Records what it asks for.
             masked: Whether dropped tokens keep their slots; None: as in this forward, whose decisions must have been
                 made likewise.
+            frozen: Whether tokens leave as in this forward; False: the model's own pruner decides again.
 
         Returns:
             float [R, classes].
         """
         masked = self.state.masked if masked is None else masked
-        pruners = [*before, Replay(self.state.decisions, index)]
-        return resume(self.model, tokens, self.trace.grid, pruners, tape, masked, keys)
+        decides = [Replay(self.state.decisions, index)] if frozen else own_pruners(self.model)
+        with self._as_recorded():
+            return resume(self.model, tokens, self.trace.grid, [*before, *decides], tape, masked, keys)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Other images as tokens for :meth:`again`, [R, prefix + P, D], off the graph."""
+        with torch.no_grad(), self._as_recorded():
+            return embed(self.model, images)[0]
+
+    def _as_recorded(self) -> torch.autocast:
+        enabled, dtype = self.autocast
+        return torch.autocast(self.trace.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
     @property
     def logits(self) -> Tensor:
@@ -113,12 +133,29 @@ class Recording:
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         return self.anatomy.readout(self.tape.tokens, self.tape.policy, like)
 
-    def answer(self, row: Tensor, raw: Tensor | None = None, signed: bool = False) -> Relevance:
-        """From one relevance a token, [B, prefix + P], to the answer on the patch grid."""
+    def answer(
+        self,
+        row: Tensor,
+        raw: Tensor | None = None,
+        signed: bool = False,
+        pixels: Tensor | None = None,
+        info: dict[str, Tensor] | None = None,
+    ) -> Relevance:
+        """From one relevance a token to the answer on the patch grid.
+
+        Args:
+            row: [B, prefix + P].
+            raw: The method's own finest output; None: ``row``.
+            signed: Whether negative values mean "against the class".
+            pixels: [B, H, W], where the method is finer than a patch.
+            info: Further findings, one entry an image each.
+        """
         row = row.detach()
         maps = row[:, self.anatomy.prefix :].unflatten(1, self.trace.grid)
         whole = row if raw is None else raw.detach()
-        return Relevance(maps, whole, self.target, signed, self.trace.detach(), self.logits.detach())
+        pixels = None if pixels is None else pixels.detach()
+        found = {name: value.detach() for name, value in (info or {}).items()}
+        return Relevance(maps, whole, self.target, signed, self.trace.detach(), self.logits.detach(), pixels, found)
 
 
 @contextmanager
@@ -166,8 +203,10 @@ def recording(
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
         else:
             chosen = torch.full((len(images),), -1, device=images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            yield Recording(model, anatomy, tape, state, chosen)
+        kind = images.device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            yield Recording(model, anatomy, tape, state, chosen, autocast)
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
@@ -226,17 +265,6 @@ def widened(model: VisionTransformer, images: Tensor) -> tuple[VisionTransformer
         return model, images
     with torch.inference_mode(False):  # weights made under it cannot be differentiated through
         return copy.deepcopy(model).float(), images.float()
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if not isinstance(value, bool):
-        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
-    return value
 
 
 def check_chunk(value: Any) -> int:

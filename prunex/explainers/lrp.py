@@ -88,7 +88,7 @@ def lrp(
         tokens, pixels = torch.autograd.grad(recorded.logits, [recorded.embedded, images], one_hot)
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images
-        return recorded.answer(tokens.sum(-1), pixels, signed=True)
+        return recorded.answer(tokens.sum(-1), pixels, signed=True, pixels=pixels.sum(1))
 
 
 def _strengths(rule: str, gamma: Any) -> tuple[float, float] | None:

@@ -6,8 +6,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from prunex.checks import check_flag
 from prunex.errors import unknown
-from prunex.explainers.base import Relevance, check_flag, recording, widened
+from prunex.explainers.base import Relevance, recording, widened
 from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register

@@ -73,8 +73,8 @@ def _is_patch_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """``a / (b + 1e-9)``, and 0 where b is 0: the stabiliser of the published relevance layers."""
-    shifted = b + 1e-9
-    return a / torch.where(shifted == 0, 1e-9, shifted) * (b != 0)
+    # b is never exactly -1e-9 beside values of a network's size; were it, the quotient would be infinite in theirs too.
+    return (a / (b + 1e-9)).masked_fill_(b == 0, 0)
 
 
 def stabilised(z: Tensor, epsilon: float) -> Tensor:

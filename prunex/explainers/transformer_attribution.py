@@ -6,7 +6,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from prunex.explainers.base import Relevance, check_flag, recording, widened
+from prunex.checks import check_flag
+from prunex.explainers.base import Relevance, recording, widened
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RelevanceRules

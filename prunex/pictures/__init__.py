@@ -1,11 +1,13 @@
 """Overlays, mosaics of kept tokens and curves: drawn from arrays and maps, never from a model."""
 
-from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_png
+from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, save_png
+from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
 from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic
 from prunex.pictures.overlay import dim_dropped, outline, overlay
 
 __all__ = [
+    "contact_sheet",
     "curves",
     "curves_svg",
     "dim_dropped",
@@ -17,5 +19,6 @@ __all__ = [
     "png_bytes",
     "relevancy_mosaic",
     "resized",
+    "save_npz",
     "save_png",
 ]

@@ -3,7 +3,7 @@
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,22 @@ def save_png(path: str | Path, picture: Any) -> Path:
         PrunexError: A picture that is not uint8 [H, W, 3].
     """
     return write_whole(Path(path), png_bytes(picture))
+
+
+def save_npz(path: str | Path, arrays: Mapping[str, Any], compressed: bool = True) -> Path:
+    """Write arrays as an npz file that opens with ``allow_pickle=False``; a reader never sees half of it.
+
+    Args:
+        path: File to write; its folder is made where it is missing.
+        arrays: Arrays by name, of numbers, booleans or text.
+        compressed: Smaller files, at about a second for 30 MB.
+
+    Returns:
+        The path.
+    """
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=False, **arrays)
+    return write_whole(Path(path), buffer.getvalue())
 
 
 def write_whole(path: Path, content: bytes) -> Path:

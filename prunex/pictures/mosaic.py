@@ -15,7 +15,7 @@ from prunex.pictures.overlay import OBJECT, dim_dropped, outline, overlay
 
 INK, FAINT, RIGHT, WRONG = "#1b1f24", "#5f6872", "#1a7f37", "#c62828"
 _DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pixels that were asked for
-_GAP = 8
+GAP = 8
 
 
 def kept_mosaic(
@@ -54,14 +54,14 @@ def kept_mosaic(
     >>> picture.dtype, picture.ndim
     (dtype('uint8'), 3)
     """
-    cells, objects = _cells(images, masks, side)
+    cells, objects = enlarged(images, masks, side)
     stages = as_grids(kept, (len(as_numpy(kept)), len(cells)), "kept") if as_numpy(kept).ndim == 4 else None
     if stages is None:
         raise PrunexError(f"kept of shape {as_numpy(kept).shape} cannot be drawn: give [stages, images, gh, gw]")
-    columns = [_first_column(cells, objects)]
+    columns = [first_column(cells, objects)]
     for number, stage in enumerate(stages, start=1):
         columns.append(Column(_share_title(f"stage {number}", stage, objects), dim_dropped(cells, stage)))
-    return compose(columns, _row_titles(len(cells), labels, predicted, class_names), title, _key(objects))
+    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, mask_key(objects))
 
 
 def kept_over_epochs(
@@ -96,12 +96,12 @@ def kept_over_epochs(
     """
     if not kept:
         raise PrunexError("no epoch to draw: give kept patches for at least one epoch")
-    cells, objects = _cells(images, masks, side)
-    columns = [_first_column(cells, objects)]
+    cells, objects = enlarged(images, masks, side)
+    columns = [first_column(cells, objects)]
     for epoch in spaced(sorted(kept), most):
         grid = as_grids(kept[epoch], (len(cells),), f"kept of epoch {epoch}")
         columns.append(Column(_share_title(f"epoch {epoch}", grid, objects), dim_dropped(cells, grid)))
-    return compose(columns, _row_titles(len(cells), labels, predicted, class_names), title, _key(objects))
+    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, mask_key(objects))
 
 
 def relevancy_mosaic(
@@ -138,10 +138,10 @@ def relevancy_mosaic(
     """
     if not maps:
         raise PrunexError("no map to draw: give maps of at least one method")
-    cells, objects = _cells(images, masks, side)
+    cells, objects = enlarged(images, masks, side)
     count = len(cells)
     boundary = None if kept_last is None else as_grids(kept_last, (count,), "kept_last")
-    columns = [_first_column(cells, objects)]
+    columns = [first_column(cells, objects)]
     for method, values in maps.items():
         drawn = overlay(cells, as_grids(values, (count,), f"maps of {method}", dtype=float))
         drawn = drawn if boundary is None else outline(drawn, boundary, thick=1)
@@ -153,9 +153,9 @@ def relevancy_mosaic(
         "bright: most relevant, each map on its own scale",
         *(["red for the class, blue against it"] if signed else []),
         *(["yellow: kept patches"] if boundary is not None else []),
-        *_key(objects),
+        *mask_key(objects),
     ]
-    return compose(columns, _row_titles(count, labels, predicted, class_names), title, key)
+    return compose(columns, row_titles(count, labels, predicted, class_names), title, key)
 
 
 @dataclass
@@ -168,7 +168,9 @@ class Column:
 
 
 @dataclass
-class _Text:
+class Text:
+    """Words on a canvas: the left (or right) end of their base line in pixels, and how they look."""
+
     x: float
     y: float
     text: str
@@ -198,32 +200,32 @@ def compose(
     """
     count, cell_height, cell_width = columns[0].cells.shape[:3]
     longest = max((len(line) for lines in rows for line, _ in lines), default=0)
-    left = 2 * _GAP + min(180, round(longest * 8.6)) if longest else _GAP
-    lines = [_fit(column.title, cell_width) for column in columns]
+    left = 2 * GAP + min(180, round(longest * 8.6)) if longest else GAP
+    lines = [fitted(column.title, cell_width) for column in columns]
     title_lines = max(text.count("\n") + 1 for text in lines)
-    top = _GAP + (24 if title else 0) + 17 * title_lines + 4
-    width = left + len(columns) * (cell_width + _GAP)
-    height = top + count * (cell_height + _GAP) + (20 if key else 0)
+    top = GAP + (24 if title else 0) + 17 * title_lines + 4
+    width = left + len(columns) * (cell_width + GAP)
+    height = top + count * (cell_height + GAP) + (20 if key else 0)
     canvas = np.full((height, width, 3), 255, dtype=np.uint8)
-    texts = [_Text(_GAP, 20, _fit(title, width, 15), size=15, bold=True)] if title else []
+    texts = [Text(GAP, 20, fitted(title, width, 15), size=15, bold=True)] if title else []
     for number, column in enumerate(columns):
-        x = left + number * (cell_width + _GAP)
+        x = left + number * (cell_width + GAP)
         for index, line in enumerate(lines[number].split("\n")):
             y = top - 8 - 17 * (title_lines - 1 - index)
-            texts.append(_Text(x, y, line, color=FAINT if index else INK, bold=not index))
+            texts.append(Text(x, y, line, color=FAINT if index else INK, bold=not index))
         for row in range(count):
-            y = top + row * (cell_height + _GAP)
+            y = top + row * (cell_height + GAP)
             canvas[y : y + cell_height, x : x + cell_width] = column.cells[row]
             if column.marks is not None:
-                texts.append(_Text(x + 6, y + 17, _fit(column.marks[row], cell_width), size=11, boxed=True))
+                texts.append(Text(x + 6, y + 17, fitted(column.marks[row], cell_width), size=11, boxed=True))
     for row, words in enumerate(rows):
-        middle = top + row * (cell_height + _GAP) + cell_height / 2 + 5
+        middle = top + row * (cell_height + GAP) + cell_height / 2 + 5
         for index, (line, color) in enumerate(words):
             y = middle + 18 * (index - (len(words) - 1) / 2)
-            texts.append(_Text(left - _GAP, y, _fit(line, left - _GAP), color=color, bold=not index, anchor="right"))
+            texts.append(Text(left - GAP, y, fitted(line, left - GAP), color=color, bold=not index, anchor="right"))
     if key:
-        texts.append(_Text(left, height - 7, _fit(" · ".join(key), width - left, 11, 0.53), size=11, color=FAINT))
-    return _written(canvas, texts)
+        texts.append(Text(left, height - 7, fitted(" · ".join(key), width - left, 11, 0.53), size=11, color=FAINT))
+    return written(canvas, texts)
 
 
 def spaced(values: Sequence[int], most: int) -> list[int]:
@@ -259,17 +261,20 @@ def covered(kept: Bools, objects: Bools) -> float:
     return float((inside[area > 0] / area[area > 0]).mean()) if area.any() else float("nan")
 
 
-def _cells(images: Any, masks: Any, side: int) -> tuple[Picture, Bools | None]:
+def enlarged(images: Any, masks: Any, side: int) -> tuple[Picture, Bools | None]:
+    """Checked images at the size of a cell, and their checked masks."""
     pictures = as_pictures(images, 4)
     objects = None if masks is None else as_grids(masks, pictures.shape[:1], "masks")
     return resized(pictures, side), objects
 
 
-def _first_column(cells: Picture, objects: Bools | None) -> Column:
+def first_column(cells: Picture, objects: Bools | None) -> Column:
+    """The images themselves, with their objects outlined where masks are known."""
     return Column("input", cells if objects is None else outline(cells, objects, OBJECT))
 
 
-def _key(objects: Bools | None) -> list[str]:
+def mask_key(objects: Bools | None) -> list[str]:
+    """What the outline means, for the key."""
     return [] if objects is None else ["cyan: the object's mask"]
 
 
@@ -288,9 +293,10 @@ def _numbers(values: Any, count: int) -> list[int] | None:
     return numbers
 
 
-def _row_titles(
+def row_titles(
     count: int, labels: Any, predicted: Any, class_names: Sequence[str] | None
 ) -> list[list[tuple[str, str]]]:
+    """For each image its class and what was predicted, as coloured words."""
     truth, guess = _numbers(labels, count), _numbers(predicted, count)
     rows = []
     for index in range(count):
@@ -318,13 +324,13 @@ def _explained(targets: list[int] | None, labels: Any, predicted: Any) -> tuple[
     return "for the class named", targets
 
 
-def _fit(text: str, width: float, size: float = 13, letter: float = 0.64) -> str:
+def fitted(text: str, width: float, size: float = 13, letter: float = 0.64) -> str:
     """Cut each line to what a width holds; `letter` is the mean width of a letter, here of a bold one, per size."""
     most = max(4, int(width / (letter * size)))
     return "\n".join(line if len(line) <= most else line[: most - 1] + "…" for line in text.split("\n"))
 
 
-def _written(canvas: Picture, texts: Sequence[_Text]) -> Picture:
+def written(canvas: Picture, texts: Sequence[Text]) -> Picture:
     """The canvas with words on it."""
     height, width = canvas.shape[:2]
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)

@@ -22,12 +22,14 @@ def overlay(
     cmap: str | None = None,
     signed: bool | None = None,
     smooth: bool = False,
+    floor: float | None = None,
 ) -> Picture:
     """Images with a map laid over them: the image, greyed, shows through where the map is low.
 
-    Every image has its own scale. An unsigned map runs from its smallest value (no colour) to its largest (full
-    colour). A signed one runs from minus to plus its largest magnitude, with a diverging colormap centred at 0 (no
-    colour there). A constant unsigned map, and values that are not finite, get no colour.
+    Every image has its own scale. An unsigned map runs from its smallest value, or from `floor` where that is given (no
+    colour), to its largest (full colour). A signed one runs from minus to plus its largest magnitude, with a diverging
+    colormap centred at 0 (no colour there). An unsigned map that is constant (or nowhere above `floor`), and values
+    that are not finite, get no colour.
 
     Args:
         images: uint8 [..., H, W, 3].
@@ -36,6 +38,7 @@ def overlay(
         cmap: A matplotlib colormap; ``"inferno"``, or ``"RdBu_r"`` for signed maps, when not given.
         signed: Whether 0 is the middle of the scale. When not given: whether any value is negative.
         smooth: Interpolate between the map's values; otherwise each patch is one flat square.
+        floor: The value, and below, of an unsigned map that gets no colour; its smallest value when not given.
 
     Returns:
         uint8 [..., H, W, 3], of the images' size.
@@ -56,7 +59,7 @@ def overlay(
     name = cmap or ("RdBu_r" if signed else "inferno")
     if name not in colormaps:
         raise PrunexError(f"cmap={name!r} is no matplotlib colormap: give one, such as 'viridis'")
-    strength, place = _scaled(maps, signed)
+    strength, place = _scaled(maps, signed, floor)
     height, width = pictures.shape[-3:-1]
     spread = _interpolated if smooth else on_pixels
     strength, place = spread(strength, height, width), spread(place, height, width)
@@ -120,7 +123,7 @@ def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick:
     return pictures
 
 
-def _scaled(maps: Floats, signed: bool) -> tuple[Floats, Floats]:
+def _scaled(maps: Floats, signed: bool, floor: float | None) -> tuple[Floats, Floats]:
     """Per map: how much colour (0..1) and where on the colormap (0..1)."""
     finite = np.isfinite(maps)
     top = np.where(finite, maps, -np.inf).max(axis=(-2, -1), keepdims=True)
@@ -130,7 +133,9 @@ def _scaled(maps: Floats, signed: bool) -> tuple[Floats, Floats]:
             value = maps / np.maximum(np.abs(top), np.abs(low))
             strength, place = np.abs(value), (value + 1) / 2
         else:
-            strength = place = (maps - low) / (top - low)
+            low = low if floor is None else np.full_like(low, floor)
+            value = ((maps - low) / (top - low)).clip(0, None)
+            strength = place = np.where(top > low, value, np.nan)
     drawn = finite & np.isfinite(place)
     return np.where(drawn, strength, 0.0), np.where(drawn, place, 0.5 if signed else 0.0)
 

@@ -159,29 +159,6 @@ def check_stages(stages: Any, depth: int) -> tuple[int, ...]:
     return tuple(listed)
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """A finite number in [low, high].
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
-        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
-        raise PrunexError(f"{name}={value!r} is not allowed: give a number {allowed}")
-    return float(value)
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one (``"no"`` would be true).
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if not isinstance(value, bool):
-        raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
-    return value
-
-
 def strip_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of an official checkpoint under plain names: ``{"model": ...}`` opened, ``module.`` taken off.
 

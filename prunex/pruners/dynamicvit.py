@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, check_flag, check_number, floor_share, top
+from prunex.pruners.base import Forward, TokenPruner, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Keep, Mask, TokenState

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError
-from prunex.pruners.base import check_flag, check_number
 from prunex.pruners.topk import TopK
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy

@@ -124,7 +124,14 @@ def matrix(
     return ops.softmax(scores)
 
 
-def rows_of_heads(q: Tensor, k: Tensor, scale: float, policy: Tensor | None, there: Tensor | None = None) -> Tensor:
+def rows_of_heads(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    policy: Tensor | None,
+    there: Tensor | None = None,
+    keys: KeyWeights | None = None,
+) -> Tensor:
     """Attention of each head averaged over query rows, [B, H, N].
 
     Args:
@@ -133,18 +140,23 @@ def rows_of_heads(q: Tensor, k: Tensor, scale: float, policy: Tensor | None, the
         scale: Of the scores.
         policy: [B, N] or None.
         there: [B, m] or None: which of the rows count.
+        keys: Weights of the keys, or None.
     """
-    scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    if policy is not None:
-        scores = scores.masked_fill((policy <= 0)[:, None, None, :], float("-inf"))
-    seen = scores.softmax(-1)
+    seen = _rows(q, k, scale, policy, keys)
     if there is None:
         return seen.mean(2)
     there = there.to(seen.dtype)
     return torch.einsum("bm,bhmn->bhn", there, seen) / there.sum(1).clamp(min=1)[:, None, None]
 
 
-def rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None = None, chunk: int = 64) -> Tensor:
+def rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    policy: Tensor | None = None,
+    chunk: int = 64,
+    keys: KeyWeights | None = None,
+) -> Tensor:
     """Attention averaged over query rows and heads: who is looked at, [B, N], summing to 1.
 
     Only the rows asked for are computed: one class-token row costs N numbers a head. Many rows (average-pooled
@@ -157,18 +169,24 @@ def rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None = None, chunk
         policy: [B, N] or None; tokens that are not there get 0. Which *rows* count is the caller's to choose: here
             every given query does.
         chunk: Rows at a time.
+        keys: Weights of the keys, or None.
 
     Returns:
         float32 (or float64) [B, N]; gradients flow.
     """
-    gone = None if policy is None else (policy <= 0)[:, None, None, :]
-    seen = []
-    for part in q.split(chunk, 2):
-        scores = ((part * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-        if gone is not None:
-            scores = scores.masked_fill(gone, float("-inf"))
-        seen.append(scores.softmax(-1).mean(1).sum(1))
+    seen = [_rows(part, k, scale, policy, keys).mean(1).sum(1) for part in q.split(chunk, 2)]
     return sum(seen[1:], seen[0]) / q.shape[2]
+
+
+def _rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None, keys: KeyWeights | None) -> Tensor:
+    """The softmax rows of some queries, [B, H, m, N], over the tokens that are there; in at least float32."""
+    scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
+    there = None if policy is None else (policy > 0)[:, None, None, :]
+    if keys is not None:
+        scores = keys.on_scores(scores, there)
+    if there is not None:
+        scores = scores.masked_fill(~there, float("-inf"))
+    return scores.softmax(-1)
 
 
 def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, dropout: float = 0.0) -> Tensor:

@@ -86,13 +86,13 @@ def attend(
         else:
             out = attention.fused(asking, k, v, dropout, keys)
         if want_row:
-            row = _row(q, k, attn.scale, anatomy, policy, whole)
+            row = _row(q, k, attn.scale, anatomy, policy, whole, keys)
         branch = attention.project(attn, out, y if queries is None else y[:, list(queries)], ops)
         if tape is not None and recorded is not None:
             if wants_matrix and whole is not None:
                 recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
             if wants_heads:
-                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy)
+                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys)
             recorded.row, recorded.value = row, v.detach() if wants_streams else None
     stream = x if queries is None else x[:, list(queries)]
     after = ops.add(stream, block.drop_path1(ops.scaled(block.ls1, branch)))
@@ -101,33 +101,43 @@ def attend(
     return after, row, recorded
 
 
-def _row(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None, whole: Tensor | None) -> Tensor:
+def _row(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    anatomy: Anatomy,
+    policy: Tensor | None,
+    whole: Tensor | None,
+    keys: KeyWeights | None = None,
+) -> Tensor:
     """Attention paid by the class token, or (pooled models) by every pooled token that is there.
 
     Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a fused
     token took from it.
     """
     if anatomy.readers:
-        return attention.rows(q[:, :, :1], k, scale, policy) if whole is None else whole[:, :, 0].mean(1)
+        return attention.rows(q[:, :, :1], k, scale, policy, keys=keys) if whole is None else whole[:, :, 0].mean(1)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     asking = q[:, :, start:]
     if policy is None:
-        return attention.rows(asking, k, scale) if whole is None else whole[:, :, start:].mean((1, 2))
+        return attention.rows(asking, k, scale, keys=keys) if whole is None else whole[:, :, start:].mean((1, 2))
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
     there = (policy[:, start:] > 0).to(torch.promote_types(q.dtype, torch.float32))
     if whole is None:
-        return attention.rows_of_heads(asking, k, scale, policy, there).mean(1)
+        return attention.rows_of_heads(asking, k, scale, policy, there, keys).mean(1)
     seen = whole[:, :, start:]
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
 
 
-def _head_rows(q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None) -> Tensor:
+def _head_rows(
+    q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None, keys: KeyWeights | None = None
+) -> Tensor:
     """The read-out row of each head, [B, H, N]."""
     if anatomy.readers:
-        return attention.rows_of_heads(q[:, :, :1], k, scale, policy)
+        return attention.rows_of_heads(q[:, :, :1], k, scale, policy, keys=keys)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     there = None if policy is None else policy[:, start:] > 0
-    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there)
+    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there, keys)
 
 
 def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None) -> tuple[Tensor, Fed | None]:
@@ -143,8 +153,32 @@ def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> 
     if ops.opened:
         return _embed_opened(model, images, ops)
     x = model.patch_embed(images)
-    grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
-    return model.norm_pre(model.patch_drop(model._pos_embed(x))), grid
+    return _enter(model, x), _grid(model, x)
+
+
+def embed_patches(model: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The first part of :func:`embed`: what each patch is embedded as [B, P, D], and the patch grid."""
+    x = model.patch_embed(images)
+    return x.flatten(1, 2) if x.ndim == 4 else x, _grid(model, x)
+
+
+def place(model: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The rest of :func:`embed`: embedded patches [B, P, D] get positions and prefix tokens, [B, prefix + P, D]."""
+    return _enter(model, patches.unflatten(1, grid) if model.dynamic_img_size else patches)
+
+
+def _grid(model: VisionTransformer, x: Tensor) -> tuple[int, int]:
+    return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
+
+
+def _enter(model: VisionTransformer, x: Tensor) -> Tensor:
+    return model.norm_pre(model.patch_drop(model._pos_embed(x)))
+
+
+def patch_vectors(model: VisionTransformer, images: Tensor) -> Tensor:
+    """The patch embeddings alone, before anything is added to them: [B, P, D]."""
+    x = model.patch_embed(images)
+    return x.flatten(1, 2) if x.ndim == 4 else x
 
 
 def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
@@ -283,6 +317,12 @@ def encode(
     return state.tokens, state
 
 
+def own_pruners(model: VisionTransformer) -> tuple[Pruner, ...]:
+    """The pruner attached to a model, or nothing."""
+    attached = getattr(model, "prunex", None)
+    return () if attached is None else (attached.pruner,)
+
+
 def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:
     """Run a model, pruned or dense, under a tape, leaving no trace of it on the model.
 
@@ -296,13 +336,12 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | 
         The final state, with the trace and the decisions.
     """
     attached = getattr(model, "prunex", None)
-    pruners: tuple[Pruner, ...] = ()
     if attached is None:
         anatomy = read(model)
     else:
-        anatomy, pruners = attached.current(model), (attached.pruner,)
+        anatomy = attached.current(model)
         masked = bool(attached.masked) if masked is None else masked
-    tokens, state = run(model, images, anatomy, pruners, tape, bool(masked))
+    tokens, state = run(model, images, anatomy, own_pruners(model), tape, bool(masked))
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops)
     return state
 

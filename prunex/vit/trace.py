@@ -52,6 +52,20 @@ class Stage:
         share = row[..., prefix:].gather(-1, group.clamp(min=0)) * weight
         return torch.cat([row[..., :prefix], share.masked_fill(group < 0, 0)], -1)
 
+    def paint(self, row: Tensor, prefix: int) -> Tensor:
+        """Carry values of tokens one stage towards the input undivided: each member of a group gets the group's.
+
+        Args:
+            row: float [B, prefix + n_out], or several rows an image [B, R, prefix + n_out].
+            prefix: Number of prefix tokens in front.
+
+        Returns:
+            float [..., prefix + n_in]; 0 for tokens that were removed.
+        """
+        group = self.group if row.ndim == 2 else self.group.unsqueeze(1).expand(-1, row.shape[1], -1)
+        body = row[..., prefix:].gather(-1, group.clamp(min=0)).masked_fill(group < 0, 0)
+        return torch.cat([row[..., :prefix], body], -1)
+
     def push(self, values: Tensor, prefix: int) -> Tensor:
         """Carry one value a token through the stage: ``S @ values``, each group its members' weighted mean.
 
@@ -125,6 +139,18 @@ class TokenTrace:
             PrunexError: For a stage that does not exist.
         """
         return self._compose(stage)[2].unflatten(1, self.grid)
+
+    def tokens(self, stage: int = -1) -> Tensor:
+        """Which token each patch continues as after a stage.
+
+        Args:
+            stage: Which one; -1 is the last.
+
+        Returns:
+            int64 [B, P], positions among the patch tokens; -1 for a patch that was removed or fused.
+        """
+        where, _, alive = self._compose(stage)
+        return where.masked_fill(~alive, -1)
 
     def share(self, stage: int = -1) -> Tensor:
         """Which part each patch has in the token that stands for it after a stage.

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 
 import prunex
 from prunex import PrunexError
+from tests.explainers.quick import EXPLAINERS, explain
 from tests.vits import assert_same_state, images, randomise, relative, state_of, tiny
 
-EXPLAINERS = ["raw_attention", "rollout", "generic_attention", "tokentm"]
-BY_GRADIENT = ["generic_attention", "tokentm"]
+FORWARDS_ONLY = ["atman", "attention_flow", "dino", "raw_attention", "rollout", "shap", "vit_cx"]
+BY_GRADIENT = [m for m in EXPLAINERS if m not in FORWARDS_ONLY]
 TARGETS = torch.tensor([4, 0, 2])
 
 every = pytest.mark.parametrize("method", EXPLAINERS)
@@ -29,11 +30,11 @@ def test_same_map_in_every_grad_mode(method, pruner, mode):
     model = tiny()
     if pruner:
         randomise(prunex.attach(model, pruner, keep_ratio=0.6, stages=(1, 2)).pruner)
-    wanted = prunex.explain(method, model, images(), TARGETS)
+    wanted = explain(method, model, images(), TARGETS)
     with mode():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         x, target = images(), TARGETS.clone()  # inference tensors under inference mode
-        e = prunex.explain(method, model, x, target)
+        e = explain(method, model, x, target)
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
     assert e.maps.equal(wanted.maps)
     for t in (e.maps, e.raw, e.logits, e.target):
@@ -46,11 +47,11 @@ def test_same_map_in_every_grad_mode(method, pruner, mode):
 def test_grad_mode_comes_back_after_an_error(method):
     model = tiny()
     with torch.inference_mode(), pytest.raises(PrunexError, match="out of range"):
-        prunex.explain(method, model, images(), 9)
+        explain(method, model, images(), 9)
     assert torch.is_grad_enabled()
     with torch.no_grad():
         with pytest.raises(PrunexError, match="out of range"):
-            prunex.explain(method, model, images(), 9)
+            explain(method, model, images(), 9)
         assert not torch.is_grad_enabled()
 
 
@@ -60,9 +61,9 @@ def test_a_model_made_under_inference_mode(method):
         model = tiny()
         if method in BY_GRADIENT:
             with pytest.raises(PrunexError, match="made under torch.inference_mode"):
-                prunex.explain(method, model, images())
+                explain(method, model, images())
         else:
-            assert prunex.explain(method, model, images()).maps.equal(prunex.explain(method, tiny(), images()).maps)
+            assert explain(method, model, images()).maps.equal(explain(method, tiny(), images()).maps)
 
 
 @every
@@ -73,9 +74,9 @@ def test_inference_mode_and_autocast_of_a_validation_step(method, kind):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         if kind == "model":
             model(x)
-        first = prunex.explain(method, model, x.clone(), 1)
+        first = explain(method, model, x.clone(), 1)
         model(x)
-        again = prunex.explain(method, model, x, 1)
+        again = explain(method, model, x, 1)
     assert first.maps.equal(again.maps)
 
 
@@ -97,7 +98,7 @@ def test_a_model_in_training_is_left_as_found(method, pruner):
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, float(i))
     state, rng = state_of(model), torch.get_rng_state()
-    e = prunex.explain(method, model, images())
+    e = explain(method, model, images())
 
     assert_same_state(model, state)
     assert torch.get_rng_state().equal(rng)
@@ -110,7 +111,7 @@ def test_a_model_in_training_is_left_as_found(method, pruner):
     (logits.sum() + sum(losses.values() if pruning else [])).backward()  # the pending graph still works
 
     model.eval()
-    assert prunex.explain(method, model, images()).maps.equal(e.maps)  # and it explained the eval forward
+    assert explain(method, model, images()).maps.equal(e.maps)  # and it explained the eval forward
 
 
 @every
@@ -126,11 +127,11 @@ def test_gradients_of_a_training_step_around_it(method, precision, pruner):
         model.train()
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             if explains:
-                prunex.explain(method, model, images(seed=5))
+                explain(method, model, images(seed=5))
             loss = F.cross_entropy(model(images()).float(), TARGETS)
             loss = loss + sum(pruning.losses().values() if pruning else [])
             if explains:
-                prunex.explain(method, model, images(seed=6))
+                explain(method, model, images(seed=6))
         loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters()})
     for name, grad in found[0].items():
@@ -152,7 +153,7 @@ def test_an_exception_inside_leaves_all_as_found(method):
 
     handle = model.blocks[2].mlp.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        prunex.explain(method, model, images())
+        explain(method, model, images())
     handle.remove()
     state["attributes"] = state_of(model)["attributes"]
     assert_same_state(model, state)
@@ -164,22 +165,22 @@ def test_an_exception_inside_leaves_all_as_found(method):
 @every
 def test_frozen_parameters(method):
     model = tiny()
-    wanted = prunex.explain(method, model, images(), TARGETS)
+    wanted = explain(method, model, images(), TARGETS)
     model.requires_grad_(False)
-    e = prunex.explain(method, model, images(), TARGETS)
+    e = explain(method, model, images(), TARGETS)
     assert relative(e.maps, wanted.maps) < 1e-6
     assert not any(p.requires_grad for p in model.parameters())
     with torch.no_grad():
-        assert prunex.explain(method, model, images(), TARGETS).maps.equal(e.maps)
+        assert explain(method, model, images(), TARGETS).maps.equal(e.maps)
 
 
 @every
 def test_partly_frozen_and_images_that_ask_for_gradients(method):
     model = tiny()
-    wanted = prunex.explain(method, model, images(), TARGETS)
+    wanted = explain(method, model, images(), TARGETS)
     model.blocks[:2].requires_grad_(False)
     x = images().requires_grad_()
-    assert relative(prunex.explain(method, model, x, TARGETS).maps, wanted.maps) < 1e-6
+    assert relative(explain(method, model, x, TARGETS).maps, wanted.maps) < 1e-6
     assert x.grad is None
     assert x.requires_grad
 
@@ -187,9 +188,9 @@ def test_partly_frozen_and_images_that_ask_for_gradients(method):
 @every
 def test_gradient_checkpointing(method):
     model = tiny()
-    wanted = prunex.explain(method, model, images(), TARGETS).maps
+    wanted = explain(method, model, images(), TARGETS).maps
     model.set_grad_checkpointing()
-    assert prunex.explain(method, model.train(), images(), TARGETS).maps.equal(wanted)
+    assert explain(method, model.train(), images(), TARGETS).maps.equal(wanted)
     assert model.grad_checkpointing
 
 
@@ -197,11 +198,11 @@ def test_gradient_checkpointing(method):
 def test_fused_attention_stays_as_it_was(method):
     model = tiny()
     flags = [b.attn.fused_attn for b in model.blocks]
-    prunex.explain(method, model, images())
+    explain(method, model, images())
     assert [b.attn.fused_attn for b in model.blocks] == flags
     for block in model.blocks:
         block.attn.fused_attn = False
-    assert prunex.explain(method, model, images()).maps.shape == (3, 4, 4)
+    assert explain(method, model, images()).maps.shape == (3, 4, 4)
 
 
 @every
@@ -218,13 +219,13 @@ def test_nothing_stays_in_memory(method, pruner):
             return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
     for _ in range(2):
-        prunex.explain(method, model, images())
+        explain(method, model, images())
     gc.collect()
     before = alive()
     gc.disable()  # what only the cycle collector would free counts as left
     try:
         for _ in range(100):
-            prunex.explain(method, model, images())
+            explain(method, model, images())
         after = alive()
     finally:
         gc.enable()
@@ -244,9 +245,9 @@ def test_no_graph_stays_in_memory(method):
     x = images(4, (64, 64))
     with prunex.attach(model, "evit", keep_ratio=0.9, stages=(1,)):
         for _ in range(10):
-            prunex.explain(method, model, x)
+            explain(method, model, x)
         before = resident()
-        kept = [prunex.explain(method, model, x) for _ in range(60)]  # explanations hold no graph either
+        kept = [explain(method, model, x) for _ in range(60)]  # explanations hold no graph either
         assert resident() - before < 40e6
     assert all(e.raw.grad_fn is None and all(s.weight.grad_fn is None for s in e.trace.stages) for e in kept)
     assert all(s.score.grad_fn is None for e in kept for s in e.trace.stages)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import prunex
+from tests.explainers.quick import EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
-EXPLAINERS = ["raw_attention", "rollout", "generic_attention", "tokentm"]
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit"]
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 
@@ -27,11 +27,11 @@ def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6)
     model = tiny(family).to(dtype)
     x = inputs(model, family)
     with attach(model, pruner, keep_ratio=ratio, stages=stages) as pruning:
-        removed = prunex.explain(explainer, model, x)
+        removed = explain(explainer, model, x)
         pruning.masked = True
-        masked = prunex.explain(explainer, model, x)
+        masked = explain(explainer, model, x)
         pruning.masked = None
-        singles = [prunex.explain(explainer, model, x[i : i + 1]) for i in range(len(x))]
+        singles = [explain(explainer, model, x[i : i + 1]) for i in range(len(x))]
     assert removed.target.equal(masked.target)
     assert removed.trace.kept().equal(masked.trace.kept())
     assert relative(masked.logits, removed.logits) < tolerance
@@ -49,7 +49,7 @@ def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6)
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
 def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
-    check(family, pruner, explainer, torch.float64, 1e-12)
+    check(family, pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
@@ -72,9 +72,9 @@ def test_every_family(family, pruner, explainer, stages, ratio):
 def test_dense_batch_equals_singles(family, explainer):
     model = tiny(family)
     x = inputs(model, family)
-    batch = prunex.explain(explainer, model, x)
+    batch = explain(explainer, model, x)
     for i in range(3):
-        one = prunex.explain(explainer, model, x[i : i + 1])
+        one = explain(explainer, model, x[i : i + 1])
         assert relative(one.maps, batch.maps[i : i + 1]) < 2e-6
         assert one.target[0] == batch.target[i]
     assert batch.maps.shape == (3, *((4, 7) if family == "dynamic" else (4, 4)))
@@ -85,10 +85,10 @@ def test_neighbours_do_not_matter_when_each_keeps_its_own(explainer):
     model = tiny()
     a, b = images(4, seed=1), images(4, seed=2)
     with attach(model, "dynamicvit", keep_ratio=0.5, stages=(1, 2)):
-        first = prunex.explain(explainer, model, a)
+        first = explain(explainer, model, a)
         kept = first.trace.kept().flatten(1)
         assert len({tuple(k.tolist()) for k in kept}) > 1
-        other = prunex.explain(explainer, model, torch.cat([b[:2], a[2:]]))
+        other = explain(explainer, model, torch.cat([b[:2], a[2:]]))
     assert relative(other.maps[2:], first.maps[2:]) < 1e-6
     assert other.trace.kept()[2:].equal(first.trace.kept()[2:])
 
@@ -96,8 +96,8 @@ def test_neighbours_do_not_matter_when_each_keeps_its_own(explainer):
 @pytest.mark.parametrize("explainer", ["generic_attention", "tokentm"])
 def test_targets_of_neighbours_do_not_matter(explainer):
     model = tiny()
-    several = prunex.explain(explainer, model, images(), torch.tensor([4, 0, 2]))
-    other = prunex.explain(explainer, model, images(), torch.tensor([4, 1, 3]))
+    several = explain(explainer, model, images(), torch.tensor([4, 0, 2]))
+    other = explain(explainer, model, images(), torch.tensor([4, 1, 3]))
     assert several.maps[0].equal(other.maps[0])
     assert relative(several.maps[1], other.maps[1]) > 1e-2
 
@@ -108,14 +108,14 @@ def test_targets_of_neighbours_do_not_matter(explainer):
 def test_keep_ratio_one_is_the_dense_map_exactly(family, pruner, explainer):
     model = tiny(family)
     x = images_for(model)
-    dense = prunex.explain(explainer, model, x)
+    dense = explain(explainer, model, x)
     for masked in (None, True):
         with attach(model, pruner, keep_ratio=1.0, stages=(1, 2)) as pruning:
             pruning.masked = masked
-            kept = prunex.explain(explainer, model, x)
+            kept = explain(explainer, model, x)
         assert kept.maps.equal(dense.maps)
         assert kept.raw.equal(dense.raw)
-    assert prunex.explain(explainer, model, x).maps.equal(dense.maps)  # after detaching too
+    assert explain(explainer, model, x).maps.equal(dense.maps)  # after detaching too
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
@@ -123,22 +123,22 @@ def test_keep_ratio_one_is_the_dense_map_exactly(family, pruner, explainer):
 def test_a_removed_patch_is_not_forced_to_zero(family, explainer):
     model = tiny(family)
     with attach(model, "topk", keep_ratio=0.5, stages=(2,)):
-        e = prunex.explain(explainer, model, images_for(model))
+        e = explain(explainer, model, images_for(model))
     gone = ~e.trace.kept()
     assert gone.sum() == 3 * 8
-    if explainer == "raw_attention":
+    if explainer in NOTHING_LEFT:
         assert (e.maps[gone] == 0).all()
-    else:
-        assert (e.maps[gone] > 0).all()
+    elif explainer != "vit_cx":  # its masks cover patches, kept or not
+        assert (e.maps[gone] != 0).all()
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
 def test_one_token_left(explainer):
     model = tiny()
     with attach(model, "evit_unfused", keep_ratio=0.01, stages=(0, 1)) as pruning:
-        e = prunex.explain(explainer, model, images())
+        e = explain(explainer, model, images())
         pruning.masked = True
-        assert relative(prunex.explain(explainer, model, images()).maps, e.maps) < 1e-5
+        assert relative(explain(explainer, model, images()).maps, e.maps) < 1e-5
     assert e.trace.kept().flatten(1).sum(1).tolist() == [1, 1, 1]
 
 
@@ -147,20 +147,22 @@ def test_one_token_left(explainer):
 def test_every_family_dense(family, explainer):
     model = tiny(family)
     x = inputs(model, family)
-    e = prunex.explain(explainer, model, x)
+    e = explain(explainer, model, x)
     grid = (4, 7) if family == "dynamic" else tuple(model.patch_embed.grid_size)
     assert e.maps.shape == (3, *grid)
-    assert e.raw.shape == (3, model.num_prefix_tokens + grid[0] * grid[1])
     assert e.maps.dtype == torch.float32
-    assert (e.maps >= 0).all()
-    assert (e.maps > 0).any()
+    assert e.raw.shape[0] == 3
+    assert (e.maps >= 0).all() or explainer in SIGNED
+    assert (e.maps != 0).any()
     assert e.upsample().shape == (3, *x.shape[2:])
     with torch.no_grad():
         logits = model(x)
     assert relative(e.logits, logits) < 1e-5
     assert e.target.equal(logits.argmax(1))
     # Relevance goes where patches are: rows of the grid are rows of the image.
-    assert e.maps.flatten(1).equal(e.raw[:, model.num_prefix_tokens :])
+    if explainer in ROWS:
+        assert e.raw.shape == (3, model.num_prefix_tokens + grid[0] * grid[1])
+        assert e.maps.flatten(1).equal(e.raw[:, model.num_prefix_tokens :])
 
 
 @pytest.mark.parametrize("explainer", ["rollout", "generic_attention", "tokentm"])
@@ -171,7 +173,7 @@ def test_distilled_models_are_read_at_both_tokens(explainer):
         model.head_dist.bias.copy_(model.head.bias)
         model.dist_token.copy_(model.cls_token)
         model.pos_embed[:, 1] = model.pos_embed[:, 0]
-    raw = prunex.explain(explainer, model, images(), 1).raw
+    raw = explain(explainer, model, images(), 1).raw
     assert relative(raw[:, 0], raw[:, 1]) < 1e-5
 
 
@@ -181,6 +183,6 @@ def test_grid_is_in_raster_order(explainer):
     model = tiny("no_pos_embed", img_size=(32, 48))
     x = torch.zeros(1, 3, 32, 48)
     x[:, :, 8:16, 24:32] = 3 * torch.randn(3, 8, 8)
-    row = prunex.explain(explainer, model, x, 1).maps[0]
+    row = explain(explainer, model, x, 1).maps[0]
     odd = (row - row.median()).abs().argmax().item()
     assert divmod(odd, 6) == (1, 3)

@@ -11,7 +11,7 @@ from torch import nn
 
 import prunex
 from prunex.vit.anatomy import read
-from prunex.vit.forward import run
+from prunex.vit.forward import embed, embed_patches, place, run
 from prunex.vit.mount import check_parity
 from prunex.vit.tape import Tape
 from tests.vits import FAMILIES, images, images_for, largest, lively, randomise, relative, tiny
@@ -23,6 +23,17 @@ DROPS = {"drop_rate": 0.1, "pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_pa
 def opened(model, x):
     """Our forward with every block opened into its halves."""
     return run(model, x, read(model), tape=Tape(rows=frozenset(range(len(model.blocks)))))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_in_two_parts(family):
+    model = tiny(family)
+    x = images(3, (32, 56)) if family == "dynamic" else images_for(model)
+    whole, grid = embed(model, x)
+    patches, same = embed_patches(model, x)
+    assert same == grid
+    assert patches.shape == (3, grid[0] * grid[1], 48)
+    assert place(model, patches, grid).equal(whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -182,3 +182,19 @@ def test_counted_says_what_later_blocks_see():
 def test_lift_leaves_removed_tokens_at_zero_even_where_weights_are_garbage():
     stage = Stage(0, torch.tensor([[0, -1, 1]]), torch.tensor([[1.0, float("nan"), 1.0]]), 2)
     assert stage.lift(torch.tensor([[5.0, 2.0, 3.0]]), 1).tolist() == [[5.0, 2.0, 0.0, 3.0]]
+
+
+@pytest.mark.parametrize("mode", ["removed", "masked"])
+def test_tokens_equal_the_slow_composition(pruned, mode):
+    model, pruning = pruned
+    pruning.masked = mode == "masked"
+    model(images(4))
+    trace = pruning.trace
+    for s in range(3):
+        tokens = trace.tokens(s)
+        assert (tokens >= 0).equal(trace.kept(s).flatten(1))
+        for image in range(4):
+            composed = slow_composition(trace, s, image)
+            for patch, token in enumerate(tokens[image].tolist()):
+                if token >= 0:
+                    assert composed[token] == ({patch: 1.0}, False)

@@ -1,0 +1,126 @@
+"""AtMan: how much the target's loss rises when the attention paid to one patch is damped in every block."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.checks import check_flag, check_number
+from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import Recording, Relevance, check_chunk, recording
+from prunex.registry import register
+from prunex.vit.arithmetic import promoted
+from prunex.vit.attention import KeyWeights
+from prunex.vit.forward import patch_vectors
+from prunex.vit.tape import Tape
+
+_RULES = ("log", "shift", "scale")
+
+
+@register("explainer", "atman", "Deiseroth et al., NeurIPS 2023, arXiv 2301.08110", "one forward a patch, no gradients")
+def atman(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    factor: float = 0.1,
+    similarity: float | None = None,
+    rule: Literal["log", "shift", "scale"] = "log",
+    freeze_selection: bool = True,
+    chunk: int = 64,
+) -> Relevance:
+    r"""Attention manipulation (arXiv 2301.08110): delta_i = CE(y_t | patch i damped) - CE(y_t), one forward a patch.
+
+    Damped is patch i as a key: in all blocks, heads and query rows. Its factor f acts by one of three rules:
+
+    - ``rule="log"`` (default, **ours, not the paper's**): the softmax weight is multiplied by f (log f is added to the
+      score). It means the same at every scale of the scores, any f below 1 lowers the key, and attention stays fused.
+    - ``rule="shift"``: the score's height above its row's lowest is multiplied, as the authors' code for language
+      models does. It needs the matrix.
+    - ``rule="scale"``: the score itself is multiplied, as the authors' code for vision encoders does. Damping *raises*
+      a key whose score is negative; for comparison with their numbers alone.
+
+    With ``similarity`` kappa, patches that look like i are damped along with it (the paper's conceptual suppression):
+    every j whose patch embedding, taken before positions are added, has cosine s_ij >= kappa gets
+    f_j = (1 - f)(1 - s_ij) + f. Above 1, i is alone. The authors use kappa 0.6; ``None`` (default) damps i alone.
+
+    Prefix tokens are never damped. Other keys gain what a damped one loses, so that delta can be negative.
+
+    On pruned models the unperturbed selection is frozen: every run removes and fuses the same tokens. A patch is damped
+    in the blocks where it is; a token that holds a share u of it gets 1 - u (1 - f). With ``freeze_selection=False``
+    the model's own pruner decides again in every run, and delta holds that change too.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Class whose cross entropy is measured; None: the predicted one.
+        factor: f, at least 0; 1 changes nothing, more amplifies. 0 removes the key (nearly, so that no row is empty).
+        similarity: kappa, at least 0, or None.
+        rule: "log", "shift" or "scale".
+        freeze_selection: Whether the selection of the unperturbed run is kept.
+        chunk: Damped runs in one forward; changes memory and speed only.
+
+    Returns:
+        ``maps``, signed: positive where damping hurts the class. ``raw`` [B, P, classes]: the logits of every run.
+
+    Raises:
+        PrunexError: For a factor or similarity below 0 or not finite, an unknown rule, a chunk below 1, or a model with
+            a single output, whose cross entropy is always 0.
+    """
+    check_number("factor", factor, 0)
+    if similarity is not None:
+        check_number("similarity", similarity, 0)
+    if not isinstance(rule, str) or rule not in _RULES:
+        raise unknown("rule", rule, _RULES)
+    check_flag("freeze_selection", freeze_selection)
+    check_chunk(chunk)
+    with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded, torch.no_grad():
+        if recorded.logits.shape[1] == 1:
+            raise PrunexError("this model has one output, whose cross entropy is always 0: use grad_sam or rollout")
+        vectors = torch.zeros_like(recorded.embedded[:, recorded.anatomy.prefix :, :1])
+        if similarity is not None:
+            vectors = patch_vectors(model, images)
+        factors = suppression(vectors, factor, math.inf if similarity is None else similarity)
+        raw = _damped(recorded, factors, rule, freeze_selection, chunk)
+        rise = _cross_entropy(raw, recorded.target) - _cross_entropy(recorded.logits.unsqueeze(1), recorded.target)
+        return recorded.answer(F.pad(rise, (recorded.anatomy.prefix, 0)), raw, signed=True)
+
+
+def suppression(vectors: Tensor, factor: float, similarity: float) -> Tensor:
+    """The factor of every patch when one is damped.
+
+    Args:
+        vectors: [B, P, D], patch embeddings before positions.
+        factor: Of the damped patch itself.
+        similarity: Cosine from which on others are damped too.
+
+    Returns:
+        In at least float32 [B, P, P]: row i holds the factors of all patches when i is damped.
+    """
+    unit = F.normalize(promoted(vectors), dim=-1)
+    cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
+    own = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
+    factors = torch.where(cosine >= similarity, (1 - factor) * (1 - cosine) + factor, 1)
+    # Exactly 0 for every key of a model without prefix tokens would leave rows empty.
+    return factors.masked_fill(own, factor).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _damped(recorded: Recording, factors: Tensor, rule: Any, frozen: bool, chunk: int) -> Tensor:
+    """Logits of one run for every patch, [B, P, classes]."""
+    batch, patches, _ = factors.shape
+    found = []
+    for part in torch.arange(batch * patches, device=factors.device).split(chunk):
+        index, patch = part // patches, part % patches
+        keys = KeyWeights(F.pad(factors[index, patch], (recorded.anatomy.prefix, 0), value=1), rule)
+        found.append(recorded.again(recorded.embedded[index], index, keys=keys, frozen=frozen))
+    return torch.cat(found).unflatten(0, (batch, patches))
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of logits [B, R, classes] with one class an image: [B, R]."""
+    return -promoted(logits).log_softmax(-1).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)

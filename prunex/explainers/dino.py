@@ -1,0 +1,105 @@
+"""DINO's self-attention maps: where each head of the class token looks, and the patches that hold most of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import PrunexError
+from prunex.explainers.base import Recording, Relevance, recording, start_layer
+from prunex.registry import register
+from prunex.vit.tape import Tape
+from prunex.vit.trace import Stage
+
+
+@register("explainer", "dino", "Caron et al., ICCV 2021, arXiv 2104.14294", "one forward")
+def dino(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    threshold: float | None = None,
+    layer: int = -1,
+) -> Relevance:
+    """Class-token attention of one block, head by head, as in "Emerging Properties" (arXiv 2104.14294, Figs. 1 and 4).
+
+    Heads look at different things, so ``raw`` keeps them apart; ``maps`` is their mean. With a threshold m, each head's
+    attention becomes a mask instead: of its mass on the patches (prefix tokens left out, the rest scaled to sum 1), the
+    smallest set of patches that holds at least m. The authors' script uses 0.6, and the last block.
+
+    Only the class token's row is computed; the model keeps its fused attention. Average-pooled models have no class
+    row: the mean row of the pooled tokens is taken (our rule). Distilled models are read at the class token. Not
+    class-specific.
+
+    A patch that left before the block has no attention there: 0, and outside every mask. A token that EViT fused stands
+    for the whole rest of the picture and would drag all of it into a mask: the patches inside it get 0 as well, and the
+    mass is that of the others. ``raw_attention`` shows what the fused token got.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Recorded, not used.
+        threshold: Share of each head's mass to keep, in [0, 1]; None: the attention itself.
+        layer: Block index, negative from the end.
+
+    Returns:
+        ``raw`` [B, heads, P]: each head's attention to the patches, or its mask of 0 and 1; ``maps`` >= 0, the mean
+        over heads.
+
+    Raises:
+        PrunexError: For a threshold outside [0, 1] or a block that does not exist.
+    """
+    check_threshold(threshold)
+    layer = start_layer(layer, len(model.blocks))
+    with recording(model, images, target, Tape(head_rows=frozenset({layer}), narrow=True)) as recorded, torch.no_grad():
+        raw = _on_patches(recorded, layer)
+        if threshold is not None:
+            raw = mass_mask(raw, threshold)
+        return recorded.answer(F.pad(raw.mean(1), (recorded.anatomy.prefix, 0)), raw)
+
+
+def check_threshold(value: Any) -> None:
+    """A share in [0, 1], or None.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise PrunexError(f"threshold={value!r} is not allowed: give a share of the mass in [0, 1], or None")
+
+
+def _on_patches(recorded: Recording, layer: int) -> Tensor:
+    """Each head's row over the original patches, [B, heads, P]; 0 where a patch is not there as itself."""
+    prefix, steps = recorded.anatomy.prefix, recorded.tape.steps
+    at = next(i for i, s in enumerate(steps) if not isinstance(s, Stage) and s.block == layer)
+    stages = [s for s in steps[:at] if isinstance(s, Stage)]
+    row = torch.as_tensor(recorded.tape.attended()[layer].head_rows)
+    for stage in reversed(stages):
+        row = stage.lift(row, prefix)
+    row = row[..., prefix:]
+    if not stages:
+        return row
+    return row * recorded.trace.kept(len(stages) - 1).flatten(1).unsqueeze(1)
+
+
+def mass_mask(row: Tensor, share: float) -> Tensor:
+    """The smallest set of entries that holds a share of each row's sum: 0 or 1 in the shape of ``row`` (last axis).
+
+    The entry that crosses the share is in the set. Share 1 takes every entry that is not 0, share 0 takes none.
+
+    Args:
+        row: float [..., P], at least 0.
+        share: In [0, 1].
+    """
+    order = row.argsort(dim=-1, stable=True)
+    rising = row.gather(-1, order)
+    tiny = torch.finfo(row.dtype).tiny
+    below = (rising / rising.sum(-1, keepdim=True).clamp(min=tiny)).cumsum(-1)
+    inside = (below > 1 - share) & (rising > 0) & (share > 0)
+    return torch.zeros_like(row).scatter(-1, order, inside.to(row.dtype))

@@ -1,0 +1,131 @@
+"""Grad-SAM: attention weighed by its positive gradient, averaged over all blocks without chaining them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import unknown
+from prunex.explainers.base import Recording, Relevance, recording
+from prunex.explainers.propagation import propagate
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.tape import Attended, Tape
+
+_AXES = ("key", "query", "cls")
+_LIFTS = ("direct", "presence")
+
+
+@register("explainer", "grad_sam", "Barkan et al., CIKM 2021, arXiv 2204.11073", "one forward, one backward")
+def grad_sam(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    axis: Literal["key", "query", "cls"] = "key",
+    lift: Literal["direct", "presence"] = "direct",
+) -> Relevance:
+    """Gradient self-attention maps (arXiv 2204.11073): r = 1 / (L H N) * sum over blocks and heads of A * ReLU(dy/dA).
+
+    **Unverified**: no official code was found, and which index of the matrix is summed could not be read from the
+    paper. ``axis="key"`` (default) sums over the queries: how much a token is read. ``axis="query"`` sums over the
+    keys; the last block then says something about the tokens that the head reads alone. ``axis="cls"`` (ours) takes
+    only the rows of the tokens that the head reads: the class token, both tokens of a distilled model, all of a pooled
+    one. L is the number of blocks and N the number of tokens of the dense model, for every axis and keep ratio.
+
+    Class-specific. Blocks are not chained: attention to a token is credited to the place it sits in, though deep tokens
+    are mixtures.
+
+    After pruning, each block scores the tokens that are there, and its scores go back to the original patches by their
+    shares of the tokens. ``lift="direct"`` adds them up, so that a patch removed early has few blocks to collect from;
+    ``lift="presence"`` divides by the share of the blocks a patch lived in (inside a fused token it counts by its share
+    of it), so that early removal does not pass for low relevance. Use the first for comparisons with the dense model.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Class whose logit is explained; None: the predicted one.
+        axis: "key", "query" or "cls".
+        lift: "direct" or "presence".
+
+    Returns:
+        ``maps`` >= 0; ``raw`` [B, prefix + P], all tokens.
+
+    Raises:
+        PrunexError: For an unknown axis or lift.
+    """
+    if not isinstance(axis, str) or axis not in _AXES:
+        raise unknown("axis", axis, _AXES)
+    if not isinstance(lift, str) or lift not in _LIFTS:
+        raise unknown("lift", lift, _LIFTS)
+    # Only the rows of tokens that the head reads have a gradient in the last block: the others need not be computed.
+    tape = Tape(attention=True, gradients=True, narrow=True)
+    with recording(model, images, target, tape, needs_class=True) as recorded:
+        scores = _scores(recorded, axis)
+        with torch.no_grad():
+            start = torch.zeros_like(recorded.readout())
+            prefix = recorded.anatomy.prefix
+            total = propagate(tape, start, prefix, lambda row, step: row + scores[step.block])
+            if lift == "presence":
+                lived = propagate(tape, start, prefix, lambda row, step: row + 1)
+                total = torch.where(lived > 0, total / lived.clamp(min=1e-12) * len(scores), 0)
+            return recorded.answer(total / (len(scores) * total.shape[1]))
+
+
+def _scores(recorded: Recording, axis: str) -> dict[int, Tensor]:
+    """Each block's scores of its tokens, [B, n], the mean over heads.
+
+    Taken while the backward pass goes by, so that only one block's gradient is held at a time.
+    """
+    scores: dict[int, Tensor] = {}
+    maps = [torch.as_tensor(step.attention) for step in recorded.tape.attended()]
+    hooks = [_hook(step, axis, recorded.anatomy, scores) for step in recorded.tape.attended()]
+    handles = [m.register_hook(hook) for m, hook in zip(maps, hooks, strict=True)]
+    score = recorded.logits.gather(1, recorded.target[:, None]).sum()
+    try:
+        torch.autograd.grad(score, maps[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return scores
+
+
+def _hook(step: Attended, axis: str, anatomy: Anatomy, scores: dict[int, Tensor]) -> Callable[[Tensor], None]:
+    """What turns the gradient of one block's attention into scores. It holds no part of the graph."""
+    block, queries, attention = step.block, step.queries, torch.as_tensor(step.attention).detach()
+
+    def take(grad: Tensor) -> None:
+        scores[block] = block_scores(attention, grad, axis, anatomy, queries)
+
+    return take
+
+
+def block_scores(
+    attention: Tensor, grad: Tensor, axis: str, anatomy: Anatomy, queries: tuple[int, ...] | None = None
+) -> Tensor:
+    """Positive gradient times attention, summed along one axis and averaged over heads: [B, n].
+
+    Args:
+        attention: [B, H, m, n].
+        grad: Of the logit, likewise.
+        axis: "key", "query" or "cls".
+        anatomy: Of the model.
+        queries: Positions of the m rows; None: all tokens.
+    """
+    product = (attention * grad).clamp(min=0).mean(1)
+    if axis == "query":
+        if queries is None:
+            return product.sum(2)
+        return product.new_zeros(len(product), product.shape[2]).index_copy(
+            1, torch.tensor(queries, device=product.device), product.sum(2)
+        )
+    if axis == "cls" and queries is None:
+        if anatomy.readers:
+            product = product[:, list(anatomy.readers)]
+        else:
+            product = product[:, 0 if anatomy.pool_prefix else anatomy.prefix :]
+    return product.sum(1)

@@ -1,0 +1,273 @@
+"""What a ViT makes of an image of which only some patches are there: the value function of removal games.
+
+Prefix tokens are always there. An absent patch is gone before the first block, by one of two routes with equal results:
+*drop* takes its token out, so that the cost falls with the number of patches; *mask* keeps all slots and hides absent
+ones from every query of every block, so that coalitions of any size share a batch (Covert, Kim, Lee, arXiv 2206.05282).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import Recording, Relevance
+from prunex.vit.anatomy import read
+from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pruner, TokenState
+from prunex.vit.forward import embed, record, resume
+from prunex.vit.tape import Tape
+
+REMOVALS = ("drop", "mask")
+SELECTIONS = ("frozen", "adaptive")
+OUTPUTS = ("probability", "logit", "log_odds")
+
+
+class Removal:
+    """The values of coalitions of patches, for a batch of images; a ``Value`` of ``prunex.explainers.coalitions``.
+
+    Images are embedded once. Call it with the model in eval mode; gradients are off.
+
+    A pruned model plays one of two games. *Frozen*: what the clean run of all patches decided is decided again, among
+    those that are there; a fused token takes what is there with the clean run's weights, and does not exist where
+    nothing was left to fuse. *Adaptive*: the pruner decides anew among the patches that are there (by its own counting:
+    a share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``).
+
+    A model that only pools patches gives its head zeros when no patch is there.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        removal: "drop" or "mask".
+        selection: "frozen" or "adaptive"; adaptive needs drop.
+        output: "probability" (softmax; sigmoid for a single output), "logit", or "log_odds" log(p / (1 - p)).
+        chunk: Most token sequences in one forward. It bounds memory and changes no result.
+
+    Raises:
+        PrunexError: For an unknown route, selection or output, a chunk below 1, or decisions that cannot be repeated.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        images: Tensor,
+        *,
+        removal: Literal["drop", "mask"] = "drop",
+        selection: Literal["frozen", "adaptive"] = "frozen",
+        output: Literal["probability", "logit", "log_odds"] = "probability",
+        chunk: int = 128,
+    ) -> None:
+        for name, value, known in (
+            ("removal", removal, REMOVALS),
+            ("selection", selection, SELECTIONS),
+            ("output", output, OUTPUTS),
+        ):
+            if not isinstance(value, str) or value not in known:
+                raise unknown(name, value, known)
+        if selection == "adaptive" and removal == "mask":
+            raise PrunexError(
+                "selection='adaptive' needs removal='drop': a pruner that decides anew counts tokens that are there"
+            )
+        self.chunk = check_whole("chunk", chunk, 1)
+        self.model, self.removal, self.output = model, removal, output
+        attached = getattr(model, "prunex", None)
+        self.anatomy = read(model) if attached is None else attached.current(model)
+        self.adaptive: Pruner | None = None
+        self.decisions: list[Decision] = []
+        with torch.no_grad():
+            self.tokens, self.grid = embed(model, images)
+            if attached is not None and selection == "adaptive":
+                self.adaptive = attached.pruner
+            elif attached is not None:
+                self.decisions = record(model, images, Tape(), masked=True).decisions
+        self.players = self.grid[0] * self.grid[1]
+
+    @torch.no_grad()
+    def __call__(self, coalitions: Tensor) -> Tensor:
+        """Values of M coalitions of each image: bool [B, M, P], true for present patches, to float64 [B, M, C].
+
+        Raises:
+            PrunexError: For coalitions of another shape or type.
+        """
+        b, m, p = (*coalitions.shape, 0, 0, 0)[:3]
+        if coalitions.ndim != 3 or coalitions.dtype != torch.bool or (b, p) != (len(self.tokens), self.players):
+            raise PrunexError(
+                f"coalitions are {coalitions.dtype} {list(coalitions.shape)}: give bool "
+                f"[{len(self.tokens)}, M, {self.players}], images, coalitions, patches"
+            )
+        present = coalitions.to(self.tokens.device).reshape(b * m, p)
+        image = torch.arange(b, device=present.device).repeat_interleave(m)
+        values: Tensor | None = None
+        for rows in self._groups(present.sum(1)):
+            answer = score(self._logits(image[rows], present[rows]), self.output)
+            values = answer.new_empty(b * m, answer.shape[1]) if values is None else values
+            values[rows] = answer
+        if values is None:
+            raise PrunexError("no coalitions were given: ask for at least one")
+        return values.unflatten(0, (b, m))
+
+    def _groups(self, sizes: Tensor) -> list[Tensor]:
+        """Rows that share a forward: of one size where tokens leave, and never more than ``chunk``."""
+        if self.removal == "mask":
+            return list(torch.arange(len(sizes), device=sizes.device).split(self.chunk))
+        order = sizes.argsort(stable=True)
+        counts = sizes.bincount()
+        return [part for group in order.split(counts[counts > 0].tolist()) for part in group.split(self.chunk)]
+
+    def _logits(self, image: Tensor, present: Tensor) -> Tensor:
+        """One forward of R sequences: [R, classes] for present bool [R, P], of equal sizes where tokens leave."""
+        if self.removal == "mask":
+            return masked(self.model, self.tokens[image], self.grid, present, self.decisions, image)
+        prefix, count = self.anatomy.prefix, int(present[0].sum())
+        if self.adaptive is not None and count:
+            return resume(self.model, self.tokens[image], self.grid, (Absent(present), self.adaptive))
+        # Decisions meant for all patches, and a head with nothing to pool, need one absent patch's slot to point to.
+        spare = int(count < self.players and (bool(self.decisions) or (count == 0 and not self.anatomy.readers)))
+        slots = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count + spare]
+        kept = self.tokens[image[:, None], prefix + slots]
+        x = torch.cat([self.tokens[image, :prefix], kept], 1)
+        grid = (1, slots.shape[1])
+        if not self.decisions and not spare:
+            return resume(self.model, x, grid)
+        there = torch.arange(slots.shape[1], device=x.device).expand(len(x), -1) < count
+        place = torch.full_like(present, count, dtype=torch.long).scatter(
+            1, slots, torch.arange(slots.shape[1], device=x.device).expand(len(x), -1)
+        )
+        return masked(self.model, x, grid, there, self.decisions, image, place)
+
+
+def masked(
+    model: VisionTransformer,
+    x: Tensor,
+    grid: tuple[int, int],
+    present: Tensor,
+    decisions: Sequence[Decision] = (),
+    image: Tensor | None = None,
+    place: Tensor | None = None,
+) -> Tensor:
+    """Logits of token sequences some of whose slots nobody may read; differentiable, for training with missing patches.
+
+    Args:
+        model: A supported ViT; a pruner on it is not asked.
+        x: [R, prefix + n, D], embedded tokens.
+        grid: Patch grid of the n slots.
+        present: bool [R, n].
+        decisions: Of a clean masked run, repeated among those that are there.
+        image: int64 [R], the image of that run each sequence belongs to; None: the same.
+        place: int64 [R, P], the slot of each patch of the clean run; None: they are the same.
+
+    Returns:
+        [R, classes].
+    """
+    if not decisions and bool(present.all()):
+        return resume(model, x, grid)
+    return resume(model, x, grid, (_Frozen(present, decisions, image, place),), masked=True)
+
+
+class _Frozen:
+    """Hides absent slots, then repeats a clean run's decisions among the others."""
+
+    def __init__(
+        self, present: Tensor, decisions: Sequence[Decision], image: Tensor | None, place: Tensor | None
+    ) -> None:
+        self.present, self.decisions, self.image, self.place = present, decisions, image, place
+        for d in decisions:
+            if not isinstance(d.answer, Keep | Mask):
+                raise PrunexError(
+                    f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
+                    "use selection='adaptive'"
+                )
+
+    def rows(self) -> frozenset[int]:
+        return frozenset()
+
+    def acts_between(self, block: int) -> bool:
+        return any(d.inside and d.block == block for d in self.decisions)
+
+    def before(self, block: int, state: TokenState) -> list[Keep | Mask]:
+        hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
+        there = self.present if block == 0 else None
+        return hidden + self._again(block, False, state, there)
+
+    def between(self, block: int, state: TokenState) -> list[Keep | Mask]:
+        return self._again(block, True, state, None)
+
+    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask]:
+        answers: list[Keep | Mask] = []
+        for d in self.decisions:
+            if (d.block, d.inside) != (block, inside):
+                continue
+            if there is None:
+                there = torch.as_tensor(state.present) > 0
+            more, there = self._one(d.answer, there)
+            answers += more
+        return answers
+
+    def _one(self, answer: Keep | Mask, there: Tensor) -> tuple[list[Keep | Mask], Tensor]:
+        """One decision in the slots of these sequences, and which of them hold a token afterwards."""
+        if isinstance(answer, Mask):
+            left = self._mine(answer.policy) * there
+            return [Mask(left)], left > 0
+        picked = answer.index if self.image is None else answer.index[self.image]
+        index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
+        left = torch.zeros_like(there).scatter(1, index, True) & there
+        if answer.fuse is None:
+            return [Keep(index)], left
+        fused = (there & ~left).any(1, keepdim=True)
+        after = torch.cat([left, fused], 1)
+        return [Keep(index, fuse=self._mine(answer.fuse)), Mask(after.to(answer.fuse.dtype))], after
+
+    def _slots(self, count: int) -> Tensor:
+        """Where each of the clean run's slots is here: patches by their place, fused tokens behind them."""
+        place = torch.as_tensor(self.place)
+        fused = torch.arange(self.present.shape[1], count, device=place.device)
+        return torch.cat([place, fused.expand(len(place), -1)], 1)
+
+    def _mine(self, values: Tensor) -> Tensor:
+        """One number a slot of the clean run, in these sequences' slots; whatever in a slot where no patch is."""
+        values = values.detach() if self.image is None else values.detach()[self.image]
+        if self.place is None:
+            return values
+        fused = values.shape[1] - self.place.shape[1]
+        slots = self._slots(self.present.shape[1] + fused)
+        here = values.new_zeros(len(values), self.present.shape[1] + fused)
+        return here.scatter(1, slots, values)
+
+
+def score(logits: Tensor, output: str) -> Tensor:
+    """The unit of the game, float64 [R, C] from logits: "probability", "logit" or "log_odds"."""
+    logits = logits.detach().double()
+    if output == "logit":
+        return logits
+    if logits.shape[1] == 1:
+        return logits.sigmoid() if output == "probability" else logits
+    logp = logits.log_softmax(1)
+    if output == "probability":
+        return logp.exp()
+    odds = logp - torch.log1p(-logp.exp())
+    # Where p rounds to 1, log(1 - p) is summed from the others instead.
+    best = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, best, -torch.inf).logsumexp(1, keepdim=True)
+    return odds.scatter(1, best, logits.gather(1, best) - others)
+
+
+def answer_for(recorded: Recording, values: Tensor) -> Relevance:
+    """From one value a patch and class, [B, P, C], to the answer: ``maps`` of the target class, ``raw`` all of them."""
+    values = values.to(torch.promote_types(recorded.logits.dtype, torch.float32))
+    mine = values.gather(2, recorded.target[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
+    row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
+    return recorded.answer(row, raw=values, signed=True)
+
+
+def check_whole(name: str, value: object, least: int) -> int:
+    """A whole number of at least ``least``.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
+    return value

@@ -1,0 +1,245 @@
+"""ViT Shapley: a trained network that estimates every patch's Shapley value, for every class, in one forward."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.explainers.base import Relevance, recording
+from prunex.explainers.removal import Removal, answer_for, check_whole
+from prunex.registry import register
+from prunex.vit.anatomy import build, describe, read
+from prunex.vit.mount import as_found
+from prunex.vit.tape import Tape
+
+VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HOW = "train one with prunex fit --config configs/digits/vit_shapley.yaml"
+
+
+class ShapleyExplainer(nn.Module):
+    """The explainer network, with the surrogate whose game it has learnt (arXiv 2206.05282).
+
+    A ViT that starts as a copy of the surrogate without its head gives prefix and patch tokens after the final norm;
+    one more transformer block, whose first LayerNorm is left out since its input is normalised already (kept where the
+    backbone has no final norm); LayerNorm; an MLP D -> 4 D -> 4 D -> C with GELU; prefix rows dropped; tanh. An equal
+    amount is then added to every patch, so that each class' values sum to what the surrogate makes of all patches minus
+    what it makes of none.
+
+    The surrogate is part of the module, frozen: its values end the normalisation, and it is what is explained.
+
+    Args:
+        surrogate: A supported ViT with a classifier, trained to bear missing patches.
+        mlp_ratio: Width of the head's hidden layers over D.
+
+    Raises:
+        PrunexError: For a surrogate without a classifier, or a pruned one.
+    """
+
+    def __init__(self, surrogate: VisionTransformer, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        check_whole("mlp_ratio", mlp_ratio, 1)
+        anatomy = read(surrogate)
+        if anatomy.classes < 1:
+            raise PrunexError("the surrogate has no classifier (num_classes=0): give one that does")
+        if hasattr(surrogate, "prunex"):
+            raise PrunexError("the surrogate is pruned: detach() it first, the explainer reads all its patch tokens")
+        self.surrogate = copy.deepcopy(surrogate).eval().requires_grad_(False)
+        self.backbone = copy.deepcopy(surrogate).requires_grad_(True)
+        self.backbone.reset_classifier(0)
+        width, heads = anatomy.width, anatomy.heads[0]
+        bias = any(name.endswith("qkv.bias") for name, _ in surrogate.named_parameters())
+        self.block = Block(width, heads, mlp_ratio=4.0, qkv_bias=bias)
+        if not isinstance(surrogate.norm, nn.Identity):
+            self.block.norm1 = nn.Identity()
+        self.norm = nn.LayerNorm(width)
+        hidden = mlp_ratio * width
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, anatomy.classes),
+        )
+        self.mlp_ratio = mlp_ratio
+        self.prefix = anatomy.prefix
+        weight = next(surrogate.parameters())
+        self.to(device=weight.device, dtype=weight.dtype)
+
+    def train(self, mode: bool = True) -> ShapleyExplainer:
+        """Train or eval mode; the surrogate stays in eval mode."""
+        super().train(mode)
+        self.surrogate.eval()
+        return self
+
+    def ends(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the surrogate makes of all patches and of none: float64 [B, C] each."""
+        game = Removal(self.surrogate, images)
+        both = torch.tensor([[True], [False]]).expand(-1, game.players)
+        values = game(both.expand(len(images), -1, -1))
+        return values[:, 0], values[:, 1]
+
+    def forward(self, images: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Estimated Shapley values of patches: [B, P, C], each class summing to v(all) - v(none).
+
+        Args:
+            images: float [B, C, H, W].
+            ends: v(all) and v(none), [B, C] each, where they are known; None: asked of the surrogate.
+        """
+        tokens = self.backbone.forward_features(images)
+        raw = self.mlp(self.norm(self.block(tokens)))[:, self.prefix :].tanh()
+        full, empty = self.ends(images) if ends is None else ends
+        return normalise(raw, (full - empty).to(raw.dtype))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``model.safetensors`` and ``config.json``, which :func:`load_explainer` reads.
+
+        Args:
+            folder: Made if missing; the two files are replaced.
+
+        Raises:
+            PrunexError: For a folder that cannot be written, or a surrogate that plain values cannot describe.
+        """
+        folder = Path(folder)
+        config = {
+            "prunex": {
+                "version": VERSION,
+                "kind": "vit_shapley",
+                "surrogate": describe(self.surrogate),
+                "mlp_ratio": self.mlp_ratio,
+            }
+        }
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in (
+                (WEIGHTS, save(tensors, metadata={"format": "pt"})),
+                (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
+            ):
+                waiting = folder / f".{name}.new"
+                waiting.write_bytes(content)
+                os.replace(waiting, folder / name)
+        except OSError as error:
+            raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        return folder
+
+
+def normalise(raw: Tensor, total: Tensor) -> Tensor:
+    """Values [B, P, C] that sum to ``total`` [B, C]: an equal amount is added to each (additive normalisation)."""
+    return raw + ((total - raw.sum(1)) / raw.shape[1])[:, None]
+
+
+def load_explainer(path: str | Path) -> ShapleyExplainer:
+    """A saved explainer again, in eval mode.
+
+    Args:
+        path: The folder given to :meth:`ShapleyExplainer.save`, or the ``model.safetensors`` in it.
+
+    Raises:
+        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
+    """
+    folder = Path(path).expanduser()
+    folder = folder.parent if folder.name == WEIGHTS else folder
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise PrunexError(f"explainer={str(path)!r} has no {name}: give a folder that the recipe wrote, or {HOW}")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (ValueError, OSError) as error:
+        raise PrunexError(f"{folder / CONFIG} is damaged: {error}") from error
+    ours = config.get("prunex") if isinstance(config, Mapping) else None
+    if not isinstance(ours, Mapping) or ours.get("kind") != "vit_shapley" or "surrogate" not in ours:
+        raise PrunexError(f"{folder / CONFIG} is not of a vit_shapley explainer: {HOW}")
+    if ours.get("version") != VERSION:
+        raise PrunexError(
+            f"{folder / CONFIG} is of format {ours.get('version')!r}, this prunex reads {VERSION}: upgrade prunex-vit"
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PrunexError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
+        explainer = ShapleyExplainer(build(ours["surrogate"]), ours.get("mlp_ratio", 4))
+    own = explainer.state_dict()
+    odd = sorted(set(own) ^ set(tensors)) + [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
+    if odd:
+        raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
+    explainer.load_state_dict(tensors, assign=True)
+    return explainer.requires_grad_(False).eval()
+
+
+@register(
+    "explainer",
+    "vit_shapley",
+    "Covert, Kim & Lee, ICLR 2023, arXiv 2206.05282",
+    "a trained explainer; one forward of it, one of its surrogate",
+)
+def vit_shapley(
+    model: VisionTransformer,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    *,
+    explainer: nn.Module | str | Path | None = None,
+) -> Relevance:
+    """Shapley values of patches as a trained explainer estimates them (arXiv 2206.05282).
+
+    Explained is the explainer's **surrogate**, a copy of a classifier trained to bear missing patches, not ``model``
+    itself: the recipe logs how far the two agree. ``model`` gives the logits, the target class and the trace. Values of
+    every class sum to v(all) - v(none), the surrogate's probabilities with all patches and with none. How good they are
+    only a run of ``shap`` on the surrogate tells.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        target: Class of ``maps``; None: the one ``model`` predicts.
+        explainer: A :class:`ShapleyExplainer`, a module that holds one, or the folder it was saved in (``explainer/``
+            of the recipe's run).
+
+    Returns:
+        ``maps`` signed; ``raw`` [B, P, C], all classes.
+
+    Raises:
+        PrunexError: Without an explainer, for a folder that holds none, or one for another grid or other classes.
+    """
+    found = _explainer(explainer)
+    theirs, ours = read(found.surrogate), read(model)
+    for what, a, b in (
+        ("number of classes", theirs.classes, ours.classes),
+        ("image size", theirs.image, ours.image),
+        ("patch size", theirs.patch, ours.patch),
+    ):
+        if a != b:
+            raise PrunexError(f"this explainer's {what} is {a}, the model's {b}: {HOW.replace('one', 'one for it')}")
+    weight = next(found.parameters())
+    with (
+        recording(model, images, target, Tape(), needs_class=True) as recorded,
+        as_found(found, train=False),
+        torch.no_grad(),
+    ):
+        return answer_for(recorded, found(images.to(weight.device, weight.dtype)).to(images.device))
+
+
+def _explainer(given: Any) -> ShapleyExplainer:
+    if given is None:
+        raise PrunexError(f"vit_shapley needs a trained explainer: {HOW} and pass explainer=...; or use shap")
+    if isinstance(given, nn.Module):
+        held = [m for m in given.modules() if isinstance(m, ShapleyExplainer)]
+        if len(held) != 1:
+            raise PrunexError(f"{type(given).__name__} holds {len(held)} vit_shapley explainers: give one; {HOW}")
+        return held[0]
+    if not isinstance(given, str | Path):
+        raise PrunexError(
+            f"explainer={given!r} is not allowed: give the explainer's folder or the module itself; {HOW}"
+        )
+    return load_explainer(given)

@@ -1,0 +1,22 @@
+"""Every explainer by name, with options that make the many-pass ones quick on tiny models."""
+
+import prunex
+
+QUICK = {
+    "beyond_intuition": {"steps": 3},
+    "integrated_gradients": {"steps": 3},
+    "shap": {"budget": 31},
+    "vit_cx": {"max_masks": 4},
+}
+# vit_shapley brings a network of its own and is tested where that is made.
+EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name != "vit_shapley"]
+# raw is one number a token, [B, prefix + P].
+ROWS = ["raw_attention", "rollout", "generic_attention", "tokentm", "grad_sam", "transformer_attribution"]
+# What a pruned model's removed patches get: nothing, by the method's definition, or something from earlier blocks.
+NOTHING_LEFT = ["raw_attention", "dino", "grad_cam", "partial_lrp", "r_cut", "beyond_intuition"]
+SIGNED = ["atman", "integrated_gradients", "lrp", "shap", "vit_cx"]
+
+
+def explain(method, model, images, target=None, **options):
+    """``prunex.explain`` with the quick options."""
+    return prunex.explain(method, model, images, target, **(QUICK.get(method, {}) | options))

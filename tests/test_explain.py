@@ -11,9 +11,9 @@ import prunex
 from prunex import PrunexError, registry
 from prunex.explainers.base import recording
 from prunex.vit.tape import Tape
+from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, explain
 from tests.vits import images, images_for, relative, tiny
 
-EXPLAINERS = ["raw_attention", "rollout", "generic_attention", "tokentm"]
 BY_GRADIENT = ["generic_attention", "tokentm"]
 TARGETS = torch.tensor([4, 0, 2])
 
@@ -21,7 +21,8 @@ every = pytest.mark.parametrize("method", EXPLAINERS)
 
 
 def test_these_are_all_of_them():
-    assert [m.name for m in prunex.methods("explainer")] == sorted(EXPLAINERS)
+    assert [m.name for m in prunex.methods("explainer")] == sorted([*EXPLAINERS, "vit_shapley"])
+    assert set(DEFAULTS) == set(EXPLAINERS)
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
@@ -35,14 +36,14 @@ def test_half_precision_gives_float32_relevance(method, pruner, way):
     if pruner:
         # The same patches must leave in both precisions for maps to be comparable: one stage, few near ties.
         prunex.attach(model, pruner, keep_ratio=0.8, stages=(2,))
-    wanted = prunex.explain(method, model, images(), TARGETS)
+    wanted = explain(method, model, images(), TARGETS)
     if way == "bfloat16 autocast":
         with torch.autocast("cpu", torch.bfloat16):
-            e = prunex.explain(method, model, images(), TARGETS)
+            e = explain(method, model, images(), TARGETS)
             assert torch.is_autocast_enabled("cpu")
     else:
         half = copy.deepcopy(model).to(getattr(torch, way.split()[0]))
-        e = prunex.explain(method, half, images(), TARGETS)
+        e = explain(method, half, images(), TARGETS)
     assert e.maps.dtype == e.raw.dtype == torch.float32
     if e.trace.kept().equal(wanted.trace.kept()):
         limit = {"raw_attention": 0.05, "rollout": 0.02}.get(method, 0.25)
@@ -54,8 +55,8 @@ def test_half_precision_gives_float32_relevance(method, pruner, way):
 @every
 def test_double_precision_stays_double(method):
     model = tiny()
-    single = prunex.explain(method, model, images(), TARGETS)
-    double = prunex.explain(method, model.double(), images(), TARGETS)  # images follow the model
+    single = explain(method, model, images(), TARGETS)
+    double = explain(method, model.double(), images(), TARGETS)  # images follow the model
     assert double.maps.dtype == torch.float64
     assert relative(single.maps, double.maps) < 1e-5
 
@@ -66,16 +67,16 @@ def test_double_precision_stays_double(method):
 @every
 def test_targets(method):
     model = tiny()
-    predicted = prunex.explain(method, model, images())
+    predicted = explain(method, model, images())
     assert predicted.target.equal(model(images()).argmax(1))
     assert predicted.target.dtype == torch.int64
     for target in (3, torch.tensor(3), torch.full((3,), 3), torch.full((3,), 3, dtype=torch.uint8)):
-        e = prunex.explain(method, model, images(), target)
+        e = explain(method, model, images(), target)
         assert e.target.tolist() == [3, 3, 3]
         assert e.target.dtype == torch.int64
-        assert e.maps.equal(prunex.explain(method, model, images(), 3).maps)
+        assert e.maps.equal(explain(method, model, images(), 3).maps)
     given = predicted.target.clone()
-    e = prunex.explain(method, model, images(), given)
+    e = explain(method, model, images(), given)
     assert e.maps.equal(predicted.maps)
     given.zero_()
     assert e.target.equal(predicted.target)  # not a view of the caller's
@@ -104,7 +105,7 @@ def test_targets(method):
 def test_bad_targets(method, target, says):
     model = tiny()
     with pytest.raises(PrunexError, match=says) as error:
-        prunex.explain(method, model, images(), target)
+        explain(method, model, images(), target)
     assert "\n" not in str(error.value)
 
 
@@ -125,7 +126,7 @@ def test_bad_targets(method, target, says):
 )
 def test_bad_images(method, x, says):
     with pytest.raises(PrunexError, match=says):
-        prunex.explain(method, tiny(), x)
+        explain(method, tiny(), x)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +143,14 @@ def test_bad_images(method, x, says):
 )
 def test_unknown_names(method, options, says):
     with pytest.raises(PrunexError if says else TypeError, match=says):
-        prunex.explain(method, tiny(), images(), **options)
+        explain(method, tiny(), images(), **options)
 
 
 @every
 def test_a_pruned_model_refuses_the_same(method):
     model = tiny()
     with prunex.attach(model, "evit", keep_ratio=0.6), pytest.raises(PrunexError, match="NaN"):
-        prunex.explain(method, model, images() * float("nan"))
+        explain(method, model, images() * float("nan"))
 
 
 # ----------------------------------------------------------------------------------------------------- heads and wholes
@@ -159,18 +160,18 @@ def test_a_pruned_model_refuses_the_same(method):
 @pytest.mark.parametrize("pool", ["token", "avg", ""])
 def test_a_model_without_a_head(method, pool):
     model = tiny(num_classes=0, global_pool=pool)
-    e = prunex.explain(method, model, images())
+    e = explain(method, model, images())
     assert e.maps.shape == (3, 4, 4)
     assert e.target.tolist() == [-1, -1, -1]
     with pytest.raises(PrunexError, match="no classifier"):
-        prunex.explain(method, model, images(), 1)
+        explain(method, model, images(), 1)
 
 
 @pytest.mark.parametrize("method", BY_GRADIENT)
 @pytest.mark.parametrize("target", [None, 1])
 def test_a_class_needs_a_head(method, target):
     with pytest.raises(PrunexError, match="no classifier.*rollout"):
-        prunex.explain(method, tiny(num_classes=0), images(), target)
+        explain(method, tiny(num_classes=0), images(), target)
 
 
 @every
@@ -179,19 +180,19 @@ def test_a_head_put_on_or_taken_off_by_assignment(method):
     bare = tiny(num_classes=0)
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("head.")})
     bare.head = copy.deepcopy(model.head)
-    assert prunex.explain(method, bare, images(), 3).maps.equal(prunex.explain(method, model, images(), 3).maps)
+    assert explain(method, bare, images(), 3).maps.equal(explain(method, model, images(), 3).maps)
     model.head = nn.Identity()
     if method in BY_GRADIENT:
         with pytest.raises(PrunexError, match="no classifier"):
-            prunex.explain(method, model, images())
+            explain(method, model, images())
     else:
-        assert prunex.explain(method, model, images()).target.tolist() == [-1, -1, -1]
+        assert explain(method, model, images()).target.tolist() == [-1, -1, -1]
 
 
 @every
 def test_unpooled_logits_are_refused(method):
     with pytest.raises(PrunexError, match="pooled head"):
-        prunex.explain(method, tiny(global_pool=""), images())
+        explain(method, tiny(global_pool=""), images())
 
 
 @every
@@ -199,7 +200,7 @@ def test_a_new_classifier_after_attaching(method):
     model = tiny()
     with prunex.attach(model, "evit", keep_ratio=0.6, stages=(1, 2)):
         model.reset_classifier(9)
-        e = prunex.explain(method, model, images(), 8)
+        e = explain(method, model, images(), 8)
     assert e.logits.shape == (3, 9)
 
 
@@ -218,12 +219,12 @@ class Lit(nn.Module):
 @every
 def test_a_module_that_holds_one_vit(method):
     vit = tiny()
-    wanted = prunex.explain(method, vit, images(), TARGETS)
+    wanted = explain(method, vit, images(), TARGETS)
     lit = Lit(a=vit)
-    assert prunex.explain(method, lit, images(), TARGETS).maps.equal(wanted.maps)
+    assert explain(method, lit, images(), TARGETS).maps.equal(wanted.maps)
     assert lit.training
     with prunex.attach(lit, "evit", keep_ratio=0.6, stages=(1, 2)):
-        pruned = prunex.explain(method, lit, images(), TARGETS)
+        pruned = explain(method, lit, images(), TARGETS)
     assert not pruned.maps.equal(wanted.maps)
 
 
@@ -247,10 +248,45 @@ def test_a_module_that_holds_two_or_none():
 
 
 DEFAULTS = {
+    "atman": {"factor": 0.1, "similarity": None, "rule": "log", "freeze_selection": True, "chunk": 64},
+    "attention_flow": {"start_layer": 0, "scale": 1_000_000, "max_tokens": 65},
+    "beyond_intuition": {"variant": "token", "start_layer": 1, "steps": 20, "feedback": "survivor", "chunk": 64},
+    "dino": {"threshold": None, "layer": -1},
+    "generic_attention": {"start_layer": 0, "full": False},
+    "grad_cam": {"kind": "tokens", "layer": -1},
+    "grad_sam": {"axis": "key", "lift": "direct"},
+    "integrated_gradients": {
+        "steps": 50,
+        "baseline": 0.0,
+        "space": "pixels",
+        "rule": "gausslegendre",
+        "chunk": 32,
+    },
+    "lrp": {"rule": "zplus", "gamma": None, "rule_set": "conserving"},
+    "partial_lrp": {"rule_set": "conserving", "gradient": False},
+    "r_cut": {"layer": -1, "threshold": 0.2, "orient": "peak", "objective": "probability"},
     "raw_attention": {"layer": -1},
     "rollout": {"head_fusion": "mean", "discard_ratio": 0.0, "start_layer": 0},
-    "generic_attention": {"start_layer": 0, "full": False},
+    "shap": {
+        "estimator": "permutation",
+        "removal": "drop",
+        "budget": None,
+        "selection": "frozen",
+        "output": "probability",
+        "seed": 0,
+        "chunk": 128,
+    },
     "tokentm": {"variant": "per_head", "necc_scale": None},
+    "transformer_attribution": {"start_layer": 0, "gradient": True},
+    "vit_cx": {
+        "layer": -1,
+        "distance": 0.1,
+        "noise": 0.1,
+        "seed": 0,
+        "chunk": 50,
+        "max_masks": None,
+        "selection": "frozen",
+    },
 }
 
 
@@ -260,13 +296,13 @@ def test_explanation(method, family):
     model = tiny(family)
     x = images_for(model)
     with prunex.attach(model, "topk", keep_ratio=0.6, stages=(1,)):
-        e = prunex.explain(method, model, x, TARGETS)
+        e = explain(method, model, x, TARGETS)
         with torch.no_grad():
             logits = model(x)
     height, width = x.shape[2:]
     assert e.method == method
-    assert e.options == DEFAULTS[method]
-    assert e.signed is False
+    assert e.options == DEFAULTS[method] | QUICK.get(method, {})
+    assert e.signed is (method in SIGNED and method != "vit_cx")
     assert e.image_size == (height, width)
     assert relative(e.logits, logits) < 1e-5
     assert e.trace.kept().flatten(1).sum(1).tolist() == [-(-e.maps[0].numel() * 6 // 10)] * 3

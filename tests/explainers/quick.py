@@ -5,7 +5,7 @@ import prunex
 QUICK = {
     "beyond_intuition": {"steps": 3},
     "integrated_gradients": {"steps": 3},
-    "shap": {"budget": 31},
+    "shap": {"budget": 32},
     "vit_cx": {"max_masks": 4},
 }
 # vit_shapley brings a network of its own and is tested where that is made.

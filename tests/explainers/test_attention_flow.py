@@ -216,7 +216,9 @@ def test_dynamicvit_against_the_smallest_cut():
 
 @pytest.mark.parametrize("family", ["vit", "deit_distilled", "avg_pool_no_class"])
 def test_identity_attention_leaves_the_readout(monkeypatch, family):
-    monkeypatch.setattr(attention, "matrix", lambda q, k, *_: torch.eye(q.shape[2]).expand(*q.shape[:2], -1, -1))
+    monkeypatch.setattr(
+        attention, "matrix", lambda q, k, *_: torch.eye(k.shape[2])[: q.shape[2]].expand(*q.shape[:2], -1, -1)
+    )
     e = explain(tiny(family), images())
     wanted = {"vit": [1] + [0] * 16, "deit_distilled": [0.5, 0.5] + [0] * 16, "avg_pool_no_class": [1 / 16] * 16}
     assert largest(e.raw, torch.tensor(wanted[family]).expand(3, -1)) < 1e-6

@@ -151,7 +151,7 @@ def test_an_exception_inside_leaves_all_as_found(method):
     def fail(*_):
         raise KeyboardInterrupt
 
-    handle = model.blocks[2].mlp.register_forward_hook(fail)
+    handle = model.blocks[2].mlp.fc2.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         explain(method, model, images())
     handle.remove()

@@ -76,7 +76,9 @@ def test_sums_to_one_whatever_left(family, pruner, options):
 
 @pytest.mark.parametrize("family", ["vit", "deit_distilled", "avg_pool"])
 def test_identity_attention_leaves_the_readout(monkeypatch, family):
-    monkeypatch.setattr(attention, "matrix", lambda q, k, *_: torch.eye(q.shape[2]).expand(*q.shape[:2], -1, -1))
+    monkeypatch.setattr(
+        attention, "matrix", lambda q, k, *_: torch.eye(k.shape[2])[: q.shape[2]].expand(*q.shape[:2], -1, -1)
+    )
     model = tiny(family)
     e = prunex.explain("rollout", model, images())
     n = 16 + model.num_prefix_tokens
@@ -108,7 +110,7 @@ def pencil(monkeypatch, steps, prefix, patches):
         last = [s for s in steps if isinstance(s, Attended)][-1]
         tape.tokens, tape.logits = last.attention.shape[-1], torch.zeros(1, 2, dtype=torch.float64)
         trace = TokenTrace((1, patches), prefix, 1, torch.device("cpu"), [s for s in steps if isinstance(s, Stage)])
-        yield Recording(model, anatomy, tape, trace, torch.zeros(1, dtype=torch.long))
+        yield Recording(model, anatomy, tape, SimpleNamespace(trace=trace), torch.zeros(1, dtype=torch.long))
 
     monkeypatch.setattr(module, "recording", recording)
     return module.rollout(SimpleNamespace(blocks=[0, 0]), None)

@@ -152,15 +152,16 @@ def test_prefix_tokens_are_never_pruned(family, pruner, masked):
     watch("before")
     watch("between")
     after = []
-    apply = prunex.vit.forward._apply
+    apply = prunex.vit.forward.apply
 
-    def applied(decision, block, state, tape):
-        apply(decision, block, state, tape)
+    def applied(decision, block, inside, state):
+        stages = apply(decision, block, inside, state)
         if decision is not None:
             after.append((state.tokens[:, :prefix].clone(), state.policy))
+        return stages
 
     patch = pytest.MonkeyPatch()
-    patch.setattr("prunex.vit.forward._apply", applied)
+    patch.setattr("prunex.vit.forward.apply", applied)
     try:
         with torch.no_grad():
             model(images_for(model))

@@ -86,7 +86,7 @@ def atman(
         if similarity is not None:
             vectors = patch_vectors(model, images)
         factors = suppression(vectors, factor, math.inf if similarity is None else similarity)
-        raw = _damped(recorded, factors, rule, freeze_selection, chunk)
+        raw = promoted(_damped(recorded, factors, rule, freeze_selection, chunk))
         rise = _cross_entropy(raw, recorded.target) - _cross_entropy(recorded.logits.unsqueeze(1), recorded.target)
         return recorded.answer(F.pad(rise, (recorded.anatomy.prefix, 0)), raw, signed=True)
 

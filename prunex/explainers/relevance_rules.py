@@ -73,7 +73,7 @@ def _is_patch_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """``a / (b + 1e-9)``, and 0 where b is 0: the stabiliser of the published relevance layers."""
-    # b is never exactly -1e-9 beside values of a network's size; were it, the quotient would be infinite in theirs too.
+    # Theirs also takes 1e-9 for a denominator where b is exactly -1e-9, which values of a network's size never are.
     return (a / (b + 1e-9)).masked_fill_(b == 0, 0)
 
 

@@ -5,7 +5,7 @@ import prunex
 QUICK = {
     "beyond_intuition": {"steps": 3},
     "integrated_gradients": {"steps": 3},
-    "shap": {"budget": 32},
+    "shap": {"budget": 60},
     "vit_cx": {"max_masks": 4},
 }
 # vit_shapley brings a network of its own and is tested where that is made.
@@ -14,6 +14,8 @@ EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name != "vit_shap
 ROWS = ["raw_attention", "rollout", "generic_attention", "tokentm", "grad_sam", "transformer_attribution"]
 # What a pruned model's removed patches get: nothing, by the method's definition, or something from earlier blocks.
 NOTHING_LEFT = ["raw_attention", "dino", "grad_cam", "partial_lrp", "r_cut", "beyond_intuition"]
+# Relevance is divided by layer outputs that may be close to 0: equal in double precision, in single up to this.
+DIVIDES = {"lrp": 2e-2, "partial_lrp": 5e-3, "transformer_attribution": 5e-3}
 SIGNED = ["atman", "integrated_gradients", "lrp", "shap", "vit_cx"]
 
 

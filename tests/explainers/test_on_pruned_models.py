@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prunex
-from tests.explainers.quick import EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
+from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit"]
@@ -55,7 +55,7 @@ def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
 @pytest.mark.parametrize("explainer", EXPLAINERS)
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_the_same_in_single_precision(pruner, explainer):
-    check("vit", pruner, explainer, torch.float32, 1e-5)
+    check("vit", pruner, explainer, torch.float32, DIVIDES.get(explainer, 1e-5))
 
 
 @pytest.mark.slow
@@ -71,11 +71,13 @@ def test_every_family(family, pruner, explainer, stages, ratio):
 @pytest.mark.parametrize("family", SHOWN)
 def test_dense_batch_equals_singles(family, explainer):
     model = tiny(family)
+    if explainer in DIVIDES:
+        model = model.double()
     x = inputs(model, family)
     batch = explain(explainer, model, x)
     for i in range(3):
         one = explain(explainer, model, x[i : i + 1])
-        assert relative(one.maps, batch.maps[i : i + 1]) < 2e-6
+        assert relative(one.maps, batch.maps[i : i + 1]) < 1e-5
         assert one.target[0] == batch.target[i]
     assert batch.maps.shape == (3, *((4, 7) if family == "dynamic" else (4, 4)))
 
@@ -177,7 +179,7 @@ def test_distilled_models_are_read_at_both_tokens(explainer):
     assert relative(raw[:, 0], raw[:, 1]) < 1e-5
 
 
-@pytest.mark.parametrize("explainer", EXPLAINERS)
+@pytest.mark.parametrize("explainer", [m for m in EXPLAINERS if m != "r_cut"])  # a cut has two sides, not one patch
 def test_grid_is_in_raster_order(explainer):
     # Only one patch differs from a constant image, and positions are equal: the map shows where it is.
     model = tiny("no_pos_embed", img_size=(32, 48))

@@ -185,6 +185,7 @@ def test_grid_is_in_raster_order(explainer):
     model = tiny("no_pos_embed", img_size=(32, 48))
     x = torch.zeros(1, 3, 32, 48)
     x[:, :, 8:16, 24:32] = 3 * torch.randn(3, 8, 8)
-    row = explain(explainer, model, x, 1).maps[0]
+    more = {"budget": 1000} if explainer == "shap" else {}  # sampled: one pair of orders is too noisy for this
+    row = explain(explainer, model, x, 1, **more).maps[0]
     odd = (row - row.median()).abs().argmax().item()
     assert divmod(odd, 6) == (1, 3)

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunex
@@ -25,8 +26,11 @@ def geometry(name, **kwargs):
 
 
 def counted(model, x):
-    """Multiply-adds of one image as torch counts them (two flops each)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """Multiply-adds of one image as torch counts them (two flops each).
+
+    Attention is opened for it: not every torch counts the fused kernel of CPUs.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x)
     return counter.get_total_flops() / 2 / len(x)
 

@@ -127,6 +127,10 @@ class Recording:
             raise PrunexError("the recorded forward gave no logits")
         return self.tape.logits
 
+    def one_hot(self) -> Tensor:
+        """1 at each image's class: what a backward or relevance pass starts from, [B, classes]."""
+        return torch.zeros_like(self.logits).scatter_(1, self.target[:, None], 1)
+
     def readout(self) -> Tensor:
         """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
         like = self.logits.detach()

@@ -82,7 +82,7 @@ def lrp(
         ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
-        one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)
+        one_hot = recorded.one_hot()
         if isinstance(ops, RelevanceRules):
             ops.relevance = True
         tokens, pixels = torch.autograd.grad(recorded.logits, [recorded.embedded, images], one_hot)

@@ -66,7 +66,7 @@ def partial_lrp(
     tape = Tape(attention=True, gradients=True, blocks=frozenset({last}), graph_from=last, narrow=True, ops=rules)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         step = tape.attended()[-1]
-        one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)
+        one_hot = recorded.one_hot()
         attention = torch.as_tensor(step.attention)
         grad = torch.autograd.grad(recorded.logits, attention, one_hot, retain_graph=True)[0] if gradient else 1
         rules.relevance = True

@@ -65,7 +65,7 @@ def transformer_attribution(
     tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start, narrow=True, ops=rules)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         maps = {a.block: torch.as_tensor(a.attention) for a in tape.attended() if a.block >= start}
-        one_hot = torch.zeros_like(recorded.logits).scatter_(1, recorded.target[:, None], 1)
+        one_hot = recorded.one_hot()
         inputs = list(maps.values())
         grads = torch.autograd.grad(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
         rules.relevance = True

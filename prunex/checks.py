@@ -29,3 +29,14 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
     return value
+
+
+def check_whole(name: str, value: Any, least: int) -> int:
+    """A whole number of at least ``least``.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
+    return value

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from prunex.callbacks.monitor import run_folder
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.explainers.coalitions import batch_coalitions, seeded, uniform_coalitions
-from prunex.explainers.removal import Removal, check_whole, masked
+from prunex.explainers.removal import Removal, masked
 from prunex.explainers.vit_shapley import ShapleyExplainer
 from prunex.recipes.backbone import create_model, load_weights
 from prunex.vit.anatomy import find, read

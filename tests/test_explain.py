@@ -252,7 +252,7 @@ def test_a_module_that_holds_two_or_none():
 
 
 DEFAULTS = {
-    "atman": {"factor": 0.1, "similarity": None, "rule": "log", "freeze_selection": True, "chunk": 64},
+    "atman": {"factor": 0.1, "similarity": None, "rule": "log", "freeze_selection": True, "chunk": None},
     "attention_flow": {"start_layer": 0, "scale": 1_000_000, "max_tokens": 65},
     "beyond_intuition": {"variant": "token", "start_layer": 1, "steps": 20, "feedback": "survivor", "chunk": 64},
     "dino": {"threshold": None, "layer": -1},
@@ -264,7 +264,7 @@ DEFAULTS = {
         "baseline": 0.0,
         "space": "pixels",
         "rule": "gausslegendre",
-        "chunk": 32,
+        "chunk": None,
     },
     "lrp": {"rule": "zplus", "gamma": None, "rule_set": "conserving"},
     "partial_lrp": {"rule_set": "conserving", "gradient": False},
@@ -278,7 +278,7 @@ DEFAULTS = {
         "selection": "frozen",
         "output": "probability",
         "seed": 0,
-        "chunk": 128,
+        "chunk": None,
     },
     "tokentm": {"variant": "per_head", "necc_scale": None},
     "transformer_attribution": {"start_layer": 0, "gradient": True},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, check_chunk, recording
+from prunex.explainers.base import Recording, Relevance, check_chunk, recording, sequences
 from prunex.registry import register
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
@@ -32,7 +32,7 @@ def atman(
     similarity: float | None = None,
     rule: Literal["log", "shift", "scale"] = "log",
     freeze_selection: bool = True,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Relevance:
     r"""Attention manipulation (arXiv 2301.08110): delta_i = CE(y_t | patch i damped) - CE(y_t), one forward a patch.
 
@@ -63,7 +63,7 @@ def atman(
         similarity: kappa, at least 0, or None.
         rule: "log", "shift" or "scale".
         freeze_selection: Whether the selection of the unperturbed run is kept.
-        chunk: Damped runs in one forward; changes memory and speed only.
+        chunk: Damped runs in one forward; changes memory and speed only. None: what is fastest.
 
     Returns:
         ``maps``, signed: positive where damping hurts the class. ``raw`` [B, P, classes]: the logits of every run.
@@ -110,11 +110,11 @@ def suppression(vectors: Tensor, factor: float, similarity: float) -> Tensor:
     return factors.masked_fill(own, factor).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _damped(recorded: Recording, factors: Tensor, rule: Any, frozen: bool, chunk: int) -> Tensor:
+def _damped(recorded: Recording, factors: Tensor, rule: Any, frozen: bool, chunk: int | None) -> Tensor:
     """Logits of one run for every patch, [B, P, classes]."""
     batch, patches, _ = factors.shape
     found = []
-    for part in torch.arange(batch * patches, device=factors.device).split(chunk):
+    for part in torch.arange(batch * patches, device=factors.device).split(sequences(chunk, recorded.embedded)):
         index, patch = part // patches, part % patches
         keys = KeyWeights(F.pad(factors[index, patch], (recorded.anatomy.prefix, 0), value=1), rule)
         found.append(recorded.again(recorded.embedded[index], index, keys=keys, frozen=frozen))

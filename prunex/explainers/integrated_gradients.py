@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, check_chunk, recording
+from prunex.explainers.base import Recording, Relevance, check_chunk, recording, sequences
 from prunex.registry import register
 from prunex.vit.arithmetic import promoted
 from prunex.vit.forward import embed, embed_patches, place
@@ -37,7 +37,7 @@ def integrated_gradients(
     baseline: float | Tensor = 0.0,
     space: Literal["pixels", "tokens"] = "pixels",
     rule: Literal["gausslegendre", "middle", "trapezoid", "left", "right"] = "gausslegendre",
-    chunk: int = 32,
+    chunk: int | None = None,
 ) -> Relevance:
     r"""IG = (x - x0) * integral of dy/dx from x0 to x (arXiv 1703.01365, Eq. 1; a weighted sum of gradients, Eq. 3).
 
@@ -65,7 +65,8 @@ def integrated_gradients(
         baseline: What is "nothing": a number, or a tensor that broadcasts to the images, normalised as they are.
         space: What is moved.
         rule: Where the points lie and what they weigh; see :func:`quadrature`.
-        chunk: Sequences in one forward, over images and steps; memory grows with it, results do not change.
+        chunk: Sequences in one forward, over images and steps; memory grows with it, results do not change. None: what
+            is fastest.
 
     Returns:
         ``maps`` signed, a patch's pixels and channels summed; ``raw`` [B, C, H, W] in pixels space, [B, prefix + P] in
@@ -78,12 +79,12 @@ def integrated_gradients(
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)
     nodes, weights = quadrature(rule, steps)
-    chunk = check_chunk(chunk)
+    check_chunk(chunk)
     _check_baseline(baseline, images)
     # Of the clean run only decisions, class and logits are needed: its blocks stay off the graph.
     tape = Tape(gradients=True, graph_from=len(model.blocks), narrow=True)
     with recording(model, images, target, tape, needs_class=True) as recorded:
-        path = _Path(recorded, images, baseline, space, chunk)
+        path = _Path(recorded, images, baseline, space, sequences(chunk, recorded.embedded, 32, graph=True))
         total = path.integral(nodes, weights)
         with torch.no_grad():
             found = (path.end - path.start) * total

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance
+from prunex.explainers.base import Recording, Relevance, check_chunk, sequences
 from prunex.vit.anatomy import read
 from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pruner, TokenState
 from prunex.vit.forward import embed, record, resume
@@ -44,7 +44,7 @@ class Removal:
         removal: "drop" or "mask".
         selection: "frozen" or "adaptive"; adaptive needs drop.
         output: "probability" (softmax; sigmoid for a single output), "logit", or "log_odds" log(p / (1 - p)).
-        chunk: Most token sequences in one forward. It bounds memory and changes no result.
+        chunk: Most token sequences in one forward. It bounds memory and changes no result. None: what is fastest.
 
     Raises:
         PrunexError: For an unknown route, selection or output, a chunk below 1, or decisions that cannot be repeated.
@@ -58,7 +58,7 @@ class Removal:
         removal: Literal["drop", "mask"] = "drop",
         selection: Literal["frozen", "adaptive"] = "frozen",
         output: Literal["probability", "logit", "log_odds"] = "probability",
-        chunk: int = 128,
+        chunk: int | None = None,
     ) -> None:
         for name, value, known in (
             ("removal", removal, REMOVALS),
@@ -71,7 +71,7 @@ class Removal:
             raise PrunexError(
                 "selection='adaptive' needs removal='drop': a pruner that decides anew counts tokens that are there"
             )
-        self.chunk = check_whole("chunk", chunk, 1)
+        check_chunk(chunk)
         self.model, self.removal, self.output = model, removal, output
         attached = getattr(model, "prunex", None)
         self.anatomy = read(model) if attached is None else attached.current(model)
@@ -83,6 +83,7 @@ class Removal:
                 self.adaptive = attached.pruner
             elif attached is not None:
                 self.decisions = record(model, images, Tape(), masked=True).decisions
+        self.chunk = sequences(chunk, self.tokens, 128)
         self.players = self.grid[0] * self.grid[1]
 
     @torch.no_grad()
@@ -260,14 +261,3 @@ def answer_for(recorded: Recording, values: Tensor) -> Relevance:
     mine = values.gather(2, recorded.target[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
     row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
     return recorded.answer(row, raw=values, signed=True)
-
-
-def check_whole(name: str, value: object, least: int) -> int:
-    """A whole number of at least ``least``.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
-    return value

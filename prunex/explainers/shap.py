@@ -8,10 +8,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from prunex.checks import check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
-from prunex.explainers.removal import Removal, answer_for, check_whole
+from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
 from prunex.vit.tape import Tape
 
@@ -36,7 +37,7 @@ def shap(
     selection: Literal["frozen", "adaptive"] = "frozen",
     output: Literal["probability", "logit", "log_odds"] = "probability",
     seed: int = 0,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Relevance:
     """Shapley values phi of the patches in the game v(S) = the class's probability with only the patches S there.
 
@@ -66,7 +67,7 @@ def shap(
             anew among the patches there; needs ``removal="drop"``).
         output: "probability", "logit", or "log_odds".
         seed: Of the draws, at least 0. Every image gets the same ones.
-        chunk: Most token sequences in one forward: bounds memory, changes no result.
+        chunk: Most token sequences in one forward: bounds memory, changes no result. None: what is fastest.
 
     Returns:
         ``maps`` signed; ``raw`` [B, P, C], all classes.

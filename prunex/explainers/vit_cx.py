@@ -75,7 +75,7 @@ def vit_cx(
     """
     layer = check_layer(layer, len(model.blocks))
     distance, noise = check_number("distance", distance, 0, 1), check_number("noise", noise, 0)
-    chunk = check_chunk(chunk)
+    check_chunk(chunk)
     for name, number, low in (("seed", seed, 0), ("max_masks", max_masks, 1)):
         if number is None and name == "max_masks":
             continue

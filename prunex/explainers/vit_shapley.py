@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
-from prunex.explainers.removal import Removal, answer_for, check_whole
+from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
 from prunex.vit.anatomy import build, describe, read
 from prunex.vit.mount import as_found

@@ -198,7 +198,7 @@ def test_baselines(space):
         "baseline": 1,
         "space": space,
         "rule": "gausslegendre",
-        "chunk": 32,
+        "chunk": None,
     }
 
 

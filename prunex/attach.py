@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, strip_official
+from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import masked_pool, run
@@ -256,7 +255,7 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
     >>> _ = pruning.detach()
     """
     make = lookup("pruner", method).make
-    allowed = [n for n in inspect.signature(make).parameters if n != "anatomy"]
+    allowed = accepted(make)
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {method}", name, allowed)

@@ -13,6 +13,7 @@ import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
+from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import masked_pool, run
@@ -168,6 +169,18 @@ class Pruning:
         gh, gw = self._attached.current(self.model).grid
         return self.pruner.counts(gh * gw if patches is None else patches)
 
+    def meets(self, budget: float | str) -> bool:
+        """Whether this pruning costs, at its schedule's end, what ``prunex.attach(model, method, budget=...)`` would.
+
+        Args:
+            budget: As for :func:`prunex.attach`.
+
+        Raises:
+            PrunexError: For a budget that is none or out of reach, or a method without a rate to set.
+        """
+        anatomy, make = self._attached.current(self.model), lookup("pruner", self.method).make
+        return Budget(self.model, anatomy, make, self.options).meets(budget)
+
     def load_official(self, state: Mapping[str, Any]) -> Pruning:
         """Load weights of the method's official repository, by their published names.
 
@@ -230,21 +243,27 @@ class Pruning:
         return f"Pruning({self.method!r}, {options})"
 
 
-def attach(model: nn.Module, method: str, *, path: str | None = None, **options: Any) -> Pruning:
+def attach(
+    model: nn.Module, method: str, *, path: str | None = None, budget: float | str | None = None, **options: Any
+) -> Pruning:
     """Make a timm ViT prune its tokens, in place.
 
     Args:
         model: A supported ViT, or any module that holds exactly one.
         method: A pruner's name; :func:`prunex.methods` lists them.
         path: Dotted path to the ViT when ``model`` holds several.
+        budget: What the pruned model may cost at its own image size, instead of ``keep_ratio``: a share of the dense
+            multiply-adds in (0, 1], or "2.9GMACs", "400MMACs" for one image. The rates are solved for in closed form
+            and then are options like any others: :func:`prunex.cost` agrees with the budget within 1 %, or a warning
+            says how near whole tokens let it come.
         **options: The method's own, such as ``keep_ratio`` in (0, 1] and ``stages`` (block indices).
 
     Returns:
         The handle: trace, losses, progress, detach.
 
     Raises:
-        PrunexError: Unknown method or option, a value out of range, no ViT or several, an unsupported family, or a
-            model that is pruned already. The model is then unchanged.
+        PrunexError: Unknown method or option, a value out of range, a budget out of reach or beside the option it sets,
+            no ViT or several, an unsupported family, or a model that is pruned already. The model is then unchanged.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
@@ -253,6 +272,8 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
     >>> pruning.trace.kept().shape, pruning.counts()
     (torch.Size([2, 14, 14]), [139, 99, 71])
     >>> _ = pruning.detach()
+    >>> prunex.attach(model, "evit", budget="0.9GMACs").options["keep_ratio"]
+    0.769
     """
     make = lookup("pruner", method).make
     allowed = accepted(make)
@@ -263,6 +284,8 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
     if hasattr(vit, CHILD):
         raise PrunexError(f"{type(vit).__name__} is pruned already by {getattr(vit, CHILD).method}: detach() it first")
     anatomy = check_parity(vit)
+    if budget is not None:
+        options = Budget(vit, anatomy, make, options).solve(budget)
     pruner: TokenPruner = make(anatomy, **options)
     pruner.prepare(vit)
     weight = next(vit.parameters())

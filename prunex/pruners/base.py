@@ -77,6 +77,24 @@ class TokenPruner(nn.Module):
         if "schedule" in accepted(type(self)):
             self.options |= self.schedule.options
 
+    @classmethod
+    def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
+        """The options that a budget sets, from one share in (0, 1] a stage; 1 prunes nothing there.
+
+        Cost must not fall as a share rises. A method with something else than ``keep_ratio`` to turn overrides this,
+        one with nothing to turn returns ``{}`` and tells its :meth:`settings`.
+
+        Args:
+            anatomy: Of the model to be pruned.
+            shares: One a stage, as many as the pruner's ``stages``; a single one stands for all.
+        """
+        return {"keep_ratio": shares[0] if len(set(shares)) == 1 else list(shares)}
+
+    @classmethod
+    def settings(cls, anatomy: Anatomy) -> list[dict[str, Any]]:
+        """Options worth choosing between, of a method without a free rate; whoever asks a budget is told their cost."""
+        return []
+
     def rate(self, stage: int) -> float:
         """The keep rate in force at a stage, at the present progress."""
         return self.schedule.rate(self.rates[stage], self.progress)
@@ -117,7 +135,7 @@ class TokenPruner(nn.Module):
         return {}
 
     def inference_only(self) -> None:
-        """Drop what only training needs; a schedule's rates stay those in force now, so that logits stay as they were."""
+        """Drop what only training needs. The rates stay those in force now, so that logits stay as they were."""
         if self.schedule == Schedule():
             return
         self.rates = tuple(self.rate(s) for s in range(len(self.stages)))

@@ -85,8 +85,8 @@ class DynamicViT(TokenPruner):
         distill_weight: Of the two distillation losses.
         token_loss: "mse" (DeiT) or "kl" (the authors' switch for token distributions).
         batch_ratio: Hold the ratio on the batch mean instead of on every image.
-        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions of
-            training): the targets of the ratio loss fall with the rates. The authors hold them constant, the default.
+        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
+            of training): the targets of the ratio loss fall with the rates. By default, as in the paper, they do not.
     """
 
     name = "dynamicvit"

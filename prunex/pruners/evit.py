@@ -29,8 +29,8 @@ class EViT(TopK):
         keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
         stages: Blocks that shrink.
         fuse: Whether dropped patches leave a fused token.
-        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions of
-            training).
+        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
+            of training).
     """
 
     name = "evit"

@@ -28,10 +28,11 @@ class ScheduleOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything is kept before ``start``, the base rates hold from ``start + length``; in between, with u in 0..1:
+    """Everything is kept before ``start``, the base rates hold from ``start + length``.
 
-    cosine: base + (1 - base) (cos(pi u) + 1) / 2, as EViT trains (arXiv 2202.07800; the authors count iterations, here
-    it is the fraction of training); linear: base + (1 - base) (1 - u); constant: the base rates from ``start`` on.
+    In between, with u running from 0 to 1: cosine: base + (1 - base) (cos(pi u) + 1) / 2, as EViT trains (arXiv
+    2202.07800; the authors count iterations, here it is the fraction of training); linear: base + (1 - base) (1 - u).
+    Constant: the base rates from ``start`` on.
 
     Attributes:
         kind: "cosine", "linear" or "constant".

@@ -74,7 +74,9 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     vit = find(model)[1]
     a = read(vit)
     attached = getattr(vit, "prunex", None)
-    return count(vit, None if attached is None else attached.pruner, a.grid if image_size is None else _grid(a, image_size))
+    return count(
+        vit, None if attached is None else attached.pruner, a.grid if image_size is None else _grid(a, image_size)
+    )
 
 
 def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:

@@ -17,6 +17,7 @@ from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import masked_pool, run
+from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
 
@@ -58,12 +59,12 @@ class Attached(nn.Module):
             self.anatomy = read(model)
         return self.anatomy
 
-    def features(self, model: VisionTransformer, images: Tensor) -> Tensor:
-        """The pruned ``forward_features``: [B, prefix + n, D]."""
+    def features(self, model: VisionTransformer, images: Tensor, watch: Watch | None = None) -> Tensor:
+        """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
         anatomy = self.current(model)
-        tokens, state = run(model, images, anatomy, (pruner,), masked=masked)
+        tokens, state = run(model, images, anatomy, (pruner,), masked=masked, watch=watch)
         self.policy = state.policy
         self.trace = state.trace.detach()
         self.last = None

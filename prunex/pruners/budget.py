@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +53,8 @@ class Budget:
 
     All stages first share one rate (or the method's like, see :meth:`TokenPruner.knob`): cost rises with it, so it is
     bisected, on the closed form, at the model's own image size and at the schedule's end. Of the two counts beside the
-    budget the nearer wins. Where whole tokens make that miss by more than 1 %, as on small grids, stages leave the
-    shared rate one after the other, each bisected while the others stand still, as long as that comes nearer.
+    budget the nearer wins. Where whole tokens make that miss by more than 1 %, as on small grids, one stage leaves
+    the shared rate and is bisected alone; where that is not enough either, after another was moved by a token or two.
 
     Args:
         model: The dense ViT (or one that is pruned: its pruner is not looked at).
@@ -152,7 +154,7 @@ class Budget:
 
     def _bisect(self, line: Callable[[float], Shares], low: float, high: float, target: float) -> tuple[Shares, Shares]:
         """The two shares on a line from low to high between whose counts the target lies (or the end next to it)."""
-        low, finest = max(low, 1e-9), 1e-4 / (self.anatomy.grid[0] * self.anatomy.grid[1])
+        low, finest = max(low, 1e-9), 0.01 / (self.anatomy.grid[0] * self.anatomy.grid[1])
         if self._of(line(high)) <= target:
             return line(high), line(high)
         while high - low > finest:
@@ -164,27 +166,19 @@ class Budget:
         return line(low), line(high)
 
     def _apart(self, starts: Sequence[Shares], target: float) -> Shares:
-        """Let single stages leave the shared rate, the one that comes nearest first, while that helps."""
+        """Let a single stage leave the shared rate; then one more by a token or two; until it is near enough."""
         best = min(starts, key=lambda s: self._miss(s, target))
-        for origin in dict.fromkeys(starts):
-            here = origin
-            while True:
-                tried: list[Shares] = []
-                for s in reversed(range(len(here))):  # late stages are the finest
-
-                    def line(x: float, s: int = s, here: Shares = here) -> Shares:
-                        return (*here[:s], x, *here[s + 1 :])
-
-                    tried += self._bisect(line, 0.0, 1.0, target)
-                nearest = min(tried, key=lambda t: self._miss(t, target))
-                if not self._miss(nearest, target) < self._miss(here, target):
-                    break
-                here = nearest
-                if self._miss(here, target) <= CLOSE:
-                    break
-            best = min((best, here), key=lambda t: self._miss(t, target))
-            if self._miss(best, target) <= CLOSE:
-                break
+        token = 1 / (self.anatomy.grid[0] * self.anatomy.grid[1])
+        for start, moves in [*((s, (0,)) for s in starts), (best, (1, -1, 2, -2))]:
+            late_first = range(len(start) - 1, -1, -1)  # late stages are the finest
+            for turned, moved, move in itertools.product(late_first, late_first, moves):
+                if (turned == moved) != (move == 0):
+                    continue
+                here = _put(start, moved, min(1.0, max(token, start[moved] + move * token)))
+                for found in self._bisect(partial(_put, here, turned), 0.0, 1.0, target):
+                    best = min(best, found, key=lambda s: self._miss(s, target))
+                if self._miss(best, target) <= CLOSE:
+                    return best
         return best
 
     def _short(self, shares: Shares) -> Shares:
@@ -201,12 +195,12 @@ class Budget:
         if len(set(shares)) == 1:
             return shortened(lambda x: (x,) * len(shares), shares[0])
         for s in range(len(shares)):
-
-            def line(x: float, s: int = s, now: Shares = shares) -> Shares:
-                return (*now[:s], x, *now[s + 1 :])
-
-            shares = shortened(line, shares[s])
+            shares = shortened(partial(_put, shares, s), shares[s])
         return shares
+
+
+def _put(shares: Shares, stage: int, value: float) -> Shares:
+    return (*shares[:stage], value, *shares[stage + 1 :])
 
 
 def _told(macs: float, dense: int) -> str:

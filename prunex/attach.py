@@ -170,6 +170,11 @@ class Pruning:
         gh, gw = self._attached.current(self.model).grid
         return self.pruner.counts(gh * gw if patches is None else patches)
 
+    @property
+    def _budget(self) -> Budget:
+        anatomy, make = self._attached.current(self.model), lookup("pruner", self.method).make
+        return Budget(self.model, anatomy, make, self.options)
+
     def meets(self, budget: float | str) -> bool:
         """Whether this pruning costs, at its schedule's end, what ``prunex.attach(model, method, budget=...)`` would.
 
@@ -179,8 +184,23 @@ class Pruning:
         Raises:
             PrunexError: For a budget that is none or out of reach, or a method without a rate to set.
         """
-        anatomy, make = self._attached.current(self.model), lookup("pruner", self.method).make
-        return Budget(self.model, anatomy, make, self.options).meets(budget)
+        return self._budget.meets(budget)
+
+    def budgeted(self) -> list[str]:
+        """Names of the options that a budget sets, such as ``keep_ratio``.
+
+        Raises:
+            PrunexError: For a method without a rate to set.
+        """
+        return self._budget.turned()
+
+    def macs(self) -> int:
+        """Multiply-adds of one image at the schedule's end; :func:`prunex.cost` counts them as they are now."""
+        return self._budget.macs(self.options)
+
+    def dense_macs(self) -> int:
+        """Multiply-adds of one image without this pruning."""
+        return self._budget.dense
 
     def load_official(self, state: Mapping[str, Any]) -> Pruning:
         """Load weights of the method's official repository, by their published names.

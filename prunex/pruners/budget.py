@@ -23,12 +23,12 @@ _WRITTEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)macs?\s*", re.I
 Shares = tuple[float, ...]
 
 
-def check_budget(budget: Any, dense: int) -> float:
+def check_budget(budget: Any, dense: int = 1) -> float:
     """Multiply-adds of one image that a budget allows.
 
     Args:
         budget: Share of the dense model's in (0, 1], or a number of them such as "2.9GMACs" or "400MMACs".
-        dense: Multiply-adds of the dense model.
+        dense: Multiply-adds of the dense model; of no matter where only the form is checked.
 
     Raises:
         PrunexError: For anything else.
@@ -85,7 +85,7 @@ class Budget:
         """
         target = check_budget(budget, self.dense)
         name = self.make.name
-        for option in self._turned():
+        for option in self.turned():
             if option in self.options:
                 raise PrunexError(
                     f"budget={budget!r} and {option}={self.options[option]!r} both say how much is kept: give one"
@@ -118,7 +118,7 @@ class Budget:
             PrunexError: As for :meth:`solve`.
         """
         target, found = check_budget(budget, self.dense), self.macs(self.options)
-        turned = self._turned()
+        turned = self.turned()
         if abs(found - target) <= CLOSE * target:
             return True
         others = {k: v for k, v in self.options.items() if k not in turned}
@@ -126,8 +126,12 @@ class Budget:
             warnings.simplefilter("ignore")
             return found == self.macs(Budget(self.model, self.anatomy, self.make, others).solve(budget))
 
-    def _turned(self) -> list[str]:
-        """Names of the options that a budget sets."""
+    def turned(self) -> list[str]:
+        """Names of the options that a budget sets.
+
+        Raises:
+            PrunexError: For a method without a rate to set; its settings' costs are told.
+        """
         turned = list(self.make.knob(self.anatomy, (0.5,)))
         if turned and all(option in accepted(self.make) for option in turned):
             return turned

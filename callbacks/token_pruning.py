@@ -20,6 +20,7 @@ import prunex
 from prunex.callbacks.monitor import decisions
 from prunex.checks import check_number
 from prunex.errors import PrunexError
+from prunex.pruners.budget import check_budget
 from prunex.vit.anatomy import find
 
 CHECKPOINT_KEY = "prunex"
@@ -31,24 +32,30 @@ class TokenPruning(Callback):
 
     Losses of the pruner are added to what ``training_step`` returns; schedules follow the trainer's progress. Logged
     every epoch: ``prunex/loss_*`` (each auxiliary loss), ``prunex/keep_ratio_stage*`` (realised in training) and, in
-    validation, ``prunex/val_keep_ratio_stage*`` and ``prunex/gmacs`` (per image at inference).
+    validation, ``prunex/val_keep_ratio_stage*`` and ``prunex/gmacs`` (per image at inference; with a budget also
+    ``prunex/gmacs_budget``, what it allows).
 
     The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. The checkpoint
     says how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`.
 
     Args:
         method: "topk", "evit" or "dynamicvit"; ``prunex methods`` lists them.
-        keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage.
+        keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage. None: the method's
+            default (0.7), or what the budget needs.
         stages: Block indices; None takes a quarter, half and three quarters of the depth.
         options: Further options of the method, such as ``{"fuse": False}``.
+        budget: What the pruned model may cost instead of a keep ratio, as for :func:`prunex.attach`: 0.65 of the dense
+            multiply-adds, or "2.9GMACs". It is solved when the pruner is attached; checkpoints hold the keep ratio. A
+            model that is pruned already, as after a resume, must meet it.
         model: Dotted path of the ViT in the module, when it holds several.
         backbone_lr_scale: Share of each optimiser step that reaches parameters other than the pruner's own, in
             [0, 1] (DynamicViT's recipe: 0.01). Any optimiser and schedule; costs a copy of the parameters.
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
 
     Raises:
-        PrunexError: At once for numbers out of range; in ``setup`` for an unknown method or option, no ViT or several,
-            a second TokenPruning, or manual optimisation with a method that brings losses.
+        PrunexError: At once for numbers out of range, or a budget beside a keep ratio; in ``setup`` for an unknown
+            method or option, a budget out of reach, no ViT or several, a second TokenPruning, or manual optimisation
+            with a method that brings losses.
 
     >>> from prunex.callbacks import TokenPruning
     >>> TokenPruning("evit", keep_ratio=0.7, options={"fuse": False}).method
@@ -58,17 +65,29 @@ class TokenPruning(Callback):
     def __init__(
         self,
         method: str = "dynamicvit",
-        keep_ratio: float | list[float] = 0.7,
+        keep_ratio: float | list[float] | None = None,
         stages: list[int] | None = None,
         options: dict[str, Any] | None = None,
         model: str | None = None,
         backbone_lr_scale: float = 1.0,
         freeze_backbone: float = 0.0,
+        budget: float | str | None = None,
     ) -> None:
         super().__init__()
-        prunex.registry.lookup("pruner", method)
+        takes = inspect.signature(prunex.registry.lookup("pruner", method).make).parameters
         self.method = method
-        self.options: dict[str, Any] = {**(options or {}), "keep_ratio": keep_ratio}
+        self.options: dict[str, Any] = dict(options or {})
+        if budget is not None:
+            check_budget(budget)
+            if keep_ratio is not None:
+                raise PrunexError(
+                    f"budget={budget!r} and keep_ratio={keep_ratio!r} both say how much is kept: give one"
+                )
+        elif keep_ratio is None and "keep_ratio" in takes:
+            keep_ratio = self.options.get("keep_ratio", takes["keep_ratio"].default)
+        if keep_ratio is not None:
+            self.options["keep_ratio"] = keep_ratio
+        self.budget = budget
         if stages is not None:
             self.options["stages"] = list(stages)
         self.model = model
@@ -94,6 +113,11 @@ class TokenPruning(Callback):
             self._attach(pl_module)
         if stage == "fit":
             self._wrap_training_step(pl_module)
+
+    @staticmethod
+    def _rates(pruning: prunex.Pruning) -> str:
+        """What a budget set, in words."""
+        return ", ".join(f"{name}={pruning.options[name]!r}" for name in pruning.budgeted())
 
     def _brings_losses(self) -> bool:
         return bool(prunex.registry.lookup("pruner", self.method).make.trains_masked)  # type: ignore[attr-defined]
@@ -121,10 +145,15 @@ class TokenPruning(Callback):
     def _attach(self, module: LightningModule) -> None:
         found = prunex.attached(module, self.model)
         if found is None:
-            found = prunex.attach(module, self.method, path=self.model, **self.options)
+            found = prunex.attach(module, self.method, path=self.model, budget=self.budget, **self.options)
         elif found.method != self.method:
             raise PrunexError(
                 f"the model is pruned by {found.method} already: detach() it, or ask for {found.method} here"
+            )
+        elif self.budget is not None and not found.meets(self.budget):
+            raise PrunexError(
+                f"the model is pruned already with {self._rates(found)}, which does not meet budget={self.budget!r}: "
+                "detach() it first with prunex.attached(module).detach(), or leave the budget out here"
             )
         for name, wanted in self.options.items():
             has = found.options.get(name)
@@ -207,6 +236,12 @@ class TokenPruning(Callback):
             return
         tokens = self.pruning.counts()
         rank_zero_info(f"prunex: {self.method} leaves {tokens} patch tokens after blocks {self.pruning.pruner.stages}")
+        if self.budget is not None:
+            spent, dense = self.pruning.macs(), self.pruning.dense_macs()
+            rank_zero_info(
+                f"prunex: budget {self.budget} gives {self._rates(self.pruning)}: {spent / 1e9:.4g} of "
+                f"{dense / 1e9:.4g} GMACs, {100 * spent / dense:.1f} %"
+            )
         if self._brings_losses() and not self.pruning.model.training:
             rank_zero_warn(f"the ViT is in eval mode, so {self.method} learns nothing: call module.train() before fit")
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -296,6 +331,9 @@ class TokenPruning(Callback):
         """Log multiply-adds per image at the present rates."""
         if self.pruning is not None and not trainer.sanity_checking:
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
+            if self.budget is not None:
+                allowed = check_budget(self.budget, self.pruning.dense_macs()) / 1e9
+                pl_module.log("prunex/gmacs_budget", allowed, rank_zero_only=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the model is pruned, so that a checkpoint can be opened without this callback."""

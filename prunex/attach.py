@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, strip_official
+from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
+from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import masked_pool, run
+from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
 
@@ -58,12 +59,12 @@ class Attached(nn.Module):
             self.anatomy = read(model)
         return self.anatomy
 
-    def features(self, model: VisionTransformer, images: Tensor) -> Tensor:
-        """The pruned ``forward_features``: [B, prefix + n, D]."""
+    def features(self, model: VisionTransformer, images: Tensor, watch: Watch | None = None) -> Tensor:
+        """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
         anatomy = self.current(model)
-        tokens, state = run(model, images, anatomy, (pruner,), masked=masked)
+        tokens, state = run(model, images, anatomy, (pruner,), masked=masked, watch=watch)
         self.policy = state.policy
         self.trace = state.trace.detach()
         self.last = None
@@ -169,6 +170,38 @@ class Pruning:
         gh, gw = self._attached.current(self.model).grid
         return self.pruner.counts(gh * gw if patches is None else patches)
 
+    @property
+    def _budget(self) -> Budget:
+        anatomy, make = self._attached.current(self.model), lookup("pruner", self.method).make
+        return Budget(self.model, anatomy, make, self.options)
+
+    def meets(self, budget: float | str) -> bool:
+        """Whether this pruning costs, at its schedule's end, what ``prunex.attach(model, method, budget=...)`` would.
+
+        Args:
+            budget: As for :func:`prunex.attach`.
+
+        Raises:
+            PrunexError: For a budget that is none or out of reach, or a method without a rate to set.
+        """
+        return self._budget.meets(budget)
+
+    def budgeted(self) -> list[str]:
+        """Names of the options that a budget sets, such as ``keep_ratio``.
+
+        Raises:
+            PrunexError: For a method without a rate to set.
+        """
+        return self._budget.turned()
+
+    def macs(self) -> int:
+        """Multiply-adds of one image at the schedule's end; :func:`prunex.cost` counts them as they are now."""
+        return self._budget.macs(self.options)
+
+    def dense_macs(self) -> int:
+        """Multiply-adds of one image without this pruning."""
+        return self._budget.dense
+
     def load_official(self, state: Mapping[str, Any]) -> Pruning:
         """Load weights of the method's official repository, by their published names.
 
@@ -231,21 +264,27 @@ class Pruning:
         return f"Pruning({self.method!r}, {options})"
 
 
-def attach(model: nn.Module, method: str, *, path: str | None = None, **options: Any) -> Pruning:
+def attach(
+    model: nn.Module, method: str, *, path: str | None = None, budget: float | str | None = None, **options: Any
+) -> Pruning:
     """Make a timm ViT prune its tokens, in place.
 
     Args:
         model: A supported ViT, or any module that holds exactly one.
         method: A pruner's name; :func:`prunex.methods` lists them.
         path: Dotted path to the ViT when ``model`` holds several.
+        budget: What the pruned model may cost at its own image size, instead of ``keep_ratio``: a share of the dense
+            multiply-adds in (0, 1], or "2.9GMACs", "400MMACs" for one image. The rates are solved for in closed form
+            and then are options like any others: :func:`prunex.cost` agrees with the budget within 1 %, or a warning
+            says how near whole tokens let it come.
         **options: The method's own, such as ``keep_ratio`` in (0, 1] and ``stages`` (block indices).
 
     Returns:
         The handle: trace, losses, progress, detach.
 
     Raises:
-        PrunexError: Unknown method or option, a value out of range, no ViT or several, an unsupported family, or a
-            model that is pruned already. The model is then unchanged.
+        PrunexError: Unknown method or option, a value out of range, a budget out of reach or beside the option it sets,
+            no ViT or several, an unsupported family, or a model that is pruned already. The model is then unchanged.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
@@ -254,9 +293,11 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
     >>> pruning.trace.kept().shape, pruning.counts()
     (torch.Size([2, 14, 14]), [139, 99, 71])
     >>> _ = pruning.detach()
+    >>> prunex.attach(model, "evit", budget="0.9GMACs").options["keep_ratio"]
+    0.769
     """
     make = lookup("pruner", method).make
-    allowed = [n for n in inspect.signature(make).parameters if n != "anatomy"]
+    allowed = accepted(make)
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {method}", name, allowed)
@@ -264,6 +305,8 @@ def attach(model: nn.Module, method: str, *, path: str | None = None, **options:
     if hasattr(vit, CHILD):
         raise PrunexError(f"{type(vit).__name__} is pruned already by {getattr(vit, CHILD).method}: detach() it first")
     anatomy = check_parity(vit)
+    if budget is not None:
+        options = Budget(vit, anatomy, make, options).solve(budget)
     pruner: TokenPruner = make(anatomy, **options)
     pruner.prepare(vit)
     weight = next(vit.parameters())

@@ -29,6 +29,7 @@ def curves(
     percent: bool = False,
     xlabel: str = "step",
     size: tuple[int, int] = (640, 360),
+    bands: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Picture:
     """Lines of numbers over steps, in one chart.
 
@@ -40,6 +41,8 @@ def curves(
         percent: Show values as per cent of 1.
         xlabel: What the steps count.
         size: Width and height in pixels.
+        bands: For some of the names the lower and upper end [N] of a faint band around the line, such as the spread over
+            seeds.
 
     Returns:
         uint8 [height, width, 3].
@@ -53,7 +56,7 @@ def curves(
     figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     with rc_context({"text.usetex": False}):
-        _draw(figure, metrics, title, percent, xlabel, ink="#1b1f24")
+        _draw(figure, metrics, title, percent, xlabel, ink="#1b1f24", bands=bands or {})
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -108,6 +111,7 @@ def _draw(
     percent: bool,
     xlabel: str,
     ink: str,
+    bands: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> None:
     lines = {name: line for name, (steps, values) in metrics.items() if (line := _line(name, steps, values))}
     if not lines:
@@ -122,6 +126,10 @@ def _draw(
         mark = "o" if len(values) <= 20 else None
         label = f" {name}".replace("$", r"\$")  # a leading underscore would hide the line from the legend
         axes.plot(steps, values, color=color, linewidth=2, marker=mark, markersize=4, label=label)
+    for (name, (steps, _)), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
+        if bands and name in bands:
+            low, high = (_band(name, steps, end) for end in bands[name])
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if percent:
@@ -147,6 +155,13 @@ def _line(name: str, steps: Any, values: Any) -> tuple[Floats, Floats] | None:
         raise PrunexError(f"curve {name!r} has steps {x.shape} and values {y.shape}: give two lists of one length")
     finite = np.isfinite(x) & np.isfinite(y)
     return (x[finite], y[finite]) if finite.any() else None
+
+
+def _band(name: str, steps: Floats, values: Any) -> Floats:
+    end = as_numpy(values).astype(float)
+    if end.shape != steps.shape:
+        raise PrunexError(f"the band of {name!r} has {end.shape} values for {steps.shape} points: give one a point")
+    return end
 
 
 def _running_mean(values: Floats, window: int) -> Floats:

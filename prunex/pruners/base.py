@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Keep, Mask, TokenState
 
@@ -48,6 +50,8 @@ class TokenPruner(nn.Module):
         keep_ratio: Share of patch tokens kept at a stage, in (0, 1]; or one share a stage.
         stages: Rising 0-based block indices. None: three, at a quarter, half and three quarters of the depth
             ((3, 6, 9) of 12).
+        **schedule: How the rates fall while training, see :class:`prunex.pruners.schedules.ScheduleOptions`. A method
+            that decides by :meth:`rate` offers them by a ``**schedule`` of its own, which it hands on.
     """
 
     name = ""
@@ -55,7 +59,11 @@ class TokenPruner(nn.Module):
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
 
     def __init__(
-        self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
+        self,
+        anatomy: Anatomy,
+        keep_ratio: float | Sequence[float] = 0.7,
+        stages: Sequence[int] | None = None,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__()
         self.stages = check_stages(stages, anatomy.depth)
@@ -65,6 +73,31 @@ class TokenPruner(nn.Module):
             "keep_ratio": list(self.rates) if isinstance(keep_ratio, Sequence) else float(keep_ratio),
             "stages": list(self.stages),
         }
+        self.schedule = check_schedule(**schedule)
+        if "schedule" in accepted(type(self)):
+            self.options |= self.schedule.options
+
+    @classmethod
+    def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
+        """The options that a budget sets, from one share in (0, 1] a stage; 1 prunes nothing there.
+
+        Cost must not fall as a share rises. A method with something else than ``keep_ratio`` to turn overrides this,
+        one with nothing to turn returns ``{}`` and tells its :meth:`settings`.
+
+        Args:
+            anatomy: Of the model to be pruned.
+            shares: One a stage, as many as the pruner's ``stages``; a single one stands for all.
+        """
+        return {"keep_ratio": shares[0] if len(set(shares)) == 1 else list(shares)}
+
+    @classmethod
+    def settings(cls, anatomy: Anatomy) -> list[dict[str, Any]]:
+        """Options worth choosing between, of a method without a free rate; whoever asks a budget is told their cost."""
+        return []
+
+    def rate(self, stage: int) -> float:
+        """The keep rate in force at a stage, at the present progress."""
+        return self.schedule.rate(self.rates[stage], self.progress)
 
     def rows(self) -> frozenset[int]:
         """Blocks whose read-out attention row is needed between the halves."""
@@ -102,7 +135,26 @@ class TokenPruner(nn.Module):
         return {}
 
     def inference_only(self) -> None:
-        """Drop what only training needs."""
+        """Drop what only training needs. The rates stay those in force now, so that logits stay as they were."""
+        if self.schedule == Schedule():
+            return
+        self.rates = tuple(self.rate(s) for s in range(len(self.stages)))
+        self.schedule = Schedule()
+        even = len(set(self.rates)) == 1
+        self.options |= {"keep_ratio": self.rates[0] if even else list(self.rates), **self.schedule.options}
+
+
+def accepted(make: Callable[..., Any]) -> list[str]:
+    """Names of the options that a pruner's constructor takes, those that it hands on as ``**schedule`` included.
+
+    >>> from prunex.pruners import EViT
+    >>> accepted(EViT)
+    ['keep_ratio', 'stages', 'fuse', 'schedule', 'shrink_start', 'shrink_length']
+    """
+    parameters = inspect.signature(make).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "anatomy"]
+    handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return names + list(ScheduleOptions.__annotations__) * handed_on
 
 
 def top(score: Tensor, k: int, present: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, floor_share, top
+from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Keep, Mask, TokenState
@@ -84,6 +85,8 @@ class DynamicViT(TokenPruner):
         distill_weight: Of the two distillation losses.
         token_loss: "mse" (DeiT) or "kl" (the authors' switch for token distributions).
         batch_ratio: Hold the ratio on the batch mean instead of on every image.
+        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
+            of training): the targets of the ratio loss fall with the rates. By default, as in the paper, they do not.
     """
 
     name = "dynamicvit"
@@ -99,8 +102,9 @@ class DynamicViT(TokenPruner):
         distill_weight: float = 0.5,
         token_loss: Literal["mse", "kl"] = "mse",
         batch_ratio: bool = False,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages)
+        super().__init__(anatomy, keep_ratio, stages, **schedule)
         if token_loss not in ("mse", "kl"):
             raise unknown("token_loss", token_loss, ("mse", "kl"))
         if anatomy.width < 4:
@@ -137,17 +141,29 @@ class DynamicViT(TokenPruner):
         s = self.stages.index(block)
         if self.targets[s] >= 1:
             return None
+        target, drawing = self.target(s), state.training and state.masked
+        k = floor_share(target, state.trace.grid[0] * state.trace.grid[1])
+        if not drawing and k >= state.left:  # nobody leaves, so nobody need be scored
+            return None
         logp = self.predictors[s](state.patches, state.present).float()
         score = logp[..., 0]
-        if state.training and state.masked:
+        if not drawing:
+            return Keep(top(score, k, state.present), score)
+        if target >= 1:  # before the schedule's start: all stay, and DDP still sees the predictor used
+            drawn = torch.ones_like(score) + 0 * score
+        else:
             drawn = F.gumbel_softmax(logp, tau=1.0, hard=True, dim=-1)[..., 0]
-            return Mask(drawn if state.present is None else drawn * state.present, score)
-        k = floor_share(self.targets[s], state.trace.grid[0] * state.trace.grid[1])
-        return None if k >= state.left else Keep(top(score, k, state.present), score)
+        return Mask(drawn if state.present is None else drawn * state.present, score)
+
+    def target(self, stage: int) -> float:
+        """The share of the original patches aimed at after a stage, at the present progress."""
+        if self.progress >= self.schedule.start + self.schedule.length:
+            return self.targets[stage]
+        return math.prod(self.rate(s) for s in range(stage + 1))
 
     def counts(self, patches: int) -> list[int]:
         """Patch tokens after each stage."""
-        return [floor_share(t, patches) for t in self.targets]
+        return [floor_share(self.target(s), patches) for s in range(len(self.stages))]
 
     def macs(self, entering: int) -> int:
         """One predictor over the entering patches: n (D^2 + D^2/2 + D^2/8 + D/2)."""
@@ -159,7 +175,7 @@ class DynamicViT(TokenPruner):
         losses: dict[str, Tensor] = {}
         if not forward.masks:
             return losses
-        targets = [t for t in self.targets if t < 1]
+        targets = [self.target(s) for s, end in enumerate(self.targets) if end < 1]
         shares = [m.mean(1) for m in forward.masks]
         if self.batch_ratio:
             shares = [s.mean() for s in shares]
@@ -214,7 +230,9 @@ class DynamicViT(TokenPruner):
         return own
 
     def inference_only(self) -> None:
-        """Let the teacher go."""
+        """Let the teacher go, and keep the targets in force now."""
+        super().inference_only()
+        self.targets = tuple(math.prod(self.rates[: s + 1]) for s in range(len(self.stages)))
         self._teacher = ()
         self.distills = False
         self.options["teacher"] = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Unpack
 
-from prunex.checks import check_flag, check_number
-from prunex.errors import PrunexError
+from prunex.checks import check_flag
+from prunex.pruners.schedules import ScheduleOptions
 from prunex.pruners.topk import TopK
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
@@ -21,16 +21,16 @@ class EViT(TopK):
     through a. Only patches are ever dropped: class, distillation and register tokens stay where they are (the authors'
     code protects index 0 alone).
 
-    In training the keep rate may fall along a cosine: 1 before ``shrink_start``, then
-    base + (1 - base) (cos(pi (t - start) / length) + 1) / 2, and the base rate from ``shrink_start + shrink_length``.
+    In training the keep rate may fall along a cosine, as in the authors' training from scratch, or a line: see
+    :class:`prunex.pruners.schedules.Schedule`. By default the base rate holds at once, as in their fine-tuning.
 
     Args:
         anatomy: Of the model.
         keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
         stages: Blocks that shrink.
         fuse: Whether dropped patches leave a fused token.
-        shrink_start: Fraction of training with everything kept; 0 as in the authors' fine-tuning.
-        shrink_length: Fraction of training the rate falls over; 0 goes to the base rate at once.
+        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
+            of training).
     """
 
     name = "evit"
@@ -41,36 +41,8 @@ class EViT(TopK):
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
         fuse: bool = True,
-        shrink_start: float = 0.0,
-        shrink_length: float = 0.0,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages)
+        super().__init__(anatomy, keep_ratio, stages, **schedule)
         self.fuses = check_flag("fuse", fuse)
-        self.shrink_start = check_number("shrink_start", shrink_start, 0, 1)
-        self.shrink_length = check_number("shrink_length", shrink_length, 0, 1)
-        if self.shrink_start + self.shrink_length > 1:
-            raise PrunexError(
-                f"shrink_start={shrink_start} plus shrink_length={shrink_length} is more than the whole training: "
-                "their sum may be at most 1"
-            )
-        self.options |= {"fuse": self.fuses, "shrink_start": self.shrink_start, "shrink_length": self.shrink_length}
-
-    def rate(self, stage: int) -> float:
-        """The keep rate in force at a stage, at the present progress."""
-        base, t, start, length = self.rates[stage], self.progress, self.shrink_start, self.shrink_length
-        if t >= start + length:
-            return base
-        if t < start:
-            return 1.0
-        return base + (1 - base) * (math.cos(math.pi * (t - start) / length) + 1) / 2
-
-    def inference_only(self) -> None:
-        """A finished model keeps the rates in force now, so that its logits stay as they were."""
-        self.rates = tuple(self.rate(s) for s in range(len(self.stages)))
-        self.shrink_start = self.shrink_length = 0.0
-        even = len(set(self.rates)) == 1
-        self.options |= {
-            "keep_ratio": self.rates[0] if even else list(self.rates),
-            "shrink_start": 0.0,
-            "shrink_length": 0.0,
-        }
+        self.options["fuse"] = self.fuses

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from prunex.pruners.base import TokenPruner, ceil_share, top
+from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Keep, Mask, TokenState
@@ -20,6 +22,8 @@ class TopK(TokenPruner):
 
     The model keeps its fused attention kernel: the class row is computed alone. Models that pool patches instead of
     reading a class token are scored by the mean attention their pooled tokens pay (this rule is ours, not the paper's).
+    The rates may fall while training (``schedule``, ``shrink_start``, ``shrink_length``: see
+    :class:`prunex.pruners.schedules.Schedule`); by default the base rates hold at once.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
@@ -34,14 +38,14 @@ class TopK(TokenPruner):
     fuses = False
 
     def __init__(
-        self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
+        self,
+        anatomy: Anatomy,
+        keep_ratio: float | Sequence[float] = 0.7,
+        stages: Sequence[int] | None = None,
+        **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages)
+        super().__init__(anatomy, keep_ratio, stages, **schedule)
         self.anatomy = anatomy
-
-    def rate(self, stage: int) -> float:
-        """The keep rate in force at a stage now."""
-        return self.rates[stage]
 
     def rows(self) -> frozenset[int]:
         """Blocks whose class row ranks the patches."""

@@ -21,9 +21,9 @@ from torch import nn
 import prunex
 from prunex.attach import attach, attached
 from prunex.errors import PrunexError
-from prunex.metrics.cost import cost
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import build, describe, find, read
+from prunex.vit.cost import cost
 
 VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -33,6 +33,7 @@ class TokenState:
         keys: Weights of tokens as attention keys, or None; they follow their tokens.
         ops: How elementary operations are carried out; None: plainly.
         decisions: What was decided so far, in order.
+        leaving: The patch tokens [B, n, D] each stage was given, where somebody watches; else None.
     """
 
     tokens: Tensor
@@ -47,6 +48,7 @@ class TokenState:
     keys: KeyWeights | None = None
     ops: Arithmetic | None = None
     decisions: list[Decision] = field(default_factory=list)
+    leaving: list[Tensor] | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -196,6 +198,8 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
         return []
     added = []
     for one in answer if isinstance(answer, Sequence) else [answer]:
+        if state.leaving is not None:
+            state.leaving.append(state.patches)
         if isinstance(one, Mask):
             stage = _mask(one, block, state)
         elif state.masked:

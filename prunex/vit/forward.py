@@ -22,6 +22,7 @@ from prunex.vit.anatomy import Anatomy, check_images, read
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, TokenState, apply
+from prunex.vit.intermediates import Watch
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import TokenTrace
 
@@ -211,6 +212,7 @@ def run(
     pruners: Sequence[Pruner] = (),
     tape: Tape | None = None,
     masked: bool = False,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, TokenState]:
     """Images through all blocks and the final norm, with pruners deciding and a tape recording.
 
@@ -221,6 +223,7 @@ def run(
         pruners: Asked in this order at every place.
         tape: Records what it asks for, or None.
         masked: Dropped tokens keep their slots under a policy instead of leaving the tensor.
+        watch: Is shown the stream after every block, and may want no more than the first ones; or None.
 
     Returns:
         Tokens [B, prefix + n_last, D] after the final norm, and the final state with its trace.
@@ -228,7 +231,7 @@ def run(
     check_images(anatomy, images)
     _check_dtype(model, images)
     x, grid = embed(model, images, PLAIN if tape is None else tape.ops)
-    return encode(model, x, grid, anatomy, pruners, tape, masked)
+    return encode(model, x, grid, anatomy, pruners, tape, masked, watch=watch)
 
 
 def encode(
@@ -240,6 +243,7 @@ def encode(
     tape: Tape | None = None,
     masked: bool = False,
     keys: KeyWeights | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, TokenState]:
     """Embedded tokens through all blocks and the final norm; :func:`run` without the embedding.
 
@@ -252,6 +256,7 @@ def encode(
         tape: Records what it asks for, or None.
         masked: Dropped tokens keep their slots.
         keys: Weights of the tokens as attention keys in every block, or None.
+        watch: As for :func:`run`.
 
     Returns:
         Tokens [B, prefix + n_last, D] after the final norm (only those that the head reads, where the tape asked for no
@@ -267,7 +272,12 @@ def encode(
         wanted.update(pruner.rows())
     recompute = model.grad_checkpointing and torch.is_grad_enabled() and tape is None
     last = len(model.blocks) - 1
-    for i, block in enumerate(model.blocks):
+    if watch is not None:
+        state.leaving = []
+    blocks = list(model.blocks)[: None if watch is None else watch.stop]
+    for i, block in enumerate(blocks):
+        if watch is not None and i:
+            watch.after(i - 1, state)
         if tape is not None and i < tape.graph_from:
             off: Any = torch.no_grad()
         else:
@@ -313,6 +323,8 @@ def encode(
             if tape is not None and fed is not None:
                 fed.block = i
                 tape.steps.append(fed)
+    if watch is not None:
+        watch.after(len(blocks) - 1, state)
     state.tokens = (PLAIN if tape is None else tape.ops).norm(model.norm, state.tokens)
     return state.tokens, state
 

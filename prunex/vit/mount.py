@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, read
 from prunex.vit.forward import run
+from prunex.vit.intermediates import intermediates
 from prunex.vit.tape import Tape
 
 _METHODS = ("forward_features", "forward_head", "pool", "forward_intermediates")
 
 
 def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    if attn_mask is not None or any(kwargs.values()):
-        raise PrunexError("attn_mask and is_causal cannot be combined with token pruning: call detach() first")
+    _check_no_mask(attn_mask, *kwargs.values())
     return self.prunex.features(self, x)
+
+
+def _check_no_mask(attn_mask: Tensor | None, *flags: Any) -> None:
+    if attn_mask is not None or any(flags):
+        raise PrunexError("attn_mask and is_causal cannot be combined with token pruning: call detach() first")
 
 
 def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -36,14 +41,15 @@ def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
     return out
 
 
-def _forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
-    raise PrunexError(
-        "forward_intermediates of a pruned model has no full grid to return: detach() first, or read pruning.trace"
-    )
+def _forward_intermediates(
+    self: Any, x: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
+) -> Any:
+    _check_no_mask(attn_mask, is_causal)
+    return intermediates(self, x, *args, **kwargs)
 
 
 def put_on(model: VisionTransformer) -> None:
-    """Route the model's forward through ``model.prunex`` (an object with features, pool and saw_logits)."""
+    """Route the model's forward through ``model.prunex`` (an object with features, pool, saw_logits)."""
     ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
     for name, function in zip(_METHODS, ours, strict=True):
         model.__dict__[name] = MethodType(function, model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +85,25 @@ class Stage:
         body = body.scatter_add(1, group, weight * values[:, prefix:])
         return torch.cat([values[:, :prefix], torch.where(total > 0, body, 1)], 1)
 
+    def back(self, values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Give each token before the stage the vector of the token it went into; of several ones, their mean.
+
+        Args:
+            values: float [B, n_out, D].
+            there: bool [B, n_out], which of them stand for something.
+
+        Returns:
+            float [B, n_in, D] of the same dtype (0 for tokens that were removed), and bool [B, n_in]: which were not.
+        """
+        group = self.group if self.group.ndim == 3 else self.group.unsqueeze(-1)
+        b, n, m = group.shape
+        at = group.clamp(min=0).flatten(1)
+        found = values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[2])).view(b, n, m, -1)
+        used = (group >= 0) & there.gather(1, at).view(b, n, m)
+        found = found.masked_fill(~used.unsqueeze(-1), 0)
+        total = found.squeeze(2) if m == 1 else found.sum(2) / used.sum(2, keepdim=True).clamp(min=1)
+        return total, used.any(2)
+
 
 @dataclass
 class TokenTrace:
@@ -162,6 +183,85 @@ class TokenTrace:
             float [B, gh, gw] in 0..1: 1 for a kept patch, its weight inside a fused or merged token, 0 if removed.
         """
         return self._compose(stage)[1].unflatten(1, self.grid)
+
+    def scatter(self, tokens: Tensor, fill: float | Tensor = 0.0, channels_first: bool = False) -> Tensor:
+        """The dense grid back from the tokens that are left, for heads that need one vector a patch.
+
+        A kept patch gets its token, members of a fused or merged token get that token (of several pooled ones their
+        mean), removed patches get ``fill``. Gradients flow into the tokens and into ``fill``.
+
+        Args:
+            tokens: float [B, prefix + n, D], as ``forward_features`` returns them, or [B, n, D] without prefix tokens;
+                n is what the last stage left.
+            fill: A number; one vector, such as a mask token (D values, any shape of D alone); or a dense feature, as
+                [B, gh, gw, D] or [B, gh * gw, D] (with ``channels_first``: [B, D, gh, gw]), B may be 1.
+            channels_first: Return timm's NCHW.
+
+        Returns:
+            [B, gh, gw, D], or [B, D, gh, gw], in the dtype of the tokens.
+
+        Raises:
+            PrunexError: For tokens of another forward, or a ``fill`` that does not fit.
+
+        >>> trace = TokenTrace((1, 3), 1, 1, torch.device("cpu"))
+        >>> trace.stages.append(Stage(0, torch.tensor([[0, -1, 1]]), torch.tensor([[1.0, 0.0, 1.0]]), 2))
+        >>> trace.scatter(torch.tensor([[[9.0], [1.0], [2.0]]]), fill=-1.0).flatten().tolist()
+        [1.0, -1.0, 2.0]
+        """
+        left = self.stages[-1].n_out if self.stages else self.grid[0] * self.grid[1]
+        fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and tokens.is_floating_point()
+        if not fits or tokens.shape[0] != self.batch or tokens.shape[1] not in (left, self.prefix + left):
+            came = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise PrunexError(
+                f"tokens {came} are not of this trace's forward: give floats [{self.batch}, {self.prefix + left}, D], "
+                f"as forward_features returns them, or [{self.batch}, {left}, D] without prefix tokens"
+            )
+        body = tokens[:, -left:]
+        filling = self._filling(fill, body, channels_first)
+        full, there = self.unfold(body)
+        full = torch.where(there.unsqueeze(-1), full, filling).unflatten(1, self.grid)
+        return full.permute(0, 3, 1, 2).contiguous() if channels_first else full
+
+    def unfold(self, body: Tensor, leaving: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """The tokens that are left, given back to the patches they stand for.
+
+        Args:
+            body: float [B, n, D], the patch tokens after the last stage.
+            leaving: The patch tokens [B, n_in, D] that each stage was given: removed ones keep theirs. Empty: they
+                get 0.
+
+        Returns:
+            float [B, P, D], and bool [B, P]: which patches something is known of.
+        """
+        there = torch.ones(body.shape[:2], dtype=torch.bool, device=body.device)
+        for number in reversed(range(len(self.stages))):
+            body, there = self.stages[number].back(body, there)
+            if leaving:
+                body = torch.where(there.unsqueeze(-1), body, leaving[number])
+                there = torch.ones_like(there)
+        return body, there
+
+    def _filling(self, fill: Any, body: Tensor, channels_first: bool) -> Tensor:
+        """What removed patches get, ready to broadcast to [B, P, D]."""
+        if not isinstance(fill, Tensor):
+            if isinstance(fill, bool) or not isinstance(fill, int | float):
+                raise PrunexError(f"fill={fill!r} is not allowed: give a number or a tensor")
+            return body.new_full((1, 1, 1), fill)
+        width, patches = body.shape[2], self.grid[0] * self.grid[1]
+        batches = (1, self.batch)
+        grid = (width, *self.grid) if channels_first else (*self.grid, width)
+        if fill.numel() == 1 or (fill.numel() == width and fill.shape[-1] == width):
+            filling = fill.reshape(1, 1, -1)
+        elif fill.ndim == 4 and fill.shape[0] in batches and fill.shape[1:] == grid:
+            filling = (fill.permute(0, 2, 3, 1) if channels_first else fill).flatten(1, 2)
+        elif fill.ndim == 3 and fill.shape[0] in batches and fill.shape[1:] == (patches, width):
+            filling = fill
+        else:
+            raise PrunexError(
+                f"fill of shape {list(fill.shape)} does not fit: give a number, one vector [{width}], or a dense "
+                f"feature [{self.batch}, {', '.join(map(str, grid))}] or [{self.batch}, {patches}, {width}]"
+            )
+        return filling.to(body.dtype)
 
     def depth(self) -> Tensor:
         """Number of stages each patch survived as a token of its own: int64 [B, gh, gw] in 0..len(stages)."""

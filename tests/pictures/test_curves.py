@@ -44,6 +44,16 @@ def test_running_mean_of_a_constant_is_the_constant():
     assert np.allclose(_running_mean(np.full(100, 3.0), 9), 3.0)
 
 
+def test_a_band_lies_around_its_line():
+    line = {"a": ([0, 1], [0.5, 0.5]), "b": ([0, 1], [0.2, 0.8])}
+    plain = curves(line, size=(300, 200)).astype(int)
+    spread = curves(line, size=(300, 200), bands={"a": ([0.4, 0.4], [0.6, 0.6])}).astype(int)
+    changed = (plain != spread).any(-1)
+    assert 0.02 < changed.mean() < 0.3
+    with pytest.raises(PrunexError, match=r"the band of 'a' has \(1,\) values for \(2,\) points"):
+        curves(line, bands={"a": ([0.4], [0.6, 0.6])})
+
+
 def test_refused():
     with pytest.raises(PrunexError, match=r"curve 'a' has steps \(2,\) and values \(1,\): give two lists"):
         curves({"a": ([0, 1], [1.0])})

@@ -428,13 +428,12 @@ def test_attention_extras_cost_nothing_when_nobody_asks(monkeypatch):
     assert not calls
 
 
-def test_forward_intermediates_and_masks_are_refused_in_one_line():
+def test_masks_are_refused_in_one_line():
     model = tiny()
     x = images_for(model)
     with prunex.attach(model, "evit"):
         for call in (
-            lambda: model.forward_intermediates(x),
-            lambda: model.get_intermediate_layers(x, 2),
+            lambda: model.forward_intermediates(x, attn_mask=torch.zeros(17, 17)),
             lambda: model(x, attn_mask=torch.zeros(17, 17)),
         ):
             with pytest.raises(prunex.PrunexError, match=r"detach\(\)") as caught:

@@ -73,10 +73,26 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     """
     vit = find(model)[1]
     a = read(vit)
-    gh, gw = a.grid if image_size is None else _grid(a, image_size)
-    patches = gh * gw
     attached = getattr(vit, "prunex", None)
-    pruner = None if attached is None else attached.pruner
+    return count(
+        vit, None if attached is None else attached.pruner, a.grid if image_size is None else _grid(a, image_size)
+    )
+
+
+def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
+    """What a ViT would cost under a pruner that need not be attached to it.
+
+    Args:
+        vit: A supported ViT.
+        pruner: A token pruner made for it, or None for the dense model.
+        grid: Patch grid (gh, gw); None: the model's own.
+
+    Returns:
+        The cost of one image; ``params`` are those the model has now.
+    """
+    a = read(vit)
+    gh, gw = a.grid if grid is None else grid
+    patches = gh * gw
     left = dict(zip(pruner.stages, pruner.counts(patches), strict=True)) if pruner is not None else {}
     blocks, n = [], patches
     for i, block in enumerate(vit.blocks):

@@ -1,0 +1,125 @@
+"""Full grids out of the middle of a pruned forward: timm's ``forward_intermediates``, for dense heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from prunex.errors import PrunexError
+from prunex.vit.decisions import TokenState
+
+FORMATS = ("NCHW", "NLC")
+
+
+@dataclass
+class Watch:
+    """Asks one forward for the tokens after some blocks, as full grids.
+
+    Attributes:
+        model: The ViT.
+        wanted: Indices of the blocks asked for.
+        norm: Whether the final norm is applied to them.
+        fill: What patches that were removed get, as in :meth:`TokenTrace.scatter`; None: the token as it left.
+        channels_first: [B, D, gh, gw] instead of [B, P, D].
+        stop: How many blocks to run; None: all.
+        grids: Filled by the forward, block by block.
+        fronts: Prefix tokens [B, prefix, D], likewise.
+    """
+
+    model: Any
+    wanted: frozenset[int]
+    norm: bool = False
+    fill: float | Tensor | None = None
+    channels_first: bool = True
+    stop: int | None = None
+    grids: dict[int, Tensor] = field(default_factory=dict)
+    fronts: dict[int, Tensor] = field(default_factory=dict)
+
+    def after(self, block: int, state: TokenState) -> None:
+        """Take the stream as it leaves a block."""
+        if block not in self.wanted:
+            return
+        tokens = self.model.norm(state.tokens) if self.norm else state.tokens
+        prefix, trace = state.anatomy.prefix, state.trace
+        self.fronts[block] = tokens[:, :prefix]
+        if self.fill is None:
+            leaving = [self.model.norm(t) if self.norm else t for t in state.leaving or ()]
+            full = trace.unfold(tokens[:, prefix:], leaving)[0].unflatten(1, trace.grid)
+            self.grids[block] = full.permute(0, 3, 1, 2).contiguous() if self.channels_first else full.flatten(1, 2)
+        else:
+            full = trace.scatter(tokens, self.fill, self.channels_first)
+            self.grids[block] = full if self.channels_first else full.flatten(1, 2)
+
+
+def intermediates(
+    model: Any,
+    x: Tensor,
+    indices: int | Sequence[int] | None = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+    output_dict: bool = False,
+    fill: float | Tensor | None = None,
+) -> Any:
+    """What timm's ``forward_intermediates`` returns, of a pruned model.
+
+    Every grid is whole: a patch that is left has its token, members of a fused or merged token have that token, and a
+    patch that was removed has ``fill``. Without any pruning the results are timm's. The final features, where they are
+    returned, are those of ``forward_features``: the tokens that are left.
+
+    Args:
+        model: A pruned ViT.
+        x: Images [B, C, H, W].
+        indices: The last n blocks, or block indices (negative ones from the end); None: all.
+        return_prefix_tokens: Pair each grid with its prefix tokens.
+        norm: Apply the final norm to the intermediates (not to ``fill``).
+        stop_early: Stop after the last block asked for.
+        output_fmt: "NCHW" ([B, D, gh, gw]) or "NLC" ([B, gh * gw, D]).
+        intermediates_only: Leave the final features out.
+        output_dict: Return a dictionary instead.
+        fill: As in :meth:`TokenTrace.scatter`. None: each removed patch keeps the last value it had, the token as it
+            left.
+
+    Raises:
+        PrunexError: For blocks that do not exist, another format, or a ``fill`` that does not fit.
+    """
+    if output_fmt not in FORMATS:
+        raise PrunexError(f"output_fmt={output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
+    wanted = _chosen(indices, len(model.blocks))
+    watch = Watch(model, frozenset(wanted), norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
+    final = model.prunex.features(model, x, watch)
+    grids: list[Any] = [watch.grids[i] for i in wanted]
+    fronts = [watch.fronts[i] for i in wanted] if return_prefix_tokens and model.num_prefix_tokens else None
+    if output_dict:
+        told: dict[str, Any] = {"image_intermediates": grids}
+        if fronts is not None:
+            told["image_intermediates_prefix"] = fronts
+        return told if intermediates_only else {**told, "image_features": final}
+    if fronts is not None:
+        grids = list(zip(grids, fronts, strict=True))
+    return grids if intermediates_only else (final, grids)
+
+
+def _chosen(indices: Any, depth: int) -> list[int]:
+    """Block indices in rising order."""
+    wrong = PrunexError(f"indices={indices!r} is not allowed: give how many last blocks, or block indices, of {depth}")
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, bool):
+        raise wrong
+    if isinstance(indices, int):
+        if not 0 < indices <= depth:
+            raise wrong
+        return list(range(depth - indices, depth))
+    try:
+        listed = [int(i) for i in indices]
+    except (TypeError, ValueError):
+        raise wrong from None
+    if not listed or any(not -depth <= i < depth for i in listed):
+        raise wrong
+    return sorted({i % depth for i in listed})

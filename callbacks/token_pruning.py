@@ -210,7 +210,7 @@ class TokenPruning(Callback):
             module.log(f"{name}_stage{s}", share, on_step=False, on_epoch=True, sync_dist=True, batch_size=trace.batch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate if asked for, say what will be left, and watch the optimisers where a part of their steps counts."""
+        """Calibrate if need be, say what will be left, and watch the optimisers where a part of their steps counts."""
         if self.pruning is None:
             return
         if self.pruning.pruner.needs_calibration:

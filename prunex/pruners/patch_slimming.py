@@ -118,8 +118,9 @@ class PatchSlimming(TokenPruner):
             PrunexError: For another number of them, or one that is no rising list of positions within the one before.
         """
         want = f"give {len(self.stages)} lists of patch positions 0..{self.patches - 1}, one a block but the last"
-        if not isinstance(keep, Sequence) or isinstance(keep, str) or len(keep) != len(self.stages):
-            what = f"{len(keep)} lists" if isinstance(keep, Sequence) else type(keep).__name__
+        many = isinstance(keep, Sequence) and not isinstance(keep, str)
+        if not many or len(keep) != len(self.stages):
+            what = f"{len(keep)} lists" if many else type(keep).__name__
             raise PrunexError(f"keep has {what}: {want}")
         before = set(range(self.patches))
         sets = []
@@ -193,7 +194,7 @@ class PatchSlimming(TokenPruner):
         Raises:
             PrunexError: Where others removed patches before, and not as many of the set in every image.
         """
-        batch = len(state.tokens)
+        batch = state.tokens.shape[0]
         original = getattr(self, f"original_{block}")
         if state.masked:
             return Keep(original.expand(batch, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
-from prunex.callbacks.monitor import decisions
+from prunex.callbacks.monitor import decisions, parts_of
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.pruners.budget import check_budget
@@ -34,6 +34,9 @@ class TokenPruning(Callback):
     every epoch: ``prunex/loss_*`` (each auxiliary loss), ``prunex/keep_ratio_stage*`` (realised in training) and, in
     validation, ``prunex/val_keep_ratio_stage*`` and ``prunex/gmacs`` (per image at inference; with a budget also
     ``prunex/gmacs_budget``, what it allows).
+
+    A method that looks at images before it decides (``patch_slimming``) is calibrated once, when training starts, on
+    the first batches of the training data, unless it was before or a checkpoint brought what it found.
 
     The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. The checkpoint
     says how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`.
@@ -163,9 +166,12 @@ class TokenPruning(Callback):
                     f"prunex.attached(module).detach(), or ask for {has!r} here"
                 )
         self.pruning = found
+        self._tell(module, found)
+
+    def _tell(self, module: LightningModule, pruning: prunex.Pruning) -> None:
         if "pruning" in module.hparams and isinstance(module.hparams["pruning"], dict | None):
             # A module that rebuilds its structure itself needs to know it; an argument that only shares the name stays.
-            module.hparams["pruning"] = found.spec
+            module.hparams["pruning"] = pruning.spec
 
     def _wrap_training_step(self, module: LightningModule) -> None:
         if "training_step" in module.__dict__ and hasattr(module.training_step, "_prunex"):
@@ -231,9 +237,11 @@ class TokenPruning(Callback):
             module.log(f"{name}_stage{s}", share, on_step=False, on_epoch=True, sync_dist=True, batch_size=trace.batch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what will be left, and watch the optimisers where only part of their steps shall reach the backbone."""
+        """Calibrate if need be, say what will be left, and watch the optimisers where a part of their steps counts."""
         if self.pruning is None:
             return
+        if self.pruning.pruner.needs_calibration:
+            self._calibrate(trainer, pl_module, self.pruning)
         tokens = self.pruning.counts()
         rank_zero_info(f"prunex: {self.method} leaves {tokens} patch tokens after blocks {self.pruning.pruner.stages}")
         if self.budget is not None:
@@ -258,6 +266,19 @@ class TokenPruning(Callback):
             # and see none that the gradient scaler skips.
             self._undo.append(optimizer.register_step_pre_hook(self._remember).remove)
             self._undo.append(optimizer.register_step_post_hook(self._take_back).remove)
+
+    def _calibrate(self, trainer: Trainer, module: LightningModule, pruning: prunex.Pruning) -> None:
+        """Once, on the first batches of the training data; rank zero does it, the others take over what it found."""
+        if trainer.is_global_zero:
+            with torch.random.fork_rng(devices=[]):  # the training draws the numbers it would have drawn
+                report = pruning.calibrate(_batches(trainer.train_dataloader))
+            rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
+        if trainer.world_size > 1:
+            state: Any = None
+            if trainer.is_global_zero:
+                state = {k: v.cpu() for k, v in pruning.model.state_dict().items()}
+            pruning.model.load_state_dict(trainer.strategy.broadcast(state))
+        self._tell(module, pruning)
 
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Copy the backbone before a step."""
@@ -363,6 +384,20 @@ class TokenPruning(Callback):
         while self._undo:
             self._undo.pop()()
         self._before = []
+
+
+def _batches(loaders: Any) -> Iterator[Tensor]:
+    """Images of a training loader's batches (of the first one, where there are several)."""
+    while isinstance(loaders, Mapping | list | tuple):
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+    for batch in loaders:
+        found = parts_of(batch)
+        if not found:
+            raise PrunexError(
+                f"calibration found no images in the training batch ({type(batch).__name__}): give batches that hold a "
+                "float tensor [B, C, H, W], or calibrate before fit with prunex.attach(...).calibrate(images)"
+            )
+        yield found["images"]
 
 
 def load_from_checkpoint(

@@ -165,6 +165,22 @@ class Pruning:
         self._attached.last = None
         self._attached.policy = None
 
+    def calibrate(self, images: Any, **options: Any) -> Any:
+        """Let a method that decides once for all images look at some of them first; what it found is kept.
+
+        Args:
+            images: A data loader, or any iterable of batches (the first float [B, C, H, W] of each is taken), or one
+                such tensor.
+            **options: The method's own, such as ``tolerance`` of ``patch_slimming``.
+
+        Returns:
+            The method's report.
+
+        Raises:
+            PrunexError: For a method that needs none, options it does not know, or images the model cannot take.
+        """
+        return self.pruner.calibrate(self.model, images, **options)
+
     def counts(self, patches: int | None = None) -> list[int]:
         """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid."""
         gh, gw = self._attached.current(self.model).grid

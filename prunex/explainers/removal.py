@@ -79,7 +79,8 @@ class Removal:
         self.decisions: list[Decision] = []
         with torch.no_grad():
             self.tokens, self.grid = embed(model, images)
-            if attached is not None and selection == "adaptive":
+            # A pruner of fixed positions decides the same among fewer patches: anew is once more.
+            if attached is not None and selection == "adaptive" and not attached.pruner.fixed:
                 self.adaptive = attached.pruner
             elif attached is not None:
                 self.decisions = record(model, images, Tape(), masked=True).decisions

@@ -56,6 +56,7 @@ class TokenPruner(nn.Module):
 
     name = ""
     inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
+    fixed = False  # whether it keeps the same positions in every image, whatever else is there
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
 
     def __init__(
@@ -114,6 +115,28 @@ class TokenPruner(nn.Module):
     def between(self, block: int, state: TokenState) -> Keep | Mask | None:
         """Decide between a block's attention and its MLP; None leaves all as it is."""
         return None
+
+    def queries(self, block: int, state: TokenState) -> Tensor | None:
+        """The tokens that go on after a block's attention, where that is known before it: int64 [m], prefix included.
+
+        Only their queries are then computed; keys and values are those of all. What :meth:`between` answers for the
+        block must say the same. The last block may leave patches out that :meth:`between` drops nothing of: the head
+        reads prefix tokens alone, so nothing is decided there.
+        """
+        return None
+
+    def asking(self, block: int, left: int) -> int | None:
+        """Patch tokens whose queries are computed in a block, ``left`` of them after it; None: all that enter."""
+        return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it has to see images before it can decide anything, and has not yet."""
+        return False
+
+    def calibrate(self, model: VisionTransformer, images: Any, **options: Any) -> Any:
+        """Learn from images what it decides by; see the methods that do."""
+        raise PrunexError(f"{self.name} needs no calibration: it decides image by image")
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         """Weighted auxiliary losses (scalars) of one training forward."""

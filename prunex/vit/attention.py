@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 
@@ -47,6 +47,34 @@ def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor
     qkv = ops.linear(attn.qkv, x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     return ops.norm(attn.q_norm, q), ops.norm(attn.k_norm, k), v
+
+
+def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries of some tokens alone, keys and values of all, in plain arithmetic.
+
+    Args:
+        attn: timm's ``Attention``.
+        x: The normed tokens [B, N, D].
+        asking: Those of them that ask, [B, m, D].
+
+    Returns:
+        Queries [B, H, m, d], keys and values [B, H, N, d]; None where ``qkv`` is not the plain linear layer whose rows
+        can be computed apart (an adapter in its place, or somebody's hook on it).
+    """
+    qkv = attn.qkv
+    if type(qkv) is not nn.Linear or qkv._forward_hooks or qkv._forward_pre_hooks or qkv._backward_hooks:
+        return None
+    width = qkv.out_features // 3
+    bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
+    q = F.linear(asking, qkv.weight[:width], bias[0]).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+    both = F.linear(x, qkv.weight[width:], bias[1]).unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    k, v = both.unbind(0)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
+    """The tokens at some places, the same for all images; ``places`` as int64 [m], or as numbers."""
+    return x.index_select(dim, places if isinstance(places, Tensor) else torch.tensor(places, device=x.device))
 
 
 def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
@@ -95,7 +123,7 @@ def matrix(
     scale: float,
     policy: Tensor | None = None,
     keys: KeyWeights | None = None,
-    queries: tuple[int, ...] | None = None,
+    queries: tuple[int, ...] | Tensor | None = None,
     ops: Arithmetic = PLAIN,
 ) -> Tensor:
     """The softmax attention itself, [B, H, m, N], over the tokens that are there (and the query's own).
@@ -116,7 +144,7 @@ def matrix(
     seen = None
     if policy is not None:
         own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
-        seen = (policy > 0)[:, None, None, :] | (own if queries is None else own[list(queries)])
+        seen = (policy > 0)[:, None, None, :] | (own if queries is None else some(own, queries, 0))
     if keys is not None:
         scores = keys.on_scores(scores, seen)
     if seen is not None:

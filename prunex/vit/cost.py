@@ -14,11 +14,15 @@ from prunex.vit.anatomy import Anatomy, find, read
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One block's share: tokens (prefix included) in its attention and in its MLP, and its MACs."""
+    """One block's share: tokens (prefix included) in its attention and in its MLP, and its MACs.
+
+    ``query_tokens`` are those whose queries are computed; None: all in the attention.
+    """
 
     attention_tokens: int
     mlp_tokens: int
     macs: int
+    query_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
 
     Per block 3 n D A + n A D + 2 n^2 A for attention (A = heads * head width) and the MLP's linear layers over the
     tokens that reach it; plus patch embedding, head and the pruner's own decisions. Norms, biases and activations are
-    left out, as is usual.
+    left out, as is usual. Where only m of n tokens ask, attention is 2 n D A + 2 m D A + 2 m n A.
 
     Args:
         model: A supported ViT, or a module that holds exactly one.
@@ -102,7 +106,11 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
             decision = pruner.macs(n)
         entering = n if pruner is not None and pruner.inside else after
         n = after
-        blocks.append(_block(block, a.prefix + entering, a.prefix + n, decision))
+        asking = None if pruner is None else pruner.asking(i, n)
+        if asking is None:
+            blocks.append(_block(block, a.prefix + entering, a.prefix + n, decision))
+        else:
+            blocks.append(_slim_block(block, a.prefix + entering, a.prefix + asking, decision))
     projection = vit.patch_embed.proj
     embedding = patches * projection.weight.numel()
     heads = [h for h in (vit.head, getattr(vit, "head_dist", None)) if isinstance(h, nn.Linear)]
@@ -118,6 +126,15 @@ def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost
     mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
     macs = attending * linear + 2 * attending * attending * width + feeding * mlp + decision
     return BlockCost(attending, feeding, macs)
+
+
+def _slim_block(block: Any, attending: int, asking: int, decision: int) -> BlockCost:
+    """A block that computes queries, and all that follows them, for some tokens only."""
+    whole = _block(block, attending, asking, decision)
+    attn = block.attn
+    linear = attn.qkv.in_features * attn.qkv.out_features // 3 + attn.proj.in_features * attn.proj.out_features
+    spared = (attending - asking) * (linear + 2 * attending * attn.proj.in_features)
+    return BlockCost(attending, asking, whole.macs - spared, asking)
 
 
 def _grid(a: Anatomy, size: Sequence[int]) -> tuple[int, int]:

@@ -214,6 +214,24 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
     return added
 
 
+def carried_out(d: Keep, block: int, entered: int, state: TokenState) -> None:
+    """Write down a decision between the halves that the attention half carried out already: only these came out of it.
+
+    Args:
+        d: The decision, nothing fused.
+        block: The block.
+        entered: Patch tokens that entered it.
+        state: Of the forward, its tokens those that came out.
+    """
+    b, k = d.index.shape
+    group = torch.full((b, entered), -1, dtype=torch.long, device=d.index.device)
+    group = group.scatter(1, d.index, torch.arange(k, device=d.index.device).expand(b, -1))
+    weight = (group >= 0).to(torch.promote_types(state.tokens.dtype, torch.float32))
+    state.left = k
+    state.trace.stages.append(Stage(block, group, weight, k, False, d.score, k))
+    state.decisions.append(Decision(block, True, d))
+
+
 def _keep(d: Keep, block: int, state: TokenState) -> Stage:
     prefix, x = state.anatomy.prefix, state.tokens
     body = state.patches

@@ -21,7 +21,7 @@ from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, check_images, read
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled
 from prunex.vit.attention import KeyWeights
-from prunex.vit.decisions import Pruner, TokenState, apply
+from prunex.vit.decisions import Keep, Pruner, TokenState, apply, carried_out
 from prunex.vit.intermediates import Watch
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import TokenTrace
@@ -36,7 +36,7 @@ def attend(
     tape: Tape | None = None,
     number: int = -1,
     keys: KeyWeights | None = None,
-    queries: tuple[int, ...] | None = None,
+    queries: tuple[int, ...] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Attended | None]:
     """The first half of a block: ``x + drop_path(ls(attn(norm(x))))``, with what was asked for from inside.
 
@@ -49,7 +49,8 @@ def attend(
         tape: Records what it asks for, or None.
         number: The block's index.
         keys: Weights of the tokens as keys, or None.
-        queries: The tokens that go on; None: all of them.
+        queries: The tokens that go on, as numbers or int64 [m]; None: all of them. Keys and values are those of all;
+            queries, projection and what follows are computed for these alone, as far as nothing else was asked for.
 
     Returns:
         The stream [B, N, D] ([B, len(queries), D] if given), the read-out row [B, N] if asked for, and the recording if
@@ -57,7 +58,10 @@ def attend(
     """
     ops = PLAIN if tape is None else tape.ops
     attn, y = block.attn, ops.norm(block.norm1, x)
-    recorded = None if tape is None else Attended(number, policy=policy, queries=queries)
+    recorded = None
+    if tape is not None:
+        listed = tuple(queries.tolist()) if isinstance(queries, Tensor) else queries
+        recorded = Attended(number, policy=policy, queries=listed)
     if tape is not None and recorded is not None and number in tape.normed:
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
@@ -70,8 +74,12 @@ def attend(
     if policy is None and keys is None and queries is None and not asked:
         branch = attn(y)
     else:
-        q, k, v = attention.heads(attn, y, ops)
-        asking = q if queries is None else q[:, :, list(queries)]
+        going = y if queries is None else attention.some(y, queries)
+        alone = None
+        if queries is not None and policy is None and ops is PLAIN and not (want_row or wants_heads):
+            alone = attention.heads_of_some(attn, y, going)
+        q, k, v = attention.heads(attn, y, ops) if alone is None else alone
+        asking = q if queries is None or alone is not None else attention.some(q, queries, 2)
         dropout = attn.attn_drop.p if block.training else 0.0
         whole = None
         if wants_matrix or ops.matrices or (policy is not None and (keys is not None or ops.opened)):
@@ -81,21 +89,21 @@ def attend(
             out = ops.gather(attn.attn_drop(whole), v)
         elif policy is not None:
             out = attention.under_policy(q, k, v, policy, attn.scale, dropout)
-            out = out if queries is None else out[:, :, list(queries)]
+            out = out if queries is None else attention.some(out, queries, 2)
         elif ops.opened:
             out = ops.attention(asking, k, v)
         else:
             out = attention.fused(asking, k, v, dropout, keys)
         if want_row:
             row = _row(q, k, attn.scale, anatomy, policy, whole, keys)
-        branch = attention.project(attn, out, y if queries is None else y[:, list(queries)], ops)
+        branch = attention.project(attn, out, going, ops)
         if tape is not None and recorded is not None:
             if wants_matrix and whole is not None:
                 recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
             if wants_heads:
                 recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys)
             recorded.row, recorded.value = row, v.detach() if wants_streams else None
-    stream = x if queries is None else x[:, list(queries)]
+    stream = x if queries is None else attention.some(x, queries)
     after = ops.add(stream, block.drop_path1(ops.scaled(block.ls1, branch)))
     if recorded is not None and wants_streams:
         recorded.before, recorded.after = x.detach(), after.detach()
@@ -147,6 +155,42 @@ def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None 
     branch = ops.scaled(block.ls2, mlp(block.mlp, ops.norm(block.norm2, x), ops))
     recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
     return ops.add(x, block.drop_path2(branch)), recorded
+
+
+def through(
+    block: Any,
+    x: Tensor,
+    anatomy: Anatomy,
+    queries: tuple[int, ...] | Tensor | None = None,
+    tape: Tape | None = None,
+    number: int = -1,
+) -> tuple[Tensor, Attended | None]:
+    """One whole block on its own, for methods that compare a block with itself: attend, then feed.
+
+    Args:
+        block: timm's block.
+        x: [B, N, D].
+        anatomy: Of the model.
+        queries: The tokens that come out, as numbers or int64 [m]; None: all of them.
+        tape: Records what it asks for, or None.
+        number: The block's index, as the tape knows it.
+
+    Returns:
+        The stream [B, m, D], and the recording of the attention half if a tape runs.
+    """
+    x, _, recorded = attend(block, x, anatomy, tape=tape, number=number, queries=queries)
+    return feed(block, x, tape)[0], recorded
+
+
+def _known_queries(pruners: Sequence[Pruner], block: int, state: TokenState, tape: Tape | None) -> Tensor | None:
+    """The tokens that will go on after a block's attention, where the one pruner there is knows them beforehand.
+
+    Whoever records, masks or weighs keys reads all rows of the attention: then tokens leave after it, as always.
+    """
+    if len(pruners) != 1 or tape is not None or state.masked or state.policy is not None or state.keys is not None:
+        return None
+    ask = getattr(pruners[0], "queries", None)
+    return None if ask is None else ask(block, state)
 
 
 def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
@@ -286,13 +330,14 @@ def encode(
             for pruner in pruners:
                 _note(tape, apply(pruner.before(i, state), i, False, state))
             within = [p for p in pruners if p.acts_between(i)]
-            plain = tape is None and state.policy is None and state.keys is None
+            known = _known_queries(pruners, i, state, tape)
+            plain = tape is None and state.policy is None and state.keys is None and known is None
             if plain and i not in wanted and not within:
                 state.tokens = _maybe_checkpoint(recompute, block, state.tokens)
                 continue
             policy, keys, want = state.policy, state.keys, i in wanted
             narrow = i == last and tape is not None and tape.narrow and not tape.streams and not within
-            queries = anatomy.readers if narrow and anatomy.readers else None
+            queries: tuple[int, ...] | Tensor | None = anatomy.readers if narrow and anatomy.readers else known
             if tape is not None and i == last:
                 tape.policy, tape.tokens = policy, state.tokens.shape[1]
 
@@ -303,15 +348,20 @@ def encode(
                 number: int = i,
                 want: bool = want,
                 keys: KeyWeights | None = keys,
-                queries: tuple[int, ...] | None = queries,
+                queries: tuple[int, ...] | Tensor | None = queries,
             ) -> tuple[Tensor, Tensor | None, Attended | None]:
                 return attend(block, x, anatomy, policy, want, tape, number, keys, queries)
 
+            entered = state.patches.shape[1]
             state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
             if tape is not None and attended is not None:
                 tape.steps.append(attended)
             for pruner in within:
-                _note(tape, apply(pruner.between(i, state), i, True, state))
+                answer = pruner.between(i, state)
+                if known is not None and isinstance(answer, Keep):
+                    carried_out(answer, i, entered, state)
+                else:
+                    _note(tape, apply(answer, i, True, state))
             if tape is not None and i == last and within:
                 tape.policy, tape.tokens = state.policy, state.tokens.shape[1]
             state.row = None

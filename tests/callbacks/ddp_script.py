@@ -6,14 +6,17 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import prunex
 from prunex.callbacks import KeptTokenMonitor, RelevancyMonitor, SlimExport, TokenPruning
 from tests.callbacks.modules import Plain, csv_logger, loader, trainer
+
+OPTIONS = {"patch_slimming": {"options": {"tolerance": 0.3, "step": 3, "epochs": 1, "learning_rate": 1e-3}}}
 
 
 def main(folder, method):
     torch.set_num_threads(1)
     callbacks = [
-        TokenPruning(method, keep_ratio=0.6, backbone_lr_scale=0.5),
+        TokenPruning(method, **OPTIONS.get(method, {"keep_ratio": 0.6}), backbone_lr_scale=0.5),
         KeptTokenMonitor(images=3),
         RelevancyMonitor(images=3),
         SlimExport(monitor="val_loss", mode="min", formats=[]),
@@ -33,7 +36,8 @@ def main(folder, method):
     module = Plain()
     run.fit(module, loader(), loader(8))
     state = {n: p.detach() for n, p in module.named_parameters()}
-    torch.save({"state": state, "log_dir": str(run.log_dir)}, Path(folder) / f"rank{run.global_rank}.pt")
+    kept = prunex.attached(module).pruner.state_dict().get("kept", torch.zeros(0))
+    torch.save({"state": state, "kept": kept, "log_dir": str(run.log_dir)}, Path(folder) / f"rank{run.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow  # three processes that import everything
-@pytest.mark.parametrize("method", ["dynamicvit", "evit"])
+@pytest.mark.parametrize("method", ["dynamicvit", "evit", "patch_slimming"])
 def test_two_processes(tmp_path, method):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,6 +30,7 @@ def test_two_processes(tmp_path, method):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert first["log_dir"] == second["log_dir"]
+    assert torch.equal(first["kept"], second["kept"])
     start = dict(Plain().named_parameters())
     for name, p in first["state"].items():
         assert torch.equal(p, second["state"][name]), name

@@ -7,15 +7,30 @@ import prunex
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
-PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit"]
+PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming"]
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 
 
 def attach(model, pruner, **options):
+    if pruner == "patch_slimming":
+        return prunex.attach(model, pruner, keep=positions(model, **options))
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
     pruning = prunex.attach(model, pruner.removesuffix("_unfused"), **(options | extra))
     randomise(pruning.pruner)
     return pruning
+
+
+def positions(model, keep_ratio, stages):
+    """Sets of Patch Slimming that leave at each stage the share the others keep, the same positions in every image."""
+    if model.global_pool != "token":
+        pytest.skip("Patch Slimming needs a head that reads a class token")
+    gh, gw = (4, 7) if model.dynamic_img_size else model.patch_embed.grid_size
+    order = torch.randperm(gh * gw, generator=torch.Generator().manual_seed(1)).tolist()
+    left, sets = gh * gw, []
+    for block in range(len(model.blocks) - 1):
+        left = max(1, round(left * keep_ratio)) if block in stages else left
+        sets.append(sorted(order[:left]))
+    return sets
 
 
 def inputs(model, family, batch=3):

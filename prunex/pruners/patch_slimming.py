@@ -1,0 +1,332 @@
+"""Patch Slimming: the same patch positions for every image, fewer in each block, found once from the last down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.checks import check_number
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.base import TokenPruner
+from prunex.pruners.patch_slimming_search import Search, Slimming, calibration_images
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.decisions import Keep, TokenState
+from prunex.vit.forward import embed, resume
+from prunex.vit.mount import as_found
+
+CRITERIA = ("mean", "relative")
+
+
+@register(
+    "pruner",
+    "patch_slimming",
+    "Tang et al., CVPR 2022, arXiv 2106.02852",
+    "a class token; calibration on some images, fine-tuning recommended, no parameters",
+)
+class PatchSlimming(TokenPruner):
+    r"""Static patch slimming ("Patch Slimming for Efficient Vision Transformers", PS-ViT, arXiv 2106.02852).
+
+    Each block has one set of patch positions that it computes, the same for all images, each set within the one before.
+    A slimmed block asks queries for these alone; its keys and values come from all tokens that enter, so what it
+    computes is exactly what the dense block would. The last block computes prefix tokens only (the paper: the class
+    token), which costs no accuracy and is no stage of the trace: no patch is chosen there, and ``trace.kept()`` is the
+    last set that was. Nothing is ranked at inference: shapes and indices are constants.
+
+    Freshly attached, everything is kept. ``pruning.calibrate(loader)`` finds the sets, see
+    :class:`~prunex.pruners.patch_slimming_search.Search`: from the last block down, a score says which positions,
+    the tolerance says how many. With ``epochs`` above 0 it fine-tunes blocks as it goes, so ``detach()`` then gives the
+    dense model with these weights, as after any training.
+
+    There is no public code, and of the paper only abstract and results were read: the score, the search, the slimmed
+    block and the defaults 0.01, 10 and 3 are second-hand (unverified). Choices of ours: how many calibration images,
+    optimiser and learning rate, how the error is normalised, and that distillation and register tokens are in every
+    set. PS-ViT then fine-tunes the whole model. Its dynamic variant (DPS-ViT) is not this. Fixed positions follow the
+    framing of the calibration images; objects that lie elsewhere are lost.
+
+    Args:
+        anatomy: Of the model.
+        keep: Rising patch positions (raster order), one list a block but the last, each within the one before it. None:
+            all, until calibrated.
+        tolerance: Largest reconstruction error of a block, at least 0.
+        step: Positions by which a candidate grows.
+        epochs: Fine-tuning of a block a candidate; 0 is an approximation that changes no weight.
+        learning_rate: Of that fine-tuning.
+        calibration_images: Most images looked at.
+        criterion: Which error is held against the tolerance: "mean" squared, or "relative" to the features' square sum.
+        seed: Of the order of the fine-tuning's steps.
+
+    Raises:
+        PrunexError: For a model whose head reads patches (pooled, unpooled or without class token), a model of one
+            block, sets that do not fit, or numbers out of range.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=3).eval()
+    >>> with prunex.attach(model, "patch_slimming", keep=[range(100), range(0, 100, 2)]) as pruning, torch.no_grad():
+    ...     _ = model(torch.zeros(1, 3, 224, 224))
+    ...     [int(pruning.trace.kept(s).sum()) for s in range(2)], prunex.cost(model).blocks[-1].mlp_tokens
+    ([100, 50], 1)
+    """
+
+    name = "patch_slimming"
+    inside = True
+    fixed = True
+    kept: Tensor
+    found: Tensor
+    first: Tensor
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        keep: Sequence[Sequence[int]] | None = None,
+        tolerance: float = 0.01,
+        step: int = 10,
+        epochs: int = 3,
+        learning_rate: float = 1e-5,
+        calibration_images: int = 2048,
+        criterion: Literal["mean", "relative"] = "mean",
+        seed: int = 0,
+    ) -> None:
+        _check_head(anatomy)
+        if anatomy.depth < 2:
+            raise PrunexError("patch_slimming needs at least two blocks: the last one computes prefix tokens only")
+        super().__init__(anatomy, 1.0, tuple(range(anatomy.depth - 1)))
+        self.prefix, self.grid = anatomy.prefix, anatomy.grid
+        self.patches = anatomy.grid[0] * anatomy.grid[1]
+        settings = _settings(tolerance, step, epochs, learning_rate, calibration_images, criterion, seed)
+        self.options: dict[str, Any] = {"keep": None, **settings}
+        found = keep is not None
+        sets = [list(range(self.patches))] * len(self.stages) if keep is None else self._check(keep)
+        kept = torch.zeros(len(self.stages), self.patches, dtype=torch.bool)
+        for row, positions in enumerate(sets):
+            kept[row, positions] = True
+        self.register_buffer("kept", kept)
+        self.register_buffer("found", torch.tensor(found))
+        self.register_buffer("first", torch.arange(self.prefix), persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self._use(sets, found)
+
+    def _check(self, keep: Any) -> list[list[int]]:
+        """The sets in plain values.
+
+        Raises:
+            PrunexError: For another number of them, or one that is no rising list of positions within the one before.
+        """
+        want = f"give {len(self.stages)} lists of patch positions 0..{self.patches - 1}, one a block but the last"
+        many = isinstance(keep, Sequence) and not isinstance(keep, str)
+        if not many or len(keep) != len(self.stages):
+            what = f"{len(keep)} lists" if many else type(keep).__name__
+            raise PrunexError(f"keep has {what}: {want}")
+        before = set(range(self.patches))
+        sets = []
+        for block, positions in enumerate(keep):
+            whole = isinstance(positions, Sequence) and not isinstance(positions, str)
+            if not whole or any(isinstance(p, bool) or not isinstance(p, int) for p in positions):
+                raise PrunexError(f"keep[{block}] is no list of whole numbers: {want}")
+            if any(b <= a for a, b in zip(positions, positions[1:], strict=False)):
+                raise PrunexError(f"keep[{block}] must rise, each position once: sort it")
+            foreign = sorted(set(positions) - before)
+            if foreign and block and 0 <= foreign[0] < self.patches:
+                raise PrunexError(
+                    f"keep[{block}] has position {foreign[0]}, which block {block - 1} does not compute: "
+                    f"each set must lie within the one before it"
+                )
+            if foreign:
+                raise PrunexError(f"keep[{block}] has position {foreign[0]}: {want}")
+            before = set(positions)
+            sets.append([int(p) for p in positions])
+        return sets
+
+    def _use(self, sets: list[list[int]], found: bool) -> None:
+        """Take these sets, checked, into force: constant indices, and the options that would make them again."""
+        self.sets = sets
+        self.options["keep"] = [list(s) for s in sets] if found else None
+        device = self.kept.device
+        before = list(range(self.patches))
+        for block, positions in enumerate(sets):
+            at = {p: i for i, p in enumerate(before)}
+            among = torch.tensor([at[p] for p in positions], dtype=torch.long, device=device)
+            self.register_buffer(f"original_{block}", torch.tensor(positions, dtype=torch.long, device=device), False)
+            self.register_buffer(f"among_{block}", among, False)
+            tokens = torch.cat([torch.arange(self.prefix, device=device), among + self.prefix])
+            self.register_buffer(f"tokens_{block}", tokens, False)
+            before = positions
+
+    def _entering(self, block: int) -> int:
+        return len(self.sets[block - 1]) if block else self.patches
+
+    def acts_between(self, block: int) -> bool:
+        """Whether the block computes fewer patches than enter it."""
+        return block < len(self.sets) and len(self.sets[block]) < self._entering(block)
+
+    def before(self, block: int, state: TokenState) -> None:
+        """Refuse what the sets were not made for."""
+        if block == 0:
+            _check_head(state.anatomy)
+            slims = len(self.sets[-1]) < self.patches
+            if slims and state.trace.grid != self.grid:
+                (h, w), (gh, gw) = state.trace.grid, self.grid
+                raise PrunexError(
+                    f"these images have {h} x {w} patches, the sets of patch_slimming are for {gh} x {gw}: resize the "
+                    "images, or attach and calibrate again"
+                )
+
+    def queries(self, block: int, state: TokenState) -> Tensor | None:
+        """The tokens of the block's set; in the last block the prefix tokens, which the head reads alone."""
+        if block == len(self.sets):
+            return self.first
+        return getattr(self, f"tokens_{block}") if self.acts_between(block) else None
+
+    def asking(self, block: int, left: int) -> int | None:
+        """Patch tokens whose queries are computed."""
+        if block == len(self.sets):
+            return 0
+        return left if self.acts_between(block) else None
+
+    def between(self, block: int, state: TokenState) -> Keep:
+        """Keep the block's set.
+
+        Raises:
+            PrunexError: Where others removed patches before, and not as many of the set in every image.
+        """
+        batch = state.tokens.shape[0]
+        original = getattr(self, f"original_{block}")
+        if state.masked:
+            return Keep(original.expand(batch, -1))
+        if state.left == self._entering(block):
+            return Keep(getattr(self, f"among_{block}").expand(batch, -1))
+        # Some patches were never there: positions count in the original grid, so the trace knows where the others are.
+        here = state.trace.tokens()[:, original]
+        there = (here >= 0).sum(1)
+        if not bool((there == there[0]).all()):
+            raise PrunexError(
+                "images of this batch lack different numbers of the patches that patch_slimming keeps: use "
+                "pruning.masked = True, or removal='mask'"
+            )
+        return Keep(here[here >= 0].unflatten(0, (batch, int(there[0]))))
+
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens after each block but the last."""
+        slims = len(self.sets[-1]) < self.patches
+        if slims and patches != self.patches:
+            raise PrunexError(f"the sets of patch_slimming are for {self.patches} patches, not {patches}")
+        return [len(s) if slims else patches for s in self.sets]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether no sets were given, loaded or found yet."""
+        return self.options["keep"] is None
+
+    def calibrate(self, model: VisionTransformer, images: Any, verbose: bool = False, **options: Any) -> Slimming:
+        """Find the sets on some images, dense weights and all, and take them into force.
+
+        Args:
+            model: The ViT this pruner is on.
+            images: A loader, an iterable of batches, or one tensor [B, C, H, W], normalised as in training.
+            verbose: Whether a progress bar is shown.
+            **options: ``tolerance``, ``step``, ``epochs``, ``learning_rate``, ``calibration_images``, ``criterion``,
+                ``seed``, for those given to ``attach``.
+
+        Returns:
+            The report: counts and errors block by block; printed, it is a table.
+
+        Raises:
+            PrunexError: For unknown options, numbers out of range, or images the model cannot take. Model and sets are
+                then as they were.
+        """
+        known = {k: v for k, v in self.options.items() if k != "keep"}
+        for name in options:
+            if name not in known:
+                raise unknown("calibration option of patch_slimming", name, [*known, "verbose"])
+        settings = _settings(**(known | options))
+        hook: Any = model.prunex
+        anatomy: Anatomy = hook.current(model)
+        _check_head(anatomy)
+        if anatomy.grid != self.grid:
+            raise PrunexError(
+                f"the model has {anatomy.grid[0]} x {anatomy.grid[1]} patches now, it had {self.grid[0]} x "
+                f"{self.grid[1]} when patch_slimming was attached: detach() and attach again"
+            )
+        if settings["epochs"] and any(p.is_inference() for p in model.blocks.parameters()):
+            raise PrunexError(
+                "the model's weights were made under torch.inference_mode and cannot be fine-tuned: build or load the "
+                "model outside of it, or calibrate with epochs=0"
+            )
+        limit = settings.pop("calibration_images")
+        batches = calibration_images(images, limit)
+        kind = next(model.parameters()).device.type
+        with (
+            as_found(model, train=False),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(kind, enabled=False),
+        ):
+            batches = [b.clone() if b.is_inference() else b for b in batches]
+            search = Search(model, anatomy, batches, verbose=verbose, **settings)
+            report = search.run()
+            dense = [self._logits(model, b, slimmed=False) for b in batches]
+            search.install()
+            self.kept.copy_(search.kept[:-1])
+            self.found.fill_(True)
+            self._use(report.keep, True)
+            self.options |= {**settings, "calibration_images": limit}
+            ours = [self._logits(model, b, slimmed=True) for b in batches]
+        return _with_ends(report, torch.cat(dense), torch.cat(ours), anatomy.classes > 0)
+
+    def _logits(self, model: VisionTransformer, images: Tensor, slimmed: bool) -> Tensor:
+        weight = next(model.parameters())
+        parts = [embed(model, p.to(weight.device, weight.dtype)) for p in images.split(64)]
+        return torch.cat([resume(model, x, grid, (self,) if slimmed else ()) for x, grid in parts]).double().cpu()
+
+
+def _with_ends(report: Slimming, dense: Tensor, ours: Tensor, classes: bool) -> Slimming:
+    """The report with what the search itself cannot see: how far the model's ends have moved."""
+    distance = float((ours - dense).square().sum() / dense.square().sum().clamp(min=1e-300))
+    agreement = float((ours.argmax(1) == dense.argmax(1)).double().mean()) if classes else math.nan
+    return Slimming(report.keep, report.blocks, report.images, report.criterion, report.tolerance, distance, agreement)
+
+
+def _after_loading(module: PatchSlimming, _: Any) -> None:
+    """Sets travel with the state dict; indices and options follow them."""
+    if not module.kept.is_meta:
+        sets = module._check([row.nonzero().flatten().tolist() for row in module.kept])
+        module._use(sets, bool(module.found))
+
+
+def _check_head(anatomy: Anatomy) -> None:
+    """Refuse a model whose head reads patches."""
+    if not anatomy.readers or anatomy.pool == "":
+        raise PrunexError(
+            f"patch_slimming needs a head that reads a class token, this model has global_pool={anatomy.pool!r}: the "
+            "last block's set is what the head reads, so here it would be all patches, and so would every set before"
+        )
+
+
+def _settings(
+    tolerance: Any, step: Any, epochs: Any, learning_rate: Any, calibration_images: Any, criterion: Any, seed: Any
+) -> dict[str, Any]:
+    """The search's settings, checked."""
+    if tolerance != math.inf:
+        tolerance = check_number("tolerance", tolerance, 0)
+    wholes = {"step": step, "epochs": epochs, "calibration_images": calibration_images, "seed": seed}
+    for name, value in wholes.items():
+        least = int(name in ("step", "calibration_images"))
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    learning_rate = check_number("learning_rate", learning_rate, 0)
+    return {
+        "tolerance": tolerance,
+        "step": step,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "calibration_images": calibration_images,
+        "criterion": criterion,
+        "seed": seed,
+    }

@@ -37,17 +37,18 @@ class TokenPruning(Callback):
     says how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`.
 
     Args:
-        method: "topk", "evit" or "dynamicvit"; ``prunex methods`` lists them.
-        keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage.
-        stages: Block indices; None takes a quarter, half and three quarters of the depth.
-        options: Further options of the method, such as ``{"fuse": False}``.
+        method: "topk", "evit", "dynamicvit" or "tome"; ``prunex methods`` lists them.
+        keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage; None: the method's own
+            default. Methods that count otherwise have none.
+        stages: Block indices; None: the method's own default (for most a quarter, half and three quarters of the depth).
+        options: Further options of the method, such as ``{"fuse": False}`` or ``{"r": 13}``.
         model: Dotted path of the ViT in the module, when it holds several.
         backbone_lr_scale: Share of each optimiser step that reaches parameters other than the pruner's own, in
             [0, 1] (DynamicViT's recipe: 0.01). Any optimiser and schedule; costs a copy of the parameters.
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
 
     Raises:
-        PrunexError: At once for numbers out of range; in ``setup`` for an unknown method or option, no ViT or several,
+        PrunexError: At once for numbers out of range and a keep ratio or stages that the method does not have; in ``setup`` for an unknown method or option, no ViT or several,
             a second TokenPruning, or manual optimisation with a method that brings losses.
 
     >>> from prunex.callbacks import TokenPruning
@@ -58,7 +59,7 @@ class TokenPruning(Callback):
     def __init__(
         self,
         method: str = "dynamicvit",
-        keep_ratio: float | list[float] = 0.7,
+        keep_ratio: float | list[float] | None = None,
         stages: list[int] | None = None,
         options: dict[str, Any] | None = None,
         model: str | None = None,
@@ -66,11 +67,20 @@ class TokenPruning(Callback):
         freeze_backbone: float = 0.0,
     ) -> None:
         super().__init__()
-        prunex.registry.lookup("pruner", method)
+        allowed = [
+            n for n in inspect.signature(prunex.registry.lookup("pruner", method).make).parameters if n != "anatomy"
+        ]
         self.method = method
-        self.options: dict[str, Any] = {**(options or {}), "keep_ratio": keep_ratio}
-        if stages is not None:
-            self.options["stages"] = list(stages)
+        self.options: dict[str, Any] = dict(options or {})
+        for name, value in (("keep_ratio", keep_ratio), ("stages", None if stages is None else list(stages))):
+            if value is None:
+                continue
+            if name not in allowed:
+                raise PrunexError(
+                    f"{name}={value!r} is not allowed: {method} has no such option; "
+                    f"give options={{...}} with some of {', '.join(allowed)}"
+                )
+            self.options[name] = value
         self.model = model
         self.backbone_lr_scale = check_number("backbone_lr_scale", backbone_lr_scale, 0, 1)
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -21,12 +22,13 @@ class RunReport(Callback):
     """Compare the model with what it started from, print the table, and write ``summary.json`` and ``report.html``.
 
     Rows: ``dense`` (the ViT as it was before anything was attached), the trained model, and Top-K at the same keep
-    ratio and stages on the untrained dense model. Put it before ``TokenPruning`` in the list of callbacks, so that it
+    ratio and stages on the untrained dense model; where the method has no keep ratio and no parameters of its own
+    (ToMe), the method itself on that model instead. Put it before ``TokenPruning`` in the list of callbacks, so that it
     sees the dense model.
 
     Args:
         dense_accuracy: Evaluate the dense model too; False where its classifier starts untrained.
-        untrained_topk: Show Top-K without training; needs ``dense_accuracy``.
+        untrained_topk: Show that untrained baseline; needs ``dense_accuracy``.
         beside: Run folders whose trained model is shown in this table too.
         model: Dotted path of the ViT in the module, when it holds several.
     """
@@ -67,12 +69,12 @@ class RunReport(Callback):
             models["dense"] = dense
             if self.dense_accuracy:
                 evaluated.add("dense")
-                if self.untrained_topk:
+                baseline = _untrained(pruning) if self.untrained_topk else None
+                if baseline is not None:
                     plain = copy.deepcopy(dense)
-                    options = pruning.options
-                    prunex.attach(plain, "topk", keep_ratio=options["keep_ratio"], stages=options["stages"])
-                    models["topk, untrained"] = plain
-                    evaluated.add("topk, untrained")
+                    prunex.attach(plain, **baseline)
+                    models[f"{baseline['method']}, untrained"] = plain
+                    evaluated.add(f"{baseline['method']}, untrained")
         models[name] = trained
         most = trainer.num_val_batches[0] if isinstance(trainer.num_val_batches, list) else None
         limit = most if isinstance(most, int) else None  # inf for loaders without a length
@@ -87,6 +89,14 @@ class RunReport(Callback):
             print(f"slim model: {slim}")
 
 
+def _untrained(pruning: prunex.Pruning) -> dict[str, Any] | None:
+    """What shows how far one comes without training: how it is attached, or None."""
+    options = pruning.options
+    if "keep_ratio" in options:
+        return {"method": "topk", "keep_ratio": options["keep_ratio"], "stages": options["stages"]}
+    return None if any(True for _ in pruning.pruner.parameters()) else pruning.spec
+
+
 def _trained_row(run: Path) -> dict:
     """The trained model's row of another run."""
     path = run / SUMMARY
@@ -94,7 +104,7 @@ def _trained_row(run: Path) -> dict:
         rows = json.loads(path.read_text())["rows"]
     except (OSError, ValueError, KeyError) as error:
         raise PrunexError(f"beside={str(run)!r}: no whole {SUMMARY} there; give a run folder that finished") from error
-    trained = [r for r in rows if r["model"] not in ("dense", "topk, untrained")]
+    trained = [r for r in rows if r["model"] != "dense" and not r["model"].endswith(", untrained")]
     if not trained:
         raise PrunexError(f"beside={str(run)!r}: its {SUMMARY} names no trained model")
     return trained[0]

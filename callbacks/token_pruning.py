@@ -40,7 +40,7 @@ class TokenPruning(Callback):
         method: "topk", "evit", "dynamicvit" or "tome"; ``prunex methods`` lists them.
         keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage; None: the method's own
             default. Methods that count otherwise have none.
-        stages: Block indices; None: the method's own default (for most a quarter, half and three quarters of the depth).
+        stages: Block indices; None: the method's own default, for most a quarter, half and three quarters of the depth.
         options: Further options of the method, such as ``{"fuse": False}`` or ``{"r": 13}``.
         model: Dotted path of the ViT in the module, when it holds several.
         backbone_lr_scale: Share of each optimiser step that reaches parameters other than the pruner's own, in
@@ -48,8 +48,9 @@ class TokenPruning(Callback):
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
 
     Raises:
-        PrunexError: At once for numbers out of range and a keep ratio or stages that the method does not have; in ``setup`` for an unknown method or option, no ViT or several,
-            a second TokenPruning, or manual optimisation with a method that brings losses.
+        PrunexError: At once for numbers out of range, or a keep ratio or stages that the method does not have; in
+            ``setup`` for an unknown method or option, no ViT or several, a second TokenPruning, or manual optimisation
+            with a method that brings losses.
 
     >>> from prunex.callbacks import TokenPruning
     >>> TokenPruning("evit", keep_ratio=0.7, options={"fuse": False}).method

@@ -238,7 +238,7 @@ class _Frozen:
         return [Merge(group, count, answer.proportional)], left
 
     def _slots(self, count: int) -> Tensor:
-        """Where each of the clean run's slots is here: patches by their place, fused tokens behind them; -1: nowhere."""
+        """Where each of the clean run's slots is here: patches by their place, fused ones behind them; -1: nowhere."""
         place = torch.as_tensor(self.place)
         fused = torch.arange(self.width, count, device=place.device)
         return torch.cat([place, fused.expand(len(place), -1)], 1)

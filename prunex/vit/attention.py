@@ -26,8 +26,8 @@ class KeyWeights:
         rule: "log": the softmax weight is multiplied (log factor added to the score; independent of the scores'
             scale). "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is,
             negative ones included.
-        sizes: float [B, N], above 0, or None: how many equal tokens each stands for. Whatever the rule makes of a score,
-            its softmax weight counts so many times (proportional attention, arXiv 2210.09461).
+        sizes: float [B, N], above 0, or None: how many equal tokens each stands for. Whatever the rule makes of a
+            score, its softmax weight counts so many times (proportional attention, arXiv 2210.09461).
     """
 
     factor: Tensor | None = None
@@ -219,8 +219,8 @@ def under_policy(
     r"""Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
     Computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij = exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1,
-    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0). With sizes s, each
-    W_ij is multiplied by s_j.
+    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0). With sizes s,
+    each W_ij is multiplied by s_j.
 
     Three columns and one key turn it into one ordinary ``scaled_dot_product_attention``:
 

@@ -102,8 +102,8 @@ class Merge:
     """A pruner's answer: which patch tokens become one, their mean weighted by size. Nobody is lost.
 
     Attributes:
-        group: int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that hold
-            no token.
+        group: int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that
+            hold no token.
         count: Number of groups (an upper bound where images differ).
         proportional: Whether later attention counts a key as often as its size says: log size is added to its scores.
     """
@@ -248,7 +248,7 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
             stage = _keep_masked(one, block, state)
         else:
             stage = _keep(one, block, state)
-        if state.keys is not None:
+        if state.keys is not None and state.keys.factor is not None:
             state.keys = replace(state.keys, factor=stage.push(state.keys.factor, state.anatomy.prefix))
         if state.sizes is not None:
             state.sizes = stage.total(state.sizes, state.anatomy.prefix)
@@ -316,7 +316,7 @@ def _mask(d: Mask, block: int, state: TokenState) -> Stage:
 
 
 def _merge(d: Merge, block: int, state: TokenState) -> Stage:
-    """Groups become the tokens 0..count-1 in both modes; under a policy (or to get one) emptied slots stay behind them."""
+    """Groups become tokens 0..count-1 in both modes; in masked mode the slots that became free stay behind them."""
     prefix, body, there = state.anatomy.prefix, state.patches, state.present
     b, n, _ = body.shape
     if state.sizes is None:

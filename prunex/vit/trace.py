@@ -123,7 +123,7 @@ class TokenTrace:
     stages: list[Stage] = field(default_factory=list)
 
     def _compose(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether a patch is in no fused token."""
+        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether it is no fused token."""
         count = len(self.stages)
         if count and not -count <= stage < count:
             raise PrunexError(
@@ -151,8 +151,8 @@ class TokenTrace:
             stage: Which one; -1 is the last. Without any stage everything is kept.
 
         Returns:
-            bool [B, gh, gw], raster order of the original grid. A patch inside a fused token is not kept, nor is one that
-            was merged with another.
+            bool [B, gh, gw], raster order of the original grid. A patch inside a fused token is not kept, nor is one
+            that was merged with another.
 
         Raises:
             PrunexError: For a stage that does not exist.
@@ -168,8 +168,8 @@ class TokenTrace:
         return any(s.merged for s in self.stages[: stage % count + 1]) if count else False
 
     def _members(self, where: Tensor) -> Tensor:
-        """Number of patches in each token, [B, tokens], from positions [B, P]; one more token than patches is room for
-        a fused one at every stage."""
+        """Number of patches in each token, [B, tokens], from positions [B, P]."""
+        # Every stage may have added the slot of a fused token.
         room = torch.zeros(self.batch, where.shape[1] + len(self.stages), dtype=torch.long, device=self.device)
         return room.scatter_add(1, where.clamp(min=0), (where >= 0).long())
 
@@ -188,8 +188,8 @@ class TokenTrace:
             stage: Which one; -1 is the last. Without any stage every patch is its own.
 
         Returns:
-            int64 [B, gh, gw], positions among the patch tokens, equal for patches that share a token (merged or fused);
-            -1 for a patch that was removed.
+            int64 [B, gh, gw], positions among the patch tokens, equal for patches that share a token (merged or
+            fused); -1 for a patch that was removed.
 
         Raises:
             PrunexError: For a stage that does not exist.
@@ -203,8 +203,8 @@ class TokenTrace:
             stage: Which one; -1 is the last.
 
         Returns:
-            int64 [B, P], positions among the patch tokens, the same for patches that were merged; -1 for a patch that was
-            removed or fused.
+            int64 [B, P], positions among the patch tokens, the same for patches that were merged; -1 for a patch that
+            was removed or fused.
         """
         where, _, alive = self._compose(stage)
         return where.masked_fill(~alive, -1)

@@ -7,12 +7,14 @@ import prunex
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
-PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit"]
+PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "tome"]
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 
 
 def attach(model, pruner, **options):
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
+    if pruner == "tome":
+        extra["r"] = round(8 * (1 - options.pop("keep_ratio")))
     pruning = prunex.attach(model, pruner.removesuffix("_unfused"), **(options | extra))
     randomise(pruning.pruner)
     return pruning

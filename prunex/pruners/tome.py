@@ -160,14 +160,25 @@ def match(keys: Tensor, r: int | Tensor, odd: bool = False, there: Tensor | None
         both = there[:, first].unsqueeze(2) & there[:, second].unsqueeze(1)
         similar = similar.masked_fill(~both, float("-inf"))
     partner = similar.argmax(2)
-    rank = similar.amax(2).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    goes = rank < r
+    goes = ranks(similar.amax(2)) < r
     stays = ~goes if there is None else ~goes & there[:, first]
     before = stays.long().cumsum(1)
     left = before[:, -1:]
-    group = torch.cat([torch.where(goes, left + partner, before - 1), left + (second // 2).expand(len(keys), -1)], 1)
-    group = group[:, torch.cat([first, second]).argsort()]
+    both_sets = [torch.where(goes, left + partner, before - 1), left + (second // 2).expand(keys.shape[0], -1)]
+    position = torch.arange(n, device=keys.device)
+    group = torch.cat(both_sets, 1)[:, position // 2 + (position % 2 != int(odd)) * len(first)]
     return group if there is None else group.masked_fill(~there, -1)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """How many of a row's values come before each, largest first and equal ones in order: int64 [B, n].
+
+    By counting, since graphs for other runtimes have no stable sort.
+    """
+    here, other = values.unsqueeze(2), values.unsqueeze(1)
+    place = torch.arange(values.shape[1], device=values.device)
+    earlier = place < place.unsqueeze(1)
+    return ((other > here) | ((other == here) & earlier)).sum(2)
 
 
 def match_present(keys: Tensor, r: int, odd: bool, present: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Stage:
             float [B, prefix + n_out]; 1 in slots that nobody is left in.
         """
         member = (self.group >= 0).to(values.dtype)
-        group, body = self.group.clamp(min=0), values.new_zeros(len(values), self.n_out)
+        group, body = self.group.clamp(min=0), values.new_zeros(values.shape[0], self.n_out)
         members = body.scatter_add(1, group, member)
         body = body.scatter_add(1, group, member * values[:, prefix:])
         return torch.cat([values[:, :prefix], torch.where(members > 0, body, 1)], 1)

@@ -20,8 +20,9 @@ class KeptTokenMonitor(Monitor):
 
     Writes ``maps/kept_tokens-epoch=NNN.png`` and, into ``maps/epoch=NNN.npz``, ``kept`` bool [S, M, gh, gw], ``share``
     float [M, gh, gw], ``predicted`` [M], ``images``, ``labels`` and ``masks``; sends the picture to TensorBoard, W&B,
-    MLflow and Comet loggers. Where batches hold object masks, logs ``prunex/object_kept``, the share of the patches
-    that touch the object which are still there at the end.
+    MLflow and Comet loggers. Where tokens were merged, ``kept`` are the patches alone in their token, and ``groups``
+    int [S, M, gh, gw] says which token each patch is part of. Where batches hold object masks, logs
+    ``prunex/object_kept``, the share of the patches that touch the object which are still there at the end.
 
     Args:
         images: How many validation images to watch.
@@ -44,6 +45,10 @@ class KeptTokenMonitor(Monitor):
         arrays["kept"] = np.stack(
             [everything if i is None else trace.kept(i).cpu().numpy() for i in decisions(trace, pruning.pruner.stages)]
         )
+        if trace.merges():
+            own = torch.arange(everything[0].size).view(trace.grid).expand(everything.shape)
+            stages = decisions(trace, pruning.pruner.stages)
+            arrays["groups"] = np.stack([(own if i is None else trace.groups(i).cpu()).numpy() for i in stages])
         arrays["share"] = trace.share().float().cpu().numpy()
         if tape.logits is not None and vit.num_classes > 0:  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
@@ -58,6 +63,7 @@ class KeptTokenMonitor(Monitor):
             names,
             arrays.get("masks"),
             title=f"{pruning.method}, epoch {trainer.current_epoch}: patches kept",
+            groups=arrays.get("groups"),
         )
         self.write(trainer, "kept_tokens", arrays, picture)
 

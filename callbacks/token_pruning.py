@@ -42,11 +42,11 @@ class TokenPruning(Callback):
     says how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`.
 
     Args:
-        method: "topk", "evit" or "dynamicvit"; ``prunex methods`` lists them.
+        method: A pruner's name, such as "evit"; ``prunex methods`` lists them.
         keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage. None: the method's
-            default (0.7), or what the budget needs.
-        stages: Block indices; None takes a quarter, half and three quarters of the depth.
-        options: Further options of the method, such as ``{"fuse": False}``.
+            default, or what the budget needs. Methods that count otherwise have none.
+        stages: Block indices; None: the method's own default, for most a quarter, half and three quarters of the depth.
+        options: Further options of the method, such as ``{"fuse": False}`` or ``{"r": 13}``.
         budget: What the pruned model may cost instead of a keep ratio, as for :func:`prunex.attach`: 0.65 of the dense
             multiply-adds, or "2.9GMACs". It is solved when the pruner is attached; checkpoints hold the keep ratio. A
             model that is pruned already, as after a resume, must meet it.
@@ -56,8 +56,9 @@ class TokenPruning(Callback):
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
 
     Raises:
-        PrunexError: At once for numbers out of range, or a budget beside a keep ratio; in ``setup`` for an unknown
-            method or option, a budget out of reach, no ViT or several, a second TokenPruning, or manual optimisation
+        PrunexError: At once for numbers out of range, a keep ratio or stages that the method does not have, or a budget
+            beside a keep ratio; in ``setup`` for an unknown method or option, a budget out of reach, no ViT or several,
+            a second TokenPruning, or manual optimisation
             with a method that brings losses.
 
     >>> from prunex.callbacks import TokenPruning
@@ -88,11 +89,17 @@ class TokenPruning(Callback):
                 )
         elif keep_ratio is None and "keep_ratio" in takes:
             keep_ratio = self.options.get("keep_ratio", takes["keep_ratio"].default)
-        if keep_ratio is not None:
-            self.options["keep_ratio"] = keep_ratio
         self.budget = budget
-        if stages is not None:
-            self.options["stages"] = list(stages)
+        for name, value in (("keep_ratio", keep_ratio), ("stages", None if stages is None else list(stages))):
+            if value is None:
+                continue
+            if name not in takes:
+                allowed = [n for n in takes if n != "anatomy"]
+                raise PrunexError(
+                    f"{name}={value!r} is not allowed: {method} has no such option; "
+                    f"give options={{...}} with some of {', '.join(allowed)}"
+                )
+            self.options[name] = value
         self.model = model
         self.backbone_lr_scale = check_number("backbone_lr_scale", backbone_lr_scale, 0, 1)
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)

@@ -40,6 +40,7 @@ class Attached(nn.Module):
         self.trace: TokenTrace | None = None
         self.last: Forward | None = None
         self.policy: Tensor | None = None
+        self.sizes: Tensor | None = None
         self.register_load_state_dict_pre_hook(_accept_dense)
 
     @property
@@ -49,7 +50,7 @@ class Attached(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
-        return self.__dict__ | {"trace": None, "last": None, "policy": None}
+        return self.__dict__ | {"trace": None, "last": None, "policy": None, "sizes": None}
 
     def current(self, model: VisionTransformer) -> Anatomy:
         """The model's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
@@ -65,7 +66,7 @@ class Attached(nn.Module):
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
         anatomy = self.current(model)
         tokens, state = run(model, images, anatomy, (pruner,), masked=masked, watch=watch)
-        self.policy = state.policy
+        self.policy, self.sizes = state.policy, state.sizes
         self.trace = state.trace.detach()
         self.last = None
         if model.training:
@@ -73,8 +74,8 @@ class Attached(nn.Module):
         return tokens
 
     def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
-        """The head's pooling, over tokens that are there."""
-        return masked_pool(model, x, pool_type, self.policy, self.anatomy)
+        """The head's pooling, over tokens that are there, by size where some were merged."""
+        return masked_pool(model, x, pool_type, self.policy, self.anatomy, self.sizes)
 
     def saw_logits(self, logits: Any) -> None:
         """Remember the logits of a training forward, for losses that need them; a model without a head has none."""
@@ -163,7 +164,7 @@ class Pruning:
     def forget(self) -> None:
         """Let go of the last training forward's graph (after its losses were used)."""
         self._attached.last = None
-        self._attached.policy = None
+        self._attached.policy = self._attached.sizes = None
 
     def calibrate(self, images: Any, **options: Any) -> Any:
         """Let a method that decides once for all images look at some of them first; what it found is kept.

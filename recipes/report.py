@@ -22,8 +22,8 @@ from PIL import Image
 from prunex.errors import PrunexError
 from prunex.pictures import curves_svg, dim_dropped, outline, overlay, png_bytes, resized
 from prunex.pictures.arrays import Picture, write_whole
-from prunex.pictures.mosaic import class_name, covered, spaced
-from prunex.pictures.overlay import OBJECT
+from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
+from prunex.pictures.overlay import OBJECT, paint_groups
 
 IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
 _PNG_BYTES = 30_000  # a tile larger than this is a photo, which JPEG holds in a tenth of the space
@@ -203,7 +203,7 @@ def _check(arrays: Arrays) -> None:
         wrong = (
             (one and values.shape != (count,))
             or (grid and (values.ndim != 3 or len(values) != count))
-            or (key == "kept" and (values.ndim != 4 or values.shape[1] != count or not len(values)))
+            or (key in ("kept", "groups") and (values.ndim != 4 or values.shape[1] != count or not len(values)))
             or (key == "masks" and values.shape != images.shape[:3])
         )
         if wrong:
@@ -248,7 +248,10 @@ def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays]) -> lis
             cards.append((f"{ratio:.2f}×", what, f"{_short(dense[key])} → {_short(pruned[key])} {unit}"))
     kept = [arrays for arrays in maps.values() if "kept" in arrays]
     if kept:
-        cards.append((f"{kept[-1]['kept'][-1].mean():.0%}", "of patches left", "after the last stage"))
+        if "groups" in kept[-1]:
+            cards.append((f"{tokens_left(kept[-1]['groups'][-1]):.0%}", "of tokens left", "after the last stage"))
+        else:
+            cards.append((f"{kept[-1]['kept'][-1].mean():.0%}", "of patches left", "after the last stage"))
     return cards
 
 
@@ -297,7 +300,7 @@ def _epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> G
     gallery, cells = _gallery(last, names)
     kept = {epoch: arrays["kept"][-1] for epoch, arrays in maps.items() if "kept" in arrays}
     for epoch in spaced(sorted(kept), EPOCHS):
-        _add(gallery, f"epoch {epoch}", _kept_words(kept[epoch], last), dim_dropped(cells, kept[epoch][: len(cells)]))
+        _add(gallery, f"epoch {epoch}", *_stage_shown(maps[epoch], -1, last, cells))
     if not kept:
         gallery.notes.append("No kept patches were recorded: train with the callback KeptTokenMonitor to see them.")
     methods = [key.removeprefix("relevance/") for key in last if key.startswith("relevance/")]
@@ -321,9 +324,18 @@ def _stage_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> G
     if not kept or len(kept[-1]["kept"]) < 2:
         return None
     gallery, cells = _gallery(kept[-1], names, STAGED)
-    for number, stage in enumerate(kept[-1]["kept"], start=1):
-        _add(gallery, f"stage {number}", _kept_words(stage, kept[-1]), dim_dropped(cells, stage[: len(cells)]))
+    for number in range(len(kept[-1]["kept"])):
+        _add(gallery, f"stage {number + 1}", *_stage_shown(kept[-1], number, kept[-1], cells))
     return gallery
+
+
+def _stage_shown(arrays: Arrays, stage: int, shown: Arrays, cells: Picture) -> tuple[str, Picture]:
+    """What is left after a stage, in words and drawn on the images."""
+    if "groups" in arrays:
+        groups = arrays["groups"][stage]
+        return f"{tokens_left(groups):.0%} of tokens", paint_groups(cells, groups[: len(cells)])
+    kept = arrays["kept"][stage]
+    return _kept_words(kept, shown), dim_dropped(cells, kept[: len(cells)])
 
 
 def _gallery(arrays: Arrays, names: Sequence[str] | None, most: int = IMAGES) -> tuple[Gallery, Picture]:

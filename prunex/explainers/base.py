@@ -135,7 +135,7 @@ class Recording:
         """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
         like = self.logits.detach()
         like = like.to(torch.promote_types(like.dtype, torch.float32))
-        return self.anatomy.readout(self.tape.tokens, self.tape.policy, like)
+        return self.anatomy.readout(self.tape.tokens, self.tape.policy, like, self.tape.sizes)
 
     def answer(
         self,

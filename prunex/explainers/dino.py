@@ -37,7 +37,8 @@ def dino(
 
     A patch that left before the block has no attention there: 0, and outside every mask. A token that EViT fused stands
     for the whole rest of the picture and would drag all of it into a mask: the patches inside it get 0 as well, and the
-    mass is that of the others. ``raw_attention`` shows what the fused token got.
+    mass is that of the others. ``raw_attention`` shows what the fused token got. Patches merged into one token (ToMe)
+    share what it got.
 
     Args:
         model: A supported ViT, pruned or dense.
@@ -75,7 +76,7 @@ def check_threshold(value: Any) -> None:
 
 
 def _on_patches(recorded: Recording, layer: int) -> Tensor:
-    """Each head's row over the original patches, [B, heads, P]; 0 where a patch is not there as itself."""
+    """Each head's row over the original patches, [B, heads, P]; 0 where a patch left or was fused."""
     prefix, steps = recorded.anatomy.prefix, recorded.tape.steps
     at = next(i for i, s in enumerate(steps) if not isinstance(s, Stage) and s.block == layer)
     stages = [s for s in steps[:at] if isinstance(s, Stage)]
@@ -85,7 +86,7 @@ def _on_patches(recorded: Recording, layer: int) -> Tensor:
     row = row[..., prefix:]
     if not stages:
         return row
-    return row * recorded.trace.kept(len(stages) - 1).flatten(1).unsqueeze(1)
+    return row * (recorded.trace.tokens(len(stages) - 1) >= 0).unsqueeze(1)
 
 
 def mass_mask(row: Tensor, share: float) -> Tensor:

@@ -90,7 +90,7 @@ def _rows(recorded: Recording, layer: int, score: Tensor) -> Features:
     step = recorded.tape.attended()[layer]
     attention = torch.as_tensor(step.attention)
     gradient = promoted(torch.autograd.grad(score.sum(), attention)[0])
-    readers = recorded.anatomy.readout(attention.shape[3], step.policy, attention.detach())
+    readers = recorded.anatomy.readout(attention.shape[3], step.policy, attention.detach(), step.sizes)
     if step.queries is not None:
         readers = readers[:, list(step.queries)]
     with torch.no_grad():

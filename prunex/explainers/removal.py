@@ -17,7 +17,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, sequences
 from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pruner, TokenState
+from prunex.vit.decisions import Absent, Decision, Keep, Mask, Merge, Pruner, TokenState
 from prunex.vit.forward import embed, record, resume
 from prunex.vit.tape import Tape
 
@@ -176,8 +176,9 @@ class _Frozen:
         self, present: Tensor, decisions: Sequence[Decision], image: Tensor | None, place: Tensor | None
     ) -> None:
         self.present, self.decisions, self.image, self.place = present, decisions, image, place
+        self.width = present.shape[1]  # slots of these sequences, without those of fused tokens
         for d in decisions:
-            if not isinstance(d.answer, Keep | Mask):
+            if not isinstance(d.answer, Keep | Mask | Merge):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
                     "use selection='adaptive'"
@@ -186,19 +187,22 @@ class _Frozen:
     def rows(self) -> frozenset[int]:
         return frozenset()
 
+    def key_means(self) -> frozenset[int]:
+        return frozenset()
+
     def acts_between(self, block: int) -> bool:
         return any(d.inside and d.block == block for d in self.decisions)
 
-    def before(self, block: int, state: TokenState) -> list[Keep | Mask]:
+    def before(self, block: int, state: TokenState) -> list[Keep | Mask | Merge]:
         hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
         there = self.present if block == 0 else None
         return hidden + self._again(block, False, state, there)
 
-    def between(self, block: int, state: TokenState) -> list[Keep | Mask]:
+    def between(self, block: int, state: TokenState) -> list[Keep | Mask | Merge]:
         return self._again(block, True, state, None)
 
-    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask]:
-        answers: list[Keep | Mask] = []
+    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask | Merge]:
+        answers: list[Keep | Mask | Merge] = []
         for d in self.decisions:
             if (d.block, d.inside) != (block, inside):
                 continue
@@ -208,11 +212,13 @@ class _Frozen:
             answers += more
         return answers
 
-    def _one(self, answer: Keep | Mask, there: Tensor) -> tuple[list[Keep | Mask], Tensor]:
+    def _one(self, answer: Keep | Mask | Merge, there: Tensor) -> tuple[list[Keep | Mask | Merge], Tensor]:
         """One decision in the slots of these sequences, and which of them hold a token afterwards."""
         if isinstance(answer, Mask):
             left = self._mine(answer.policy) * there
             return [Mask(left)], left > 0
+        if isinstance(answer, Merge):
+            return self._merged(answer, there)
         picked = answer.index if self.image is None else answer.index[self.image]
         index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
         left = torch.zeros_like(there).scatter(1, index, True) & there
@@ -222,10 +228,21 @@ class _Frozen:
         after = torch.cat([left, fused], 1)
         return [Keep(index, fuse=self._mine(answer.fuse)), Mask(after.to(answer.fuse.dtype))], after
 
+    def _merged(self, answer: Merge, there: Tensor) -> tuple[list[Keep | Mask | Merge], Tensor]:
+        """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
+        group = self._mine(answer.group + 1) - 1  # -1 for slots that are no token of the clean run
+        group = group.masked_fill(~there, -1)
+        count, slots = answer.count, max(answer.count, there.shape[1])
+        left = there.new_zeros(len(there), slots + 1).scatter(1, group.masked_fill(group < 0, slots), True)[:, :slots]
+        if self.place is not None:  # from here on tokens have the clean run's slots; those it emptied are nowhere here
+            place = torch.arange(answer.group.shape[1], device=there.device)
+            self.place, self.width = place.masked_fill(place >= count, -1).expand(len(there), -1), slots
+        return [Merge(group, count, answer.proportional)], left
+
     def _slots(self, count: int) -> Tensor:
-        """Where each of the clean run's slots is here: patches by their place, fused tokens behind them."""
+        """Where each of the clean run's slots is here: patches by their place, fused ones behind them; -1: nowhere."""
         place = torch.as_tensor(self.place)
-        fused = torch.arange(self.present.shape[1], count, device=place.device)
+        fused = torch.arange(self.width, count, device=place.device)
         return torch.cat([place, fused.expand(len(place), -1)], 1)
 
     def _mine(self, values: Tensor) -> Tensor:
@@ -234,9 +251,9 @@ class _Frozen:
         if self.place is None:
             return values
         fused = values.shape[1] - self.place.shape[1]
-        slots = self._slots(self.present.shape[1] + fused)
-        here = values.new_zeros(len(values), self.present.shape[1] + fused)
-        return here.scatter(1, slots, values)
+        slots = self._slots(self.width + fused)
+        here = values.new_zeros(len(values), self.width + fused + 1)
+        return here.scatter(1, slots % here.shape[1], values)[:, :-1]
 
 
 def score(logits: Tensor, output: str) -> Tensor:

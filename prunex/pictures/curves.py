@@ -41,7 +41,7 @@ def curves(
         percent: Show values as per cent of 1.
         xlabel: What the steps count.
         size: Width and height in pixels.
-        bands: For some of the names the lower and upper end [N] of a faint band around the line, such as the spread over
+        bands: For some names the lower and upper end [N] of a faint band around the line, such as the spread over
             seeds.
 
     Returns:

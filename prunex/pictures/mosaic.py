@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Bools, Picture, as_grids, as_numpy, as_pictures, on_pixels, resized
-from prunex.pictures.overlay import OBJECT, dim_dropped, outline, overlay
+from prunex.pictures.overlay import OBJECT, dim_dropped, outline, overlay, paint_groups
 
 INK, FAINT, RIGHT, WRONG = "#1b1f24", "#5f6872", "#1a7f37", "#c62828"
 _DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pixels that were asked for
@@ -27,11 +28,13 @@ def kept_mosaic(
     masks: Any = None,
     title: str | None = None,
     side: int = 160,
+    groups: Any = None,
 ) -> Picture:
     """What each stage of a pruned model kept: one row an image, the image first, then one column a stage.
 
     Kept patches are in full colour, dropped ones pale; each column is titled with the mean share of patches kept, and
-    with the mean share of the object that they cover where masks are known.
+    with the mean share of the object that they cover where masks are known. Where patches were merged (``groups``),
+    those of one token are painted in its mean colour, and titles count tokens.
 
     Args:
         images: uint8 [M, H, W, 3].
@@ -42,6 +45,7 @@ def kept_mosaic(
         masks: Object pixels, booleans [M, H, W].
         title: A line above everything.
         side: Wanted side of one cell, in pixels; see `resized`.
+        groups: Whole numbers [S, M, gh, gw], stage by stage: the token each patch is part of, negative if removed.
 
     Returns:
         uint8 [height, width, 3].
@@ -59,9 +63,17 @@ def kept_mosaic(
     if stages is None:
         raise PrunexError(f"kept of shape {as_numpy(kept).shape} cannot be drawn: give [stages, images, gh, gw]")
     columns = [first_column(cells, objects)]
+    merged = None if groups is None else as_grids(groups, stages.shape[:2], "groups", dtype=int)
     for number, stage in enumerate(stages, start=1):
+        if merged is not None:
+            title_here = f"stage {number}\n{tokens_left(merged[number - 1]):.0%} of tokens"
+            columns.append(Column(title_here, paint_groups(cells, merged[number - 1])))
+            continue
         columns.append(Column(_share_title(f"stage {number}", stage, objects), dim_dropped(cells, stage)))
-    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, mask_key(objects))
+    key = mask_key(objects)
+    if merged is not None:
+        key = ["flat colour: patches merged into one token", "sharp: tokens of their own", *key]
+    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, key)
 
 
 def kept_over_epochs(
@@ -259,6 +271,18 @@ def covered(kept: Bools, objects: Bools) -> float:
     inside = (on_pixels(kept, *objects.shape[-2:]) & objects).sum(axis=(-2, -1))
     area = objects.sum(axis=(-2, -1))
     return float((inside[area > 0] / area[area > 0]).mean()) if area.any() else float("nan")
+
+
+def tokens_left(groups: NDArray[Any]) -> float:
+    """Mean number of tokens that hold patches, over the number of patches.
+
+    Args:
+        groups: Whole numbers [M, gh, gw], equal for patches that share a token; negative for removed ones.
+
+    >>> tokens_left(np.array([[[0, 0, 1, -1]]]))
+    0.5
+    """
+    return float(np.mean([len(np.unique(grid[grid >= 0])) / grid.size for grid in groups]))
 
 
 def enlarged(images: Any, masks: Any, side: int) -> tuple[Picture, Bools | None]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from numpy.typing import NDArray
 
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Bools, Floats, Picture, as_grids, as_numpy, as_pictures, on_pixels
@@ -94,6 +95,50 @@ def dim_dropped(images: Any, kept: Any, boundary: bool = True) -> Picture:
     pale = 0.3 * _grey(pictures) + 0.7 * 240
     drawn = np.where(pixels, pictures, pale.round().astype(np.uint8))
     return outline(drawn, grid) if boundary else drawn
+
+
+def paint_groups(images: Any, groups: Any) -> Picture:
+    """Images with merged patches painted in the mean colour of their group, and a line around each group.
+
+    A patch that is its own token keeps its pixels; one that was removed is grey and pale.
+
+    Args:
+        images: uint8 [..., H, W, 3].
+        groups: Whole numbers [..., gh, gw], equal for patches that share a token; negative for removed ones.
+
+    Returns:
+        uint8 [..., H, W, 3], of the images' size.
+
+    Raises:
+        PrunexError: Images that are not uint8, or a grid for another number of images.
+
+    >>> image = np.array([[[0] * 3, [100] * 3, [30] * 3, [90] * 3]] * 2, dtype=np.uint8)
+    >>> paint_groups(image, np.array([[0, 0, 1, -1]]))[0, :, 0].tolist()
+    [50, 50, 30, 195]
+    """
+    pictures = as_pictures(images)
+    grids = as_grids(groups, pictures.shape[:-3], "groups", dtype=int)
+    height, width = pictures.shape[-3:-1]
+    drawn = dim_dropped(pictures, grids >= 0, boundary=False)
+    flat, members = drawn.reshape(-1, height, width, 3), grids.reshape(-1, *grids.shape[-2:])
+    for picture, grid in zip(flat, members, strict=True):
+        pixels = on_pixels(grid, height, width)
+        tokens, counts = np.unique(grid[grid >= 0], return_counts=True)
+        for token in tokens[counts > 1]:
+            picture[pixels == token] = picture[pixels == token].mean(0).round()
+        merged = on_pixels(np.isin(grid, tokens[counts > 1]), height, width)
+        picture[_borders(pixels, merged)] = 255
+    return flat.reshape(pictures.shape)
+
+
+def _borders(pixels: NDArray[Any], merged: Bools) -> Bools:
+    """The last pixel before another group, right and below, where one of the two is merged; none in tiny pictures."""
+    edge = np.zeros_like(merged)
+    if min(pixels.shape) < 32:
+        return edge
+    edge[:, :-1] |= (pixels[:, :-1] != pixels[:, 1:]) & (merged[:, :-1] | merged[:, 1:])
+    edge[:-1] |= (pixels[:-1] != pixels[1:]) & (merged[:-1] | merged[1:])
+    return edge
 
 
 def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick: int | None = None) -> Picture:

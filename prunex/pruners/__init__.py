@@ -3,6 +3,7 @@
 from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
 from prunex.pruners.patch_slimming import PatchSlimming
+from prunex.pruners.tome import ToMe
 from prunex.pruners.topk import TopK
 
-__all__ = ["DynamicViT", "EViT", "PatchSlimming", "TopK"]
+__all__ = ["DynamicViT", "EViT", "PatchSlimming", "ToMe", "TopK"]

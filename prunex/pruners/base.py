@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Keep, Mask, TokenState
+from prunex.vit.decisions import Keep, Mask, Merge, TokenState
 
 
 @dataclass
@@ -43,11 +43,12 @@ class TokenPruner(nn.Module):
     """A small module that decides which patch tokens continue; it never touches them itself.
 
     Subclasses answer :meth:`before` a block or :meth:`between` its halves. ``keep_ratio`` and ``stages`` mean the same
-    for all: the share of patch tokens kept at each of these blocks.
+    for all that have them: the share of patch tokens kept at each of these blocks.
 
     Args:
         anatomy: Of the model to be pruned.
-        keep_ratio: Share of patch tokens kept at a stage, in (0, 1]; or one share a stage.
+        keep_ratio: Share of patch tokens kept at a stage, in (0, 1]; or one share a stage. None: the method counts
+            otherwise and has no such option; ``rates`` is empty.
         stages: Rising 0-based block indices. None: three, at a quarter, half and three quarters of the depth
             ((3, 6, 9) of 12).
         **schedule: How the rates fall while training, see :class:`prunex.pruners.schedules.ScheduleOptions`. A method
@@ -62,18 +63,18 @@ class TokenPruner(nn.Module):
     def __init__(
         self,
         anatomy: Anatomy,
-        keep_ratio: float | Sequence[float] = 0.7,
+        keep_ratio: float | Sequence[float] | None = 0.7,
         stages: Sequence[int] | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__()
         self.stages = check_stages(stages, anatomy.depth)
-        self.rates = check_rates(keep_ratio, len(self.stages))
+        self.rates: tuple[float, ...] = () if keep_ratio is None else check_rates(keep_ratio, len(self.stages))
         self.progress = 1.0
-        self.options: dict[str, Any] = {
-            "keep_ratio": list(self.rates) if isinstance(keep_ratio, Sequence) else float(keep_ratio),
-            "stages": list(self.stages),
-        }
+        self.options: dict[str, Any] = {"stages": list(self.stages)}
+        if keep_ratio is not None:
+            given = list(self.rates) if isinstance(keep_ratio, Sequence) else float(keep_ratio)
+            self.options = {"keep_ratio": given, **self.options}
         self.schedule = check_schedule(**schedule)
         if "schedule" in accepted(type(self)):
             self.options |= self.schedule.options
@@ -104,15 +105,19 @@ class TokenPruner(nn.Module):
         """Blocks whose read-out attention row is needed between the halves."""
         return frozenset()
 
+    def key_means(self) -> frozenset[int]:
+        """Blocks whose keys, mean over heads, are needed between the halves."""
+        return frozenset()
+
     def acts_between(self, block: int) -> bool:
         """Whether :meth:`between` may decide something at this block."""
         return block in self.rows()
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | None:
+    def before(self, block: int, state: TokenState) -> Keep | Mask | Merge | None:
         """Decide before a block; None leaves all as it is."""
         return None
 
-    def between(self, block: int, state: TokenState) -> Keep | Mask | None:
+    def between(self, block: int, state: TokenState) -> Keep | Mask | Merge | None:
         """Decide between a block's attention and its MLP; None leaves all as it is."""
         return None
 

@@ -62,16 +62,17 @@ class Anatomy:
     pool_prefix: bool = False
     pads: bool = False
 
-    def readout(self, tokens: int, policy: Tensor | None, like: Tensor) -> Tensor:
+    def readout(self, tokens: int, policy: Tensor | None, like: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
 
         Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
-        pooled tokens that are there.
+        pooled tokens that are there, each counted as often as its size says.
 
         Args:
             tokens: Tokens after the last block, prefix included.
             policy: [B, tokens] or None: 0 for slots of tokens that were dropped.
             like: A tensor whose first dimension, device and float type the result takes.
+            sizes: [B, tokens] or None: how many patches each token stands for.
         """
         row = like.new_zeros(like.shape[0], tokens)
         if self.readers:
@@ -79,6 +80,8 @@ class Anatomy:
             return row
         start = 0 if self.pool_prefix else self.prefix
         row[:, start:] = 1 if policy is None else (policy[:, start:] > 0).to(row.dtype)
+        if sizes is not None:
+            row = row * sizes.to(row.dtype)
         return row / row.sum(1, keepdim=True).clamp(min=1)  # all 0 for an image whose patches were all dropped
 
 

@@ -83,6 +83,15 @@ class Arithmetic:
         """A weighted sum of tokens with given weights: [B, m, n] times [B, n, D]."""
         return weights @ tokens
 
+    def merge(self, weights: Tensor, group: Tensor, count: int, tokens: Tensor) -> Tensor:
+        """Weighted sums of the tokens of each group: weights and groups [B, n] of tokens [B, n, D] to [B, count, D]."""
+        if self.opened:
+            at = nn.functional.one_hot(group, count).transpose(1, 2)
+            return self.combine(weights.unsqueeze(1) * at.to(weights.dtype), tokens)
+        parts = weights.unsqueeze(2) * tokens
+        empty = parts.new_zeros(parts.shape[0], count, parts.shape[2])
+        return empty.scatter_add(1, group.unsqueeze(2).expand_as(parts), parts)
+
 
 PLAIN = Arithmetic()
 

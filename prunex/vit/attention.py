@@ -22,17 +22,33 @@ class KeyWeights:
     """How much each token counts as an attention key; 1 leaves it as it is.
 
     Attributes:
-        factor: float [B, N], at least 0.
+        factor: float [B, N], at least 0; None: 1 for all.
         rule: "log": the softmax weight is multiplied (log factor added to the score; independent of the scores'
             scale). "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is,
             negative ones included.
+        sizes: float [B, N], above 0, or None: how many equal tokens each stands for. Whatever the rule makes of a
+            score, its softmax weight counts so many times (proportional attention, arXiv 2210.09461).
     """
 
-    factor: Tensor
+    factor: Tensor | None = None
     rule: Literal["log", "shift", "scale"] = "log"
+    sizes: Tensor | None = None
 
     def on_scores(self, scores: Tensor, seen: Tensor | None = None) -> Tensor:
         """The weighted scores [B, H, m, N]; only keys that are seen make a row's lowest."""
+        scores = self._ruled(scores, seen)
+        return scores if self.sizes is None else scores + self.sizes[:, None, None, :].to(scores.dtype).log()
+
+    def bias(self) -> Tensor | None:
+        """What is added to the scores [B, N] under the "log" rule, or beside the "scale" rule; None for nothing."""
+        logs = [] if self.sizes is None else [self.sizes.log()]
+        if self.factor is not None and self.rule == "log":
+            logs.append(self.factor.log())
+        return sum(logs[1:], logs[0]) if logs else None
+
+    def _ruled(self, scores: Tensor, seen: Tensor | None) -> Tensor:
+        if self.factor is None:
+            return scores
         factor = self.factor[:, None, None, :].to(scores.dtype)
         if self.rule == "log":
             return scores + factor.log()
@@ -107,13 +123,15 @@ def fused(
         scale: Of the scores; None: d ** -0.5.
     """
     bias = None
-    if keys is not None and keys.rule == "log":
-        bias = keys.factor.log().to(q.dtype)[:, None, None, :].expand(-1, -1, q.shape[2], -1)
-    elif keys is not None and keys.rule == "scale":
-        k = k * keys.factor[:, None, :, None].to(k.dtype)
-    elif keys is not None:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return matrix(q, k, scale, keys=keys).to(v.dtype) @ v
+    if keys is not None:
+        if keys.factor is not None and keys.rule == "shift":
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            return matrix(q, k, scale, keys=keys).to(v.dtype) @ v
+        if keys.factor is not None and keys.rule == "scale":
+            k = k * keys.factor[:, None, :, None].to(k.dtype)
+        bias = keys.bias()
+    if bias is not None:
+        bias = bias.to(q.dtype)[:, None, None, :].expand(-1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
 
 
@@ -217,11 +235,20 @@ def _rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None, keys: KeyWe
     return scores.softmax(-1)
 
 
-def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def under_policy(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    sizes: Tensor | None = None,
+) -> Tensor:
     r"""Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
     Computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij = exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1,
-    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0).
+    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0). With sizes s,
+    each W_ij is multiplied by s_j.
 
     Three columns and one key turn it into one ordinary ``scaled_dot_product_attention``:
 
@@ -240,12 +267,14 @@ def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, 
         policy: [B, N] in 0..1.
         scale: Of the scores, d ** -0.5.
         dropout: Probability for attention entries; the denominator is taken without it.
+        sizes: [B, N] or None: how many equal tokens each key stands for.
 
     Returns:
         [B, H, N, d] in the dtype of ``v``.
     """
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
     wide = torch.promote_types(dtype, torch.float32)
+    s = 1 if sizes is None else sizes.to(wide)[:, None, :, None]
     p = policy.to(wide)[:, None, :, None]
     with torch.no_grad():
         # The kept keys' mean bounds a dropped key's lead over the best kept one: A_ij - max A_i <= |q_i| |k_j - mean|.
@@ -259,12 +288,12 @@ def under_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, 
         room = 300 if wide == torch.float64 else 40
         lower = ((lead - room).clamp(min=40) * dropped / scale).to(dtype)
         raised = (lower.to(wide) * scale).clamp(max=room).exp()
-    query, key, value = _Extend.apply(q.to(dtype), k.to(dtype), v.to(dtype), lower, p * raised)
+    query, key, value = _Extend.apply(q.to(dtype), k.to(dtype), v.to(dtype), lower, p * raised * s)
     out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     mixed = None
     if dropout > 0:  # entries are dropped after normalisation, so the denominator keeps its own undisturbed pass
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
-    return _Quotient.apply(out, mixed, v.to(dtype), 1 - p).to(v.dtype)
+    return _Quotient.apply(out, mixed, v.to(dtype), (1 - p) * s).to(v.dtype)
 
 
 class _Extend(torch.autograd.Function):

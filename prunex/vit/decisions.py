@@ -34,6 +34,11 @@ class TokenState:
         ops: How elementary operations are carried out; None: plainly.
         decisions: What was decided so far, in order.
         leaving: The patch tokens [B, n, D] each stage was given, where somebody watches; else None.
+        sizes: float [B, prefix + n] or None: how many patches each token stands for; None: one each. Prefix tokens and
+            slots that nobody is left in have 1.
+        proportional: Whether attention counts a key as often as its size says.
+        key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
+            between the halves of a block that a pruner asked them for.
     """
 
     tokens: Tensor
@@ -49,6 +54,16 @@ class TokenState:
     ops: Arithmetic | None = None
     decisions: list[Decision] = field(default_factory=list)
     leaving: list[Tensor] | None = None
+    sizes: Tensor | None = None
+    proportional: bool = False
+    key_mean: Tensor | None = None
+
+    @property
+    def attending(self) -> KeyWeights | None:
+        """What the next attention weighs its keys by: the given weights, and sizes where attention counts them."""
+        if self.sizes is None or not self.proportional:
+            return self.keys
+        return KeyWeights(sizes=self.sizes) if self.keys is None else replace(self.keys, sizes=self.sizes)
 
     @property
     def patches(self) -> Tensor:
@@ -85,15 +100,31 @@ class Mask:
 
 
 @dataclass
+class Merge:
+    """A pruner's answer: which patch tokens become one, their mean weighted by size. Nobody is lost.
+
+    Attributes:
+        group: int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that
+            hold no token.
+        count: Number of groups (an upper bound where images differ).
+        proportional: Whether later attention counts a key as often as its size says: log size is added to its scores.
+    """
+
+    group: Tensor
+    count: int
+    proportional: bool = True
+
+
+@dataclass
 class Decision:
     """One answer of a pruner and where it was given: before ``block``, or between its halves."""
 
     block: int
     inside: bool
-    answer: Keep | Mask
+    answer: Keep | Mask | Merge
 
 
-Answer = Keep | Mask | Sequence[Keep | Mask] | None
+Answer = Keep | Mask | Merge | Sequence[Keep | Mask | Merge] | None
 
 
 class Pruner(Protocol):
@@ -101,6 +132,9 @@ class Pruner(Protocol):
 
     def rows(self) -> frozenset[int]:
         """Blocks whose read-out attention row it needs between the halves."""
+
+    def key_means(self) -> frozenset[int]:
+        """Blocks whose keys, mean over heads, it needs between the halves."""
 
     def acts_between(self, block: int) -> bool:
         """Whether it may decide between the halves of this block."""
@@ -131,6 +165,10 @@ class Replay:
         """None: nothing is ranked again."""
         return frozenset()
 
+    def key_means(self) -> frozenset[int]:
+        """None: nothing is matched again."""
+        return frozenset()
+
     def acts_between(self, block: int) -> bool:
         """Whether something was decided between the halves of this block."""
         return any(d.inside and d.block == block for d in self.decisions)
@@ -143,13 +181,15 @@ class Replay:
         """What was decided between the block's halves."""
         return [self._pick(d.answer) for d in self.decisions if d.block == block and d.inside]
 
-    def _pick(self, answer: Keep | Mask) -> Keep | Mask:
+    def _pick(self, answer: Keep | Mask | Merge) -> Keep | Mask | Merge:
         def pick(values: Tensor) -> Tensor:
             values = values.detach()
             return values if self.index is None else values[self.index]
 
         if isinstance(answer, Mask):
             return Mask(pick(answer.policy))
+        if isinstance(answer, Merge):
+            return Merge(pick(answer.group), answer.count, answer.proportional)
         return Keep(pick(answer.index), fuse=None if answer.fuse is None else pick(answer.fuse))
 
 
@@ -167,6 +207,10 @@ class Absent:
         self.masked = masked
 
     def rows(self) -> frozenset[int]:
+        """None."""
+        return frozenset()
+
+    def key_means(self) -> frozenset[int]:
         """None."""
         return frozenset()
 
@@ -189,7 +233,7 @@ class Absent:
 
 
 def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[Stage]:
-    """Carry an answer out (gather, fuse or mask) and write it into the trace.
+    """Carry an answer out (gather, fuse, mask or merge) and write it into the trace.
 
     Returns:
         The stages that were added.
@@ -202,12 +246,16 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
             state.leaving.append(state.patches)
         if isinstance(one, Mask):
             stage = _mask(one, block, state)
+        elif isinstance(one, Merge):
+            stage = _merge(one, block, state)
         elif state.masked:
             stage = _keep_masked(one, block, state)
         else:
             stage = _keep(one, block, state)
-        if state.keys is not None:
+        if state.keys is not None and state.keys.factor is not None:
             state.keys = replace(state.keys, factor=stage.push(state.keys.factor, state.anatomy.prefix))
+        if state.sizes is not None:
+            state.sizes = stage.total(state.sizes, state.anatomy.prefix)
         state.trace.stages.append(stage)
         state.decisions.append(Decision(block, inside, one))
         added.append(stage)
@@ -287,3 +335,26 @@ def _mask(d: Mask, block: int, state: TokenState) -> Stage:
     state.policy = torch.cat([d.policy.new_ones(b, state.anatomy.prefix), d.policy], 1)
     group = torch.arange(n, device=hard.device).expand(b, -1).masked_fill(~hard, -1)
     return Stage(block, group, hard.to(d.policy.dtype), n, False, d.score, hard.sum(1))
+
+
+def _merge(d: Merge, block: int, state: TokenState) -> Stage:
+    """Groups become tokens 0..count-1 in both modes; in masked mode the slots that became free stay behind them."""
+    prefix, body, there = state.anatomy.prefix, state.patches, state.present
+    b, n, _ = body.shape
+    if state.sizes is None:
+        state.sizes = body.new_ones(b, prefix + n, dtype=torch.promote_types(body.dtype, torch.float32))
+    group = d.group if there is None else d.group.masked_fill(there <= 0, -1)
+    at, size = group.clamp(min=0), state.sizes[:, prefix:].masked_fill(group < 0, 0)
+    total = size.new_zeros(b, d.count).scatter_add(1, at, size)
+    share = size / total.gather(1, at).clamp(min=1)
+    merged = (state.ops or PLAIN).merge(share.to(body.dtype), at, d.count, body)
+    state.proportional, state.left = d.proportional, d.count
+    if not state.masked and there is None:
+        state.tokens = torch.cat([state.tokens[:, :prefix], merged], 1)
+        return Stage(block, group, share, d.count, counted=d.count, merged=True)
+    behind = body[:, d.count :]  # whatever: nobody reads it
+    state.tokens = torch.cat([state.tokens[:, :prefix], merged, behind], 1)
+    left = (total > 0).to(size.dtype)
+    state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
+    counted = d.count if there is None else left.sum(1)
+    return Stage(block, group, share, d.count + behind.shape[1], counted=counted, merged=True)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, check_images, read
-from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled
+from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled, promoted
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Keep, Pruner, TokenState, apply, carried_out
 from prunex.vit.intermediates import Watch
@@ -37,7 +37,9 @@ def attend(
     number: int = -1,
     keys: KeyWeights | None = None,
     queries: tuple[int, ...] | Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Attended | None]:
+    sizes: Tensor | None = None,
+    want_keys: bool = False,
+) -> tuple[Tensor, Tensor | None, Attended | None, Tensor | None]:
     """The first half of a block: ``x + drop_path(ls(attn(norm(x))))``, with what was asked for from inside.
 
     Args:
@@ -51,17 +53,19 @@ def attend(
         keys: Weights of the tokens as keys, or None.
         queries: The tokens that go on, as numbers or int64 [m]; None: all of them. Keys and values are those of all;
             queries, projection and what follows are computed for these alone, as far as nothing else was asked for.
+        sizes: [B, N] or None: how many patches each token stands for; read-out rows of pooled tokens count by it.
+        want_keys: Whether the keys' mean over heads is wanted.
 
     Returns:
-        The stream [B, N, D] ([B, len(queries), D] if given), the read-out row [B, N] if asked for, and the recording if
-        a tape runs.
+        The stream [B, N, D] ([B, len(queries), D] if given), the read-out row [B, N] if asked for, the recording if a
+        tape runs, and the keys' mean over heads [B, N, d] if asked for, off the graph.
     """
     ops = PLAIN if tape is None else tape.ops
     attn, y = block.attn, ops.norm(block.norm1, x)
     recorded = None
     if tape is not None:
         listed = tuple(queries.tolist()) if isinstance(queries, Tensor) else queries
-        recorded = Attended(number, policy=policy, queries=listed)
+        recorded = Attended(number, policy=policy, queries=listed, sizes=sizes)
     if tape is not None and recorded is not None and number in tape.normed:
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
@@ -69,45 +73,49 @@ def attend(
     wants_streams = tape is not None and tape.streams
     wants_matrix = tape is not None and tape.wants_matrix(number)
     wants_heads = tape is not None and number in tape.head_rows
-    row = None
-    asked = want_row or wants_streams or wants_matrix or wants_heads or ops.opened
+    row = key_mean = None
+    asked = want_row or want_keys or wants_streams or wants_matrix or wants_heads or ops.opened
     if policy is None and keys is None and queries is None and not asked:
         branch = attn(y)
     else:
         going = y if queries is None else attention.some(y, queries)
         alone = None
-        if queries is not None and policy is None and ops is PLAIN and not (want_row or wants_heads):
+        if queries is not None and policy is None and ops is PLAIN and not (want_row or wants_heads or want_keys):
             alone = attention.heads_of_some(attn, y, going)
         q, k, v = attention.heads(attn, y, ops) if alone is None else alone
+        if want_keys:
+            key_mean = promoted(k.detach()).mean(1)
         asking = q if queries is None or alone is not None else attention.some(q, queries, 2)
         dropout = attn.attn_drop.p if block.training else 0.0
         whole = None
-        if wants_matrix or ops.matrices or (policy is not None and (keys is not None or ops.opened)):
+        ruled = policy is not None and keys is not None and keys.factor is not None
+        unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
+        if wants_matrix or ops.matrices or ruled or unusual:
             whole = attention.matrix(asking, k, attn.scale, policy, keys, queries, ops)
             if wants_matrix and tape is not None and tape.gradients and torch.is_grad_enabled():
                 whole.requires_grad_()
             out = ops.gather(attn.attn_drop(whole), v)
         elif policy is not None:
-            out = attention.under_policy(q, k, v, policy, attn.scale, dropout)
+            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, None if keys is None else keys.sizes)
             out = out if queries is None else attention.some(out, queries, 2)
         elif ops.opened:
             out = ops.attention(asking, k, v)
         else:
             out = attention.fused(asking, k, v, dropout, keys)
         if want_row:
-            row = _row(q, k, attn.scale, anatomy, policy, whole, keys)
+            row = _row(q, k, attn.scale, anatomy, policy, whole, keys, sizes)
         branch = attention.project(attn, out, going, ops)
         if tape is not None and recorded is not None:
             if wants_matrix and whole is not None:
                 recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
             if wants_heads:
-                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys)
+                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys, sizes)
             recorded.row, recorded.value = row, v.detach() if wants_streams else None
     stream = x if queries is None else attention.some(x, queries)
     after = ops.add(stream, block.drop_path1(ops.scaled(block.ls1, branch)))
     if recorded is not None and wants_streams:
         recorded.before, recorded.after = x.detach(), after.detach()
-    return after, row, recorded
+    return after, row, recorded, key_mean
 
 
 def _row(
@@ -118,8 +126,9 @@ def _row(
     policy: Tensor | None,
     whole: Tensor | None,
     keys: KeyWeights | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
-    """Attention paid by the class token, or (pooled models) by every pooled token that is there.
+    """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
 
     Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a fused
     token took from it.
@@ -128,25 +137,39 @@ def _row(
         return attention.rows(q[:, :, :1], k, scale, policy, keys=keys) if whole is None else whole[:, :, 0].mean(1)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     asking = q[:, :, start:]
-    if policy is None:
+    there = _counting(policy, sizes, start)
+    if there is None:
         return attention.rows(asking, k, scale, keys=keys) if whole is None else whole[:, :, start:].mean((1, 2))
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
-    there = (policy[:, start:] > 0).to(torch.promote_types(q.dtype, torch.float32))
+    there = there.to(torch.promote_types(q.dtype, torch.float32))
     if whole is None:
         return attention.rows_of_heads(asking, k, scale, policy, there, keys).mean(1)
     seen = whole[:, :, start:]
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
 
 
+def _counting(policy: Tensor | None, sizes: Tensor | None, start: int) -> Tensor | None:
+    """How often each token's row counts from a position on: 0 for a dropped one, else its size; None: once, all."""
+    there = None if policy is None else policy[:, start:] > 0
+    if sizes is None:
+        return there
+    return sizes[:, start:] if there is None else sizes[:, start:] * there
+
+
 def _head_rows(
-    q: Tensor, k: Tensor, scale: float, anatomy: Anatomy, policy: Tensor | None, keys: KeyWeights | None = None
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    anatomy: Anatomy,
+    policy: Tensor | None,
+    keys: KeyWeights | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """The read-out row of each head, [B, H, N]."""
     if anatomy.readers:
         return attention.rows_of_heads(q[:, :, :1], k, scale, policy, keys=keys)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
-    there = None if policy is None else policy[:, start:] > 0
-    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there, keys)
+    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, _counting(policy, sizes, start), keys)
 
 
 def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None) -> tuple[Tensor, Fed | None]:
@@ -178,7 +201,7 @@ def through(
     Returns:
         The stream [B, m, D], and the recording of the attention half if a tape runs.
     """
-    x, _, recorded = attend(block, x, anatomy, tape=tape, number=number, queries=queries)
+    x, _, recorded, _ = attend(block, x, anatomy, tape=tape, number=number, queries=queries)
     return feed(block, x, tape)[0], recorded
 
 
@@ -312,8 +335,10 @@ def encode(
     if tape is not None:
         tape.embedded, state.ops = x, tape.ops
         wanted.update(tape.rows)
+    matched: set[int] = set()
     for pruner in pruners:
         wanted.update(pruner.rows())
+        matched.update(pruner.key_means())
     recompute = model.grad_checkpointing and torch.is_grad_enabled() and tape is None
     last = len(model.blocks) - 1
     if watch is not None:
@@ -331,15 +356,15 @@ def encode(
                 _note(tape, apply(pruner.before(i, state), i, False, state))
             within = [p for p in pruners if p.acts_between(i)]
             known = _known_queries(pruners, i, state, tape)
-            plain = tape is None and state.policy is None and state.keys is None and known is None
+            plain = tape is None and state.policy is None and state.attending is None and known is None
             if plain and i not in wanted and not within:
                 state.tokens = _maybe_checkpoint(recompute, block, state.tokens)
                 continue
-            policy, keys, want = state.policy, state.keys, i in wanted
+            policy, keys, want = state.policy, state.attending, i in wanted
             narrow = i == last and tape is not None and tape.narrow and not tape.streams and not within
             queries: tuple[int, ...] | Tensor | None = anatomy.readers if narrow and anatomy.readers else known
             if tape is not None and i == last:
-                tape.policy, tape.tokens = policy, state.tokens.shape[1]
+                tape.policy, tape.tokens, tape.sizes = policy, state.tokens.shape[1], state.sizes
 
             def first(
                 x: Tensor,
@@ -349,11 +374,14 @@ def encode(
                 want: bool = want,
                 keys: KeyWeights | None = keys,
                 queries: tuple[int, ...] | Tensor | None = queries,
-            ) -> tuple[Tensor, Tensor | None, Attended | None]:
-                return attend(block, x, anatomy, policy, want, tape, number, keys, queries)
+                sizes: Tensor | None = state.sizes,
+            ) -> tuple[Tensor, Tensor | None, Attended | None, Tensor | None]:
+                return attend(block, x, anatomy, policy, want, tape, number, keys, queries, sizes, number in matched)
 
             entered = state.patches.shape[1]
-            state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
+            state.tokens, state.row, attended, state.key_mean = _maybe_checkpoint(
+                recompute, first, state.tokens, policy
+            )
             if tape is not None and attended is not None:
                 tape.steps.append(attended)
             for pruner in within:
@@ -363,8 +391,8 @@ def encode(
                 else:
                     _note(tape, apply(answer, i, True, state))
             if tape is not None and i == last and within:
-                tape.policy, tape.tokens = state.policy, state.tokens.shape[1]
-            state.row = None
+                tape.policy, tape.tokens, tape.sizes = state.policy, state.tokens.shape[1], state.sizes
+            state.row = state.key_mean = None
 
             def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
                 return feed(block, x, tape, state.policy)
@@ -404,7 +432,7 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | 
         anatomy = attached.current(model)
         masked = bool(attached.masked) if masked is None else masked
     tokens, state = run(model, images, anatomy, own_pruners(model), tape, bool(masked))
-    tape.logits = head(model, tokens, state.policy, anatomy, tape.ops)
+    tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
     return state
 
 
@@ -436,12 +464,17 @@ def resume(
     anatomy = read(model) if attached is None else attached.current(model)
     tape = Tape(narrow=True) if tape is None else tape
     tokens, state = encode(model, x, grid, anatomy, pruners, tape, masked, keys)
-    tape.logits = head(model, tokens, state.policy, anatomy, tape.ops)
+    tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
     return tape.logits
 
 
 def head(
-    model: VisionTransformer, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN
+    model: VisionTransformer,
+    x: Tensor,
+    policy: Tensor | None,
+    anatomy: Anatomy,
+    ops: Arithmetic = PLAIN,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """From the final tokens to the model's output, as timm's ``forward_head`` in eval mode.
 
@@ -451,6 +484,7 @@ def head(
         policy: [B, N] or None: 0 for slots of dropped tokens, which are not pooled.
         anatomy: Of the model.
         ops: The arithmetic.
+        sizes: [B, N] or None: how many patches each token stands for; means over tokens count by it.
 
     Returns:
         [B, classes], or the pooled features without a head.
@@ -462,18 +496,23 @@ def head(
         )
         return ops.mean(first, second)
     if ops.opened and anatomy.pool in ("avg", "avgmax"):
-        features = pooled(x, anatomy.readout(x.shape[1], policy, x), ops)
+        features = pooled(x, anatomy.readout(x.shape[1], policy, x, sizes), ops)
         if anatomy.pool == "avgmax":
             features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
     else:
-        features = masked_pool(model, x, None, policy, anatomy)
+        features = masked_pool(model, x, None, policy, anatomy, sizes)
     return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
 
 
 def masked_pool(
-    model: VisionTransformer, x: Tensor, pool_type: str | None, policy: Tensor | None, anatomy: Anatomy
+    model: VisionTransformer,
+    x: Tensor,
+    pool_type: str | None,
+    policy: Tensor | None,
+    anatomy: Anatomy,
+    sizes: Tensor | None = None,
 ) -> Tensor:
-    """Pool as timm does, but over the tokens that are there.
+    """Pool as timm does, but over the tokens that are there, and means by size: sum s x / sum s.
 
     Args:
         model: The ViT.
@@ -481,14 +520,21 @@ def masked_pool(
         pool_type: timm's override, or None.
         policy: [B, N] or None.
         anatomy: Of the model.
+        sizes: [B, N] or None: how many patches each token stands for.
     """
     kind = model.global_pool if pool_type is None else pool_type
-    if policy is None or policy.shape[1] != x.shape[1] or kind in ("token", "") or not isinstance(kind, str):
+    # Tokens of another number are the user's own, and not what the last forward left.
+    policy, sizes = (None if t is None or t.shape[1] != x.shape[1] else t for t in (policy, sizes))
+    if (policy is None and sizes is None) or kind in ("token", "") or not isinstance(kind, str):
         return type(model).pool(model, x, pool_type)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
-    p = policy[:, start:, None].to(x.dtype)
     body = x[:, start:]
-    mean = (body * p).sum(1) / p.sum(1).clamp(min=1)
+    p = (x.new_ones(x.shape[:2]) if policy is None else policy)[:, start:, None].to(x.dtype)
+    if sizes is None:
+        mean = (body * p).sum(1) / p.sum(1).clamp(min=1)
+    else:
+        share = sizes[:, start:, None] * p
+        mean = (body * (share / share.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)).sum(1)
     if kind == "avg":
         return mean
     top = body.masked_fill(p <= 0, torch.finfo(x.dtype).min).amax(1)

@@ -27,6 +27,7 @@ class Attended:
         row: [B, n] or None: attention paid by the tokens that the head reads (or the class token), mean over heads.
         head_rows: [B, H, n] or None: the same for each head.
         normed: [B, n, D] or None: the tokens as the block's first norm gives them, part of the graph.
+        sizes: [B, n] or None: how many patches each token stands for, where some were merged.
     """
 
     block: int
@@ -39,6 +40,7 @@ class Attended:
     head_rows: Tensor | None = None
     normed: Tensor | None = None
     queries: tuple[int, ...] | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Tape:
         policy: [B, n] or None: which slots hold a token at the end (masked mode).
         tokens: Tokens after the last block, prefix included (those that were not carried on counted too).
         logits: [B, C], the model's output.
+        sizes: [B, n] or None: how many patches each token stands for at the end, where some were merged.
     """
 
     attention: bool = False
@@ -90,6 +93,7 @@ class Tape:
     policy: Tensor | None = None
     tokens: int = 0
     logits: Tensor | None = None
+    sizes: Tensor | None = None
 
     def attended(self) -> list[Attended]:
         """The attention halves in forward order."""

@@ -28,6 +28,7 @@ class Stage:
         score: float [B, n_in] or None, what the pruner ranked by (larger is kept).
         counted: Patch tokens that the stage leaves for later blocks, also when masked slots are carried along;
             float [B] in masked training where images differ, else int.
+        merged: Whether tokens became one as equals, so that each stays part of a token that stands for it.
     """
 
     block: int
@@ -37,6 +38,7 @@ class Stage:
     fused: bool = False
     score: Tensor | None = None
     counted: Tensor | int = 0
+    merged: bool = False
 
     def lift(self, row: Tensor, prefix: int) -> Tensor:
         """Carry row vectors over tokens one stage towards the input: ``row @ S``.
@@ -104,6 +106,22 @@ class Stage:
         total = found.squeeze(2) if m == 1 else found.sum(2) / used.sum(2, keepdim=True).clamp(min=1)
         return total, used.any(2)
 
+    def total(self, values: Tensor, prefix: int) -> Tensor:
+        """Carry one number a token through the stage as a sum over each group's members.
+
+        Args:
+            values: float [B, prefix + n_in].
+            prefix: Number of prefix tokens in front.
+
+        Returns:
+            float [B, prefix + n_out]; 1 in slots that nobody is left in.
+        """
+        member = (self.group >= 0).to(values.dtype)
+        group, body = self.group.clamp(min=0), values.new_zeros(values.shape[0], self.n_out)
+        members = body.scatter_add(1, group, member)
+        body = body.scatter_add(1, group, member * values[:, prefix:])
+        return torch.cat([values[:, :prefix], torch.where(members > 0, body, 1)], 1)
+
 
 @dataclass
 class TokenTrace:
@@ -126,7 +144,7 @@ class TokenTrace:
     stages: list[Stage] = field(default_factory=list)
 
     def _compose(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether a patch is still itself."""
+        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether it is no fused token."""
         count = len(self.stages)
         if count and not -count <= stage < count:
             raise PrunexError(
@@ -154,12 +172,50 @@ class TokenTrace:
             stage: Which one; -1 is the last. Without any stage everything is kept.
 
         Returns:
-            bool [B, gh, gw], raster order of the original grid. A patch inside a fused token is not kept.
+            bool [B, gh, gw], raster order of the original grid. A patch inside a fused token is not kept, nor is one
+            that was merged with another.
 
         Raises:
             PrunexError: For a stage that does not exist.
         """
-        return self._compose(stage)[2].unflatten(1, self.grid)
+        where, _, alive = self._compose(stage)
+        if self.merges(stage):
+            alive = alive & (self._members(where).gather(1, where.clamp(min=0)) == 1)
+        return alive.unflatten(1, self.grid)
+
+    def merges(self, stage: int = -1) -> bool:
+        """Whether some stage merged tokens, up to a stage and with it; -1 is the last."""
+        count = len(self.stages)
+        return any(s.merged for s in self.stages[: stage % count + 1]) if count else False
+
+    def _members(self, where: Tensor) -> Tensor:
+        """Number of patches in each token, [B, tokens], from positions [B, P]."""
+        # Every stage may have added the slot of a fused token.
+        room = torch.zeros(self.batch, where.shape[1] + len(self.stages), dtype=torch.long, device=self.device)
+        return room.scatter_add(1, where.clamp(min=0), (where >= 0).long())
+
+    def left(self, stage: int = -1) -> Tensor:
+        """Number of tokens that hold patches after a stage: int64 [B].
+
+        Args:
+            stage: Which one; -1 is the last.
+        """
+        return (self._members(self._compose(stage)[0]) > 0).sum(1)
+
+    def groups(self, stage: int = -1) -> Tensor:
+        """Which token each patch is part of after a stage: a segmentation, where tokens are merged.
+
+        Args:
+            stage: Which one; -1 is the last. Without any stage every patch is its own.
+
+        Returns:
+            int64 [B, gh, gw], positions among the patch tokens, equal for patches that share a token (merged or
+            fused); -1 for a patch that was removed.
+
+        Raises:
+            PrunexError: For a stage that does not exist.
+        """
+        return self._compose(stage)[0].unflatten(1, self.grid)
 
     def tokens(self, stage: int = -1) -> Tensor:
         """Which token each patch continues as after a stage.
@@ -168,7 +224,8 @@ class TokenTrace:
             stage: Which one; -1 is the last.
 
         Returns:
-            int64 [B, P], positions among the patch tokens; -1 for a patch that was removed or fused.
+            int64 [B, P], positions among the patch tokens, the same for patches that were merged; -1 for a patch that
+            was removed or fused.
         """
         where, _, alive = self._compose(stage)
         return where.masked_fill(~alive, -1)
@@ -271,8 +328,15 @@ class TokenTrace:
         return torch.stack(maps).sum(0)
 
     def keep_ratios(self) -> list[Tensor]:
-        """Realised share of the original patches that are kept after each stage: a list of float [B]."""
-        return [self.kept(i).flatten(1).float().mean(1) for i in range(len(self.stages))]
+        """Realised share of the original patches that are kept after each stage: a list of float [B].
+
+        Where tokens were merged, no patch is lost: there it is the number of tokens left over the number of patches.
+        """
+        patches = self.grid[0] * self.grid[1]
+        return [
+            self.left(i).float() / patches if self.merges(i) else self.kept(i).flatten(1).float().mean(1)
+            for i in range(len(self.stages))
+        ]
 
     def detach(self) -> TokenTrace:
         """The same trace without a link to the autograd graph."""
@@ -285,6 +349,7 @@ class TokenTrace:
                 s.fused,
                 None if s.score is None else s.score.detach(),
                 s.counted.detach() if isinstance(s.counted, Tensor) else s.counted,
+                s.merged,
             )
             for s in self.stages
         ]

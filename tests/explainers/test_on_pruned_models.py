@@ -7,7 +7,7 @@ import prunex
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
-PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming"]
+PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome"]
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 
 
@@ -15,6 +15,8 @@ def attach(model, pruner, **options):
     if pruner == "patch_slimming":
         return prunex.attach(model, pruner, keep=positions(model, **options))
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
+    if pruner == "tome":
+        extra["r"] = round(8 * (1 - options.pop("keep_ratio")))
     pruning = prunex.attach(model, pruner.removesuffix("_unfused"), **(options | extra))
     randomise(pruning.pruner)
     return pruning

@@ -1,0 +1,210 @@
+"""ToMe: in every block, tokens with similar keys are averaged. No parameters, no training needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunex.checks import check_flag, check_number
+from prunex.errors import PrunexError
+from prunex.pruners.base import TokenPruner
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.decisions import Merge, TokenState
+
+
+@register("pruner", "tome", "Bolya et al., ICLR 2023, arXiv 2210.09461", "nothing; works untrained")
+class ToMe(TokenPruner):
+    r"""Token merging (arXiv 2210.09461, Sec. 3).
+
+    Between a block's attention and its MLP, r patch tokens are merged away: tokens alternate between two sets; each of
+    the first finds its most similar partner in the second, by the cosine of the keys (mean over heads, as attention
+    uses them); the r most similar pairs become one token each, the mean of its patches. Several may share a partner.
+    Gradients pass through the means, not through the matching.
+
+    A token of s patches counts s times: in every later attention log s is added to its key's scores (proportional
+    attention, Eq. 1), and heads that average tokens average patches. Training and inference do the same.
+
+    Which tokens alternate: with one prefix token (class) or two (class and distillation) the positions of the whole
+    sequence, as in the authors' code, so that the class token is the first set's and a distillation token the second's;
+    neither is ever merged. With none, or with register tokens making them more than two, the patches alone, the first
+    of them in the first set. Afterwards the rest of the first set comes before the second, each in its order.
+
+    Departures from the authors' code: register tokens are never merged; LayerScale, norms of queries and keys and
+    whatever else a block has stay in force; averaged heads count patches (theirs do so for MAE alone); the rest of the
+    first set keeps its order without a class token too; a key of length 0 is similar to nobody (theirs gives NaN); of
+    equal similarities the earlier wins.
+
+    Args:
+        anatomy: Of the model.
+        r: Tokens merged away at a stage, at least 0 (13 suits ViT-S and ViT-B at 224; 0 merges nothing). A sequence
+            gives one number a stage, and 0 for the stages after its end. Never more than half of a block's patches.
+        proportional: Whether attention counts sizes. The authors turn it off for untrained use of MAE's weights alone.
+        inflect: The paper's schedules, in [-1, 1]: stages rise (or fall, below 0) in a line from int(r (1 - inflect))
+            to 2 r minus that, each truncated to a whole number. 0 is the same r everywhere; -1 falls from 2 r to 0.
+        stages: Blocks that merge; None: all of them.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
+    >>> pruning = prunex.attach(model, "tome", r=13)
+    >>> with torch.no_grad():
+    ...     _ = model(torch.randn(1, 3, 224, 224))
+    >>> pruning.counts()[-1], pruning.trace.groups().shape, int(pruning.trace.left()[0])
+    (40, torch.Size([1, 14, 14]), 40)
+    """
+
+    name = "tome"
+    inside = True
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        r: int | Sequence[int] = 13,
+        proportional: bool = True,
+        inflect: float = 0.0,
+        stages: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(anatomy, None, range(anatomy.depth) if stages is None else stages)
+        inflect = check_number("inflect", inflect, -1, 1)
+        self.removed = schedule(r, inflect, len(self.stages))
+        self.proportional = check_flag("proportional", proportional)
+        self.odd = anatomy.prefix == 1  # the class token takes the first place of the first set
+        self.pair_width = anatomy.head_dim
+        given = list(r) if isinstance(r, Sequence) else r
+        self.options = {"r": given, "proportional": proportional, "inflect": inflect, **self.options}
+
+    @classmethod
+    def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
+        """``r`` from shares: 1 merges nothing, 0 half of the whole grid in every block; fractions of a token are saved up."""
+        half = anatomy.grid[0] * anatomy.grid[1] / 2
+        if len(shares) == 1:
+            return {"r": round((1 - shares[0]) * half)}
+        due = [round(half * d) for d in itertools.accumulate((1 - s for s in shares), initial=0.0)]
+        return {"r": [after - before for before, after in itertools.pairwise(due)]}
+
+    def key_means(self) -> frozenset[int]:
+        """Blocks that merge."""
+        return frozenset(b for b, r in zip(self.stages, self.removed, strict=True) if r)
+
+    def acts_between(self, block: int) -> bool:
+        """Whether a block merges."""
+        return block in self.key_means()
+
+    def between(self, block: int, state: TokenState) -> Merge | None:
+        """Merge the most similar pairs of a stage's block."""
+        r = min(self.removed[self.stages.index(block)], state.left // 2)
+        if r <= 0 or state.key_mean is None:
+            return None
+        keys = state.key_mean[:, state.anatomy.prefix :]
+        if state.present is None:
+            return Merge(match(keys, r, self.odd), state.left - r, self.proportional)
+        return Merge(match_present(keys, r, self.odd, state.present > 0), state.left - r, self.proportional)
+
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens after each stage."""
+        counts = []
+        for r in self.removed:
+            patches -= min(r, patches // 2)
+            counts.append(patches)
+        return counts
+
+    def macs(self, entering: int) -> int:
+        """The similarities of all pairs across the two sets."""
+        return entering // 2 * ((entering + 1) // 2) * self.pair_width
+
+
+def schedule(r: Any, inflect: float, stages: int) -> tuple[int, ...]:
+    """How many tokens each stage merges away.
+
+    Args:
+        r: A whole number of at least 0, or one a stage.
+        inflect: In [-1, 1]; 0 where ``r`` is a sequence.
+        stages: Number of stages.
+
+    Raises:
+        PrunexError: For anything else.
+
+    >>> schedule(13, -1.0, 12)
+    (26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0)
+    """
+    many = isinstance(r, Sequence) and not isinstance(r, str)
+    listed = list(r) if many else [r]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in listed):
+        raise PrunexError(
+            f"r={r!r} is not allowed: give a whole number of tokens, such as 13, or one a stage; "
+            "the paper's pair (r, f) is r=r, inflect=f"
+        )
+    if not many:
+        first, steps = int(r * (1 - inflect) + 1e-9), max(1, stages - 1)
+        rise = 2 * r - 2 * first
+        return tuple((first * steps + rise * i) // steps for i in range(stages))
+    if len(listed) > stages:
+        raise PrunexError(f"r={r!r} has {len(listed)} values for {stages} stages: give one, or at most one a stage")
+    if inflect:
+        raise PrunexError(f"inflect={inflect} is not allowed beside r={r!r}: a list says itself how it changes")
+    return (*listed, *[0] * (stages - len(listed)))
+
+
+def match(keys: Tensor, r: int | Tensor, odd: bool = False, there: Tensor | None = None) -> Tensor:
+    """Bipartite soft matching (arXiv 2210.09461, Sec. 3 and App. D): which tokens become one.
+
+    Args:
+        keys: float [B, n, d], what the tokens are compared by.
+        r: Tokens merged away, at most floor(n / 2); or one number an image, int64 [B, 1], with ``there``.
+        odd: Whether the first set, whose tokens are merged into the second's, is the odd positions instead of the even.
+        there: bool [B, n] or None: the tokens that take part, the first ones of each image.
+
+    Returns:
+        int64 [B, n], groups 0..n-r-1: the rest of the first set, then the second set; -1 for tokens that take no part.
+    """
+    n = keys.shape[1]
+    first, second = (torch.arange(start, n, 2, device=keys.device) for start in (int(odd), int(not odd)))
+    unit = F.normalize(keys, dim=-1)
+    similar = unit[:, int(odd) :: 2] @ unit[:, int(not odd) :: 2].transpose(1, 2)
+    if there is not None:
+        both = there[:, first].unsqueeze(2) & there[:, second].unsqueeze(1)
+        similar = similar.masked_fill(~both, float("-inf"))
+    partner = similar.argmax(2)
+    goes = ranks(similar.amax(2)) < r
+    stays = ~goes if there is None else ~goes & there[:, first]
+    before = stays.long().cumsum(1)
+    left = before[:, -1:]
+    both_sets = [torch.where(goes, left + partner, before - 1), left + (second // 2).expand(keys.shape[0], -1)]
+    position = torch.arange(n, device=keys.device)
+    group = torch.cat(both_sets, 1)[:, position // 2 + (position % 2 != int(odd)) * len(first)]
+    return group if there is None else group.masked_fill(~there, -1)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """How many of a row's values come before each, largest first and equal ones in order: int64 [B, n].
+
+    By counting, since graphs for other runtimes have no stable sort.
+    """
+    here, other = values.unsqueeze(2), values.unsqueeze(1)
+    place = torch.arange(values.shape[1], device=values.device)
+    earlier = place < place.unsqueeze(1)
+    return ((other > here) | ((other == here) & earlier)).sum(2)
+
+
+def match_present(keys: Tensor, r: int, odd: bool, present: Tensor) -> Tensor:
+    """:func:`match` among the tokens that are there, wherever they are: as if the others did not exist.
+
+    Args:
+        keys: float [B, n, d].
+        r: Tokens merged away, at most half of those that are there.
+        odd: See :func:`match`.
+        present: bool [B, n].
+
+    Returns:
+        int64 [B, n]; -1 for tokens that are not there.
+    """
+    order = (~present).to(torch.uint8).argsort(dim=1, stable=True)
+    most = (present.sum(1, keepdim=True) // 2).clamp(max=r)
+    moved = keys.gather(1, order.unsqueeze(2).expand_as(keys))
+    group = match(moved, most, odd, present.gather(1, order))
+    return torch.empty_like(group).scatter(1, order, group)

@@ -41,8 +41,8 @@ def curves(
         percent: Show values as per cent of 1.
         xlabel: What the steps count.
         size: Width and height in pixels.
-        bands: For some names the lower and upper end [N] of a faint band around the line, such as the spread over
-            seeds.
+        bands: For some of the names the lower and upper end [N] of a faint band around the line, such as the spread
+            over seeds.
 
     Returns:
         uint8 [height, width, 3].

@@ -75,9 +75,9 @@ class TokenPruner(nn.Module):
         if keep_ratio is not None:
             given = list(self.rates) if isinstance(keep_ratio, Sequence) else float(keep_ratio)
             self.options = {"keep_ratio": given, **self.options}
-        self.schedule = check_schedule(**schedule)
+        self.shrink = check_schedule(**schedule)
         if "schedule" in accepted(type(self)):
-            self.options |= self.schedule.options
+            self.options |= self.shrink.options
 
     @classmethod
     def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class TokenPruner(nn.Module):
 
     def rate(self, stage: int) -> float:
         """The keep rate in force at a stage, at the present progress."""
-        return self.schedule.rate(self.rates[stage], self.progress)
+        return self.shrink.rate(self.rates[stage], self.progress)
 
     def rows(self) -> frozenset[int]:
         """Blocks whose read-out attention row is needed between the halves."""
@@ -164,12 +164,12 @@ class TokenPruner(nn.Module):
 
     def inference_only(self) -> None:
         """Drop what only training needs. The rates stay those in force now, so that logits stay as they were."""
-        if self.schedule == Schedule():
+        if self.shrink == Schedule():
             return
         self.rates = tuple(self.rate(s) for s in range(len(self.stages)))
-        self.schedule = Schedule()
+        self.shrink = Schedule()
         even = len(set(self.rates)) == 1
-        self.options |= {"keep_ratio": self.rates[0] if even else list(self.rates), **self.schedule.options}
+        self.options |= {"keep_ratio": self.rates[0] if even else list(self.rates), **self.shrink.options}
 
 
 def accepted(make: Callable[..., Any]) -> list[str]:

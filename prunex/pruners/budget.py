@@ -179,8 +179,11 @@ class Budget:
                 if (turned == moved) != (move == 0):
                     continue
                 here = _put(start, moved, min(1.0, max(token, start[moved] + move * token)))
-                for found in self._bisect(partial(_put, here, turned), 0.0, 1.0, target):
-                    best = min(best, found, key=lambda s: self._miss(s, target))
+                try:
+                    found = self._bisect(partial(_put, here, turned), 0.0, 1.0, target)
+                except PrunexError:  # beside the user's other options the method takes no rates of single stages
+                    return best
+                best = min(best, *found, key=lambda s: self._miss(s, target))
                 if self._miss(best, target) <= CLOSE:
                     return best
         return best

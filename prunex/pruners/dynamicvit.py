@@ -157,7 +157,7 @@ class DynamicViT(TokenPruner):
 
     def target(self, stage: int) -> float:
         """The share of the original patches aimed at after a stage, at the present progress."""
-        if self.progress >= self.schedule.start + self.schedule.length:
+        if self.progress >= self.shrink.start + self.shrink.length:
             return self.targets[stage]
         return math.prod(self.rate(s) for s in range(stage + 1))
 

@@ -80,12 +80,13 @@ class ToMe(TokenPruner):
 
     @classmethod
     def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
-        """``r`` from shares: 1 merges nothing, 0 half of the whole grid in every block; fractions of a token are saved up."""
+        """``r`` from shares: 1 merges nothing, 0 half of the grid in every block; parts of a token are saved up."""
         half = anatomy.grid[0] * anatomy.grid[1] / 2
         if len(shares) == 1:
             return {"r": round((1 - shares[0]) * half)}
         due = [round(half * d) for d in itertools.accumulate((1 - s for s in shares), initial=0.0)]
-        return {"r": [after - before for before, after in itertools.pairwise(due)]}
+        r = [after - before for before, after in itertools.pairwise(due)]
+        return {"r": r[0] if len(set(r)) == 1 else r}
 
     def key_means(self) -> frozenset[int]:
         """Blocks that merge."""

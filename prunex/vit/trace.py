@@ -102,6 +102,8 @@ class Stage:
         at = group.clamp(min=0).flatten(1)
         found = values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[2])).view(b, n, m, -1)
         used = (group >= 0) & there.gather(1, at).view(b, n, m)
+        if self.group.ndim == 3:  # a pooled window counts a token that is not there with no weight
+            used = used & (self.weight > 0)
         found = found.masked_fill(~used.unsqueeze(-1), 0)
         total = found.squeeze(2) if m == 1 else found.sum(2) / used.sum(2, keepdim=True).clamp(min=1)
         return total, used.any(2)

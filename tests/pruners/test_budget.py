@@ -217,7 +217,9 @@ class Removes(TopK):
 
     name = "removes"
 
-    def __init__(self, anatomy, r=1):
+    def __init__(self, anatomy, r=1, even=False):
+        if even and not isinstance(r, int):
+            raise PrunexError("even=True is not allowed beside a list")
         patches, n = anatomy.grid[0] * anatomy.grid[1], anatomy.grid[0] * anatomy.grid[1]
         counts = [r] * anatomy.depth if isinstance(r, int) else list(r)
         rates = []
@@ -227,7 +229,7 @@ class Removes(TopK):
             n = left
         super().__init__(anatomy, rates, tuple(range(anatomy.depth)))
         assert patches >= n
-        self.options = {"r": r}
+        self.options = {"r": r, "even": even}
 
     @classmethod
     def knob(cls, anatomy, shares):
@@ -272,5 +274,8 @@ def test_a_method_with_another_knob():
             assert prunex.cost(model).macs == pytest.approx(budget * dense, rel=0.01)
             r = pruning.options["r"]
             assert isinstance(r, int) or all(isinstance(v, int) for v in r)
+    with pytest.warns(UserWarning, match="whole tokens"):  # 6 tokens a step of r
+        pruning = prunex.attach(tiny(depth=6), "removes", budget=0.6, even=True)
+    assert isinstance(pruning.options["r"], int)
     with pytest.raises(PrunexError, match="budget=0.6 and r=3 both say"):
         prunex.attach(model, "removes", budget=0.6, r=3)

@@ -18,7 +18,7 @@ from prunex.vit.anatomy import read
 from prunex.vit.decisions import Absent, Replay
 from prunex.vit.forward import embed, resume, run, through
 from prunex.vit.tape import Tape
-from tests.metrics.test_cost import counted
+from tests.vit.test_cost import counted
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, state_of, tiny
 
 WITH_CLASS_TOKEN = [name for name in FAMILIES if not name.startswith(("avg", "max"))]  # pooled ones are refused

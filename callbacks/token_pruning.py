@@ -127,6 +127,8 @@ class TokenPruning(Callback):
                 f"the model is pruned by {found.method} already: detach() it, or ask for {found.method} here"
             )
         for name, wanted in self.options.items():
+            if name in found.pruner.read_once:
+                continue
             has = found.options.get(name)
             if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
                 raise PrunexError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance
 from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pruner, TokenState
+from prunex.vit.decisions import Absent, Decision, Fill, Keep, Mask, Pruner, TokenState
 from prunex.vit.forward import embed, record, resume
 from prunex.vit.tape import Tape
 
@@ -175,7 +175,7 @@ class _Frozen:
     ) -> None:
         self.present, self.decisions, self.image, self.place = present, decisions, image, place
         for d in decisions:
-            if not isinstance(d.answer, Keep | Mask):
+            if not isinstance(d.answer, Keep | Mask | Fill):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
                     "use selection='adaptive'"
@@ -187,16 +187,16 @@ class _Frozen:
     def acts_between(self, block: int) -> bool:
         return any(d.inside and d.block == block for d in self.decisions)
 
-    def before(self, block: int, state: TokenState) -> list[Keep | Mask]:
+    def before(self, block: int, state: TokenState) -> list[Keep | Mask | Fill]:
         hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
         there = self.present if block == 0 else None
         return hidden + self._again(block, False, state, there)
 
-    def between(self, block: int, state: TokenState) -> list[Keep | Mask]:
+    def between(self, block: int, state: TokenState) -> list[Keep | Mask | Fill]:
         return self._again(block, True, state, None)
 
-    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask]:
-        answers: list[Keep | Mask] = []
+    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask | Fill]:
+        answers: list[Keep | Mask | Fill] = []
         for d in self.decisions:
             if (d.block, d.inside) != (block, inside):
                 continue
@@ -206,11 +206,13 @@ class _Frozen:
             answers += more
         return answers
 
-    def _one(self, answer: Keep | Mask, there: Tensor) -> tuple[list[Keep | Mask], Tensor]:
+    def _one(self, answer: Keep | Mask | Fill, there: Tensor) -> tuple[list[Keep | Mask | Fill], Tensor]:
         """One decision in the slots of these sequences, and which of them hold a token afterwards."""
         if isinstance(answer, Mask):
             left = self._mine(answer.policy) * there
             return [Mask(left)], left > 0
+        if isinstance(answer, Fill):  # a replaced patch is still there; its filler leaves with it
+            return [Fill(self._mine(answer.present), self._mine(answer.filler))], there
         picked = answer.index if self.image is None else answer.index[self.image]
         index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
         left = torch.zeros_like(there).scatter(1, index, True) & there
@@ -227,13 +229,15 @@ class _Frozen:
         return torch.cat([place, fused.expand(len(place), -1)], 1)
 
     def _mine(self, values: Tensor) -> Tensor:
-        """One number a slot of the clean run, in these sequences' slots; whatever in a slot where no patch is."""
+        """One number (or vector) a slot of the clean run, in these sequences' slots; whatever where no patch is."""
         values = values.detach() if self.image is None else values.detach()[self.image]
         if self.place is None:
             return values
         fused = values.shape[1] - self.place.shape[1]
         slots = self._slots(self.present.shape[1] + fused)
-        here = values.new_zeros(len(values), self.present.shape[1] + fused)
+        here = values.new_zeros(len(values), self.present.shape[1] + fused, *values.shape[2:])
+        if values.ndim == 3:
+            slots = slots.unsqueeze(-1).expand_as(values)
         return here.scatter(1, slots, values)
 
 

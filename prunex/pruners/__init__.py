@@ -1,7 +1,8 @@
 """One published token pruner a file, named as its paper names it."""
 
+from prunex.pruners.diffmask import DiffMask
 from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
 from prunex.pruners.topk import TopK
 
-__all__ = ["DynamicViT", "EViT", "TopK"]
+__all__ = ["DiffMask", "DynamicViT", "EViT", "TopK"]

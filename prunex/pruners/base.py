@@ -53,6 +53,7 @@ class TokenPruner(nn.Module):
     name = ""
     inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
+    read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
 
     def __init__(
         self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
@@ -96,6 +97,10 @@ class TokenPruner(nn.Module):
     def macs(self, entering: int) -> int:
         """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
         return 0
+
+    def ahead(self) -> int | None:
+        """How many blocks are run on all patches only to decide; None where nothing is run twice."""
+        return None
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""

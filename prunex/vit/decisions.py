@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TokenState:
         keys: Weights of tokens as attention keys, or None; they follow their tokens.
         ops: How elementary operations are carried out; None: plainly.
         decisions: What was decided so far, in order.
+        model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
     """
 
     tokens: Tensor
@@ -47,6 +48,7 @@ class TokenState:
     keys: KeyWeights | None = None
     ops: Arithmetic | None = None
     decisions: list[Decision] = field(default_factory=list)
+    model: Any = None
 
     @property
     def patches(self) -> Tensor:
@@ -83,15 +85,30 @@ class Mask:
 
 
 @dataclass
+class Fill:
+    """A pruner's answer: patch tokens that are replaced where they stand; their number stays as it is.
+
+    Attributes:
+        present: [B, n], above 0 for the tokens that continue as themselves.
+        filler: [B, n, D], what stands in the place of the others.
+        score: [B, n] or None.
+    """
+
+    present: Tensor
+    filler: Tensor
+    score: Tensor | None = None
+
+
+@dataclass
 class Decision:
     """One answer of a pruner and where it was given: before ``block``, or between its halves."""
 
     block: int
     inside: bool
-    answer: Keep | Mask
+    answer: Keep | Mask | Fill
 
 
-Answer = Keep | Mask | Sequence[Keep | Mask] | None
+Answer = Keep | Mask | Fill | Sequence[Keep | Mask | Fill] | None
 
 
 class Pruner(Protocol):
@@ -141,13 +158,15 @@ class Replay:
         """What was decided between the block's halves."""
         return [self._pick(d.answer) for d in self.decisions if d.block == block and d.inside]
 
-    def _pick(self, answer: Keep | Mask) -> Keep | Mask:
+    def _pick(self, answer: Keep | Mask | Fill) -> Keep | Mask | Fill:
         def pick(values: Tensor) -> Tensor:
             values = values.detach()
             return values if self.index is None else values[self.index]
 
         if isinstance(answer, Mask):
             return Mask(pick(answer.policy))
+        if isinstance(answer, Fill):
+            return Fill(pick(answer.present), pick(answer.filler))
         return Keep(pick(answer.index), fuse=None if answer.fuse is None else pick(answer.fuse))
 
 
@@ -198,6 +217,8 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
     for one in answer if isinstance(answer, Sequence) else [answer]:
         if isinstance(one, Mask):
             stage = _mask(one, block, state)
+        elif isinstance(one, Fill):
+            stage = _fill(one, block, state)
         elif state.masked:
             stage = _keep_masked(one, block, state)
         else:
@@ -265,3 +286,13 @@ def _mask(d: Mask, block: int, state: TokenState) -> Stage:
     state.policy = torch.cat([d.policy.new_ones(b, state.anatomy.prefix), d.policy], 1)
     group = torch.arange(n, device=hard.device).expand(b, -1).masked_fill(~hard, -1)
     return Stage(block, group, hard.to(d.policy.dtype), n, False, d.score, hard.sum(1))
+
+
+def _fill(d: Fill, block: int, state: TokenState) -> Stage:
+    kept = d.present.detach() > 0
+    b, n = kept.shape
+    body = torch.where(kept.unsqueeze(-1), state.patches, d.filler.to(state.tokens.dtype))
+    state.tokens = torch.cat([state.tokens[:, : state.anatomy.prefix], body], 1)
+    group = torch.arange(n, device=kept.device).expand(b, -1).masked_fill(~kept, -1)
+    weight = kept.to(torch.promote_types(body.dtype, torch.float32))
+    return Stage(block, group, weight, n, False, d.score, state.left)

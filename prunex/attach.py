@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
+from prunex.pruners.adaptive import realised
 from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.forward import masked_pool, run
-from prunex.vit.mount import check_parity, put_on, take_off
+from prunex.vit.mount import as_found, check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
 
 CHILD = "prunex"
@@ -68,7 +70,7 @@ class Attached(nn.Module):
         self.trace = state.trace.detach()
         self.last = None
         if model.training:
-            self.last = Forward(images, tokens, state.policy, anatomy, state.masks)
+            self.last = Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model)
         return tokens
 
     def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
@@ -154,10 +156,25 @@ class Pruning:
     def masked(self, value: bool | None) -> None:
         self._attached.masked = value
 
-    def losses(self) -> dict[str, Tensor]:
-        """Weighted auxiliary losses of the last training forward, each a scalar; empty after an eval forward."""
+    def losses(self, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the last training forward, each a scalar; empty after an eval forward.
+
+        Args:
+            labels: int64 [B], the images' classes, for a pruner that learns from being right; others ignore them.
+
+        Raises:
+            PrunexError: For labels that do not fit the images.
+        """
         attached = self._attached
-        return attached.pruner.losses(attached.last) if attached.last is not None else {}
+        if attached.last is None:
+            return {}
+        if labels is not None:
+            count = len(attached.last.images)
+            if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
+                what = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+                raise PrunexError(f"labels are {what}: give one class index for each of the {count} images")
+        attached.last.labels = labels
+        return attached.pruner.losses(attached.last)
 
     def forget(self) -> None:
         """Let go of the last training forward's graph (after its losses were used)."""
@@ -165,9 +182,40 @@ class Pruning:
         self._attached.policy = None
 
     def counts(self, patches: int | None = None) -> list[int]:
-        """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid."""
+        """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid.
+
+        With ``count="adaptive"`` they depend on the image, and these are the expected ones: see :meth:`calibrate`.
+        """
         gh, gw = self._attached.current(self.model).grid
         return self.pruner.counts(gh * gw if patches is None else patches)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Tensor | Iterable[Tensor]) -> list[float]:
+        """Measure how many patches images keep, as what ``counts``, ``prunex.cost`` and ``prunex.export`` go by.
+
+        Only a pruner with ``count="adaptive"`` remembers it; train flags and the last forward stay as they are.
+
+        Args:
+            batches: float [B, C, H, W], or several of them.
+
+        Returns:
+            The mean share of the patches kept after each stage.
+
+        Raises:
+            PrunexError: Without any image.
+        """
+        attached, model = self._attached, self.model
+        total, count = torch.zeros(len(self.pruner.stages), dtype=torch.float64), 0
+        for images in [batches] if isinstance(batches, Tensor) else batches:
+            with as_found(model, train=False):
+                trace = run(model, images, attached.current(model), (self.pruner,))[1].trace
+            total += realised(trace, self.pruner.stages).double().sum(0).cpu()
+            count += len(images)
+        if not count:
+            raise PrunexError("no images were given: calibrate on at least one batch [B, C, H, W]")
+        shares = (total / count).tolist()
+        self.pruner.expect(shares)
+        return shares
 
     def load_official(self, state: Mapping[str, Any]) -> Pruning:
         """Load weights of the method's official repository, by their published names.

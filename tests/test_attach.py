@@ -13,7 +13,11 @@ from tests.vits import assert_same_state, images, images_for, largest, randomise
 
 NAN = float("nan")
 BAD_OPTIONS = {
-    "unknown method": ("evitt", {}, "unknown pruner 'evitt': did you mean 'evit'.*Known: dynamicvit, evit, topk"),
+    "unknown method": (
+        "evitt",
+        {},
+        "unknown pruner 'evitt': did you mean 'evit'.*Known: dynamicvit, evit, ia_red2, topk",
+    ),
     "method none": (None, {}, "unknown pruner None"),
     "explainer as pruner": ("rollout", {}, "unknown pruner 'rollout'"),
     "unknown option": ("evit", {"keep_ration": 0.5}, "option of evit 'keep_ration': did you mean 'keep_ratio'"),
@@ -110,7 +114,7 @@ class Classifier(nn.Module):
         return self.classify(self.net["backbone"](x))
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "ia_red2"])
 def test_inside_a_module_of_ones_own(method):
     outer = Classifier().eval()
     x = images()
@@ -234,7 +238,7 @@ def test_official_backbones_load_under_parameter_free_pruners():
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "ia_red2"])
 def test_training_a_pruned_model_changes_what_detach_gives_back(method):
     """Detach returns the structure; what was learned stays learned."""
     model = tiny()

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance
 from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Decision, Fill, Keep, Mask, Pruner, TokenState
+from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Pruner, TokenState
 from prunex.vit.forward import embed, record, resume
 from prunex.vit.tape import Tape
 
@@ -175,7 +175,7 @@ class _Frozen:
     ) -> None:
         self.present, self.decisions, self.image, self.place = present, decisions, image, place
         for d in decisions:
-            if not isinstance(d.answer, Keep | Mask | Fill):
+            if not isinstance(d.answer, Keep | Mask | Drop | Fill):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
                     "use selection='adaptive'"
@@ -187,16 +187,18 @@ class _Frozen:
     def acts_between(self, block: int) -> bool:
         return any(d.inside and d.block == block for d in self.decisions)
 
-    def before(self, block: int, state: TokenState) -> list[Keep | Mask | Fill]:
+    def before(self, block: int, state: TokenState) -> list[Keep | Mask | Drop | Fill]:
         hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
         there = self.present if block == 0 else None
         return hidden + self._again(block, False, state, there)
 
-    def between(self, block: int, state: TokenState) -> list[Keep | Mask | Fill]:
+    def between(self, block: int, state: TokenState) -> list[Keep | Mask | Drop | Fill]:
         return self._again(block, True, state, None)
 
-    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask | Fill]:
-        answers: list[Keep | Mask | Fill] = []
+    def _again(
+        self, block: int, inside: bool, state: TokenState, there: Tensor | None
+    ) -> list[Keep | Mask | Drop | Fill]:
+        answers: list[Keep | Mask | Drop | Fill] = []
         for d in self.decisions:
             if (d.block, d.inside) != (block, inside):
                 continue
@@ -206,13 +208,20 @@ class _Frozen:
             answers += more
         return answers
 
-    def _one(self, answer: Keep | Mask | Fill, there: Tensor) -> tuple[list[Keep | Mask | Fill], Tensor]:
+    def _one(self, answer: Keep | Mask | Drop | Fill, there: Tensor) -> tuple[list[Keep | Mask | Drop | Fill], Tensor]:
         """One decision in the slots of these sequences, and which of them hold a token afterwards."""
         if isinstance(answer, Mask):
             left = self._mine(answer.policy) * there
             return [Mask(left)], left > 0
         if isinstance(answer, Fill):  # a replaced patch is still there; its filler leaves with it
             return [Fill(self._mine(answer.present), self._mine(answer.filler))], there
+        if isinstance(answer, Drop):
+            stays = (self._mine(answer.present.float()) > 0) & there
+            if answer.fuse is None:
+                return [Drop(stays)], stays
+            # A Drop makes its fused token in the images that dropped something, and nowhere else.
+            after = torch.cat([stays, (there & ~stays).any(1, keepdim=True)], 1)
+            return [Drop(stays, fuse=self._mine(answer.fuse))], after
         picked = answer.index if self.image is None else answer.index[self.image]
         index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
         left = torch.zeros_like(there).scatter(1, index, True) & there

@@ -3,6 +3,7 @@
 from prunex.pruners.diffmask import DiffMask
 from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
+from prunex.pruners.ia_red2 import IARED2
 from prunex.pruners.topk import TopK
 
-__all__ = ["DiffMask", "DynamicViT", "EViT", "TopK"]
+__all__ = ["DiffMask", "DynamicViT", "EViT", "IARED2", "TopK"]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Keep, Mask, TokenState
+from prunex.vit.trace import TokenTrace
 
 
 @dataclass
@@ -27,6 +28,9 @@ class Forward:
         masks: Differentiable policies [B, n], one a stage.
         logits: [B, classes], or None when the user's own head read the features.
         anatomy: Of the model.
+        trace: What the forward did, its scores still part of the graph.
+        model: The ViT itself, for losses that need another forward.
+        labels: int64 [B], the images' classes where they are known.
     """
 
     images: Tensor
@@ -35,6 +39,9 @@ class Forward:
     anatomy: Anatomy
     masks: list[Tensor] = field(default_factory=list)
     logits: Tensor | None = None
+    trace: TokenTrace | None = None
+    model: VisionTransformer | None = None
+    labels: Tensor | None = None
 
 
 class TokenPruner(nn.Module):
@@ -54,6 +61,8 @@ class TokenPruner(nn.Module):
     inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
     read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
+    count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
+    curriculum = False  # whether training moves only some parameters at a time, see resting()
 
     def __init__(
         self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
@@ -75,11 +84,11 @@ class TokenPruner(nn.Module):
         """Whether :meth:`between` may decide something at this block."""
         return block in self.rows()
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | None:
+    def before(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
         """Decide before a block; None leaves all as it is."""
         return None
 
-    def between(self, block: int, state: TokenState) -> Keep | Mask | None:
+    def between(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
         """Decide between a block's attention and its MLP; None leaves all as it is."""
         return None
 
@@ -105,6 +114,16 @@ class TokenPruner(nn.Module):
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""
         return {}
+
+    def expect(self, shares: Sequence[float]) -> None:
+        """Be told which share of the patches images kept on average after each stage."""
+
+    def fix(self) -> None:
+        """Turn to counts that are the same for all images."""
+
+    def resting(self, model: VisionTransformer) -> list[nn.Parameter]:
+        """Parameters of the model that training shall not move at the present progress (of a curriculum)."""
+        return []
 
     def inference_only(self) -> None:
         """Drop what only training needs."""

@@ -17,17 +17,18 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import TokenPruner, ceil_share, top
+from prunex.pruners.adaptive import Adaptive, above
+from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
 from prunex.trained import CONFIG, held, how, load_into, quietly, read_folder
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.attention import KeyWeights
-from prunex.vit.decisions import Fill, Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Fill, Keep, TokenState
 from prunex.vit.forward import look_ahead, place, unplace
 from prunex.vit.mount import as_found
 
 KIND = "diffmask"
-COUNTS, REMOVALS = ("adaptive", "fixed"), ("drop", "placeholder")
+REMOVALS = ("drop", "placeholder")
 TEMPERATURE, LOW, HIGH = 0.2, -0.2, 1.0  # of the hard concrete distribution: stretched to (LOW, HIGH), cut to 0..1
 
 
@@ -169,13 +170,13 @@ def hidden_states(
     "Nalmpantis et al., CVPRW 2023, arXiv 2304.06391",
     "a trained explainer; runs the blocks up to a layer on all patches first",
 )
-class DiffMask(TokenPruner):
+class DiffMask(Adaptive):
     """The patches that Vision DiffMask keeps (arXiv 2304.06391), and nothing of the others from the first block on.
 
     The paper explains; that its masks prune is our use of them. A first pass over all patches, without any decision,
     gives the hidden states h_0 .. h_layer; gates i = 0..layer vote on every patch, and the pass that counts starts anew
-    with the patches whose probability of getting every vote, exp(c) = prod_i P(v_i != 0), is above ``threshold`` (the
-    likeliest one always). The first pass costs ``layer`` - 1 blocks, which ``prunex.cost`` counts: with a late layer
+    with the patches whose probability of getting every vote, exp(c) = prod_i P(v_i != 0), is above ``threshold``. Where
+    none is, a class token goes on alone, and a model without one keeps the likeliest patch. The first pass costs ``layer`` - 1 blocks, which ``prunex.cost`` counts: with a late layer
     nothing is saved, only shown. The gates stay as they are: train them with ``prunex fit --config
     configs/digits/diffmask.yaml``.
 
@@ -192,7 +193,8 @@ class DiffMask(TokenPruner):
             the end.
         count: "adaptive", every image keeps as many as are above the threshold; or "fixed", the share ``keep_ratio``
             with the largest exp(c).
-        keep_ratio: Share kept with count="fixed", in (0, 1].
+        keep_ratio: Share kept where the count is fixed, in (0, 1]; at 1.0 nothing is dropped either way.
+        expected: Measured mean share, see :class:`~prunex.pruners.adaptive.Adaptive`.
         removal: "drop", patches leave; or "placeholder", their embeddings are replaced by the learned vector, as the
             gates were trained, and no token is saved.
         mul: Half the range of the gates' logits; an explainer brings its own.
@@ -210,30 +212,27 @@ class DiffMask(TokenPruner):
         threshold: float = 0.5,
         layer: int = -1,
         count: Literal["adaptive", "fixed"] = "adaptive",
-        keep_ratio: float = 0.7,
+        keep_ratio: float | Sequence[float] = 0.7,
+        expected: Sequence[float] | None = None,
         removal: Literal["drop", "placeholder"] = "drop",
         mul: float = 15.0,
         add: float = 8.0,
         no_placeholder: bool = False,
     ) -> None:
-        super().__init__(anatomy, keep_ratio, (0,))
-        self.threshold = check_number("threshold", threshold, 0, 1)
+        super().__init__(anatomy, keep_ratio, (0,), count, threshold, expected)
         self.layer = check_layer(layer, anatomy.depth)
-        for option, value, known in (("count", count, COUNTS), ("removal", removal, REMOVALS)):
-            if not isinstance(value, str) or value not in known:
-                raise unknown(option, value, known)
-        self.fixed, self.drops = count == "fixed", removal == "drop"
+        if not isinstance(removal, str) or removal not in REMOVALS:
+            raise unknown("removal", removal, REMOVALS)
+        self.drops = removal == "drop"
         if explainer is None:
             self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)
         else:
             self.gates = _trained_gates(explainer, anatomy)
         # They have learnt what they know: nothing of them waits for a gradient.
         self.gates.requires_grad_(False)
-        self.options = {
-            "threshold": self.threshold,
+        del self.options["stages"]  # there is one place
+        self.options |= {
             "layer": layer,
-            "count": count,
-            "keep_ratio": self.options["keep_ratio"],
             "removal": removal,
             "mul": self.gates.mul,
             "add": self.gates.add,
@@ -243,31 +242,23 @@ class DiffMask(TokenPruner):
     @property
     def keeps_all(self) -> bool:
         """Whether the options keep every patch of every image, so that nobody need be asked."""
-        return self.rates[0] >= 1 if self.fixed else self.threshold <= 0
+        return self.rates[0] >= 1 or (self.adaptive and self.threshold <= 0)
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | Fill | None:
+    def before(self, block: int, state: TokenState) -> Keep | Drop | Fill | None:
         """Keep what the gates keep, before the first block."""
         if block or self.keeps_all:
             return None
         score = self.score(state)
-        if self.fixed:
-            patches = state.trace.grid[0] * state.trace.grid[1]
-            k = ceil_share(self.rates[0], patches)
-            if k >= state.left:
-                return None
-            index = top(score, k, state.present)
-            if self.drops:
-                return Keep(index, score)
-            return self._filled(torch.zeros_like(score).scatter(1, index, 1.0), score, state)
-        kept = self.kept(score, state.present).to(score.dtype)
-        return Mask(kept, score) if self.drops else self._filled(kept, score, state)
-
-    def kept(self, score: Tensor, present: Tensor | None) -> Tensor:
-        """Which patches are above the threshold, and are there: bool [B, n]; the best one always."""
-        if present is not None:
-            score = score.masked_fill(present <= 0, float("-inf"))
-        best = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.argmax(1, keepdim=True), True)
-        return (score > math.log(self.threshold)) | best
+        if self.adaptive:
+            kept = above(score, math.log(self.threshold), state.present, self.least)
+            return Drop(kept, score) if self.drops else self._filled(kept, score, state)
+        k = ceil_share(self.rates[0], state.trace.grid[0] * state.trace.grid[1])
+        if k >= state.left:
+            return None
+        index = top(score, k, state.present)
+        if self.drops:
+            return Keep(index, score)
+        return self._filled(torch.zeros_like(score).scatter(1, index, 1.0), score, state)
 
     @torch.no_grad()
     def score(self, state: TokenState) -> Tensor:
@@ -298,8 +289,10 @@ class DiffMask(TokenPruner):
         return Fill(present, filler, score)
 
     def counts(self, patches: int) -> list[int]:
-        """Patch tokens after the decision: of ``patches``, or all where images differ or placeholders stand in."""
-        return [ceil_share(self.rates[0], patches) if self.fixed and self.drops else patches]
+        """Patch tokens after the decision; expected ones where images differ, and all where placeholders stand in."""
+        if not self.drops:
+            return [patches]
+        return self.likely(patches) or [ceil_share(self.rates[0], patches)]
 
     def macs(self, entering: int) -> int:
         """The gates 0..layer over the entering patches: n (2 D (D / 4) + D / 4) each."""
@@ -357,4 +350,6 @@ def build_gates(settings: Any, folder: Path) -> MaskGates:
         with quietly():
             return MaskGates(**settings)
     except (TypeError, RuntimeError) as error:
-        raise PrunexError(f"{folder / CONFIG} is damaged: gates={settings!r} ({error}); save the explainer again") from error
+        raise PrunexError(
+            f"{folder / CONFIG} is damaged: gates={settings!r} ({error}); save the explainer again"
+        ) from error

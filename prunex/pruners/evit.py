@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError
@@ -23,6 +24,7 @@ class EViT(TopK):
 
     In training the keep rate may fall along a cosine: 1 before ``shrink_start``, then
     base + (1 - base) (cos(pi (t - start) / length) + 1) / 2, and the base rate from ``shrink_start + shrink_length``.
+    Where counts are adaptive (see :class:`TopK`; ours), the threshold falls so.
 
     Args:
         anatomy: Of the model.
@@ -31,6 +33,9 @@ class EViT(TopK):
         fuse: Whether dropped patches leave a fused token.
         shrink_start: Fraction of training with everything kept; 0 as in the authors' fine-tuning.
         shrink_length: Fraction of training the rate falls over; 0 goes to the base rate at once.
+        count: "fixed", or "adaptive": each image keeps its own number, at least one.
+        threshold: Share of the attention that the kept patches hold, in [0, 1], where counts are adaptive.
+        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
     """
 
     name = "evit"
@@ -43,8 +48,11 @@ class EViT(TopK):
         fuse: bool = True,
         shrink_start: float = 0.0,
         shrink_length: float = 0.0,
+        count: Literal["fixed", "adaptive"] = "fixed",
+        threshold: float = 0.9,
+        expected: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages)
+        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected)
         self.fuses = check_flag("fuse", fuse)
         self.shrink_start = check_number("shrink_start", shrink_start, 0, 1)
         self.shrink_length = check_number("shrink_length", shrink_length, 0, 1)
@@ -57,7 +65,14 @@ class EViT(TopK):
 
     def rate(self, stage: int) -> float:
         """The keep rate in force at a stage, at the present progress."""
-        base, t, start, length = self.rates[stage], self.progress, self.shrink_start, self.shrink_length
+        return self._eased(self.rates[stage])
+
+    def mass(self) -> float:
+        """The share of attention in force now, where counts are adaptive."""
+        return self._eased(self.threshold)
+
+    def _eased(self, base: float) -> float:
+        t, start, length = self.progress, self.shrink_start, self.shrink_length
         if t >= start + length:
             return base
         if t < start:
@@ -66,11 +81,12 @@ class EViT(TopK):
 
     def inference_only(self) -> None:
         """A finished model keeps the rates in force now, so that its logits stay as they were."""
-        self.rates = tuple(self.rate(s) for s in range(len(self.stages)))
+        self.rates, self.threshold = tuple(self.rate(s) for s in range(len(self.stages))), self.mass()
         self.shrink_start = self.shrink_length = 0.0
         even = len(set(self.rates)) == 1
         self.options |= {
             "keep_ratio": self.rates[0] if even else list(self.rates),
+            "threshold": self.threshold,
             "shrink_start": 0.0,
             "shrink_length": 0.0,
         }

@@ -22,6 +22,7 @@ from prunex.vit.anatomy import Anatomy, check_images, read
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, TokenState, apply
+from prunex.vit.packing import Packing
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import TokenTrace
 
@@ -146,6 +147,38 @@ def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None 
     branch = ops.scaled(block.ls2, mlp(block.mlp, ops.norm(block.norm2, x), ops))
     recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
     return ops.add(x, block.drop_path2(branch)), recorded
+
+
+def attend_packed(
+    block: Any, x: Tensor, packing: Packing, anatomy: Anatomy, want_row: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`attend` in eval mode for images of different lengths: nothing is computed for empty slots.
+
+    Args:
+        block: timm's block.
+        x: [B, N, D].
+        packing: Which slots hold a token.
+        anatomy: Of the model.
+        want_row: Whether the read-out row is wanted.
+
+    Returns:
+        The stream [B, N, D], zeros in empty slots, and the row [B, N] if asked for.
+    """
+    attn, packed = block.attn, packing.pack(x)
+    y = block.norm1(packed)
+    q, k, v = attention.heads(attn, y)
+    branch = attention.project(attn, packing.attend(q, k, v), y)
+    after = packing.unpack(packed + block.drop_path1(block.ls1(branch)))
+    if not want_row:
+        return after, None
+    pairs = zip(packing.split(q), packing.split(k), strict=True)
+    row = torch.cat([_row(*pair, attn.scale, anatomy, None, None) for pair in pairs], 1)
+    return after, packing.unpack(row.unsqueeze(2)).squeeze(2)
+
+
+def feed_packed(block: Any, x: Tensor, packing: Packing) -> Tensor:
+    """:func:`feed` in eval mode for images of different lengths."""
+    return packing.unpack(feed(block, packing.pack(x))[0])
 
 
 def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
@@ -319,6 +352,7 @@ def encode(
         wanted.update(pruner.rows())
     recompute = model.grad_checkpointing and torch.is_grad_enabled() and tape is None
     last = len(model.blocks) - 1
+    packing: Packing | None = None
     for i, block in enumerate(model.blocks):
         if tape is not None and i < tape.graph_from:
             off: Any = torch.no_grad()
@@ -337,6 +371,7 @@ def encode(
             queries = anatomy.readers if narrow and anatomy.readers else None
             if tape is not None and i == last:
                 tape.policy, tape.tokens = policy, state.tokens.shape[1]
+            packing = _packing(state, tape, packing)
 
             def first(
                 x: Tensor,
@@ -349,7 +384,11 @@ def encode(
             ) -> tuple[Tensor, Tensor | None, Attended | None]:
                 return attend(block, x, anatomy, policy, want, tape, number, keys, queries)
 
-            state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
+            attended: Attended | None = None
+            if packing is not None:
+                state.tokens, state.row = attend_packed(block, state.tokens, packing, anatomy, want)
+            else:
+                state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
             if tape is not None and attended is not None:
                 tape.steps.append(attended)
             for pruner in within:
@@ -357,6 +396,10 @@ def encode(
             if tape is not None and i == last and within:
                 tape.policy, tape.tokens = state.policy, state.tokens.shape[1]
             state.row = None
+            packing = _packing(state, tape, packing)
+            if packing is not None:
+                state.tokens = feed_packed(block, state.tokens, packing)
+                continue
 
             def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
                 return feed(block, x, tape, state.policy)
@@ -367,6 +410,15 @@ def encode(
                 tape.steps.append(fed)
     state.tokens = (PLAIN if tape is None else tape.ops).norm(model.norm, state.tokens)
     return state.tokens, state
+
+
+def _packing(state: TokenState, tape: Tape | None, known: Packing | None) -> Packing | None:
+    """Which slots hold a token, where images differ in length and nobody asks for more than the output."""
+    if not state.ragged or state.policy is None or state.masked or state.training:
+        return None
+    if tape is not None or state.keys is not None:
+        return None
+    return known if known is not None and known.policy is state.policy else Packing.of(state.policy)
 
 
 def own_pruners(model: VisionTransformer) -> tuple[Pruner, ...]:

@@ -1,4 +1,4 @@
-"""Networks that a recipe trains beside a model, on disk and as options: safetensors and config.json, never unpickled."""
+"""Networks that a recipe trains beside a model, on disk and as options: safetensors and config.json, no pickles."""
 
 from __future__ import annotations
 

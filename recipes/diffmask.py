@@ -27,10 +27,10 @@ class DiffMask(LightningModule):
     """Trains Vision DiffMask's gates beside a frozen classifier (arXiv 2304.06391); no labels are used.
 
     Every step draws one layer k of the L + 2, samples the votes of the gates 0..k and masks the input by their product:
-    gates and placeholder descend on mean_b[a_k (KL(z || z') - eps)] + mean_{b,p} c_k, then the multiplier a_k ascends on
-    the same and is held in 0..200. While the masked output is further than eps from the whole one a_k rises, else it
-    falls. (In the authors' code under its Lightning the sign is lost, by our reading; their large first multiplier and
-    its bound may owe to it.) The size term is the mean log-probability of being kept, as coded, not the expected count.
+    gates and placeholder descend on mean_b[a_k (KL(z || z') - eps)] + mean_{b,p} c_k, the multiplier a_k ascends on the
+    same and is held in 0..200. While the masked output is further than eps from the whole one a_k rises, else it falls.
+    (In the authors' code under its Lightning the sign is lost, by our reading; their large first multiplier and its
+    bound may owe to it.) The size term is the mean log-probability of being kept, as coded, not the expected count.
 
     Other departures from the authors' code: patches alone are gated and averaged over; a parameter that a step does not
     train is left alone by Lookahead, too. Optimisation is by hand, without clipping. Run it in one process.

@@ -184,7 +184,11 @@ class DiffMaskExplainer(nn.Module):
 
 
 def divergence(wanted: Tensor, told: Tensor) -> Tensor:
-    """KL(wanted || told) of class distributions from logits [B, C], float32 (or 64) [B]; of two outcomes for one logit."""
+    """KL(wanted || told) of class distributions from logits [B, C], in at least float32; of two outcomes for one logit.
+
+    Returns:
+        [B].
+    """
     if wanted.shape[1] == 1:
         wanted, told = (torch.cat([x, torch.zeros_like(x)], 1) for x in (wanted, told))
     wide = torch.promote_types(told.dtype, torch.float32)

@@ -52,8 +52,8 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     Per block 3 n D A + n A D + 2 n^2 A for attention (A = heads * head width) and the MLP's linear layers over the
     tokens that reach it; plus patch embedding, head and the pruner's own decisions. Norms, biases and activations are
     left out, as is usual. Where each image keeps its own number of tokens (``count="adaptive"``), this is the cost
-    at the expected counts (:meth:`prunex.Pruning.calibrate`), not a mean of costs. A pass that a pruner makes over all patches only
-    to decide counts to the block it decides at.
+    at the expected counts (:meth:`prunex.Pruning.calibrate`), not a mean of costs. A pass that a pruner makes over all
+    patches only to decide counts to the block it decides at.
 
     Args:
         model: A supported ViT, or a module that holds exactly one.

@@ -176,9 +176,10 @@ class DiffMask(Adaptive):
     The paper explains; that its masks prune is our use of them. A first pass over all patches, without any decision,
     gives the hidden states h_0 .. h_layer; gates i = 0..layer vote on every patch, and the pass that counts starts anew
     with the patches whose probability of getting every vote, exp(c) = prod_i P(v_i != 0), is above ``threshold``. Where
-    none is, a class token goes on alone, and a model without one keeps the likeliest patch. The first pass costs ``layer`` - 1 blocks, which ``prunex.cost`` counts: with a late layer
-    nothing is saved, only shown. The gates stay as they are: train them with ``prunex fit --config
-    configs/digits/diffmask.yaml``.
+    none is, a class token goes on alone, and a model without one keeps the likeliest patch.
+
+    The first pass costs ``layer`` - 1 blocks, which ``prunex.cost`` counts: with a late layer nothing is saved, only
+    shown. The gates stay as they are: train them with ``prunex fit --config configs/digits/diffmask.yaml``.
 
     The gates learn with the dense model's hidden states and with masked patches replaced by a placeholder: dropping
     them is another removal, and fine-tuning the model moves it away from what they know. Prefix tokens are never gated
@@ -282,7 +283,7 @@ class DiffMask(Adaptive):
         with torch.no_grad():
             vector = self.gates.placeholder.to(state.tokens.dtype)
             filler = place(state.model, vector.expand(1, grid[0] * grid[1], -1), grid)[:, state.anatomy.prefix :]
-        filler = filler.expand(len(present), -1, -1)
+        filler = filler.expand(present.shape[0], -1, -1)  # len() would fix an exported batch
         index = _origins(state)
         if index is not None:
             filler = filler.gather(1, index.unsqueeze(-1).expand(-1, -1, filler.shape[2]))
@@ -290,7 +291,7 @@ class DiffMask(Adaptive):
 
     def counts(self, patches: int) -> list[int]:
         """Patch tokens after the decision; expected ones where images differ, and all where placeholders stand in."""
-        if not self.drops:
+        if self.keeps_all or not self.drops:
             return [patches]
         return self.likely(patches) or [ceil_share(self.rates[0], patches)]
 
@@ -312,7 +313,7 @@ def _origins(state: TokenState) -> Tensor | None:
         return None
     where = state.trace.tokens()
     order = torch.arange(patches, device=where.device).expand_as(where)
-    slots = where.new_zeros(len(where), n + 1)  # the last one takes those that are gone
+    slots = where.new_zeros(where.shape[0], n + 1)  # the last one takes those that are gone
     return slots.scatter(1, where.masked_fill(where < 0, n), order)[:, :n]
 
 

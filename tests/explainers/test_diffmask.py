@@ -29,7 +29,8 @@ def liven(found, seed):
     with torch.no_grad():
         for gate in found.gates.gates:
             for name, p in gate.named_parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) * (1 if "weight" in name else 0.3))
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(2 + 0.1 * noise if "original0" in name else noise * (1 if "weight" in name else 0.3))
             gate.add.fill_(1.0)
             gate.mul = 3.0
     return found
@@ -44,7 +45,7 @@ def force(found, logit):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- definition
+# ----------------------------------------------------------------------------------------------------------- definition
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,7 +217,7 @@ def test_gates_are_saved_without_the_model_where_it_is_pruned():
         assert {k.split(".")[0] for k in pruning.pruner.state_dict()} == {"gates"}
 
 
-# ------------------------------------------------------------------------------------------------------------ the answer
+# ----------------------------------------------------------------------------------------------------------- the answer
 
 
 @pytest.mark.parametrize("family", SHOWN)
@@ -309,7 +310,7 @@ def test_gates_start_open():
     assert all(a.item() == 20 for a in found.alpha)
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("family", ["vit", "deit_distilled", "dinov2_giant", "avg_pool", "clip"])

@@ -116,7 +116,7 @@ def test_bad_lookahead(options, message):
         small(**options)
 
 
-# ------------------------------------------------------------------------------------------------------- the multipliers
+# ------------------------------------------------------------------------------------------------------ the multipliers
 
 
 def step(tmp_path, module, monkeypatch, layer=2, steps=1):
@@ -169,7 +169,7 @@ def test_gates_descend(tmp_path, monkeypatch):
         assert module.explainer.terms(images, 2).log_keep.mean() < before
 
 
-# --------------------------------------------------------------------------------------------------------------- the run
+# -------------------------------------------------------------------------------------------------------------- the run
 
 
 def test_a_run_ends_in_a_folder_that_explains_and_prunes(tmp_path):

@@ -175,6 +175,8 @@ class TokenPruning(Callback):
                 "detach() it first with prunex.attached(module).detach(), or leave the budget out here"
             )
         for name, wanted in self.options.items():
+            if name in found.pruner.read_once:
+                continue
             has = found.options.get(name)
             if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
                 raise PrunexError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Drop, Keep, Mask, Merge, TokenState
+from prunex.vit.decisions import One, TokenState
 from prunex.vit.trace import TokenTrace
 
 
@@ -66,6 +66,7 @@ class TokenPruner(nn.Module):
     inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
     fixed = False  # whether it keeps the same positions in every image, whatever else is there
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
+    read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
     curriculum = False  # whether training moves only some parameters at a time, see resting()
 
@@ -122,11 +123,11 @@ class TokenPruner(nn.Module):
         """Whether :meth:`between` may decide something at this block."""
         return block in self.rows()
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | Merge | Drop | None:
+    def before(self, block: int, state: TokenState) -> One | None:
         """Decide before a block; None leaves all as it is."""
         return None
 
-    def between(self, block: int, state: TokenState) -> Keep | Mask | Merge | Drop | None:
+    def between(self, block: int, state: TokenState) -> One | None:
         """Decide between a block's attention and its MLP; None leaves all as it is."""
         return None
 
@@ -166,6 +167,10 @@ class TokenPruner(nn.Module):
     def macs(self, entering: int) -> int:
         """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
         return 0
+
+    def ahead(self) -> int | None:
+        """How many blocks are run on all patches only to decide; None where nothing is run twice."""
+        return None
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""

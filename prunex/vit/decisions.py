@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class TokenState:
         proportional: Whether attention counts a key as often as its size says.
         key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
             between the halves of a block that a pruner asked them for.
+        model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
     """
 
     tokens: Tensor
@@ -55,6 +56,7 @@ class TokenState:
     keys: KeyWeights | None = None
     ops: Arithmetic | None = None
     decisions: list[Decision] = field(default_factory=list)
+    model: Any = None
     leaving: list[Tensor] | None = None
     sizes: Tensor | None = None
     proportional: bool = False
@@ -118,6 +120,21 @@ class Merge:
 
 
 @dataclass
+class Fill:
+    """A pruner's answer: patch tokens that are replaced where they stand; their number stays as it is.
+
+    Attributes:
+        present: [B, n], above 0 for the tokens that continue as themselves.
+        filler: [B, n, D], what stands in the place of the others.
+        score: [B, n] or None.
+    """
+
+    present: Tensor
+    filler: Tensor
+    score: Tensor | None = None
+
+
+@dataclass
 class Drop:
     """A pruner's answer where images keep as many patch tokens as they like.
 
@@ -145,10 +162,11 @@ class Decision:
 
     block: int
     inside: bool
-    answer: Keep | Mask | Merge | Drop
+    answer: One
 
 
-Answer = Keep | Mask | Merge | Drop | Sequence[Keep | Mask | Merge | Drop] | None
+One = Keep | Mask | Merge | Drop | Fill
+Answer = One | Sequence[One] | None
 
 
 class Pruner(Protocol):
@@ -205,7 +223,7 @@ class Replay:
         """What was decided between the block's halves."""
         return [self._pick(d.answer) for d in self.decisions if d.block == block and d.inside]
 
-    def _pick(self, answer: Keep | Mask | Merge | Drop) -> Keep | Mask | Merge | Drop:
+    def _pick(self, answer: One) -> One:
         def pick(values: Tensor) -> Tensor:
             values = values.detach()
             return values if self.index is None else values[self.index]
@@ -214,6 +232,8 @@ class Replay:
             return Mask(pick(answer.policy))
         if isinstance(answer, Merge):
             return Merge(pick(answer.group), answer.count, answer.proportional)
+        if isinstance(answer, Fill):
+            return Fill(pick(answer.present), pick(answer.filler))
         if isinstance(answer, Drop):
             fuse = None if answer.fuse is None else pick(answer.fuse)
             return Drop(pick(answer.present), fuse=fuse, width=answer.width)
@@ -275,6 +295,8 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
             stage = _mask(one, block, state)
         elif isinstance(one, Merge):
             stage = _merge(one, block, state)
+        elif isinstance(one, Fill):
+            stage = _fill(one, block, state)
         elif isinstance(one, Drop):
             one, stage = _drop_masked(one, block, state) if state.masked else _drop(one, block, state)
         elif state.masked or state.policy is not None:  # after a Drop images differ, and slots stay
@@ -388,6 +410,16 @@ def _merge(d: Merge, block: int, state: TokenState) -> Stage:
     state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
     counted = d.count if there is None else left.sum(1)
     return Stage(block, group, share, d.count + behind.shape[1], counted=counted, merged=True)
+
+
+def _fill(d: Fill, block: int, state: TokenState) -> Stage:
+    kept = d.present.detach() > 0
+    b, n = kept.shape
+    body = torch.where(kept.unsqueeze(-1), state.patches, d.filler.to(state.tokens.dtype))
+    state.tokens = torch.cat([state.tokens[:, : state.anatomy.prefix], body], 1)
+    group = torch.arange(n, device=kept.device).expand(b, -1).masked_fill(~kept, -1)
+    weight = kept.to(torch.promote_types(body.dtype, torch.float32))
+    return Stage(block, group, weight, n, False, d.score, state.left)
 
 
 def _drop(d: Drop, block: int, state: TokenState) -> tuple[Drop, Stage]:

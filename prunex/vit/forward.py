@@ -282,6 +282,58 @@ def patch_vectors(model: VisionTransformer, images: Tensor) -> Tensor:
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 
+def unplace(model: VisionTransformer, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
+    """What patches were embedded as, from the tokens that :func:`place` made of them: [B, n, D], up to rounding.
+
+    A norm in front of the blocks (CLIP) cannot be taken back: its models give the normed tokens as they are.
+
+    Args:
+        model: The ViT.
+        x: [B, prefix + n, D], entering the first block.
+        grid: The whole patch grid.
+        index: int64 [B, n], the patches that these are; None: all of them.
+    """
+    body = x[:, model.num_prefix_tokens :]
+    if not isinstance(model.norm_pre, nn.Identity):
+        return body
+    empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
+    added = place(model, empty, grid)[:, model.num_prefix_tokens :]
+    if index is not None:
+        added = added.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))
+    return body - added
+
+
+def look_ahead(
+    model: VisionTransformer,
+    x: Tensor,
+    anatomy: Anatomy,
+    blocks: int,
+    policy: Tensor | None = None,
+    keys: KeyWeights | None = None,
+) -> list[Tensor]:
+    """The stream entering the first ``blocks`` + 1 blocks if nothing were decided: [B, N, D] each.
+
+    The one after the last block is what the final norm will read. Call it with the model in eval mode.
+
+    Args:
+        model: The ViT; a pruner on it is not asked.
+        x: [B, N, D], entering the first block.
+        anatomy: Of the model.
+        blocks: How many are run.
+        policy: [B, N] or None: 0 for slots of tokens that are not there.
+        keys: Weights of the tokens as keys, or None.
+    """
+    streams = [x]
+    for block in list(model.blocks)[:blocks]:
+        if policy is None and keys is None:
+            x = block(x)
+        else:
+            x = attend(block, x, anatomy, policy, keys=keys)[0]
+            x = feed(block, x, policy=policy)[0]
+        streams.append(x)
+    return streams
+
+
 def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
     """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
     inner: Any = model.patch_embed
@@ -363,7 +415,7 @@ def encode(
         others), and the final state with its trace.
     """
     trace = TokenTrace(grid, anatomy.prefix, x.shape[0], x.device)
-    state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1], keys=keys)
+    state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1], keys=keys, model=model)
     wanted: set[int] = set()
     if tape is not None:
         tape.embedded, state.ops = x, tape.ops

@@ -4,8 +4,8 @@
 
 All blocks of the model run on images that kept between 10 % and 100 % of their patches, drawn evenly; the reference
 runs on as many images that kept the mean of that. Ways: tokens packed with attention image by image (what prunex does
-on a CPU) or over the padded slots (what it does elsewhere) or by torch's jagged nested tensors; and all slots computed, up
-to the longest image, under a key mask. Random weights: time depends on shapes alone.
+on a CPU) or over the padded slots (what it does elsewhere) or by torch's jagged nested tensors; and all slots
+computed, up to the longest image, under a key mask. Random weights: time depends on shapes alone.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def test_expected_counts_are_those_of_keep_ratio_until_measured(pruner):
     if pruner != "evit":  # among the tokens it keeps is an earlier fused one
         assert fixed.calibrate(images_for(model)) == [n / 16 for n in fixed.counts()]
     assert fixed.options["expected"] is None
-    with pytest.raises(prunex.PrunexError, match="no images were given"):
+    with pytest.raises(prunex.PrunexError, match="calibration got no images"):
         pruning.calibrate([])
 
 

@@ -10,10 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from prunex.callbacks.monitor import run_folder
-from prunex.checks import check_flag, check_number
+from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError
 from prunex.explainers.diffmask import MOST, DiffMaskExplainer, divergence
-from prunex.explainers.removal import check_whole
 from prunex.pruners.diffmask import log_keep
 from prunex.recipes.backbone import create_model, load_weights
 from prunex.recipes.lookahead import LookaheadAdam

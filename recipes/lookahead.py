@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from prunex.checks import check_number
+from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError
-from prunex.explainers.removal import check_whole
 
 
 class LookaheadAdam(torch.optim.Adam):

@@ -234,7 +234,7 @@ def draw(points: Sequence[dict[str, Any]], by: str, scale: float, xlabel: str, t
     lines, bands = {}, {}
     for method in dict.fromkeys(p["method"] for p in points if p["method"] != DENSE):
         own = [p for p in dense + [p for p in points if p["method"] == method] if p[by] is not None]
-        own.sort(key=lambda p: p[by])
+        own.sort(key=lambda p: p["share"])
         x = [scale * p[by] for p in own]
         lines[method] = (x, [p["accuracy"] for p in own])
         bands[method] = ([p["low"] for p in own], [p["high"] for p in own])

@@ -20,6 +20,7 @@ import prunex
 from prunex.callbacks.monitor import decisions, parts_of
 from prunex.checks import check_number
 from prunex.errors import PrunexError
+from prunex.pruners.adaptive import realised
 from prunex.pruners.budget import check_budget
 from prunex.vit.anatomy import find
 
@@ -36,7 +37,13 @@ class TokenPruning(Callback):
     ``prunex/gmacs_budget``, what it allows).
 
     A method that looks at images before it decides (``patch_slimming``) is calibrated once, when training starts, on
-    the first batches of the training data, unless it was before or a checkpoint brought what it found.
+    the first batches of the training data, unless it was before or a checkpoint brought what it found. Where images
+    keep their own numbers of patches (``count="adaptive"``) each validation also tells the pruner the mean shares, as
+    :meth:`prunex.Pruning.calibrate` does.
+
+    A pruner that learns from being right (``ia_red2`` by reward) gets the labels of batches that hold images and an
+    integer [B], see :func:`prunex.callbacks.monitor.parts_of`. One with a curriculum has the parameters whose turn it
+    is not held still.
 
     The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. The checkpoint
     says how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`.
@@ -105,7 +112,9 @@ class TokenPruning(Callback):
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)
         self.pruning: prunex.Pruning | None = None
         self._undo: list[Callable[[], None]] = []
-        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._before: list[tuple[nn.Parameter, Tensor, float]] = []
+        self._shares: list[Tensor] = []  # of this validation: kept shares of each stage, summed over images
+        self._images = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
@@ -166,6 +175,8 @@ class TokenPruning(Callback):
                 "detach() it first with prunex.attached(module).detach(), or leave the budget out here"
             )
         for name, wanted in self.options.items():
+            if name in found.pruner.read_once:
+                continue
             has = found.options.get(name)
             if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
                 raise PrunexError(
@@ -187,7 +198,8 @@ class TokenPruning(Callback):
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            return self._with_losses(module, original(*args, **kwargs))
+            batch = args[0] if args else kwargs.get("batch")
+            return self._with_losses(module, original(*args, **kwargs), batch)
 
         training_step._prunex = True  # type: ignore[attr-defined]
         self._override(module, "training_step", training_step)
@@ -204,7 +216,7 @@ class TokenPruning(Callback):
 
         self._undo.append(undo)
 
-    def _with_losses(self, module: LightningModule, output: STEP_OUTPUT) -> STEP_OUTPUT:
+    def _with_losses(self, module: LightningModule, output: STEP_OUTPUT, batch: Any = None) -> STEP_OUTPUT:
         if self.pruning is None:
             return output
         self._log_ratios(module, "prunex/keep_ratio")
@@ -212,7 +224,8 @@ class TokenPruning(Callback):
         if output is None or seen is None:  # optimised by hand, a skipped batch, or a step that did not run the model
             self.pruning.forget()
             return output
-        losses = self.pruning.losses()
+        labels = parts_of(batch).get("labels")
+        losses = self.pruning.losses(labels if labels is not None and len(labels) == len(seen.images) else None)
         for name, value in losses.items():
             module.log(
                 f"prunex/loss_{name}",
@@ -250,7 +263,10 @@ class TokenPruning(Callback):
         if self.pruning.pruner.needs_calibration:
             self._calibrate(trainer, pl_module, self.pruning)
         tokens = self.pruning.counts()
-        rank_zero_info(f"prunex: {self.method} leaves {tokens} patch tokens after blocks {self.pruning.pruner.stages}")
+        about = "about " if self.pruning.pruner.count == "adaptive" else ""
+        rank_zero_info(
+            f"prunex: {self.method} leaves {about}{tokens} patch tokens after blocks {self.pruning.pruner.stages}"
+        )
         if self.budget is not None:
             spent, dense = self.pruning.macs(), self.pruning.dense_macs()
             rank_zero_info(
@@ -264,7 +280,7 @@ class TokenPruning(Callback):
                 "a strategy that spawns its processes gives the calling one a dense module back, without what "
                 f"{self.method} learned: read the checkpoint with prunex.callbacks.load_from_checkpoint, or use ddp"
             )
-        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0:
+        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0 and not self.pruning.pruner.curriculum:
             return
         if self.freeze_backbone > 0 and trainer.max_epochs == -1 and trainer.max_steps == -1:
             rank_zero_warn("freeze_backbone is a fraction of the training, and this one has no end: nothing is frozen")
@@ -288,19 +304,22 @@ class TokenPruning(Callback):
         self._tell(module, pruning)
 
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Copy the backbone before a step."""
-        if self.pruning is None or self._scale() == 1:
-            self._before = []
+        """Copy what shall not take the whole of a step, with the share that it shall take."""
+        self._before = []
+        if self.pruning is None:
             return
         own = {id(p) for p in self.pruning.pruner.parameters()}
-        moving = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in own]
-        self._before = [(p, p.detach().clone()) for p in moving]
+        still = {id(p) for p in self.pruning.pruner.resting(self.pruning.model)}
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            share = 0.0 if id(p) in still else 1.0 if id(p) in own else self._scale()
+            if share < 1:
+                self._before.append((p, p.detach().clone(), share))
 
     def _take_back(self, *_: Any) -> None:
         """Take the rest of the backbone's step back: a learning-rate scale for any optimiser and schedule."""
         with torch.no_grad():
-            for parameter, old in self._before:
-                parameter.lerp_(old, 1 - self._scale())
+            for parameter, old, share in self._before:
+                parameter.lerp_(old, 1 - share)
         self._before = []
 
     def _scale(self) -> float:
@@ -354,10 +373,17 @@ class TokenPruning(Callback):
         """Log what inference really keeps."""
         if dataloader_idx == 0 and not trainer.sanity_checking:
             self._log_ratios(pl_module, "prunex/val_keep_ratio")
+            if self.pruning is not None and self.pruning._attached.trace is not None:
+                self._shares.append(realised(self.pruning.trace, self.pruning.pruner.stages).sum(0))
+                self._images += self.pruning.trace.batch
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log multiply-adds per image at the present rates."""
+        """Log multiply-adds per image at the present rates, or at the counts that this validation had on average."""
         if self.pruning is not None and not trainer.sanity_checking:
+            if self._shares:
+                mean = torch.stack(self._shares).sum(0) / self._images
+                self.pruning.pruner.expect(trainer.strategy.reduce(mean, reduce_op="mean").tolist())
+            self._shares, self._images = [], 0
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
             if self.budget is not None:
                 allowed = check_budget(self.budget, self.pruning.dense_macs()) / 1e9

@@ -70,7 +70,7 @@ class Attached(nn.Module):
         self.trace = state.trace.detach()
         self.last = None
         if model.training:
-            self.last = Forward(images, tokens, state.policy, anatomy, state.masks)
+            self.last = Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model)
         return tokens
 
     def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
@@ -156,10 +156,25 @@ class Pruning:
     def masked(self, value: bool | None) -> None:
         self._attached.masked = value
 
-    def losses(self) -> dict[str, Tensor]:
-        """Weighted auxiliary losses of the last training forward, each a scalar; empty after an eval forward."""
+    def losses(self, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the last training forward, each a scalar; empty after an eval forward.
+
+        Args:
+            labels: int64 [B], the images' classes, for a pruner that learns from being right; others ignore them.
+
+        Raises:
+            PrunexError: For labels that do not fit the images.
+        """
         attached = self._attached
-        return attached.pruner.losses(attached.last) if attached.last is not None else {}
+        if attached.last is None:
+            return {}
+        if labels is not None:
+            count = len(attached.last.images)
+            if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
+                what = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+                raise PrunexError(f"labels are {what}: give one class index for each of the {count} images")
+        attached.last.labels = labels
+        return attached.pruner.losses(attached.last)
 
     def forget(self) -> None:
         """Let go of the last training forward's graph (after its losses were used)."""
@@ -167,7 +182,11 @@ class Pruning:
         self._attached.policy = self._attached.sizes = None
 
     def calibrate(self, images: Any, **options: Any) -> Any:
-        """Let a method that decides once for all images look at some of them first; what it found is kept.
+        """Let a method look at some images first; what it found is kept.
+
+        One that decides once for all images (``patch_slimming``) finds its sets. One whose images keep their own
+        numbers of patches (``count="adaptive"``) measures their mean shares, which ``counts``, ``prunex.cost`` and
+        ``prunex.export`` then go by.
 
         Args:
             images: A data loader, or any iterable of batches (the first float [B, C, H, W] of each is taken), or one
@@ -175,7 +194,7 @@ class Pruning:
             **options: The method's own, such as ``tolerance`` of ``patch_slimming``.
 
         Returns:
-            The method's report.
+            The method's report; of adaptive counts the mean share of the patches kept after each stage.
 
         Raises:
             PrunexError: For a method that needs none, options it does not know, or images the model cannot take.
@@ -183,7 +202,10 @@ class Pruning:
         return self.pruner.calibrate(self.model, images, **options)
 
     def counts(self, patches: int | None = None) -> list[int]:
-        """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid."""
+        """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid.
+
+        With ``count="adaptive"`` they depend on the image, and these are the expected ones: see :meth:`calibrate`.
+        """
         gh, gw = self._attached.current(self.model).grid
         return self.pruner.counts(gh * gw if patches is None else patches)
 

@@ -16,6 +16,7 @@ from prunex.callbacks.monitor import run_folder
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.explainers.coalitions import batch_coalitions, seeded, uniform_coalitions
+from prunex.explainers.diffmask import divergence
 from prunex.explainers.removal import Removal, masked
 from prunex.explainers.vit_shapley import ShapleyExplainer
 from prunex.recipes.backbone import create_model, load_weights
@@ -167,7 +168,7 @@ class ViTShapley(LightningModule):
         with torch.no_grad():
             wanted = self.classifier(images)
         x, grid = embed(self.explainer.surrogate, images)
-        return _divergence(wanted, masked(self.explainer.surrogate, x, grid, present.to(x.device)))
+        return divergence(wanted, masked(self.explainer.surrogate, x, grid, present.to(x.device))).mean()
 
     def explainer_loss(self, images: Tensor, coalitions: Tensor) -> Tensor:
         """P times the mean squared error of v(0) + z^T phi against v(z), a scalar.
@@ -211,7 +212,7 @@ class ViTShapley(LightningModule):
             whole, surrogate = self.classifier(images), self.explainer.surrogate(images)
             told = {
                 "surrogate_loss": self.surrogate_loss(images, uniform),
-                "surrogate_kl": _divergence(whole, surrogate),
+                "surrogate_kl": divergence(whole, surrogate).mean(),
                 "surrogate_agreement": (whole.argmax(1) == surrogate.argmax(1)).float().mean(),
             }
             if self.explaining:
@@ -302,10 +303,3 @@ def regression_loss(phi: Tensor, empty: Tensor, coalitions: Tensor, wanted: Tens
 
 def _images(batch: Any) -> Tensor:
     return batch if isinstance(batch, Tensor) else batch[0]
-
-
-def _divergence(wanted: Tensor, told: Tensor) -> Tensor:
-    """KL(wanted || told) of class distributions from logits ``[B, C]``, batch mean; of two outcomes for one logit."""
-    if wanted.shape[1] == 1:
-        wanted, told = (torch.cat([x, torch.zeros_like(x)], 1) for x in (wanted, told))
-    return F.kl_div(told.float().log_softmax(1), wanted.float().log_softmax(1), reduction="batchmean", log_target=True)

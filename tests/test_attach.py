@@ -13,11 +13,15 @@ from tests.vits import assert_same_state, images, images_for, largest, randomise
 
 NAN = float("nan")
 BAD_OPTIONS = {
-    "unknown method": ("evitt", {}, "unknown pruner 'evitt': did you mean 'evit'.*Known: dynamicvit, evit, topk"),
+    "unknown method": (
+        "evitt",
+        {},
+        "unknown pruner 'evitt': did you mean 'evit'.*Known: dynamicvit, evit, ia_red2, topk",
+    ),
     "method none": (None, {}, "unknown pruner None"),
     "explainer as pruner": ("rollout", {}, "unknown pruner 'rollout'"),
     "unknown option": ("evit", {"keep_ration": 0.5}, "option of evit 'keep_ration': did you mean 'keep_ratio'"),
-    "another's option": ("topk", {"teacher": True}, "option of topk 'teacher'.*Known: keep_ratio, schedule.*stages"),
+    "another's option": ("topk", {"teacher": True}, "option of topk 'teacher'.*Known: .*keep_ratio, stages"),
     "anatomy as option": ("topk", {"anatomy": 1}, "option of topk 'anatomy'"),
     "zero": ("evit", {"keep_ratio": 0}, r"keep_ratio=0 .*\(0, 1\]"),
     "negative": ("evit", {"keep_ratio": -0.5}, "keep_ratio=-0.5"),
@@ -110,7 +114,7 @@ class Classifier(nn.Module):
         return self.classify(self.net["backbone"](x))
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "ia_red2"])
 def test_inside_a_module_of_ones_own(method):
     outer = Classifier().eval()
     x = images()
@@ -122,7 +126,7 @@ def test_inside_a_module_of_ones_own(method):
         outer.train()
         logits = outer(x)
         losses = pruning.losses()  # the head is the user's, so there are no logits to distil
-        assert set(losses) == ({"ratio", "tokens"} if method == "dynamicvit" else set())
+        assert set(losses) == {"dynamicvit": {"ratio", "tokens"}, "ia_red2": {"ratio"}}.get(method, set())
         (logits.square().sum() + sum(losses.values())).backward()
         assert outer.classify.weight.grad is not None
         outer.eval()
@@ -234,7 +238,7 @@ def test_official_backbones_load_under_parameter_free_pruners():
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "ia_red2"])
 def test_training_a_pruned_model_changes_what_detach_gives_back(method):
     """Detach returns the structure; what was learned stays learned."""
     model = tiny()

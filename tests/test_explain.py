@@ -11,7 +11,7 @@ import prunex
 from prunex import PrunexError, registry
 from prunex.explainers.base import recording
 from prunex.vit.tape import Tape
-from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, explain
+from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, TRAINED, explain
 from tests.vits import images, images_for, relative, tiny
 
 NO_CLASS = ["attention_flow", "dino", "raw_attention", "rollout"]
@@ -24,7 +24,7 @@ every = pytest.mark.parametrize("method", EXPLAINERS)
 
 
 def test_these_are_all_of_them():
-    assert [m.name for m in prunex.methods("explainer")] == sorted([*EXPLAINERS, "vit_shapley"])
+    assert [m.name for m in prunex.methods("explainer")] == sorted([*EXPLAINERS, *TRAINED])
     assert set(DEFAULTS) == set(EXPLAINERS)
 
 

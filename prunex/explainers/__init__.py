@@ -3,6 +3,7 @@
 from prunex.explainers.atman import atman
 from prunex.explainers.attention_flow import attention_flow
 from prunex.explainers.beyond_intuition import beyond_intuition
+from prunex.explainers.diffmask import diffmask
 from prunex.explainers.dino import dino
 from prunex.explainers.generic_attention import generic_attention
 from prunex.explainers.grad_cam import grad_cam
@@ -23,6 +24,7 @@ __all__ = [
     "atman",
     "attention_flow",
     "beyond_intuition",
+    "diffmask",
     "dino",
     "generic_attention",
     "grad_cam",

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, sequences
 from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Decision, Keep, Mask, Merge, Pruner, TokenState
+from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pruner, TokenState
 from prunex.vit.forward import embed, record, resume
 from prunex.vit.tape import Tape
 
@@ -178,7 +178,7 @@ class _Frozen:
         self.present, self.decisions, self.image, self.place = present, decisions, image, place
         self.width = present.shape[1]  # slots of these sequences, without those of fused tokens
         for d in decisions:
-            if not isinstance(d.answer, Keep | Mask | Merge):
+            if not isinstance(d.answer, One):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
                     "use selection='adaptive'"
@@ -193,16 +193,16 @@ class _Frozen:
     def acts_between(self, block: int) -> bool:
         return any(d.inside and d.block == block for d in self.decisions)
 
-    def before(self, block: int, state: TokenState) -> list[Keep | Mask | Merge]:
+    def before(self, block: int, state: TokenState) -> list[One]:
         hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
         there = self.present if block == 0 else None
         return hidden + self._again(block, False, state, there)
 
-    def between(self, block: int, state: TokenState) -> list[Keep | Mask | Merge]:
+    def between(self, block: int, state: TokenState) -> list[One]:
         return self._again(block, True, state, None)
 
-    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask | Merge]:
-        answers: list[Keep | Mask | Merge] = []
+    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[One]:
+        answers: list[One] = []
         for d in self.decisions:
             if (d.block, d.inside) != (block, inside):
                 continue
@@ -212,13 +212,22 @@ class _Frozen:
             answers += more
         return answers
 
-    def _one(self, answer: Keep | Mask | Merge, there: Tensor) -> tuple[list[Keep | Mask | Merge], Tensor]:
+    def _one(self, answer: One, there: Tensor) -> tuple[list[One], Tensor]:
         """One decision in the slots of these sequences, and which of them hold a token afterwards."""
         if isinstance(answer, Mask):
             left = self._mine(answer.policy) * there
             return [Mask(left)], left > 0
         if isinstance(answer, Merge):
             return self._merged(answer, there)
+        if isinstance(answer, Fill):  # a replaced patch is still there; its filler leaves with it
+            return [Fill(self._mine(answer.present), self._mine(answer.filler))], there
+        if isinstance(answer, Drop):
+            stays = (self._mine(answer.present.float()) > 0) & there
+            if answer.fuse is None:
+                return [Drop(stays)], stays
+            # A Drop makes its fused token in the images that dropped something, and nowhere else.
+            after = torch.cat([stays, (there & ~stays).any(1, keepdim=True)], 1)
+            return [Drop(stays, fuse=self._mine(answer.fuse))], after
         picked = answer.index if self.image is None else answer.index[self.image]
         index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
         left = torch.zeros_like(there).scatter(1, index, True) & there
@@ -228,7 +237,7 @@ class _Frozen:
         after = torch.cat([left, fused], 1)
         return [Keep(index, fuse=self._mine(answer.fuse)), Mask(after.to(answer.fuse.dtype))], after
 
-    def _merged(self, answer: Merge, there: Tensor) -> tuple[list[Keep | Mask | Merge], Tensor]:
+    def _merged(self, answer: Merge, there: Tensor) -> tuple[list[One], Tensor]:
         """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
         group = self._mine(answer.group + 1) - 1  # -1 for slots that are no token of the clean run
         group = group.masked_fill(~there, -1)
@@ -246,14 +255,17 @@ class _Frozen:
         return torch.cat([place, fused.expand(len(place), -1)], 1)
 
     def _mine(self, values: Tensor) -> Tensor:
-        """One number a slot of the clean run, in these sequences' slots; whatever in a slot where no patch is."""
+        """One number (or vector) a slot of the clean run, in these sequences' slots; whatever where no patch is."""
         values = values.detach() if self.image is None else values.detach()[self.image]
         if self.place is None:
             return values
         fused = values.shape[1] - self.place.shape[1]
         slots = self._slots(self.width + fused)
-        here = values.new_zeros(len(values), self.width + fused + 1)
-        return here.scatter(1, slots % here.shape[1], values)[:, :-1]
+        here = values.new_zeros(len(values), self.width + fused + 1, *values.shape[2:])
+        slots = slots % here.shape[1]
+        if values.ndim == 3:
+            slots = slots.unsqueeze(-1).expand_as(values)
+        return here.scatter(1, slots, values)[:, :-1]
 
 
 def score(logits: Tensor, output: str) -> Tensor:

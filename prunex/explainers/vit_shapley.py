@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -20,13 +14,12 @@ from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
+from prunex.trained import check_fits, held, load_into, quietly, read_folder, write
 from prunex.vit.anatomy import build, describe, read
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 
-VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-HOW = "train one with prunex fit --config configs/digits/vit_shapley.yaml"
+KIND = "vit_shapley"
 
 
 class ShapleyExplainer(nn.Module):
@@ -112,28 +105,8 @@ class ShapleyExplainer(nn.Module):
         Raises:
             PrunexError: For a folder that cannot be written, or a surrogate that plain values cannot describe.
         """
-        folder = Path(folder)
-        config = {
-            "prunex": {
-                "version": VERSION,
-                "kind": "vit_shapley",
-                "surrogate": describe(self.surrogate),
-                "mlp_ratio": self.mlp_ratio,
-            }
-        }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in (
-                (WEIGHTS, save(tensors, metadata={"format": "pt"})),
-                (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
-            ):
-                waiting = folder / f".{name}.new"
-                waiting.write_bytes(content)
-                os.replace(waiting, folder / name)
-        except OSError as error:
-            raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-        return folder
+        spec = {"surrogate": describe(self.surrogate), "mlp_ratio": self.mlp_ratio}
+        return write(folder, KIND, spec, self)
 
 
 def normalise(raw: Tensor, total: Tensor) -> Tensor:
@@ -150,34 +123,10 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
     Raises:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.
     """
-    folder = Path(path).expanduser()
-    folder = folder.parent if folder.name == WEIGHTS else folder
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise PrunexError(f"explainer={str(path)!r} has no {name}: give a folder that the recipe wrote, or {HOW}")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (ValueError, OSError) as error:
-        raise PrunexError(f"{folder / CONFIG} is damaged: {error}") from error
-    ours = config.get("prunex") if isinstance(config, Mapping) else None
-    if not isinstance(ours, Mapping) or ours.get("kind") != "vit_shapley" or "surrogate" not in ours:
-        raise PrunexError(f"{folder / CONFIG} is not of a vit_shapley explainer: {HOW}")
-    if ours.get("version") != VERSION:
-        raise PrunexError(
-            f"{folder / CONFIG} is of format {ours.get('version')!r}, this prunex reads {VERSION}: upgrade prunex-vit"
-        )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PrunexError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
-        explainer = ShapleyExplainer(build(ours["surrogate"]), ours.get("mlp_ratio", 4))
-    own = explainer.state_dict()
-    odd = sorted(set(own) ^ set(tensors)) + [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
-    if odd:
-        raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
-    explainer.load_state_dict(tensors, assign=True)
-    return explainer.requires_grad_(False).eval()
+    spec, tensors, folder = read_folder(path, KIND, "surrogate")
+    with quietly():
+        explainer = ShapleyExplainer(build(spec["surrogate"]), spec.get("mlp_ratio", 4))
+    return load_into(explainer, tensors, folder)
 
 
 @register(
@@ -213,15 +162,8 @@ def vit_shapley(
     Raises:
         PrunexError: Without an explainer, for a folder that holds none, or one for another grid or other classes.
     """
-    found = _explainer(explainer)
-    theirs, ours = read(found.surrogate), read(model)
-    for what, a, b in (
-        ("number of classes", theirs.classes, ours.classes),
-        ("image size", theirs.image, ours.image),
-        ("patch size", theirs.patch, ours.patch),
-    ):
-        if a != b:
-            raise PrunexError(f"this explainer's {what} is {a}, the model's {b}: {HOW.replace('one', 'one for it')}")
+    found = held(explainer, ShapleyExplainer, KIND, "shap") or load_explainer(str(explainer))
+    check_fits(read(found.surrogate), read(model), KIND)
     weight = next(found.parameters())
     with (
         recording(model, images, target, Tape(), needs_class=True) as recorded,
@@ -229,18 +171,3 @@ def vit_shapley(
         torch.no_grad(),
     ):
         return answer_for(recorded, found(images.to(weight.device, weight.dtype)).to(images.device))
-
-
-def _explainer(given: Any) -> ShapleyExplainer:
-    if given is None:
-        raise PrunexError(f"vit_shapley needs a trained explainer: {HOW} and pass explainer=...; or use shap")
-    if isinstance(given, nn.Module):
-        held = [m for m in given.modules() if isinstance(m, ShapleyExplainer)]
-        if len(held) != 1:
-            raise PrunexError(f"{type(given).__name__} holds {len(held)} vit_shapley explainers: give one; {HOW}")
-        return held[0]
-    if not isinstance(given, str | Path):
-        raise PrunexError(
-            f"explainer={given!r} is not allowed: give the explainer's folder or the module itself; {HOW}"
-        )
-    return load_explainer(given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Keep, Mask, Merge, TokenState
+from prunex.vit.decisions import One, TokenState
+from prunex.vit.trace import TokenTrace
 
 
 @dataclass
@@ -29,6 +30,9 @@ class Forward:
         masks: Differentiable policies [B, n], one a stage.
         logits: [B, classes], or None when the user's own head read the features.
         anatomy: Of the model.
+        trace: What the forward did, its scores still part of the graph.
+        model: The ViT itself, for losses that need another forward.
+        labels: int64 [B], the images' classes where they are known.
     """
 
     images: Tensor
@@ -37,6 +41,9 @@ class Forward:
     anatomy: Anatomy
     masks: list[Tensor] = field(default_factory=list)
     logits: Tensor | None = None
+    trace: TokenTrace | None = None
+    model: VisionTransformer | None = None
+    labels: Tensor | None = None
 
 
 class TokenPruner(nn.Module):
@@ -59,6 +66,9 @@ class TokenPruner(nn.Module):
     inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
     fixed = False  # whether it keeps the same positions in every image, whatever else is there
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
+    read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
+    count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
+    curriculum = False  # whether training moves only some parameters at a time, see resting()
 
     def __init__(
         self,
@@ -113,11 +123,11 @@ class TokenPruner(nn.Module):
         """Whether :meth:`between` may decide something at this block."""
         return block in self.rows()
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | Merge | None:
+    def before(self, block: int, state: TokenState) -> One | None:
         """Decide before a block; None leaves all as it is."""
         return None
 
-    def between(self, block: int, state: TokenState) -> Keep | Mask | Merge | None:
+    def between(self, block: int, state: TokenState) -> One | None:
         """Decide between a block's attention and its MLP; None leaves all as it is."""
         return None
 
@@ -158,9 +168,23 @@ class TokenPruner(nn.Module):
         """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
         return 0
 
+    def ahead(self) -> int | None:
+        """How many blocks are run on all patches only to decide; None where nothing is run twice."""
+        return None
+
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""
         return {}
+
+    def expect(self, shares: Sequence[float]) -> None:
+        """Be told which share of the patches images kept on average after each stage."""
+
+    def fix(self) -> None:
+        """Turn to counts that are the same for all images."""
+
+    def resting(self, model: VisionTransformer) -> list[nn.Parameter]:
+        """Parameters of the model that training shall not move at the present progress (of a curriculum)."""
+        return []
 
     def inference_only(self) -> None:
         """Drop what only training needs. The rates stay those in force now, so that logits stay as they were."""
@@ -183,6 +207,39 @@ def accepted(make: Callable[..., Any]) -> list[str]:
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "anatomy"]
     handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return names + list(ScheduleOptions.__annotations__) * handed_on
+
+
+def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
+    """The first ``limit`` images of a loader (None: all of them), in batches.
+
+    Args:
+        source: One float tensor [B, C, H, W], or an iterable of batches: tensors, or sequences or dicts whose first
+            such tensor is the images.
+        limit: Most images taken, or None.
+
+    Raises:
+        PrunexError: For something that holds no images.
+    """
+    batches: Iterable[Any] = [source] if isinstance(source, Tensor) else source
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
+        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
+    taken: list[Tensor] = []
+    room = limit
+    for batch in batches:
+        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
+        images = next((v for v in values if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()), None)
+        if images is None:
+            raise PrunexError(
+                f"calibration found no images in a {type(batch).__name__}: give batches with a float [B, C, H, W]"
+            )
+        taken.append(images[:room])
+        if room is not None:
+            room -= len(taken[-1])
+            if room <= 0:
+                break
+    if sum(map(len, taken)) == 0:
+        raise PrunexError("calibration got no images: give a loader with at least one")
+    return taken
 
 
 def top(score: Tensor, k: int, present: Tensor | None) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import Forward, TokenPruner, floor_share, top
+from prunex.pruners.adaptive import Adaptive, above, cumulative
+from prunex.pruners.base import Forward, floor_share, top
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Keep, Mask, TokenState
 from prunex.vit.mount import as_found
 
 
@@ -61,7 +62,7 @@ class Predictor(nn.Module):
 @register(
     "pruner", "dynamicvit", "Rao et al., NeurIPS 2021, arXiv 2106.02034", "fine-tuning: its predictors are learned"
 )
-class DynamicViT(TokenPruner):
+class DynamicViT(Adaptive):
     r"""Dynamic token sparsification (arXiv 2106.02034).
 
     Before each stage's block a predictor gives every patch a keep probability. In training, hard straight-through
@@ -71,6 +72,10 @@ class DynamicViT(TokenPruner):
     Auxiliary losses, added to the user's own: ``ratio``, mean over stages and images of (kept share - target)^2, weight
     2; ``distill``, KL(teacher || student) of the logits, and ``tokens``, the mean squared error of the final patch
     tokens still kept, weight 0.5 each, both against the frozen dense model.
+
+    With ``count="adaptive"`` an image keeps the patches whose keep probability is above ``threshold``: any number, 0
+    included (but one where the head only pools patches). Training is the same, except that the ratio is held on the
+    mean over the batch, so that images may differ.
 
     Departures from the authors' code: dropped keys are left out of the softmax altogether (theirs leak up to 41 % of a
     row when one dominates), an image whose patches are all dropped stays finite, and any number of prefix tokens is
@@ -84,7 +89,10 @@ class DynamicViT(TokenPruner):
         ratio_weight: Of the ratio loss (the authors: 2, DeiT-B 5).
         distill_weight: Of the two distillation losses.
         token_loss: "mse" (DeiT) or "kl" (the authors' switch for token distributions).
-        batch_ratio: Hold the ratio on the batch mean instead of on every image.
+        batch_ratio: Hold the ratio on the batch mean instead of on every image (always where counts are adaptive).
+        count: "fixed", or "adaptive": each image keeps its own number.
+        threshold: Keep probability above which a patch is kept, in [0, 1], where counts are adaptive.
+        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
         **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
             of training): the targets of the ratio loss fall with the rates. By default, as in the paper, they do not.
     """
@@ -102,14 +110,17 @@ class DynamicViT(TokenPruner):
         distill_weight: float = 0.5,
         token_loss: Literal["mse", "kl"] = "mse",
         batch_ratio: bool = False,
+        count: Literal["fixed", "adaptive"] = "fixed",
+        threshold: float = 0.5,
+        expected: Sequence[float] | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, **schedule)
+        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
         if token_loss not in ("mse", "kl"):
             raise unknown("token_loss", token_loss, ("mse", "kl"))
         if anatomy.width < 4:
             raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
-        self.targets = tuple(math.prod(self.rates[: s + 1]) for s in range(len(self.stages)))
+        self.targets = cumulative(self.rates)
         self.predictors = nn.ModuleList(Predictor(anatomy.width) for _ in self.stages)
         for predictor, target in zip(self.predictors, self.targets, strict=True):
             # One that is never asked must not wait for a gradient: DDP would take it for a mistake.
@@ -134,7 +145,7 @@ class DynamicViT(TokenPruner):
         if self.distills:
             self._teacher = (copy.deepcopy(model).eval().requires_grad_(False),)
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | None:
+    def before(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
         """Keep the best-scored patches before a stage's block, or mask them while training."""
         if block not in self.stages:
             return None
@@ -143,10 +154,12 @@ class DynamicViT(TokenPruner):
             return None
         target, drawing = self.target(s), state.training and state.masked
         k = floor_share(target, state.trace.grid[0] * state.trace.grid[1])
-        if not drawing and k >= state.left:  # nobody leaves, so nobody need be scored
+        if not drawing and not self.adaptive and k >= state.left:  # nobody leaves, so nobody need be scored
             return None
         logp = self.predictors[s](state.patches, state.present).float()
         score = logp[..., 0]
+        if not drawing and self.adaptive:
+            return Drop(above(score.detach().exp(), self.threshold, state.present, self.least), score)
         if not drawing:
             return Keep(top(score, k, state.present), score)
         if target >= 1:  # before the schedule's start: all stay, and DDP still sees the predictor used
@@ -162,8 +175,8 @@ class DynamicViT(TokenPruner):
         return math.prod(self.rate(s) for s in range(stage + 1))
 
     def counts(self, patches: int) -> list[int]:
-        """Patch tokens after each stage."""
-        return [floor_share(self.target(s), patches) for s in range(len(self.stages))]
+        """Patch tokens after each stage; expected ones where counts are adaptive."""
+        return self.likely(patches) or [floor_share(self.target(s), patches) for s in range(len(self.stages))]
 
     def macs(self, entering: int) -> int:
         """One predictor over the entering patches: n (D^2 + D^2/2 + D^2/8 + D/2)."""
@@ -177,7 +190,7 @@ class DynamicViT(TokenPruner):
             return losses
         targets = [self.target(s) for s, end in enumerate(self.targets) if end < 1]
         shares = [m.mean(1) for m in forward.masks]
-        if self.batch_ratio:
+        if self.batch_ratio or self.adaptive:
             shares = [s.mean() for s in shares]
         gaps = [((s - t) ** 2).mean() for s, t in zip(shares, targets, strict=True)]
         losses["ratio"] = self.ratio_weight * torch.stack(gaps).mean()
@@ -228,6 +241,11 @@ class DynamicViT(TokenPruner):
             if parts[0] == "score_predictor" and len(parts) == 5 and parts[2] in names:
                 own[".".join(["predictors", parts[1], names[parts[2]], *parts[3:]])] = value
         return own
+
+    def fix(self) -> None:
+        """Turn to fixed counts."""
+        super().fix()
+        self.targets = cumulative(self.rates)
 
     def inference_only(self) -> None:
         """Let the teacher go, and keep the targets in force now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
 from prunex.checks import check_flag
 from prunex.pruners.schedules import ScheduleOptions
@@ -23,12 +23,16 @@ class EViT(TopK):
 
     In training the keep rate may fall along a cosine, as in the authors' training from scratch, or a line: see
     :class:`prunex.pruners.schedules.Schedule`. By default the base rate holds at once, as in their fine-tuning.
+    Where counts are adaptive (see :class:`TopK`; ours), the threshold falls so.
 
     Args:
         anatomy: Of the model.
         keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
         stages: Blocks that shrink.
         fuse: Whether dropped patches leave a fused token.
+        count: "fixed", or "adaptive": each image keeps its own number, at least one.
+        threshold: Share of the attention that the kept patches hold, in [0, 1], where counts are adaptive.
+        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
         **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
             of training).
     """
@@ -41,8 +45,11 @@ class EViT(TopK):
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
         fuse: bool = True,
+        count: Literal["fixed", "adaptive"] = "fixed",
+        threshold: float = 0.9,
+        expected: Sequence[float] | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, **schedule)
+        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
         self.fuses = check_flag("fuse", fuse)
         self.options["fuse"] = self.fuses

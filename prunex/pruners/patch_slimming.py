@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
-from prunex.pruners.base import TokenPruner
-from prunex.pruners.patch_slimming_search import Search, Slimming, calibration_images
+from prunex.pruners.base import TokenPruner, calibration_images
+from prunex.pruners.patch_slimming_search import Search, Slimming
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Keep, TokenState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,38 +126,6 @@ def impact(attention: Sequence[Tensor], entering: Tensor) -> Tensor:
             reach = (p.transpose(2, 3) @ carried).mean(1)
     row = (attention[0].double() @ entering.double().abs()[:, None]).square().sum(3).mean(1)
     return column * row
-
-
-def calibration_images(source: Any, limit: int) -> list[Tensor]:
-    """The first ``limit`` images of a loader, in batches.
-
-    Args:
-        source: One float tensor [B, C, H, W], or an iterable of batches: tensors, or sequences or dicts whose first
-            such tensor is the images.
-        limit: Most images taken.
-
-    Raises:
-        PrunexError: For something that holds no images.
-    """
-    batches: Iterable[Any] = [source] if isinstance(source, Tensor) else source
-    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
-        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
-    taken: list[Tensor] = []
-    room = limit
-    for batch in batches:
-        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
-        images = next((v for v in values if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()), None)
-        if images is None:
-            raise PrunexError(
-                f"calibration found no images in a {type(batch).__name__}: give batches with a float [B, C, H, W]"
-            )
-        taken.append(images[:room])
-        room -= len(taken[-1])
-        if room <= 0:
-            break
-    if sum(map(len, taken)) == 0:
-        raise PrunexError("calibration got no images: give a loader with at least one")
-    return taken
 
 
 class Search:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
-from prunex.pruners.base import TokenPruner, ceil_share, top
+from prunex.pruners.adaptive import Adaptive, reaching
+from prunex.pruners.base import ceil_share, top
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Keep, Mask, TokenState
 
 
 @register("pruner", "topk", "Haurum et al., ICCVW 2023, arXiv 2308.04657", "nothing; works untrained")
-class TopK(TokenPruner):
+class TopK(Adaptive):
     """Plain Top-K pruning by class-token attention.
 
     Inside each stage's block, between attention and MLP: a = head mean of the class token's attention over the patches;
@@ -24,6 +25,17 @@ class TopK(TokenPruner):
     reading a class token are scored by the mean attention their pooled tokens pay (this rule is ours, not the paper's).
     The rates may fall while training (``schedule``, ``shrink_start``, ``shrink_length``: see
     :class:`prunex.pruners.schedules.Schedule`); by default the base rates hold at once.
+
+    With ``count="adaptive"`` an image keeps the fewest patches that hold ``threshold`` of the attention which a spends
+    on the patches still there (a rule of ours too): one glance at one thing needs few.
+
+    Args:
+        anatomy: Of the model.
+        keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
+        stages: Blocks that shrink.
+        count: "fixed", or "adaptive": each image keeps its own number, at least one.
+        threshold: Share of the attention that the kept patches hold, in [0, 1], where counts are adaptive.
+        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
@@ -42,17 +54,32 @@ class TopK(TokenPruner):
         anatomy: Anatomy,
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
+        count: Literal["fixed", "adaptive"] = "fixed",
+        threshold: float = 0.9,
+        expected: Sequence[float] | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, **schedule)
+        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
         self.anatomy = anatomy
 
     def rows(self) -> frozenset[int]:
         """Blocks whose class row ranks the patches."""
+        if self.adaptive and self.mass() >= 1:
+            return frozenset()
         return frozenset(b for s, b in enumerate(self.stages) if self.rate(s) < 1)
 
-    def between(self, block: int, state: TokenState) -> Keep | Mask | None:
+    def mass(self) -> float:
+        """The share of attention that is kept now, where counts are adaptive: it falls as keep rates do."""
+        return self.shrink.rate(self.threshold, self.progress)
+
+    def between(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
         """Keep the best-attended patches of a stage's block."""
+        if self.adaptive:
+            if state.row is None or block not in self.rows():
+                return None
+            score = state.row[:, state.anatomy.prefix :]
+            kept = reaching(score.detach(), self.mass(), state.present)
+            return Drop(kept, score, score if self.fuses else None)
         n = state.left
         k = ceil_share(self.rate(self.stages.index(block)), n)
         if k >= n or state.row is None:
@@ -61,7 +88,13 @@ class TopK(TokenPruner):
         return Keep(top(score, k, state.present), score, score if self.fuses else None)
 
     def counts(self, patches: int) -> list[int]:
-        """Patch tokens (a fused one included) after each stage."""
+        """Patch tokens (a fused one included) after each stage; expected ones where counts are adaptive.
+
+        Measured shares are those of patches: earlier fused tokens that were kept are not among the expected counts.
+        """
+        likely = self.likely(patches, int(self.fuses))
+        if likely is not None:
+            return likely
         counts, n = [], patches
         for s in range(len(self.stages)):
             k = ceil_share(self.rate(s), n)

@@ -46,6 +46,8 @@ class Graph(nn.Module):
 def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *, kept: bool = False) -> Path:
     """Write the model as a graph, and check the graph against the model before the file appears.
 
+    A model with ``count="adaptive"`` is exported with fixed counts, the expected ones, and a warning says so.
+
     Args:
         model: What :func:`prunex.slim` gave, or any supported ViT (it is slimmed first).
         path: Ends in ``.pt2`` (torch.export) or ``.onnx`` (needs the extra ``prunex-vit[onnx]``).
@@ -69,6 +71,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
                 raise PrunexError(f"ONNX export needs {package}: pip install 'prunex-vit[onnx]', or export to .pt2")
     small = slim(model).float().cpu()
     anatomy = read(small)
+    _fix_counts(small, path)
     if example is None:
         example = torch.randn(2, anatomy.channels, *anatomy.image, generator=torch.Generator().manual_seed(0))
     check_images(anatomy, example, values=True)
@@ -94,6 +97,21 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
     finally:
         waiting.unlink(missing_ok=True)
     return path
+
+
+def _fix_counts(small: nn.Module, path: Path) -> None:
+    """A graph has one shape for all images: counts that differ between them become their expected ones."""
+    pruning = attached(small)
+    if pruning is None or pruning.pruner.count == "fixed":
+        return
+    measured = pruning.options.get("expected") is not None
+    pruning.pruner.fix()
+    source = "the mean that was measured" if measured else "as keep_ratio says; pruning.calibrate(images) measures them"
+    warnings.warn(
+        f"{path.name} keeps {pruning.counts()} patch tokens of every image ({source}): a graph cannot let images "
+        "differ, as this model does",
+        stacklevel=3,
+    )
 
 
 def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, kept: bool) -> None:

@@ -55,7 +55,10 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
 
     Per block 3 n D A + n A D + 2 n^2 A for attention (A = heads * head width) and the MLP's linear layers over the
     tokens that reach it; plus patch embedding, head and the pruner's own decisions. Norms, biases and activations are
-    left out, as is usual. Where only m of n tokens ask, attention is 2 n D A + 2 m D A + 2 m n A.
+    left out, as is usual. Where only m of n tokens ask, attention is 2 n D A + 2 m D A + 2 m n A. Where each image
+    keeps its own number of tokens (``count="adaptive"``), this is the cost at the expected counts
+    (:meth:`prunex.Pruning.calibrate`), not a mean of costs. A pass that a pruner makes over all patches only to
+    decide counts to the block it decides at.
 
     Args:
         model: A supported ViT, or a module that holds exactly one.
@@ -102,8 +105,10 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
     for i, block in enumerate(vit.blocks):
         decision = 0
         after = left.get(i, n)
-        if pruner is not None and i in left and after != n:
+        ahead = None if pruner is None else pruner.ahead()
+        if pruner is not None and i in left and (after != n or ahead is not None):
             decision = pruner.macs(n)
+            decision += sum(_block(b, a.prefix + n, a.prefix + n, 0).macs for b in list(vit.blocks)[: ahead or 0])
         entering = n if pruner is not None and pruner.inside else after
         n = after
         asking = None if pruner is None else pruner.asking(i, n)

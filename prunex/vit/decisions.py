@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class TokenState:
         row: [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there
             is none), mean over heads; present between the halves of a block that a pruner asked it for.
         left: Patch tokens that are there (an upper bound where images differ).
+        ragged: Whether a ``Drop`` left images of different lengths, so that some slots hold nobody.
         masks: The differentiable policies [B, n] set so far, one a masking decision.
         keys: Weights of tokens as attention keys, or None; they follow their tokens.
         ops: How elementary operations are carried out; None: plainly.
@@ -39,6 +40,7 @@ class TokenState:
         proportional: Whether attention counts a key as often as its size says.
         key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
             between the halves of a block that a pruner asked them for.
+        model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
     """
 
     tokens: Tensor
@@ -49,10 +51,12 @@ class TokenState:
     policy: Tensor | None = None
     row: Tensor | None = None
     left: int = 0
+    ragged: bool = False
     masks: list[Tensor] = field(default_factory=list)
     keys: KeyWeights | None = None
     ops: Arithmetic | None = None
     decisions: list[Decision] = field(default_factory=list)
+    model: Any = None
     leaving: list[Tensor] | None = None
     sizes: Tensor | None = None
     proportional: bool = False
@@ -116,15 +120,53 @@ class Merge:
 
 
 @dataclass
+class Fill:
+    """A pruner's answer: patch tokens that are replaced where they stand; their number stays as it is.
+
+    Attributes:
+        present: [B, n], above 0 for the tokens that continue as themselves.
+        filler: [B, n, D], what stands in the place of the others.
+        score: [B, n] or None.
+    """
+
+    present: Tensor
+    filler: Tensor
+    score: Tensor | None = None
+
+
+@dataclass
+class Drop:
+    """A pruner's answer where images keep as many patch tokens as they like.
+
+    Tokens really leave where nothing is masked: each image's own move to its first slots, the slots left over are
+    empty under the policy, and between pruners nothing is computed for them.
+
+    Attributes:
+        present: bool [B, n], which patch tokens continue, of those that are there; any number, 0 included.
+        score: [B, n] or None, what they were ranked by.
+        fuse: [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token
+            of every image that dropped something.
+        width: Slots for patch tokens that stay, at least as many as any image keeps; None: just enough. A repeated
+            decision has the width of the run it comes from, since later ones point to its slots.
+    """
+
+    present: Tensor
+    score: Tensor | None = None
+    fuse: Tensor | None = None
+    width: int | None = None
+
+
+@dataclass
 class Decision:
     """One answer of a pruner and where it was given: before ``block``, or between its halves."""
 
     block: int
     inside: bool
-    answer: Keep | Mask | Merge
+    answer: One
 
 
-Answer = Keep | Mask | Merge | Sequence[Keep | Mask | Merge] | None
+One = Keep | Mask | Merge | Drop | Fill
+Answer = One | Sequence[One] | None
 
 
 class Pruner(Protocol):
@@ -181,7 +223,7 @@ class Replay:
         """What was decided between the block's halves."""
         return [self._pick(d.answer) for d in self.decisions if d.block == block and d.inside]
 
-    def _pick(self, answer: Keep | Mask | Merge) -> Keep | Mask | Merge:
+    def _pick(self, answer: One) -> One:
         def pick(values: Tensor) -> Tensor:
             values = values.detach()
             return values if self.index is None else values[self.index]
@@ -190,6 +232,11 @@ class Replay:
             return Mask(pick(answer.policy))
         if isinstance(answer, Merge):
             return Merge(pick(answer.group), answer.count, answer.proportional)
+        if isinstance(answer, Fill):
+            return Fill(pick(answer.present), pick(answer.filler))
+        if isinstance(answer, Drop):
+            fuse = None if answer.fuse is None else pick(answer.fuse)
+            return Drop(pick(answer.present), fuse=fuse, width=answer.width)
         return Keep(pick(answer.index), fuse=None if answer.fuse is None else pick(answer.fuse))
 
 
@@ -248,7 +295,11 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
             stage = _mask(one, block, state)
         elif isinstance(one, Merge):
             stage = _merge(one, block, state)
-        elif state.masked:
+        elif isinstance(one, Fill):
+            stage = _fill(one, block, state)
+        elif isinstance(one, Drop):
+            one, stage = _drop_masked(one, block, state) if state.masked else _drop(one, block, state)
+        elif state.masked or state.policy is not None:  # after a Drop images differ, and slots stay
             stage = _keep_masked(one, block, state)
         else:
             stage = _keep(one, block, state)
@@ -332,6 +383,7 @@ def _mask(d: Mask, block: int, state: TokenState) -> Stage:
     b, n = d.policy.shape
     hard = d.policy.detach() > 0
     state.masks.append(d.policy)
+    state.ragged = False
     state.policy = torch.cat([d.policy.new_ones(b, state.anatomy.prefix), d.policy], 1)
     group = torch.arange(n, device=hard.device).expand(b, -1).masked_fill(~hard, -1)
     return Stage(block, group, hard.to(d.policy.dtype), n, False, d.score, hard.sum(1))
@@ -358,3 +410,65 @@ def _merge(d: Merge, block: int, state: TokenState) -> Stage:
     state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
     counted = d.count if there is None else left.sum(1)
     return Stage(block, group, share, d.count + behind.shape[1], counted=counted, merged=True)
+
+
+def _fill(d: Fill, block: int, state: TokenState) -> Stage:
+    kept = d.present.detach() > 0
+    b, n = kept.shape
+    body = torch.where(kept.unsqueeze(-1), state.patches, d.filler.to(state.tokens.dtype))
+    state.tokens = torch.cat([state.tokens[:, : state.anatomy.prefix], body], 1)
+    group = torch.arange(n, device=kept.device).expand(b, -1).masked_fill(~kept, -1)
+    weight = kept.to(torch.promote_types(body.dtype, torch.float32))
+    return Stage(block, group, weight, n, False, d.score, state.left)
+
+
+def _drop(d: Drop, block: int, state: TokenState) -> tuple[Drop, Stage]:
+    """Move each image's tokens to its first slots; the decision comes back with the width that this took."""
+    prefix, x = state.anatomy.prefix, state.tokens
+    body = state.patches
+    b, n, width = body.shape
+    there = torch.ones_like(d.present) if state.present is None else state.present > 0
+    kept = d.present & there
+    counts = kept.sum(1)
+    k = max(1, int(counts.max())) if d.width is None else d.width
+    index = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
+    group = (kept.cumsum(1) - 1).masked_fill(~kept, -1)
+    weight = kept.to(torch.promote_types(x.dtype, torch.float32))
+    parts = [x[:, :prefix], body.gather(1, index.unsqueeze(-1).expand(-1, -1, width))]
+    policy = torch.arange(k, device=x.device) < counts[:, None]
+    if d.fuse is not None:
+        gone = there & ~kept
+        dropped = d.fuse * gone
+        parts.append((state.ops or PLAIN).combine(dropped.unsqueeze(1).to(x.dtype), body))
+        weight = torch.where(gone, _shares(dropped), weight)
+        group = group.masked_fill(gone, k)
+        policy = torch.cat([policy, gone.any(1, keepdim=True)], 1)
+    policy = torch.cat([policy.new_ones(b, prefix), policy], 1)
+    state.tokens = torch.cat(parts, 1)
+    state.ragged = not bool(policy.all())
+    state.policy = policy.to(weight.dtype) if state.ragged else None
+    state.left = state.tokens.shape[1] - prefix
+    counted = policy[:, prefix:].sum(1).to(weight.dtype)
+    return replace(d, width=k), Stage(block, group, weight, state.left, d.fuse is not None, d.score, counted)
+
+
+def _drop_masked(d: Drop, block: int, state: TokenState) -> tuple[Drop, Stage]:
+    prefix = state.anatomy.prefix
+    body = state.patches
+    b, n, _ = body.shape
+    there = state.present if state.present is not None else body.new_ones(b, n, dtype=torch.float32)
+    kept = d.present.to(there.dtype) * there
+    group = torch.arange(n, device=body.device).expand(b, -1).masked_fill(kept <= 0, -1)
+    weight = (kept > 0).to(there.dtype)
+    if d.fuse is not None:
+        gone = (there > 0) & (kept <= 0)
+        dropped = d.fuse * gone
+        extra = (state.ops or PLAIN).combine(dropped.unsqueeze(1).to(body.dtype), body)
+        state.tokens = torch.cat([state.tokens, extra], 1)
+        weight = torch.where(gone, _shares(dropped), weight)
+        group = group.masked_fill(gone, n)
+        kept = torch.cat([kept, gone.any(1, keepdim=True).to(kept.dtype)], 1)
+    state.policy = torch.cat([kept.new_ones(b, prefix), kept], 1)
+    counted = (kept > 0).sum(1).to(weight.dtype)
+    state.left = int(counted.max())
+    return d, Stage(block, group, weight, kept.shape[1], d.fuse is not None, d.score, counted)

@@ -23,6 +23,7 @@ from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled, prom
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Keep, Pruner, TokenState, apply, carried_out
 from prunex.vit.intermediates import Watch
+from prunex.vit.packing import Packing
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import TokenTrace
 
@@ -217,6 +218,38 @@ def _known_queries(pruners: Sequence[Pruner], block: int, state: TokenState, tap
     return None if ask is None else ask(block, state)
 
 
+def attend_packed(
+    block: Any, x: Tensor, packing: Packing, anatomy: Anatomy, want_row: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`attend` in eval mode for images of different lengths: nothing is computed for empty slots.
+
+    Args:
+        block: timm's block.
+        x: [B, N, D].
+        packing: Which slots hold a token.
+        anatomy: Of the model.
+        want_row: Whether the read-out row is wanted.
+
+    Returns:
+        The stream [B, N, D], zeros in empty slots, and the row [B, N] if asked for.
+    """
+    attn, packed = block.attn, packing.pack(x)
+    y = block.norm1(packed)
+    q, k, v = attention.heads(attn, y)
+    branch = attention.project(attn, packing.attend(q, k, v), y)
+    after = packing.unpack(packed + block.drop_path1(block.ls1(branch)))
+    if not want_row:
+        return after, None
+    pairs = zip(packing.split(q), packing.split(k), strict=True)
+    row = torch.cat([_row(*pair, attn.scale, anatomy, None, None) for pair in pairs], 1)
+    return after, packing.unpack(row.unsqueeze(2)).squeeze(2)
+
+
+def feed_packed(block: Any, x: Tensor, packing: Packing) -> Tensor:
+    """:func:`feed` in eval mode for images of different lengths."""
+    return packing.unpack(feed(block, packing.pack(x))[0])
+
+
 def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
     """From images to the tokens entering the first block, and the patch grid of these images."""
     if ops.opened:
@@ -248,6 +281,58 @@ def patch_vectors(model: VisionTransformer, images: Tensor) -> Tensor:
     """The patch embeddings alone, before anything is added to them: [B, P, D]."""
     x = model.patch_embed(images)
     return x.flatten(1, 2) if x.ndim == 4 else x
+
+
+def unplace(model: VisionTransformer, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
+    """What patches were embedded as, from the tokens that :func:`place` made of them: [B, n, D], up to rounding.
+
+    A norm in front of the blocks (CLIP) cannot be taken back: its models give the normed tokens as they are.
+
+    Args:
+        model: The ViT.
+        x: [B, prefix + n, D], entering the first block.
+        grid: The whole patch grid.
+        index: int64 [B, n], the patches that these are; None: all of them.
+    """
+    body = x[:, model.num_prefix_tokens :]
+    if not isinstance(model.norm_pre, nn.Identity):
+        return body
+    empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
+    added = place(model, empty, grid)[:, model.num_prefix_tokens :]
+    if index is not None:
+        added = added.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))
+    return body - added
+
+
+def look_ahead(
+    model: VisionTransformer,
+    x: Tensor,
+    anatomy: Anatomy,
+    blocks: int,
+    policy: Tensor | None = None,
+    keys: KeyWeights | None = None,
+) -> list[Tensor]:
+    """The stream entering the first ``blocks`` + 1 blocks if nothing were decided: [B, N, D] each.
+
+    The one after the last block is what the final norm will read. Call it with the model in eval mode.
+
+    Args:
+        model: The ViT; a pruner on it is not asked.
+        x: [B, N, D], entering the first block.
+        anatomy: Of the model.
+        blocks: How many are run.
+        policy: [B, N] or None: 0 for slots of tokens that are not there.
+        keys: Weights of the tokens as keys, or None.
+    """
+    streams = [x]
+    for block in list(model.blocks)[:blocks]:
+        if policy is None and keys is None:
+            x = block(x)
+        else:
+            x = attend(block, x, anatomy, policy, keys=keys)[0]
+            x = feed(block, x, policy=policy)[0]
+        streams.append(x)
+    return streams
 
 
 def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
@@ -331,7 +416,7 @@ def encode(
         others), and the final state with its trace.
     """
     trace = TokenTrace(grid, anatomy.prefix, x.shape[0], x.device)
-    state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1], keys=keys)
+    state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1], keys=keys, model=model)
     wanted: set[int] = set()
     if tape is not None:
         tape.embedded, state.ops = x, tape.ops
@@ -344,6 +429,7 @@ def encode(
     last = len(model.blocks) - 1
     if watch is not None:
         state.leaving = []
+    packing: Packing | None = None
     blocks = list(model.blocks)[: None if watch is None else watch.stop]
     for i, block in enumerate(blocks):
         if watch is not None and i:
@@ -367,6 +453,7 @@ def encode(
             if tape is not None and i == last:
                 tape.policy, tape.tokens, tape.sizes = policy, state.tokens.shape[1], state.sizes
             trace.bare = known is not None and not within
+            packing = _packing(state, tape, packing)
 
             def first(
                 x: Tensor,
@@ -380,10 +467,13 @@ def encode(
             ) -> tuple[Tensor, Tensor | None, Attended | None, Tensor | None]:
                 return attend(block, x, anatomy, policy, want, tape, number, keys, queries, sizes, number in matched)
 
-            entered = state.patches.shape[1]
-            state.tokens, state.row, attended, state.key_mean = _maybe_checkpoint(
-                recompute, first, state.tokens, policy
-            )
+            entered, attended = state.patches.shape[1], None
+            if packing is not None:
+                state.tokens, state.row = attend_packed(block, state.tokens, packing, anatomy, want)
+            else:
+                state.tokens, state.row, attended, state.key_mean = _maybe_checkpoint(
+                    recompute, first, state.tokens, policy
+                )
             if tape is not None and attended is not None:
                 tape.steps.append(attended)
             for pruner in within:
@@ -395,6 +485,10 @@ def encode(
             if tape is not None and i == last and within:
                 tape.policy, tape.tokens, tape.sizes = state.policy, state.tokens.shape[1], state.sizes
             state.row = state.key_mean = None
+            packing = _packing(state, tape, packing)
+            if packing is not None:
+                state.tokens = feed_packed(block, state.tokens, packing)
+                continue
 
             def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
                 return feed(block, x, tape, state.policy)
@@ -407,6 +501,15 @@ def encode(
         watch.after(len(blocks) - 1, state)
     state.tokens = (PLAIN if tape is None else tape.ops).norm(model.norm, state.tokens)
     return state.tokens, state
+
+
+def _packing(state: TokenState, tape: Tape | None, known: Packing | None) -> Packing | None:
+    """Which slots hold a token, where images differ in length and nobody asks for more than the output."""
+    if not state.ragged or state.policy is None or state.masked or state.training:
+        return None
+    if tape is not None or state.keys is not None:
+        return None
+    return known if known is not None and known.policy is state.policy else Packing.of(state.policy)
 
 
 def own_pruners(model: VisionTransformer) -> tuple[Pruner, ...]:

@@ -137,6 +137,6 @@ def test_batches_of_every_shape(tmp_path, monkeypatch):
 
 def test_keep_ratio_is_no_option_of_it(tmp_path):
     assert "keep_ratio" not in TokenPruning("patch_slimming").options
-    assert TokenPruning("evit").options == {}  # the method's own default
+    assert TokenPruning("evit").options == {"keep_ratio": 0.7}  # the method's own default
     with pytest.raises(PrunexError, match="keep_ratio"):
-        trainer(tmp_path, TokenPruning("patch_slimming", keep_ratio=0.5)).fit(Plain(), loader())
+        TokenPruning("patch_slimming", keep_ratio=0.5)

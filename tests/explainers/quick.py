@@ -8,8 +8,9 @@ QUICK = {
     "shap": {"budget": 60},
     "vit_cx": {"max_masks": 4},
 }
-# vit_shapley brings a network of its own and is tested where that is made.
-EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name != "vit_shapley"]
+# These bring networks of their own and are tested where they are made.
+TRAINED = ["diffmask", "vit_shapley"]
+EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name not in TRAINED]
 # raw is one number a token, [B, prefix + P].
 ROWS = ["raw_attention", "rollout", "generic_attention", "tokentm", "grad_sam", "transformer_attribution"]
 # What a pruned model's removed patches get: nothing, by the method's definition, or something from earlier blocks.

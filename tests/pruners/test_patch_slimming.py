@@ -750,8 +750,8 @@ def test_bad_calibrations_end_in_one_line():
             pruning.calibrate(source, **options)
         assert "\n" not in str(caught.value)
     assert pruning.pruner.needs_calibration
-    with pytest.raises(PrunexError, match="topk needs no calibration: it decides image by image"):
-        prunex.attach(tiny(), "topk").calibrate(images())
+    with pytest.raises(PrunexError, match="tome needs no calibration: it decides image by image"):
+        prunex.attach(tiny(), "tome").calibrate(images())
     with pytest.raises(PrunexError, match="at least two blocks"):
         prunex.attach(tiny(depth=1), "patch_slimming")
 

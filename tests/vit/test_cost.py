@@ -105,6 +105,13 @@ def test_tokens_of_every_block_are_those_a_forward_has(family, method, ratio):
         assert block.mlp_tokens == n
 
 
+def test_a_stage_of_dynamicvit_that_drops_nobody_scores_nobody():
+    model = tiny(img_size=64)
+    prunex.attach(model, "dynamicvit", keep_ratio=[0.6, 1.0, 0.6], teacher=False)
+    small = prunex.slim(model)
+    assert prunex.cost(small).macs == pytest.approx(counted(small, images(1, (64, 64))), rel=0.002)
+
+
 def test_evit_in_the_middle_of_its_schedule_costs_what_it_runs():
     model = tiny(img_size=64)
     pruning = prunex.attach(model, "evit", keep_ratio=0.5, shrink_length=1.0)

@@ -1,0 +1,224 @@
+"""What pruners share where each image may keep its own number of patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Unpack
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from prunex.checks import check_number
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.base import TokenPruner, calibration_images
+from prunex.pruners.schedules import ScheduleOptions
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.forward import run
+from prunex.vit.mount import as_found
+from prunex.vit.trace import TokenTrace
+
+COUNTS = ("fixed", "adaptive")
+_LEAST = 1e-6  # a keep rate must be above 0; counts are at least 1 anyway
+
+
+class Adaptive(TokenPruner):
+    """A pruner that keeps as many patches in every image (``count="fixed"``), or as many as each image asks for.
+
+    Adaptive counts depend on the data, so what :meth:`counts` and ``prunex.cost`` tell is an expectation: the mean
+    shares ``expected``, measured by ``Pruning.calibrate`` or in each validation of the callback; before that the counts
+    of ``keep_ratio``. Attention's quadratic part is that of the mean count, which is less than the mean of its square.
+
+    A graph for other runtimes has fixed counts: the expected ones.
+
+    Args:
+        anatomy: Of the model.
+        keep_ratio: As for every pruner. Adaptive counts do not follow it, but at 1.0 nothing is dropped either way.
+        stages: As for every pruner.
+        count: "fixed" or "adaptive".
+        threshold: What a patch must reach to be kept in adaptive mode, in [0, 1]; the method says of what.
+        expected: Share of the original patches that images keep on average after each stage, none above the one before;
+            None: not measured yet.
+        **schedule: As for every pruner; see the method for what it does to the threshold.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        keep_ratio: float | Sequence[float] = 0.7,
+        stages: Sequence[int] | None = None,
+        count: Literal["fixed", "adaptive"] = "fixed",
+        threshold: float = 0.5,
+        expected: Sequence[float] | None = None,
+        **schedule: Unpack[ScheduleOptions],
+    ) -> None:
+        super().__init__(anatomy, keep_ratio, stages, **schedule)
+        if not isinstance(count, str) or count not in COUNTS:
+            raise unknown("count", count, COUNTS)
+        self.count = count
+        self.threshold = check_number("threshold", threshold, 0, 1)
+        self.expected = check_expected(expected, len(self.stages))
+        # A head that only pools patches has nothing to read without one.
+        self.least = 0 if anatomy.readers else 1
+        self.options |= {"count": count, "threshold": self.threshold, "expected": _listed(self.expected)}
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether images keep their own numbers of patches."""
+        return self.count == "adaptive"
+
+    def mass(self) -> float:
+        """The threshold in force now."""
+        return self.threshold
+
+    @torch.no_grad()
+    def calibrate(self, model: VisionTransformer, images: Any, **options: Any) -> list[float]:
+        """Measure how many patches images keep; with adaptive counts, remember it as what :meth:`counts` tells.
+
+        Train flags and the model's last forward stay as they are.
+
+        Args:
+            model: The ViT this pruner is on.
+            images: A loader, an iterable of batches, or one tensor [B, C, H, W], normalised as in training.
+            **options: None.
+
+        Returns:
+            The mean share of the patches kept after each stage.
+
+        Raises:
+            PrunexError: For an option, or without any image.
+        """
+        for name in options:
+            raise PrunexError(f"{name}={options[name]!r} is not allowed: calibrating {self.name} has no options")
+        hook: Any = model.prunex
+        anatomy: Anatomy = hook.current(model)
+        total, count = torch.zeros(len(self.stages), dtype=torch.float64), 0
+        with as_found(model, train=False):
+            for batch in calibration_images(images):
+                trace = run(model, batch, anatomy, (self,))[1].trace
+                total += realised(trace, self.stages).double().sum(0).cpu()
+                count += len(batch)
+        shares = (total / count).tolist()
+        self.expect(shares)
+        return shares
+
+    def expect(self, shares: Sequence[float]) -> None:
+        """Take measured mean shares as what :meth:`counts` tells; nothing where counts are fixed."""
+        if self.adaptive:
+            falling = [min(float(s) for s in shares[: i + 1]) for i in range(len(shares))]
+            self.expected = check_expected(falling, len(self.stages))
+            self.options["expected"] = _listed(self.expected)
+
+    def fix(self) -> None:
+        """Turn to fixed counts: the expected ones where they were measured, else those of ``keep_ratio``."""
+        self.count = "fixed"
+        if self.expected is not None:
+            before = (1.0, *self.expected[:-1])
+            rates = [now / max(was, _LEAST) for now, was in zip(self.expected, before, strict=True)]
+            self.rates = tuple(min(1.0, max(_LEAST, r)) for r in rates)
+            self.options["keep_ratio"] = list(self.rates)
+        self.expected = None
+        self.options |= {"count": "fixed", "expected": None}
+
+    def inference_only(self) -> None:
+        """Keep the rates and the threshold in force now."""
+        self.threshold = self.options["threshold"] = self.mass()
+        super().inference_only()
+
+    def likely(self, patches: int, extra: int = 0) -> list[int] | None:
+        """The expected counts in adaptive mode, ``extra`` tokens added; None where they are fixed or not measured."""
+        if not self.adaptive or self.expected is None:
+            return None
+        return [max(self.least, round(share * patches)) + extra for share in self.expected]
+
+
+def check_expected(expected: Any, stages: int) -> tuple[float, ...] | None:
+    """Mean shares, one a stage, each in [0, 1] and at most the one before, or None.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if expected is None:
+        return None
+    listed = list(expected) if isinstance(expected, Sequence) and not isinstance(expected, str) else []
+    numbers = [s for s in listed if not isinstance(s, bool) and isinstance(s, int | float) and 0 <= s <= 1]
+    if len(numbers) != stages or len(listed) != stages or any(b > a for a, b in zip(listed, listed[1:], strict=False)):
+        raise PrunexError(
+            f"expected={expected!r} is not allowed: give None, or one share in [0, 1] for each of the {stages} stages, "
+            "none above the one before"
+        )
+    return tuple(float(s) for s in numbers)
+
+
+def cumulative(rates: Sequence[float]) -> tuple[float, ...]:
+    """Products of the rates so far: the share of the original patches kept after each stage.
+
+    >>> cumulative([0.5, 1.0, 0.5])
+    (0.5, 0.5, 0.25)
+    """
+    return tuple(math.prod(rates[: s + 1]) for s in range(len(rates)))
+
+
+def _listed(shares: tuple[float, ...] | None) -> list[float] | None:
+    return None if shares is None else list(shares)
+
+
+def realised(trace: TokenTrace, stages: Sequence[int]) -> Tensor:
+    """Share of the original patches that each image keeps after each of a pruner's stages.
+
+    Args:
+        trace: Of one forward.
+        stages: The pruner's; one that decided nothing has the share of the one before.
+
+    Returns:
+        float [B, stages].
+    """
+    ratios = trace.keep_ratios()
+    ones = torch.ones(trace.batch, device=trace.device)
+    found = []
+    for stage in stages:
+        made = [i for i, s in enumerate(trace.stages) if s.block <= stage]
+        found.append(ratios[made[-1]] if made else ones)
+    return torch.stack(found, 1)
+
+
+def above(score: Tensor, threshold: float, present: Tensor | None, least: int = 0) -> Tensor:
+    """The patches scored strictly above a threshold, of those that are there.
+
+    Args:
+        score: float [B, n].
+        threshold: The bound.
+        present: [B, n] or None: above 0 for patches that are there.
+        least: 1: an image whose patches all fail keeps its best one.
+
+    Returns:
+        bool [B, n].
+    """
+    there = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
+    kept = (score > threshold) & there
+    if least:
+        best = score.masked_fill(~there, float("-inf")).argmax(1, keepdim=True)
+        rescued = torch.zeros_like(kept).scatter(1, best, ~kept.any(1, keepdim=True))
+        kept = kept | (rescued & there)
+    return kept
+
+
+def reaching(score: Tensor, mass: float, present: Tensor | None) -> Tensor:
+    """The smallest set of patches whose scores sum to at least ``mass`` of their total; at least one.
+
+    Args:
+        score: float [B, n], not negative.
+        mass: Share of each image's total, in [0, 1].
+        present: [B, n] or None: above 0 for patches that are there.
+
+    Returns:
+        bool [B, n].
+    """
+    there = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
+    ranked, order = score.masked_fill(~there, -1).sort(dim=1, descending=True, stable=True)
+    ranked = ranked.clamp(min=0)
+    before = ranked.cumsum(1) - ranked
+    wanted = before < mass * ranked.sum(1, keepdim=True)
+    wanted[:, 0] = True
+    return torch.zeros_like(wanted).scatter(1, order, wanted) & there

@@ -1,0 +1,356 @@
+"""Vision DiffMask: the patches that keep the model's output, by gates trained beside it; as a pruner, and the gates."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from prunex.checks import check_flag, check_number
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.adaptive import Adaptive, above
+from prunex.pruners.base import ceil_share, top
+from prunex.registry import register
+from prunex.trained import CONFIG, held, how, load_into, quietly, read_folder
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.attention import KeyWeights
+from prunex.vit.decisions import Drop, Fill, Keep, TokenState
+from prunex.vit.forward import look_ahead, place, unplace
+from prunex.vit.mount import as_found
+
+KIND = "diffmask"
+REMOVALS = ("drop", "placeholder")
+TEMPERATURE, LOW, HIGH = 0.2, -0.2, 1.0  # of the hard concrete distribution: stretched to (LOW, HIGH), cut to 0..1
+
+
+class Gate(nn.Module):
+    """A vote on each patch: logits [B, n] from its embedding [B, n, D] and one hidden state [B, n, D].
+
+    mul * tanh(w2 . tanh(W1 [h_0, h_i] + b1) + b2) + add, hidden width D / 4, both layers under weight norm, ``add``
+    learned.
+    """
+
+    def __init__(self, width: int, mul: float, add: float) -> None:
+        super().__init__()
+        self.hidden = weight_norm(nn.Linear(2 * width, max(1, width // 4)))
+        self.vote = weight_norm(nn.Linear(max(1, width // 4), 1))
+        self.add = nn.Parameter(torch.tensor(float(add)))
+        self.mul = mul
+
+    def forward(self, first: Tensor, state: Tensor) -> Tensor:
+        """Logits [B, n]."""
+        vote = self.vote(torch.tanh(self.hidden(torch.cat([first, state], -1))))
+        return self.mul * torch.tanh(vote)[..., 0] + self.add
+
+
+class MaskGates(nn.Module):
+    """One gate for every hidden state h_0 .. h_{L+1}, and what stands in the place of a masked patch.
+
+    h_0 are the patch embeddings before positions are added, h_1 .. h_L what enters the L blocks, h_{L+1} what leaves
+    the last one before the final norm; see :func:`hidden_states`.
+
+    Args:
+        width: D.
+        depth: L.
+        mul: Half the range of a gate's logits.
+        add: Where they start; everything is kept at first.
+        no_placeholder: Masked patches become zeros instead of one learned vector.
+    """
+
+    def __init__(
+        self, width: int, depth: int, mul: float = 15.0, add: float = 8.0, no_placeholder: bool = False
+    ) -> None:
+        super().__init__()
+        self.mul, self.add = check_number("mul", mul, 0), check_number("add", add, -math.inf)
+        self.no_placeholder = check_flag("no_placeholder", no_placeholder)
+        self.width, self.depth = width, depth
+        self.gates = nn.ModuleList(Gate(width, self.mul, self.add) for _ in range(depth + 2))
+        vector = torch.zeros(1, 1, width)
+        if self.no_placeholder:
+            self.register_buffer("placeholder", vector)
+        else:
+            self.placeholder = nn.Parameter(nn.init.xavier_normal_(vector))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments that make gates of this kind, in plain values."""
+        return {
+            "width": self.width,
+            "depth": self.depth,
+            "mul": self.mul,
+            "add": self.add,
+            "no_placeholder": self.no_placeholder,
+        }
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Logits of the first K gates, float32 (or 64) [B, K, n], for K hidden states [B, n, D]."""
+        found = [gate(states[0], h) for gate, h in zip(self.gates, states, strict=False)]
+        return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in found], 1)
+
+
+def log_keep(logits: Tensor) -> Tensor:
+    """Log-probability that a hard concrete variable is not 0: -softplus(-(logit - t log(-l / r)))."""
+    return F.logsigmoid(logits - TEMPERATURE * math.log(-LOW / HIGH))
+
+
+def log_votes(logits: Tensor) -> Tensor:
+    """c_k: the log-probability that none of the gates 0..k is 0; [B, K, n] to [B, K, n], falling along K."""
+    return log_keep(logits).cumsum(1)
+
+
+def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Hard concrete variables in 0..1, differentiable: clamp(s (r - l) + l) of a binary concrete s at temperature t."""
+    u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    u = u.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+    s = torch.sigmoid((u.log() - torch.log1p(-u) + logits) / TEMPERATURE)
+    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def check_layer(layer: Any, depth: int) -> int:
+    """The number of a hidden state in 0..depth + 1, counted from the end when negative.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    count = depth + 2
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
+        raise PrunexError(
+            f"layer={layer!r} does not exist: hidden states are 0 (patch embeddings), 1..{depth} (what enters a "
+            f"block) and {depth + 1} (the last block's output), or negative from the end"
+        )
+    return layer % count
+
+
+def blocks_before(layer: int) -> int:
+    """How many blocks are run to know the hidden states 0..layer."""
+    return max(0, layer - 1)
+
+
+def hidden_states(
+    model: VisionTransformer,
+    x: Tensor,
+    grid: tuple[int, int],
+    anatomy: Anatomy,
+    layer: int,
+    index: Tensor | None = None,
+    policy: Tensor | None = None,
+    keys: KeyWeights | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The patches' rows of h_0 .. h_layer for tokens entering the first block: layer + 1 of [B, n, D].
+
+    Returned beside them: the whole stream [B, N, D] where the pass ended.
+
+    Args:
+        model: A supported ViT in eval mode; a pruner on it is not asked.
+        x: [B, prefix + n, D].
+        grid: The whole patch grid.
+        anatomy: Of the model.
+        layer: 0..L + 1.
+        index: int64 [B, n], the patches that these are; None: all of them.
+        policy: [B, prefix + n] or None: 0 for slots of tokens that are not there.
+        keys: Weights of the tokens as keys, or None.
+    """
+    streams = look_ahead(model, x, anatomy, blocks_before(layer), policy, keys)
+    states = [unplace(model, x, grid, index), *(h[:, anatomy.prefix :] for h in streams[:layer])]
+    return states, streams[-1]
+
+
+@register(
+    "pruner",
+    "diffmask",
+    "Nalmpantis et al., CVPRW 2023, arXiv 2304.06391",
+    "a trained explainer; runs the blocks up to a layer on all patches first",
+)
+class DiffMask(Adaptive):
+    """The patches that Vision DiffMask keeps (arXiv 2304.06391), and nothing of the others from the first block on.
+
+    The paper explains; that its masks prune is our use of them. A first pass over all patches, without any decision,
+    gives the hidden states h_0 .. h_layer; gates i = 0..layer vote on every patch, and the pass that counts starts anew
+    with the patches whose probability of getting every vote, exp(c) = prod_i P(v_i != 0), is above ``threshold``. Where
+    none is, a class token goes on alone, and a model without one keeps the likeliest patch.
+
+    The first pass costs ``layer`` - 1 blocks, which ``prunex.cost`` counts: with a late layer nothing is saved, only
+    shown. The gates stay as they are: train them with ``prunex fit --config configs/digits/diffmask.yaml``.
+
+    The gates learn with the dense model's hidden states and with masked patches replaced by a placeholder: dropping
+    them is another removal, and fine-tuning the model moves it away from what they know. Prefix tokens are never gated
+    (the authors gate the class token and throw the result away).
+
+    Args:
+        anatomy: Of the model.
+        explainer: The folder that the recipe wrote (``explainer/`` of its run), or a module that holds such an
+            explainer; its gates are copied. None: fresh ones, which keep everything, for weights that are loaded later.
+        threshold: On exp(c), in [0, 1].
+        layer: The last hidden state that is looked at: 0 (patch embeddings, no first pass) to L + 1, or negative from
+            the end.
+        count: "adaptive", every image keeps as many as are above the threshold; or "fixed", the share ``keep_ratio``
+            with the largest exp(c).
+        keep_ratio: Share kept where the count is fixed, in (0, 1]; at 1.0 nothing is dropped either way.
+        expected: Measured mean share, see :class:`~prunex.pruners.adaptive.Adaptive`.
+        removal: "drop", patches leave; or "placeholder", their embeddings are replaced by the learned vector, as the
+            gates were trained, and no token is saved.
+        mul: Half the range of the gates' logits; an explainer brings its own.
+        add: Where they start; likewise.
+        no_placeholder: Whether zeros stand for the learned vector; likewise.
+    """
+
+    name = KIND
+    read_once = frozenset({"explainer"})
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        explainer: nn.Module | str | Path | None = None,
+        threshold: float = 0.5,
+        layer: int = -1,
+        count: Literal["adaptive", "fixed"] = "adaptive",
+        keep_ratio: float | Sequence[float] = 0.7,
+        expected: Sequence[float] | None = None,
+        removal: Literal["drop", "placeholder"] = "drop",
+        mul: float = 15.0,
+        add: float = 8.0,
+        no_placeholder: bool = False,
+    ) -> None:
+        super().__init__(anatomy, keep_ratio, (0,), count, threshold, expected)
+        self.layer = check_layer(layer, anatomy.depth)
+        if not isinstance(removal, str) or removal not in REMOVALS:
+            raise unknown("removal", removal, REMOVALS)
+        self.drops = removal == "drop"
+        if explainer is None:
+            self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)
+        else:
+            self.gates = _trained_gates(explainer, anatomy)
+        # They have learnt what they know: nothing of them waits for a gradient.
+        self.gates.requires_grad_(False)
+        del self.options["stages"]  # there is one place
+        self.options |= {
+            "layer": layer,
+            "removal": removal,
+            "mul": self.gates.mul,
+            "add": self.gates.add,
+            "no_placeholder": self.gates.no_placeholder,
+        }
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the options keep every patch of every image, so that nobody need be asked."""
+        return self.rates[0] >= 1 or (self.adaptive and self.threshold <= 0)
+
+    def before(self, block: int, state: TokenState) -> Keep | Drop | Fill | None:
+        """Keep what the gates keep, before the first block."""
+        if block or self.keeps_all:
+            return None
+        score = self.score(state)
+        if self.adaptive:
+            kept = above(score, math.log(self.threshold), state.present, self.least)
+            return Drop(kept, score) if self.drops else self._filled(kept, score, state)
+        k = ceil_share(self.rates[0], state.trace.grid[0] * state.trace.grid[1])
+        if k >= state.left:
+            return None
+        index = top(score, k, state.present)
+        if self.drops:
+            return Keep(index, score)
+        return self._filled(torch.zeros_like(score).scatter(1, index, 1.0), score, state)
+
+    @torch.no_grad()
+    def score(self, state: TokenState) -> Tensor:
+        """c_layer, [B, n]: the log-probability that a patch gets every vote."""
+        model = state.model
+        with as_found(model, train=False) if state.training else nullcontext():
+            states, _ = hidden_states(
+                model,
+                state.tokens,
+                state.trace.grid,
+                state.anatomy,
+                self.layer,
+                _origins(state),
+                state.policy,
+                state.keys,
+            )
+        return log_keep(self.gates(states)).sum(1)
+
+    def _filled(self, present: Tensor, score: Tensor, state: TokenState) -> Fill:
+        grid = state.trace.grid
+        with torch.no_grad():
+            vector = self.gates.placeholder.to(state.tokens.dtype)
+            filler = place(state.model, vector.expand(1, grid[0] * grid[1], -1), grid)[:, state.anatomy.prefix :]
+        filler = filler.expand(present.shape[0], -1, -1)  # len() would fix an exported batch
+        index = _origins(state)
+        if index is not None:
+            filler = filler.gather(1, index.unsqueeze(-1).expand(-1, -1, filler.shape[2]))
+        return Fill(present, filler, score)
+
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens after the decision; expected ones where images differ, and all where placeholders stand in."""
+        if self.keeps_all or not self.drops:
+            return [patches]
+        return self.likely(patches) or [ceil_share(self.rates[0], patches)]
+
+    def macs(self, entering: int) -> int:
+        """The gates 0..layer over the entering patches: n (2 D (D / 4) + D / 4) each."""
+        gate: Any = self.gates.gates[0]
+        one = gate.hidden.weight.numel() + gate.vote.weight.numel()
+        return entering * (self.layer + 1) * one
+
+    def ahead(self) -> int | None:
+        """The blocks of the first pass."""
+        return None if self.keeps_all else blocks_before(self.layer)
+
+
+def _origins(state: TokenState) -> Tensor | None:
+    """Which patches of the grid the present slots hold, int64 [B, n]; None where nothing left them yet."""
+    patches, n = state.trace.grid[0] * state.trace.grid[1], state.tokens.shape[1] - state.anatomy.prefix
+    if n == patches:
+        return None
+    where = state.trace.tokens()
+    order = torch.arange(patches, device=where.device).expand_as(where)
+    slots = where.new_zeros(where.shape[0], n + 1)  # the last one takes those that are gone
+    return slots.scatter(1, where.masked_fill(where < 0, n), order)[:, :n]
+
+
+def _trained_gates(explainer: Any, anatomy: Anatomy) -> MaskGates:
+    """A copy of a trained explainer's gates.
+
+    Raises:
+        PrunexError: Without such gates, or for gates of a model of another width or depth.
+    """
+    found = held(explainer, MaskGates, KIND)
+    if found is None:
+        spec, tensors, folder = read_folder(explainer, KIND, "gates")
+        own = {k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")}
+        gates = load_into(build_gates(spec["gates"], folder), own, folder)
+    else:
+        gates = copy.deepcopy(found)
+    theirs, ours = (gates.width, gates.depth), (anatomy.width, anatomy.depth)
+    if theirs != ours:
+        raise PrunexError(
+            "this explainer's gates are for a model of width {} and depth {}, this one has {} and {}: ".format(
+                *theirs, *ours
+            )
+            + how(KIND).replace("one", "one for it")
+        )
+    return gates
+
+
+def build_gates(settings: Any, folder: Path) -> MaskGates:
+    """Gates from the description in a folder, with fresh weights.
+
+    Raises:
+        PrunexError: For a description that does not build any.
+    """
+    try:
+        with quietly():
+            return MaskGates(**settings)
+    except (TypeError, RuntimeError) as error:
+        raise PrunexError(
+            f"{folder / CONFIG} is damaged: gates={settings!r} ({error}); save the explainer again"
+        ) from error

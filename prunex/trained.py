@@ -1,0 +1,158 @@
+"""Networks that a recipe trains beside a model, on disk and as options: safetensors and config.json, no pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import Anatomy
+
+VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def how(kind: str) -> str:
+    """What to do where a trained network is missing."""
+    return f"train one with prunex fit --config configs/digits/{kind}.yaml"
+
+
+def write(folder: str | Path, kind: str, spec: Mapping[str, Any], module: nn.Module) -> Path:
+    """Write a module's tensors and what it takes to build it again.
+
+    Args:
+        folder: Made if missing; its ``model.safetensors`` and ``config.json`` are replaced.
+        kind: The method's name.
+        spec: Plain values that build the module.
+        module: Whose state dict is written.
+
+    Raises:
+        PrunexError: For a folder that cannot be written.
+    """
+    folder = Path(folder)
+    config = {"prunex": {"version": VERSION, "kind": kind, **spec}}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (
+            (WEIGHTS, save(tensors, metadata={"format": "pt"})),
+            (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
+        ):
+            waiting = folder / f".{name}.new"
+            waiting.write_bytes(content)
+            os.replace(waiting, folder / name)
+    except OSError as error:
+        raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    return folder
+
+
+def read_folder(path: str | Path, kind: str, needs: str) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """What :func:`write` wrote.
+
+    Args:
+        path: The folder, or the ``model.safetensors`` in it.
+        kind: The method's name.
+        needs: A key its description must have.
+
+    Returns:
+        The description, the tensors and the folder.
+
+    Raises:
+        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
+    """
+    folder = Path(path).expanduser()
+    folder = folder.parent if folder.name == WEIGHTS else folder
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise PrunexError(
+                f"explainer={str(path)!r} has no {name}: give a folder that the recipe wrote, or {how(kind)}"
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (ValueError, OSError) as error:
+        raise PrunexError(f"{folder / CONFIG} is damaged: {error}") from error
+    ours = config.get("prunex") if isinstance(config, Mapping) else None
+    if not isinstance(ours, Mapping) or ours.get("kind") != kind or needs not in ours:
+        raise PrunexError(f"{folder / CONFIG} is not of a {kind} explainer: {how(kind)}")
+    if ours.get("version") != VERSION:
+        raise PrunexError(
+            f"{folder / CONFIG} is of format {ours.get('version')!r}, this prunex reads {VERSION}: upgrade prunex-vit"
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PrunexError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    return dict(ours), tensors, folder
+
+
+def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
+    """Tensors of a folder into the module built from its description: frozen, in eval mode, each in its own dtype.
+
+    Raises:
+        PrunexError: Where names or shapes differ.
+    """
+    own = module.state_dict()
+    odd = sorted(set(own) ^ set(tensors)) + [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
+    if odd:
+        raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
+    module.load_state_dict(tensors, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def held(given: Any, wanted: type[M], kind: str, instead: str = "") -> M | None:
+    """The one network of a kind that a user's ``explainer=`` holds; None for a path.
+
+    Args:
+        given: A module, or what may be a path.
+        wanted: The network's class.
+        kind: The method's name.
+        instead: What else to use, for the message.
+
+    Raises:
+        PrunexError: For None, a module that holds none or several, or anything that is no path.
+    """
+    if given is None:
+        more = f"; or use {instead}" if instead else ""
+        raise PrunexError(f"{kind} needs a trained explainer: {how(kind)} and pass explainer=...{more}")
+    if isinstance(given, nn.Module):
+        found = [m for m in given.modules() if isinstance(m, wanted)]
+        if len(found) != 1:
+            raise PrunexError(f"{type(given).__name__} holds {len(found)} {kind} explainers: give one; {how(kind)}")
+        return found[0]
+    if not isinstance(given, str | Path):
+        raise PrunexError(
+            f"explainer={given!r} is not allowed: give the explainer's folder or the module itself; {how(kind)}"
+        )
+    return None
+
+
+def check_fits(theirs: Anatomy, ours: Anatomy, kind: str) -> None:
+    """Whether a network trained beside one model can be used with another.
+
+    Raises:
+        PrunexError: For other classes, image or patch sizes.
+    """
+    for what, a, b in (
+        ("number of classes", theirs.classes, ours.classes),
+        ("image size", theirs.image, ours.image),
+        ("patch size", theirs.patch, ours.patch),
+    ):
+        if a != b:
+            raise PrunexError(
+                f"this explainer's {what} is {a}, the model's {b}: {how(kind).replace('one', 'one for it')}"
+            )
+
+
+def quietly() -> Any:
+    """Building draws initial weights; inside this the caller's random numbers stay."""
+    return torch.random.fork_rng(devices=[])

@@ -53,7 +53,7 @@ def attend(
         number: The block's index.
         keys: Weights of the tokens as keys, or None.
         queries: The tokens that go on, as numbers or int64 [m]; None: all of them. Keys and values are those of all;
-            queries, projection and what follows are computed for these alone, as far as nothing else was asked for.
+            projection and what follows are computed for these alone, queries too where nothing else was asked for.
         sizes: [B, N] or None: how many patches each token stands for; read-out rows of pooled tokens count by it.
         want_keys: Whether the keys' mean over heads is wanted.
 
@@ -81,7 +81,7 @@ def attend(
     else:
         going = y if queries is None else attention.some(y, queries)
         alone = None
-        if queries is not None and policy is None and ops is PLAIN and not (want_row or wants_heads or want_keys):
+        if queries is not None and policy is None and tape is None and not (want_row or want_keys):
             alone = attention.heads_of_some(attn, y, going)
         q, k, v = attention.heads(attn, y, ops) if alone is None else alone
         if want_keys:
@@ -209,9 +209,10 @@ def through(
 def _known_queries(pruners: Sequence[Pruner], block: int, state: TokenState, tape: Tape | None) -> Tensor | None:
     """The tokens that will go on after a block's attention, where the one pruner there is knows them beforehand.
 
-    Whoever records, masks or weighs keys reads all rows of the attention: then tokens leave after it, as always.
+    Whoever records, watches, masks or weighs keys needs all rows: then tokens leave after the attention, as always.
     """
-    if len(pruners) != 1 or tape is not None or state.masked or state.policy is not None or state.keys is not None:
+    asked = tape is not None or state.leaving is not None or state.masked
+    if len(pruners) != 1 or asked or state.policy is not None or state.keys is not None:
         return None
     ask = getattr(pruners[0], "queries", None)
     return None if ask is None else ask(block, state)
@@ -451,6 +452,7 @@ def encode(
             queries: tuple[int, ...] | Tensor | None = anatomy.readers if narrow and anatomy.readers else known
             if tape is not None and i == last:
                 tape.policy, tape.tokens, tape.sizes = policy, state.tokens.shape[1], state.sizes
+            trace.bare = known is not None and not within
             packing = _packing(state, tape, packing)
 
             def first(

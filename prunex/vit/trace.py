@@ -137,6 +137,8 @@ class TokenTrace:
         batch: Number of images.
         device: Where the images were.
         stages: The reductions, in order.
+        bare: Whether the last block computed prefix tokens alone, which is all that the head reads: no patch is chosen
+            there, so it is no stage, but no patch token comes out either.
     """
 
     grid: tuple[int, int]
@@ -144,6 +146,7 @@ class TokenTrace:
     batch: int
     device: torch.device
     stages: list[Stage] = field(default_factory=list)
+    bare: bool = False
 
     def _compose(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether it is no fused token."""
@@ -260,13 +263,18 @@ class TokenTrace:
             [B, gh, gw, D], or [B, D, gh, gw], in the dtype of the tokens.
 
         Raises:
-            PrunexError: For tokens of another forward, or a ``fill`` that does not fit.
+            PrunexError: For tokens of another forward or of one that left none, or a ``fill`` that does not fit.
 
         >>> trace = TokenTrace((1, 3), 1, 1, torch.device("cpu"))
         >>> trace.stages.append(Stage(0, torch.tensor([[0, -1, 1]]), torch.tensor([[1.0, 0.0, 1.0]]), 2))
         >>> trace.scatter(torch.tensor([[[9.0], [1.0], [2.0]]]), fill=-1.0).flatten().tolist()
         [1.0, -1.0, 2.0]
         """
+        if self.bare:
+            raise PrunexError(
+                "the last block of this forward computed prefix tokens alone, there is no grid in them: take one from "
+                "model.forward_intermediates(images), or set pruning.masked = True"
+            )
         left = self.stages[-1].n_out if self.stages else self.grid[0] * self.grid[1]
         fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and tokens.is_floating_point()
         if not fits or tokens.shape[0] != self.batch or tokens.shape[1] not in (left, self.prefix + left):
@@ -355,4 +363,4 @@ class TokenTrace:
             )
             for s in self.stages
         ]
-        return TokenTrace(self.grid, self.prefix, self.batch, self.device, stages)
+        return TokenTrace(self.grid, self.prefix, self.batch, self.device, stages, self.bare)

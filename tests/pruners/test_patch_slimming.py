@@ -22,6 +22,7 @@ from tests.vit.test_cost import counted
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, state_of, tiny
 
 WITH_CLASS_TOKEN = [name for name in FAMILIES if not name.startswith(("avg", "max"))]  # pooled ones are refused
+SIXTEEN = list(range(16))
 KEEP = [[0, 1, 3, 4, 5, 6, 8, 9, 11, 12, 14], [0, 1, 4, 5, 8, 12, 14], [1, 5, 12]]
 
 
@@ -137,6 +138,31 @@ def test_prefix_tokens_come_out_and_nothing_else(family):
     features = model.forward_features(images_for(model))
     assert features.shape[1] == model.num_prefix_tokens
     assert pruning.trace.kept().flatten(1).sum(1).tolist() == [6, 6, 6]  # the last set chosen
+
+
+def test_dense_heads_get_their_grids_and_are_told_where_there_is_none():
+    model = tiny().double()
+    x, keep = images_for(model), keep_for(model)
+    with torch.no_grad():
+        with slimmed(model, keep) as pruning:
+            features = model.forward_features(x)
+            with pytest.raises(PrunexError, match="computed prefix tokens alone.*forward_intermediates"):
+                pruning.trace.scatter(features)
+            final, grids = model.forward_intermediates(x, fill=0.0)
+            pruning.masked = True
+            slots = model.forward_features(x)
+            hidden = pruning.trace.scatter(slots)
+        assert final.shape[1] == 1 + len(keep[-1])
+        assert largest(final[:, :1], features) < 1e-12
+        tokens = embed(model, x)[0]
+        left = SIXTEEN
+        for block, positions, grid in zip(model.blocks, [*keep, keep[-1]], grids, strict=True):
+            tokens = block(tokens)[:, [0, *(1 + left.index(p) for p in positions)]]
+            left = positions
+            flat = grid.flatten(2).transpose(1, 2)
+            assert largest(flat[:, left], tokens[:, 1:]) < 1e-12
+            assert (flat[:, [p for p in SIXTEEN if p not in left]] == 0).all()
+        assert largest(hidden.flatten(1, 2)[:, left], model.norm(tokens)[:, 1:]) < 1e-11
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -695,6 +721,7 @@ def test_a_head_that_comes_to_pool_patches_is_refused():
         ({"calibration_images": 0}, "calibration_images=0 is not allowed"),
         ({"criterion": "worst"}, "unknown criterion 'worst'.*Known: mean, relative"),
         ({"seed": None}, "seed=None is not allowed"),
+        ({"budget": 0.5}, "patch_slimming has no rate that a budget could set: leave budget out"),
         ({"keep_ratio": 0.7}, "unknown option of patch_slimming 'keep_ratio'.*Known: .*tolerance"),
     ],
 )
@@ -704,7 +731,7 @@ def test_bad_options_end_in_one_line(options, message):
         prunex.attach(model, "patch_slimming", **options)
     assert "\n" not in str(caught.value)
     assert prunex.attached(model) is None
-    if "keep" not in options and "keep_ratio" not in options:
+    if not {"keep", "keep_ratio", "budget"} & set(options):
         with pytest.raises(PrunexError, match=message):
             prunex.attach(model, "patch_slimming").calibrate(images(), **options)
 

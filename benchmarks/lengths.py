@@ -49,7 +49,9 @@ def jagged(blocks: Any, x: Tensor, policy: Tensor) -> Tensor:
     ends = torch.tensor([0, *packing.lengths], device=x.device).cumsum(0)
 
     def attend(*qkv: Tensor) -> Tensor:
-        nested = [torch.nested.nested_tensor_from_jagged(t[0].transpose(0, 1), ends).transpose(1, 2) for t in qkv]
+        nested = [
+            torch.nested.nested_tensor_from_jagged(t[0].transpose(0, 1).contiguous(), ends).transpose(1, 2) for t in qkv
+        ]
         out: Any = F.scaled_dot_product_attention(nested[0], nested[1], nested[2])
         return out.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)
 
@@ -91,7 +93,12 @@ def main() -> None:
             there = policy.unsqueeze(-1) > 0
             wanted = calls[-1][1]()
             for name, call in calls[1:-1]:
-                gap = float(((call() - wanted) * there).abs().max())
+                try:
+                    gap = float(((call() - wanted) * there).abs().max())
+                except RuntimeError as error:  # jagged attention asks the CUDA driver, also on a CPU
+                    print(f"batch {batch}: left out {name}: {str(error).splitlines()[0]}")
+                    calls = [c for c in calls if c[0] != name]
+                    continue
                 if gap > 1e-3:
                     raise SystemExit(f"{name} differs by {gap:.1e}")
             for timing in side_by_side(calls, args.device, args.repeats, args.seconds, args.clock):

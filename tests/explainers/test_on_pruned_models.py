@@ -8,6 +8,7 @@ from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGN
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome"]
+FEW = ["atman", "tokentm", "attention_flow", "lrp", "integrated_gradients"]
 VARYING = {  # images keep different numbers of patches
     "ia_red2": ("ia_red2", {"threshold": 0.45}),
     "dynamicvit_adaptive": ("dynamicvit", {"count": "adaptive"}),
@@ -75,11 +76,13 @@ def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
     check(family, pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
 
 
-FEW = ["shap", "atman", "tokentm", "attention_flow", "lrp"]
-
-
 @pytest.mark.parametrize(
-    ("pruner", "explainer"), [(p, e) for p in VARYING for e in (FEW if p == "evit_adaptive" else EXPLAINERS)]
+    ("pruner", "explainer"),
+    [
+        pytest.param(p, e, marks=[] if p == "ia_red2" or e in FEW else pytest.mark.slow)
+        for p in VARYING
+        for e in EXPLAINERS
+    ],
 )
 def test_images_of_different_lengths(pruner, explainer):
     found = check("vit", pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
@@ -97,6 +100,16 @@ def test_images_that_lose_every_patch_are_explained(pruner, explainer):
         assert relative(explain(explainer, model, images_for(model)).maps, removed.maps) < 1e-11
     assert not removed.trace.kept().any()
     assert torch.isfinite(removed.maps).all()
+
+
+def test_a_pruner_that_decides_anew_among_those_that_are_there():
+    """Values of the game are those of single sequences, whatever else is in the chunk."""
+    model = tiny().double()
+    with attach(model, "ia_red2", stages=(0, 2)):
+        several = explain("shap", model, images_for(model), selection="adaptive")
+        alone = explain("shap", model, images_for(model), selection="adaptive", chunk=1)
+    assert relative(several.maps, alone.maps) < 1e-11
+    assert torch.isfinite(several.maps).all()
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)

@@ -21,7 +21,7 @@ PRUNERS = {
     "dynamicvit": ("dynamicvit", {"count": "adaptive"}),
     "ia_red2": ("ia_red2", {"threshold": 0.48}),
 }
-SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "max_pool", "not_square", "dynamic"]
+SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool_no_class", "max_pool"]
 
 
 def attach(model, pruner, keep_ratio=0.6, stages=(1, 2), **more):

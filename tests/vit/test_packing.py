@@ -11,7 +11,7 @@ from prunex.vit.forward import embed, encode, head, run
 from prunex.vit.packing import Packing
 from tests.vits import images_for, largest, relative, tiny
 
-SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool_no_class", "max_pool", "qk_norm", "attn_norm"]
+SHOWN = ["vit", "dinov2_reg", "avg_pool_no_class", "max_pool", "attn_norm"]
 
 
 class Scripted:
@@ -58,7 +58,7 @@ def logits(model, x, pruner, masked=False, grid=None):
     return head(model, tokens, state.policy, a), state
 
 
-@pytest.mark.parametrize("inside", [(), (1, 2)])
+@pytest.mark.parametrize("inside", [(), (2,)])
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("family", SHOWN)
 def test_packed_equals_masked_equals_alone(family, fuse, inside):

@@ -106,3 +106,19 @@ def test_a_path_in_a_module_of_two(tmp_path):
     run = trainer(tmp_path, TokenPruning("topk", model="net"), KeptTokenMonitor(images=4, model="net.backbone"))
     run.fit(Two(), loader(8), loader(8))
     assert (tmp_path / "maps" / "epoch=000.npz").is_file()
+
+
+def test_merged_tokens_are_written_as_groups(tmp_path):
+    run = trainer(tmp_path, TokenPruning("tome", options={"r": [0, 3, 4]}), KeptTokenMonitor(images=4))
+    module = Plain()
+    run.fit(module, loader(8), loader(8))
+    (path,) = tmp_path.rglob("epoch=000.npz")
+    with np.load(path, allow_pickle=False) as arrays:
+        groups, kept = arrays["groups"], arrays["kept"]
+    assert groups.shape == kept.shape == (4, 4, 4, 4)
+    for image in range(4):
+        assert [len(np.unique(stage[image])) for stage in groups] == [16, 13, 9, 9]
+        for stage, alone in zip(groups[:, image], kept[:, image], strict=True):
+            tokens, counts = np.unique(stage, return_counts=True)
+            assert np.array_equal(alone, np.isin(stage, tokens[counts == 1]))
+    assert list(path.parent.glob("kept_tokens-*.png"))

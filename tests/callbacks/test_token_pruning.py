@@ -518,3 +518,29 @@ def test_a_model_in_eval_mode_is_told(tmp_path):
     module.eval()
     with pytest.warns(UserWarning, match="the ViT is in eval mode"):
         trainer(tmp_path, TokenPruning("dynamicvit")).fit(module, loader())
+
+
+def test_merging_trains_as_the_same_loop_by_hand_and_logs_tokens_left(tmp_path):
+    module, watch = Plain(), Watch()
+    callback = TokenPruning("tome", options={"r": 3})
+    run = trainer(tmp_path, callback, SeedAtStart(), watch, logger=csv_logger(tmp_path))
+    torch.manual_seed(0)
+    run.fit(module, loader(), loader())
+    torch.manual_seed(0)
+    wanted, losses = by_hand("tome", loader(), r=3)
+    same(module, wanted, 1e-7)
+    assert watch.losses == pytest.approx(losses, rel=1e-6)
+    logged = metrics(run.log_dir)
+    for s, tokens in enumerate((13, 10, 7, 4)):
+        assert logged[f"prunex/val_keep_ratio_stage{s}"] == pytest.approx([tokens / 16])
+        assert logged[f"prunex/keep_ratio_stage{s}"] == pytest.approx([tokens / 16])
+    assert logged["prunex/gmacs"] == pytest.approx([prunex.cost(module).gmacs])
+
+
+def test_options_are_the_method_s_own_unless_given():
+    assert TokenPruning("evit").options == {}
+    assert TokenPruning("evit", keep_ratio=[0.5], stages=[1]).options == {"keep_ratio": [0.5], "stages": [1]}
+    assert TokenPruning("tome", stages=[1, 2]).options == {"stages": [1, 2]}
+    with pytest.raises(PrunexError, match="keep_ratio=0.7 is not allowed: tome has no such option") as caught:
+        TokenPruning("tome", keep_ratio=0.7)
+    assert "\n" not in str(caught.value)

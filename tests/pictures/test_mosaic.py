@@ -6,7 +6,8 @@ from matplotlib import pyplot
 
 from prunex import PrunexError
 from prunex.pictures import dim_dropped, kept_mosaic, kept_over_epochs, overlay, relevancy_mosaic, resized
-from prunex.pictures.mosaic import covered, spaced
+from prunex.pictures.mosaic import covered, spaced, tokens_left
+from prunex.pictures.overlay import paint_groups
 
 
 @pytest.fixture
@@ -97,3 +98,29 @@ def test_covered():
 def test_refused(scenes, call, match):
     with pytest.raises(PrunexError, match=match):
         call(*scenes)
+
+
+def test_merged_groups_are_painted_and_counted(scenes):
+    images, kept, masks = scenes
+    groups = np.random.default_rng(1).integers(-1, 20, (3, 2, 8, 8))
+    picture = kept_mosaic(images, kept, masks=masks, groups=groups)
+    cells = resized(images)
+    assert all(holds(picture, paint_groups(cells[i], groups[s, i])) for s in range(3) for i in range(2))
+    assert tokens_left(np.array([[[0, 0], [1, -1]], [[0, 1], [2, 3]]])) == 0.75
+    with pytest.raises(PrunexError, match="groups of shape"):
+        kept_mosaic(images, kept, groups=groups[:2])
+
+
+def test_a_group_has_one_colour_and_a_single_patch_its_own_pixels():
+    images = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    groups = np.arange(64).reshape(8, 8)
+    assert np.array_equal(paint_groups(images, groups), images)
+    groups[0, 0] = groups[5, 6] = 7  # together with patch (0, 7), nowhere near each other
+    drawn = paint_groups(images, groups)
+    members = [images[:8, :8], images[40:48, 48:56], images[:8, 56:]]
+    mean = np.concatenate([m.reshape(-1, 3) for m in members]).mean(0).round()
+    for y, x in ((0, 0), (40, 48), (0, 56)):
+        assert (drawn[y : y + 7, x : x + 7] == mean).all()
+    assert np.array_equal(drawn[16:32], images[16:32])
+    groups[4, 4] = -1
+    assert not np.array_equal(paint_groups(images, groups)[32:40, 32:40], images[32:40, 32:40])

@@ -38,6 +38,7 @@ METHODS = {
     "evit": {"keep_ratio": 0.6},
     "evit_not_fused": {"keep_ratio": [0.9, 0.6, 0.5], "fuse": False},
     "dynamicvit": {"keep_ratio": 0.6},
+    "tome": {"r": 3},
 }
 
 

@@ -17,7 +17,7 @@ from prunex.vit.forward import embed, embed_patches, look_ahead, place, resume, 
 from prunex.vit.tape import Tape
 from tests.explainers.quick import EXPLAINERS, explain
 from tests.explainers.test_diffmask import explainer, force, liven
-from tests.metrics.test_cost import counted
+from tests.vit.test_cost import counted
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, relative, state_of, tiny
 
 WAYS = [(count, removal) for count in ("adaptive", "fixed") for removal in ("drop", "placeholder")]

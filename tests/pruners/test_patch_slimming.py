@@ -13,7 +13,8 @@ from torch import nn
 import prunex
 from prunex import PrunexError
 from prunex.explainers.removal import Removal
-from prunex.pruners.patch_slimming_search import Search, calibration_images, impact
+from prunex.pruners.base import calibration_images
+from prunex.pruners.patch_slimming_search import Search, impact
 from prunex.vit.anatomy import read
 from prunex.vit.decisions import Absent, Replay
 from prunex.vit.forward import embed, resume, run, through

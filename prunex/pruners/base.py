@@ -200,8 +200,8 @@ def accepted(make: Callable[..., Any]) -> list[str]:
     """Names of the options that a pruner's constructor takes, those that it hands on as ``**schedule`` included.
 
     >>> from prunex.pruners import EViT
-    >>> accepted(EViT)
-    ['keep_ratio', 'stages', 'fuse', 'schedule', 'shrink_start', 'shrink_length']
+    >>> accepted(EViT)[:3], accepted(EViT)[-3:]
+    (['keep_ratio', 'stages', 'fuse'], ['schedule', 'shrink_start', 'shrink_length'])
     """
     parameters = inspect.signature(make).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "anatomy"]

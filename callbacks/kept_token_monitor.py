@@ -62,7 +62,7 @@ class KeptTokenMonitor(Monitor):
             arrays.get("predicted"),
             names,
             arrays.get("masks"),
-            title=f"{pruning.method}, epoch {trainer.current_epoch}: patches kept",
+            title=f"{pruning.method}, epoch {trainer.current_epoch}: {'tokens left' if trace.merges() else 'patches kept'}",
             groups=arrays.get("groups"),
         )
         self.write(trainer, "kept_tokens", arrays, picture)

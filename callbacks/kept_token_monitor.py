@@ -55,6 +55,7 @@ class KeptTokenMonitor(Monitor):
         if "masks" in batch:
             log_share(pl_module, "prunex/object_kept", object_kept(trace.kept().cpu(), batch["masks"]))
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        shown = "tokens left" if trace.merges() else "patches kept"
         picture = kept_mosaic(
             arrays["images"],
             arrays["kept"],
@@ -62,7 +63,7 @@ class KeptTokenMonitor(Monitor):
             arrays.get("predicted"),
             names,
             arrays.get("masks"),
-            title=f"{pruning.method}, epoch {trainer.current_epoch}: patches kept",
+            title=f"{pruning.method}, epoch {trainer.current_epoch}: {shown}",
             groups=arrays.get("groups"),
         )
         self.write(trainer, "kept_tokens", arrays, picture)

@@ -38,7 +38,7 @@ class TokenPruning(Callback):
 
     Args:
         method: "topk", "evit" or "dynamicvit"; ``prunex methods`` lists them.
-        keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage.
+        keep_ratio: Share of patch tokens kept at each stage, in (0, 1], or one share a stage; None: the method's own.
         stages: Block indices; None takes a quarter, half and three quarters of the depth.
         options: Further options of the method, such as ``{"fuse": False}``.
         model: Dotted path of the ViT in the module, when it holds several.
@@ -58,7 +58,7 @@ class TokenPruning(Callback):
     def __init__(
         self,
         method: str = "dynamicvit",
-        keep_ratio: float | list[float] = 0.7,
+        keep_ratio: float | list[float] | None = None,
         stages: list[int] | None = None,
         options: dict[str, Any] | None = None,
         model: str | None = None,
@@ -68,7 +68,9 @@ class TokenPruning(Callback):
         super().__init__()
         prunex.registry.lookup("pruner", method)
         self.method = method
-        self.options: dict[str, Any] = {**(options or {}), "keep_ratio": keep_ratio}
+        self.options: dict[str, Any] = dict(options or {})
+        if keep_ratio is not None:
+            self.options["keep_ratio"] = keep_ratio
         if stages is not None:
             self.options["stages"] = list(stages)
         self.model = model

@@ -75,7 +75,7 @@ def methods(kind: str | None = None) -> list[Method]:
 
     >>> import prunex
     >>> [m.name for m in prunex.methods("pruner")]
-    ['dynamicvit', 'evit', 'topk']
+    ['dynamicvit', 'evit', 'hvt', 'topk']
     """
     kinds = {k for k, _ in _METHODS}
     if kind is not None and kind not in kinds:

@@ -85,7 +85,7 @@ def _on_patches(recorded: Recording, layer: int) -> Tensor:
     row = row[..., prefix:]
     if not stages:
         return row
-    return row * recorded.trace.kept(len(stages) - 1).flatten(1).unsqueeze(1)
+    return row * (recorded.trace.tokens(len(stages) - 1) >= 0).unsqueeze(1)
 
 
 def mass_mask(row: Tensor, share: float) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance
-from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pruner, TokenState
-from prunex.vit.forward import embed, record, resume
+from prunex.vit.decisions import Absent, Decision, Keep, Mask, Pool, Pruner, TokenState
+from prunex.vit.forward import embed, own_anatomy, record, resume
 from prunex.vit.tape import Tape
 
 REMOVALS = ("drop", "mask")
@@ -35,6 +34,9 @@ class Removal:
     those that are there; a fused token takes what is there with the clean run's weights, and does not exist where
     nothing was left to fuse. *Adaptive*: the pruner decides anew among the patches that are there (by its own counting:
     a share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``).
+
+    A pruner that decides by place alone (``hvt``) plays one game: both selections are the same, and absent patches keep
+    their slots by either route.
 
     A model that only pools patches gives its head zeros when no patch is there.
 
@@ -74,7 +76,9 @@ class Removal:
         self.chunk = check_whole("chunk", chunk, 1)
         self.model, self.removal, self.output = model, removal, output
         attached = getattr(model, "prunex", None)
-        self.anatomy = read(model) if attached is None else attached.current(model)
+        if attached is not None and attached.pruner.by_place:
+            self.removal, selection = "mask", "frozen"
+        self.anatomy = own_anatomy(model)
         self.adaptive: Pruner | None = None
         self.decisions: list[Decision] = []
         with torch.no_grad():
@@ -175,7 +179,7 @@ class _Frozen:
     ) -> None:
         self.present, self.decisions, self.image, self.place = present, decisions, image, place
         for d in decisions:
-            if not isinstance(d.answer, Keep | Mask):
+            if not isinstance(d.answer, Keep | Mask | Pool):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
                     "use selection='adaptive'"
@@ -187,18 +191,27 @@ class _Frozen:
     def acts_between(self, block: int) -> bool:
         return any(d.inside and d.block == block for d in self.decisions)
 
-    def before(self, block: int, state: TokenState) -> list[Keep | Mask]:
-        hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
+    def acts_after(self, block: int) -> bool:
+        return any(d.after and d.block == block for d in self.decisions)
+
+    def before(self, block: int, state: TokenState) -> list[Keep | Mask | Pool]:
+        whole = self.present.to(torch.promote_types(state.tokens.dtype, torch.float32))
+        hidden: list[Keep | Mask | Pool] = [] if block else [Mask(whole)]
         there = self.present if block == 0 else None
         return hidden + self._again(block, False, state, there)
 
-    def between(self, block: int, state: TokenState) -> list[Keep | Mask]:
+    def between(self, block: int, state: TokenState) -> list[Keep | Mask | Pool]:
         return self._again(block, True, state, None)
 
-    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[Keep | Mask]:
-        answers: list[Keep | Mask] = []
+    def after(self, block: int, state: TokenState) -> list[Keep | Mask | Pool]:
+        return self._again(block, False, state, None, after=True)
+
+    def _again(
+        self, block: int, inside: bool, state: TokenState, there: Tensor | None, after: bool = False
+    ) -> list[Keep | Mask | Pool]:
+        answers: list[Keep | Mask | Pool] = []
         for d in self.decisions:
-            if (d.block, d.inside) != (block, inside):
+            if (d.block, d.inside, d.after) != (block, inside, after):
                 continue
             if there is None:
                 there = torch.as_tensor(state.present) > 0
@@ -206,8 +219,11 @@ class _Frozen:
             answers += more
         return answers
 
-    def _one(self, answer: Keep | Mask, there: Tensor) -> tuple[list[Keep | Mask], Tensor]:
+    def _one(self, answer: Keep | Mask | Pool, there: Tensor) -> tuple[Sequence[Keep | Mask | Pool], Tensor]:
         """One decision in the slots of these sequences, and which of them hold a token afterwards."""
+        if isinstance(answer, Pool):
+            members = answer.layout(there.shape[1], there.device)[0]
+            return [answer], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
         if isinstance(answer, Mask):
             left = self._mine(answer.policy) * there
             return [Mask(left)], left > 0

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, find, read
+from prunex.vit.anatomy import Anatomy, find
+from prunex.vit.forward import own_anatomy
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     3.03
     """
     vit = find(model)[1]
-    a = read(vit)
+    a = own_anatomy(vit)
     gh, gw = a.grid if image_size is None else _grid(a, image_size)
     patches = gh * gw
     attached = getattr(vit, "prunex", None)
@@ -84,9 +85,11 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
         after = left.get(i, n)
         if pruner is not None and i in left and after != n:
             decision = pruner.macs(n)
-        entering = n if pruner is not None and pruner.inside else after
+        behind = pruner is not None and pruner.behind
+        entering = n if pruner is not None and (pruner.inside or behind) else after
+        feeding = n if behind else after
         n = after
-        blocks.append(_block(block, a.prefix + entering, a.prefix + n, decision))
+        blocks.append(_block(block, a.prefix + entering, a.prefix + feeding, decision))
     projection = vit.patch_embed.proj
     embedding = patches * projection.weight.numel()
     heads = [h for h in (vit.head, getattr(vit, "head_dist", None)) if isinstance(h, nn.Linear)]

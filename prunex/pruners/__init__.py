@@ -2,6 +2,7 @@
 
 from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
+from prunex.pruners.hvt import HVT
 from prunex.pruners.topk import TopK
 
-__all__ = ["DynamicViT", "EViT", "TopK"]
+__all__ = ["HVT", "DynamicViT", "EViT", "TopK"]

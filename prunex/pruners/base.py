@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Keep, Mask, TokenState
+from prunex.vit.decisions import Answer, Keep, Mask, TokenState
 
 
 @dataclass
@@ -53,6 +53,10 @@ class TokenPruner(nn.Module):
     name = ""
     inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
+    behind = False  # whether it decides after a stage's block
+    by_place = (
+        False  # whether it decides by place alone: alike for all images, and absent patches must keep their slots
+    )
 
     def __init__(
         self, anatomy: Anatomy, keep_ratio: float | Sequence[float] = 0.7, stages: Sequence[int] | None = None
@@ -81,6 +85,18 @@ class TokenPruner(nn.Module):
     def between(self, block: int, state: TokenState) -> Keep | Mask | None:
         """Decide between a block's attention and its MLP; None leaves all as it is."""
         return None
+
+    def acts_after(self, block: int) -> bool:
+        """Whether :meth:`after` may decide something at this block."""
+        return False
+
+    def after(self, block: int, state: TokenState) -> Answer:
+        """Decide after a block; None leaves all as it is."""
+        return None
+
+    def alter(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy of the pruned forward: whether prefix tokens enter (all or none), and what the head reads."""
+        return anatomy
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         """Weighted auxiliary losses (scalars) of one training forward."""

@@ -18,7 +18,7 @@ from prunex.attach import attached
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import check_images, read
-from prunex.vit.forward import run
+from prunex.vit.forward import own_anatomy, run
 
 SUFFIXES = (".onnx", ".pt2")
 _NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
@@ -37,8 +37,8 @@ class Graph(nn.Module):
         vit: Any = self.model
         hooked = getattr(vit, "prunex", None)
         pruners = () if hooked is None else (hooked.pruner,)
-        tokens, state = run(vit, images, read(vit), pruners)
-        logits = type(vit).forward_head(vit, tokens)
+        tokens, state = run(vit, images, own_anatomy(vit), pruners)
+        logits = vit.forward_head(tokens)
         return (logits, state.trace.kept()) if self.kept else logits
 
 

@@ -83,6 +83,14 @@ class Arithmetic:
         """A weighted sum of tokens with given weights: [B, m, n] times [B, n, D]."""
         return weights @ tokens
 
+    def largest(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Each window's maximum, channel by channel, and which of its tokens has it (the first of equal ones).
+
+        A backward pass leads gradients, and relevance just so, to that token alone: [B, m, k, D] to two of [B, m, D].
+        """
+        values, winners = windows.max(2)
+        return values, winners
+
 
 PLAIN = Arithmetic()
 

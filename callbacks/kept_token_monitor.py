@@ -9,7 +9,7 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.monitor import Monitor, decisions, log_share
-from prunex.pictures import kept_mosaic
+from prunex.pictures import kept_mosaic, share_mosaic
 from prunex.vit.forward import record
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
@@ -22,6 +22,9 @@ class KeptTokenMonitor(Monitor):
     float [M, gh, gw], ``predicted`` [M], ``images``, ``labels`` and ``masks``; sends the picture to TensorBoard, W&B,
     MLflow and Comet loggers. Where batches hold object masks, logs ``prunex/object_kept``, the share of the patches
     that touch the object which are still there at the end.
+
+    A method that pools (``hvt``) keeps no patch as itself: the picture then shows how large a part each patch has in
+    the tokens, and ``kept`` and the logged share are left out.
 
     Args:
         images: How many validation images to watch.
@@ -40,25 +43,23 @@ class KeptTokenMonitor(Monitor):
         with as_found(vit, train=False), torch.no_grad():
             trace = record(vit, images, tape).trace
         arrays = self.common(trainer, vit, batch)
+        made = decisions(trace, pruning.pruner.stages)
         everything = np.ones((len(images), *trace.grid), dtype=bool)
-        arrays["kept"] = np.stack(
-            [everything if i is None else trace.kept(i).cpu().numpy() for i in decisions(trace, pruning.pruner.stages)]
-        )
+        if not trace.pooled:
+            arrays["kept"] = np.stack([everything if i is None else trace.kept(i).cpu().numpy() for i in made])
         arrays["share"] = trace.share().float().cpu().numpy()
         if tape.logits is not None and vit.num_classes > 0:  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
-        if "masks" in batch:
+        if "masks" in batch and not trace.pooled:
             log_share(pl_module, "prunex/object_kept", object_kept(trace.kept().cpu(), batch["masks"]))
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        picture = kept_mosaic(
-            arrays["images"],
-            arrays["kept"],
-            arrays.get("labels"),
-            arrays.get("predicted"),
-            names,
-            arrays.get("masks"),
-            title=f"{pruning.method}, epoch {trainer.current_epoch}: patches kept",
-        )
+        told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
+        title = f"{pruning.method}, epoch {trainer.current_epoch}: patches "
+        if trace.pooled:
+            shares = [everything if i is None else trace.share(i).float().cpu().numpy() for i in made]
+            picture = share_mosaic(arrays["images"], np.stack(shares), pruning.counts(), *told, title + "in the tokens")
+        else:
+            picture = kept_mosaic(arrays["images"], arrays["kept"], *told, title + "kept")
         self.write(trainer, "kept_tokens", arrays, picture)
 
 

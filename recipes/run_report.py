@@ -67,7 +67,7 @@ class RunReport(Callback):
             models["dense"] = dense
             if self.dense_accuracy:
                 evaluated.add("dense")
-                if self.untrained_topk:
+                if self.untrained_topk and "keep_ratio" in pruning.options:
                     plain = copy.deepcopy(dense)
                     options = pruning.options
                     prunex.attach(plain, "topk", keep_ratio=options["keep_ratio"], stages=options["stages"])

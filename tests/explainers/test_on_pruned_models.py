@@ -8,10 +8,14 @@ from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGN
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit"]
+# Pools instead of keeping some: whatever has no keep ratio holds for it too.
+ALL = [*PRUNERS, "hvt"]
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 
 
 def attach(model, pruner, **options):
+    if pruner == "hvt":  # its counts follow from the stages alone
+        options = {k: v for k, v in options.items() if k != "keep_ratio"}
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
     pruning = prunex.attach(model, pruner.removesuffix("_unfused"), **(options | extra))
     randomise(pruning.pruner)
@@ -25,7 +29,7 @@ def inputs(model, family, batch=3):
 
 def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6):
     model = tiny(family).to(dtype)
-    x = inputs(model, family)
+    x = inputs(model, "" if pruner == "hvt" else family)  # its positions are for the model's own size
     with attach(model, pruner, keep_ratio=ratio, stages=stages) as pruning:
         removed = explain(explainer, model, x)
         pruning.masked = True
@@ -46,24 +50,26 @@ def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6)
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", ALL)
 @pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
 def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
     check(family, pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", ALL)
 def test_the_same_in_single_precision(pruner, explainer):
     check("vit", pruner, explainer, torch.float32, DIVIDES.get(explainer, 1e-5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", ALL)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("stages", "ratio"), [((1, 2), 0.6), ((0, 3), 0.5), ((0, 1, 2, 3), 0.8)])
 def test_every_family(family, pruner, explainer, stages, ratio):
+    if pruner == "hvt" and len(stages) > 2:
+        pytest.skip("16 patches cannot be pooled four times")
     check(family, pruner, explainer, torch.float64, 1e-11, stages, ratio)
 
 

@@ -345,7 +345,9 @@ class Step:
 
 
 def test_stages_that_do_not_exist():
-    trace = TokenTrace((1, 4), 0, 1, torch.device("cpu"), [Stage(0, torch.zeros(1, 4, 2).long(), torch.ones(1, 4, 2), 1)])
+    trace = TokenTrace(
+        (1, 4), 0, 1, torch.device("cpu"), [Stage(0, torch.zeros(1, 4, 2).long(), torch.ones(1, 4, 2), 1)]
+    )
     for ask in (trace.kept, trace.share, trace.tokens, trace.composition):
         with pytest.raises(PrunexError, match="stage=1 does not exist"):
             ask(1)

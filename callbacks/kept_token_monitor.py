@@ -57,7 +57,7 @@ class KeptTokenMonitor(Monitor):
         title = f"{pruning.method}, epoch {trainer.current_epoch}: patches "
         if trace.pooled:
             shares = [everything if i is None else trace.share(i).float().cpu().numpy() for i in made]
-            picture = share_mosaic(arrays["images"], np.stack(shares), pruning.counts(), *told, title + "in the tokens")
+            picture = share_mosaic(arrays["images"], np.stack(shares), pruning.counts(), *told, title + "in tokens")
         else:
             picture = kept_mosaic(arrays["images"], arrays["kept"], *told, title + "kept")
         self.write(trainer, "kept_tokens", arrays, picture)

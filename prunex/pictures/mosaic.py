@@ -108,7 +108,7 @@ def share_mosaic(
     for number, (stage, count) in enumerate(zip(values, tokens, strict=True), start=1):
         grid = as_grids(stage, (len(cells),), "shares", dtype=float)
         columns.append(Column(f"stage {number}\n{count} tokens", overlay(cells, grid, signed=False, floor=0.0)))
-    key = ["bright: patches with the largest part in a token", *mask_key(objects)]
+    key = ["bright: a large part in a token", *mask_key(objects)]
     return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, key)
 
 

@@ -1,4 +1,4 @@
-"""HVT against a slow float64 rewrite of the whole forward, its published numbers, and what pooling does to the trace."""
+"""HVT against a slow float64 rewrite of the whole forward and its published numbers; what pooling does to the trace."""
 
 import pytest
 import timm
@@ -378,7 +378,7 @@ def test_masked_equals_removed_batches_equal_singles_and_detach_restores(family,
         prefix = model.num_prefix_tokens if options.get("class_token") == "keep" else 0
         assert own_anatomy(model).prefix == prefix
         assert model.forward_features(x).shape[1] == prefix + pruning.counts()[-1]
-        model.load_state_dict({k: v for k, v in before["tensors"].items()}, strict=True)  # a dense checkpoint
+        model.load_state_dict(dict(before["tensors"]), strict=True)  # a dense checkpoint
         assert largest(model(x), logits) < 1e-6
         pruning.detach()
         assert torch.equal(model(x), dense)

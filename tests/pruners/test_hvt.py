@@ -356,8 +356,11 @@ def test_stages_that_do_not_exist():
 # --- the laws
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"class_token": "keep"}, {"pool": "2d"}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [(f, {}) for f in FAMILIES]
+    + [(f, o) for f in ("vit", "dinov2_reg", "not_square") for o in ({"class_token": "keep"}, {"pool": "2d"})],
+)
 def test_masked_equals_removed_batches_equal_singles_and_detach_restores(family, options):
     model = tiny(family)
     x = images_for(model)
@@ -531,7 +534,7 @@ def test_absent_patches_do_not_matter_and_one_image_is_no_other_s_business():
 
 
 @pytest.mark.parametrize("options", [{}, {"class_token": "keep", "pool": "2d"}], ids=str)
-def test_saved_loaded_and_exported(tmp_path, options):
+def test_saved_and_loaded(tmp_path, options):
     model = tiny()
     x = images(3)
     hvt(model, stages=(0, 3), **options)
@@ -541,6 +544,18 @@ def test_saved_loaded_and_exported(tmp_path, options):
         loaded = prunex.load(prunex.save(small, tmp_path / "slim"))
         assert torch.equal(loaded(x), want)
         assert prunex.attached(loaded).spec == prunex.attached(model).spec
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"class_token": "keep", "pool": "2d"}, marks=pytest.mark.slow)], ids=str
+)
+def test_exported_with_any_batch(tmp_path, options):
+    model = tiny("deit_distilled", depth=2)
+    x = images(3)
+    hvt(model, stages=(0, 1), **options)
+    small = prunex.slim(model)
+    with torch.no_grad():
+        want = small(x)
         program = torch.export.load(prunex.export(small, tmp_path / "model.pt2", kept=True)).module()
         for batch in (1, 3):
             logits, kept = program(x[:batch])
@@ -549,11 +564,13 @@ def test_saved_loaded_and_exported(tmp_path, options):
             assert not kept.any()
 
 
-def test_onnx_with_any_batch(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"class_token": "keep", "pool": "2d"}], ids=str)
+def test_onnx_with_any_batch(tmp_path, options):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = tiny()
-    hvt(model, stages=(0, 3))
+    model = tiny(depth=2)
+    hvt(model, stages=(0, 1), **options)
     path = prunex.export(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for batch in (1, 4):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.monitor import Monitor, decisions, log_share
-from prunex.pictures import kept_mosaic
+from prunex.pictures import kept_mosaic, share_mosaic
 from prunex.vit.forward import record
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
@@ -23,6 +23,9 @@ class KeptTokenMonitor(Monitor):
     MLflow and Comet loggers. Where tokens were merged, ``kept`` are the patches alone in their token, and ``groups``
     int [S, M, gh, gw] says which token each patch is part of. Where batches hold object masks, logs
     ``prunex/object_kept``, the share of the patches that touch the object which are still there at the end.
+
+    A method that pools (``hvt``) keeps no patch as itself: the picture then shows how large a part each patch has in
+    the tokens, and ``kept`` and the logged share are left out.
 
     Args:
         images: How many validation images to watch.
@@ -41,31 +44,31 @@ class KeptTokenMonitor(Monitor):
         with as_found(vit, train=False), torch.no_grad():
             trace = record(vit, images, tape).trace
         arrays = self.common(trainer, vit, batch)
+        made = decisions(trace, pruning.pruner.stages)
         everything = np.ones((len(images), *trace.grid), dtype=bool)
-        arrays["kept"] = np.stack(
-            [everything if i is None else trace.kept(i).cpu().numpy() for i in decisions(trace, pruning.pruner.stages)]
-        )
+        if not trace.pooled:
+            arrays["kept"] = np.stack([everything if i is None else trace.kept(i).cpu().numpy() for i in made])
         if trace.merges():
             own = torch.arange(everything[0].size).view(trace.grid).expand(everything.shape)
-            stages = decisions(trace, pruning.pruner.stages)
-            arrays["groups"] = np.stack([(own if i is None else trace.groups(i).cpu()).numpy() for i in stages])
+            arrays["groups"] = np.stack([(own if i is None else trace.groups(i).cpu()).numpy() for i in made])
         arrays["share"] = trace.share().float().cpu().numpy()
         if tape.logits is not None and vit.num_classes > 0:  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
-        if "masks" in batch:
+        if "masks" in batch and not trace.pooled:
             log_share(pl_module, "prunex/object_kept", object_kept(trace.kept().cpu(), batch["masks"]))
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        shown = "tokens left" if trace.merges() else "patches kept"
-        picture = kept_mosaic(
-            arrays["images"],
-            arrays["kept"],
-            arrays.get("labels"),
-            arrays.get("predicted"),
-            names,
-            arrays.get("masks"),
-            title=f"{pruning.method}, epoch {trainer.current_epoch}: {shown}",
-            groups=arrays.get("groups"),
-        )
+        told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
+        title = f"{pruning.method}, epoch {trainer.current_epoch}: "
+        if trace.pooled:
+            shares = [everything if i is None else trace.share(i).float().cpu().numpy() for i in made]
+            picture = share_mosaic(
+                arrays["images"], np.stack(shares), pruning.counts(), *told, title + "patches in tokens"
+            )
+        else:
+            shown = "tokens left" if trace.merges() else "patches kept"
+            picture = kept_mosaic(
+                arrays["images"], arrays["kept"], *told, title=title + shown, groups=arrays.get("groups")
+            )
         self.write(trainer, "kept_tokens", arrays, picture)
 
 

@@ -72,7 +72,7 @@ class RelevancyMonitor(Monitor):
             if vit.num_classes > 0:  # without a classifier these are features
                 arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
             mass = e.maps.clamp(min=0)
-            if e.trace.stages:
+            if e.trace.stages and not e.trace.pooled:
                 kept = e.trace.kept()
                 log_share(pl_module, f"prunex/relevancy_kept/{name}", share_inside(mass, kept))
             if "masks" in batch:

@@ -16,7 +16,7 @@ from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, find, read
-from prunex.vit.forward import masked_pool, run
+from prunex.vit.forward import for_heads, masked_pool, run
 from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
@@ -35,7 +35,8 @@ class Attached(nn.Module):
         super().__init__()
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
-        self.anatomy = anatomy
+        self.dense = anatomy
+        self.anatomy = pruner.alter(anatomy)
         self.masked: bool | None = None
         self.trace: TokenTrace | None = None
         self.last: Forward | None = None
@@ -53,11 +54,12 @@ class Attached(nn.Module):
         return self.__dict__ | {"trace": None, "last": None, "policy": None, "sizes": None}
 
     def current(self, model: VisionTransformer) -> Anatomy:
-        """The model's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
-        embed, known = model.patch_embed, self.anatomy
+        """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
+        embed, known = model.patch_embed, self.dense
         now = (model.num_classes, model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
         if now != (known.classes, known.pool, known.image, known.patch):
-            self.anatomy = read(model)
+            self.dense = read(model)
+            self.anatomy = self.pruner.alter(self.dense)
         return self.anatomy
 
     def features(self, model: VisionTransformer, images: Tensor, watch: Watch | None = None) -> Tensor:
@@ -76,6 +78,10 @@ class Attached(nn.Module):
     def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
         """The head's pooling, over tokens that are there, by size where some were merged."""
         return masked_pool(model, x, pool_type, self.policy, self.anatomy, self.sizes)
+
+    def for_heads(self, model: VisionTransformer, x: Tensor) -> Tensor:
+        """Final tokens as timm's ``forward_head`` wants them."""
+        return for_heads(model, x, self.policy, self.anatomy)
 
     def saw_logits(self, logits: Any) -> None:
         """Remember the logits of a training forward, for losses that need them; a model without a head has none."""

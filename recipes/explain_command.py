@@ -237,7 +237,7 @@ class _Output:
         e = next(iter(found.values()))
         target = e.target.cpu().numpy()
         predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())  # features have no class
-        kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages else {}
+        kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
         maps = {name: each.maps.numpy() for name, each in found.items()}
         shares = e.logits.float().softmax(1).cpu().numpy()
         for place, picture in enumerate(pictures):

@@ -301,7 +301,9 @@ def _epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> G
     kept = {epoch: arrays["kept"][-1] for epoch, arrays in maps.items() if "kept" in arrays}
     for epoch in spaced(sorted(kept), EPOCHS):
         _add(gallery, f"epoch {epoch}", *_stage_shown(maps[epoch], -1, last, cells))
-    if not kept:
+    if not kept and "share" in last:
+        gallery.notes.append("Tokens are pooled, so no patch is kept as itself; maps/ shows each patch's part in them.")
+    elif not kept:
         gallery.notes.append("No kept patches were recorded: train with the callback KeptTokenMonitor to see them.")
     methods = [key.removeprefix("relevance/") for key in last if key.startswith("relevance/")]
     for method in methods:

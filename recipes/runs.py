@@ -193,7 +193,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
             predicted = model(parts["images"].to(weight)).argmax(1).cpu()
             right += int((predicted == parts["labels"].cpu()).sum())
             seen += len(predicted)
-            if pruning is not None and "masks" in parts:
+            if pruning is not None and "masks" in parts and not pruning.trace.pooled:
                 cover.append((object_kept(pruning.trace.kept().cpu(), parts["masks"].cpu()), len(predicted)))
     if not seen:
         raise PrunexError("there are no validation images to evaluate on")

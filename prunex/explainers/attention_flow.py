@@ -17,7 +17,8 @@ from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy, read
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.forward import own_anatomy
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
 
@@ -81,7 +82,7 @@ def attention_flow(
     _check_count("scale", scale, 1_000, 1_000_000_000)
     _check_count("max_tokens", max_tokens, 1, None)
     start = check_layer(start_layer, len(model.blocks))
-    _check_cost(read(model), images, start, max_tokens)
+    _check_cost(own_anatomy(model), images, start, max_tokens)
     solver = _solver()
     tape = Tape(attention=True, reduce=lambda a: a.mean(1))
     with recording(model, images, target, tape) as recorded, torch.no_grad():
@@ -228,6 +229,8 @@ def _reduced(
     """
     group, before = stage.group[image].cpu().numpy(), nodes[prefix:]
     share = np.rint(stage.weight[image].double().cpu().numpy() * scale).astype(np.int64)
+    if group.ndim == 2:  # a token may be part of several
+        before, group, share = before.repeat(group.shape[1]), group.ravel(), share.ravel()
     above = np.concatenate([nodes[:prefix], np.full(stage.n_out, -1)])
     held = (group >= 0) & (before >= 0) & (share > 0)
     whole, part = held & (share >= scale), held & (share < scale)

@@ -13,10 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, read
+from prunex.vit.anatomy import Anatomy
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
-from prunex.vit.forward import embed, own_pruners, record, resume
+from prunex.vit.forward import embed, own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
@@ -199,7 +199,7 @@ def recording(
             images = images.clone()
         with torch.autocast(images.device.type, enabled=False) if precise else nullcontext():
             state = record(model, images, tape, masked)
-        anatomy = read(model)
+        anatomy = own_anatomy(model)
         # The head itself tells, not num_classes: users put heads on and take them off by assignment.
         if not isinstance(model.head, nn.Identity):
             chosen = choose_target(tape.logits, target)

@@ -237,7 +237,7 @@ def _exits(recorded: Recording) -> list[int]:
     for step in recorded.tape.steps:
         if isinstance(step, Attended):
             seen = step.block
-        elif isinstance(step, Stage) and seen >= 0 and bool((step.group < 0).any()):
+        elif isinstance(step, Stage) and seen >= 0 and bool(step.gone.any()):
             blocks.add(seen)
     return sorted(blocks)
 

@@ -19,8 +19,10 @@ class Features:
     Attributes:
         activation: [B, n, D], at least float32.
         gradient: [B, n, D] of a score, likewise; None unless a score was given.
-        there: bool [B, n], the tokens that are a patch of the image: no fused token, no slot of a dropped one.
-        where: int64 [B, P], the token that stands for each patch; -1 for a patch that left or was fused before.
+        there: bool [B, n], the tokens that are a patch of the image, or were pooled from some: no fused token, no slot
+            of a dropped one.
+        where: int64 [B, P], the token that stands for each patch (of pooled ones that with the patch's largest part);
+            -1 for a patch that left or was fused before.
         grid: Patch grid (gh, gw).
     """
 
@@ -110,9 +112,12 @@ def on_patches(recorded: Recording, layer: int, activation: Tensor, gradient: Te
     """
     steps = recorded.tape.steps
     at = next(i for i, step in enumerate(steps) if isinstance(step, Attended) and step.block == layer)
-    where = replace(recorded.trace, stages=[s for s in steps[:at] if isinstance(s, Stage)]).tokens()
+    trace = replace(recorded.trace, stages=[s for s in steps[:at] if isinstance(s, Stage)])
+    where = trace.tokens()
     patches = torch.zeros(activation.shape[:2], dtype=torch.long, device=where.device)
     there = patches.scatter_add(1, where.clamp(min=0), (where >= 0).long()) > 0
+    if trace.pooled:  # a token need not be any patch's first choice
+        there = trace.composition().sum(1) > 0
     return Features(activation, gradient, there, where, recorded.trace.grid)
 
 

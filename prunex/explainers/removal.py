@@ -16,9 +16,8 @@ from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, sequences
-from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pruner, TokenState
-from prunex.vit.forward import embed, record, resume
+from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
+from prunex.vit.forward import embed, own_anatomy, record, resume
 from prunex.vit.tape import Tape
 
 REMOVALS = ("drop", "mask")
@@ -35,6 +34,9 @@ class Removal:
     those that are there; a fused token takes what is there with the clean run's weights, and does not exist where
     nothing was left to fuse. *Adaptive*: the pruner decides anew among the patches that are there (by its own counting:
     a share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``).
+
+    A pruner that decides by place alone (``hvt``) plays one game: both selections are the same, and absent patches keep
+    their slots by either route.
 
     A model that only pools patches gives its head zeros when no patch is there.
 
@@ -74,7 +76,9 @@ class Removal:
         check_chunk(chunk)
         self.model, self.removal, self.output = model, removal, output
         attached = getattr(model, "prunex", None)
-        self.anatomy = read(model) if attached is None else attached.current(model)
+        if attached is not None and attached.pruner.by_place:
+            self.removal, selection = "mask", "frozen"
+        self.anatomy = own_anatomy(model)
         self.adaptive: Pruner | None = None
         self.decisions: list[Decision] = []
         with torch.no_grad():
@@ -193,18 +197,27 @@ class _Frozen:
     def acts_between(self, block: int) -> bool:
         return any(d.inside and d.block == block for d in self.decisions)
 
+    def acts_after(self, block: int) -> bool:
+        return any(d.after and d.block == block for d in self.decisions)
+
     def before(self, block: int, state: TokenState) -> list[One]:
-        hidden = [] if block else [Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))]
+        whole = self.present.to(torch.promote_types(state.tokens.dtype, torch.float32))
+        hidden: list[One] = [] if block else [Mask(whole)]
         there = self.present if block == 0 else None
         return hidden + self._again(block, False, state, there)
 
     def between(self, block: int, state: TokenState) -> list[One]:
         return self._again(block, True, state, None)
 
-    def _again(self, block: int, inside: bool, state: TokenState, there: Tensor | None) -> list[One]:
+    def after(self, block: int, state: TokenState) -> list[One]:
+        return self._again(block, False, state, None, after=True)
+
+    def _again(
+        self, block: int, inside: bool, state: TokenState, there: Tensor | None, after: bool = False
+    ) -> list[One]:
         answers: list[One] = []
         for d in self.decisions:
-            if (d.block, d.inside) != (block, inside):
+            if (d.block, d.inside, d.after) != (block, inside, after):
                 continue
             if there is None:
                 there = torch.as_tensor(state.present) > 0
@@ -214,6 +227,9 @@ class _Frozen:
 
     def _one(self, answer: One, there: Tensor) -> tuple[list[One], Tensor]:
         """One decision in the slots of these sequences, and which of them hold a token afterwards."""
+        if isinstance(answer, Pool):
+            members = answer.layout(there.shape[1], there.device)[0]
+            return [answer], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
         if isinstance(answer, Mask):
             left = self._mine(answer.policy) * there
             return [Mask(left)], left > 0

@@ -3,7 +3,7 @@
 from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, save_png
 from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
-from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic
+from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic, share_mosaic
 from prunex.pictures.overlay import dim_dropped, outline, overlay
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "resized",
     "save_npz",
     "save_png",
+    "share_mosaic",
 ]

@@ -76,6 +76,54 @@ def kept_mosaic(
     return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, key)
 
 
+def share_mosaic(
+    images: Any,
+    shares: Any,
+    tokens: Sequence[int],
+    labels: Any = None,
+    predicted: Any = None,
+    class_names: Sequence[str] | None = None,
+    masks: Any = None,
+    title: str | None = None,
+    side: int = 160,
+) -> Picture:
+    """How much of each patch a model that pools its tokens still holds: one row an image, one column a stage.
+
+    Nothing is kept or dropped there; a patch is the brighter the larger its largest part in any token, each image and
+    stage on its own scale from 0.
+
+    Args:
+        images: uint8 [M, H, W, 3].
+        shares: Numbers [S, M, gh, gw] in 0..1, stage by stage.
+        tokens: How many tokens each stage leaves.
+        labels: True classes, integers [M].
+        predicted: Predicted classes, integers [M].
+        class_names: Names of the classes; numbers are shown without them.
+        masks: Object pixels, booleans [M, H, W].
+        title: A line above everything.
+        side: Wanted side of one cell, in pixels; see `resized`.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        PrunexError: Arrays whose shapes do not fit the images.
+    """
+    cells, objects = enlarged(images, masks, side)
+    values = as_numpy(shares)
+    if values.ndim != 4 or len(values) != len(tokens):
+        raise PrunexError(
+            f"shares of shape {values.shape} with {len(tokens)} token counts cannot be drawn: give "
+            "[stages, images, gh, gw] and one count a stage"
+        )
+    columns = [first_column(cells, objects)]
+    for number, (stage, count) in enumerate(zip(values, tokens, strict=True), start=1):
+        grid = as_grids(stage, (len(cells),), "shares", dtype=float)
+        columns.append(Column(f"stage {number}\n{count} tokens", overlay(cells, grid, signed=False, floor=0.0)))
+    key = ["bright: a large part in a token", *mask_key(objects)]
+    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, key)
+
+
 def kept_over_epochs(
     images: Any,
     kept: Mapping[int, Any],

@@ -3,9 +3,10 @@
 from prunex.pruners.diffmask import DiffMask
 from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
+from prunex.pruners.hvt import HVT
 from prunex.pruners.ia_red2 import IARED2
 from prunex.pruners.patch_slimming import PatchSlimming
 from prunex.pruners.tome import ToMe
 from prunex.pruners.topk import TopK
 
-__all__ = ["DiffMask", "DynamicViT", "EViT", "IARED2", "PatchSlimming", "ToMe", "TopK"]
+__all__ = ["HVT", "DiffMask", "DynamicViT", "EViT", "IARED2", "PatchSlimming", "ToMe", "TopK"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import One, TokenState
+from prunex.vit.decisions import Answer, One, TokenState
 from prunex.vit.trace import TokenTrace
 
 
@@ -69,6 +69,8 @@ class TokenPruner(nn.Module):
     read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
     curriculum = False  # whether training moves only some parameters at a time, see resting()
+    behind = False  # whether it decides after a stage's block
+    by_place = False  # whether it decides by place alone, so that absent patches must keep their slots
 
     def __init__(
         self,
@@ -152,6 +154,18 @@ class TokenPruner(nn.Module):
     def calibrate(self, model: VisionTransformer, images: Any, **options: Any) -> Any:
         """Learn from images what it decides by; see the methods that do."""
         raise PrunexError(f"{self.name} needs no calibration: it decides image by image")
+
+    def acts_after(self, block: int) -> bool:
+        """Whether :meth:`after` may decide something at this block."""
+        return False
+
+    def after(self, block: int, state: TokenState) -> Answer:
+        """Decide after a block; None leaves all as it is."""
+        return None
+
+    def alter(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy of the pruned forward: whether prefix tokens enter (all or none), and what the head reads."""
+        return anatomy
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         """Weighted auxiliary losses (scalars) of one training forward."""

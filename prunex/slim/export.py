@@ -18,7 +18,7 @@ from prunex.attach import attached
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import check_images, read
-from prunex.vit.forward import head, run
+from prunex.vit.forward import head, own_anatomy, run
 
 SUFFIXES = (".onnx", ".pt2")
 _NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
@@ -37,7 +37,7 @@ class Graph(nn.Module):
         vit: Any = self.model
         hooked = getattr(vit, "prunex", None)
         pruners = () if hooked is None else (hooked.pruner,)
-        anatomy = read(vit)
+        anatomy = own_anatomy(vit)
         tokens, state = run(vit, images, anatomy, pruners)
         logits = head(vit, tokens, state.policy, anatomy, sizes=state.sizes)
         return (logits, state.trace.kept()) if self.kept else logits

@@ -92,6 +92,14 @@ class Arithmetic:
         empty = parts.new_zeros(parts.shape[0], count, parts.shape[2])
         return empty.scatter_add(1, group.unsqueeze(2).expand_as(parts), parts)
 
+    def largest(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Each window's maximum, channel by channel, and which of its tokens has it (the first of equal ones).
+
+        A backward pass leads gradients, and relevance just so, to that token alone: [B, m, k, D] to two of [B, m, D].
+        """
+        values, winners = windows.max(2)
+        return values, winners
+
 
 PLAIN = Arithmetic()
 

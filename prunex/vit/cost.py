@@ -97,7 +97,7 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
     Returns:
         The cost of one image; ``params`` are those the model has now.
     """
-    a = read(vit)
+    a = read(vit) if pruner is None else pruner.alter(read(vit))
     gh, gw = a.grid if grid is None else grid
     patches = gh * gw
     left = dict(zip(pruner.stages, pruner.counts(patches), strict=True)) if pruner is not None else {}
@@ -109,11 +109,13 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
         if pruner is not None and i in left and (after != n or ahead is not None):
             decision = pruner.macs(n)
             decision += sum(_block(b, a.prefix + n, a.prefix + n, 0).macs for b in list(vit.blocks)[: ahead or 0])
-        entering = n if pruner is not None and pruner.inside else after
+        behind = pruner is not None and pruner.behind
+        entering = n if pruner is not None and (pruner.inside or behind) else after
+        feeding = n if behind else after
         n = after
         asking = None if pruner is None else pruner.asking(i, n)
         if asking is None:
-            blocks.append(_block(block, a.prefix + entering, a.prefix + n, decision))
+            blocks.append(_block(block, a.prefix + entering, a.prefix + feeding, decision))
         else:
             blocks.append(_slim_block(block, a.prefix + entering, a.prefix + asking, decision))
     projection = vit.patch_embed.proj

@@ -157,15 +157,65 @@ class Drop:
 
 
 @dataclass
+class Pool:
+    """A pruner's answer: windows of patch tokens continue as their maxima, channel by channel.
+
+    Windows are 3 tokens wide and begin 2 apart, so they overlap and a token may be part of several. The maximum is over
+    tokens that are there; a window without any leaves an absent token.
+
+    Attributes:
+        grid: (h, w) of the tokens: windows of 3 x 3 with a border of one nothing around the grid, ceil(h / 2) x
+            ceil(w / 2) of them. None: windows along the sequence as it is, without a border, (n - 3) // 2 + 1 of them;
+            of an even number of tokens the last is in none.
+        position: [1, n_out, D] or None, added to the maxima.
+    """
+
+    grid: tuple[int, int] | None = None
+    position: Tensor | None = None
+
+    def layout(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Who is in which window.
+
+        Args:
+            tokens: How many patch tokens there are.
+            device: Where the answer shall be.
+
+        Returns:
+            Members of each window, int64 [n_out, k] (-1 for the border); the windows of each token [n, m] (-1 where
+            there are fewer than m); and the token's place in each of them [n, m].
+        """
+        if self.grid is None:
+            return _windows_along(tokens, 0, device)
+        (my, wy, sy), (mx, wx, sx) = (_windows_along(n, 1, device) for n in self.grid)
+
+        def both(y: Tensor, x: Tensor, width: int) -> Tensor:
+            y, x = y[:, None, :, None], x[None, :, None, :]
+            return torch.where((y < 0) | (x < 0), -1, y * width + x).flatten(2).flatten(0, 1)
+
+        return both(my, mx, self.grid[1]), both(wy, wx, len(mx)), both(sy, sx, 3)
+
+
+def _windows_along(n: int, border: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`Pool.layout` of one axis: [n_out, 3] and twice [n, 2]."""
+    count = (n + 2 * border - 3) // 2 + 1
+    members = 2 * torch.arange(count, device=device)[:, None] - border + torch.arange(3, device=device)
+    members = members.masked_fill((members < 0) | (members >= n), -1)
+    at = torch.arange(n, device=device) + border
+    window, place = torch.stack([at // 2, at // 2 - 1], 1), torch.stack([at % 2, at % 2 + 2], 1)
+    return members, window.masked_fill((window < 0) | (window >= count) | (place > 2), -1), place.clamp(max=2)
+
+
+@dataclass
 class Decision:
-    """One answer of a pruner and where it was given: before ``block``, or between its halves."""
+    """One answer of a pruner and where it was given: before ``block``, between its halves, or after it."""
 
     block: int
     inside: bool
     answer: One
+    after: bool = False
 
 
-One = Keep | Mask | Merge | Drop | Fill
+One = Keep | Mask | Merge | Drop | Fill | Pool
 Answer = One | Sequence[One] | None
 
 
@@ -186,6 +236,12 @@ class Pruner(Protocol):
 
     def between(self, block: int, state: TokenState) -> Answer:
         """Decide between a block's attention and its MLP."""
+
+    def acts_after(self, block: int) -> bool:
+        """Whether it may decide after this block."""
+
+    def after(self, block: int, state: TokenState) -> Answer:
+        """Decide after a block."""
 
 
 class Replay:
@@ -217,11 +273,19 @@ class Replay:
 
     def before(self, block: int, state: TokenState) -> Answer:
         """What was decided before the block."""
-        return [self._pick(d.answer) for d in self.decisions if d.block == block and not d.inside]
+        return [self._pick(d.answer) for d in self.decisions if d.block == block and not d.inside and not d.after]
 
     def between(self, block: int, state: TokenState) -> Answer:
         """What was decided between the block's halves."""
         return [self._pick(d.answer) for d in self.decisions if d.block == block and d.inside]
+
+    def acts_after(self, block: int) -> bool:
+        """Whether something was decided after this block."""
+        return any(d.after and d.block == block for d in self.decisions)
+
+    def after(self, block: int, state: TokenState) -> Answer:
+        """What was decided after the block."""
+        return [self._pick(d.answer) for d in self.decisions if d.block == block and d.after]
 
     def _pick(self, answer: One) -> One:
         def pick(values: Tensor) -> Tensor:
@@ -237,6 +301,8 @@ class Replay:
         if isinstance(answer, Drop):
             fuse = None if answer.fuse is None else pick(answer.fuse)
             return Drop(pick(answer.present), fuse=fuse, width=answer.width)
+        if isinstance(answer, Pool):  # the same windows for every image
+            return replace(answer, position=None if answer.position is None else answer.position.detach())
         return Keep(pick(answer.index), fuse=None if answer.fuse is None else pick(answer.fuse))
 
 
@@ -278,9 +344,17 @@ class Absent:
         """Nothing."""
         return None
 
+    def acts_after(self, block: int) -> bool:
+        """Never."""
+        return False
 
-def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[Stage]:
-    """Carry an answer out (gather, fuse, mask or merge) and write it into the trace.
+    def after(self, block: int, state: TokenState) -> Answer:
+        """Nothing."""
+        return None
+
+
+def apply(answer: Answer, block: int, inside: bool, state: TokenState, after: bool = False) -> list[Stage]:
+    """Carry an answer out (gather, fuse, mask, merge or pool) and write it into the trace.
 
     Returns:
         The stages that were added.
@@ -299,6 +373,8 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
             stage = _fill(one, block, state)
         elif isinstance(one, Drop):
             one, stage = _drop_masked(one, block, state) if state.masked else _drop(one, block, state)
+        elif isinstance(one, Pool):
+            stage = _pool(one, block, state)
         elif state.masked or state.policy is not None:  # after a Drop images differ, and slots stay
             stage = _keep_masked(one, block, state)
         else:
@@ -308,7 +384,7 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
         if state.sizes is not None:
             state.sizes = stage.total(state.sizes, state.anatomy.prefix)
         state.trace.stages.append(stage)
-        state.decisions.append(Decision(block, inside, one))
+        state.decisions.append(Decision(block, inside, one, after))
         added.append(stage)
     return added
 
@@ -472,3 +548,34 @@ def _drop_masked(d: Drop, block: int, state: TokenState) -> tuple[Drop, Stage]:
     counted = (kept > 0).sum(1).to(weight.dtype)
     state.left = int(counted.max())
     return d, Stage(block, group, weight, kept.shape[1], d.fuse is not None, d.score, counted)
+
+
+def _pool(d: Pool, block: int, state: TokenState) -> Stage:
+    prefix, x = state.anatomy.prefix, state.tokens
+    body, present, ops = state.patches, state.present, state.ops or PLAIN
+    b, n, width = body.shape
+    members, group, place = d.layout(n, x.device)
+    at = members.clamp(min=0)
+    seen = (members >= 0).expand(b, -1, -1)
+    if present is not None:
+        seen = seen & (present[:, at] > 0)
+    windows = body[:, at]
+    if present is not None or d.grid is not None:
+        windows = windows.masked_fill(~seen.unsqueeze(-1), float("-inf"))
+    best, winner = ops.largest(windows)
+    if present is not None:
+        best = torch.where(seen.any(2, keepdim=True), best, 0)
+    if d.position is not None:
+        best = ops.add(best, d.position.expand_as(best))
+    state.tokens = torch.cat([x[:, :prefix], best], 1)
+    # A token's share of a window is the share of channels whose maximum it has.
+    won = torch.stack([(winner == i).sum(-1) for i in range(members.shape[1])], -1)
+    share = won.to(torch.promote_types(x.dtype, torch.float32)) / width * seen
+    weight = share[:, group.clamp(min=0), place].masked_fill(group < 0, 0)
+    counted: Tensor | int = len(members)
+    if present is not None:
+        there = (present[:, at] * (members >= 0)).amax(2)
+        state.policy = torch.cat([there.new_ones(b, prefix), there], 1)
+        counted = (there > 0).sum(1)
+    state.left = len(members)
+    return Stage(block, group.expand(b, -1, -1), weight, len(members), counted=counted)

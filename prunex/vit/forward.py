@@ -274,7 +274,14 @@ def _grid(model: VisionTransformer, x: Tensor) -> tuple[int, int]:
 
 
 def _enter(model: VisionTransformer, x: Tensor) -> Tensor:
-    return model.norm_pre(model.patch_drop(model._pos_embed(x)))
+    return _entering(model, model.norm_pre(model.patch_drop(model._pos_embed(x))))
+
+
+def _entering(model: VisionTransformer, x: Tensor) -> Tensor:
+    """The tokens that enter the first block: without prefix tokens that the attached pruner does not take along."""
+    attached = getattr(model, "prunex", None)
+    left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
+    return x[:, left_out:] if left_out else x
 
 
 def patch_vectors(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -355,7 +362,7 @@ def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> 
     table: Tensor | None = None if model.no_embed_class else model.pos_embed
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
-    return ops.norm(model.norm_pre, x), grid
+    return _entering(model, ops.norm(model.norm_pre, x)), grid
 
 
 def run(
@@ -446,9 +453,11 @@ def encode(
             plain = tape is None and state.policy is None and state.attending is None and known is None
             if plain and i not in wanted and not within:
                 state.tokens = _maybe_checkpoint(recompute, block, state.tokens)
+                _decide_after(pruners, i, state, tape)
                 continue
             policy, keys, want = state.policy, state.attending, i in wanted
             narrow = i == last and tape is not None and tape.narrow and not tape.streams and not within
+            narrow = narrow and not any(p.acts_after(i) for p in pruners)
             queries: tuple[int, ...] | Tensor | None = anatomy.readers if narrow and anatomy.readers else known
             if tape is not None and i == last:
                 tape.policy, tape.tokens, tape.sizes = policy, state.tokens.shape[1], state.sizes
@@ -488,6 +497,7 @@ def encode(
             packing = _packing(state, tape, packing)
             if packing is not None:
                 state.tokens = feed_packed(block, state.tokens, packing)
+                _decide_after(pruners, i, state, tape)
                 continue
 
             def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
@@ -497,6 +507,7 @@ def encode(
             if tape is not None and fed is not None:
                 fed.block = i
                 tape.steps.append(fed)
+            _decide_after(pruners, i, state, tape)
     if watch is not None:
         watch.after(len(blocks) - 1, state)
     state.tokens = (PLAIN if tape is None else tape.ops).norm(model.norm, state.tokens)
@@ -510,6 +521,21 @@ def _packing(state: TokenState, tape: Tape | None, known: Packing | None) -> Pac
     if tape is not None or state.keys is not None:
         return None
     return known if known is not None and known.policy is state.policy else Packing.of(state.policy)
+
+
+def _decide_after(pruners: Sequence[Pruner], number: int, state: TokenState, tape: Tape | None) -> None:
+    """Ask those who decide after a block."""
+    for pruner in pruners:
+        if pruner.acts_after(number):
+            _note(tape, apply(pruner.after(number, state), number, False, state, after=True))
+            if tape is not None:
+                tape.policy, tape.tokens, tape.sizes = state.policy, state.tokens.shape[1], state.sizes
+
+
+def own_anatomy(model: VisionTransformer) -> Anatomy:
+    """What a model's forward is made of: its anatomy, as the attached pruner may have altered it."""
+    attached = getattr(model, "prunex", None)
+    return read(model) if attached is None else attached.current(model)
 
 
 def own_pruners(model: VisionTransformer) -> tuple[Pruner, ...]:
@@ -531,11 +557,9 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | 
         The final state, with the trace and the decisions.
     """
     attached = getattr(model, "prunex", None)
-    if attached is None:
-        anatomy = read(model)
-    else:
-        anatomy = attached.current(model)
+    if attached is not None:
         masked = bool(attached.masked) if masked is None else masked
+    anatomy = own_anatomy(model)
     tokens, state = run(model, images, anatomy, own_pruners(model), tape, bool(masked))
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
     return state
@@ -565,8 +589,7 @@ def resume(
     Returns:
         [B, classes], or the pooled features without a head.
     """
-    attached = getattr(model, "prunex", None)
-    anatomy = read(model) if attached is None else attached.current(model)
+    anatomy = own_anatomy(model)
     tape = Tape(narrow=True) if tape is None else tape
     tokens, state = encode(model, x, grid, anatomy, pruners, tape, masked, keys)
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
@@ -596,17 +619,43 @@ def head(
     """
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
+        x = for_heads(model, x, policy, anatomy, ops)
         first, second = (
             classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
         )
         return ops.mean(first, second)
-    if ops.opened and anatomy.pool in ("avg", "avgmax"):
-        features = pooled(x, anatomy.readout(x.shape[1], policy, x, sizes), ops)
-        if anatomy.pool == "avgmax":
-            features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
-    else:
-        features = masked_pool(model, x, None, policy, anatomy, sizes)
+    features = _features(model, x, policy, anatomy, ops, sizes)
     return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
+
+
+def _features(
+    model: VisionTransformer,
+    x: Tensor,
+    policy: Tensor | None,
+    anatomy: Anatomy,
+    ops: Arithmetic,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """The pooled tokens, [B, D]."""
+    if not ops.opened or anatomy.pool not in ("avg", "avgmax"):
+        return masked_pool(model, x, None, policy, anatomy, sizes)
+    features = pooled(x, anatomy.readout(x.shape[1], policy, x, sizes), ops)
+    if anatomy.pool == "avgmax":
+        features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
+    return features
+
+
+def for_heads(
+    model: VisionTransformer, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN
+) -> Tensor:
+    """Final tokens as timm's ``forward_head`` wants them.
+
+    Where the two tokens that a distilled DeiT's heads read did not enter, both heads read the pooled ones, [B, 2, D].
+    """
+    if not isinstance(model, VisionTransformerDistilled) or anatomy.readers:
+        return x
+    features = _features(model, x, policy, anatomy, ops)
+    return torch.stack([features, features], 1)
 
 
 def masked_pool(
@@ -627,10 +676,15 @@ def masked_pool(
         anatomy: Of the model.
         sizes: [B, N] or None: how many patches each token stands for.
     """
-    kind = model.global_pool if pool_type is None else pool_type
+    kind = anatomy.pool if pool_type is None else pool_type
     # Tokens of another number are the user's own, and not what the last forward left.
     policy, sizes = (None if t is None or t.shape[1] != x.shape[1] else t for t in (policy, sizes))
-    if (policy is None and sizes is None) or kind in ("token", "") or not isinstance(kind, str):
+    if anatomy.prefix != model.num_prefix_tokens:  # timm's own would look for prefix tokens that did not enter
+        if kind == "token":
+            raise PrunexError("pool_type='token' is not allowed: this pruned model has no class token; use 'avg'")
+        if kind == "":
+            return x
+    elif (policy is None and sizes is None) or kind in ("token", "") or not isinstance(kind, str):
         return type(model).pool(model, x, pool_type)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     body = x[:, start:]

@@ -35,7 +35,7 @@ def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
 
 
 def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    out = type(self).forward_head(self, x, pre_logits=pre_logits)
+    out = type(self).forward_head(self, self.prunex.for_heads(self, x), pre_logits=pre_logits)
     if not pre_logits:
         self.prunex.saw_logits(out)
     return out
@@ -49,7 +49,7 @@ def _forward_intermediates(
 
 
 def put_on(model: VisionTransformer) -> None:
-    """Route the model's forward through ``model.prunex`` (an object with features, pool, saw_logits)."""
+    """Route the model's forward through ``model.prunex`` (an object with features, pool, for_heads and saw_logits)."""
     ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
     for name, function in zip(_METHODS, ours, strict=True):
         model.__dict__[name] = MethodType(function, model)

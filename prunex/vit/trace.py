@@ -16,13 +16,15 @@ from prunex.errors import PrunexError
 class Stage:
     """One reduction: a sparse, row-stochastic map from the patch tokens before it to the patch tokens after it.
 
-    Each token before goes to at most one token after, so the map is two numbers a token instead of a matrix. Prefix
-    tokens are not part of it: they always continue as themselves.
+    Each token before goes to at most one token after, so the map is two numbers a token instead of a matrix; where
+    windows overlap, to at most m tokens, and it is 2 m numbers. Prefix tokens are not part of it: they always continue
+    as themselves.
 
     Attributes:
-        block: Index of the block in (or before) which the reduction happened.
-        group: int64 [B, n_in], the position after the stage of each token before it; -1 where it was removed.
-        weight: float [B, n_in], its share of that token; the shares of one group sum to 1.
+        block: Index of the block in (before, or after) which the reduction happened.
+        group: int64 [B, n_in], the position after the stage of each token before it; -1 where it was removed. Or
+            [B, n_in, m], all of its positions; -1 where it has fewer than m.
+        weight: float [B, n_in] or [B, n_in, m], its share of that token; the shares of one group sum to 1.
         n_out: Number of patch tokens after the stage (in masked mode the slots stay, so it may equal ``n_in``).
         fused: Whether the last token after the stage is an extra one, made of several others.
         score: float [B, n_in] or None, what the pruner ranked by (larger is kept).
@@ -51,6 +53,8 @@ class Stage:
             float [..., prefix + n_in]; sums are unchanged, since every group's shares sum to 1.
         """
         group, weight = self.group, self.weight
+        if group.ndim == 3:
+            return torch.cat([row[..., :prefix], self._parts(row[..., prefix:]).sum(-1)], -1)
         if row.ndim == 3:
             group, weight = (t.unsqueeze(1).expand(-1, row.shape[1], -1) for t in (group, weight))
         share = row[..., prefix:].gather(-1, group.clamp(min=0)) * weight
@@ -59,6 +63,8 @@ class Stage:
     def paint(self, row: Tensor, prefix: int) -> Tensor:
         """Carry values of tokens one stage towards the input undivided: each member of a group gets the group's.
 
+        A member of several groups gets their mean, weighted by its shares of them.
+
         Args:
             row: float [B, prefix + n_out], or several rows an image [B, R, prefix + n_out].
             prefix: Number of prefix tokens in front.
@@ -66,6 +72,10 @@ class Stage:
         Returns:
             float [..., prefix + n_in]; 0 for tokens that were removed.
         """
+        if self.group.ndim == 3:
+            total = self._parts(torch.ones_like(row[..., prefix:])).sum(-1)
+            body = self._parts(row[..., prefix:]).sum(-1) / total.clamp(min=torch.finfo(row.dtype).tiny)
+            return torch.cat([row[..., :prefix], body], -1)
         group = self.group if row.ndim == 2 else self.group.unsqueeze(1).expand(-1, row.shape[1], -1)
         body = row[..., prefix:].gather(-1, group.clamp(min=0)).masked_fill(group < 0, 0)
         return torch.cat([row[..., :prefix], body], -1)
@@ -82,9 +92,13 @@ class Stage:
         """
         group = self.group.clamp(min=0)
         weight = self.weight.masked_fill(self.group < 0, 0).to(values.dtype)
+        moved = values[:, prefix:]
+        if group.ndim == 3:
+            moved = moved.unsqueeze(-1).expand_as(weight).flatten(1)
+            group, weight = group.flatten(1), weight.flatten(1)
         body = values.new_zeros(len(values), self.n_out)
         total = body.scatter_add(1, group, weight)
-        body = body.scatter_add(1, group, weight * values[:, prefix:])
+        body = body.scatter_add(1, group, weight * moved)
         return torch.cat([values[:, :prefix], torch.where(total > 0, body, 1)], 1)
 
     def back(self, values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +138,21 @@ class Stage:
         body = body.scatter_add(1, group, member * values[:, prefix:])
         return torch.cat([values[:, :prefix], torch.where(members > 0, body, 1)], 1)
 
+    @property
+    def gone(self) -> Tensor:
+        """Bool [B, n_in], the tokens before the stage that are no part of any token after it."""
+        if self.group.ndim == 2:
+            return self.group < 0
+        return (self.weight.masked_fill(self.group < 0, 0) <= 0).all(-1)
+
+    def _parts(self, body: Tensor) -> Tensor:
+        """What each token gets from each of its groups, [B, n_in, m] from [B, n_out], or with R rows an image."""
+        group, weight = self.group, self.weight
+        if body.ndim == 3:
+            group, weight = (t.unsqueeze(1).expand(-1, body.shape[1], -1, -1) for t in (group, weight))
+        found = body.gather(-1, group.clamp(min=0).flatten(-2)).view_as(group)
+        return (found * weight).masked_fill(group < 0, 0)
+
 
 @dataclass
 class TokenTrace:
@@ -149,7 +178,13 @@ class TokenTrace:
     bare: bool = False
 
     def _compose(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether it is no fused token."""
+        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether it is no fused token.
+
+        After a pooling none is: the position is that of the token it has the largest part in.
+        """
+        if self._pooled_by(stage):
+            share, where = self.composition(stage).max(-1)
+            return where.masked_fill(share <= 0, -1), share, torch.zeros_like(share, dtype=torch.bool)
         count = len(self.stages)
         if count and not -count <= stage < count:
             raise PrunexError(
@@ -170,6 +205,37 @@ class TokenTrace:
             share = share.masked_fill(where < 0, 0)
         return where, share, alive
 
+    @property
+    def pooled(self) -> bool:
+        """Whether a stage made tokens of overlapping windows: no patch was chosen then, and none is kept as itself."""
+        return any(s.group.ndim == 3 for s in self.stages)
+
+    def _pooled_by(self, stage: int) -> bool:
+        count = len(self.stages)
+        known = -count <= stage < count
+        return known and any(s.group.ndim == 3 for s in self.stages[: stage % count + 1])
+
+    def composition(self, stage: int = -1) -> Tensor:
+        """Which part each patch has in each token after a stage, whole: float [B, P, n_out], columns summing to 1.
+
+        Args:
+            stage: Which one; -1 is the last.
+
+        Raises:
+            PrunexError: For a stage that does not exist, or a trace without any.
+        """
+        count = len(self.stages)
+        if not -count <= stage < count:
+            raise PrunexError(f"stage={stage} does not exist: this trace has {count} stages")
+        patches = self.grid[0] * self.grid[1]
+        whole = torch.eye(patches, device=self.device).expand(self.batch, -1, -1)
+        for s in self.stages[: stage % count + 1]:
+            group, weight = (t if t.ndim == 3 else t.unsqueeze(-1) for t in (s.group, s.weight))
+            step = weight.new_zeros(*group.shape[:2], s.n_out)
+            step = step.scatter_add(2, group.clamp(min=0), weight.masked_fill(group < 0, 0))
+            whole = whole.to(step.dtype) @ step
+        return whole
+
     def kept(self, stage: int = -1) -> Tensor:
         """Which patches continue as tokens of their own after a stage.
 
@@ -178,7 +244,7 @@ class TokenTrace:
 
         Returns:
             bool [B, gh, gw], raster order of the original grid. A patch inside a fused token is not kept, nor is one
-            that was merged with another.
+            that was merged with another; after a pooling none is.
 
         Raises:
             PrunexError: For a stage that does not exist.
@@ -230,9 +296,11 @@ class TokenTrace:
 
         Returns:
             int64 [B, P], positions among the patch tokens, the same for patches that were merged; -1 for a patch that
-            was removed or fused.
+            was removed or fused. After a pooling the token in which the patch has its largest part.
         """
         where, _, alive = self._compose(stage)
+        if self._pooled_by(stage):
+            return where
         return where.masked_fill(~alive, -1)
 
     def share(self, stage: int = -1) -> Tensor:
@@ -243,6 +311,7 @@ class TokenTrace:
 
         Returns:
             float [B, gh, gw] in 0..1: 1 for a kept patch, its weight inside a fused or merged token, 0 if removed.
+            After a pooling the largest part it has in any token.
         """
         return self._compose(stage)[1].unflatten(1, self.grid)
 
@@ -340,13 +409,18 @@ class TokenTrace:
     def keep_ratios(self) -> list[Tensor]:
         """Realised share of the original patches that are kept after each stage: a list of float [B].
 
-        Where tokens were merged, no patch is lost: there it is the number of tokens left over the number of patches.
+        Where tokens were merged or pooled, no patch is lost: there it is the number of tokens over that of patches.
         """
+        return [self._ratio(i, s) for i, s in enumerate(self.stages)]
+
+    def _ratio(self, number: int, stage: Stage) -> Tensor:
         patches = self.grid[0] * self.grid[1]
-        return [
-            self.left(i).float() / patches if self.merges(i) else self.kept(i).flatten(1).float().mean(1)
-            for i in range(len(self.stages))
-        ]
+        if self._pooled_by(number):
+            counted = torch.as_tensor(stage.counted, dtype=torch.float32, device=self.device)
+            return counted.expand(self.batch) / patches
+        if self.merges(number):
+            return self.left(number).float() / patches
+        return self.kept(number).flatten(1).float().mean(1)
 
     def detach(self) -> TokenTrace:
         """The same trace without a link to the autograd graph."""

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import prunex
-from prunex.callbacks import KeptTokenMonitor, TokenPruning
+from prunex.callbacks import KeptTokenMonitor, RelevancyMonitor, TokenPruning
 from prunex.callbacks.kept_token_monitor import object_kept
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, trainer
 from tests.vits import tiny
@@ -122,3 +122,19 @@ def test_merged_tokens_are_written_as_groups(tmp_path):
             tokens, counts = np.unique(stage, return_counts=True)
             assert np.array_equal(alone, np.isin(stage, tokens[counts == 1]))
     assert list(path.parent.glob("kept_tokens-*.png"))
+
+
+def test_a_method_that_pools_keeps_no_patch(tmp_path):
+    callbacks = TokenPruning("hvt", stages=[0, 3]), KeptTokenMonitor(images=4), RelevancyMonitor(["rollout"], images=4)
+    run = trainer(tmp_path, *callbacks, logger=csv_logger(tmp_path))
+    run.fit(Plain(), loader(8), loader(8, masks=True))
+    folder, logged = tmp_path / "run" / "version_0", metrics(run.log_dir)
+    with np.load(folder / "maps" / "epoch=000.npz", allow_pickle=False) as found:
+        assert "kept" not in found.files
+        assert found["share"].shape == (4, 4, 4)
+        assert 0 < found["share"].max() < 1
+    assert (folder / "maps" / "kept_tokens-epoch=000.png").is_file()
+    assert logged["prunex/val_keep_ratio_stage0"] == pytest.approx([7 / 16])
+    assert logged["prunex/val_keep_ratio_stage1"] == pytest.approx([3 / 16])
+    assert "prunex/relevancy_on_object/rollout" in logged
+    assert not {"prunex/object_kept", "prunex/relevancy_kept/rollout"} & set(logged)

@@ -8,6 +8,8 @@ from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGN
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome"]
+# HVT pools instead of keeping some: whatever has no keep ratio holds for it too.
+ALL = [*PRUNERS, "hvt"]
 FEW = ["atman", "tokentm", "attention_flow", "lrp", "integrated_gradients"]
 VARYING = {  # images keep different numbers of patches
     "ia_red2": ("ia_red2", {"threshold": 0.45}),
@@ -20,6 +22,8 @@ SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class",
 def attach(model, pruner, **options):
     if pruner == "patch_slimming":
         return prunex.attach(model, pruner, keep=positions(model, **options))
+    if pruner == "hvt":  # its counts follow from the stages alone
+        options = {k: v for k, v in options.items() if k != "keep_ratio"}
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
     if pruner == "tome":
         extra["r"] = round(8 * (1 - options.pop("keep_ratio")))
@@ -49,7 +53,7 @@ def inputs(model, family, batch=3):
 
 def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6):
     model = tiny(family).to(dtype)
-    x = inputs(model, family)
+    x = inputs(model, "" if pruner == "hvt" else family)  # its positions are for the model's own size
     with attach(model, pruner, keep_ratio=ratio, stages=stages) as pruning:
         removed = explain(explainer, model, x)
         pruning.masked = True
@@ -70,7 +74,7 @@ def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6)
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", ALL)
 @pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
 def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
     check(family, pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
@@ -113,17 +117,19 @@ def test_a_pruner_that_decides_anew_among_those_that_are_there():
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", ALL)
 def test_the_same_in_single_precision(pruner, explainer):
     check("vit", pruner, explainer, torch.float32, DIVIDES.get(explainer, 1e-5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", ALL)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("stages", "ratio"), [((1, 2), 0.6), ((0, 3), 0.5), ((0, 1, 2, 3), 0.8)])
 def test_every_family(family, pruner, explainer, stages, ratio):
+    if pruner == "hvt" and len(stages) > 2:
+        pytest.skip("16 patches cannot be pooled four times")
     check(family, pruner, explainer, torch.float64, 1e-11, stages, ratio)
 
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib import pyplot
 
 from prunex import PrunexError
-from prunex.pictures import dim_dropped, kept_mosaic, kept_over_epochs, overlay, relevancy_mosaic, resized
+from prunex.pictures import dim_dropped, kept_mosaic, kept_over_epochs, overlay, relevancy_mosaic, resized, share_mosaic
 from prunex.pictures.mosaic import covered, spaced, tokens_left
 from prunex.pictures.overlay import paint_groups
 
@@ -42,6 +42,17 @@ def test_relevancy_mosaic_shows_every_method(scenes):
     maps = {name: np.random.default_rng(i).random((2, 8, 8)) for i, name in enumerate(("rollout", "tokentm"))}
     picture = relevancy_mosaic(images, maps)
     assert all(holds(picture, cell) for values in maps.values() for cell in overlay(resized(images), values))
+
+
+def test_share_mosaic_shows_every_stage_of_every_image(scenes):
+    images, _, masks = scenes
+    shares = np.random.default_rng(0).random((2, 2, 8, 8))
+    picture = share_mosaic(images, shares, [31, 15], [0, 1], masks=masks)
+    drawn = [overlay(resized(images), stage, floor=0.0) for stage in shares]
+    assert all(holds(picture, cell) for cells in drawn for cell in cells)
+    for wrong, tokens in ((shares[0], [31]), (shares, [31]), (shares[:, :1], [31, 15])):
+        with pytest.raises(PrunexError, match="shares"):
+            share_mosaic(images, wrong, tokens)
 
 
 def test_epochs_are_spread_over_few_columns(scenes):

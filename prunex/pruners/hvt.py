@@ -1,0 +1,201 @@
+"""HVT: the token sequence is max-pooled between blocks, and the mean of what remains is classified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.base import TokenPruner, check_stages
+from prunex.registry import register
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.decisions import Pool, TokenState
+
+POOLS = ("1d", "2d")
+CLASS_TOKENS = ("drop", "keep")
+INITS = ("zero", "trunc_normal")
+
+
+class Position(nn.Module):
+    """The position embedding [1, n, D] of one pooled sequence; under timm's name, so that recipes do not decay it."""
+
+    def __init__(self, tokens: int, width: int, init: str) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
+        if init == "trunc_normal":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+
+@register("pruner", "hvt", "Pan et al., ICCV 2021, arXiv 2103.10619", "training: it has position embeddings to learn")
+class HVT(TokenPruner):
+    r"""Hierarchical pooling of the token sequence ("Scalable Vision Transformers with Hierarchical Pooling", Sec. 3).
+
+    After the blocks i with i mod w = 0, so always after block 0, each channel of the patch sequence is max-pooled along
+    the sequence (kernel 3, stride 2, no padding: n tokens become (n - 3) // 2 + 1), and a learned position embedding of
+    the new length is added. The class is read from the mean of the remaining tokens after the final norm. Training and
+    inference are the same, for all images alike: nothing is ranked and no loss is added. 196 patches become 97 for
+    w = 12; 97, 48, 23 and 11 for w = 3.
+
+    The pooling is one-dimensional over raster order: windows straddle row ends, and of an even number of tokens the
+    last is in none. ``pool="2d"`` is a variant of ours and **not HVT**: 3 x 3 windows two apart on the patch grid, with
+    a border of one, so that every patch is in a window and a grid of h x w becomes ceil(h / 2) x ceil(w / 2) (without a
+    border 14 x 14 would end at 2 x 2 after two poolings, with nothing left to pool).
+
+    No patch is chosen or kept: ``trace.kept()`` is false everywhere after a pooling, and ``trace.share()`` is the
+    largest share of channels in which a patch has the maximum of some token.
+
+    On a timm ViT without class token, ``global_pool="avg"`` and the norm before pooling (``fc_norm=False``) this is the
+    authors' model; they train it from scratch for 300 epochs (``init="trunc_normal"``, weight decay 0.025, none on
+    position embeddings). Of their code ``pool_kernel_size`` is 3 and ``pool_stride`` is never read.
+
+    **Converting a model with a class token** is ours: by default all prefix tokens and their positions stay out of the
+    forward (their parameters remain, so that ``detach`` gives the dense model), and the head reads the mean of the
+    patch tokens (both heads of a distilled DeiT do; models that pool, keep their own way to pool). The new positions
+    begin at 0. Expect a large drop until it is fine-tuned. ``class_token="keep"`` carries the prefix tokens along,
+    never pooled, and the head reads what it read before.
+
+    Lengths depend on the image size: another one than the model had when attached is refused, since positions along a
+    sequence that wraps round rows cannot be interpolated; attach again for it.
+
+    The authors' accuracy (ImageNet-1k: HVT-S-1 78.00 at 2.40 GMACs, 2.4 points below their own unpooled 80.39) was not
+    reproduced here.
+
+    Args:
+        anatomy: Of the model.
+        stages: Blocks after which tokens are pooled; None: those of ``pool_width``.
+        pool_width: w, at least 1: pool after blocks 0, w, 2 w, ...; None: the depth, one pooling after block 0.
+            Together with ``stages`` it must mean the same.
+        pool: "1d", or "2d" for the variant on the grid.
+        class_token: "drop" or "keep": what becomes of prefix tokens. Models without any are not concerned.
+        init: Of the new positions: "zero" to convert a trained model, "trunc_normal" (std 0.02) to train from scratch.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
+    >>> with prunex.attach(model, "hvt", pool_width=3) as pruning, torch.no_grad():
+    ...     model(torch.zeros(1, 3, 224, 224)).shape, pruning.options["stages"], pruning.counts()
+    (torch.Size([1, 4]), [0, 3, 6, 9], [97, 48, 23, 11])
+    """
+
+    name = "hvt"
+    behind = True
+    by_place = True
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        stages: Sequence[int] | None = None,
+        pool_width: int | None = None,
+        pool: Literal["1d", "2d"] = "1d",
+        class_token: Literal["drop", "keep"] = "drop",
+        init: Literal["zero", "trunc_normal"] = "zero",
+    ) -> None:
+        for option, value, known in (
+            ("pool", pool, POOLS),
+            ("class_token", class_token, CLASS_TOKENS),
+            ("init", init, INITS),
+        ):
+            if not isinstance(value, str) or value not in known:
+                raise unknown(option, value, known)
+        super().__init__(anatomy, 1.0, _blocks(stages, pool_width, anatomy.depth))
+        self.pool, self.class_token = pool, class_token
+        self.grid = anatomy.grid
+        # The grid or length that enters each pooling.
+        self.sizes = self._sizes(anatomy.grid if pool == "2d" else (1, anatomy.grid[0] * anatomy.grid[1]))
+        self.positions = nn.ModuleList(Position(h * w, anatomy.width, init) for h, w in self.sizes[1:])
+        self.options: dict[str, Any] = {
+            "stages": list(self.stages),
+            "pool_width": pool_width,
+            "pool": pool,
+            "class_token": class_token,
+            "init": init,
+        }
+
+    def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """The patch tokens before the first pooling and after each one, as (h, w); a sequence is (1, n)."""
+        sizes = [size]
+        for block in self.stages:
+            h, w = sizes[-1]
+            if h * w < (3 if self.pool == "1d" else 2):
+                raise PrunexError(
+                    f"{h * w} patch tokens are left after block {block}: too few to pool once more; "
+                    "give fewer stages, a larger pool_width, or larger images"
+                )
+            sizes.append((1, (w - 3) // 2 + 1) if self.pool == "1d" else ((h + 1) // 2, (w + 1) // 2))
+        return sizes
+
+    def alter(self, anatomy: Anatomy) -> Anatomy:
+        """Without prefix tokens, and with the mean of the patches as what the head reads, unless they are kept."""
+        if self.class_token == "keep" or anatomy.prefix == 0:
+            return anatomy
+        pool = "avg" if anatomy.pool == "token" or len(anatomy.readers) > 1 else anatomy.pool
+        return replace(anatomy, prefix=0, readers=(), pool=pool, pool_prefix=False)
+
+    def before(self, block: int, state: TokenState) -> None:
+        """Nothing; a sequence of another length than was attached for is refused before block 0.
+
+        Raises:
+            PrunexError: For another image size.
+        """
+        n = state.patches.shape[1]
+        if block == 0 and (state.trace.grid != self.grid or n != self.grid[0] * self.grid[1]):
+            raise PrunexError(
+                f"hvt has position embeddings for a patch grid of {self.grid[0]} x {self.grid[1]}, and was given "
+                f"{state.trace.grid[0]} x {state.trace.grid[1]} ({n} tokens): resize the images, or detach() and "
+                "attach again for this size"
+            )
+
+    def acts_after(self, block: int) -> bool:
+        """After the blocks of its stages."""
+        return block in self.stages
+
+    def after(self, block: int, state: TokenState) -> Pool:
+        """Pool, and add the new positions."""
+        s = self.stages.index(block)
+        position = self.positions[s].get_parameter("pos_embed")
+        return Pool(self.sizes[s] if self.pool == "2d" else None, position)
+
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens after each pooling.
+
+        Raises:
+            PrunexError: For too few patches, or (on the grid) another number of them than was attached for.
+        """
+        whole = self.grid[0] * self.grid[1]
+        if self.pool == "2d" and patches != whole:
+            raise PrunexError(f"{patches} patches are not allowed: pool='2d' was attached for {whole}; attach again")
+        sizes = self.sizes if patches == whole else self._sizes((1, patches))
+        return [h * w for h, w in sizes[1:]]
+
+    def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Positions from the authors' names: ``blocks.{i}.pos_embed``, i the block that pools."""
+        own = {}
+        for key, value in state.items():
+            parts = key.split(".")
+            if len(parts) == 3 and (parts[0], parts[2]) == ("blocks", "pos_embed") and parts[1].isdigit():
+                block = int(parts[1])
+                # One of another width's keeps its name, and is refused as foreign.
+                own[f"positions.{self.stages.index(block)}.pos_embed" if block in self.stages else key] = value
+        return own
+
+
+def _blocks(stages: Any, pool_width: Any, depth: int) -> Sequence[int]:
+    """The blocks after which tokens are pooled.
+
+    Raises:
+        PrunexError: For a width that is no whole number of at least 1, or both arguments and not the same.
+    """
+    if pool_width is not None and (isinstance(pool_width, bool) or not isinstance(pool_width, int) or pool_width < 1):
+        raise PrunexError(
+            f"pool_width={pool_width!r} is not allowed: give a whole number of blocks, such as 3, or None"
+        )
+    regular = tuple(range(0, depth, depth if pool_width is None else pool_width))
+    if stages is None:
+        return regular
+    given = check_stages(stages, depth)
+    if pool_width is not None and given != regular:
+        raise PrunexError(f"stages={given} and pool_width={pool_width}, which means {regular}: give one of the two")
+    return given

@@ -135,6 +135,8 @@ class Recording:
         """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
         like = self.logits.detach()
         like = like.to(torch.promote_types(like.dtype, torch.float32))
+        if self.tape.readout is not None:
+            return self.tape.readout.to(like.dtype)
         return self.anatomy.readout(self.tape.tokens, self.tape.policy, like)
 
     def answer(

@@ -8,17 +8,38 @@ from typing import Any
 
 import timm.layers
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.vit.layouts import layout_of, unknown_part
+
+ViT = VisionTransformer | Eva | Beit
+FAMILIES: tuple[type[nn.Module], ...] = (VisionTransformer, Eva, Beit)
 
 WORKS = (
-    "timm VisionTransformer or VisionTransformerDistilled made of the plain Block: ViT, DeiT, distilled DeiT, "
-    "DeiT-III, DINO, DINOv2 with and without registers, average-pooled ViTs, LayerScale, qk-norm, class-token-free"
+    "timm VisionTransformer, VisionTransformerDistilled, Eva and Beit: ViT, DeiT, distilled DeiT, DeiT-III, DINO, "
+    "DINOv2 with and without registers, CLIP, SigLIP, AIMv2, EVA, EVA-02, DINOv3, PE, ROPE-ViT, BEiT, BEiTv2; plain, "
+    "post-norm and parallel blocks, LayerScale, qk-norm; class token, average, max or attention pooling"
 )
-_POOLS = ("token", "avg", "avgmax", "max", "")
+# What other models of timm are, where it is known why tokens cannot leave them one by one.
+_REASONS = {
+    "windowed attention, whose windows have a fixed number of tokens": (
+        "SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM", "Hiera", "HieraDet",
+        "MaxxVit", "GlobalContextVit", "DaVit", "Twins", "FocalNet",
+    ),
+    "a pyramid of stages with convolutions, which need the whole grid": (
+        "FastVit", "MetaFormer", "EfficientFormer", "EfficientFormerV2", "TinyVit", "PyramidVisionTransformerV2",
+        "MultiScaleVit", "PoolingVisionTransformer", "Levit", "LevitDistilled", "NextVit", "EdgeNeXt", "CoaT", "Visformer", "Nest", "VOLO",
+    ),
+    "images of several sizes packed into one sequence": ("NaFlexVit",),
+    "a class token that enters after the patches' blocks": ("Cait",),
+    "attention between channels instead of tokens": ("Xcit",),
+}  # fmt: skip
+_POOLS = ("token", "avg", "avgmax", "max", "map", "")
 _MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
 
 
@@ -66,7 +87,8 @@ class Anatomy:
         """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
 
         Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
-        pooled tokens that are there.
+        pooled tokens that are there; with attention pooling this stands for "any of them", and the head's own weights
+        of the final tokens are :func:`prunex.vit.forward.pool_attention`'s.
 
         Args:
             tokens: Tokens after the last block, prefix included.
@@ -82,7 +104,7 @@ class Anatomy:
         return row / row.sum(1, keepdim=True).clamp(min=1)  # all 0 for an image whose patches were all dropped
 
 
-def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransformer]:
+def find(module: nn.Module, path: str | None = None) -> tuple[str, ViT]:
     """The one timm ViT inside a module.
 
     Args:
@@ -97,11 +119,11 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransfo
     """
     if not isinstance(module, nn.Module):
         raise PrunexError(f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}")
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, VisionTransformer)]
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, FAMILIES)]
     if path is not None:
         target = dict(module.named_modules()).get(path)
         inside = (
-            [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, VisionTransformer)]
+            [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, FAMILIES)]
         )
         if len(inside) != 1:
             what = (
@@ -122,7 +144,7 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransfo
         children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]
         raise PrunexError(
             f"no supported ViT in {type(module).__module__.split('.')[0]}.{type(module).__name__} "
-            f"(it holds {', '.join(children) or 'nothing'}); what works: {WORKS}"
+            f"({_reason(module) or 'it holds ' + (', '.join(children) or 'nothing')}); what works: {WORKS}"
         )
     return found[0]
 
@@ -131,7 +153,7 @@ def read(model: nn.Module) -> Anatomy:
     """What a supported ViT is made of.
 
     Args:
-        model: A timm ``VisionTransformer``.
+        model: A timm ``VisionTransformer``, ``Eva`` or ``Beit``.
 
     Returns:
         Its anatomy.
@@ -140,8 +162,9 @@ def read(model: nn.Module) -> Anatomy:
         PrunexError: For an unsupported family, by name, with the list of what works.
     """
     name = type(model).__name__
-    if not isinstance(model, VisionTransformer):
-        raise PrunexError(f"{name} is not supported; what works: {WORKS}")
+    if not isinstance(model, FAMILIES):
+        reason = _reason(model)
+        raise PrunexError(f"{name} is not supported{f' ({reason})' if reason else ''}; what works: {WORKS}")
     own = {
         f
         for f in ("forward", "forward_features", "_pos_embed", "pool", "forward_head")
@@ -149,64 +172,64 @@ def read(model: nn.Module) -> Anatomy:
     }
     if own:
         raise PrunexError(f"{name} has its own {', '.join(sorted(own))}() and is not supported; what works: {WORKS}")
-    blocks: list[Any] = list(model.blocks)
+    inner: Any = model
+    blocks: list[Any] = list(inner.blocks)
     for i, block in enumerate(blocks):
-        if type(block).forward is not Block.forward:
-            raise PrunexError(f"{name} with {type(block).__name__} (block {i}) is not supported; what works: {WORKS}")
-        if type(block.attn).forward is not Attention.forward:
-            raise PrunexError(
-                f"{name} with {type(block.attn).__name__} (block {i}) is not supported; what works: {WORKS}"
-            )
+        part = unknown_part(block)
+        if part is not None:
+            raise PrunexError(f"{name} with {part} (block {i}) is not supported; what works: {WORKS}")
     if not blocks:
         raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
-    if model.global_pool not in _POOLS:
-        raise PrunexError(f"{name} with global_pool={model.global_pool!r} is not supported; what works: {WORKS}")
-    if not isinstance(model.patch_drop, nn.Identity):
+    if inner.global_pool not in _POOLS:
+        raise PrunexError(f"{name} with global_pool={inner.global_pool!r} is not supported; what works: {WORKS}")
+    if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
         raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
-    embed = model.patch_embed
+    embed = inner.patch_embed
     if not hasattr(embed, "proj") or not isinstance(embed.proj, nn.Conv2d):
         raise PrunexError(
             f"{name} with {type(embed).__name__} as patch embedding is not supported; what works: {WORKS}"
         )
-    distilled = isinstance(model, VisionTransformerDistilled)
     readers: tuple[int, ...] = ()
-    if distilled:
+    if isinstance(model, VisionTransformerDistilled):
         readers = (0, 1)
-    elif model.global_pool == "token" or (model.global_pool == "" and model.cls_token is not None):
+    elif inner.global_pool == "token" or (inner.global_pool == "" and inner.cls_token is not None):
         readers = (0,)
+    layouts = [layout_of(b) for b in blocks]
+    counts = [sum(m.num_heads for m in lay.attentions(b)) for lay, b in zip(layouts, blocks, strict=True)]
+    attends_all = isinstance(model, Eva) and inner.global_pool == "map"  # its pooling takes prefix tokens in
     return Anatomy(
         depth=len(blocks),
-        width=model.embed_dim,
-        heads=tuple(b.attn.num_heads for b in blocks),
-        head_dim=blocks[0].attn.head_dim,
-        hidden=tuple(_hidden(b.mlp) for b in blocks),
-        prefix=model.num_prefix_tokens,
+        width=inner.embed_dim,
+        heads=tuple(counts),
+        head_dim=layouts[0].width(blocks[0]) // counts[0],
+        hidden=tuple(lay.hidden(b) for lay, b in zip(layouts, blocks, strict=True)),
+        prefix=inner.num_prefix_tokens,
         grid=tuple(embed.grid_size),
         image=tuple(embed.img_size),
         patch=tuple(embed.patch_size),
         channels=embed.proj.in_channels,
-        classes=model.num_classes,
-        pool=model.global_pool,
-        dynamic=bool(model.dynamic_img_size),
+        classes=inner.num_classes,
+        pool=inner.global_pool,
+        dynamic=bool(getattr(inner, "dynamic_img_size", False)),
         readers=readers,
-        pool_prefix=bool(getattr(model, "pool_include_prefix", False)),
+        pool_prefix=bool(getattr(inner, "pool_include_prefix", False)) or attends_all,
         pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
 
 
+def _reason(model: nn.Module) -> str:
+    """Why a model of timm is not supported, where that is known; else nothing."""
+    return next((why for why, names in _REASONS.items() if type(model).__name__ in names), "")
+
+
 def _overridden(cls: type) -> set[str]:
     """Methods a subclass brings that timm's own classes do not have."""
-    known = (VisionTransformer, VisionTransformerDistilled, nn.Module, object)
+    known = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, nn.Module, object)
     names: set[str] = set()
     for c in cls.__mro__:
         if c not in known:
             names |= set(vars(c))
     return names
-
-
-def _hidden(mlp: nn.Module) -> int:
-    last = getattr(mlp, "fc2", None)
-    return last.in_features if isinstance(last, nn.Linear) else 0
 
 
 def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.attention import KeyWeights
+from prunex.vit.positions import Positions
 from prunex.vit.trace import Stage, TokenTrace
 
 
@@ -33,6 +34,7 @@ class TokenState:
         keys: Weights of tokens as attention keys, or None; they follow their tokens.
         ops: How elementary operations are carried out; None: plainly.
         decisions: What was decided so far, in order.
+        positions: Rotary tables and relative biases of the tokens, for models that have them; they follow every stage.
     """
 
     tokens: Tensor
@@ -47,6 +49,7 @@ class TokenState:
     keys: KeyWeights | None = None
     ops: Arithmetic | None = None
     decisions: list[Decision] = field(default_factory=list)
+    positions: Positions | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -204,6 +207,8 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState) -> list[S
             stage = _keep(one, block, state)
         if state.keys is not None:
             state.keys = replace(state.keys, factor=stage.push(state.keys.factor, state.anatomy.prefix))
+        if state.positions is not None:
+            state.positions = state.positions.after(stage)
         state.trace.stages.append(stage)
         state.decisions.append(Decision(block, inside, one))
         added.append(stage)

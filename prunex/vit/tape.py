@@ -72,6 +72,7 @@ class Tape:
         policy: [B, n] or None: which slots hold a token at the end (masked mode).
         tokens: Tokens after the last block, prefix included (those that were not carried on counted too).
         logits: [B, C], the model's output.
+        readout: [B, n] or None: attention of a pooling head over the final tokens, where the head has its own.
     """
 
     attention: bool = False
@@ -90,6 +91,7 @@ class Tape:
     policy: Tensor | None = None
     tokens: int = 0
     logits: Tensor | None = None
+    readout: Tensor | None = None
 
     def attended(self) -> list[Attended]:
         """The attention halves in forward order."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
@@ -15,7 +14,7 @@ from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.registry import lookup
-from prunex.vit.anatomy import Anatomy, find, read
+from prunex.vit.anatomy import Anatomy, ViT, find, read
 from prunex.vit.forward import masked_pool, run
 from prunex.vit.mount import check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
@@ -50,7 +49,7 @@ class Attached(nn.Module):
         # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
         return self.__dict__ | {"trace": None, "last": None, "policy": None}
 
-    def current(self, model: VisionTransformer) -> Anatomy:
+    def current(self, model: ViT) -> Anatomy:
         """The model's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
         embed, known = model.patch_embed, self.anatomy
         now = (model.num_classes, model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
@@ -58,7 +57,7 @@ class Attached(nn.Module):
             self.anatomy = read(model)
         return self.anatomy
 
-    def features(self, model: VisionTransformer, images: Tensor) -> Tensor:
+    def features(self, model: ViT, images: Tensor) -> Tensor:
         """The pruned ``forward_features``: [B, prefix + n, D]."""
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
@@ -71,7 +70,7 @@ class Attached(nn.Module):
             self.last = Forward(images, tokens, state.policy, anatomy, state.masks)
         return tokens
 
-    def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
+    def pool(self, model: ViT, x: Tensor, pool_type: str | None) -> Tensor:
         """The head's pooling, over tokens that are there."""
         return masked_pool(model, x, pool_type, self.policy, self.anatomy)
 
@@ -95,7 +94,7 @@ class Pruning:
         model: The ViT it is on.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: ViT) -> None:
         self.model = model
 
     @property

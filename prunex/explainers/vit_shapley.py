@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.removal import Removal, answer_for, check_whole
 from prunex.registry import register
-from prunex.vit.anatomy import build, describe, read
+from prunex.vit.anatomy import ViT, read
 from prunex.vit.mount import as_found
+from prunex.vit.rebuild import build, describe
 from prunex.vit.tape import Tape
 
 VERSION = 1
@@ -47,7 +48,7 @@ class ShapleyExplainer(nn.Module):
         PrunexError: For a surrogate without a classifier, or a pruned one.
     """
 
-    def __init__(self, surrogate: VisionTransformer, mlp_ratio: int = 4) -> None:
+    def __init__(self, surrogate: ViT, mlp_ratio: int = 4) -> None:
         super().__init__()
         check_whole("mlp_ratio", mlp_ratio, 1)
         anatomy = read(surrogate)
@@ -186,7 +187,7 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
     "a trained explainer; one forward of it, one of its surrogate",
 )
 def vit_shapley(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Keep, Mask, TokenState
 
 
@@ -86,7 +85,7 @@ class TokenPruner(nn.Module):
         """Weighted auxiliary losses (scalars) of one training forward."""
         return {}
 
-    def prepare(self, model: VisionTransformer) -> None:
+    def prepare(self, model: ViT) -> None:
         """Called once with the dense model, before anything is attached to it."""
 
     def counts(self, patches: int) -> list[int]:

@@ -1,12 +1,10 @@
-"""Where a timm ViT keeps its prefix tokens, patch grid, blocks, attention and head, and how to build it again."""
+"""Where a timm ViT keeps its prefix tokens, patch grid, blocks, attention and head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import timm.layers
 import torch
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -18,7 +16,6 @@ from prunex.errors import PrunexError
 from prunex.vit.layouts import layout_of, unknown_part
 
 ViT = VisionTransformer | Eva | Beit
-FAMILIES: tuple[type[nn.Module], ...] = (VisionTransformer, Eva, Beit)
 
 WORKS = (
     "timm VisionTransformer, VisionTransformerDistilled, Eva and Beit: ViT, DeiT, distilled DeiT, DeiT-III, DINO, "
@@ -33,14 +30,14 @@ _REASONS = {
     ),
     "a pyramid of stages with convolutions, which need the whole grid": (
         "FastVit", "MetaFormer", "EfficientFormer", "EfficientFormerV2", "TinyVit", "PyramidVisionTransformerV2",
-        "MultiScaleVit", "PoolingVisionTransformer", "Levit", "LevitDistilled", "NextVit", "EdgeNeXt", "CoaT", "Visformer", "Nest", "VOLO",
+        "MultiScaleVit", "PoolingVisionTransformer", "Levit", "LevitDistilled", "NextVit", "EdgeNeXt", "CoaT",
+        "Visformer", "Nest", "VOLO",
     ),
     "images of several sizes packed into one sequence": ("NaFlexVit",),
     "a class token that enters after the patches' blocks": ("Cait",),
     "attention between channels instead of tokens": ("Xcit",),
 }  # fmt: skip
 _POOLS = ("token", "avg", "avgmax", "max", "map", "")
-_MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,13 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, ViT]:
     """
     if not isinstance(module, nn.Module):
         raise PrunexError(f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}")
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, FAMILIES)]
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, VisionTransformer | Eva | Beit)]
     if path is not None:
         target = dict(module.named_modules()).get(path)
         inside = (
-            [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, FAMILIES)]
+            []
+            if target is None
+            else [(n, m) for n, m in target.named_modules() if isinstance(m, VisionTransformer | Eva | Beit)]
         )
         if len(inside) != 1:
             what = (
@@ -162,7 +161,7 @@ def read(model: nn.Module) -> Anatomy:
         PrunexError: For an unsupported family, by name, with the list of what works.
     """
     name = type(model).__name__
-    if not isinstance(model, FAMILIES):
+    if not isinstance(model, VisionTransformer | Eva | Beit):
         reason = _reason(model)
         raise PrunexError(f"{name} is not supported{f' ({reason})' if reason else ''}; what works: {WORKS}")
     own = {
@@ -268,104 +267,3 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
         if values and not torch.isfinite(images).all():
             bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
             raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")
-
-
-def describe(model: VisionTransformer) -> dict[str, Any]:
-    """The constructor call that makes an equal model, in plain values.
-
-    Args:
-        model: A supported ViT.
-
-    Returns:
-        ``{"class": name, "args": {...}}`` for :func:`build`; JSON holds it.
-
-    Raises:
-        PrunexError: For parts that plain values cannot name.
-    """
-    a = read(model)
-    block: Any = model.blocks[0]
-    norm, attn, mlp = block.norm1, block.attn, block.mlp
-    mlp_name = next((n for n, c in _MLPS.items() if type(mlp) is c), None)
-    if mlp_name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):
-        mlp_name = "SwiGLUPacked"
-    if mlp_name is None:
-        raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(_MLPS)}")
-    first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
-    if attn.num_heads * attn.head_dim != a.width or getattr(attn, "gate", None) is not None:
-        raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
-    if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
-        raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
-    args: dict[str, Any] = {
-        "img_size": list(a.image),
-        "patch_size": list(a.patch),
-        "in_chans": a.channels,
-        "num_classes": a.classes,
-        "global_pool": a.pool,
-        "embed_dim": a.width,
-        "depth": a.depth,
-        "num_heads": a.heads[0],
-        "mlp_ratio": first.out_features / a.width,
-        "qkv_bias": attn.qkv.bias is not None,
-        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
-        "proj_bias": attn.proj.bias is not None,
-        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
-        "class_token": model.cls_token is not None,
-        "pos_embed": "none" if model.pos_embed is None else "learn",
-        "no_embed_class": bool(model.no_embed_class),
-        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
-        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "dynamic_img_size": a.dynamic,
-        "dynamic_img_pad": bool(model.patch_embed.dynamic_img_pad),
-        "norm_layer": [_norm_name(norm), float(getattr(norm, "eps", 1e-6))],
-        "act_layer": _act_name(getattr(mlp, "act", None)),
-        "mlp_layer": mlp_name,
-    }
-    if not isinstance(attn.norm, nn.Identity):
-        args["scale_attn_norm"] = True
-    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-        args["scale_mlp_norm"] = True
-    if a.pool_prefix:
-        args["pool_include_prefix"] = True
-    distilled = isinstance(model, VisionTransformerDistilled)
-    return {"class": "VisionTransformerDistilled" if distilled else "VisionTransformer", "args": args}
-
-
-def build(spec: dict[str, Any]) -> VisionTransformer:
-    """A ViT from what :func:`describe` wrote, with fresh weights, in eval mode.
-
-    Raises:
-        PrunexError: For a description this version cannot build.
-    """
-    classes = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
-    try:
-        cls, args = classes[spec["class"]], dict(spec["args"])
-        norm, eps = args.pop("norm_layer")
-        args["norm_layer"] = partial(timm.layers.get_norm_layer(norm), eps=eps)
-        args["act_layer"] = timm.layers.get_act_layer(args.pop("act_layer"))
-        args["mlp_layer"] = _MLPS[args.pop("mlp_layer")]
-        args["img_size"], args["patch_size"] = tuple(args["img_size"]), tuple(args["patch_size"])
-        return cls(**args).eval()
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise PrunexError(
-            f"cannot build the described model: {type(error).__name__} {error}; was the file edited?"
-        ) from error
-
-
-def _norm_name(norm: nn.Module) -> str:
-    known = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm", "simplenorm": "SimpleNorm"}
-    for key, cls in known.items():
-        if type(norm).__name__ in (cls, cls + "Fp32"):
-            return key + ("fp32" if type(norm).__name__.endswith("Fp32") else "")
-    raise PrunexError(f"cannot save a model with {type(norm).__name__}: known are {', '.join(known.values())}")
-
-
-def _act_name(act: nn.Module | None) -> str:
-    known = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu"}
-    if isinstance(act, nn.GELU) and act.approximate == "tanh":
-        return "gelu_tanh"
-    name = "GELU" if act is None else type(act).__name__
-    if name not in known:
-        raise PrunexError(f"cannot save a model with activation {name}: known are {', '.join(known)}")
-    return known[name]

@@ -415,7 +415,7 @@ class _Quotient(torch.autograd.Function):
 
 
 def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """timm's ``AttentionPoolLatent`` over the tokens that are there, and what it looks at.
+    """Timm's ``AttentionPoolLatent`` over the tokens that are there, and what it looks at.
 
     Args:
         pool: The pooling module, one latent query or several.

@@ -390,9 +390,7 @@ def encode(
                 relative: Tensor | None = relative,
                 share: Tensor | None = share,
             ) -> tuple[Tensor, Tensor | None, Attended | None]:
-                return attend(
-                    block, x, anatomy, policy, want, tape, number, keys, queries, rope, relative, share
-                )
+                return attend(block, x, anatomy, policy, want, tape, number, keys, queries, rope, relative, share)
 
             state.tokens, state.row, attended = _maybe_checkpoint(recompute, first, state.tokens, policy)
             if tape is not None and attended is not None:
@@ -420,7 +418,7 @@ def encode(
 
 
 def _whole(block: nn.Module, layout: Layout, at: Any, rope: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """timm's own block, given what it looks positions up in."""
+    """Timm's own block, given what it looks positions up in."""
     if at is None:
         return block
     return lambda x: layout.whole(block, x, rope, at.shared)
@@ -492,9 +490,7 @@ def resume(
     return tape.logits
 
 
-def head(
-    model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN
-) -> Tensor:
+def head(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN) -> Tensor:
     """From the final tokens to the model's output, as timm's ``forward_head`` in eval mode.
 
     Args:
@@ -524,9 +520,7 @@ def head(
     return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
 
 
-def masked_pool(
-    model: ViT, x: Tensor, pool_type: str | None, policy: Tensor | None, anatomy: Anatomy
-) -> Tensor:
+def masked_pool(model: ViT, x: Tensor, pool_type: str | None, policy: Tensor | None, anatomy: Anatomy) -> Tensor:
     """Pool as timm does, but over the tokens that are there.
 
     Args:
@@ -544,7 +538,7 @@ def masked_pool(
     if policy is None or policy.shape[1] != x.shape[1] or kind in ("token", "") or not isinstance(kind, str):
         if isinstance(model, Beit):
             return global_pool_nlc(x, kind, anatomy.prefix)
-        return type(model).pool(model, x, pool_type)
+        return type(inner).pool(inner, x, pool_type)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     p = policy[:, start:, None].to(x.dtype)
     body = x[:, start:]

@@ -56,7 +56,7 @@ class Layout:
         return ops.norm(block.norm1, x)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
-        """timm's own attention, nothing opened."""
+        """Timm's own attention, nothing opened."""
         return block.attn(y)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:

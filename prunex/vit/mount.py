@@ -31,13 +31,17 @@ def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
 
 def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
     if isinstance(self, Beit):  # timm's own pools inside, whoever is there
-        pooled = self.head_drop(self.fc_norm(self.prunex.pool(self, x, None)))
-        out = pooled if pre_logits else self.head(pooled)
+        out = _beit_head(self, x, pre_logits)
     else:
         out = type(self).forward_head(self, x, pre_logits=pre_logits)
     if not pre_logits:
         self.prunex.saw_logits(out)
     return out
+
+
+def _beit_head(self: Any, x: Tensor, pre_logits: bool) -> Tensor:
+    pooled = self.head_drop(self.fc_norm(self.prunex.pool(self, x, None)))
+    return pooled if pre_logits else self.head(pooled)
 
 
 def _forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +103,8 @@ def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, anatomy.channels, *anatomy.image, generator=generator).to(weight)
     with as_found(model, train=False), torch.no_grad():
-        theirs = type(model).forward_features(model, image)
+        inner: Any = model
+        theirs = type(inner).forward_features(inner, image)
         tape = Tape(rows=frozenset(range(anatomy.depth)))
         ours, _ = run(model, image, anatomy, tape=tape)
     scale = theirs.abs().max().clamp(min=1e-6)

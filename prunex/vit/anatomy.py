@@ -184,7 +184,7 @@ def read(model: nn.Module) -> Anatomy:
     if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
         raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
     embed = inner.patch_embed
-    if not hasattr(embed, "proj") or not isinstance(embed.proj, nn.Conv2d):
+    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
         raise PrunexError(
             f"{name} with {type(embed).__name__} as patch embedding is not supported; what works: {WORKS}"
         )

@@ -244,7 +244,7 @@ def _enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x, rope = inner._pos_embed(x)
         return inner.norm_pre(x), rope
     if isinstance(model, Beit):
-        x = torch.cat([inner.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
         return inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed), None
     return inner.norm_pre(inner.patch_drop(inner._pos_embed(x))), None
 

@@ -395,4 +395,4 @@ def draw(block: Any, layout: Layout, x: Tensor) -> Tensor | None:
     """Stochastic depth of a block whose halves share one draw: what both branches are multiplied by, [B, 1, 1]."""
     if not layout.parallel or not block.training or isinstance(block.drop_path, nn.Identity):
         return None
-    return block.drop_path(x.new_ones(len(x), 1, 1))
+    return block.drop_path(x.new_ones(x.shape[0], 1, 1))

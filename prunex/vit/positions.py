@@ -114,14 +114,14 @@ class Positions:
         # Rows first, then columns: a token of several patches has the mean over its members on either side.
         joined = self._joined()
         patch, token, share = self._all_links()
-        b, n, e = len(patch), self._numbers().shape[1], patch.shape[1]
+        b, n, e = patch.shape[0], self._numbers().shape[1], patch.shape[1]
         share = share.to(whole.dtype)
         source = whole[:, patch].transpose(0, 1) * share[:, None, :, None]
-        rows = whole.new_zeros(b, len(whole), n, side)
-        rows = rows.scatter_add(2, token[:, None, :, None].expand(-1, len(whole), -1, side), source)
-        columns = rows.gather(3, patch[:, None, None, :].expand(-1, len(whole), n, -1)) * share[:, None, None, :]
-        mean = whole.new_zeros(b, len(whole), n, n)
-        mean = mean.scatter_add(3, token[:, None, None, :].expand(-1, len(whole), n, e), columns)
+        rows = whole.new_zeros(b, whole.shape[0], n, side)
+        rows = rows.scatter_add(2, token[:, None, :, None].expand(-1, whole.shape[0], -1, side), source)
+        columns = rows.gather(3, patch[:, None, None, :].expand(-1, whole.shape[0], n, -1)) * share[:, None, None, :]
+        mean = whole.new_zeros(b, whole.shape[0], n, n)
+        mean = mean.scatter_add(3, token[:, None, None, :].expand(-1, whole.shape[0], n, e), columns)
         either = (joined.unsqueeze(2) | joined.unsqueeze(1)).unsqueeze(1)
         return torch.where(either, mean, found)
 
@@ -134,13 +134,13 @@ class Positions:
         patch, token, share = self.links
         mine = share * (index < 0).gather(1, token)  # links of tokens that are one patch would count it twice
         rows = table[:, patch].transpose(0, 1) * mine[:, None, :, None].to(table.dtype)
-        at = token[:, None, :, None].expand(-1, len(table), -1, table.shape[2])
+        at = token[:, None, :, None].expand(-1, table.shape[0], -1, table.shape[2])
         return found.masked_fill((index < 0)[:, None, :, None], 0).scatter_add(2, at, rows)
 
     def _numbers(self) -> Tensor:
         """Each token's row in a bias over prefix and patches, [B, prefix + n]; 0 for tokens of several patches."""
         index = torch.as_tensor(self.index)
-        front = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+        front = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
         return torch.cat([front, index.clamp(min=0) + self.prefix], 1)
 
     def _pairs(self, side: int) -> Tensor:
@@ -159,8 +159,8 @@ class Positions:
         if self.links is None:
             raise RuntimeError("no token is made of several patches")
         patch, token, share = self.links
-        front = torch.arange(self.prefix, device=patch.device).expand(len(patch), -1)
-        ones = share.new_ones(len(patch), self.prefix)
+        front = torch.arange(self.prefix, device=patch.device).expand(patch.shape[0], -1)
+        ones = share.new_ones(patch.shape[0], self.prefix)
         return (
             torch.cat([front, patch + self.prefix], 1),
             torch.cat([front, token + self.prefix], 1),

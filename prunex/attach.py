@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
@@ -15,7 +14,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
-from prunex.vit.anatomy import Anatomy, find, read
+from prunex.vit.anatomy import Anatomy, ViT, find, read
 from prunex.vit.forward import for_heads, masked_pool, run
 from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
@@ -53,7 +52,7 @@ class Attached(nn.Module):
         # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
         return self.__dict__ | {"trace": None, "last": None, "policy": None, "sizes": None}
 
-    def current(self, model: VisionTransformer) -> Anatomy:
+    def current(self, model: ViT) -> Anatomy:
         """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
         embed, known = model.patch_embed, self.dense
         now = (model.num_classes, model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
@@ -62,7 +61,7 @@ class Attached(nn.Module):
             self.anatomy = self.pruner.alter(self.dense)
         return self.anatomy
 
-    def features(self, model: VisionTransformer, images: Tensor, watch: Watch | None = None) -> Tensor:
+    def features(self, model: ViT, images: Tensor, watch: Watch | None = None) -> Tensor:
         """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
@@ -75,11 +74,11 @@ class Attached(nn.Module):
             self.last = Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model)
         return tokens
 
-    def pool(self, model: VisionTransformer, x: Tensor, pool_type: str | None) -> Tensor:
+    def pool(self, model: ViT, x: Tensor, pool_type: str | None) -> Tensor:
         """The head's pooling, over tokens that are there, by size where some were merged."""
         return masked_pool(model, x, pool_type, self.policy, self.anatomy, self.sizes)
 
-    def for_heads(self, model: VisionTransformer, x: Tensor) -> Tensor:
+    def for_heads(self, model: ViT, x: Tensor) -> Tensor:
         """Final tokens as timm's ``forward_head`` wants them."""
         return for_heads(model, x, self.policy, self.anatomy)
 
@@ -103,7 +102,7 @@ class Pruning:
         model: The ViT it is on.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: ViT) -> None:
         self.model = model
 
     @property

@@ -5,8 +5,10 @@ from functools import partial
 import pytest
 import torch
 from timm.layers import SwiGLUPacked
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import Attention, ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import nn
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -36,10 +38,34 @@ FAMILIES = {
     "dynamic": {"dynamic_img_size": True},
 }
 
+ROPE = {"cls": Eva, "use_rot_pos_emb": True}
+# Families that relevance rules do not reach, or of other blocks; tests/vit/families.py has one of every family.
+MORE_FAMILIES = {
+    "eva02": ROPE | {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "mlp_ratio": 8 / 3},
+    "dinov3": ROPE
+    | {
+        "rope_type": "dinov3",
+        "rope_temperature": 100.0,
+        "rope_rotate_half": True,
+        "use_abs_pos_emb": False,
+        "num_reg_tokens": 4,
+        "init_values": 0.5,
+        "global_pool": "token",
+        "dynamic_img_size": True,
+    },
+    "rope_mixed": ROPE | {"rope_type": "mixed", "no_embed_class": True, "global_pool": "token"},
+    "beit": {"cls": Beit, "use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.5},
+    "beit_shared": {"cls": Beit, "use_shared_rel_pos_bias": True, "global_pool": "token"},
+    "siglip": {"class_token": False, "global_pool": "map"},
+    "parallel_scaling": {"block_fn": ParallelScalingBlock, "qkv_bias": False, "qk_norm": True},
+    "res_post": {"block_fn": ResPostBlock, "class_token": False, "global_pool": "avg"},
+}
+ALL_FAMILIES = FAMILIES | MORE_FAMILIES
+
 
 def tiny(family="vit", seed=0, **kwargs):
     """A tiny ViT of a family in eval mode; keyword arguments go to timm's constructor."""
-    args = SIZES | FAMILIES[family] | kwargs
+    args = SIZES | ALL_FAMILIES[family] | kwargs
     cls = args.pop("cls", VisionTransformer)
     return lively(cls(**args), seed).eval()
 
@@ -61,14 +87,14 @@ def lively(model, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype)
-            if name.endswith(("gamma",)):  # LayerScale
+            if name.endswith(("gamma", "gamma_1", "gamma_2")):  # LayerScale
                 p.mul_(1 + 0.2 * noise)
             elif p.ndim == 1:  # biases, or the scale of a norm
                 p.copy_((1 if name.endswith("weight") else 0) + 0.1 * noise)
             elif "token" in name or "pos_embed" in name:
                 p.copy_(0.5 * noise)
             else:
-                gain = 1.8 if "qkv" in name else 1.0
+                gain = 1.8 if any(part in name for part in ("qkv", "q_proj", "k_proj", "in_proj")) else 1.0
                 p.copy_(gain * noise / p[0].numel() ** 0.5)
     return model
 

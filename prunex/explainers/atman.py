@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, recording, sequences
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
 from prunex.vit.forward import patch_vectors
@@ -24,7 +24,7 @@ _RULES = ("log", "shift", "scale")
 
 @register("explainer", "atman", "Deiseroth et al., NeurIPS 2023, arXiv 2301.08110", "one forward a patch, no gradients")
 def atman(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.forward import own_anatomy
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
@@ -32,7 +31,7 @@ STRONGEST, WORTH = 16, 5
 
 @register("explainer", "attention_flow", "Abnar & Zuidema, ACL 2020, arXiv 2005.00928", "one forward, scipy; slow")
 def attention_flow(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
 from prunex.vit.forward import embed, own_anatomy, own_pruners, record, resume
@@ -61,7 +60,7 @@ class Recording:
         autocast: Whether the forward ran under the caller's autocast, and its dtype.
     """
 
-    model: VisionTransformer
+    model: ViT
     anatomy: Anatomy
     tape: Tape
     state: TokenState
@@ -135,6 +134,8 @@ class Recording:
         """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
         like = self.logits.detach()
         like = like.to(torch.promote_types(like.dtype, torch.float32))
+        if self.tape.readout is not None:
+            return self.tape.readout.to(like.dtype)
         return self.anatomy.readout(self.tape.tokens, self.tape.policy, like, self.tape.sizes)
 
     def answer(
@@ -164,7 +165,7 @@ class Recording:
 
 @contextmanager
 def recording(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None,
     tape: Tape,
@@ -260,7 +261,7 @@ def attention_gradients(recorded: Recording) -> list[Tensor]:
     return [torch.zeros_like(m) if g is None else g for m, g in zip(inputs, found, strict=True)]
 
 
-def widened(model: VisionTransformer, images: Tensor) -> tuple[VisionTransformer, Tensor]:
+def widened(model: ViT, images: Tensor) -> tuple[ViT, Tensor]:
     """The model and its images in at least float32; a copy where the weights are of half precision.
 
     Relevance is divided by layer outputs, which half precision cannot carry.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, attention_gradients, check_chunk, recording
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
+from prunex.vit.layouts import layout_of
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
 
@@ -27,7 +28,7 @@ _FEEDBACKS = ("survivor", "exit", "none")
     "21 forwards",
 )
 def beyond_intuition(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,
@@ -42,9 +43,9 @@ def beyond_intuition(
     Perception P = (Abar_{L-1} + I) ... (Abar_s + I), without normalisation. ``variant="token"``: Abar[i, j] is the head
     mean of A[i, j] times ||W_O v_j|| / ||z_j||, the length of the value that token j gives away over the length of its
     stream before the norm (output bias left out; LayerScale taken in, which the paper's models have not; a norm or gate
-    after the heads, ``scale_attn_norm`` and gated attention, left out). ``variant="head"``: Abar = sum_h theta_h A_h,
-    theta_h the share of the head in mean |A_h^T G_h|, G the gradient of the class's logit; shares are those of each
-    image alone (the authors' code mixes a batch).
+    after the heads or the projection, ``scale_attn_norm``, gated attention and post-norm blocks, left out).
+    ``variant="head"``: Abar = sum_h theta_h A_h, theta_h the share of the head in mean |A_h^T G_h|, G the gradient of
+    the class's logit; shares are those of each image alone (the authors' code mixes a batch).
 
     Feedback F is the gradient of the logit for the last block's attention, averaged over images scaled by ``steps``
     values from 0 to 1 (both ends; of the *normalised* image, so that 0 is the mean colour), then ReLU, then the head
@@ -134,12 +135,9 @@ def _token_weighted(recorded: Recording) -> dict[int, Tensor]:
     """Abar of each block from the lengths of values and streams, [B, n, n]."""
     weights = {}
     for step in recorded.tape.attended():
-        block: Any = recorded.model.blocks[step.block]
+        block = recorded.model.blocks[step.block]
         value, before = promoted(torch.as_tensor(step.value)), promoted(torch.as_tensor(step.before))
-        given = value.transpose(1, 2).flatten(2) @ block.attn.proj.weight.to(value).T
-        gamma: Tensor | None = getattr(block.ls1, "gamma", None)
-        if gamma is not None:
-            given = given * gamma.to(given)
+        given = value.transpose(1, 2).flatten(2) @ layout_of(block).output(block).to(value).T
         length = torch.linalg.vector_norm(before, dim=-1).clamp(min=1e-12)
         ratio = torch.linalg.vector_norm(given, dim=-1) / length
         weights[step.block] = torch.as_tensor(step.attention) * ratio.unsqueeze(1)

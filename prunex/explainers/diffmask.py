@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.checks import check_flag, check_number
@@ -26,9 +25,10 @@ from prunex.pruners.diffmask import (
 )
 from prunex.registry import register
 from prunex.trained import check_fits, held, load_into, quietly, read_folder, write
-from prunex.vit.anatomy import build, describe, read
+from prunex.vit.anatomy import ViT, read
 from prunex.vit.forward import embed_patches, head, place, resume
 from prunex.vit.mount import as_found
+from prunex.vit.rebuild import build, describe
 from prunex.vit.tape import Tape
 
 MOST = 200.0  # of a multiplier
@@ -93,7 +93,7 @@ class DiffMaskExplainer(nn.Module):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: ViT,
         mul: float = 15.0,
         add: float = 8.0,
         no_placeholder: bool = False,
@@ -220,7 +220,7 @@ def load_explainer(path: str | Path) -> DiffMaskExplainer:
     "a trained explainer; one forward of its model",
 )
 def diffmask(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

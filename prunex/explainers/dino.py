@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError
 from prunex.explainers.base import Recording, Relevance, recording, start_layer
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage
 
 
 @register("explainer", "dino", "Caron et al., ICCV 2021, arXiv 2104.14294", "one forward")
 def dino(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.explainers.base import Relevance, attention_gradients, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Attended, Tape
 
 
 @register("explainer", "generic_attention", "Chefer et al., ICCV 2021, arXiv 2103.15679", "one forward, one backward")
 def generic_attention(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

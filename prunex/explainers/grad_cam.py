@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import unknown
 from prunex.explainers.base import Recording, Relevance, recording, start_layer
 from prunex.explainers.features import Features, features, features_tape, on_patches
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.tape import Tape
 
@@ -20,7 +20,7 @@ _KINDS = ("tokens", "attention", "layercam", "elementwise")
 
 @register("explainer", "grad_cam", "Selvaraju et al., ICCV 2017, arXiv 1610.02391", "one forward, a short backward")
 def grad_cam(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import unknown
 from prunex.explainers.base import Recording, Relevance, recording
 from prunex.explainers.propagation import propagate
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.tape import Attended, Tape
 
 _AXES = ("key", "query", "cls")
@@ -22,7 +21,7 @@ _LIFTS = ("direct", "presence")
 
 @register("explainer", "grad_sam", "Barkan et al., CIKM 2021, arXiv 2204.11073", "one forward, one backward")
 def grad_sam(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, recording, sequences
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.forward import embed, embed_patches, place
 from prunex.vit.tape import Tape
@@ -29,7 +29,7 @@ _RULES = ("gausslegendre", "middle", "trapezoid", "left", "right")
     "one forward and backward a step",
 )
 def integrated_gradients(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

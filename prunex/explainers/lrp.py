@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
@@ -13,6 +12,7 @@ from prunex.explainers.base import Relevance, recording, widened
 from prunex.explainers.modified_gradients import ModifiedGradients
 from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Tape
 
 RULES = ("zplus", "epsilon", "gamma", "attnlrp", "cplrp")
@@ -25,7 +25,7 @@ RULES = ("zplus", "epsilon", "gamma", "attnlrp", "cplrp")
     "one forward, one relevance pass",
 )
 def lrp(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
@@ -15,6 +14,7 @@ from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.features import features, features_tape, log_odds
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 
 _ORIENTS = ("peak", "grad_cam")
 _OBJECTIVES = ("probability", "logit")
@@ -25,7 +25,7 @@ _BEYOND = 3.0  # above every eigenvalue of a normalised Laplacian, which end at 
 
 @register("explainer", "r_cut", "Niu et al., Sensors 24(9):2695, 2024, arXiv 2307.09050", "one forward, one backward")
 def r_cut(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.explainers.base import Relevance, recording, start_layer
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
 
 
 @register("explainer", "raw_attention", "baseline in Chefer et al., CVPR 2021, arXiv 2012.09838", "one forward")
-def raw_attention(
-    model: VisionTransformer, images: Tensor, target: int | Tensor | None = None, *, layer: int = -1
-) -> Relevance:
+def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None, *, layer: int = -1) -> Relevance:
     """Head-mean class-token attention of one block, the cheapest map and the very signal EViT prunes by.
 
     Only that row is computed (N numbers a head); the model keeps its fused attention. Average-pooled models have no

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, sequences
+from prunex.vit.anatomy import ViT
 from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
 from prunex.vit.forward import embed, own_anatomy, record, resume
+from prunex.vit.positions import Places
 from prunex.vit.tape import Tape
 
 REMOVALS = ("drop", "mask")
@@ -54,7 +55,7 @@ class Removal:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: ViT,
         images: Tensor,
         *,
         removal: Literal["drop", "mask"] = "drop",
@@ -135,24 +136,25 @@ class Removal:
         slots = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count + spare]
         kept = self.tokens[image[:, None], prefix + slots]
         x = torch.cat([self.tokens[image, :prefix], kept], 1)
-        grid = (1, slots.shape[1])
+        grid, places = (1, slots.shape[1]), Places(slots, self.grid)
         if not self.decisions and not spare:
-            return resume(self.model, x, grid)
+            return resume(self.model, x, grid, places=places)
         there = torch.arange(slots.shape[1], device=x.device).expand(len(x), -1) < count
         place = torch.full_like(present, count, dtype=torch.long).scatter(
             1, slots, torch.arange(slots.shape[1], device=x.device).expand(len(x), -1)
         )
-        return masked(self.model, x, grid, there, self.decisions, image, place)
+        return masked(self.model, x, grid, there, self.decisions, image, place, places)
 
 
 def masked(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     grid: tuple[int, int],
     present: Tensor,
     decisions: Sequence[Decision] = (),
     image: Tensor | None = None,
     place: Tensor | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """Logits of token sequences some of whose slots nobody may read; differentiable, for training with missing patches.
 
@@ -164,13 +166,14 @@ def masked(
         decisions: Of a clean masked run, repeated among those that are there.
         image: int64 [R], the image of that run each sequence belongs to; None: the same.
         place: int64 [R, P], the slot of each patch of the clean run; None: they are the same.
+        places: Which patches the n slots hold, where they are not those of ``grid`` in order; or None.
 
     Returns:
         [R, classes].
     """
     if not decisions and bool(present.all()):
-        return resume(model, x, grid)
-    return resume(model, x, grid, (_Frozen(present, decisions, image, place),), masked=True)
+        return resume(model, x, grid, places=places)
+    return resume(model, x, grid, (_Frozen(present, decisions, image, place),), masked=True, places=places)
 
 
 class _Frozen:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
@@ -13,6 +12,7 @@ from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Attended, Tape
 
 _FUSIONS = {
@@ -24,7 +24,7 @@ _FUSIONS = {
 
 @register("explainer", "rollout", "Abnar & Zuidema, ACL 2020, arXiv 2005.00928", "one forward")
 def rollout(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.checks import check_whole
@@ -14,6 +13,7 @@ from prunex.explainers.base import Relevance, recording
 from prunex.explainers.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
 from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Tape
 
 ESTIMATORS = ("permutation", "kernel")
@@ -27,7 +27,7 @@ PAIRS = 20  # antithetic pairs of orders, where no budget is given
     "forwards only, thousands an image",
 )
 def shap(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

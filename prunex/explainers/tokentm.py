@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import unknown
 from prunex.explainers.base import Relevance, attention_gradients, recording
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
+from prunex.vit.layouts import layout_of
 from prunex.vit.tape import Attended, Fed, Tape
 
 _VARIANTS = ("per_head", "libragrad")
@@ -19,7 +20,7 @@ _VARIANTS = ("per_head", "libragrad")
 
 @register("explainer", "tokentm", "Wu et al., CVPR 2024, arXiv 2403.14552", "one forward, one backward")
 def tokentm(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,
@@ -37,7 +38,8 @@ def tokentm(
     in, output bias out, LayerScale in) and, for the MLP, its output before the skip; ``variant="libragrad"`` takes the
     stream after the skips and one weight for all heads. That norm and bias are inside Et is our reading.
 
-    Attention with a norm or gate after the heads (``scale_attn_norm``, gated) has W_O v_h taken without it.
+    Attention with a norm or gate after the heads or the projection (``scale_attn_norm``, gated, post-norm blocks) has
+    W_O v_h taken without it. The MLP of a parallel block is compared with the stream that attention has been added to.
 
     Class-specific. The class row alone is propagated; norms and angles come from Gram matrices of W_O, never from
     [n, H, D] tensors. After pruning, NECC spreads over fewer tokens, so maps of different keep ratios differ in scale;
@@ -105,11 +107,7 @@ def _head_weights(block: nn.Module, step: Attended, total: int, scale: str | Non
     """Length ratio times NECC of each head's value-output map, [B, H, n]."""
     value, before = _wide(step.value), _wide(step.before)
     h, d = value.shape[1], value.shape[3]
-    inner: Any = block
-    out: Tensor = inner.attn.proj.weight.to(value)
-    gamma: Tensor | None = getattr(inner.ls1, "gamma", None)
-    if gamma is not None:
-        out = out * gamma.to(out)[:, None]
+    out = layout_of(block).output(block).to(value)
     gram = torch.einsum("xhd,xhe->hde", out.unflatten(1, (h, d)), out.unflatten(1, (h, d)))
     stretched = (value @ gram * value).sum(-1).clamp(min=0).sqrt()
     back = (before @ out).unflatten(2, (h, d)).transpose(1, 2)

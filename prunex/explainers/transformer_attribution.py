@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.checks import check_flag
@@ -12,6 +11,7 @@ from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RelevanceRules
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.tape import Attended, Tape
 
 
@@ -22,7 +22,7 @@ from prunex.vit.tape import Attended, Tape
     "one forward, one backward, one relevance pass",
 )
 def transformer_attribution(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

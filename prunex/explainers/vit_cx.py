@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.checks import check_number
@@ -16,6 +15,7 @@ from prunex.explainers.base import Relevance, check_chunk, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.features import features, features_tape
 from prunex.registry import register
+from prunex.vit.anatomy import ViT
 from prunex.vit.forward import embed, record
 from prunex.vit.tape import Tape
 
@@ -25,7 +25,7 @@ Probability = Callable[[Tensor, Tensor], Tensor]
 
 @register("explainer", "vit_cx", "Xie et al., IJCAI 2023, arXiv 2211.03064", "hundreds of forwards an image")
 def vit_cx(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from prunex.checks import check_whole
@@ -15,8 +15,9 @@ from prunex.explainers.base import Relevance, recording
 from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
 from prunex.trained import check_fits, held, load_into, quietly, read_folder, write
-from prunex.vit.anatomy import build, describe, read
+from prunex.vit.anatomy import ViT, read
 from prunex.vit.mount import as_found
+from prunex.vit.rebuild import build, describe
 from prunex.vit.tape import Tape
 
 KIND = "vit_shapley"
@@ -41,7 +42,7 @@ class ShapleyExplainer(nn.Module):
         PrunexError: For a surrogate without a classifier, or a pruned one.
     """
 
-    def __init__(self, surrogate: VisionTransformer, mlp_ratio: int = 4) -> None:
+    def __init__(self, surrogate: ViT, mlp_ratio: int = 4) -> None:
         super().__init__()
         check_whole("mlp_ratio", mlp_ratio, 1)
         anatomy = read(surrogate)
@@ -136,7 +137,7 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
     "a trained explainer; one forward of it, one of its surrogate",
 )
 def vit_shapley(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     target: int | Tensor | None = None,
     *,

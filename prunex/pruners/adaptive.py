@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.schedules import ScheduleOptions
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.forward import run
 from prunex.vit.mount import as_found
 from prunex.vit.trace import TokenTrace
@@ -73,7 +72,7 @@ class Adaptive(TokenPruner):
         return self.threshold
 
     @torch.no_grad()
-    def calibrate(self, model: VisionTransformer, images: Any, **options: Any) -> list[float]:
+    def calibrate(self, model: ViT, images: Any, **options: Any) -> list[float]:
         """Measure how many patches images keep; with adaptive counts, remember it as what :meth:`counts` tells.
 
         Train flags and the model's last forward stay as they are.

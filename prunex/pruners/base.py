@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Answer, One, TokenState
 from prunex.vit.trace import TokenTrace
 
@@ -42,7 +41,7 @@ class Forward:
     masks: list[Tensor] = field(default_factory=list)
     logits: Tensor | None = None
     trace: TokenTrace | None = None
-    model: VisionTransformer | None = None
+    model: ViT | None = None
     labels: Tensor | None = None
 
 
@@ -151,7 +150,7 @@ class TokenPruner(nn.Module):
         """Whether it has to see images before it can decide anything, and has not yet."""
         return False
 
-    def calibrate(self, model: VisionTransformer, images: Any, **options: Any) -> Any:
+    def calibrate(self, model: ViT, images: Any, **options: Any) -> Any:
         """Learn from images what it decides by; see the methods that do."""
         raise PrunexError(f"{self.name} needs no calibration: it decides image by image")
 
@@ -171,7 +170,7 @@ class TokenPruner(nn.Module):
         """Weighted auxiliary losses (scalars) of one training forward."""
         return {}
 
-    def prepare(self, model: VisionTransformer) -> None:
+    def prepare(self, model: ViT) -> None:
         """Called once with the dense model, before anything is attached to it."""
 
     def counts(self, patches: int) -> list[int]:
@@ -196,7 +195,7 @@ class TokenPruner(nn.Module):
     def fix(self) -> None:
         """Turn to counts that are the same for all images."""
 
-    def resting(self, model: VisionTransformer) -> list[nn.Parameter]:
+    def resting(self, model: ViT) -> list[nn.Parameter]:
         """Parameters of the model that training shall not move at the present progress (of a curriculum)."""
         return []
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -21,11 +20,12 @@ from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
 from prunex.trained import CONFIG, held, how, load_into, quietly, read_folder
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Drop, Fill, Keep, TokenState
 from prunex.vit.forward import look_ahead, place, unplace
 from prunex.vit.mount import as_found
+from prunex.vit.positions import Places, positions_of
 
 KIND = "diffmask"
 REMOVALS = ("drop", "placeholder")
@@ -136,7 +136,7 @@ def blocks_before(layer: int) -> int:
 
 
 def hidden_states(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     grid: tuple[int, int],
     anatomy: Anatomy,
@@ -159,7 +159,9 @@ def hidden_states(
         policy: [B, prefix + n] or None: 0 for slots of tokens that are not there.
         keys: Weights of the tokens as keys, or None.
     """
-    streams = look_ahead(model, x, anatomy, blocks_before(layer), policy, keys)
+    places = None if index is None else Places(index, grid)
+    positions = positions_of(model, anatomy.prefix, grid, places)
+    streams = look_ahead(model, x, anatomy, blocks_before(layer), policy, keys, positions)
     states = [unplace(model, x, grid, index), *(h[:, anatomy.prefix :] for h in streams[:layer])]
     return states, streams[-1]
 

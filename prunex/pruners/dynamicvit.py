@@ -9,7 +9,6 @@ from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.checks import check_flag, check_number
@@ -18,7 +17,7 @@ from prunex.pruners.adaptive import Adaptive, above, cumulative
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Drop, Keep, Mask, TokenState
 from prunex.vit.mount import as_found
 
@@ -131,7 +130,7 @@ class DynamicViT(Adaptive):
         self.token_loss = token_loss
         self.batch_ratio = check_flag("batch_ratio", batch_ratio)
         # A tuple hides it from parameters, state dict, optimiser and DDP.
-        self._teacher: tuple[VisionTransformer, ...] = ()
+        self._teacher: tuple[ViT, ...] = ()
         self.options |= {
             "teacher": self.distills,
             "ratio_weight": self.ratio_weight,
@@ -140,7 +139,7 @@ class DynamicViT(Adaptive):
             "batch_ratio": self.batch_ratio,
         }
 
-    def prepare(self, model: VisionTransformer) -> None:
+    def prepare(self, model: ViT) -> None:
         """Freeze a copy of the dense model as the teacher."""
         if self.distills:
             self._teacher = (copy.deepcopy(model).eval().requires_grad_(False),)

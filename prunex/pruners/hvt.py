@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import TokenPruner, check_stages
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Pool, TokenState
+from prunex.vit.positions import positions_of
 
 POOLS = ("1d", "2d")
 CLASS_TOKENS = ("drop", "keep")
@@ -126,6 +127,15 @@ class HVT(TokenPruner):
                 )
             sizes.append((1, (w - 3) // 2 + 1) if self.pool == "1d" else ((h + 1) // 2, (w + 1) // 2))
         return sizes
+
+    def prepare(self, model: ViT) -> None:
+        """Refuse a model whose attention has a bias for the class token that shall not enter."""
+        known = positions_of(model, model.num_prefix_tokens, self.grid)
+        if self.class_token == "drop" and known is not None and known.relative:
+            raise PrunexError(
+                f"hvt cannot drop the class token of a {type(model).__name__} with relative position bias: "
+                "give class_token='keep'"
+            )
 
     def alter(self, anatomy: Anatomy) -> Anatomy:
         """Without prefix tokens, and with the mean of the patches as what the head reads, unless they are kept."""

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.checks import check_number
@@ -15,7 +14,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.adaptive import Adaptive, above, cumulative, realised
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Drop, Keep, Mask, TokenState
 from prunex.vit.forward import head, run
 from prunex.vit.mount import as_found
@@ -152,7 +151,7 @@ class IARED2(Adaptive):
             "bound": self.bound,
         }
 
-    def prepare(self, model: VisionTransformer) -> None:
+    def prepare(self, model: ViT) -> None:
         """Refuse a model without a class token."""
         if model.cls_token is None:
             raise PrunexError(
@@ -253,7 +252,7 @@ class IARED2(Adaptive):
         p = torch.as_tensor(forward.trace.stages[at].score)
         return policy_loss(p, drawn, there, advantage, self.bound) + idle.to(p.device)
 
-    def _compare(self, forward: Forward, model: VisionTransformer, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _compare(self, forward: Forward, model: ViT, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, the prediction under the thresholded policy, and which share of the patches this keeps; [B] each."""
         count, anatomy, images = self.count, forward.anatomy, forward.images
         labels = forward.labels
@@ -269,7 +268,7 @@ class IARED2(Adaptive):
         share = realised(state.trace, self.stages)[:, group]
         return labels.to(images.device), greedy, share
 
-    def resting(self, model: VisionTransformer) -> list[nn.Parameter]:
+    def resting(self, model: ViT) -> list[nn.Parameter]:
         """Where groups learn in turn: all but the interpreter, or all but the blocks, whose turn it is."""
         if not self.curriculum:
             return []

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prunex.checks import check_number
@@ -15,10 +14,12 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.patch_slimming_search import Search, Slimming
 from prunex.registry import register
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Keep, TokenState
 from prunex.vit.forward import embed, resume
+from prunex.vit.layouts import layout_of
 from prunex.vit.mount import as_found
+from prunex.vit.positions import positions_of
 
 CRITERIA = ("mean", "relative")
 
@@ -222,7 +223,7 @@ class PatchSlimming(TokenPruner):
         """Whether no sets were given, loaded or found yet."""
         return self.options["keep"] is None
 
-    def calibrate(self, model: VisionTransformer, images: Any, verbose: bool = False, **options: Any) -> Slimming:
+    def calibrate(self, model: ViT, images: Any, verbose: bool = False, **options: Any) -> Slimming:
         """Find the sets on some images, dense weights and all, and take them into force.
 
         Args:
@@ -247,6 +248,7 @@ class PatchSlimming(TokenPruner):
         hook: Any = model.prunex
         anatomy: Anatomy = hook.current(model)
         _check_head(anatomy)
+        _check_blocks(model, anatomy)
         if anatomy.grid != self.grid:
             raise PrunexError(
                 f"the model has {anatomy.grid[0]} x {anatomy.grid[1]} patches now, it had {self.grid[0]} x "
@@ -278,7 +280,7 @@ class PatchSlimming(TokenPruner):
             ours = [self._logits(model, b, slimmed=True) for b in batches]
         return _with_ends(report, torch.cat(dense), torch.cat(ours), anatomy.classes > 0)
 
-    def _logits(self, model: VisionTransformer, images: Tensor, slimmed: bool) -> Tensor:
+    def _logits(self, model: ViT, images: Tensor, slimmed: bool) -> Tensor:
         weight = next(model.parameters())
         parts = [embed(model, p.to(weight.device, weight.dtype)) for p in images.split(64)]
         return torch.cat([resume(model, x, grid, (self,) if slimmed else ()) for x, grid in parts]).double().cpu()
@@ -304,6 +306,17 @@ def _check_head(anatomy: Anatomy) -> None:
         raise PrunexError(
             f"patch_slimming needs a head that reads a class token, this model has global_pool={anatomy.pool!r}: the "
             "last block's set is what the head reads, so here it would be all patches, and so would every set before"
+        )
+
+
+def _check_blocks(model: ViT, anatomy: Anatomy) -> None:
+    """Refuse blocks that the search cannot run on their own."""
+    parallel = any(layout_of(b).parallel for b in model.blocks)
+    if parallel or positions_of(model, anatomy.prefix, anatomy.grid) is not None:
+        what = "halves are parallel" if parallel else "attention looks positions up"
+        raise PrunexError(
+            f"patch_slimming cannot be calibrated on this {type(model).__name__}, whose {what}: give the sets with "
+            "keep=[...], or use topk or evit"
         )
 
 

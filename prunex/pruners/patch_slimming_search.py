@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, check_images
+from prunex.vit.anatomy import Anatomy, ViT, check_images
 from prunex.vit.forward import embed, through
 from prunex.vit.tape import Tape
 
@@ -155,7 +154,7 @@ class Search:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: ViT,
         anatomy: Anatomy,
         images: Sequence[Tensor],
         tolerance: float = 0.01,

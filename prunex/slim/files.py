@@ -15,19 +15,26 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import prunex
 from prunex.attach import attach, attached
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
-from prunex.vit.anatomy import build, describe, find, read
+from prunex.vit.anatomy import ViT, find, read
 from prunex.vit.cost import cost
+from prunex.vit.rebuild import build, describe
 
 VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_ONLY_OURS = ("norm_layer", "act_layer", "mlp_layer")  # constructor arguments that timm's JSON cannot carry
+_NEAREST = {"Eva": "eva02_small_patch14_224", "Beit": "beit_base_patch16_224"}  # for models that timm has no name for
+_ONLY_OURS = (
+    "norm_layer",
+    "embed_norm_layer",
+    "act_layer",
+    "mlp_layer",
+    "block_fn",
+)  # constructor arguments that timm's JSON cannot carry
 
 
 def save(
@@ -135,6 +142,8 @@ def load(folder: str | Path) -> nn.Module:
         if ours.get("pruning") is not None:
             spec = dict(ours["pruning"])
             attach(vit, spec.pop("method"), **spec)
+    if vit.patch_embed.proj.weight.is_floating_point() and "patch_embed.proj.weight" in tensors:
+        vit.to(tensors["patch_embed.proj.weight"].dtype)  # for buffers that no file holds, such as rotary tables
     missing, unexpected = (set(vit.state_dict()) - set(tensors), set(tensors) - set(vit.state_dict()))
     wrong = [k for k, v in vit.state_dict().items() if k in tensors and tensors[k].shape != v.shape]
     if missing or unexpected or wrong:
@@ -180,7 +189,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _config(
-    vit: VisionTransformer, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    vit: ViT, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Any]:
     anatomy, model = read(vit), describe(vit)
     if labels is not None and len(labels) != anatomy.classes:
@@ -200,7 +209,7 @@ def _config(
     count = cost(vit)
     names = list(labels) if labels is not None else list(getattr(vit, "label_names", []) or [])
     return {
-        "architecture": known.get("architecture") or "vit_small_patch16_224",
+        "architecture": known.get("architecture") or _NEAREST.get(model["class"], "vit_small_patch16_224"),
         "num_classes": anatomy.classes,
         "num_features": anatomy.width,
         "global_pool": anatomy.pool,

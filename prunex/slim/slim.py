@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prunex.attach import CHILD
-from prunex.vit.anatomy import find, read
+from prunex.vit.anatomy import ViT, find, read
 
 
-def slim(model: nn.Module, path: str | None = None) -> VisionTransformer:
+def slim(model: nn.Module, path: str | None = None) -> ViT:
     """The pruned ViT as it is used: tokens really leave, no teacher, no schedule, eval mode, same logits.
 
     Args:

@@ -1,25 +1,43 @@
-"""Where a timm ViT keeps its prefix tokens, patch grid, blocks, attention and head, and how to build it again."""
+"""Where a timm ViT keeps its prefix tokens, patch grid, blocks, attention and head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import timm.layers
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.vit.layouts import layout_of, unknown_part
+
+ViT = VisionTransformer | Eva | Beit
 
 WORKS = (
-    "timm VisionTransformer or VisionTransformerDistilled made of the plain Block: ViT, DeiT, distilled DeiT, "
-    "DeiT-III, DINO, DINOv2 with and without registers, average-pooled ViTs, LayerScale, qk-norm, class-token-free"
+    "timm VisionTransformer, VisionTransformerDistilled, Eva and Beit: ViT, DeiT, distilled DeiT, DeiT-III, DINO, "
+    "DINOv2 with and without registers, CLIP, SigLIP, AIMv2, EVA, EVA-02, DINOv3, PE, ROPE-ViT, BEiT, BEiTv2; plain, "
+    "post-norm and parallel blocks, LayerScale, qk-norm; class token, average, max or attention pooling"
 )
-_POOLS = ("token", "avg", "avgmax", "max", "")
-_MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
+# What other models of timm are, where it is known why tokens cannot leave them one by one.
+_REASONS = {
+    "windowed attention, whose windows have a fixed number of tokens": (
+        "SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM", "Hiera", "HieraDet",
+        "MaxxVit", "GlobalContextVit", "DaVit", "Twins", "FocalNet",
+    ),
+    "a pyramid of stages with convolutions, which need the whole grid": (
+        "FastVit", "MetaFormer", "EfficientFormer", "EfficientFormerV2", "TinyVit", "PyramidVisionTransformerV2",
+        "MultiScaleVit", "PoolingVisionTransformer", "Levit", "LevitDistilled", "NextVit", "EdgeNeXt", "CoaT",
+        "Visformer", "Nest", "VOLO",
+    ),
+    "images of several sizes packed into one sequence": ("NaFlexVit",),
+    "a class token that enters after the patches' blocks": ("Cait",),
+    "attention between channels instead of tokens": ("Xcit",),
+}  # fmt: skip
+_POOLS = ("token", "avg", "avgmax", "max", "map", "")
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,9 @@ class Anatomy:
         """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
 
         Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
-        pooled tokens that are there, each counted as often as its size says.
+        pooled tokens that are there, each counted as often as its size says; with attention pooling this stands for
+        "any of them", and the head's own weights of the final tokens are
+        :func:`prunex.vit.forward.pool_attention`'s.
 
         Args:
             tokens: Tokens after the last block, prefix included.
@@ -85,7 +105,7 @@ class Anatomy:
         return row / row.sum(1, keepdim=True).clamp(min=1)  # all 0 for an image whose patches were all dropped
 
 
-def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransformer]:
+def find(module: nn.Module, path: str | None = None) -> tuple[str, ViT]:
     """The one timm ViT inside a module.
 
     Args:
@@ -100,11 +120,13 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransfo
     """
     if not isinstance(module, nn.Module):
         raise PrunexError(f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}")
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, VisionTransformer)]
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, VisionTransformer | Eva | Beit)]
     if path is not None:
         target = dict(module.named_modules()).get(path)
         inside = (
-            [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, VisionTransformer)]
+            []
+            if target is None
+            else [(n, m) for n, m in target.named_modules() if isinstance(m, VisionTransformer | Eva | Beit)]
         )
         if len(inside) != 1:
             what = (
@@ -125,7 +147,7 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, VisionTransfo
         children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]
         raise PrunexError(
             f"no supported ViT in {type(module).__module__.split('.')[0]}.{type(module).__name__} "
-            f"(it holds {', '.join(children) or 'nothing'}); what works: {WORKS}"
+            f"({_reason(module) or 'it holds ' + (', '.join(children) or 'nothing')}); what works: {WORKS}"
         )
     return found[0]
 
@@ -134,7 +156,7 @@ def read(model: nn.Module) -> Anatomy:
     """What a supported ViT is made of.
 
     Args:
-        model: A timm ``VisionTransformer``.
+        model: A timm ``VisionTransformer``, ``Eva`` or ``Beit``.
 
     Returns:
         Its anatomy.
@@ -143,8 +165,9 @@ def read(model: nn.Module) -> Anatomy:
         PrunexError: For an unsupported family, by name, with the list of what works.
     """
     name = type(model).__name__
-    if not isinstance(model, VisionTransformer):
-        raise PrunexError(f"{name} is not supported; what works: {WORKS}")
+    if not isinstance(model, VisionTransformer | Eva | Beit):
+        reason = _reason(model)
+        raise PrunexError(f"{name} is not supported{f' ({reason})' if reason else ''}; what works: {WORKS}")
     own = {
         f
         for f in ("forward", "forward_features", "_pos_embed", "pool", "forward_head")
@@ -152,64 +175,64 @@ def read(model: nn.Module) -> Anatomy:
     }
     if own:
         raise PrunexError(f"{name} has its own {', '.join(sorted(own))}() and is not supported; what works: {WORKS}")
-    blocks: list[Any] = list(model.blocks)
+    inner: Any = model
+    blocks: list[Any] = list(inner.blocks)
     for i, block in enumerate(blocks):
-        if type(block).forward is not Block.forward:
-            raise PrunexError(f"{name} with {type(block).__name__} (block {i}) is not supported; what works: {WORKS}")
-        if type(block.attn).forward is not Attention.forward:
-            raise PrunexError(
-                f"{name} with {type(block.attn).__name__} (block {i}) is not supported; what works: {WORKS}"
-            )
+        part = unknown_part(block)
+        if part is not None:
+            raise PrunexError(f"{name} with {part} (block {i}) is not supported; what works: {WORKS}")
     if not blocks:
         raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
-    if model.global_pool not in _POOLS:
-        raise PrunexError(f"{name} with global_pool={model.global_pool!r} is not supported; what works: {WORKS}")
-    if not isinstance(model.patch_drop, nn.Identity):
+    if inner.global_pool not in _POOLS:
+        raise PrunexError(f"{name} with global_pool={inner.global_pool!r} is not supported; what works: {WORKS}")
+    if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
         raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
-    embed = model.patch_embed
-    if not hasattr(embed, "proj") or not isinstance(embed.proj, nn.Conv2d):
+    embed = inner.patch_embed
+    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
         raise PrunexError(
             f"{name} with {type(embed).__name__} as patch embedding is not supported; what works: {WORKS}"
         )
-    distilled = isinstance(model, VisionTransformerDistilled)
     readers: tuple[int, ...] = ()
-    if distilled:
+    if isinstance(model, VisionTransformerDistilled):
         readers = (0, 1)
-    elif model.global_pool == "token" or (model.global_pool == "" and model.cls_token is not None):
+    elif inner.global_pool == "token" or (inner.global_pool == "" and inner.cls_token is not None):
         readers = (0,)
+    layouts = [layout_of(b) for b in blocks]
+    counts = [sum(m.num_heads for m in lay.attentions(b)) for lay, b in zip(layouts, blocks, strict=True)]
+    attends_all = isinstance(model, Eva) and inner.global_pool == "map"  # its pooling takes prefix tokens in
     return Anatomy(
         depth=len(blocks),
-        width=model.embed_dim,
-        heads=tuple(b.attn.num_heads for b in blocks),
-        head_dim=blocks[0].attn.head_dim,
-        hidden=tuple(_hidden(b.mlp) for b in blocks),
-        prefix=model.num_prefix_tokens,
+        width=inner.embed_dim,
+        heads=tuple(counts),
+        head_dim=layouts[0].width(blocks[0]) // counts[0],
+        hidden=tuple(lay.hidden(b) for lay, b in zip(layouts, blocks, strict=True)),
+        prefix=inner.num_prefix_tokens,
         grid=tuple(embed.grid_size),
         image=tuple(embed.img_size),
         patch=tuple(embed.patch_size),
         channels=embed.proj.in_channels,
-        classes=model.num_classes,
-        pool=model.global_pool,
-        dynamic=bool(model.dynamic_img_size),
+        classes=inner.num_classes,
+        pool=inner.global_pool,
+        dynamic=bool(getattr(inner, "dynamic_img_size", False)),
         readers=readers,
-        pool_prefix=bool(getattr(model, "pool_include_prefix", False)),
+        pool_prefix=bool(getattr(inner, "pool_include_prefix", False)) or attends_all,
         pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
 
 
+def _reason(model: nn.Module) -> str:
+    """Why a model of timm is not supported, where that is known; else nothing."""
+    return next((why for why, names in _REASONS.items() if type(model).__name__ in names), "")
+
+
 def _overridden(cls: type) -> set[str]:
     """Methods a subclass brings that timm's own classes do not have."""
-    known = (VisionTransformer, VisionTransformerDistilled, nn.Module, object)
+    known = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, nn.Module, object)
     names: set[str] = set()
     for c in cls.__mro__:
         if c not in known:
             names |= set(vars(c))
     return names
-
-
-def _hidden(mlp: nn.Module) -> int:
-    last = getattr(mlp, "fc2", None)
-    return last.in_features if isinstance(last, nn.Linear) else 0
 
 
 def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
@@ -248,104 +271,3 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
         if values and not torch.isfinite(images).all():
             bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
             raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")
-
-
-def describe(model: VisionTransformer) -> dict[str, Any]:
-    """The constructor call that makes an equal model, in plain values.
-
-    Args:
-        model: A supported ViT.
-
-    Returns:
-        ``{"class": name, "args": {...}}`` for :func:`build`; JSON holds it.
-
-    Raises:
-        PrunexError: For parts that plain values cannot name.
-    """
-    a = read(model)
-    block: Any = model.blocks[0]
-    norm, attn, mlp = block.norm1, block.attn, block.mlp
-    mlp_name = next((n for n, c in _MLPS.items() if type(mlp) is c), None)
-    if mlp_name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):
-        mlp_name = "SwiGLUPacked"
-    if mlp_name is None:
-        raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(_MLPS)}")
-    first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
-    if attn.num_heads * attn.head_dim != a.width or getattr(attn, "gate", None) is not None:
-        raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
-    if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
-        raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
-    args: dict[str, Any] = {
-        "img_size": list(a.image),
-        "patch_size": list(a.patch),
-        "in_chans": a.channels,
-        "num_classes": a.classes,
-        "global_pool": a.pool,
-        "embed_dim": a.width,
-        "depth": a.depth,
-        "num_heads": a.heads[0],
-        "mlp_ratio": first.out_features / a.width,
-        "qkv_bias": attn.qkv.bias is not None,
-        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
-        "proj_bias": attn.proj.bias is not None,
-        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
-        "class_token": model.cls_token is not None,
-        "pos_embed": "none" if model.pos_embed is None else "learn",
-        "no_embed_class": bool(model.no_embed_class),
-        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
-        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "dynamic_img_size": a.dynamic,
-        "dynamic_img_pad": bool(model.patch_embed.dynamic_img_pad),
-        "norm_layer": [_norm_name(norm), float(getattr(norm, "eps", 1e-6))],
-        "act_layer": _act_name(getattr(mlp, "act", None)),
-        "mlp_layer": mlp_name,
-    }
-    if not isinstance(attn.norm, nn.Identity):
-        args["scale_attn_norm"] = True
-    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-        args["scale_mlp_norm"] = True
-    if a.pool_prefix:
-        args["pool_include_prefix"] = True
-    distilled = isinstance(model, VisionTransformerDistilled)
-    return {"class": "VisionTransformerDistilled" if distilled else "VisionTransformer", "args": args}
-
-
-def build(spec: dict[str, Any]) -> VisionTransformer:
-    """A ViT from what :func:`describe` wrote, with fresh weights, in eval mode.
-
-    Raises:
-        PrunexError: For a description this version cannot build.
-    """
-    classes = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
-    try:
-        cls, args = classes[spec["class"]], dict(spec["args"])
-        norm, eps = args.pop("norm_layer")
-        args["norm_layer"] = partial(timm.layers.get_norm_layer(norm), eps=eps)
-        args["act_layer"] = timm.layers.get_act_layer(args.pop("act_layer"))
-        args["mlp_layer"] = _MLPS[args.pop("mlp_layer")]
-        args["img_size"], args["patch_size"] = tuple(args["img_size"]), tuple(args["patch_size"])
-        return cls(**args).eval()
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise PrunexError(
-            f"cannot build the described model: {type(error).__name__} {error}; was the file edited?"
-        ) from error
-
-
-def _norm_name(norm: nn.Module) -> str:
-    known = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm", "simplenorm": "SimpleNorm"}
-    for key, cls in known.items():
-        if type(norm).__name__ in (cls, cls + "Fp32"):
-            return key + ("fp32" if type(norm).__name__.endswith("Fp32") else "")
-    raise PrunexError(f"cannot save a model with {type(norm).__name__}: known are {', '.join(known.values())}")
-
-
-def _act_name(act: nn.Module | None) -> str:
-    known = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu"}
-    if isinstance(act, nn.GELU) and act.approximate == "tanh":
-        return "gelu_tanh"
-    name = "GELU" if act is None else type(act).__name__
-    if name not in known:
-        raise PrunexError(f"cannot save a model with activation {name}: known are {', '.join(known)}")
-    return known[name]

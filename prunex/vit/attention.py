@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from prunex.vit.arithmetic import PLAIN, Arithmetic
@@ -93,6 +94,46 @@ def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
     return x.index_select(dim, places if isinstance(places, Tensor) else torch.tensor(places, device=x.device))
 
 
+def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of EVA's and BEiT's attention modules: three of [B, H, N, d], in plain arithmetic.
+
+    Args:
+        attn: With one projection or three, biases beside them or not, norms of queries and keys or not, fewer heads of
+            keys and values than of queries or not.
+        x: What it reads, [B, N, D].
+        rope: Rotary table of the tokens after the prefix (sine and cosine side by side), broadcast to
+            [B, H, N - prefix, 2d]; None: nothing is rotated.
+    """
+    if attn.qkv is None:
+        q, k, v = (
+            p(x).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+    else:
+        q_bias = getattr(attn, "q_bias", None)
+        if q_bias is None:
+            qkv = attn.qkv(x)
+        else:
+            bias = torch.cat((q_bias, attn.k_bias, attn.v_bias))
+            separate = attn.qkv_bias_separate or type(attn.qkv) is not nn.Linear
+            qkv = attn.qkv(x) + bias if separate else F.linear(x, attn.qkv.weight, bias)
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        prefix, half = q.shape[2] - rope.shape[-2], bool(getattr(attn, "rotate_half", False))
+        q, k = (
+            torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2).type_as(v)
+            for t in (q, k)
+        )
+    groups = attn.num_heads // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return q, k, v
+
+
+_AS_IT_IS = nn.Identity()
+
+
 def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
     """From the heads' outputs [B, H, N, d] to the branch's output [B, N, D], as timm's ``Attention`` ends.
 
@@ -102,7 +143,7 @@ def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tenso
         x: The normed tokens the module was given; gated attention reads them once more.
         ops: The arithmetic.
     """
-    y = ops.norm(attn.norm, out.transpose(1, 2).flatten(2))
+    y = ops.norm(getattr(attn, "norm", _AS_IT_IS), out.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:
         y = ops.gate(y, ops.linear(gate, x).sigmoid())
@@ -110,7 +151,13 @@ def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tenso
 
 
 def fused(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, keys: KeyWeights | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    keys: KeyWeights | None = None,
+    scale: float | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Plain attention without the matrix; [B, H, m, d].
 
@@ -121,17 +168,20 @@ def fused(
         dropout: Probability for attention entries.
         keys: Weights of the keys, or None. The "shift" rule alone needs the matrix.
         scale: Of the scores; None: d ** -0.5.
+        relative: Added to the scores, broadcast to [B, H, m, N]; or None.
     """
     bias = None
     if keys is not None:
         if keys.factor is not None and keys.rule == "shift":
             scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return matrix(q, k, scale, keys=keys).to(v.dtype) @ v
+            return matrix(q, k, scale, keys=keys, relative=relative).to(v.dtype) @ v
         if keys.factor is not None and keys.rule == "scale":
             k = k * keys.factor[:, None, :, None].to(k.dtype)
         bias = keys.bias()
     if bias is not None:
         bias = bias.to(q.dtype)[:, None, None, :].expand(-1, -1, q.shape[2], -1)
+    if relative is not None:
+        bias = relative.to(q.dtype) if bias is None else bias + relative.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
 
 
@@ -143,6 +193,7 @@ def matrix(
     keys: KeyWeights | None = None,
     queries: tuple[int, ...] | Tensor | None = None,
     ops: Arithmetic = PLAIN,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """The softmax attention itself, [B, H, m, N], over the tokens that are there (and the query's own).
 
@@ -156,9 +207,12 @@ def matrix(
         keys: Weights of the keys, or None.
         queries: Positions of the m queries among the N tokens; None: all of them.
         ops: The arithmetic.
+        relative: Added to the scores before anything else, broadcast to [B, H, m, N]; or None.
     """
     scores = ops.scores(q, k, scale)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if relative is not None:
+        scores = scores + relative.to(scores.dtype)
     seen = None
     if policy is not None:
         own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
@@ -177,6 +231,7 @@ def rows_of_heads(
     policy: Tensor | None,
     there: Tensor | None = None,
     keys: KeyWeights | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Attention of each head averaged over query rows, [B, H, N].
 
@@ -187,8 +242,9 @@ def rows_of_heads(
         policy: [B, N] or None.
         there: [B, m] or None: which of the rows count.
         keys: Weights of the keys, or None.
+        relative: Added to the scores, broadcast to [B, H, m, N]; or None.
     """
-    seen = _rows(q, k, scale, policy, keys)
+    seen = _rows(q, k, scale, policy, keys, relative)
     if there is None:
         return seen.mean(2)
     there = there.to(seen.dtype)
@@ -202,6 +258,7 @@ def rows(
     policy: Tensor | None = None,
     chunk: int = 64,
     keys: KeyWeights | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Attention averaged over query rows and heads: who is looked at, [B, N], summing to 1.
 
@@ -216,17 +273,29 @@ def rows(
             every given query does.
         chunk: Rows at a time.
         keys: Weights of the keys, or None.
+        relative: Added to the scores, [1 or B, H, M, N]; or None.
 
     Returns:
         float32 (or float64) [B, N]; gradients flow.
     """
-    seen = [_rows(part, k, scale, policy, keys).mean(1).sum(1) for part in q.split(chunk, 2)]
+    parts = q.split(chunk, 2)
+    added = [None] * len(parts) if relative is None else relative.split(chunk, 2)
+    seen = [_rows(p, k, scale, policy, keys, r).mean(1).sum(1) for p, r in zip(parts, added, strict=True)]
     return sum(seen[1:], seen[0]) / q.shape[2]
 
 
-def _rows(q: Tensor, k: Tensor, scale: float, policy: Tensor | None, keys: KeyWeights | None) -> Tensor:
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    policy: Tensor | None,
+    keys: KeyWeights | None,
+    relative: Tensor | None = None,
+) -> Tensor:
     """The softmax rows of some queries, [B, H, m, N], over the tokens that are there; in at least float32."""
     scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
+    if relative is not None:
+        scores = scores + relative.to(scores.dtype)
     there = None if policy is None else (policy > 0)[:, None, None, :]
     if keys is not None:
         scores = keys.on_scores(scores, there)
@@ -243,6 +312,7 @@ def under_policy(
     scale: float,
     dropout: float = 0.0,
     sizes: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     r"""Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
@@ -260,6 +330,8 @@ def under_policy(
     - a key column lowers the scores of dropped tokens by c while their value columns are raised by e^c: nothing
       changes but the range, so a dropped key far above the kept ones neither leaks nor underflows them.
 
+    A relative bias is part of A; it is given to the kernel as it is, with its diagonal for the further key.
+
     Args:
         q: [B, H, N, d]. float16 is computed in float32, whose range the quotient needs.
         k: [B, H, N, d].
@@ -268,6 +340,7 @@ def under_policy(
         scale: Of the scores, d ** -0.5.
         dropout: Probability for attention entries; the denominator is taken without it.
         sizes: [B, N] or None: how many equal tokens each key stands for.
+        relative: Added to the scores, [1 or B, H, N, N]; or None.
 
     Returns:
         [B, H, N, d] in the dtype of ``v``.
@@ -283,16 +356,22 @@ def under_policy(
         mean = (k.to(wide) * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
         longest = torch.linalg.vector_norm(q.to(wide), dim=-1, keepdim=True).amax(2, keepdim=True)
         lead = scale * longest * torch.linalg.vector_norm(k.to(wide) - mean, dim=-1, keepdim=True)
+        if relative is not None:
+            lead = lead + (relative.amax((2, 3), keepdim=True) - relative.amin((2, 3), keepdim=True)).to(wide)
         # A dropped key's exact policy gradient grows with e^lead. Twice the room stays inside the type's range, so that
         # it is exact up to there and finite above.
         room = 300 if wide == torch.float64 else 40
         lower = ((lead - room).clamp(min=40) * dropped / scale).to(dtype)
         raised = (lower.to(wide) * scale).clamp(max=room).exp()
     query, key, value = _Extend.apply(q.to(dtype), k.to(dtype), v.to(dtype), lower, p * raised * s)
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    bias = None
+    if relative is not None:
+        own = relative.diagonal(dim1=2, dim2=3).unsqueeze(-1)
+        bias = torch.cat([relative, own], -1).to(query.dtype)
+    out = F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
     mixed = None
     if dropout > 0:  # entries are dropped after normalisation, so the denominator keeps its own undisturbed pass
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+        mixed = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
     return _Quotient.apply(out, mixed, v.to(dtype), (1 - p) * s).to(v.dtype)
 
 
@@ -383,3 +462,35 @@ class _Quotient(torch.autograd.Function):
         to_top[..., d : d + 1] = to_bottom
         to_top[..., d + 1 : d + 2] = (to_bottom + to_own) * absent
         return to_top, None, to_v, to_absent
+
+
+def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Timm's ``AttentionPoolLatent`` over the tokens that are there, and what it looks at.
+
+    Args:
+        pool: The pooling module, one latent query or several.
+        x: [B, N, D].
+        weight: [B, N], at least 0, or None for 1: how much each token counts in the softmax. Differentiable, also
+            where it is 0. An image without any gets the pooling of nothing.
+
+    Returns:
+        The pooled features [B, D], and the attention [B, N], mean over heads and latents, in at least float32.
+    """
+    b, n, _ = x.shape
+    query = pool.q(pool.latent.expand(b, -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+    k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query, k = pool.q_norm(query), pool.k_norm(k)
+    scores = ((query * pool.scale) @ k.transpose(-2, -1)).to(torch.promote_types(query.dtype, torch.float32))
+    if weight is None:
+        seen = scores.softmax(-1)
+    else:
+        w = weight.to(scores.dtype)[:, None, None, :]
+        top = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
+        raised = (scores - top).clamp(max=40).exp() * w
+        seen = raised / raised.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    out = (seen.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    out = pool.proj_drop(pool.proj(out))
+    if pool.mlp is not None:
+        out = out + pool.mlp(pool.norm(out))
+    out = out.mean(1) if pool.pool == "avg" else out[:, 0]
+    return out, seen.mean((1, 2))

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
+from prunex.vit.layouts import layout_of, linear_macs
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     left out, as is usual. Where only m of n tokens ask, attention is 2 n D A + 2 m D A + 2 m n A. Where each image
     keeps its own number of tokens (``count="adaptive"``), this is the cost at the expected counts
     (:meth:`prunex.Pruning.calibrate`), not a mean of costs. A pass that a pruner makes over all patches only to
-    decide counts to the block it decides at.
+    decide counts to the block it decides at. A pooling head with attention of its own counts its projections over the
+    pooled tokens.
 
     Args:
         model: A supported ViT, or a module that holds exactly one.
@@ -122,16 +124,16 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
     embedding = patches * projection.weight.numel()
     heads = [h for h in (vit.head, getattr(vit, "head_dist", None)) if isinstance(h, nn.Linear)]
     head = sum(h.in_features * h.out_features for h in heads)
+    if a.pool == "map":
+        head += _pooling(vit.attn_pool, n + a.prefix * a.pool_prefix)
     params = sum(p.numel() for p in vit.parameters())
     return Cost(embedding + sum(b.macs for b in blocks) + head, params, tuple(blocks))
 
 
 def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost:
-    attn = block.attn
-    width = attn.proj.in_features
-    linear = attn.qkv.in_features * attn.qkv.out_features + attn.proj.in_features * attn.proj.out_features
-    mlp = sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear))
-    macs = attending * linear + 2 * attending * attending * width + feeding * mlp + decision
+    layout = layout_of(block)
+    linear, mlp = layout.macs(block)
+    macs = attending * linear + 2 * attending * attending * layout.width(block) + feeding * mlp + decision
     return BlockCost(attending, feeding, macs)
 
 
@@ -142,6 +144,12 @@ def _slim_block(block: Any, attending: int, asking: int, decision: int) -> Block
     linear = attn.qkv.in_features * attn.qkv.out_features // 3 + attn.proj.in_features * attn.proj.out_features
     spared = (attending - asking) * (linear + 2 * attending * attn.proj.in_features)
     return BlockCost(attending, asking, whole.macs - spared, asking)
+
+
+def _pooling(pool: Any, tokens: int) -> int:
+    """Attention pooling: keys and values of all tokens; everything else for the latent queries alone."""
+    kv, latents = pool.kv.in_features * pool.kv.out_features, pool.latent_len
+    return tokens * kv + latents * (linear_macs(pool) - kv + 2 * tokens * pool.num_heads * pool.head_dim)
 
 
 def _grid(a: Anatomy, size: Sequence[int]) -> tuple[int, int]:

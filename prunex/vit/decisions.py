@@ -12,6 +12,7 @@ from torch import Tensor
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.attention import KeyWeights
+from prunex.vit.positions import Positions
 from prunex.vit.trace import Stage, TokenTrace
 
 
@@ -41,6 +42,7 @@ class TokenState:
         key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
             between the halves of a block that a pruner asked them for.
         model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
+        positions: Rotary tables and relative biases of the tokens, for models that have them; they follow every stage.
     """
 
     tokens: Tensor
@@ -61,6 +63,7 @@ class TokenState:
     sizes: Tensor | None = None
     proportional: bool = False
     key_mean: Tensor | None = None
+    positions: Positions | None = None
 
     @property
     def attending(self) -> KeyWeights | None:
@@ -383,6 +386,8 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState, after: bo
             state.keys = replace(state.keys, factor=stage.push(state.keys.factor, state.anatomy.prefix))
         if state.sizes is not None:
             state.sizes = stage.total(state.sizes, state.anatomy.prefix)
+        if state.positions is not None:
+            state.positions = state.positions.after(stage)
         state.trace.stages.append(stage)
         state.decisions.append(Decision(block, inside, one, after))
         added.append(stage)
@@ -403,7 +408,10 @@ def carried_out(d: Keep, block: int, entered: int, state: TokenState) -> None:
     group = group.scatter(1, d.index, torch.arange(k, device=d.index.device).expand(b, -1))
     weight = (group >= 0).to(torch.promote_types(state.tokens.dtype, torch.float32))
     state.left = k
-    state.trace.stages.append(Stage(block, group, weight, k, False, d.score, k))
+    stage = Stage(block, group, weight, k, False, d.score, k)
+    if state.positions is not None:
+        state.positions = state.positions.after(stage)
+    state.trace.stages.append(stage)
     state.decisions.append(Decision(block, True, d))
 
 

@@ -11,19 +11,23 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunex.errors import PrunexError
 from prunex.vit import attention
-from prunex.vit.anatomy import Anatomy, check_images, read
-from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, mlp, pooled, promoted
+from prunex.vit.anatomy import Anatomy, ViT, check_images, read
+from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted, unknown_layer
 from prunex.vit.attention import KeyWeights
-from prunex.vit.decisions import Keep, Pruner, TokenState, apply, carried_out
+from prunex.vit.decisions import Answer, Keep, Pruner, TokenState, apply, carried_out
 from prunex.vit.intermediates import Watch
+from prunex.vit.layouts import Layout, draw, layout_of
 from prunex.vit.packing import Packing
+from prunex.vit.positions import Places, Positions, positions_of
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import TokenTrace
 
@@ -40,8 +44,13 @@ def attend(
     queries: tuple[int, ...] | Tensor | None = None,
     sizes: Tensor | None = None,
     want_keys: bool = False,
+    rope: Tensor | None = None,
+    relative: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Attended | None, Tensor | None]:
     """The first half of a block: ``x + drop_path(ls(attn(norm(x))))``, with what was asked for from inside.
+
+    What is said of plain blocks holds for every kind by its :class:`~prunex.vit.layouts.Layout`.
 
     Args:
         block: timm's block.
@@ -56,18 +65,26 @@ def attend(
             projection and what follows are computed for these alone, queries too where nothing else was asked for.
         sizes: [B, N] or None: how many patches each token stands for; read-out rows of pooled tokens count by it.
         want_keys: Whether the keys' mean over heads is wanted.
+        rope: The block's rotary table for the tokens after the prefix, or None.
+        relative: The block's relative bias [1 or B, H, N, N], or None.
+        share: [B, 1, 1], what stochastic depth multiplies the branch by where both halves share a draw; or None.
 
     Returns:
         The stream [B, N, D] ([B, len(queries), D] if given), the read-out row [B, N] if asked for, the recording if a
         tape runs, and the keys' mean over heads [B, N, d] if asked for, off the graph.
     """
     ops = PLAIN if tape is None else tape.ops
-    attn, y = block.attn, ops.norm(block.norm1, x)
+    layout = layout_of(block)
+    if ops.opened and not layout.opens:
+        raise unknown_layer(block, "timm's Block and ResPostBlock")
+    attn, y = layout.attentions(block)[0], layout.read(block, x, ops)
     recorded = None
     if tape is not None:
         listed = tuple(queries.tolist()) if isinstance(queries, Tensor) else queries
         recorded = Attended(number, policy=policy, queries=listed, sizes=sizes)
     if tape is not None and recorded is not None and number in tape.normed:
+        if y is x:  # a block without a norm in front: what attention reads, apart from what the skip carries on
+            y = x.view_as(x)
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_()
         recorded.normed = y
@@ -76,14 +93,15 @@ def attend(
     wants_heads = tape is not None and number in tape.head_rows
     row = key_mean = None
     asked = want_row or want_keys or wants_streams or wants_matrix or wants_heads or ops.opened
-    if policy is None and keys is None and queries is None and not asked:
-        branch = attn(y)
+    if policy is None and keys is None and queries is None and relative is None and not asked:
+        branch = layout.attend(block, y, rope)
     else:
         going = y if queries is None else attention.some(y, queries)
         alone = None
-        if queries is not None and policy is None and tape is None and not (want_row or want_keys):
+        if queries is not None and policy is None and tape is None and layout.opens and not (want_row or want_keys):
             alone = attention.heads_of_some(attn, y, going)
-        q, k, v = attention.heads(attn, y, ops) if alone is None else alone
+        q, k, v = layout.heads(block, y, rope, ops) if alone is None else alone
+        added = relative if relative is None or queries is None else attention.some(relative, queries, 2)
         if want_keys:
             key_mean = promoted(k.detach()).mean(1)
         asking = q if queries is None or alone is not None else attention.some(q, queries, 2)
@@ -92,28 +110,30 @@ def attend(
         ruled = policy is not None and keys is not None and keys.factor is not None
         unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
         if wants_matrix or ops.matrices or ruled or unusual:
-            whole = attention.matrix(asking, k, attn.scale, policy, keys, queries, ops)
+            whole = attention.matrix(asking, k, attn.scale, policy, keys, queries, ops, added)
             if wants_matrix and tape is not None and tape.gradients and torch.is_grad_enabled():
                 whole.requires_grad_()
             out = ops.gather(attn.attn_drop(whole), v)
         elif policy is not None:
-            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, None if keys is None else keys.sizes)
+            own = None if keys is None else keys.sizes
+            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, own, relative)
             out = out if queries is None else attention.some(out, queries, 2)
         elif ops.opened:
             out = ops.attention(asking, k, v)
         else:
-            out = attention.fused(asking, k, v, dropout, keys)
+            out = attention.fused(asking, k, v, dropout, keys, relative=added)
         if want_row:
-            row = _row(q, k, attn.scale, anatomy, policy, whole, keys, sizes)
-        branch = attention.project(attn, out, going, ops)
+            row = _row(q, k, attn.scale, anatomy, policy, whole, keys, sizes, relative)
+        branch = layout.project(block, out, going, ops)
         if tape is not None and recorded is not None:
             if wants_matrix and whole is not None:
                 recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
             if wants_heads:
-                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys, sizes)
+                recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys, sizes, relative)
             recorded.row, recorded.value = row, v.detach() if wants_streams else None
     stream = x if queries is None else attention.some(x, queries)
-    after = ops.add(stream, block.drop_path1(ops.scaled(block.ls1, branch)))
+    branch = layout.drop(block, layout.end(block, branch, ops))
+    after = ops.add(stream, branch if share is None else branch * share)
     if recorded is not None and wants_streams:
         recorded.before, recorded.after = x.detach(), after.detach()
     return after, row, recorded, key_mean
@@ -128,6 +148,7 @@ def _row(
     whole: Tensor | None,
     keys: KeyWeights | None = None,
     sizes: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
 
@@ -135,16 +156,20 @@ def _row(
     token took from it.
     """
     if anatomy.readers:
-        return attention.rows(q[:, :, :1], k, scale, policy, keys=keys) if whole is None else whole[:, :, 0].mean(1)
+        if whole is not None:
+            return whole[:, :, 0].mean(1)
+        return attention.rows(q[:, :, :1], k, scale, policy, keys=keys, relative=_from(relative, 0, 1))
     start = 0 if anatomy.pool_prefix else anatomy.prefix
-    asking = q[:, :, start:]
+    asking, relative = q[:, :, start:], _from(relative, start)
     there = _counting(policy, sizes, start)
     if there is None:
-        return attention.rows(asking, k, scale, keys=keys) if whole is None else whole[:, :, start:].mean((1, 2))
+        if whole is not None:
+            return whole[:, :, start:].mean((1, 2))
+        return attention.rows(asking, k, scale, keys=keys, relative=relative)
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
     there = there.to(torch.promote_types(q.dtype, torch.float32))
     if whole is None:
-        return attention.rows_of_heads(asking, k, scale, policy, there, keys).mean(1)
+        return attention.rows_of_heads(asking, k, scale, policy, there, keys, relative).mean(1)
     seen = whole[:, :, start:]
     return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
 
@@ -165,20 +190,45 @@ def _head_rows(
     policy: Tensor | None,
     keys: KeyWeights | None = None,
     sizes: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """The read-out row of each head, [B, H, N]."""
     if anatomy.readers:
-        return attention.rows_of_heads(q[:, :, :1], k, scale, policy, keys=keys)
+        return attention.rows_of_heads(q[:, :, :1], k, scale, policy, keys=keys, relative=_from(relative, 0, 1))
     start = 0 if anatomy.pool_prefix else anatomy.prefix
-    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, _counting(policy, sizes, start), keys)
+    there = _counting(policy, sizes, start)
+    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there, keys, _from(relative, start))
 
 
-def feed(block: Any, x: Tensor, tape: Tape | None = None, policy: Tensor | None = None) -> tuple[Tensor, Fed | None]:
-    """The second half of a block: ``x + drop_path(ls(mlp(norm(x))))``."""
-    ops = PLAIN if tape is None else tape.ops
-    branch = ops.scaled(block.ls2, mlp(block.mlp, ops.norm(block.norm2, x), ops))
+def _from(relative: Tensor | None, first: int, last: int | None = None) -> Tensor | None:
+    """Some rows of a relative bias."""
+    return None if relative is None else relative[:, :, first:last]
+
+
+def feed(
+    block: Any,
+    x: Tensor,
+    tape: Tape | None = None,
+    policy: Tensor | None = None,
+    entered: Tensor | None = None,
+    share: Tensor | None = None,
+) -> tuple[Tensor, Fed | None]:
+    """The second half of a block: ``x + drop_path(ls(mlp(norm(x))))``.
+
+    Args:
+        block: timm's block.
+        x: [B, n, D].
+        tape: Records what it asks for, or None.
+        policy: [B, n] or None, for the recording.
+        entered: [B, n, D], the stream of the same tokens as it entered the block, which the MLP of a parallel block
+            reads; None: it reads ``x``.
+        share: As for :func:`attend`.
+    """
+    ops, layout = PLAIN if tape is None else tape.ops, layout_of(block)
+    branch = layout.feed(block, x if entered is None else entered, ops)
     recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
-    return ops.add(x, block.drop_path2(branch)), recorded
+    branch = layout.drop_fed(block, branch)
+    return ops.add(x, branch if share is None else branch * share), recorded
 
 
 def through(
@@ -233,15 +283,15 @@ def attend_packed(
     Returns:
         The stream [B, N, D], zeros in empty slots, and the row [B, N] if asked for.
     """
-    attn, packed = block.attn, packing.pack(x)
-    y = block.norm1(packed)
-    q, k, v = attention.heads(attn, y)
-    branch = attention.project(attn, packing.attend(q, k, v), y)
-    after = packing.unpack(packed + block.drop_path1(block.ls1(branch)))
+    layout, packed = layout_of(block), packing.pack(x)
+    y = layout.read(block, packed, PLAIN)
+    q, k, v = layout.heads(block, y, None, PLAIN)
+    branch = layout.project(block, packing.attend(q, k, v), y, PLAIN)
+    after = packing.unpack(packed + layout.drop(block, layout.end(block, branch, PLAIN)))
     if not want_row:
         return after, None
     pairs = zip(packing.split(q), packing.split(k), strict=True)
-    row = torch.cat([_row(*pair, attn.scale, anatomy, None, None) for pair in pairs], 1)
+    row = torch.cat([_row(*pair, block.attn.scale, anatomy, None, None) for pair in pairs], 1)
     return after, packing.unpack(row.unsqueeze(2)).squeeze(2)
 
 
@@ -250,47 +300,68 @@ def feed_packed(block: Any, x: Tensor, packing: Packing) -> Tensor:
     return packing.unpack(feed(block, packing.pack(x))[0])
 
 
-def embed(model: VisionTransformer, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
+def _decide(
+    answer: Answer, block: int, inside: bool, state: TokenState, entered: Tensor | None
+) -> tuple[Sequence[Any], Tensor | None]:
+    """Carry an answer out; the stream that entered a parallel block goes through the same, beside its tokens."""
+    if entered is None or answer is None:
+        return apply(answer, block, inside, state), entered
+    width = entered.shape[-1]
+    state.tokens = torch.cat([state.tokens, entered], -1)
+    stages = apply(answer, block, inside, state)
+    state.tokens, entered = state.tokens.split(width, -1)
+    return stages, entered
+
+
+def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
     """From images to the tokens entering the first block, and the patch grid of these images."""
     if ops.opened:
         return _embed_opened(model, images, ops)
     x = model.patch_embed(images)
-    return _enter(model, x), _grid(model, x)
+    return _enter(model, x)[0], _grid(model, x)
 
 
-def embed_patches(model: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def embed_patches(model: ViT, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """The first part of :func:`embed`: what each patch is embedded as [B, P, D], and the patch grid."""
     x = model.patch_embed(images)
     return x.flatten(1, 2) if x.ndim == 4 else x, _grid(model, x)
 
 
-def place(model: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+def place(model: ViT, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """The rest of :func:`embed`: embedded patches [B, P, D] get positions and prefix tokens, [B, prefix + P, D]."""
-    return _enter(model, patches.unflatten(1, grid) if model.dynamic_img_size else patches)
+    return _enter(model, patches.unflatten(1, grid) if getattr(model, "dynamic_img_size", False) else patches)[0]
 
 
-def _grid(model: VisionTransformer, x: Tensor) -> tuple[int, int]:
+def _grid(model: ViT, x: Tensor) -> tuple[int, int]:
     return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
 
 
-def _enter(model: VisionTransformer, x: Tensor) -> Tensor:
-    return _entering(model, model.norm_pre(model.patch_drop(model._pos_embed(x))))
+def _enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """From embedded patches to the tokens entering the first block, and the rotary table of the blocks, if any."""
+    inner: Any = model
+    if isinstance(model, Eva):
+        x, rope = inner._pos_embed(x)
+        return _entering(model, inner.norm_pre(x)), rope
+    if isinstance(model, Beit):
+        x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        return _entering(model, inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed)), None
+    return _entering(model, inner.norm_pre(inner.patch_drop(inner._pos_embed(x)))), None
 
 
-def _entering(model: VisionTransformer, x: Tensor) -> Tensor:
+def _entering(model: ViT, x: Tensor) -> Tensor:
     """The tokens that enter the first block: without prefix tokens that the attached pruner does not take along."""
     attached = getattr(model, "prunex", None)
     left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
     return x[:, left_out:] if left_out else x
 
 
-def patch_vectors(model: VisionTransformer, images: Tensor) -> Tensor:
+def patch_vectors(model: ViT, images: Tensor) -> Tensor:
     """The patch embeddings alone, before anything is added to them: [B, P, D]."""
     x = model.patch_embed(images)
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 
-def unplace(model: VisionTransformer, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
+def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
     """What patches were embedded as, from the tokens that :func:`place` made of them: [B, n, D], up to rounding.
 
     A norm in front of the blocks (CLIP) cannot be taken back: its models give the normed tokens as they are.
@@ -302,7 +373,7 @@ def unplace(model: VisionTransformer, x: Tensor, grid: tuple[int, int], index: T
         index: int64 [B, n], the patches that these are; None: all of them.
     """
     body = x[:, model.num_prefix_tokens :]
-    if not isinstance(model.norm_pre, nn.Identity):
+    if not isinstance(getattr(model, "norm_pre", None), nn.Identity | None):
         return body
     empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
     added = place(model, empty, grid)[:, model.num_prefix_tokens :]
@@ -312,12 +383,13 @@ def unplace(model: VisionTransformer, x: Tensor, grid: tuple[int, int], index: T
 
 
 def look_ahead(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     anatomy: Anatomy,
     blocks: int,
     policy: Tensor | None = None,
     keys: KeyWeights | None = None,
+    positions: Positions | None = None,
 ) -> list[Tensor]:
     """The stream entering the first ``blocks`` + 1 blocks if nothing were decided: [B, N, D] each.
 
@@ -330,20 +402,26 @@ def look_ahead(
         blocks: How many are run.
         policy: [B, N] or None: 0 for slots of tokens that are not there.
         keys: Weights of the tokens as keys, or None.
+        positions: As the state has them.
     """
     streams = [x]
-    for block in list(model.blocks)[:blocks]:
-        if policy is None and keys is None:
-            x = block(x)
+    for i, block in enumerate(list(model.blocks)[:blocks]):
+        layout, rope = layout_of(block), None if positions is None else positions.rope_of(i)
+        if policy is None and keys is None and (positions is None or positions.whole):
+            x = _whole(block, layout, positions, rope)(x)
         else:
-            x = attend(block, x, anatomy, policy, keys=keys)[0]
-            x = feed(block, x, policy=policy)[0]
+            relative = None if positions is None else positions.relative_of(layout.relative(block))
+            entered = x if layout.parallel else None
+            x = attend(block, x, anatomy, policy, keys=keys, rope=rope, relative=relative)[0]
+            x = feed(block, x, policy=policy, entered=entered)[0]
         streams.append(x)
     return streams
 
 
-def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
+def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
     """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
+    if isinstance(model, Eva | Beit):
+        raise unknown_layer(model, "VisionTransformer")
     inner: Any = model.patch_embed
     height, width = inner.patch_size
     padded = images
@@ -366,7 +444,7 @@ def _embed_opened(model: VisionTransformer, images: Tensor, ops: Arithmetic) -> 
 
 
 def run(
-    model: VisionTransformer,
+    model: ViT,
     images: Tensor,
     anatomy: Anatomy,
     pruners: Sequence[Pruner] = (),
@@ -390,12 +468,18 @@ def run(
     """
     check_images(anatomy, images)
     _check_dtype(model, images)
-    x, grid = embed(model, images, PLAIN if tape is None else tape.ops)
-    return encode(model, x, grid, anatomy, pruners, tape, masked, watch=watch)
+    ops, rope = PLAIN if tape is None else tape.ops, None
+    if ops.opened:
+        x, grid = embed(model, images, ops)
+    else:
+        patches = model.patch_embed(images)
+        grid = _grid(model, patches)
+        x, rope = _enter(model, patches)
+    return encode(model, x, grid, anatomy, pruners, tape, masked, watch=watch, rope=rope)
 
 
 def encode(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     grid: tuple[int, int],
     anatomy: Anatomy,
@@ -404,6 +488,8 @@ def encode(
     masked: bool = False,
     keys: KeyWeights | None = None,
     watch: Watch | None = None,
+    places: Places | None = None,
+    rope: Tensor | None = None,
 ) -> tuple[Tensor, TokenState]:
     """Embedded tokens through all blocks and the final norm; :func:`run` without the embedding.
 
@@ -417,6 +503,8 @@ def encode(
         masked: Dropped tokens keep their slots.
         keys: Weights of the tokens as attention keys in every block, or None.
         watch: As for :func:`run`.
+        places: Which patches the P tokens are, where they are not all patches of ``grid`` in order; or None.
+        rope: The rotary table of the blocks, where embedding gave one already.
 
     Returns:
         Tokens [B, prefix + n_last, D] after the final norm (only those that the head reads, where the tape asked for no
@@ -424,6 +512,7 @@ def encode(
     """
     trace = TokenTrace(grid, anatomy.prefix, x.shape[0], x.device)
     state = TokenState(x, anatomy, trace, masked, model.training, left=grid[0] * grid[1], keys=keys, model=model)
+    state.positions = positions_of(model, anatomy.prefix, grid, places, rope)
     wanted: set[int] = set()
     if tape is not None:
         tape.embedded, state.ops = x, tape.ops
@@ -449,12 +538,16 @@ def encode(
             for pruner in pruners:
                 _note(tape, apply(pruner.before(i, state), i, False, state))
             within = [p for p in pruners if p.acts_between(i)]
-            known = _known_queries(pruners, i, state, tape)
-            plain = tape is None and state.policy is None and state.attending is None and known is None
-            if plain and i not in wanted and not within:
-                state.tokens = _maybe_checkpoint(recompute, block, state.tokens)
+            at, layout = state.positions, layout_of(block)
+            turned, known = None if at is None else at.rope_of(i), _known_queries(pruners, i, state, tape)
+            plain = tape is None and state.policy is None and state.attending is None and (at is None or at.whole)
+            if plain and known is None and i not in wanted and not within:
+                state.tokens = _maybe_checkpoint(recompute, _whole(block, layout, at, turned), state.tokens)
                 _decide_after(pruners, i, state, tape)
                 continue
+            relative = None if at is None else at.relative_of(layout.relative(block))
+            entered = state.tokens if layout.parallel else None
+            share = draw(block, layout, state.tokens)
             policy, keys, want = state.policy, state.attending, i in wanted
             narrow = i == last and tape is not None and tape.narrow and not tape.streams and not within
             narrow = narrow and not any(p.acts_after(i) for p in pruners)
@@ -462,7 +555,7 @@ def encode(
             if tape is not None and i == last:
                 tape.policy, tape.tokens, tape.sizes = policy, state.tokens.shape[1], state.sizes
             trace.bare = known is not None and not within
-            packing = _packing(state, tape, packing)
+            packing = _packing(model, state, tape, packing)
 
             def first(
                 x: Tensor,
@@ -472,11 +565,13 @@ def encode(
                 want: bool = want,
                 keys: KeyWeights | None = keys,
                 queries: tuple[int, ...] | Tensor | None = queries,
+                places: tuple[Tensor | None, ...] = (turned, relative, share),
                 sizes: Tensor | None = state.sizes,
             ) -> tuple[Tensor, Tensor | None, Attended | None, Tensor | None]:
-                return attend(block, x, anatomy, policy, want, tape, number, keys, queries, sizes, number in matched)
+                match = number in matched
+                return attend(block, x, anatomy, policy, want, tape, number, keys, queries, sizes, match, *places)
 
-            entered, attended = state.patches.shape[1], None
+            came, attended = state.patches.shape[1], None
             if packing is not None:
                 state.tokens, state.row = attend_packed(block, state.tokens, packing, anatomy, want)
             else:
@@ -485,25 +580,30 @@ def encode(
                 )
             if tape is not None and attended is not None:
                 tape.steps.append(attended)
+            if entered is not None and queries is not None:
+                entered = attention.some(entered, queries)
             for pruner in within:
                 answer = pruner.between(i, state)
                 if known is not None and isinstance(answer, Keep):
-                    carried_out(answer, i, entered, state)
-                else:
-                    _note(tape, apply(answer, i, True, state))
+                    carried_out(answer, i, came, state)
+                    continue
+                stages, entered = _decide(answer, i, True, state, entered)
+                _note(tape, stages)
             if tape is not None and i == last and within:
                 tape.policy, tape.tokens, tape.sizes = state.policy, state.tokens.shape[1], state.sizes
             state.row = state.key_mean = None
-            packing = _packing(state, tape, packing)
+            packing = _packing(model, state, tape, packing)
             if packing is not None:
                 state.tokens = feed_packed(block, state.tokens, packing)
                 _decide_after(pruners, i, state, tape)
                 continue
 
-            def second(x: Tensor, block: nn.Module = block) -> tuple[Tensor, Fed | None]:
-                return feed(block, x, tape, state.policy)
+            def second(
+                x: Tensor, entered: Tensor | None, block: nn.Module = block, share: Tensor | None = share
+            ) -> tuple[Tensor, Fed | None]:
+                return feed(block, x, tape, state.policy, entered, share)
 
-            state.tokens, fed = _maybe_checkpoint(recompute, second, state.tokens)
+            state.tokens, fed = _maybe_checkpoint(recompute, second, state.tokens, entered)
             if tape is not None and fed is not None:
                 fed.block = i
                 tape.steps.append(fed)
@@ -514,11 +614,13 @@ def encode(
     return state.tokens, state
 
 
-def _packing(state: TokenState, tape: Tape | None, known: Packing | None) -> Packing | None:
+def _packing(model: ViT, state: TokenState, tape: Tape | None, known: Packing | None) -> Packing | None:
     """Which slots hold a token, where images differ in length and nobody asks for more than the output."""
     if not state.ragged or state.policy is None or state.masked or state.training:
         return None
-    if tape is not None or state.keys is not None:
+    if tape is not None or state.attending is not None or state.positions is not None:
+        return None
+    if not all(layout_of(b).opens for b in model.blocks):  # their halves are not known token by token
         return None
     return known if known is not None and known.policy is state.policy else Packing.of(state.policy)
 
@@ -532,19 +634,26 @@ def _decide_after(pruners: Sequence[Pruner], number: int, state: TokenState, tap
                 tape.policy, tape.tokens, tape.sizes = state.policy, state.tokens.shape[1], state.sizes
 
 
-def own_anatomy(model: VisionTransformer) -> Anatomy:
+def own_anatomy(model: ViT) -> Anatomy:
     """What a model's forward is made of: its anatomy, as the attached pruner may have altered it."""
     attached = getattr(model, "prunex", None)
     return read(model) if attached is None else attached.current(model)
 
 
-def own_pruners(model: VisionTransformer) -> tuple[Pruner, ...]:
+def _whole(block: nn.Module, layout: Layout, at: Any, rope: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Timm's own block, given what it looks positions up in."""
+    if at is None:
+        return block
+    return lambda x: layout.whole(block, x, rope, at.shared)
+
+
+def own_pruners(model: ViT) -> tuple[Pruner, ...]:
     """The pruner attached to a model, or nothing."""
     attached = getattr(model, "prunex", None)
     return () if attached is None else (attached.pruner,)
 
 
-def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:
+def record(model: ViT, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:
     """Run a model, pruned or dense, under a tape, leaving no trace of it on the model.
 
     Args:
@@ -562,17 +671,21 @@ def record(model: VisionTransformer, images: Tensor, tape: Tape, masked: bool | 
     anatomy = own_anatomy(model)
     tokens, state = run(model, images, anatomy, own_pruners(model), tape, bool(masked))
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
+    if anatomy.pool == "map":
+        with torch.no_grad():
+            tape.readout = pool_attention(model, tokens, state.policy, anatomy)
     return state
 
 
 def resume(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     grid: tuple[int, int],
     pruners: Sequence[Pruner] = (),
     tape: Tape | None = None,
     masked: bool = False,
     keys: KeyWeights | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """From embedded tokens to the model's output, with decisions of one's own choice.
 
@@ -585,19 +698,20 @@ def resume(
         tape: Records what it asks for. None: only what the head reads is carried through the last block.
         masked: Dropped tokens keep their slots.
         keys: Weights of the tokens as attention keys, or None.
+        places: Which patches the tokens are, where they are not all patches of ``grid`` in order; or None.
 
     Returns:
         [B, classes], or the pooled features without a head.
     """
     anatomy = own_anatomy(model)
     tape = Tape(narrow=True) if tape is None else tape
-    tokens, state = encode(model, x, grid, anatomy, pruners, tape, masked, keys)
+    tokens, state = encode(model, x, grid, anatomy, pruners, tape, masked, keys, places=places)
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
     return tape.logits
 
 
 def head(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     policy: Tensor | None,
     anatomy: Anatomy,
@@ -629,7 +743,7 @@ def head(
 
 
 def _features(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     policy: Tensor | None,
     anatomy: Anatomy,
@@ -637,6 +751,9 @@ def _features(
     sizes: Tensor | None = None,
 ) -> Tensor:
     """The pooled tokens, [B, D]."""
+    if ops.opened and anatomy.pool == "map":
+        inner: Any = model
+        raise unknown_layer(inner.attn_pool, "token and average pooling")
     if not ops.opened or anatomy.pool not in ("avg", "avgmax"):
         return masked_pool(model, x, None, policy, anatomy, sizes)
     features = pooled(x, anatomy.readout(x.shape[1], policy, x, sizes), ops)
@@ -645,9 +762,7 @@ def _features(
     return features
 
 
-def for_heads(
-    model: VisionTransformer, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN
-) -> Tensor:
+def for_heads(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN) -> Tensor:
     """Final tokens as timm's ``forward_head`` wants them.
 
     Where the two tokens that a distilled DeiT's heads read did not enter, both heads read the pooled ones, [B, 2, D].
@@ -659,7 +774,7 @@ def for_heads(
 
 
 def masked_pool(
-    model: VisionTransformer,
+    model: ViT,
     x: Tensor,
     pool_type: str | None,
     policy: Tensor | None,
@@ -676,6 +791,7 @@ def masked_pool(
         anatomy: Of the model.
         sizes: [B, N] or None: how many patches each token stands for.
     """
+    inner: Any = model
     kind = anatomy.pool if pool_type is None else pool_type
     # Tokens of another number are the user's own, and not what the last forward left.
     policy, sizes = (None if t is None or t.shape[1] != x.shape[1] else t for t in (policy, sizes))
@@ -684,8 +800,13 @@ def masked_pool(
             raise PrunexError("pool_type='token' is not allowed: this pruned model has no class token; use 'avg'")
         if kind == "":
             return x
-    elif (policy is None and sizes is None) or kind in ("token", "") or not isinstance(kind, str):
-        return type(model).pool(model, x, pool_type)
+    elif anatomy.pool == "map" and policy is not None:
+        start = 0 if anatomy.pool_prefix else anatomy.prefix
+        return attention.latent(inner.attn_pool, x[:, start:], policy[:, start:])[0]
+    elif (policy is None and sizes is None) or kind in ("token", "", "map") or not isinstance(kind, str):
+        if isinstance(model, Beit):
+            return global_pool_nlc(x, kind, anatomy.prefix)
+        return type(inner).pool(inner, x, pool_type)
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     body = x[:, start:]
     p = (x.new_ones(x.shape[:2]) if policy is None else policy)[:, start:, None].to(x.dtype)
@@ -701,7 +822,22 @@ def masked_pool(
     return top if kind == "max" else 0.5 * (top + mean)
 
 
-def _check_dtype(model: VisionTransformer, images: Tensor) -> None:
+def pool_attention(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy) -> Tensor:
+    """What an attention-pooling head looks at: float [B, N], mean over its heads, 0 for prefix tokens it skips.
+
+    Args:
+        model: A ViT with ``global_pool="map"``.
+        x: [B, N, D] after the final norm.
+        policy: [B, N] or None.
+        anatomy: Of the model.
+    """
+    inner: Any = model
+    start = 0 if anatomy.pool_prefix else anatomy.prefix
+    seen = attention.latent(inner.attn_pool, x[:, start:], None if policy is None else policy[:, start:])[1]
+    return nn.functional.pad(seen, (start, 0))
+
+
+def _check_dtype(model: ViT, images: Tensor) -> None:
     wanted = model.patch_embed.proj.weight.dtype
     # Autocast brings 16- and 32-bit floats together, but leaves float64 (numpy's own) alone.
     if images.dtype != wanted and (

@@ -8,11 +8,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, read
+from prunex.vit.anatomy import Anatomy, ViT, read
 from prunex.vit.forward import run
 from prunex.vit.intermediates import intermediates
 from prunex.vit.tape import Tape
@@ -35,7 +35,10 @@ def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
 
 
 def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    out = type(self).forward_head(self, self.prunex.for_heads(self, x), pre_logits=pre_logits)
+    if isinstance(self, Beit):  # timm's own pools inside, whoever is there
+        out = _beit_head(self, x, pre_logits)
+    else:
+        out = type(self).forward_head(self, self.prunex.for_heads(self, x), pre_logits=pre_logits)
     if not pre_logits:
         self.prunex.saw_logits(out)
     return out
@@ -48,14 +51,20 @@ def _forward_intermediates(
     return intermediates(self, x, *args, **kwargs)
 
 
-def put_on(model: VisionTransformer) -> None:
+def _beit_head(self: Any, x: Tensor, pre_logits: bool) -> Tensor:
+    pooled = self.head_drop(self.fc_norm(self.prunex.pool(self, x, None)))
+    return pooled if pre_logits else self.head(pooled)
+
+
+def put_on(model: ViT) -> None:
     """Route the model's forward through ``model.prunex`` (an object with features, pool, for_heads and saw_logits)."""
     ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
     for name, function in zip(_METHODS, ours, strict=True):
-        model.__dict__[name] = MethodType(function, model)
+        if hasattr(type(model), name):
+            model.__dict__[name] = MethodType(function, model)
 
 
-def take_off(model: VisionTransformer) -> None:
+def take_off(model: ViT) -> None:
     """Give the model its class's own methods back."""
     for name in _METHODS:
         model.__dict__.pop(name, None)
@@ -74,7 +83,7 @@ def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
             m.training = flag
 
 
-def check_parity(model: VisionTransformer, tolerance: float = 1e-4) -> Anatomy:
+def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
     """Send one small random input through timm's own forward and through ours.
 
     Args:
@@ -100,7 +109,8 @@ def check_parity(model: VisionTransformer, tolerance: float = 1e-4) -> Anatomy:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, anatomy.channels, *anatomy.image, generator=generator).to(weight)
     with as_found(model, train=False), torch.no_grad():
-        theirs = type(model).forward_features(model, image)
+        inner: Any = model
+        theirs = type(inner).forward_features(inner, image)
         tape = Tape(rows=frozenset(range(anatomy.depth)))
         ours, _ = run(model, image, anatomy, tape=tape)
     scale = theirs.abs().max().clamp(min=1e-6)

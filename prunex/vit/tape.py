@@ -75,6 +75,7 @@ class Tape:
         tokens: Tokens after the last block, prefix included (those that were not carried on counted too).
         logits: [B, C], the model's output.
         sizes: [B, n] or None: how many patches each token stands for at the end, where some were merged.
+        readout: [B, n] or None: attention of a pooling head over the final tokens, where the head has its own.
     """
 
     attention: bool = False
@@ -94,6 +95,7 @@ class Tape:
     tokens: int = 0
     logits: Tensor | None = None
     sizes: Tensor | None = None
+    readout: Tensor | None = None
 
     def attended(self) -> list[Attended]:
         """The attention halves in forward order."""

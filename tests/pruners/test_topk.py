@@ -8,7 +8,7 @@ import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.forward import run
 from prunex.vit.tape import Tape
-from tests.vits import FAMILIES, images_for, largest, tiny
+from tests.vits import ALL_FAMILIES, images_for, largest, tiny
 
 
 @pytest.mark.parametrize(("rate", "counts"), [(0.7, [138, 97, 68]), (0.5, [98, 49, 25]), (1.0, [196] * 3)])
@@ -30,7 +30,7 @@ def test_counts_are_what_a_forward_leaves():
             assert features.shape[1] == 1 + kept[-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_best_attended_patches_are_kept(family):
     """Against the whole attention matrix of the dense model at the stage's block."""
     model = tiny(family)

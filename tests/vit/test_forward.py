@@ -14,7 +14,7 @@ from prunex.vit.anatomy import read
 from prunex.vit.forward import embed, embed_patches, place, run
 from prunex.vit.mount import check_parity
 from prunex.vit.tape import Tape
-from tests.vits import FAMILIES, images, images_for, largest, lively, randomise, relative, tiny
+from tests.vits import ALL_FAMILIES, images, images_for, largest, lively, randomise, relative, tiny
 
 METHODS = ("topk", "evit", "dynamicvit")
 DROPS = {"drop_rate": 0.1, "pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_path_rate": 0.2}
@@ -25,7 +25,7 @@ def opened(model, x):
     return run(model, x, read(model), tape=Tape(rows=frozenset(range(len(model.blocks)))))[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_embedding_in_two_parts(family):
     model = tiny(family)
     x = images(3, (32, 56)) if family == "dynamic" else images_for(model)
@@ -36,7 +36,7 @@ def test_embedding_in_two_parts(family):
     assert place(model, patches, grid).equal(whole)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_forward_equals_timm_in_eval(family):
     model = tiny(family)
     x = images_for(model)
@@ -53,7 +53,7 @@ def test_forward_equals_timm_in_eval(family):
                 assert largest(model.forward_head(model.forward_features(x)), logits) <= 1e-6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_forward_equals_timm_in_float64(family):
     model = tiny(family).double()
     x = images_for(model)

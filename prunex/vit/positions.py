@@ -1,0 +1,225 @@
+"""Positions that attention itself knows, rotary tables and relative biases, for the tokens that are there.
+
+Absolute positions are part of a token and leave with it. A rotary table (EVA) or a relative bias (BEiT) is looked up
+inside attention by a token's place in the image, so the places follow every stage of the trace. A token made of several
+patches is given the mean of theirs, weighted by its members' shares: its score with another token is then the mean of
+what the members, had they its query and key, would have scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from prunex.vit.trace import Stage
+
+
+@dataclass
+class Places:
+    """Which patches of which grid a shortened sequence holds.
+
+    Attributes:
+        index: int64 [B, n], the patch each token after the prefix is.
+        grid: Patch grid (gh, gw) that they are counted in.
+    """
+
+    index: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass
+class Positions:
+    """What the blocks look up, and where the present tokens come from.
+
+    Attributes:
+        prefix: Number of prefix tokens, which have no place in the image.
+        rope: Rotary table (sine and cosine side by side) [P, 2d], the same for all blocks, or [depth, H, P, 2d]; None.
+        shared: Relative bias [H, prefix + P, prefix + P] that every block adds, or None.
+        relative: Whether any block has a relative bias, its own or the shared one.
+        index: int64 [B, n], the patch that each patch token is; -1 for a token of several. None: all, in order.
+        links: For tokens of several patches: patch, token and share, [B, E] each. None: there are none.
+    """
+
+    prefix: int
+    rope: Tensor | None = None
+    shared: Tensor | None = None
+    relative: bool = False
+    index: Tensor | None = None
+    links: tuple[Tensor, Tensor, Tensor] | None = None
+    _found: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether timm's own block can be called: it adds the bias of all patches, and of nothing else."""
+        return not self.relative or self.index is None
+
+    def after(self, stage: Stage) -> Positions:
+        """The same tables for the tokens that a stage leaves.
+
+        A slot that nobody is left in keeps its place: whoever hides it may still ask what it would have been.
+        """
+        b, n = stage.group.shape[:2]
+        device = stage.group.device
+        index = torch.arange(n, device=device).expand(b, -1) if self.index is None else self.index
+        group = stage.group if stage.group.ndim == 3 else stage.group.unsqueeze(2)
+        weight = stage.weight if stage.weight.ndim == 3 else stage.weight.unsqueeze(2)
+        parts = group.shape[2]
+        flat = group.flatten(1)
+        there, out = flat >= 0, stage.n_out
+        aim = torch.where(there, flat, out)  # those that left go to a slot that is cut off
+        kept = index if n == out else nn.functional.pad(index[:, :out], (0, max(0, out - n)), value=0)
+        kept = nn.functional.pad(kept, (0, 1))
+        came = index.unsqueeze(2).expand(-1, -1, parts).flatten(1)
+        places = kept.scatter(1, aim, came)[:, :out]
+        links = self.links
+        if links is not None or joins(stage):
+            links = _follow(links, index, group, weight)
+            count = torch.zeros(b, out + 1, device=device).scatter_add(1, aim, there.float())[:, :out]
+            places = torch.where(count > 1, -1, places)
+        return replace(self, index=places, links=links, _found={})
+
+    def rope_of(self, number: int) -> Tensor | None:
+        """A block's rotary table: [P, 2d] or [H, P, 2d] for all patches, [B, 1, n, 2d] or [B, H, n, 2d] for tokens."""
+        if self.rope is None:
+            return None
+        table = self.rope if self.rope.ndim == 2 else self.rope[number]
+        if self.index is None:
+            return table
+        if table.ndim == 3:
+            return self._of_tokens(table)
+        if "rope" not in self._found:
+            self._found["rope"] = self._of_tokens(table[None])
+        return self._found["rope"]
+
+    def relative_of(self, own: Tensor | None) -> Tensor | None:
+        """What a block adds to its scores: [1 or B, H, N, N], from its own bias [H, prefix + P, prefix + P]."""
+        if not self.relative:
+            return None
+        parts = [t for t in (own, self.shared) if t is not None]
+        if not parts:
+            return None
+        whole = sum(parts[1:], parts[0])
+        if self.index is None:
+            return whole[None]
+        side = whole.shape[1]
+        pairs = self._pairs(side)
+        found = whole.flatten(1)[:, pairs].transpose(0, 1)
+        if self.links is None:
+            return found
+        # Rows first, then columns: a token of several patches has the mean over its members on either side.
+        joined = self._joined()
+        patch, token, share = self._all_links()
+        b, n, e = patch.shape[0], self._numbers().shape[1], patch.shape[1]
+        share = share.to(whole.dtype)
+        source = whole[:, patch].transpose(0, 1) * share[:, None, :, None]
+        rows = whole.new_zeros(b, whole.shape[0], n, side)
+        rows = rows.scatter_add(2, token[:, None, :, None].expand(-1, whole.shape[0], -1, side), source)
+        columns = rows.gather(3, patch[:, None, None, :].expand(-1, whole.shape[0], n, -1)) * share[:, None, None, :]
+        mean = whole.new_zeros(b, whole.shape[0], n, n)
+        mean = mean.scatter_add(3, token[:, None, None, :].expand(-1, whole.shape[0], n, e), columns)
+        either = (joined.unsqueeze(2) | joined.unsqueeze(1)).unsqueeze(1)
+        return torch.where(either, mean, found)
+
+    def _of_tokens(self, table: Tensor) -> Tensor:
+        """Rows of a table [K, P, c] for the tokens there: [B, K, n, c]."""
+        index = torch.as_tensor(self.index)
+        found = table[:, index.clamp(min=0)].transpose(0, 1)
+        if self.links is None:
+            return found
+        patch, token, share = self.links
+        mine = share * (index < 0).gather(1, token)  # links of tokens that are one patch would count it twice
+        rows = table[:, patch].transpose(0, 1) * mine[:, None, :, None].to(table.dtype)
+        at = token[:, None, :, None].expand(-1, table.shape[0], -1, table.shape[2])
+        return found.masked_fill((index < 0)[:, None, :, None], 0).scatter_add(2, at, rows)
+
+    def _numbers(self) -> Tensor:
+        """Each token's row in a bias over prefix and patches, [B, prefix + n]; 0 for tokens of several patches."""
+        index = torch.as_tensor(self.index)
+        front = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
+        return torch.cat([front, index.clamp(min=0) + self.prefix], 1)
+
+    def _pairs(self, side: int) -> Tensor:
+        """Where each pair of tokens is in a flattened bias, [B, N, N]; found once a stage."""
+        if "pairs" not in self._found:
+            numbers = self._numbers()
+            self._found["pairs"] = numbers.unsqueeze(2) * side + numbers.unsqueeze(1)
+        return self._found["pairs"]
+
+    def _joined(self) -> Tensor:
+        """Which tokens are several patches, bool [B, prefix + n]."""
+        return nn.functional.pad(torch.as_tensor(self.index) < 0, (self.prefix, 0))
+
+    def _all_links(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The links with those of the prefix tokens, each to itself, counted as a bias counts them."""
+        if self.links is None:
+            raise RuntimeError("no token is made of several patches")
+        patch, token, share = self.links
+        front = torch.arange(self.prefix, device=patch.device).expand(patch.shape[0], -1)
+        ones = share.new_ones(patch.shape[0], self.prefix)
+        return (
+            torch.cat([front, patch + self.prefix], 1),
+            torch.cat([front, token + self.prefix], 1),
+            torch.cat([ones, share], 1),
+        )
+
+
+def joins(stage: Stage) -> bool:
+    """Whether some token after a stage may be made of several."""
+    return stage.fused or bool(getattr(stage, "merged", False)) or stage.group.ndim == 3
+
+
+def _follow(
+    links: tuple[Tensor, Tensor, Tensor] | None, index: Tensor, group: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Links from patches to the tokens after a stage; those of tokens that left have share 0."""
+    b, n, parts = group.shape
+    if links is None:
+        patch, token = index, torch.arange(n, device=index.device).expand(b, -1)
+        share = weight.new_ones(b, n)
+    else:
+        patch, token, share = links
+    into = group.gather(1, token.unsqueeze(2).expand(-1, -1, parts)).flatten(1)
+    part = weight.gather(1, token.unsqueeze(2).expand(-1, -1, parts)).flatten(1)
+    patch, share = (t.unsqueeze(2).expand(-1, -1, parts).flatten(1) for t in (patch, share))
+    return patch, into.clamp(min=0), (share * part).masked_fill(into < 0, 0)
+
+
+def positions_of(
+    model: nn.Module, prefix: int, grid: tuple[int, int], places: Places | None = None, rope: Tensor | None = None
+) -> Positions | None:
+    """The tables of a model for one patch grid; None for models whose attention knows no positions.
+
+    Args:
+        model: A supported ViT.
+        prefix: Number of prefix tokens.
+        grid: Patch grid of the images.
+        places: Which patches there are, where not all of them; their grid then counts.
+        rope: The rotary table, where embedding the images has given it already; None: it is looked up.
+    """
+    inner: Any = model
+    index = None if places is None else places.index
+    grid = grid if places is None else places.grid
+    if isinstance(model, Eva):
+        table = rotary_table(model, grid) if rope is None else rope
+        return None if table is None else Positions(prefix, rope=table, index=index)
+    if isinstance(model, Beit):
+        shared = None if inner.rel_pos_bias is None else inner.rel_pos_bias()
+        own = any(b.attn.relative_position_bias_table is not None for b in inner.blocks)
+        if shared is not None or own:
+            return Positions(prefix, shared=shared, relative=True, index=index)
+    return None
+
+
+def rotary_table(model: Eva, grid: tuple[int, int]) -> Tensor | None:
+    """What timm's ``_pos_embed`` gives its blocks to rotate by, or None."""
+    rope: Any = model.rope
+    if rope is None:
+        return None
+    if model.dynamic_img_size or not hasattr(rope, "feat_shape"):
+        return rope.get_embed(shape=grid)
+    return rope.get_embed()

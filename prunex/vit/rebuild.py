@@ -1,0 +1,332 @@
+"""A ViT as a constructor call in plain values, and from it an equal model with fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import AttentionRope, Eva, EvaBlockPostNorm
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import Anatomy, ViT, read
+
+_MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
+_BLOCKS = {cls.__name__: cls for cls in (ResPostBlock, ParallelThingsBlock, ParallelScalingBlock)}
+_CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, Eva, Beit)}
+_ROPES = {
+    "RotaryEmbeddingCat": "cat",
+    "RotaryEmbeddingMixed": "mixed",
+    "RotaryEmbeddingDinoV3": "dinov3",
+    "RotaryEmbeddingMRope": "mrope",
+}
+
+
+def describe(model: ViT) -> dict[str, Any]:
+    """The constructor call that makes an equal model, in plain values.
+
+    Args:
+        model: A supported ViT.
+
+    Returns:
+        ``{"class": name, "args": {...}}`` for :func:`build`; JSON holds it.
+
+    Raises:
+        PrunexError: For parts that plain values cannot name.
+    """
+    a = read(model)
+    if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
+        raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
+    inner: Any = model
+    args: dict[str, Any] = {
+        "img_size": list(a.image),
+        "patch_size": list(a.patch),
+        "in_chans": a.channels,
+        "num_classes": a.classes,
+        "global_pool": a.pool,
+        "embed_dim": a.width,
+        "depth": a.depth,
+    }
+    if isinstance(model, Eva):
+        name, more = "Eva", _eva(inner, a)
+    elif isinstance(model, Beit):
+        name, more = "Beit", _beit(inner, a)
+    else:
+        distilled = isinstance(model, VisionTransformerDistilled)
+        name, more = "VisionTransformerDistilled" if distilled else "VisionTransformer", _plain(inner, a)
+    spec = {"class": name, "args": args | more}
+    _check(model, spec)
+    return spec
+
+
+def _check(model: ViT, spec: dict[str, Any]) -> None:
+    """Refuse what the description does not hold: another shape somewhere, or another rotary table.
+
+    Raises:
+        PrunexError: By name.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        again = build(spec).state_dict()
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("prunex.")}
+    wrong = [k for k in {**again, **own} if k not in own or k not in again or own[k].shape != again[k].shape]
+    if wrong:
+        raise PrunexError(
+            f"cannot save this {type(model).__name__}: timm builds it with other parts ({', '.join(sorted(wrong)[:4])})"
+        )
+    inner: Any = model
+    if not isinstance(model, Eva) or inner.rope is None or next(model.parameters()).is_meta:
+        return
+    shallow = spec["args"] | {"depth": 1, "num_classes": 0}
+    if isinstance(shallow.get("num_kv_heads"), list):
+        shallow["num_kv_heads"] = shallow["num_kv_heads"][:1]
+    with torch.random.fork_rng(devices=[]):
+        small: Any = build({"class": "Eva", "args": shallow})
+    tables = dict(small.rope.named_buffers())
+    for key, value in inner.rope.named_buffers():
+        made = tables.get(key, value.new_empty(0))
+        if made.shape != value.shape or not torch.allclose(value.float().cpu(), made.float(), atol=1e-2, rtol=1e-2):
+            raise PrunexError(
+                f"cannot save a model with these rotary positions ({key}): timm builds other ones by name"
+            )
+
+
+def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
+    block = model.blocks[0]
+    kind = next((n for n, c in _BLOCKS.items() if isinstance(block, c)), None)
+    if kind == "ParallelScalingBlock":
+        return _shared(model, a) | _scaling(block, a)
+    if kind == "ParallelThingsBlock":
+        norm, attn, mlp = block.attns[0].norm, block.attns[0].attn, block.ffns[0].mlp
+        scaled = not isinstance(block.attns[0].ls, nn.Identity)
+    else:
+        norm, attn, mlp = block.norm1, block.attn, block.mlp
+        scaled = kind is None and not isinstance(block.ls1, nn.Identity)
+    mlp_name = next((n for n, c in _MLPS.items() if type(mlp) is c), None)
+    if mlp_name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):
+        mlp_name = "SwiGLUPacked"
+    if mlp_name is None:
+        raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(_MLPS)}")
+    first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
+    if attn.num_heads * attn.head_dim != a.width or getattr(attn, "gate", None) is not None:
+        raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
+    args: dict[str, Any] = _shared(model, a) | {
+        "num_heads": attn.num_heads,
+        "mlp_ratio": _ratio(first.out_features, a.width),
+        "qkv_bias": attn.qkv.bias is not None,
+        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+        "proj_bias": attn.proj.bias is not None,
+        "init_values": 1e-5 if scaled else None,
+        "norm_layer": _norm(norm),
+        "act_layer": _act_name(getattr(mlp, "act", None)),
+        "mlp_layer": mlp_name,
+    }
+    if kind is not None:
+        args["block_fn"] = [kind, {"num_parallel": block.num_parallel} if kind == "ParallelThingsBlock" else {}]
+    if not isinstance(attn.norm, nn.Identity):
+        args["scale_attn_norm"] = True
+    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+        args["scale_mlp_norm"] = True
+    return args
+
+
+def _shared(model: Any, a: Anatomy) -> dict[str, Any]:
+    """What is around the blocks of a ``VisionTransformer``."""
+    args: dict[str, Any] = {
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": bool(model.no_embed_class),
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "dynamic_img_size": a.dynamic,
+        "dynamic_img_pad": bool(model.patch_embed.dynamic_img_pad),
+    }
+    if a.pool_prefix:
+        args["pool_include_prefix"] = True
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        args["embed_norm_layer"] = _norm(model.patch_embed.norm)
+    return args
+
+
+def _scaling(block: Any, a: Anatomy) -> dict[str, Any]:
+    """The parallel block of ViT-22B."""
+    last = block.out_proj if block.out_proj is not None else block.attn_out_proj
+    return {
+        "num_heads": block.num_heads,
+        "mlp_ratio": _ratio(block.in_split[0], a.width),
+        "qkv_bias": block.in_proj.bias is not None,
+        "qk_norm": not isinstance(block.q_norm, nn.Identity),
+        "proj_bias": last.bias is not None,
+        "init_values": None if isinstance(block.ls, nn.Identity) else 1e-5,
+        "norm_layer": _norm(block.in_norm),
+        "act_layer": _act_name(block.mlp_act),
+        "block_fn": ["ParallelScalingBlock", {"fuse_out_proj": True} if block.out_proj is not None else {}],
+    }
+
+
+def _eva(model: Any, a: Anatomy) -> dict[str, Any]:
+    block = model.blocks[0]
+    attn = block.attn
+    if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or attn.gate is not None:
+        raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
+    post = isinstance(block, EvaBlockPostNorm)
+    args: dict[str, Any] = _mlp_of(block.mlp, a) | {
+        "num_heads": attn.num_heads,
+        "qkv_bias": (attn.q_bias if getattr(attn, "q_bias", None) is not None else _first(attn).bias) is not None,
+        "qkv_fused": attn.qkv is not None,
+        "scale_attn_inner": not isinstance(attn.norm, nn.Identity),
+        "class_token": model.cls_token is not None,
+        "num_reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "no_embed_class": bool(model.no_embed_class),
+        "use_abs_pos_emb": model.pos_embed is not None,
+        "use_rot_pos_emb": model.rope is not None,
+        "use_post_norm": post,
+        "use_pre_transformer_norm": not isinstance(model.norm_pre, nn.Identity),
+        "use_post_transformer_norm": not isinstance(model.norm, nn.Identity),
+        "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "dynamic_img_size": a.dynamic,
+        "dynamic_img_pad": a.pads,
+        "norm_layer": _norm(block.norm1),
+    }
+    if isinstance(attn, AttentionRope):
+        args["attn_type"] = "rope"
+        groups = [b.attn.num_heads // getattr(b.attn, "num_kv_groups", 1) for b in model.blocks]
+        if groups != [attn.num_heads] * a.depth:
+            args["num_kv_heads"] = groups
+    if not isinstance(attn.q_norm, nn.Identity):
+        args["qk_norm"] = True
+    if getattr(block, "gamma_1", None) is not None:
+        args["init_values"] = 1e-5
+        if block.gamma_2 is None:
+            args["attn_only_layer_scale"] = True
+    if a.pool == "map":
+        pool = model.attn_pool
+        args["attn_pool_num_heads"] = pool.num_heads
+        args["attn_pool_mlp_ratio"] = _ratio(pool.mlp.fc1.out_features, a.width)
+    return args | (_rope_args(model.rope, attn) if model.rope is not None else {})
+
+
+def _rope_args(rope: Any, attn: Any) -> dict[str, Any]:
+    kind = _ROPES.get(type(rope).__name__)
+    if kind is None:
+        raise PrunexError(f"cannot save a model with {type(rope).__name__}: known are {', '.join(_ROPES)}")
+    args = {"rope_type": kind, "rope_temperature": float(rope.temperature), "rope_grid_indexing": rope.grid_indexing}
+    if kind in ("cat", "dinov3"):
+        args["rope_grid_offset"] = float(rope.grid_offset)
+        args["rope_rotate_half"] = bool(getattr(attn, "rotate_half", False))
+    if kind == "cat" and rope.ref_feat_shape is not None:
+        args["ref_feat_shape"] = list(rope.ref_feat_shape)
+    if kind == "mrope":
+        args["rope_mrope_section"] = list(rope.mrope_section)
+    return args
+
+
+def _beit(model: Any, a: Anatomy) -> dict[str, Any]:
+    block = model.blocks[0]
+    attn = block.attn
+    if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or attn.proj.in_features != a.width:
+        raise PrunexError("cannot save a model with attn_head_dim: timm cannot build it by name")
+    args = _mlp_of(block.mlp, a) | {
+        "num_heads": attn.num_heads,
+        "qkv_bias": attn.q_bias is not None,
+        "init_values": 1e-5 if block.gamma_1 is not None else None,
+        "use_abs_pos_emb": model.pos_embed is not None,
+        "use_rel_pos_bias": attn.relative_position_bias_table is not None,
+        "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
+        "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "norm_layer": _norm(block.norm1),
+    }
+    args.pop("swiglu_align_to", None)
+    return args
+
+
+def _mlp_of(mlp: Any, a: Anatomy) -> dict[str, Any]:
+    """EVA's and BEiT's way to name an MLP.
+
+    Raises:
+        PrunexError: For one that they have not.
+    """
+    scaled = not isinstance(mlp.norm, nn.Identity)
+    gated = type(mlp) in (timm.layers.SwiGLU, timm.layers.GluMlp) and isinstance(mlp.act, nn.SiLU)
+    if not gated and (type(mlp) is not timm.layers.Mlp or _act_name(mlp.act) != "gelu"):
+        raise PrunexError(f"cannot save a model with {type(mlp).__name__} of {type(mlp.act).__name__} in this family")
+    args = {"mlp_ratio": _ratio(mlp.fc2.in_features, a.width), "swiglu_mlp": gated, "scale_mlp": scaled}
+    if type(mlp) is timm.layers.SwiGLU and not scaled:
+        args["swiglu_align_to"] = 1  # says which of two equal layers: the width is whole already
+    return args
+
+
+def build(spec: dict[str, Any]) -> ViT:
+    """A ViT from what :func:`describe` wrote, with fresh weights, in eval mode.
+
+    Raises:
+        PrunexError: For a description this version cannot build.
+    """
+    try:
+        cls, args = _CLASSES[spec["class"]], dict(spec["args"])
+        for key in ("norm_layer", "embed_norm_layer"):
+            if key in args:
+                args[key] = _norm_class(*args[key])
+        if "act_layer" in args:
+            args["act_layer"] = timm.layers.get_act_layer(args["act_layer"])
+        if "mlp_layer" in args:
+            args["mlp_layer"] = _MLPS[args["mlp_layer"]]
+        if "block_fn" in args:
+            name, more = args["block_fn"]
+            args["block_fn"] = partial(_BLOCKS[name], **more) if more else _BLOCKS[name]
+        for key in ("img_size", "patch_size", "num_kv_heads", "ref_feat_shape", "rope_mrope_section"):
+            if isinstance(args.get(key), list):
+                args[key] = tuple(args[key])
+        return cls(**args).eval()
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise PrunexError(
+            f"cannot build the described model: {type(error).__name__} {error}; was the file edited?"
+        ) from error
+
+
+def _first(attn: Any) -> nn.Linear:
+    return attn.qkv if attn.qkv is not None else attn.q_proj
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A ratio that timm's ``int(width * ratio)`` makes the hidden width of again."""
+    plain = hidden / width
+    return plain if int(width * plain) == hidden else (hidden + 0.5) / width
+
+
+def _norm(norm: nn.Module) -> list[Any]:
+    return [_norm_name(norm), float(getattr(norm, "eps", 1e-6))]
+
+
+def _norm_class(name: str, eps: float) -> Callable[..., nn.Module]:
+    return partial(timm.layers.get_norm_layer(name), eps=eps)
+
+
+def _norm_name(norm: nn.Module) -> str:
+    known = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm", "simplenorm": "SimpleNorm"}
+    for key, cls in known.items():
+        if type(norm).__name__ in (cls, cls + "Fp32"):
+            return key + ("fp32" if type(norm).__name__.endswith("Fp32") else "")
+    raise PrunexError(f"cannot save a model with {type(norm).__name__}: known are {', '.join(known.values())}")
+
+
+def _act_name(act: nn.Module | None) -> str:
+    known = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu"}
+    if isinstance(act, nn.GELU) and act.approximate == "tanh":
+        return "gelu_tanh"
+    name = "GELU" if act is None else type(act).__name__
+    if name not in known:
+        raise PrunexError(f"cannot save a model with activation {name}: known are {', '.join(known)}")
+    return known[name]

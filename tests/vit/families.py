@@ -1,0 +1,152 @@
+"""Every family of timm that works, by a published architecture made small; the README's table is printed from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import timm
+import torch
+
+from tests.vits import lively
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        title: What people call it.
+        names: Published architectures of timm; the first one is built and tested.
+        note: What is special about it, for whoever prunes it.
+        args: Beside ``SMALL``, what makes it small and lively.
+        rules: Whether relevance rules (lrp, partial_lrp, transformer_attribution) reach all of its layers.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    note: str
+    args: dict = field(default_factory=dict)
+    rules: bool = False
+
+
+FAMILIES = {
+    "vit": Family(
+        "ViT, DeiT, MAE, DINO", ("vit_tiny_patch16_224", "deit_small_patch16_224"), "class token", rules=True
+    ),
+    "distilled": Family(
+        "distilled DeiT", ("deit_tiny_distilled_patch16_224",), "the distillation token is never pruned", rules=True
+    ),
+    "deit3": Family("DeiT-III", ("deit3_small_patch16_224",), "LayerScale", {"init_values": 0.5}, True),
+    "dinov2": Family(
+        "DINOv2",
+        ("vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"),
+        "registers are never pruned; SwiGLU in the giant",
+        {"init_values": 0.5},
+        True,
+    ),
+    "gap": Family(
+        "average-pooled ViTs",
+        ("vit_medium_patch16_gap_256", "vit_betwixt_patch16_reg4_gap_256"),
+        "no class token: all pooled tokens rank the patches",
+        rules=True,
+    ),
+    "clip": Family(
+        "CLIP",
+        ("vit_base_patch16_clip_quickgelu_224", "vit_base_patch32_clip_224"),
+        "norm in front of the blocks",
+        rules=True,
+    ),
+    "aimv2": Family("AIMv2", ("aimv2_large_patch14_224",), "RMS norms, SwiGLU, norm of the patches", rules=True),
+    "siglip": Family(
+        "SigLIP, SigLIP 2",
+        ("vit_base_patch16_siglip_224", "vit_so400m_patch14_siglip_224"),
+        "attention pooling over the patches that are left; its own attention is the read-out",
+    ),
+    "res_post": Family(
+        "post-norm ViT",
+        ("vit_base_patch16_rpn_224",),
+        "norms behind attention and MLP; average-pooled",
+        {"init_values": None},
+        True,
+    ),
+    "parallel_scaling": Family(
+        "parallel ViT (ViT-22B)",
+        ("vit_base_patch16_xp_224", "vit_pwee_patch16_reg1_gap_256"),
+        "tokens that leave inside a block leave before its MLP, which reads the block's input",
+    ),
+    "parallel_things": Family(
+        "parallel ViT (three things)",
+        ("vit_small_patch16_18x2_224",),
+        "two attentions at once: their heads together rank the patches",
+        {"init_values": 0.5},
+    ),
+    "eva": Family(
+        "EVA", ("eva_giant_patch14_224", "eva_giant_patch14_clip_224"), "BEiT's descendant, absolute positions"
+    ),
+    "eva02": Family(
+        "EVA-02",
+        ("eva02_tiny_patch14_224", "eva02_base_patch14_448"),
+        "rotary positions follow their tokens; SwiGLU, three projections",
+        {"mlp_ratio": 8 / 3},
+    ),
+    "eva02_clip": Family(
+        "EVA-02-CLIP", ("eva02_base_patch16_clip_224",), "norm inside attention and MLP", {"mlp_ratio": 8 / 3}
+    ),
+    "eva02_enormous": Family(
+        "EVA-02-CLIP-E", ("eva02_enormous_patch14_clip_224",), "post-norm blocks", {"mlp_ratio": 2.0}
+    ),
+    "rope_gap": Family(
+        "timm's ROPE ViTs", ("vit_medium_patch16_rope_reg1_gap_256",), "registers, no class token", {"init_values": 0.5}
+    ),
+    "rope_mixed": Family(
+        "ROPE-ViT",
+        ("vit_small_patch16_rope_mixed_224", "vit_small_patch16_rope_224", "vit_small_patch16_rope_ape_224"),
+        "a rotary table for each block and head",
+        {"init_values": 0.5},
+    ),
+    "pe": Family(
+        "Perception Encoder",
+        ("vit_pe_core_tiny_patch16_384", "vit_pe_spatial_tiny_patch16_512"),
+        "attention pooling over patches and class token",
+        {"attn_pool_num_heads": 3},
+    ),
+    "dinov3": Family(
+        "DINOv3",
+        ("vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3", "vit_small_patch16_lingbot"),
+        "rotary positions of any image size, registers",
+        {"init_values": 0.5},
+    ),
+    "sapiens2": Family(
+        "Sapiens2",
+        ("vit_base_patch16_sapiens2",),
+        "grouped queries, qk-norm",
+        {"num_kv_heads": (3, 1, 1), "init_values": 0.5},
+    ),
+    "beit": Family(
+        "BEiT, BEiTv2",
+        ("beit_base_patch16_224", "beitv2_base_patch16_224"),
+        "relative biases follow their tokens",
+        {"init_values": 0.5},
+    ),
+}
+
+
+def build(name: str, **more) -> torch.nn.Module:
+    """The first architecture of a family made small, in eval mode, with lively weights."""
+    family = FAMILIES[name]
+    if not timm.is_model(family.names[0]):
+        pytest.skip(f"this timm has no {family.names[0]}")
+    model = timm.create_model(family.names[0], **(SMALL | family.args | more))
+    return lively(model).eval()
+
+
+def table() -> str:
+    """The families as a table in Markdown."""
+    rows = ["| family | timm names, for example | what to know | relevance rules |", "|---|---|---|---|"]
+    for f in FAMILIES.values():
+        names = ", ".join(f"`{n}`" for n in f.names)
+        rows.append(f"| {f.title} | {names} | {f.note} | {'yes' if f.rules else 'no'} |")
+    return "\n".join(rows)

@@ -13,11 +13,7 @@ from tests.vits import assert_same_state, images, images_for, largest, randomise
 
 NAN = float("nan")
 BAD_OPTIONS = {
-    "unknown method": (
-        "evitt",
-        {},
-        "unknown pruner 'evitt': did you mean 'evit'.*Known: diffmask, dynamicvit, evit",
-    ),
+    "unknown method": ("evitt", {}, "unknown pruner 'evitt': did you mean 'evit'.*Known: .*dynamicvit, evit, .*topk"),
     "method none": (None, {}, "unknown pruner None"),
     "explainer as pruner": ("rollout", {}, "unknown pruner 'rollout'"),
     "unknown option": ("evit", {"keep_ration": 0.5}, "option of evit 'keep_ration': did you mean 'keep_ratio'"),

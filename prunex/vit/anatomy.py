@@ -36,6 +36,10 @@ _REASONS = {
     "images of several sizes packed into one sequence": ("NaFlexVit",),
     "a class token that enters after the patches' blocks": ("Cait",),
     "attention between channels instead of tokens": ("Xcit",),
+    "blocks of its own, which are not known from inside": (
+        "VisionTransformerRelPos", "ConVit", "CrossVit", "TNT", "DeepseekVitEncoder", "DeepseekVitClassifier",
+        "Gemma4VitEncoder", "Gemma4VitClassifier", "Qwen3VitEncoder", "Qwen3VitClassifier",
+    ),
 }  # fmt: skip
 _POOLS = ("token", "avg", "avgmax", "max", "map", "")
 

@@ -276,9 +276,9 @@ def build(spec: dict[str, Any]) -> ViT:
     """
     try:
         cls, args = _CLASSES[spec["class"]], dict(spec["args"])
-        for key in ("norm_layer", "embed_norm_layer"):
-            if key in args:
-                args[key] = _norm_class(*args[key])
+        args["norm_layer"] = _norm_class(*args["norm_layer"])
+        if "embed_norm_layer" in args:
+            args["embed_norm_layer"] = _norm_class(*args["embed_norm_layer"])
         if "act_layer" in args:
             args["act_layer"] = timm.layers.get_act_layer(args["act_layer"])
         if "mlp_layer" in args:

@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 import prunex
 from prunex.vit.attention import under_policy
 from tests.explainers.quick import EXPLAINERS, explain
+from tests.vits import MORE_FAMILIES, images_for, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -63,3 +64,17 @@ def test_explanations_agree_with_the_cpu(explainer):
         there = explain(explainer, model, x.cuda(), target.cuda()).maps.cpu()
         here = explain(explainer, prunex.slim(model).cpu(), x, target).maps
     assert torch.nn.functional.cosine_similarity(there.flatten(1), here.flatten(1)).min() > 0.99
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_families_agree_with_the_cpu(family, masked):
+    model = tiny(family)
+    x = images_for(model)
+    with prunex.attach(model, "evit", keep_ratio=0.6, stages=(1, 2)) as pruning, torch.no_grad():
+        pruning.masked = masked
+        here = model(x)
+        model.cuda()
+        assert (model(x.cuda()).cpu() - here).abs().max() < 1e-2 * here.abs().max()
+        with torch.autocast("cuda", torch.bfloat16):
+            assert torch.isfinite(model(x.cuda())).all()

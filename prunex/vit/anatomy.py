@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import AttentionPoolLatent
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -189,6 +190,9 @@ def read(model: nn.Module) -> Anatomy:
         raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
     if inner.global_pool not in _POOLS:
         raise PrunexError(f"{name} with global_pool={inner.global_pool!r} is not supported; what works: {WORKS}")
+    pool = inner.attn_pool if inner.global_pool == "map" else None
+    if pool is not None and (type(pool).forward is not AttentionPoolLatent.forward or pool.pos_embed is not None):
+        raise PrunexError(f"{name} with {type(pool).__name__} as pooling is not supported; what works: {WORKS}")
     if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
         raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
     embed = inner.patch_embed

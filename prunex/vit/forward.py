@@ -87,7 +87,8 @@ def attend(
                 whole.requires_grad_()
             out = ops.gather(attn.attn_drop(whole), v)
         elif policy is not None:
-            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, None if keys is None else keys.sizes)
+            by_size = {} if keys is None else {"sizes": keys.sizes}
+            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, **by_size)
             out = out if queries is None else out[:, :, list(queries)]
         elif ops.opened:
             out = ops.attention(asking, k, v)

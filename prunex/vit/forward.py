@@ -115,8 +115,10 @@ def attend(
                 whole.requires_grad_()
             out = ops.gather(attn.attn_drop(whole), v)
         elif policy is not None:
-            own = None if keys is None else keys.sizes
-            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, own, relative)
+            more: dict[str, Tensor | None] = {} if keys is None else {"sizes": keys.sizes}
+            if relative is not None:
+                more["relative"] = relative
+            out = attention.under_policy(q, k, v, policy, attn.scale, dropout, **more)
             out = out if queries is None else attention.some(out, queries, 2)
         elif ops.opened:
             out = ops.attention(asking, k, v)

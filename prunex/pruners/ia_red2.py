@@ -60,30 +60,31 @@ class Interpreter(nn.Module):
 class IARED2(Adaptive):
     r"""Interpretability-aware redundancy reduction (arXiv 2106.12620).
 
-    The blocks are cut into groups. Before each group an :class:`Interpreter` gives every patch still there a probability
-    p, and the patches with p > ``threshold`` go on, any number an image; what was dropped stays dropped. The class token
-    asks, so it and all other prefix tokens stay.
+    The blocks are cut into groups. Before each group an :class:`Interpreter` gives every patch still there a
+    probability p, and the patches with p > ``threshold`` go on, any number an image; what was dropped stays dropped.
+    The class token asks, so it and all other prefix tokens stay.
 
     The map of the method is p of the first interpreter: ``pruning.trace.stages[0].score`` [B, n] holds the patches in
     raster order where group 0 begins before block 0; it tells where the model looks, not for which class. Later groups'
     scores cover the patches that were left to them.
 
-    The authors published no training code. The algorithm above is that of a third-party inference copy; the paper's text
-    on training could not be read, so that the reward below, its penalty and its curriculum are all (unverified).
+    The authors published no training code. The algorithm above is that of a third-party inference copy; the paper's
+    text on training could not be read, so that the reward below, its penalty and its curriculum are all (unverified).
 
-    ``train="straight_through"`` (ours): hard Bernoulli draws of p with straight-through (Gumbel) gradients mask patches,
-    and ``ratio``, mean over groups of (kept share of the batch - target)^2, weight 2, is added to the user's loss.
+    ``train="straight_through"`` (ours): hard Bernoulli draws of p with straight-through (Gumbel) gradients mask
+    patches, and ``ratio``, mean over groups of (kept share of the batch - target)^2, weight 2, is added to the user's
+    loss.
 
     ``train="reward"`` (unverified): reinforcement. u ~ Bernoulli(p'), p' = a p + (1 - a)(1 - p), is rewarded with
-    R = 1 - (|u| / N)^2 where the prediction is right and -tau where not, N the patches of the image; the loss ``policy``
-    is -(R(u) - R(u^)) sum_j log p'(u_j), u^ the thresholded policy of an eval forward without gradients. A curriculum
-    runs over the groups, driven by ``progress`` (0..1, cut into two equal parts a group): first group g's interpreter
-    learns by reward and nothing else moves, then the blocks from group g on, norm and head learn by the user's own loss
-    under the thresholded policy. Groups that had no turn yet drop nothing. No gradient of the user's loss reaches an
-    interpreter: u is hard. Who moves is enforced by ``prunex.callbacks.TokenPruning`` (see :meth:`resting`). What is
-    right is told by labels: the callback finds them in the batch, ``pruning.losses(labels)`` takes them; without any,
-    the dense model's own present prediction counts as right. Labels are the batch's, also where images were mixed.
-    Without the callback ``progress`` stays 1, the last part, in which no interpreter learns.
+    R = 1 - (|u| / N)^2 where the prediction is right and -tau where not, N the patches of the image; the loss
+    ``policy`` is -(R(u) - R(u^)) sum_j log p'(u_j), u^ the thresholded policy of an eval forward without gradients.
+    A curriculum runs over the groups, driven by ``progress`` (0..1, cut into two equal parts a group): first group g's
+    interpreter learns by reward and nothing else moves, then the blocks from group g on, norm and head learn by the
+    user's own loss under the thresholded policy. Groups that had no turn yet drop nothing. No gradient of the user's
+    loss reaches an interpreter: u is hard. Who moves is enforced by ``prunex.callbacks.TokenPruning`` (see
+    :meth:`resting`). What is right is told by labels: the callback finds them in the batch, ``pruning.losses(labels)``
+    takes them; without any, the dense model's own present prediction counts as right. Labels are the batch's, also
+    where images were mixed. Without the callback ``progress`` stays 1, the last part, in which no interpreter learns.
 
     Departures from the third-party copy: the unused value third of its projection is not made; dropped keys leave the
     softmax exactly; the reward is not scaled by a group's share of the blocks.
@@ -239,8 +240,8 @@ class IARED2(Adaptive):
             return torch.as_tensor(idle)
         if forward.logits is None or forward.anatomy.classes == 0:
             raise PrunexError(
-                "ia_red2 with train='reward' must see whether the ViT's own prediction is right, and it gave no logits: "
-                "use its own head, or train='straight_through'"
+                "ia_red2 with train='reward' must see whether the ViT's own prediction is right, and it gave no "
+                "logits: use its own head, or train='straight_through'"
             )
         with torch.no_grad():
             labels, greedy, greedy_share = self._compare(forward, forward.model, g)
@@ -323,7 +324,7 @@ def _straight_through(p: Tensor) -> Tensor:
 
 
 def bounded(p: Tensor, bound: float) -> Tensor:
-    """a p + (1 - a)(1 - p): no decision is ever certain.
+    """No decision is ever certain: a p + (1 - a)(1 - p).
 
     >>> bounded(torch.tensor([0.0, 0.5, 1.0]), 0.8)
     tensor([0.2000, 0.5000, 0.8000])

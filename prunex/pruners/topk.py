@@ -88,7 +88,10 @@ class TopK(Adaptive):
         return Keep(top(score, k, state.present), score, score if self.fuses else None)
 
     def counts(self, patches: int) -> list[int]:
-        """Patch tokens (a fused one included) after each stage; expected ones where counts are adaptive."""
+        """Patch tokens (a fused one included) after each stage; expected ones where counts are adaptive.
+
+        Measured shares are those of patches: earlier fused tokens that were kept are not among the expected counts.
+        """
         likely = self.likely(patches, int(self.fuses))
         if likely is not None:
             return likely

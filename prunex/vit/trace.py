@@ -25,7 +25,7 @@ class Stage:
         fused: Whether the last token after the stage is an extra one, made of several others.
         score: float [B, n_in] or None, what the pruner ranked by (larger is kept).
         counted: Patch tokens that the stage leaves for later blocks, also when masked slots are carried along;
-            float [B] in masked training where images differ, else int.
+            float [B] where images may differ (masked training, adaptive counts), else int.
     """
 
     block: int

@@ -8,12 +8,19 @@ from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGN
 from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit"]
+FEW = ["atman", "tokentm", "attention_flow", "lrp", "integrated_gradients"]
+VARYING = {  # images keep different numbers of patches
+    "ia_red2": ("ia_red2", {"threshold": 0.45}),
+    "dynamicvit_adaptive": ("dynamicvit", {"count": "adaptive"}),
+    "evit_adaptive": ("evit", {"count": "adaptive", "threshold": 0.8}),
+}
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 
 
 def attach(model, pruner, **options):
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
-    pruning = prunex.attach(model, pruner.removesuffix("_unfused"), **(options | extra))
+    method, more = VARYING.get(pruner, (pruner.removesuffix("_unfused"), extra))
+    pruning = prunex.attach(model, method, **(options | more))
     randomise(pruning.pruner)
     return pruning
 
@@ -50,6 +57,42 @@ def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6)
 @pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
 def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
     check(family, pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "explainer"),
+    [
+        pytest.param(p, e, marks=[] if p == "ia_red2" or e in FEW else pytest.mark.slow)
+        for p in VARYING
+        for e in EXPLAINERS
+    ],
+)
+def test_images_of_different_lengths(pruner, explainer):
+    found = check("vit", pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
+    assert len(set(found.trace.kept().flatten(1).sum(1).tolist())) > 1
+
+
+@pytest.mark.parametrize("explainer", ["atman", "rollout", "lrp", "integrated_gradients"])
+@pytest.mark.parametrize("pruner", ["ia_red2", "dynamicvit_adaptive"])
+def test_images_that_lose_every_patch_are_explained(pruner, explainer):
+    model = tiny().double()
+    with attach(model, pruner, stages=(1, 2)) as pruning:
+        pruning.pruner.threshold = 1.0
+        removed = explain(explainer, model, images_for(model))
+        pruning.masked = True
+        assert relative(explain(explainer, model, images_for(model)).maps, removed.maps) < 1e-11
+    assert not removed.trace.kept().any()
+    assert torch.isfinite(removed.maps).all()
+
+
+def test_a_pruner_that_decides_anew_among_those_that_are_there():
+    """Values of the game are those of single sequences, whatever else is in the chunk."""
+    model = tiny().double()
+    with attach(model, "ia_red2", stages=(0, 2)):
+        several = explain("shap", model, images_for(model), selection="adaptive")
+        alone = explain("shap", model, images_for(model), selection="adaptive", chunk=1)
+    assert relative(several.maps, alone.maps) < 1e-11
+    assert torch.isfinite(several.maps).all()
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)

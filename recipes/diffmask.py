@@ -34,6 +34,10 @@ class DiffMask(LightningModule):
     Other departures from the authors' code: patches alone are gated and averaged over; a parameter that a step does not
     train is left alone by Lookahead, too. Optimisation is by hand, without clipping. Run it in one process.
 
+    What is found is one of many masks: gates learn from samples, and what is closed for long learns no more. A learned
+    placeholder may come to look like a class, whose patches need not be shown then (seen on toy images); a classifier
+    that is very sure of itself makes KL drown the size term. Then ``lr_placeholder``, ``alpha_init`` and ``add`` help.
+
     After every validation that is the best so far the explainer is written to ``explainer/`` in the run's folder:
     ``prunex.explain("diffmask", model, images, explainer=that_folder)``, ``prunex.attach(model, "diffmask",
     explainer=that_folder)``. Best is the smallest share of patches kept with a KL of at most 2 eps, or the smallest KL

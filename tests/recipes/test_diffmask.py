@@ -3,10 +3,11 @@ import copy
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.diffmask import load_explainer
+from prunex.explainers.diffmask import divergence, load_explainer
 from prunex.recipes import DiffMask, DigitScenes, ImageClassifier, cli
 from prunex.recipes.lookahead import LookaheadAdam
 from tests.explainers.test_diffmask import force
@@ -180,7 +181,10 @@ def test_a_run_ends_in_a_folder_that_explains_and_prunes(tmp_path):
     assert same(module.explainer.model, classifier)  # bit for bit
     assert all(p.grad is None for p in module.explainer.model.parameters())
     assert not any(m.training for m in module.explainer.model.modules())
-    assert not same(module.explainer.gates, gates)
+    assert not module.explainer.gates.placeholder.equal(gates["placeholder"])
+    assert not module.explainer.gates.gates[0].hidden.weight.equal(
+        torch._weight_norm(*(gates[f"gates.0.hidden.parametrizations.weight.original{i}"] for i in (1, 0)))
+    )
     metrics = run.callback_metrics
     assert {"val_kl", "val_agreement", "val_kept", "val_l0", "train_kl", "train_l0", "train_alpha"} <= set(metrics)
     assert 0 <= float(metrics["val_kept"]) <= 1
@@ -318,3 +322,56 @@ def test_from_the_command_line(tmp_path, monkeypatch):
 def test_bad_arguments_end_in_one_line(arguments, message):
     with pytest.raises(PrunexError, match=message):
         DiffMask(**({"architecture": ARCHITECTURE, "num_classes": 10, "model_args": dict(SMALL)} | arguments))
+
+
+# ------------------------------------------------------------------------------------------------------------- it learns
+
+
+def patches_of_colour(count, seed):
+    """Grey, part of it noisy, [count, 3, 32, 32] with one 8 x 8 patch in one of four colours; its class, and where it is.
+
+    The fifth class has no coloured patch: else one class could be told by showing nothing.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    images = 0.3 * torch.randn(count, 3, 32, 32, generator=draws)
+    plain = torch.rand(count, 1, 4, 4, generator=draws) < torch.rand(count, 1, 1, 1, generator=draws)
+    images[plain.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)] = 0
+    labels, places = torch.randint(5, (count,), generator=draws), torch.randint(16, (count,), generator=draws)
+    colours = torch.tensor([[2.0, -1, -1], [-1, 2, -1], [-1, -1, 2], [2, 2, -1], [0, 0, 0]])
+    for i in range(count):
+        y, x = divmod(int(places[i]), 4)
+        images[i, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] += colours[labels[i], :, None, None]
+    return images, labels, places
+
+
+@pytest.mark.slow
+def test_it_keeps_the_one_patch_that_tells(tmp_path):
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    images, labels, _ = patches_of_colour(512, seed=1)
+    # The placeholder starts as plain grey and stays: a learned one may come to look like a class, which then need not
+    # be shown. The classifier is held from being sure of itself, since a KL of many nats drowns the size of the mask.
+    options = {"alpha_init": 5.0, "mul": 10.0, "add": 5.0, "lr": 3e-3, "lr_placeholder": 0.0, "warmup_steps": 20}
+    module = DiffMask(ARCHITECTURE, 5, size, **options)
+    model = module.explainer.model.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(25):
+        for x, y in zip(images.split(32), labels.split(32), strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y, label_smoothing=0.2).backward()
+            optimizer.step()
+    model.requires_grad_(False).zero_grad()
+    with torch.no_grad():
+        module.explainer.gates.placeholder.copy_(model.patch_embed(torch.zeros(1, 3, 32, 32))[:, :1])
+    batches = DataLoader(list(zip(images.split(32), labels.split(32), strict=True)), batch_size=None, shuffle=True)
+    trainer(tmp_path, max_epochs=40, limit_val_batches=0).fit(module, batches)
+    images, labels, places = patches_of_colour(256, seed=2)
+    found = module.eval().explainer
+    with torch.no_grad():
+        seen = found.observe(images)
+        assert (seen.logits.argmax(1) == labels).float().mean() > 0.98
+        kept = module(images) > 0.5
+        own = torch.nn.functional.one_hot(places, 16).bool() & (labels < 4)[:, None]
+        assert kept[own].float().mean() > 0.9
+        assert (~kept[~own]).float().mean() > 0.8
+        assert divergence(seen.logits, found.masked(seen, kept)).mean() <= 2 * 0.1

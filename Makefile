@@ -15,8 +15,11 @@ demo: $(VENV)/.demo
 
 test: style types doctest tests
 
+# One process a core, one thread each: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
 test-all: style types doctest
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("prunex needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
@@ -50,7 +53,7 @@ doctest: stage
 		-p no:cacheprovider
 
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

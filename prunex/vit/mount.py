@@ -115,7 +115,8 @@ def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
         ours, _ = run(model, image, anatomy, tape=tape)
     scale = theirs.abs().max().clamp(min=1e-6)
     gap = float((ours - theirs).abs().max() / scale)
-    if not gap <= max(tolerance, 2e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 0):
+    coarse = {torch.float16: 2e-2, torch.bfloat16: 6e-2}  # either way of computing it is as far from the exact one
+    if not gap <= max(tolerance, coarse.get(weight.dtype, 0)):
         raise PrunexError(
             f"{type(model).__name__} computes something prunex does not know (outputs differ by {gap:.1e} of their "
             "size): it is not supported as it is"

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 import prunex
@@ -98,9 +99,7 @@ def test_zero_gradient_leaves_the_class_token_alone(variant):
 
 def test_tokens_that_stay_as_they_are_weigh_one_nth():
     # One head whose value is the token itself and whose output projection is the identity: Et = E.
-    block = nn.Module()
-    block.attn, block.ls1 = nn.Module(), nn.Identity()
-    block.attn.proj = nn.Linear(12, 12, bias=False)
+    block = Block(12, 1)
     nn.init.eye_(block.attn.proj.weight)
     e = torch.randn(2, 7, 12).double()
     step = Attended(0, value=e[:, None], before=e)

@@ -42,7 +42,7 @@ def use_stored_noise(monkeypatch, want):
 def dense_policy(eps=0.0, safe=True):
     """Attention under a policy by whole matrices: the exact definition, or with the reference's row maximum and eps."""
 
-    def under_policy(q, k, v, policy, scale, dropout=0.0):
+    def under_policy(q, k, v, policy, scale, dropout=0.0, relative=None):
         scores = (q * scale) @ k.transpose(-2, -1)
         n = scores.shape[-1]
         eye = torch.eye(n, dtype=scores.dtype)

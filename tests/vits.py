@@ -11,6 +11,25 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import nn
 
+# Those that between them have most of what families differ in.
+QUICK_FAMILIES = [
+    "deit_distilled",
+    "dinov2_giant",
+    "dinov2_reg",
+    "avg_pool_prefix",
+    "avg_pool_no_class",
+    "clip",
+    "eva02",
+    "beit",
+]
+
+
+def quick(names, chosen):
+    """Parameters of a test: the chosen names, and the rest of them marked slow."""
+    chosen = set(chosen)
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
 
 # Constructor arguments of each family; the first ones name published models, the rest single features of theirs.

@@ -538,7 +538,7 @@ def test_merging_trains_as_the_same_loop_by_hand_and_logs_tokens_left(tmp_path):
 
 
 def test_options_are_the_method_s_own_unless_given():
-    assert TokenPruning("evit").options == {}
+    assert TokenPruning("evit").options == {"keep_ratio": 0.7}
     assert TokenPruning("evit", keep_ratio=[0.5], stages=[1]).options == {"keep_ratio": [0.5], "stages": [1]}
     assert TokenPruning("tome", stages=[1, 2]).options == {"stages": [1, 2]}
     with pytest.raises(PrunexError, match="keep_ratio=0.7 is not allowed: tome has no such option") as caught:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prunex
 from prunex import PrunexError
 from tests.explainers.definitions import opened
-from tests.vits import FAMILIES, images, images_for, largest, randomise, relative, tiny
+from tests.vits import FAMILIES, images, images_for, largest, quick, randomise, relative, tiny
 
 TARGETS = torch.tensor([4, 0, 2])
 KINDS = ["tokens", "attention", "layercam", "elementwise"]
@@ -176,7 +176,7 @@ def test_permuting_patches_with_their_positions_permutes_the_map(kind):
 @every
 @pytest.mark.parametrize("layer", [1, 2, -1])
 @pytest.mark.parametrize("pruner", ["topk", "evit", "dynamicvit"])
-@pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
+@pytest.mark.parametrize("family", quick(["vit", "dinov2_reg", "avg_pool"], ["vit"]))
 def test_masked_equals_removed_and_what_left_before_is_zero(family, pruner, layer, kind):
     model = tiny(family).double()
     x = images_for(model)

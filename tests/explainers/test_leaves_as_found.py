@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import prunex
 from prunex import PrunexError
 from tests.explainers.quick import EXPLAINERS, explain
-from tests.vits import assert_same_state, images, randomise, relative, state_of, tiny
+from tests.vits import assert_same_state, images, quick, randomise, relative, state_of, tiny
 
 FORWARDS_ONLY = ["atman", "attention_flow", "dino", "raw_attention", "rollout", "shap", "vit_cx"]
 BY_GRADIENT = [m for m in EXPLAINERS if m not in FORWARDS_ONLY]
@@ -24,7 +24,7 @@ every = pytest.mark.parametrize("method", EXPLAINERS)
 
 
 @every
-@pytest.mark.parametrize("pruner", [None, "evit", "dynamicvit"])
+@pytest.mark.parametrize("pruner", quick([None, "evit", "dynamicvit"], ["evit"]))
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_same_map_in_every_grad_mode(method, pruner, mode):
     model = tiny()
@@ -116,7 +116,7 @@ def test_a_model_in_training_is_left_as_found(method, pruner):
 
 @every
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pruner", [None, "evit", "dynamicvit"])
+@pytest.mark.parametrize("pruner", quick([None, "evit", "dynamicvit"], ["evit"]))
 def test_gradients_of_a_training_step_around_it(method, precision, pruner):
     """Before the forward, and between forward and backward, inside one autocast."""
     found = []

@@ -5,7 +5,7 @@ import torch
 
 import prunex
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
-from tests.vits import FAMILIES, images, images_for, randomise, relative, tiny
+from tests.vits import FAMILIES, QUICK_FAMILIES, images, images_for, quick, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome"]
 # HVT pools instead of keeping some: whatever has no keep ratio holds for it too.
@@ -75,7 +75,7 @@ def check(family, pruner, explainer, dtype, tolerance, stages=(1, 2), ratio=0.6)
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
 @pytest.mark.parametrize("pruner", ALL)
-@pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
+@pytest.mark.parametrize("family", quick(["vit", "dinov2_reg", "avg_pool"], ["vit"]))
 def test_masked_equals_removed_and_one_equals_many(family, pruner, explainer):
     check(family, pruner, explainer, torch.float64, 1e-9 if explainer == "r_cut" else 1e-11)
 
@@ -134,7 +134,7 @@ def test_every_family(family, pruner, explainer, stages, ratio):
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("family", SHOWN)
+@pytest.mark.parametrize("family", quick(SHOWN, ["vit", "avg_pool_no_class", "dynamic"]))
 def test_dense_batch_equals_singles(family, explainer):
     model = tiny(family)
     if explainer in DIVIDES:
@@ -172,7 +172,7 @@ def test_targets_of_neighbours_do_not_matter(explainer):
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
 @pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("family", ["vit", "deit_distilled", "avg_pool_no_class"])
+@pytest.mark.parametrize("family", quick(["vit", "deit_distilled", "avg_pool_no_class"], ["vit"]))
 def test_keep_ratio_one_is_the_dense_map_exactly(family, pruner, explainer):
     model = tiny(family)
     x = images_for(model)
@@ -211,7 +211,7 @@ def test_one_token_left(explainer):
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, QUICK_FAMILIES))
 def test_every_family_dense(family, explainer):
     model = tiny(family)
     x = inputs(model, family)

@@ -8,7 +8,17 @@ import torch
 import prunex
 from prunex.pruners.base import ceil_share, check_stages, floor_share
 from prunex.vit.decisions import Keep, TokenState
-from tests.vits import ALL_FAMILIES, assert_same_state, images_for, largest, randomise, state_of, tiny
+from tests.vits import (
+    ALL_FAMILIES,
+    QUICK_FAMILIES,
+    assert_same_state,
+    images_for,
+    largest,
+    quick,
+    randomise,
+    state_of,
+    tiny,
+)
 
 PRUNERS = {
     "topk": ("topk", {}),
@@ -78,7 +88,7 @@ def test_masked_equals_removed_in_gradients(pruner, family):
     assert max(largest(removed[n], masked[n]) / (1 + float(removed[n].abs().max())) for n in removed) < 1e-9
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, QUICK_FAMILIES))
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_keep_ratio_one_is_dense_in_every_mode(family, pruner):
     model = tiny(family)

@@ -139,10 +139,11 @@ def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost
 
 def _slim_block(block: Any, attending: int, asking: int, decision: int) -> BlockCost:
     """A block that computes queries, and all that follows them, for some tokens only."""
-    whole = _block(block, attending, asking, decision)
-    attn = block.attn
-    linear = attn.qkv.in_features * attn.qkv.out_features // 3 + attn.proj.in_features * attn.proj.out_features
-    spared = (attending - asking) * (linear + 2 * attending * attn.proj.in_features)
+    whole, layout = _block(block, attending, asking, decision), layout_of(block)
+    width, inner = layout.output(block).shape
+    # Where attention is not opened, only scores and what follows them are spared, not the queries' projection.
+    linear = width * inner * (2 if layout.opens else 1)
+    spared = (attending - asking) * (linear + 2 * attending * inner)
     return BlockCost(attending, asking, whole.macs - spared, asking)
 
 

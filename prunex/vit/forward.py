@@ -675,7 +675,7 @@ def record(model: ViT, images: Tensor, tape: Tape, masked: bool | None = None) -
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
     if anatomy.pool == "map":
         with torch.no_grad():
-            tape.readout = pool_attention(model, tokens, state.policy, anatomy)
+            tape.readout = pool_attention(model, tokens, state.policy, anatomy, state.sizes)
     return state
 
 
@@ -802,9 +802,9 @@ def masked_pool(
             raise PrunexError("pool_type='token' is not allowed: this pruned model has no class token; use 'avg'")
         if kind == "":
             return x
-    elif anatomy.pool == "map" and policy is not None:
+    elif anatomy.pool == "map" and not (policy is None and sizes is None):
         start = 0 if anatomy.pool_prefix else anatomy.prefix
-        return attention.latent(inner.attn_pool, x[:, start:], policy[:, start:])[0]
+        return attention.latent(inner.attn_pool, x[:, start:], _weights(policy, sizes, start))[0]
     elif (policy is None and sizes is None) or kind in ("token", "", "map") or not isinstance(kind, str):
         if isinstance(model, Beit):
             return global_pool_nlc(x, kind, anatomy.prefix)
@@ -824,7 +824,16 @@ def masked_pool(
     return top if kind == "max" else 0.5 * (top + mean)
 
 
-def pool_attention(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy) -> Tensor:
+def _weights(policy: Tensor | None, sizes: Tensor | None, start: int) -> Tensor | None:
+    """How much each token from a position on counts in attention pooling: its policy times its size; None: 1."""
+    if policy is None:
+        return None if sizes is None else sizes[:, start:]
+    return policy[:, start:] if sizes is None else (policy * sizes)[:, start:]
+
+
+def pool_attention(
+    model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, sizes: Tensor | None = None
+) -> Tensor:
     """What an attention-pooling head looks at: float [B, N], mean over its heads, 0 for prefix tokens it skips.
 
     Args:
@@ -832,10 +841,11 @@ def pool_attention(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatom
         x: [B, N, D] after the final norm.
         policy: [B, N] or None.
         anatomy: Of the model.
+        sizes: [B, N] or None: how many patches each token stands for.
     """
     inner: Any = model
     start = 0 if anatomy.pool_prefix else anatomy.prefix
-    seen = attention.latent(inner.attn_pool, x[:, start:], None if policy is None else policy[:, start:])[1]
+    seen = attention.latent(inner.attn_pool, x[:, start:], _weights(policy, sizes, start))[1]
     return nn.functional.pad(seen, (start, 0))
 
 

@@ -105,7 +105,7 @@ def pencil(monkeypatch, steps, prefix, patches):
     def recording(model, images, target, tape, needs_class=False):
         tape.steps.extend(steps)
         anatomy = SimpleNamespace(
-            prefix=prefix, readout=lambda tokens, policy, like: torch.eye(tokens, dtype=like.dtype)[:1]
+            prefix=prefix, readout=lambda tokens, policy, like, sizes: torch.eye(tokens, dtype=like.dtype)[:1]
         )
         last = [s for s in steps if isinstance(s, Attended)][-1]
         tape.tokens, tape.logits = last.attention.shape[-1], torch.zeros(1, 2, dtype=torch.float64)

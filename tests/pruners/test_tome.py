@@ -440,3 +440,20 @@ def test_bad_options_end_in_one_line(options, match):
         prunex.attach(model, "tome", **options)
     assert "\n" not in str(caught.value)
     assert prunex.attached(model) is None
+
+
+def test_attention_pooling_counts_by_size():
+    """A head that pools by attention sees a merged token as often as it has patches."""
+    model = tiny("siglip").double()
+    x = images_for(model)
+    pruning = prunex.attach(model, "tome", r=[3, 0, 0, 0])
+    with torch.no_grad():
+        logits = model(x)
+        tokens, sizes = model.forward_features(x), pruning._attached.sizes
+        pruning.masked = True
+        assert largest(model(x), logits) < 1e-10
+        for i in range(len(x)):
+            spread = tokens[i].repeat_interleave(sizes[i].long(), 0)[None]
+            wanted = model.fc_norm(model.attn_pool(spread))
+            assert largest(model.head(wanted)[0], logits[i]) < 1e-10
+        pruning.detach()

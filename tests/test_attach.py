@@ -16,7 +16,7 @@ BAD_OPTIONS = {
     "unknown method": (
         "evitt",
         {},
-        "unknown pruner 'evitt': did you mean 'evit'.*Known: dynamicvit, evit, ia_red2, topk",
+        "unknown pruner 'evitt': did you mean 'evit'.*Known: diffmask, dynamicvit, evit, ia_red2, topk",
     ),
     "method none": (None, {}, "unknown pruner None"),
     "explainer as pruner": ("rollout", {}, "unknown pruner 'rollout'"),

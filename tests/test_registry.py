@@ -26,13 +26,13 @@ def test_every_method_says_what_it_is():
 
 
 def test_only_one_kind():
-    assert [m.name for m in prunex.methods("pruner")] == ["dynamicvit", "evit", "ia_red2", "topk"]
+    assert [m.name for m in prunex.methods("pruner")] == ["diffmask", "dynamicvit", "evit", "ia_red2", "topk"]
     with pytest.raises(prunex.PrunexError, match="unknown kind of method 'prunner': did you mean 'pruner'"):
         methods("prunner")
 
 
 @pytest.mark.parametrize("name", ["evitt", "EViT", "", None, 3, ["evit"], "rollout"])
 def test_unknown_names_list_what_is_known(name):
-    with pytest.raises(prunex.PrunexError, match="Known: dynamicvit, evit, ia_red2, topk") as caught:
+    with pytest.raises(prunex.PrunexError, match="Known: diffmask, dynamicvit, evit, ia_red2, topk") as caught:
         lookup("pruner", name)
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Drop, Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Fill, Keep, Mask, TokenState
 from prunex.vit.trace import TokenTrace
 
 
@@ -84,7 +84,7 @@ class TokenPruner(nn.Module):
         """Whether :meth:`between` may decide something at this block."""
         return block in self.rows()
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
+    def before(self, block: int, state: TokenState) -> Keep | Mask | Drop | Fill | None:
         """Decide before a block; None leaves all as it is."""
         return None
 

@@ -75,7 +75,7 @@ def methods(kind: str | None = None) -> list[Method]:
 
     >>> import prunex
     >>> [m.name for m in prunex.methods("pruner")]
-    ['dynamicvit', 'evit', 'ia_red2', 'topk']
+    ['diffmask', 'dynamicvit', 'evit', 'ia_red2', 'topk']
     """
     kinds = {k for k, _ in _METHODS}
     if kind is not None and kind not in kinds:

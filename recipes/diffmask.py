@@ -71,6 +71,10 @@ class DiffMask(LightningModule):
         PrunexError: If an argument is outside its range, or the weights cannot be loaded.
     """
 
+    running_agreement: Tensor
+    running_l0: Tensor
+    draws: Tensor
+
     def __init__(
         self,
         architecture: str = "vit_small_patch16_224",
@@ -124,8 +128,8 @@ class DiffMask(LightningModule):
         """A layer of the L + 2 by chance; where asked for, seldom one that is easy by now."""
         chances = torch.ones(self.explainer.layers)
         if self.hparams["weighted_layer_distribution"]:
-            easy = self.running_agreement > EASY["agreement"]
-            easy &= (self.running_l0 < EASY["l0"]) & (self.draws > EASY["draws"])
+            agrees, few = self.running_agreement > EASY["agreement"], self.running_l0 < EASY["l0"]
+            easy = agrees & few & (self.draws > EASY["draws"])
             chances[easy.cpu()] = EASY["weight"]
         return int(torch.multinomial(chances, 1))
 

@@ -32,7 +32,7 @@ class LookaheadAdam(torch.optim.Adam):
     >>> for _ in range(4):
     ...     p.grad = torch.tensor(-1.0)
     ...     optimizer.step()
-    ...     places.append(round(float(p), 3))
+    ...     places.append(round(p.item(), 3))
     >>> places
     [1.0, 1.0, 2.0, 2.0]
     """
@@ -46,7 +46,7 @@ class LookaheadAdam(torch.optim.Adam):
             raise PrunexError("slow_rate=0 is not allowed: nothing would ever move; give a number in (0, 1]")
         super().__init__(params, lr=lr, **options)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Adam; then the pull, for parameters whose turn it is."""
         loss = None
         if closure is not None:

@@ -203,6 +203,17 @@ class DiffMask(Adaptive):
         mul: Half the range of the gates' logits; an explainer brings its own.
         add: Where they start; likewise.
         no_placeholder: Whether zeros stand for the learned vector; likewise.
+
+    Raises:
+        PrunexError: For an option out of range, a folder that holds no such explainer, or gates of a model of another
+            width or depth.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
+    >>> with prunex.attach(model, "diffmask", count="fixed", keep_ratio=0.5, layer=1) as pruning, torch.no_grad():
+    ...     logits = model(torch.randn(1, 3, 224, 224))  # the gates of this one have learnt nothing
+    ...     int(pruning.trace.kept().sum())
+    98
     """
 
     name = KIND

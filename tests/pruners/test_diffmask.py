@@ -8,13 +8,16 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
+from prunex.callbacks import TokenPruning, load_from_checkpoint
 from prunex.explainers.base import recording
-from prunex.explainers.diffmask import DiffMaskExplainer
+from prunex.explainers.diffmask import DiffMaskExplainer, load_explainer
 from prunex.explainers.removal import Removal
 from prunex.pruners.diffmask import MaskGates
 from prunex.vit.decisions import Absent, Fill
 from prunex.vit.forward import embed, embed_patches, look_ahead, place, resume, unplace
 from prunex.vit.tape import Tape
+from tests.callbacks.modules import Plain, trainer
+from tests.callbacks.modules import loader as module_loader
 from tests.explainers.quick import EXPLAINERS, explain
 from tests.explainers.test_diffmask import explainer, force, liven
 from tests.vit.test_cost import counted
@@ -389,6 +392,29 @@ def test_slim_saved_and_loaded_it_says_the_same(count, removal, tmp_path):
         assert again(x).equal(logits)
     assert prunex.attached(again).spec == prunex.attached(model).spec
     assert "explainer" not in prunex.attached(model).spec
+
+
+@ways
+def test_the_callback_fine_tunes_with_gates_from_a_folder(tmp_path, count, removal):
+    module = Plain()
+    folder = str(explainer(module.vit).save(tmp_path / "explainer"))
+    options = {"explainer": folder, "count": count, "removal": removal, "threshold": 0.01}
+    run = trainer(tmp_path, TokenPruning("diffmask", keep_ratio=0.6, options=options))
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    run.fit(module, module_loader(), module_loader())
+    gates = {n: p for n, p in module.named_parameters() if ".prunex." in n}
+    assert gates
+    wanted = load_explainer(folder).gates.state_dict()
+    for name, p in gates.items():
+        assert p.equal(wanted[name.split(".gates.", 1)[1]])
+    assert any(not p.equal(before[n]) for n, p in module.named_parameters() if n in before)
+    assert "prunex/val_keep_ratio_stage0" in run.callback_metrics
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    for file in (tmp_path / "explainer").iterdir():
+        file.unlink()
+    again = load_from_checkpoint(Plain, str(tmp_path / "run.ckpt"))
+    with torch.no_grad():
+        assert again(images()).equal(module.eval()(images()))
 
 
 @pytest.mark.slow

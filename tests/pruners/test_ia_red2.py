@@ -86,6 +86,12 @@ def test_masked_equals_gathering_each_image_s_own_tokens(family):
                 def rows(self):
                     return frozenset()
 
+                def key_means(self):
+                    return frozenset()
+
+                def acts_after(self, block):
+                    return False
+
                 def acts_between(self, block):
                     return False
 

@@ -328,7 +328,7 @@ def test_bad_arguments_end_in_one_line(arguments, message):
 
 
 def patches_of_colour(count, seed):
-    """Grey, part of it noisy, [count, 3, 32, 32], one 8 x 8 patch in one of four colours; its class, and where it is.
+    """Grey, part of it noisy, [count, 3, 32, 32], with one 8 x 8 patch in one of four colours; its class and place.
 
     The fifth class has no coloured patch: else one class could be told by showing nothing.
     """

@@ -23,6 +23,12 @@ class Scripted:
     def rows(self):
         return frozenset()
 
+    def key_means(self):
+        return frozenset()
+
+    def acts_after(self, block):
+        return False
+
     def acts_between(self, block):
         return block in self.inside
 

@@ -17,7 +17,7 @@ BAD_OPTIONS = {
     "method none": (None, {}, "unknown pruner None"),
     "explainer as pruner": ("rollout", {}, "unknown pruner 'rollout'"),
     "unknown option": ("evit", {"keep_ration": 0.5}, "option of evit 'keep_ration': did you mean 'keep_ratio'"),
-    "another's option": ("topk", {"teacher": True}, "option of topk 'teacher'.*Known: .*keep_ratio, stages"),
+    "another's option": ("topk", {"teacher": True}, "option of topk 'teacher'.*Known: .*keep_ratio, .*stages"),
     "anatomy as option": ("topk", {"anatomy": 1}, "option of topk 'anatomy'"),
     "zero": ("evit", {"keep_ratio": 0}, r"keep_ratio=0 .*\(0, 1\]"),
     "negative": ("evit", {"keep_ratio": -0.5}, "keep_ratio=-0.5"),

@@ -80,7 +80,8 @@ class TokenPruner(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = check_stages(stages, anatomy.depth)
-        self.rates: tuple[float, ...] = () if keep_ratio is None else check_rates(keep_ratio, len(self.stages))
+        none = keep_ratio is None and "keep_ratio" not in accepted(type(self))
+        self.rates: tuple[float, ...] = () if none else check_rates(keep_ratio, len(self.stages))
         self.progress = 1.0
         self.options: dict[str, Any] = {"stages": list(self.stages)}
         if keep_ratio is not None:

@@ -242,6 +242,10 @@ def draw(points: Sequence[dict[str, Any]], by: str, scale: float, xlabel: str, t
         save_png(path, curves(lines, title, percent=True, xlabel=xlabel, size=(760, 460), bands=bands))
 
 
+def many(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("runs/tradeoff"), help="folder to write to")
@@ -292,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         and all(int(r[k]) == v for k, v in sizes.items())
     ]
     found = summarise(rows, measure(points, args))
-    how = f"{args.epochs} epochs of {args.train_size} scenes" if args.epochs else "untrained"
-    title = f"Digit scenes, {how}, {len(args.seeds)} seeds"
+    how = f"{many(args.epochs, 'epoch')} of {args.train_size} scenes" if args.epochs else "untrained"
+    title = f"Digit scenes, {how}, {many(len(args.seeds), 'seed')}"
     draw(found, "share", 100, "multiply-adds of an image, % of the dense model's", title, args.out / "tradeoff.png")
     draw(found, "speed_up", 100, "images a second, % of the dense model's", title, args.out / "speed.png")
     (args.out / "tradeoff.md").write_text(f"{title}, {args.val_size} scenes tested on\n\n{table(found)}\n")

@@ -4,17 +4,15 @@ import math
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from prunex.callbacks.monitor import run_folder
 from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError
 from prunex.explainers.diffmask import MOST, DiffMaskExplainer, divergence
 from prunex.pruners.diffmask import log_keep
 from prunex.recipes.backbone import create_model, load_weights
+from prunex.recipes.explainer_training import ExplainerTraining
 from prunex.recipes.lookahead import LookaheadAdam
 from prunex.vit.anatomy import find
 
@@ -22,7 +20,7 @@ DECAY = 0.9  # of the running figures of a layer
 EASY = {"agreement": 0.75, "l0": 0.1, "draws": 100, "weight": 0.1}  # when a layer is drawn less often, and how much
 
 
-class DiffMask(LightningModule):
+class DiffMask(ExplainerTraining):
     """Trains Vision DiffMask's gates beside a frozen classifier (arXiv 2304.06391); no labels are used.
 
     Every step draws one layer k of the L + 2, samples the votes of the gates 0..k and masks the input by their product:
@@ -200,17 +198,6 @@ class DiffMask(LightningModule):
         """Write the explainer where no validation chose one."""
         if math.isinf(self.best[0]):
             self._write()
-
-    def _write(self) -> None:
-        fast: Any = self.trainer
-        folder = run_folder(self.trainer) / "explainer"
-        if not fast.fast_dev_run:
-            self._save(folder)
-
-    @rank_zero_only
-    def _save(self, folder: Any) -> None:
-        self.explainer.save(folder)
-        rank_zero_info(f"prunex: the explainer is in {folder}")
 
     def configure_optimizers(self) -> tuple[list, list]:
         """Lookahead(Adam) down for gates and placeholder, warmed up; another one up for the multipliers."""

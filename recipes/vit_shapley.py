@@ -6,13 +6,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from prunex.callbacks.monitor import run_folder
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.explainers.coalitions import batch_coalitions, seeded, uniform_coalitions
@@ -20,11 +17,12 @@ from prunex.explainers.diffmask import divergence
 from prunex.explainers.removal import Removal, masked
 from prunex.explainers.vit_shapley import ShapleyExplainer
 from prunex.recipes.backbone import create_model, load_weights
+from prunex.recipes.explainer_training import ExplainerTraining
 from prunex.vit.anatomy import find, read
 from prunex.vit.forward import embed
 
 
-class ViTShapley(LightningModule):
+class ViTShapley(ExplainerTraining):
     """Trains a surrogate of a classifier and then its ViT Shapley explainer (arXiv 2206.05282), in one ``fit``.
 
     The first ``surrogate_epochs`` epochs train the surrogate: KL(classifier on the whole image || surrogate on a random
@@ -235,17 +233,6 @@ class ViTShapley(LightningModule):
         """Write the explainer where no validation chose one."""
         if self.explaining and math.isinf(self.best):
             self._write()
-
-    def _write(self) -> None:
-        fast: Any = self.trainer
-        folder = run_folder(self.trainer) / "explainer"
-        if not fast.fast_dev_run:
-            self._save(folder)
-
-    @rank_zero_only
-    def _save(self, folder: Any) -> None:
-        self.explainer.save(folder)
-        rank_zero_info(f"prunex: the explainer is in {folder}")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over both stages, each with its own warm-up and cosine."""

@@ -1,0 +1,28 @@
+"""What LightningModules share that train an explainer: where it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from prunex.callbacks.monitor import run_folder
+
+
+class ExplainerTraining(LightningModule):
+    """Trains ``self.explainer``, a module with ``save(folder)``; writes it to ``explainer/`` in the folder of the run."""
+
+    explainer: Any
+
+    def _write(self) -> None:
+        fast: Any = self.trainer
+        folder = run_folder(self.trainer) / "explainer"
+        if not fast.fast_dev_run:
+            self._save(folder)
+
+    @rank_zero_only
+    def _save(self, folder: Path) -> None:
+        self.explainer.save(folder)
+        rank_zero_info(f"prunex: the explainer is in {folder}")

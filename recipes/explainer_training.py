@@ -12,7 +12,7 @@ from prunex.callbacks.monitor import run_folder
 
 
 class ExplainerTraining(LightningModule):
-    """Trains ``self.explainer``, a module with ``save(folder)``; writes it to ``explainer/`` in the folder of the run."""
+    """Trains ``self.explainer``, a module with ``save(folder)``; it goes to ``explainer/`` in the run's folder."""
 
     explainer: Any
 

@@ -119,7 +119,7 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
         if asking is None:
             blocks.append(_block(block, a.prefix + entering, a.prefix + feeding, decision))
         else:
-            blocks.append(_slim_block(block, a.prefix + entering, a.prefix + asking, decision))
+            blocks.append(_slim_block(block, a.width, a.prefix + entering, a.prefix + asking, decision))
     projection = vit.patch_embed.proj
     embedding = patches * projection.weight.numel()
     heads = [h for h in (vit.head, getattr(vit, "head_dist", None)) if isinstance(h, nn.Linear)]
@@ -137,10 +137,10 @@ def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost
     return BlockCost(attending, feeding, macs)
 
 
-def _slim_block(block: Any, attending: int, asking: int, decision: int) -> BlockCost:
+def _slim_block(block: Any, width: int, attending: int, asking: int, decision: int) -> BlockCost:
     """A block that computes queries, and all that follows them, for some tokens only."""
     whole, layout = _block(block, attending, asking, decision), layout_of(block)
-    width, inner = layout.output(block).shape
+    inner = layout.width(block)
     # Where attention is not opened, only scores and what follows them are spared, not the queries' projection.
     linear = width * inner * (2 if layout.opens else 1)
     spared = (attending - asking) * (linear + 2 * attending * inner)

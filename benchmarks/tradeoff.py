@@ -41,6 +41,10 @@ MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num
 STAGES = [1, 3, 4]  # as the shipped configurations have them
 # How a method is trained where that is not as the rest: the recipes of the shipped configurations.
 RECIPES: dict[str, dict[str, Any]] = {"dynamicvit": {"learning_rate": 1e-3, "backbone_lr_scale": 0.1}}
+# Where a method without a rate finds its own counts: the settings it takes part at.
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "patch_slimming": [{"tolerance": t, "calibration_images": 512} for t in (0.02, 0.05, 0.1)],
+}
 DENSE = "dense"
 FIELDS = (
     "method", "setting", "seed", "epochs", "train_size", "val_size", "share", "mmacs", "accuracy", "object_kept",
@@ -77,9 +81,11 @@ def settings(method: str, budgets: Sequence[float], keep_ratios: Sequence[float]
         found.append((f"budget {budget:g}", {**common, "budget": budget}))
     else:
         return found
-    own = lookup("pruner", method).make.settings(read(model))  # type: ignore[attr-defined]
+    own = POINTS.get(method) or lookup("pruner", method).make.settings(read(model))  # type: ignore[attr-defined]
     if not own:
         print(f"{method} is left out: it has neither a rate nor settings")
+    if "pool_width" in takes:
+        common = {}  # it says the stages
     return [(", ".join(f"{k} {v}" for k, v in one.items()), {**common, **one}) for one in own]
 
 
@@ -92,7 +98,7 @@ def train(method: str, setting: Setting, seed: int, args: argparse.Namespace) ->
     options = dict(setting[1])
     if args.epochs == 0:
         if method != DENSE:
-            prunex.attach(module, method, **options)
+            calibrated(prunex.attach(module, method, **options))
         return prunex.slim(module)
     callbacks = []
     if method != DENSE:
@@ -134,6 +140,12 @@ def row(method: str, setting: Setting, seed: int, dense: int, args: argparse.Nam
     }
 
 
+def calibrated(pruning: prunex.Pruning) -> None:
+    """Show a method that looks at images before it decides the first training scenes."""
+    if pruning.pruner.needs_calibration:
+        pruning.calibrate(images for images, *_ in DigitScenes(batch_size=64).train_dataloader())
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
@@ -160,7 +172,7 @@ def measure(points: Sequence[tuple[str, Setting]], args: argparse.Namespace) -> 
     for method, (name, options) in [(DENSE, ("1", {})), *(p for p in points if p[0] != DENSE)]:
         model = classifier().model
         if method != DENSE:
-            prunex.attach(model, method, **options)
+            calibrated(prunex.attach(model, method, **options))
         models[method, name] = prunex.slim(model).to(args.device)
     images = torch.randn(args.batch, 3, *models[DENSE, "1"].patch_embed.img_size, device=args.device)
 

@@ -115,6 +115,16 @@ class HVT(TokenPruner):
             "init": init,
         }
 
+    @classmethod
+    def settings(cls, anatomy: Anatomy) -> list[dict[str, Any]]:
+        """The authors' HVT-S-1 to HVT-S-4 at depth 12, one to four poolings, as far as the sequence is long enough."""
+        found, left = [], anatomy.grid[0] * anatomy.grid[1]
+        for poolings in (1, 2, 3, 4):
+            left = (left - 3) // 2 + 1
+            if left >= 1 and anatomy.depth % poolings == 0:
+                found.append({"pool_width": anatomy.depth // poolings})
+        return found
+
     def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """The patch tokens before the first pooling and after each one, as (h, w); a sequence is (1, n)."""
         sizes = [size]

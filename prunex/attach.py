@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -13,14 +13,19 @@ from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
+from prunex.pruners.units import UnitPruner
 from prunex.registry import lookup
+from prunex.unit_pruning import UnitPruning, put_units
 from prunex.vit.anatomy import Anatomy, ViT, find, read
 from prunex.vit.forward import for_heads, masked_pool, run
 from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
 from prunex.vit.trace import TokenTrace
+from prunex.vit.units import CHILD as UNITS
+from prunex.vit.units import Backbone
 
 CHILD = "prunex"
+UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
 
 
 class Attached(nn.Module):
@@ -308,10 +313,22 @@ class Pruning:
         return f"Pruning({self.method!r}, {options})"
 
 
+@overload
+def attach(
+    model: nn.Module, method: UnitMethod, *, path: str | None = ..., budget: float | str | None = ..., **options: Any
+) -> UnitPruning: ...
+
+
+@overload
+def attach(
+    model: nn.Module, method: str, *, path: str | None = ..., budget: float | str | None = ..., **options: Any
+) -> Pruning: ...
+
+
 def attach(
     model: nn.Module, method: str, *, path: str | None = None, budget: float | str | None = None, **options: Any
-) -> Pruning:
-    """Make a timm ViT prune its tokens, in place.
+) -> Pruning | UnitPruning:
+    """Make a timm ViT prune its tokens, or its heads and MLP channels, in place; both may be attached, in any order.
 
     Args:
         model: A supported ViT, or any module that holds exactly one.
@@ -321,10 +338,13 @@ def attach(
             multiply-adds in (0, 1], or "2.9GMACs", "400MMACs" for one image. The rates are solved for in closed form
             and then are options like any others: :func:`prunex.cost` agrees with the budget within 1 %, or a warning
             says how near whole tokens let it come.
+            Unit pruners (``xpruner``, ``magnitude``, ...) count the tokens that are left too: what they aim at is the
+            cost of the whole model.
         **options: The method's own, such as ``keep_ratio`` in (0, 1] and ``stages`` (block indices).
 
     Returns:
-        The handle: trace, losses, progress, detach.
+        The handle: trace, losses, progress, detach (:class:`Pruning`); of a unit pruner its widths, relevance table,
+        remove, detach (:class:`~prunex.unit_pruning.UnitPruning`).
 
     Raises:
         PrunexError: Unknown method or option, a value out of range, a budget out of reach or beside the option it sets,
@@ -345,6 +365,9 @@ def attach(
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {method}", name, allowed)
+    if issubclass(make, UnitPruner):  # type: ignore[arg-type]
+        own = options if budget is None else {"budget": budget, **options}
+        return put_units(find(model, path, Backbone)[1], make, own)
     vit = find(model, path)[1]
     if hasattr(vit, CHILD):
         raise PrunexError(f"{type(vit).__name__} is pruned already by {getattr(vit, CHILD).method}: detach() it first")
@@ -363,15 +386,27 @@ def attach(
     return Pruning(vit)
 
 
-def attached(model: nn.Module, path: str | None = None) -> Pruning | None:
+@overload
+def attached(model: nn.Module, path: str | None = ..., units: Literal[False] = ...) -> Pruning | None: ...
+
+
+@overload
+def attached(model: nn.Module, path: str | None = ..., *, units: Literal[True]) -> UnitPruning | None: ...
+
+
+def attached(model: nn.Module, path: str | None = None, units: bool = False) -> Pruning | UnitPruning | None:
     """The handle on a model that is pruned, or None when it is dense.
 
     Args:
         model: A ViT or a module that holds exactly one.
         path: Dotted path to the ViT when there are several.
+        units: The handle of the unit pruner instead of the token pruner's.
 
     Raises:
         PrunexError: When there is no ViT, or several.
     """
+    if units:
+        backbone = find(model, path, Backbone)[1]
+        return UnitPruning(backbone) if hasattr(backbone, UNITS) else None
     vit = find(model, path)[1]
     return Pruning(vit) if hasattr(vit, CHILD) else None

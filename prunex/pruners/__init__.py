@@ -1,4 +1,4 @@
-"""One published token pruner a file, named as its paper names it."""
+"""One published token or unit pruner a file, named as its paper names it."""
 
 from prunex.pruners.diffmask import DiffMask
 from prunex.pruners.dynamicvit import DynamicViT
@@ -8,5 +8,6 @@ from prunex.pruners.ia_red2 import IARED2
 from prunex.pruners.patch_slimming import PatchSlimming
 from prunex.pruners.tome import ToMe
 from prunex.pruners.topk import TopK
+from prunex.pruners.xpruner import XPruner
 
-__all__ = ["HVT", "DiffMask", "DynamicViT", "EViT", "IARED2", "PatchSlimming", "ToMe", "TopK"]
+__all__ = ["HVT", "DiffMask", "DynamicViT", "EViT", "IARED2", "PatchSlimming", "ToMe", "TopK", "XPruner"]

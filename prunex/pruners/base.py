@@ -210,6 +210,9 @@ class TokenPruner(nn.Module):
         self.options |= {"keep_ratio": self.rates[0] if even else list(self.rates), **self.shrink.options}
 
 
+GIVEN = ("anatomy", "branches", "classes")  # what attaching gives a pruner, and no option
+
+
 def accepted(make: Callable[..., Any]) -> list[str]:
     """Names of the options that a pruner's constructor takes, those that it hands on as ``**schedule`` included.
 
@@ -218,7 +221,7 @@ def accepted(make: Callable[..., Any]) -> list[str]:
     (['keep_ratio', 'stages', 'fuse'], ['schedule', 'shrink_start', 'shrink_length'])
     """
     parameters = inspect.signature(make).parameters.values()
-    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "anatomy"]
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in GIVEN]
     handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return names + list(ScheduleOptions.__annotations__) * handed_on
 

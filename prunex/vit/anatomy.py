@@ -110,12 +110,13 @@ class Anatomy:
         return row / row.sum(1, keepdim=True).clamp(min=1)  # all 0 for an image whose patches were all dropped
 
 
-def find(module: nn.Module, path: str | None = None) -> tuple[str, ViT]:
+def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[str, Any]:
     """The one timm ViT inside a module.
 
     Args:
         module: A model, LightningModule or anything that holds a ViT.
         path: Dotted attribute path to it; needed when there are several.
+        kinds: Classes that will do.
 
     Returns:
         The dotted path and the ViT itself (path ``""`` when ``module`` is the ViT).
@@ -125,14 +126,10 @@ def find(module: nn.Module, path: str | None = None) -> tuple[str, ViT]:
     """
     if not isinstance(module, nn.Module):
         raise PrunexError(f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}")
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, VisionTransformer | Eva | Beit)]
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, kinds)]
     if path is not None:
         target = dict(module.named_modules()).get(path)
-        inside = (
-            []
-            if target is None
-            else [(n, m) for n, m in target.named_modules() if isinstance(m, VisionTransformer | Eva | Beit)]
-        )
+        inside = [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, kinds)]
         if len(inside) != 1:
             what = (
                 "does not exist" if target is None else f"is a {type(target).__name__} holding {len(inside)} timm ViTs"
@@ -212,7 +209,7 @@ def read(model: nn.Module) -> Anatomy:
         depth=len(blocks),
         width=inner.embed_dim,
         heads=tuple(counts),
-        head_dim=layouts[0].width(blocks[0]) // counts[0],
+        head_dim=next((y.width(b) // n for y, b, n in zip(layouts, blocks, counts, strict=True) if n), 0),
         hidden=tuple(lay.hidden(b) for lay, b in zip(layouts, blocks, strict=True)),
         prefix=inner.num_prefix_tokens,
         grid=tuple(embed.grid_size),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.layouts import layout_of, linear_macs
+from prunex.vit.units import CHILD, Backbone, blocks_of, branches, unit_params
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     keeps its own number of tokens (``count="adaptive"``), this is the cost at the expected counts
     (:meth:`prunex.Pruning.calibrate`), not a mean of costs. A pass that a pruner makes over all patches only to
     decide counts to the block it decides at. A pooling head with attention of its own counts its projections over the
-    pooled tokens.
+    pooled tokens. Units whose gates were closed by a unit pruner count as taken out, as they will be.
 
     Args:
-        model: A supported ViT, or a module that holds exactly one.
+        model: A supported ViT or timm Swin, or a module that holds exactly one.
         image_size: (h, w) in pixels, which the model need not have been built for; None: its own.
 
     Returns:
@@ -80,12 +82,40 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     >>> round(prunex.cost(model).gmacs, 2)
     3.03
     """
-    vit = find(model)[1]
-    a = read(vit)
-    attached = getattr(vit, "prunex", None)
-    return count(
-        vit, None if attached is None else attached.pruner, a.grid if image_size is None else _grid(a, image_size)
-    )
+    return tally(model, image_size)
+
+
+def tally(model: nn.Module, image_size: tuple[int, int] | None = None, gates: bool = True, tokens: bool = True) -> Cost:
+    """:func:`cost`, with or without what the closed gates of units and the token pruner save.
+
+    Args:
+        model: As for :func:`cost`.
+        image_size: As for :func:`cost`.
+        gates: Whether units that are closed count as taken out.
+        tokens: Whether the attached token pruner counts.
+    """
+    vit = find(model, kinds=Backbone)[1]
+    if isinstance(vit, SwinTransformer):
+        found = count_windows(vit, image_size)
+    else:
+        a = read(vit)
+        attached = getattr(vit, "prunex", None) if tokens else None
+        pruner = None if attached is None else attached.pruner
+        found = count(vit, pruner, a.grid if image_size is None else _grid(a, image_size))
+    gated = getattr(vit, CHILD, None) if gates else None
+    return found if gated is None else _without(vit, found, gated.pruner.closed())
+
+
+def _without(vit: Any, found: Cost, closed: Mapping[str, int]) -> Cost:
+    """The cost when so many units of each branch were taken out, at the tokens counted."""
+    tokens = None if isinstance(vit, SwinTransformer) else tokens_of(found)
+    blocks, params, saved = list(found.blocks), found.params, 0
+    for branch in branches(vit, tokens):
+        less = closed.get(branch.key, 0) * branch.macs
+        blocks[branch.block] = replace(blocks[branch.block], macs=blocks[branch.block].macs - less)
+        saved += less
+        params -= closed.get(branch.key, 0) * unit_params(vit, branch)
+    return Cost(found.macs - saved, params, tuple(blocks))
 
 
 def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
@@ -128,6 +158,39 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
         head += _pooling(vit.attn_pool, n + a.prefix * a.pool_prefix)
     params = sum(p.numel() for p in vit.parameters())
     return Cost(embedding + sum(b.macs for b in blocks) + head, params, tuple(blocks))
+
+
+def count_windows(vit: Any, image_size: tuple[int, int] | None = None) -> Cost:
+    """What a Swin costs: windowed attention over padded grids, MLPs, patch merging, embedding and head.
+
+    Raises:
+        PrunexError: For an image size other than its own.
+    """
+    own = tuple(vit.patch_embed.img_size)
+    if image_size is not None and tuple(image_size) != own:
+        raise PrunexError(f"image_size={image_size!r} is not allowed: this Swin is built for {own}")
+    blocks = []
+    found = {b.key: b for b in branches(vit)}
+    for number, (_, block) in enumerate(blocks_of(vit)):
+        (h, w), (wh, ww) = block.input_resolution, block.window_size
+        padded = -(-h // wh) * wh * (-(-w // ww) * ww)
+        own_units = [found[k] for k in (f"{number}.heads", f"{number}.channels") if k in found]
+        blocks.append(BlockCost(padded, h * w, sum(b.units * b.macs for b in own_units)))
+    gh, gw = vit.patch_embed.grid_size
+    rest = gh * gw * vit.patch_embed.proj.weight.numel()
+    for stage in vit.layers:
+        merge = getattr(stage.downsample, "reduction", None)
+        if merge is not None:
+            h, w = stage.blocks[0].input_resolution
+            rest += merge.in_features * merge.out_features * h * w
+    rest += linear_macs(vit.head)
+    params = sum(p.numel() for p in vit.parameters())
+    return Cost(rest + sum(b.macs for b in blocks), params, tuple(blocks))
+
+
+def tokens_of(found: Cost) -> list[tuple[int, int, int]]:
+    """Tokens in each block's attention, those of them that ask, and tokens in its MLP, prefix included."""
+    return [(b.attention_tokens, b.query_tokens or b.attention_tokens, b.mlp_tokens) for b in found.blocks]
 
 
 def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost:

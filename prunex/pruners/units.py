@@ -1,0 +1,241 @@
+"""What unit pruners share: a score for each head and MLP channel, and the choice of units that meets a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prunex.checks import check_whole
+from prunex.errors import PrunexError
+from prunex.pruners.budget import check_budget
+from prunex.vit.units import Branch
+from prunex.vit.widths import WidthSpec
+
+Scores = dict[str, Tensor]
+
+
+class UnitPruner(nn.Module):
+    """A module that says which heads and MLP channels are worth their multiply-adds; it never touches them itself.
+
+    Whatever the criterion, it ends in one boolean a unit, ``open``, chosen so that the model costs what the budget
+    allows; :meth:`widths` tells them as a :class:`~prunex.vit.widths.WidthSpec`. Until then all units are open and the
+    model computes what the dense one does.
+
+    Args:
+        branches: Of the model, with what each unit costs.
+        classes: Outputs of the head.
+        budget: What the slim model may cost: a share of the dense multiply-adds in (0, 1], or "2.4GMACs".
+        min_heads: Heads left in every block at least.
+        min_channels: MLP channels left in every block at least (or all, where there are fewer).
+        round_to: Kept MLP channels are rounded up to a multiple, 8 or 16 for hardware that likes such widths.
+    """
+
+    name = ""
+    needs: ClassVar[str | None] = None  # what calibrate() has to be given: None, "model", "images" or "labels"
+    trains = False  # whether it learns in training, by itself
+    within = True  # whether scores compare within a branch alone, so that each branch's mean is made 1
+
+    decided: Tensor
+    removed: Tensor
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        classes: int,
+        budget: float | str = 0.5,
+        min_heads: int = 1,
+        min_channels: int = 8,
+        round_to: int = 1,
+    ) -> None:
+        super().__init__()
+        check_budget(budget)
+        self.branches = tuple(branches)
+        self.classes = classes
+        self.least = {
+            "heads": check_whole("min_heads", min_heads, 0),
+            "channels": check_whole("min_channels", min_channels, 0),
+        }
+        self.round_to = check_whole("round_to", round_to, 1)
+        self.options: dict[str, Any] = {
+            "budget": budget,
+            "min_heads": min_heads,
+            "min_channels": min_channels,
+            "round_to": round_to,
+        }
+        for b in self.branches:
+            self.register_buffer(_slot("open", b.key), torch.ones(b.units, dtype=torch.bool))
+        self.register_buffer("decided", torch.tensor(False))
+        self.register_buffer("removed", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
+        gone = not bool(self.decided) or bool(self.removed)
+        self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
+
+    def open(self, key: str) -> Tensor:
+        """Which units of a branch are kept: bool [units]."""
+        return self.get_buffer(_slot("open", key))
+
+    def gate(self, branch: Branch, labels: Tensor | None) -> Tensor | None:
+        """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
+
+        None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
+        """
+        if branch.key not in self._closed:
+            return None
+        return self.open(branch.key).float().repeat_interleave(branch.width)
+
+    def calibrate(self, model: nn.Module, batches: Any = None) -> None:
+        """Look at the model (and at images and labels, where the method needs them), and decide."""
+        self.decide(self.scores(model, batches))
+
+    def scores(self, model: nn.Module, batches: Any = None) -> Scores:
+        """How much each unit matters, by branch: float [units], at least 0."""
+        raise NotImplementedError
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted auxiliary losses (scalars) of the last training forward."""
+        return {}
+
+    def closed(self) -> dict[str, int]:
+        """How many units of each branch are closed, and still in the model."""
+        return {b.key: b.units - int(self.open(b.key).sum()) for b in self.branches if b.key in self._closed}
+
+    def remove(self) -> None:
+        """Be told that what is closed was taken out of the model for good."""
+        self.removed.fill_(True)
+        self.refresh()
+
+    def widths(self) -> WidthSpec:
+        """The units that are kept, in the dense model's numbers."""
+        kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
+        for b in self.branches:
+            found = self.open(b.key)
+            if not bool(found.all()):
+                kept[b.kind][b.block] = tuple(found.nonzero().flatten().tolist())
+        return WidthSpec(heads=kept["heads"], channels=kept["channels"])
+
+    def prunable(self) -> int:
+        """Multiply-adds of all units together."""
+        return sum(b.units * b.macs for b in self.branches)
+
+    def spent(self) -> int:
+        """Multiply-adds of the units that are open."""
+        return sum(int(self.open(b.key).sum()) * b.macs for b in self.branches)
+
+    def aim(self, whole: int, dense: int) -> float:
+        """Multiply-adds that the units may spend.
+
+        Args:
+            whole: What the model costs with all units, tokens pruned or not.
+            dense: What the dense model costs, which a share counts of.
+
+        Raises:
+            PrunexError: Where the budget is out of reach even with the fewest units.
+        """
+        rest = whole - self.prunable()
+        budget = self.options["budget"]
+        allowed = check_budget(budget, dense)
+        least = rest + sum(b.macs * self._least(b) for b in self.branches)
+        if allowed < least:
+            raise PrunexError(
+                f"budget={budget!r} ({allowed / dense:.1%} of the dense multiply-adds) is out of reach for "
+                f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
+                f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"
+            )
+        return min(float(self.prunable()), allowed - rest)
+
+    def decide(self, scores: Mapping[str, Tensor], allowed: float | None = None) -> None:
+        """Open the units of the highest scores, as many as the budget allows.
+
+        One threshold counts for all units. Methods whose scores say nothing across branches have each branch's mean
+        made 1 first; those of the others are loss per unit and are divided by what the unit costs. Ties go to the
+        lower number.
+
+        Args:
+            scores: By branch, float [units].
+            allowed: Multiply-adds for the units; None: those told before.
+        """
+        allowed = self._allowed if allowed is None else allowed
+        levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
+        every = torch.cat([levels[b.key] for b in self.branches]).unique()
+        low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all
+        while low < high:
+            middle = (low + high) // 2
+            threshold = float("-inf") if middle < 0 else float(every[middle])
+            if self._cost({k: v > threshold for k, v in levels.items()}, levels) <= allowed:
+                high = middle
+            else:
+                low = middle + 1
+        threshold = float("-inf") if low < 0 else float(every[low])
+        wanted = {k: v > threshold for k, v in levels.items()}
+        self._fill(wanted, levels, allowed)
+        self.keep(wanted, levels)
+
+    def _fill(self, wanted: dict[str, Tensor], levels: Mapping[str, Tensor], allowed: float) -> None:
+        """Where a head did not fit any more, the next best units that do."""
+        room = allowed - self._cost(wanted, levels)
+        if self.round_to > 1:
+            return
+        closed = [
+            (float(levels[b.key][u]), -i, u)
+            for i, b in enumerate(self.branches)
+            for u in range(b.units)
+            if not wanted[b.key][u] and b.macs <= room
+        ]
+        for _, i, u in sorted(closed, reverse=True):
+            b = self.branches[-i]
+            if b.macs <= room and int(wanted[b.key].sum()) >= self._least(b):
+                wanted[b.key][u] = True
+                room -= b.macs
+
+    _allowed: float = float("inf")
+
+    def may_spend(self, allowed: float) -> None:
+        """Be told how many multiply-adds the units may cost together."""
+        self._allowed = allowed
+
+    def level(self, branch: Branch, score: Tensor) -> Tensor:
+        """Scores as they compare across branches, float64 on the CPU."""
+        score = score.detach().double().cpu()
+        if not self.within:
+            return score / branch.macs
+        mean = score.mean()
+        return score / mean if mean > 0 else score
+
+    def keep(self, wanted: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> None:
+        """Open these units, the fewest that each branch must have and whole multiples of ``round_to``."""
+        for b in self.branches:
+            self.open(b.key).copy_(self._rounded(b, wanted[b.key], levels[b.key]))
+        self.decided.fill_(True)
+        self.refresh()
+
+    def _cost(self, wanted: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> int:
+        return sum(int(self._rounded(b, wanted[b.key], levels[b.key]).sum()) * b.macs for b in self.branches)
+
+    def _least(self, branch: Branch) -> int:
+        least = min(self.least[branch.kind], branch.units)
+        if branch.kind == "channels":
+            least = min(branch.units, -(-least // self.round_to) * self.round_to)
+        return least
+
+    def _rounded(self, branch: Branch, wanted: Tensor, level: Tensor) -> Tensor:
+        count = max(int(wanted.sum()), self._least(branch))
+        if branch.kind == "channels":
+            count = min(branch.units, -(-count // self.round_to) * self.round_to)
+        best = torch.sort(level, descending=True, stable=True).indices[:count]
+        return torch.zeros(branch.units, dtype=torch.bool, device=level.device).index_fill(0, best, True)
+
+
+def _slot(what: str, key: str) -> str:
+    """The name of a branch's buffer."""
+    return f"{what}_{key.replace('.', '_')}"
+
+
+def _after_loading(module: UnitPruner, _: Any) -> None:
+    module.refresh()

@@ -1,0 +1,270 @@
+"""Putting unit gates on a model in place: the handle that tells scores and widths, removes units, and detaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.pruners.units import UnitPruner
+from prunex.pruners.xpruner import UnitRelevance, XPruner
+from prunex.vit.cost import tally, tokens_of
+from prunex.vit.units import CHILD, Branch, branches, put_gates, take_gates_off
+from prunex.vit.widths import WidthSpec, narrow
+
+
+class Gated(nn.Module):
+    """What hangs on a model with gated units as ``model.prunex_units``: the unit pruner, and the labels of the moment.
+
+    Dense parameter names stay as they are; what the pruner holds is called ``prunex_units.<method>.*``. A dense state
+    dict loads strictly. One that was saved after units were removed narrows the model before it is loaded.
+    """
+
+    def __init__(self, pruner: UnitPruner) -> None:
+        super().__init__()
+        self.add_module(pruner.name, pruner)
+        self.method = pruner.name
+        self.by_key = {b.key: b for b in pruner.branches}
+        self.labels: Tensor | None = None
+
+    @property
+    def pruner(self) -> UnitPruner:
+        """The pruner itself."""
+        found: Any = getattr(self, self.method)
+        return found
+
+    def gate(self, key: str, batch: int) -> Tensor | None:
+        """What the layer behind a branch's units shall have its input multiplied by."""
+        return self.pruner.gate(self.by_key[key], self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"labels": None}
+
+
+class UnitPruning:
+    """The handle on a model whose heads and MLP channels are gated; also a context manager that detaches.
+
+    Attributes:
+        model: The backbone it is on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def _gated(self) -> Gated:
+        gated = getattr(self.model, CHILD, None)
+        if gated is None:
+            raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
+        return gated
+
+    @property
+    def pruner(self) -> UnitPruner:
+        """The module that decides."""
+        return self._gated.pruner
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self._gated.method
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options in force, in plain values."""
+        return dict(self.pruner.options)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Method and options, in plain values: ``prunex.attach(model, **spec)`` makes the same pruning."""
+        return {"method": self.method, **self.options}
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known which units stay."""
+        return bool(self.pruner.decided)
+
+    @property
+    def removed(self) -> bool:
+        """Whether the others were taken out for good."""
+        return bool(self.pruner.removed)
+
+    @property
+    def widths(self) -> WidthSpec:
+        """The units that are kept, in the dense model's numbers.
+
+        Raises:
+            PrunexError: Before that is known.
+        """
+        if not self.decided:
+            raise PrunexError(f"{self.method} has not chosen units yet: train with it, or call calibrate(...)")
+        return self.pruner.widths()
+
+    @contextmanager
+    def labelled(self, labels: Tensor) -> Iterator[None]:
+        """Tell the images' classes to the training forwards inside, for masks that have a row a class.
+
+        Args:
+            labels: int64 [B], in 0..classes - 1.
+
+        Raises:
+            PrunexError: For anything else.
+        """
+        count, gated = self.pruner.classes, self._gated
+        whole = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+        if not whole or labels.dtype == torch.bool or len(labels) == 0:
+            what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise PrunexError(f"labels are {what}: give one class index an image, int64 [B]")
+        if not torch.compiler.is_compiling() and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+            raise PrunexError(
+                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {count} classes"
+            )
+        gated.labels = labels
+        try:
+            yield
+        finally:
+            gated.labels = None
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned."""
+        return self.pruner.losses()
+
+    def calibrate(self, batches: Any = None) -> WidthSpec:
+        """Score the units and choose those that the budget allows.
+
+        Args:
+            batches: Batches of images, or of images and labels, as the criterion needs them; ``magnitude`` and
+                ``random`` need none.
+
+        Raises:
+            PrunexError: For a method that learns its scores in training, or batches that do not hold what it needs.
+        """
+        if self.pruner.trains:
+            raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
+        self.budget()
+        self.pruner.calibrate(self.model, batches)
+        return self.widths
+
+    def budget(self) -> float:
+        """Tell the pruner what its units may cost with the tokens that are there now; returns those multiply-adds."""
+        whole, dense = whole_macs(self.model), dense_macs(self.model)
+        allowed = self.pruner.aim(whole, dense)
+        self.pruner.may_spend(allowed)
+        return allowed
+
+    def relevance_table(self) -> UnitRelevance:
+        """Which unit serves which class; of methods whose scores have a class axis.
+
+        Raises:
+            PrunexError: For the others.
+        """
+        if not isinstance(self.pruner, XPruner):
+            raise PrunexError(f"{self.method} scores units without a class axis: attach xpruner for a relevance table")
+        return self.pruner.relevance()
+
+    def remove(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> nn.Module:
+        """Take the closed units out of the model for good; training can go on with these optimisers.
+
+        The model computes what it did with hard gates. This cannot be undone: ``detach`` then leaves the narrow model.
+
+        Returns:
+            The model.
+        """
+        if not self.removed:
+            narrow(self.model, self.widths, optimizers)
+            take_gates_off(self.model)
+            self.pruner.remove()
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Take the gates off: the dense model bit for bit (or the narrow one, after :meth:`remove`); harmless twice.
+
+        Returns:
+            The model.
+        """
+        take_gates_off(self.model)
+        if CHILD in self.model._modules:
+            del self.model._modules[CHILD]
+            for hook_id, hook in list(self.model._load_state_dict_pre_hooks.items()):
+                if getattr(hook, "hook", hook) is _narrow_first:
+                    del self.model._load_state_dict_pre_hooks[hook_id]
+        return self.model
+
+    def __enter__(self) -> UnitPruning:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"UnitPruning({self.method!r}, {options})"
+
+
+def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruning:
+    """Gate the units of a backbone by a unit pruner made for it.
+
+    Args:
+        model: The backbone, without gates.
+        make: The method's class.
+        options: Its options.
+
+    Raises:
+        PrunexError: For options out of range, a budget out of reach, or a model without known units.
+    """
+    if hasattr(model, CHILD):
+        raise PrunexError(
+            f"units of this {type(model).__name__} are pruned already by {getattr(model, CHILD).method}: detach() first"
+        )
+    inner: Any = model
+    pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
+    pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
+    weight = next(model.parameters())
+    gated = Gated(pruner)
+    gated.to(weight.device)
+    gated.train(model.training)
+    model.add_module(CHILD, gated)
+    put_gates(model, gated.gate)
+    model.register_load_state_dict_pre_hook(_narrow_first)
+    return UnitPruning(model)
+
+
+def unit_branches(model: nn.Module) -> list[Branch]:
+    """The branches of a model with what a unit costs at the tokens that are there."""
+    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
+
+
+def whole_macs(model: nn.Module) -> int:
+    """Multiply-adds with all units that are there, tokens pruned or not."""
+    return tally(model, gates=False).macs
+
+
+def dense_macs(model: nn.Module) -> int:
+    """Multiply-adds with all units and all tokens."""
+    return tally(model, gates=False, tokens=False).macs
+
+
+def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict from after the removal: take the same units out before its weights are loaded."""
+    gated = getattr(model, CHILD, None)
+    if gated is None:
+        return
+    own = f"{prefix}{CHILD}.{gated.method}."
+    found = {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
+    if not found:  # a dense state dict
+        state.update({f"{prefix}{CHILD}.{k}": v for k, v in gated.state_dict().items()})
+        return
+    if bool(found.get("removed", False)) and not bool(gated.pruner.removed):
+        for name, value in found.items():
+            known = gated.pruner._buffers.get(name)
+            if name.startswith("open_") and known is not None and known.shape == value.shape:
+                known.copy_(value)
+        narrow(model, gated.pruner.widths())
+        take_gates_off(model)
+        gated.pruner.remove()

@@ -1,0 +1,418 @@
+"""Widths: which units of a dense model a narrower one has, and taking the others out for good."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.vit import attention
+from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
+
+Kept = tuple[int, ...]
+Slices = dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, Tensor]]]]
+
+
+class NarrowAttention(Attention):
+    """timm's ``Attention`` with fewer heads than its width holds, where timm's own forward takes them to be equal."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Through fused attention, [B, N, D]."""
+        q, k, v = attention.heads(self, x)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+        return attention.project(self, out, x)
+
+
+@dataclass(frozen=True)
+class WidthSpec:
+    """Which units of a model are kept: the one thing that mask learning, slimming, saving and counting exchange.
+
+    All numbers are those of the dense model's units, rising. What is not named is kept whole.
+
+    Attributes:
+        heads: By block number, the heads kept; none of them leaves the projection's bias alone.
+        channels: By block number, the MLP channels kept; likewise.
+        query_dims: By block number, for each kept head the channels of queries and keys kept, as many in each head.
+        value_dims: By block number, the same for values; ``query_dims`` and ``value_dims`` keep equally many, since
+            timm's layers have one width for all three.
+        embedding: Channels of the token stream kept, or None. **Not** what a mask would compute: norms read all.
+        blocks: Blocks kept, or None. A block that is left out adds nothing any more, not even its biases.
+
+    >>> spec = WidthSpec(heads={0: (0, 2)}, channels={1: tuple(range(96))})
+    >>> WidthSpec.read(spec.plain()) == spec
+    True
+    """
+
+    heads: Mapping[int, Kept] = field(default_factory=dict)
+    channels: Mapping[int, Kept] = field(default_factory=dict)
+    query_dims: Mapping[int, tuple[Kept, ...]] = field(default_factory=dict)
+    value_dims: Mapping[int, tuple[Kept, ...]] = field(default_factory=dict)
+    embedding: Kept | None = None
+    blocks: Kept | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """In values that JSON holds; what is kept whole is left out."""
+        told: dict[str, Any] = {}
+        for name in ("heads", "channels", "query_dims", "value_dims"):
+            found = getattr(self, name)
+            if found:
+                told[name] = {str(b): _lists(kept) for b, kept in sorted(found.items())}
+        told |= {n: list(getattr(self, n)) for n in ("embedding", "blocks") if getattr(self, n) is not None}
+        return told
+
+    @classmethod
+    def read(cls, told: Any) -> WidthSpec:
+        """From :meth:`plain`'s values.
+
+        Raises:
+            PrunexError: For anything else.
+        """
+        parts: dict[str, Any] = {}
+        try:
+            for name, value in told.items():
+                if name in ("embedding", "blocks"):
+                    parts[name] = _whole(value)
+                elif name in ("heads", "channels"):
+                    parts[name] = {int(b): _whole(kept) for b, kept in value.items()}
+                elif name in ("query_dims", "value_dims"):
+                    parts[name] = {int(b): tuple(_whole(k) for k in kept) for b, kept in value.items()}
+                else:
+                    raise ValueError(f"{name!r} is no part of it")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PrunexError(f"these are no widths ({error}): give what WidthSpec.plain wrote") from error
+        return cls(**parts)
+
+
+def _lists(kept: Any) -> Any:
+    return [_lists(k) for k in kept] if len(kept) and not isinstance(kept[0], int) else list(kept)
+
+
+def _whole(values: Any) -> Kept:
+    if not isinstance(values, list | tuple) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise ValueError(f"{values!r} are no whole numbers")
+    return tuple(values)
+
+
+def widths_of(model: nn.Module) -> WidthSpec:
+    """What is left of a model that was narrowed, in the dense model's numbers; of any other, an empty one."""
+    return getattr(model, "prunex_widths", None) or WidthSpec()
+
+
+def narrow(
+    model: nn.Module, spec: WidthSpec, optimizers: Iterable[torch.optim.Optimizer] = (), remember: bool = True
+) -> nn.Module:
+    """Take all units out that a spec does not keep, in place, for good.
+
+    Heads and MLP channels leave what they computed behind exactly as if their gates were 0. Channels of queries, keys
+    and values are exact against a model in which the same channels are zero: shrinking d to d' would rescale the scores
+    by sqrt(d / d'), so the queries are multiplied by sqrt(d' / d). The embedding and whole blocks are lossy.
+
+    Args:
+        model: A supported backbone, dense, or narrowed before (numbers stay those of the dense model).
+        spec: What is kept.
+        optimizers: Whose parameters and states follow: momenta of what stays are kept.
+        remember: Whether :func:`widths_of` shall know.
+
+    Returns:
+        The model.
+
+    Raises:
+        PrunexError: For numbers that the model does not have, or parts whose units cannot be taken out one by one; the
+            model is then unchanged.
+    """
+    if not isinstance(model, Backbone):
+        raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
+    known = widths_of(model)
+    local = _local(model, spec, known)
+    slices: Slices = {}
+    blocks = list(blocks_of(model))
+    for number, kept in local.heads.items():
+        _take_heads(blocks[number][1].attn, kept, slices)
+    for number in local.query_dims:
+        _take_dims(blocks[number][1].attn, local.query_dims[number], local.value_dims[number], slices)
+    for number, kept in local.channels.items():
+        _take_channels(blocks[number][1].mlp, kept, slices)
+    if local.embedding is not None:
+        _take_embedding(model, local.embedding, slices)
+    if local.blocks is not None:
+        _take_blocks(model, local.blocks)
+    for optimizer in optimizers:
+        _follow(optimizer, slices)
+    if remember:
+        model.__dict__["prunex_widths"] = _joined(known, spec)
+    return model
+
+
+def _joined(known: WidthSpec, spec: WidthSpec) -> WidthSpec:
+    """Two narrowings as one: the later one's word counts, and what it does not name stays."""
+    return WidthSpec(
+        heads={**known.heads, **spec.heads},
+        channels={**known.channels, **spec.channels},
+        query_dims={**known.query_dims, **spec.query_dims},
+        value_dims={**known.value_dims, **spec.value_dims},
+        embedding=known.embedding if spec.embedding is None else spec.embedding,
+        blocks=known.blocks if spec.blocks is None else spec.blocks,
+    )
+
+
+def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
+    """The spec in the numbers that the model has now, checked.
+
+    Raises:
+        PrunexError: For numbers out of range, falling or repeated ones, and parts that cannot be narrowed.
+    """
+    found = list(blocks_of(model))
+    depth = len(found) if known.blocks is None else max(known.blocks) + 1
+    place = {b: i for i, b in enumerate(range(len(found)) if known.blocks is None else known.blocks)}
+
+    def block(number: int, what: str) -> Any:
+        if number not in place:
+            raise PrunexError(f"widths name block {number} for its {what}: the model has blocks 0 to {depth - 1}")
+        return found[place[number]][1]
+
+    heads, channels, queries, values = {}, {}, {}, {}
+    for number, kept in spec.heads.items():
+        part = block(number, "heads")
+        if not opens_heads(part):
+            raise PrunexError(f"heads of block {number} ({type(part).__name__}) cannot be taken out one by one")
+        heads[place[number]] = _renamed(kept, known.heads.get(number), part.attn.num_heads, f"heads of block {number}")
+        if not kept and isinstance(part.attn, WindowAttention):
+            raise PrunexError(f"block {number} would have no heads: timm's windowed attention needs one; keep one")
+    for number, kept in spec.channels.items():
+        part = block(number, "channels")
+        if not opens_channels(part):
+            raise PrunexError(f"MLP channels of block {number} ({type(part).__name__}) cannot be taken out one by one")
+        had = part.mlp.fc2.in_features
+        channels[place[number]] = _renamed(kept, known.channels.get(number), had, f"channels of block {number}")
+    if set(spec.query_dims) != set(spec.value_dims):
+        raise PrunexError("query_dims and value_dims name different blocks: timm's layers have one width for both")
+    for number in spec.query_dims:
+        part = block(number, "head widths")
+        if number in known.query_dims:
+            raise PrunexError(f"the heads of block {number} were made narrower already: start from the dense model")
+        queries[place[number]], values[place[number]] = _checked_dims(part, number, spec, heads.get(place[number]))
+    embedding = spec.embedding
+    if embedding is not None:
+        if not isinstance(model, VisionTransformer) or model.global_pool == "map":
+            raise PrunexError(f"the embedding of a {type(model).__name__} with this head cannot be made narrower")
+        if any(b.attn.qkv.bias is None and b.attn.qkv is None for _, b in found):
+            raise PrunexError("the embedding of these blocks cannot be made narrower")
+        embedding = _renamed(embedding, known.embedding, int(model.embed_dim), "channels of the embedding")
+        if not embedding:
+            raise PrunexError("the embedding would have no channels: keep at least one")
+    kept_blocks = spec.blocks
+    if kept_blocks is not None:
+        if isinstance(model, SwinTransformer) or not isinstance(model, VisionTransformer):
+            raise PrunexError(f"blocks of a {type(model).__name__} cannot be taken out")
+        if getattr(model, "prunex", None) is not None:
+            raise PrunexError("blocks cannot be taken out while tokens are pruned: their stages count blocks; detach()")
+        kept_blocks = _renamed(kept_blocks, known.blocks, len(found), "blocks")
+        if not kept_blocks:
+            raise PrunexError("no block would be left: keep at least one")
+    return WidthSpec(heads, channels, queries, values, embedding, kept_blocks)
+
+
+def _renamed(kept: Sequence[int], known: Sequence[int] | None, count: int, what: str) -> Kept:
+    """Dense numbers as places among what is left.
+
+    Raises:
+        PrunexError: For numbers that are not there, repeat, or do not rise.
+    """
+    there = {u: i for i, u in enumerate(range(count) if known is None else known)}
+    rising = all(b > a for a, b in zip(kept, kept[1:], strict=False))
+    if not rising or any(u not in there for u in kept):
+        wrong = next((u for u in kept if u not in there), None)
+        why = "must rise, each once" if wrong is None else f"has no {wrong}"
+        raise PrunexError(f"widths for the {what}: the list {why}; there are {len(there)} of them")
+    return tuple(there[u] for u in kept)
+
+
+def _checked_dims(part: Any, number: int, spec: WidthSpec, heads: Kept | None) -> tuple[Any, Any]:
+    attn = part.attn
+    plain = type(attn) in (Attention, NarrowAttention)
+    if not plain or not isinstance(attn.q_norm, nn.Identity) or not opens_heads(part):
+        raise PrunexError(
+            f"heads of block {number} ({type(attn).__name__}) cannot be made narrower: their scores are normed, "
+            "rotated or biased channel by channel"
+        )
+    count, d = attn.num_heads if heads is None else len(heads), head_dim(attn)
+    widths = set()
+    for name, dims in (("query_dims", spec.query_dims[number]), ("value_dims", spec.value_dims[number])):
+        if len(dims) != count:
+            raise PrunexError(f"{name} of block {number} has {len(dims)} lists for {count} heads: give one a head")
+        for kept in dims:
+            _renamed(kept, None, d, f"{name} of block {number}")
+            widths.add(len(kept))
+    if len(widths) > 1 or 0 in widths:
+        raise PrunexError(
+            f"query_dims and value_dims of block {number} keep {sorted(widths)} channels: keep equally many, at least "
+            "one, in every head"
+        )
+    return spec.query_dims[number], spec.value_dims[number]
+
+
+def _take_heads(attn: Any, kept: Kept, slices: Slices) -> None:
+    d, count = head_dim(attn), attn.num_heads
+    if len(kept) == count:
+        return
+    places = torch.arange(count * d).view(count, d)[list(kept)].flatten()
+    rows = torch.cat([places + s * count * d for s in range(3)])
+    _cut(attn.qkv, rows, 0, slices)
+    _cut(attn.proj, places, 1, slices)
+    if getattr(attn, "gate", None) is not None:
+        _cut(attn.gate, places, 0, slices)
+    if isinstance(attn, WindowAttention):
+        _swap(attn, "relative_position_bias_table", [(1, torch.tensor(kept))], slices)
+    attn.num_heads, attn.head_dim = len(kept), d
+    _settle(attn, d)
+
+
+def _take_dims(attn: Any, queries: Any, values: Any, slices: Slices) -> None:
+    count, d = attn.num_heads, head_dim(attn)
+    left = len(queries[0])
+    if left == d:
+        return
+    at = torch.arange(count * d).view(count, d)
+    q = torch.cat([at[h][list(kept)] for h, kept in enumerate(queries)])
+    v = torch.cat([at[h][list(kept)] for h, kept in enumerate(values)])
+    _cut(attn.qkv, torch.cat([q, q + count * d, v + 2 * count * d]), 0, slices)
+    _cut(attn.proj, v, 1, slices)
+    if getattr(attn, "gate", None) is not None:
+        _cut(attn.gate, v, 0, slices)
+    with torch.no_grad():  # scores are scaled by the new width from now on
+        attn.qkv.weight[: count * left] *= (left / d) ** 0.5
+        if attn.qkv.bias is not None:
+            attn.qkv.bias[: count * left] *= (left / d) ** 0.5
+    attn.head_dim = left
+    attn.scale = left**-0.5
+    _settle(attn, left)
+
+
+def _settle(attn: Any, d: int) -> None:
+    """What timm's forward reads beside the weights; an older one, which takes widths to be equal, gets ours."""
+    if hasattr(attn, "attn_dim") or isinstance(attn, WindowAttention):
+        attn.attn_dim = attn.num_heads * d
+    elif type(attn) is Attention:
+        attn.__class__ = NarrowAttention
+
+
+def _take_channels(mlp: Any, kept: Kept, slices: Slices) -> None:
+    count = mlp.fc2.in_features
+    if len(kept) == count:
+        return
+    places = torch.tensor(kept, dtype=torch.long)
+    if type(mlp) is Mlp:
+        _cut(mlp.fc1, places, 0, slices)
+    elif type(mlp) is GluMlp:
+        _cut(mlp.fc1, torch.cat([places, places + count]), 0, slices)
+    elif type(mlp) is SwiGLU:
+        _cut(mlp.fc1_g, places, 0, slices)
+        _cut(mlp.fc1_x, places, 0, slices)
+    _cut(mlp.fc2, places, 1, slices)
+
+
+def _take_embedding(model: Any, kept: Kept, slices: Slices) -> None:
+    places = torch.tensor(kept, dtype=torch.long)
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        if getattr(model, name, None) is not None:
+            _swap(model, name, [(2, places)], slices)
+    _swap(model.patch_embed.proj, "weight", [(0, places)], slices)
+    _swap(model.patch_embed.proj, "bias", [(0, places)], slices)
+    model.patch_embed.proj.out_channels = len(kept)
+    norms = [model.patch_embed.norm, model.norm_pre, model.norm, model.fc_norm]
+    for _, block in blocks_of(model):
+        for name in ("norm1", "norm2", "ls1", "ls2"):
+            norms.append(getattr(block, name, nn.Identity()))
+        for first in (block.attn.qkv, getattr(block.attn, "gate", None)):
+            if first is not None:
+                _cut(first, places, 1, slices)
+        _cut(block.attn.proj, places, 0, slices)
+        for name in ("fc1", "fc1_g", "fc1_x"):
+            if hasattr(block.mlp, name):
+                _cut(getattr(block.mlp, name), places, 1, slices)
+        _cut(block.mlp.fc2, places, 0, slices)
+    for norm in norms:
+        for name in ("weight", "bias", "gamma"):
+            if isinstance(getattr(norm, name, None), nn.Parameter):
+                _swap(norm, name, [(0, places)], slices)
+        if hasattr(norm, "normalized_shape"):
+            norm.normalized_shape = (len(kept),)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if isinstance(head, nn.Linear):
+            _cut(head, places, 1, slices)
+    model.embed_dim = model.num_features = model.head_hidden_size = len(kept)
+    for entry in getattr(model, "feature_info", []):
+        entry["num_chs"] = len(kept)
+
+
+def _take_blocks(model: Any, kept: Kept) -> None:
+    blocks = list(model.blocks)
+    model.blocks = nn.Sequential(*(blocks[i] for i in kept))
+    model.feature_info = [dict(model.feature_info[i], module=f"blocks.{n}") for n, i in enumerate(kept)]
+
+
+def _cut(linear: Any, places: Tensor, dim: int, slices: Slices) -> None:
+    """Keep some outputs (dim 0) or inputs (dim 1) of a linear layer."""
+    _swap(linear, "weight", [(dim, places)], slices)
+    if dim == 0:
+        if linear.bias is not None:
+            _swap(linear, "bias", [(0, places)], slices)
+        linear.out_features = len(places)
+    else:
+        linear.in_features = len(places)
+
+
+def _swap(module: nn.Module, name: str, cuts: list[tuple[int, Tensor]], slices: Slices) -> None:
+    """Put a sliced parameter in the place of a whole one, and note which came from which."""
+    old = module._parameters[name]
+    if old is None:
+        return
+    new = nn.Parameter(_sliced(old.detach(), cuts), requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = _sliced(old.grad, cuts)
+    setattr(module, name, new)
+    first, before = next(((k, c) for k, (p, c) in slices.items() if p is old), (old, []))
+    slices[first] = (new, [*before, *cuts])
+
+
+def _sliced(tensor: Tensor, cuts: list[tuple[int, Tensor]]) -> Tensor:
+    for dim, places in cuts:
+        tensor = tensor.index_select(dim, places.to(tensor.device))
+    return tensor.contiguous()
+
+
+def _follow(optimizer: torch.optim.Optimizer, slices: Slices) -> None:
+    """An optimiser's groups and states for the new parameters."""
+    there = {p for group in optimizer.param_groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [slices[p][0] if p in slices else p for p in group["params"]]
+    for old, (new, cuts) in slices.items():
+        if old in there and old in optimizer.state:
+            state = optimizer.state.pop(old)
+            same = {k: isinstance(v, Tensor) and v.shape == old.shape for k, v in state.items()}
+            optimizer.state[new] = {k: _sliced(v, cuts) if same[k] else v for k, v in state.items()}
+
+
+def leading(spec: WidthSpec) -> WidthSpec:
+    """A spec of the same widths that keeps the first units each time, for a model whose weights come from elsewhere."""
+
+    def first(kept: Any) -> Any:
+        return tuple(first(k) if isinstance(k, tuple) else i for i, k in enumerate(kept))
+
+    found: dict[str, Any] = {}
+    for name in ("heads", "channels", "query_dims", "value_dims"):
+        found[name] = {b: first(kept) for b, kept in getattr(spec, name).items()}
+    for name in ("embedding", "blocks"):
+        kept = getattr(spec, name)
+        found[name] = None if kept is None else copy.copy(first(kept))
+    return WidthSpec(**found)

@@ -14,7 +14,7 @@ from prunex.errors import PrunexError
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
-from prunex.vit.units import CHILD, Branch, branches, put_gates, take_gates_off
+from prunex.vit.units import CHILD, Branch, blocks_of, branches, opens_heads, put_gates, take_gates_off
 from prunex.vit.widths import WidthSpec, narrow
 
 
@@ -41,6 +41,10 @@ class Gated(nn.Module):
     def gate(self, key: str, batch: int) -> Tensor | None:
         """What the layer behind a branch's units shall have its input multiplied by."""
         return self.pruner.gate(self.by_key[key], self.labels)
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
+        return self.pruner.left(self.by_key[key])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None}
@@ -178,6 +182,9 @@ class UnitPruning:
             narrow(self.model, self.widths, optimizers)
             take_gates_off(self.model)
             self.pruner.remove()
+            tokens: Any = getattr(self.model, "prunex", None)
+            if tokens is not None:
+                tokens.refit(self.model)
         return self.model
 
     def detach(self) -> nn.Module:
@@ -224,15 +231,44 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         )
     inner: Any = model
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
+    hooked = getattr(model, "prunex", None)
+    if hooked is not None:
+        check_readable(model, hooked.pruner, pruner)
     pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
     gated.train(model.training)
     model.add_module(CHILD, gated)
-    put_gates(model, gated.gate)
+    put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
     return UnitPruning(model)
+
+
+def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
+    """Refuse to rank tokens by the attention of blocks that have no heads, or may lose all of them.
+
+    Args:
+        model: A backbone.
+        tokens: The token pruner.
+        units: The unit pruner, or what holds it, or None.
+
+    Raises:
+        PrunexError: By block.
+    """
+    read = sorted(tokens.rows() | tokens.key_means())
+    blocks: list[Any] = [block for _, block in blocks_of(model)]
+    bare = [b for b in read if opens_heads(blocks[b]) and blocks[b].attn.num_heads == 0]
+    if bare:
+        raise PrunexError(
+            f"{tokens.name} ranks tokens by the attention of block {bare[0]}, which has no heads: choose other stages"
+        )
+    units = units.pruner if isinstance(units, Gated) else units
+    if read and units is not None and units.least["heads"] == 0:
+        raise PrunexError(
+            f"min_heads=0 could leave no heads in blocks {read}, by whose attention {tokens.name} ranks tokens: give "
+            "min_heads=1"
+        )
 
 
 def unit_branches(model: nn.Module) -> list[Branch]:

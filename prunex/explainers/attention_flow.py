@@ -17,6 +17,7 @@ from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.forward import own_anatomy
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
@@ -83,7 +84,7 @@ def attention_flow(
     start = check_layer(start_layer, len(model.blocks))
     _check_cost(own_anatomy(model), images, start, max_tokens)
     solver = _solver()
-    tape = Tape(attention=True, reduce=lambda a: a.mean(1))
+    tape = Tape(attention=True, reduce=over_heads)
     with recording(model, images, target, tape) as recorded, torch.no_grad():
         prefix, readout = recorded.anatomy.prefix, recorded.readout()
         tokens = prefix + recorded.trace.grid[0] * recorded.trace.grid[1]

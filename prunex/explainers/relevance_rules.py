@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
+from prunex.vit.units import let_through
 
 LinearRule = Literal["zplus", "epsilon", "gamma"]
 RuleSet = Literal["conserving", "published_baseline"]
@@ -199,6 +200,7 @@ class RelevanceRules(Arithmetic):
 
     def _by_rule(self, module: nn.Module, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
         layer = Layer.of(module)
+        x = let_through(module, x)  # the rules see the layer's inputs as its gates leave them
 
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
             if self.rule == "epsilon":

@@ -13,12 +13,13 @@ from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Attended, Tape
 
 _FUSIONS = {
-    "mean": lambda a: a.mean(1),
-    "max": lambda a: a.amax(1),
-    "min": lambda a: a.amin(1),
+    "mean": over_heads,
+    "max": lambda a: a.amax(1) if a.shape[1] else over_heads(a),
+    "min": lambda a: a.amin(1) if a.shape[1] else over_heads(a),
 }
 
 

@@ -174,6 +174,9 @@ class TokenPruner(nn.Module):
     def prepare(self, model: ViT) -> None:
         """Called once with the dense model, before anything is attached to it."""
 
+    def refit(self, anatomy: Anatomy) -> None:
+        """Be told that the model's heads or MLPs have other widths now."""
+
     def counts(self, patches: int) -> list[int]:
         """Patch tokens left after each stage at inference, for ``patches`` to start with."""
         raise PrunexError(f"{self.name} does not fix its token counts")

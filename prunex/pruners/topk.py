@@ -62,6 +62,10 @@ class TopK(Adaptive):
         super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
         self.anatomy = anatomy
 
+    def refit(self, anatomy: Anatomy) -> None:
+        """Its decisions cost by the heads that are there."""
+        self.anatomy = anatomy
+
     def rows(self) -> frozenset[int]:
         """Blocks whose class row ranks the patches."""
         if self.adaptive and self.mass() >= 1:

@@ -76,6 +76,7 @@ class UnitPruner(nn.Module):
         """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
         gone = not bool(self.decided) or bool(self.removed)
         self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
+        self._left = {key: tuple(self.open(key).nonzero().flatten().tolist()) for key in self._closed}
 
     def open(self, key: str) -> Tensor:
         """Which units of a branch are kept: bool [units]."""
@@ -89,6 +90,10 @@ class UnitPruner(nn.Module):
         if branch.key not in self._closed:
             return None
         return self.open(branch.key).float().repeat_interleave(branch.width)
+
+    def left(self, branch: Branch) -> tuple[int, ...] | None:
+        """The open units, where gates are 0 or 1 in the coming forward; None where they are not, or all are open."""
+        return self._left.get(branch.key)
 
     def calibrate(self, model: nn.Module, batches: Any = None) -> None:
         """Look at the model (and at images and labels, where the method needs them), and decide."""
@@ -113,9 +118,16 @@ class UnitPruner(nn.Module):
 
     def widths(self) -> WidthSpec:
         """The units that are kept, in the dense model's numbers."""
+        return self._spec({b.key: self.open(b.key) for b in self.branches})
+
+    def present(self) -> WidthSpec:
+        """The units that an evaluation has open at this moment: all of them, until something was decided."""
+        return self.widths()
+
+    def _spec(self, opened: Mapping[str, Tensor]) -> WidthSpec:
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
         for b in self.branches:
-            found = self.open(b.key)
+            found = opened[b.key]
             if not bool(found.all()):
                 kept[b.kind][b.block] = tuple(found.nonzero().flatten().tolist())
         return WidthSpec(heads=kept["heads"], channels=kept["channels"])

@@ -69,7 +69,6 @@ class Attached(nn.Module):
     def refit(self, model: ViT) -> None:
         """Read the anatomy again, after heads or MLP channels were taken out of the model."""
         self.dense = read(model)
-        self.pruner.refit(self.dense)
         self.anatomy = self.pruner.alter(self.dense)
 
     def features(self, model: ViT, images: Tensor, watch: Watch | None = None) -> Tensor:

@@ -174,9 +174,6 @@ class TokenPruner(nn.Module):
     def prepare(self, model: ViT) -> None:
         """Called once with the dense model, before anything is attached to it."""
 
-    def refit(self, anatomy: Anatomy) -> None:
-        """Be told that the model's heads or MLPs have other widths now."""
-
     def counts(self, patches: int) -> list[int]:
         """Patch tokens left after each stage at inference, for ``patches`` to start with."""
         raise PrunexError(f"{self.name} does not fix its token counts")
@@ -184,6 +181,10 @@ class TokenPruner(nn.Module):
     def macs(self, entering: int) -> int:
         """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
         return 0
+
+    def macs_at(self, entering: int, inner: int) -> int:
+        """:meth:`macs` at a block whose heads are ``inner`` wide together, for blocks that differ."""
+        return self.macs(entering)
 
     def ahead(self) -> int | None:
         """How many blocks are run on all patches only to decide; None where nothing is run twice."""

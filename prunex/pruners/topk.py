@@ -62,10 +62,6 @@ class TopK(Adaptive):
         super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
         self.anatomy = anatomy
 
-    def refit(self, anatomy: Anatomy) -> None:
-        """Its decisions cost by the heads that are there."""
-        self.anatomy = anatomy
-
     def rows(self) -> frozenset[int]:
         """Blocks whose class row ranks the patches."""
         if self.adaptive and self.mass() >= 1:
@@ -109,5 +105,10 @@ class TopK(Adaptive):
     def macs(self, entering: int) -> int:
         """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
         a = self.anatomy
+        return self.macs_at(entering, sum(a.heads) // a.depth * a.head_dim)
+
+    def macs_at(self, entering: int, inner: int) -> int:
+        """The rows by the heads that are there."""
+        a = self.anatomy
         asking = 1 if a.readers else entering + a.prefix * a.pool_prefix
-        return asking * (entering + a.prefix) * sum(a.heads) // a.depth * a.head_dim + self.fuses * entering * a.width
+        return asking * (entering + a.prefix) * inner + self.fuses * entering * a.width

@@ -176,8 +176,12 @@ def _check(model: Backbone, spec: dict[str, Any]) -> None:
     Raises:
         PrunexError: By name.
     """
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        twin: Any = build(spec)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                twin: Any = build(spec)
+        except PrunexError:  # older versions of timm read a tensor's values while they build
+            twin = build(spec)
     again = twin.state_dict()
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(("prunex.", "prunex_units."))}
     wrong = [k for k in {**again, **own} if k not in own or k not in again or own[k].shape != again[k].shape]
@@ -291,7 +295,7 @@ def _scaling(block: Any, a: Anatomy) -> dict[str, Any]:
 def _eva(model: Any, a: Anatomy) -> dict[str, Any]:
     block = model.blocks[0]
     attn = block.attn
-    if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or attn.gate is not None:
+    if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or getattr(attn, "gate", None) is not None:
         raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
     post = isinstance(block, EvaBlockPostNorm)
     args: dict[str, Any] = _mlp_of(block.mlp, a) | {

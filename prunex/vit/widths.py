@@ -390,6 +390,7 @@ def _take_embedding(model: Any, kept: Kept, slices: Slices) -> None:
             if first is not None:
                 _cut(first, places, 1, slices)
         _cut(block.attn.proj, places, 0, slices)
+        _settle(block.attn, head_dim(block.attn))
         for name in ("fc1", "fc1_g", "fc1_x"):
             if hasattr(block.mlp, name):
                 _cut(getattr(block.mlp, name), places, 1, slices)

@@ -179,13 +179,17 @@ class UnitPruning:
             The model.
         """
         if not self.removed:
-            narrow(self.model, self.widths, optimizers)
-            take_gates_off(self.model)
-            self.pruner.remove()
-            tokens: Any = getattr(self.model, "prunex", None)
-            if tokens is not None:
-                tokens.refit(self.model)
+            self._take_out(self.widths, optimizers)
         return self.model
+
+    def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Narrow the model to a spec (None: to the units that are open), without asking whether that was decided."""
+        narrow(self.model, self.pruner.widths() if spec is None else spec, optimizers)
+        take_gates_off(self.model)
+        self.pruner.remove()
+        tokens: Any = getattr(self.model, "prunex", None)
+        if tokens is not None:
+            tokens.refit(self.model)
 
     def detach(self) -> nn.Module:
         """Take the gates off: the dense model bit for bit (or the narrow one, after :meth:`remove`); harmless twice.
@@ -301,6 +305,4 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
             known = gated.pruner._buffers.get(name)
             if name.startswith("open_") and known is not None and known.shape == value.shape:
                 known.copy_(value)
-        narrow(model, gated.pruner.widths())
-        take_gates_off(model)
-        gated.pruner.remove()
+        UnitPruning(model)._take_out()

@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -83,7 +83,7 @@ def save(
     made = not folder.exists()
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
-        save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt", "prunex": _digest(config["prunex"]["model"])})
+        save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt"})
         config["prunex"]["sha256"] = _sha256(waiting / WEIGHTS)
         (waiting / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (waiting / CARD).write_text(_card(config))
@@ -154,9 +154,8 @@ def load(folder: str | Path) -> nn.Module:
     if missing or unexpected or wrong:
         names = ", ".join(sorted(missing | unexpected | set(wrong))[:4])
         raise PrunexError(f"{weights} does not fit {CONFIG} ({names}): one of them was changed; save the model again")
-    with safe_open(weights, framework="pt") as file:  # equal shapes may be cut into heads in another way
-        written = (file.metadata() or {}).get("prunex")
-    if written is not None and written != _digest(ours["model"]):
+    told = ours.get("model_sha256")  # equal shapes may be cut into heads in another way
+    if told != _digest(ours["model"]) and (told is not None or ours["version"] > 1):
         raise PrunexError(f"{weights} does not fit {CONFIG} (its model entry was changed): save the model again")
     vit.load_state_dict(tensors, assign=True)  # every tensor keeps the dtype it was saved in
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
@@ -233,6 +232,7 @@ def _config(
         "prunex": {
             "version": 2 if windowed or "widths" in model else 1,
             "model": model,
+            "model_sha256": _digest(model),
             "pruning": None if pruning is None else pruning.spec,
             "macs": count.macs,
             "params": count.params,
@@ -253,7 +253,7 @@ def _widths(vit: Any) -> list[dict[str, int]]:
 
 
 def _digest(model: Mapping[str, Any]) -> str:
-    """The model's description as weights carry it."""
+    """A checksum of the model's description."""
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 

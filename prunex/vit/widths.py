@@ -94,7 +94,7 @@ class WidthSpec:
 
 
 def _lists(kept: Any) -> Any:
-    return [_lists(k) for k in kept] if len(kept) and not isinstance(kept[0], int) else list(kept)
+    return [_lists(k) if isinstance(k, Sequence) and not isinstance(k, str) else k for k in kept]
 
 
 def _whole(values: Any) -> Kept:
@@ -159,7 +159,7 @@ def narrow(
     """
     if not isinstance(model, Backbone):
         raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
-    known, spec = widths_of(model), WidthSpec.read(spec.plain())  # whatever sequences were given: tuples of int
+    known, spec = widths_of(model), _tuples(spec)
     shape = dense_shape(model) or _shape(model)
     local = _local(model, spec, known)
     slices: Slices = {}
@@ -180,6 +180,19 @@ def narrow(
         model.__dict__["prunex_widths"] = _joined(known, spec, shape)
         model.__dict__["prunex_dense"] = shape
     return model
+
+
+def _tuples(spec: Any) -> WidthSpec:
+    """A spec with tuples of int, whatever sequences were given.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    try:
+        told = spec.plain()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PrunexError(f"these are no widths ({error}): give a prunex.WidthSpec") from error
+    return WidthSpec.read(told)
 
 
 def _joined(known: WidthSpec, spec: WidthSpec, shape: Shape) -> WidthSpec:

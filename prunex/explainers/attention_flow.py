@@ -204,7 +204,8 @@ def _mixed(
 ) -> tuple[Integers, int, Integers]:
     """A layer of new nodes above the present tokens, and the edges of one block."""
     there = np.flatnonzero(nodes >= 0)
-    mixing = 0.5 * attention[np.ix_(there, there)] + 0.5 * np.eye(len(there))
+    own = 0.5 if attention.any() else 1  # without heads, a block mixes nothing
+    mixing = 0.5 * attention[np.ix_(there, there)] + own * np.eye(len(there))
     capacity = np.rint(mixing * scale).astype(np.int64)
     strong = np.ones_like(capacity)
     if strongest is not None and strongest < len(there):

@@ -66,7 +66,8 @@ def rollout(
         def mix(row: Tensor, step: Attended) -> Tensor:
             fused = torch.as_tensor(step.attention)
             if plain:
-                return 0.5 * times(row, fused, step.queries) + 0.5 * row
+                mixes = fused.flatten(1).any(1, keepdim=True)  # without heads, a block mixes nothing
+                return torch.where(mixes, 0.5 * times(row, fused, step.queries) + 0.5 * row, row)
             fused = _discard(fused, discard_ratio, prefix, step.policy)
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row

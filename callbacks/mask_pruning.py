@@ -61,7 +61,7 @@ class MaskPruning(Participant):
 
     Raises:
         PrunexError: At once for numbers out of range or fractions that leave nothing for fine-tuning; in ``setup`` for
-            an unknown option, a budget out of reach, no ViT or several, a second MaskPruning, manual optimisation or
+            an unknown option, a budget out of reach, no ViT or several, manual optimisation or
             "16-mixed" precision with ``xpruner``; when training starts without an end.
 
     >>> from prunex.callbacks import MaskPruning
@@ -116,9 +116,6 @@ class MaskPruning(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
-        others = [c for c in trainer.callbacks if isinstance(c, MaskPruning)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise PrunexError(f"{len(others)} MaskPruning callbacks in one Trainer: keep one")
         if stage == "fit" and self.make.trains:
             if not pl_module.automatic_optimization:
                 raise PrunexError(

@@ -29,7 +29,6 @@ class Gated(nn.Module):
         super().__init__()
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
-        self.by_key = {b.key: b for b in pruner.branches}
         self.labels: Tensor | None = None
 
     @property
@@ -40,7 +39,7 @@ class Gated(nn.Module):
 
     def gate(self, key: str, batch: int) -> Tensor | None:
         """What the layer behind a branch's units shall have its input multiplied by."""
-        return self.pruner.gate(self.by_key[key], self.labels)
+        return self.pruner.gate(key, self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None}
@@ -150,10 +149,21 @@ class UnitPruning:
         return self.widths
 
     def budget(self) -> float:
-        """Tell the pruner what its units may cost with the tokens that are there now; returns those multiply-adds."""
-        whole, dense = whole_macs(self.model), dense_macs(self.model)
-        allowed = self.pruner.aim(whole, dense)
-        self.pruner.may_spend(allowed)
+        """Tell the pruner what units cost and may cost, with as many tokens as are left at the schedule's end.
+
+        Called before units are chosen, since tokens may have been pruned after the units were gated.
+
+        Returns:
+            Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: For a budget out of reach.
+        """
+        pruner = self.pruner
+        with _schedule_done(self.model):
+            pruner.branches = tuple(unit_branches(self.model))
+            allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
+        pruner.may_spend(allowed)
         return allowed
 
     def relevance_table(self) -> UnitRelevance:
@@ -216,7 +226,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         options: Its options.
 
     Raises:
-        PrunexError: For options out of range, a budget out of reach, or a model without known units.
+        PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
+            asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
     """
     if hasattr(model, CHILD):
         raise PrunexError(
@@ -224,7 +235,6 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         )
     inner: Any = model
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
-    pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
@@ -233,6 +243,20 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     put_gates(model, gated.gate)
     model.register_load_state_dict_pre_hook(_narrow_first)
     return UnitPruning(model)
+
+
+@contextmanager
+def _schedule_done(model: nn.Module) -> Iterator[None]:
+    """The token pruner's rates as they are when its schedule has ended."""
+    attached: Any = getattr(model, "prunex", None)
+    if attached is None:
+        yield
+        return
+    before, attached.pruner.progress = attached.pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        attached.pruner.progress = before
 
 
 def unit_branches(model: nn.Module) -> list[Branch]:

@@ -81,14 +81,18 @@ class UnitPruner(nn.Module):
         """Which units of a branch are kept: bool [units]."""
         return self.get_buffer(_slot("open", key))
 
-    def gate(self, branch: Branch, labels: Tensor | None) -> Tensor | None:
+    def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
 
         None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
         """
-        if branch.key not in self._closed:
+        if key not in self._closed:
             return None
-        return self.open(branch.key).float().repeat_interleave(branch.width)
+        return self.open(key).float().repeat_interleave(self.branch(key).width)
+
+    def branch(self, key: str) -> Branch:
+        """A branch by its key."""
+        return next(b for b in self.branches if b.key == key)
 
     def calibrate(self, model: nn.Module, batches: Any = None) -> None:
         """Look at the model (and at images and labels, where the method needs them), and decide."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.units import CHILD, Branch, branches, put_gates, take_gates_off
-from prunex.vit.widths import WidthSpec, narrow
+from prunex.vit.widths import WidthSpec, narrow, widths_of
 
 
 class Gated(nn.Module):
@@ -37,6 +37,11 @@ class Gated(nn.Module):
         """The pruner itself."""
         found: Any = getattr(self, self.method)
         return found
+
+    def price(self, branches: Sequence[Branch]) -> None:
+        """Be told anew what units cost."""
+        self.pruner.price(branches)
+        self.by_key = {b.key: b for b in self.pruner.branches}
 
     def gate(self, key: str, batch: int) -> Tensor | None:
         """What the layer behind a branch's units shall have its input multiplied by."""
@@ -141,8 +146,11 @@ class UnitPruning:
                 ``random`` need none.
 
         Raises:
-            PrunexError: For a method that learns its scores in training, or batches that do not hold what it needs.
+            PrunexError: For a method that learns its scores in training, batches that do not hold what it needs, or
+                units that were removed already.
         """
+        if self.removed:
+            raise PrunexError("units were removed for good already: detach() and attach again to take out more")
         if self.pruner.trains:
             raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
         self.budget()
@@ -151,6 +159,8 @@ class UnitPruning:
 
     def budget(self) -> float:
         """Tell the pruner what its units may cost with the tokens that are there now; returns those multiply-adds."""
+        if not self.removed:
+            self._gated.price(unit_branches(self.model))
         whole, dense = whole_macs(self.model), dense_macs(self.model)
         allowed = self.pruner.aim(whole, dense)
         self.pruner.may_spend(allowed)
@@ -224,6 +234,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         )
     inner: Any = model
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
+    pruner.known = widths_of(model)
+    pruner.prepare(model)
     pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
@@ -237,12 +249,30 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
+    if not hasattr(model, "prunex"):
+        return branches(model)
+    with _at_the_end(model):
+        return branches(model, tokens_of(tally(model, gates=False)))
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there, tokens pruned or not."""
-    return tally(model, gates=False).macs
+    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
+    with _at_the_end(model):
+        return tally(model, gates=False).macs
+
+
+@contextmanager
+def _at_the_end(model: nn.Module) -> Iterator[None]:
+    """See token rates as they will be: what units may cost must not depend on when it is asked."""
+    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
+    if pruner is None:
+        yield
+        return
+    now, pruner.progress = pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        pruner.progress = now
 
 
 def dense_macs(model: nn.Module) -> int:

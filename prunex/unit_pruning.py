@@ -15,7 +15,7 @@ from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.units import CHILD, Branch, branches, put_gates, take_gates_off
-from prunex.vit.widths import WidthSpec, narrow
+from prunex.vit.widths import WidthSpec, narrow, widths_of
 
 
 class Gated(nn.Module):
@@ -140,8 +140,11 @@ class UnitPruning:
                 ``random`` need none.
 
         Raises:
-            PrunexError: For a method that learns its scores in training, or batches that do not hold what it needs.
+            PrunexError: For a method that learns its scores in training, batches that do not hold what it needs, or
+                units that were removed already.
         """
+        if self.removed:
+            raise PrunexError("units were removed for good already: detach() and attach again to take out more")
         if self.pruner.trains:
             raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
         self.budget()
@@ -161,7 +164,8 @@ class UnitPruning:
         """
         pruner = self.pruner
         with _schedule_done(self.model):
-            pruner.branches = tuple(unit_branches(self.model))
+            if not self.removed:
+                pruner.price(unit_branches(self.model))
             allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
         pruner.may_spend(allowed)
         return allowed
@@ -235,6 +239,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         )
     inner: Any = model
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
+    pruner.known = widths_of(model)
+    pruner.prepare(model)
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
@@ -261,12 +267,30 @@ def _schedule_done(model: nn.Module) -> Iterator[None]:
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
+    if not hasattr(model, "prunex"):
+        return branches(model)
+    with _at_the_end(model):
+        return branches(model, tokens_of(tally(model, gates=False)))
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there, tokens pruned or not."""
-    return tally(model, gates=False).macs
+    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
+    with _at_the_end(model):
+        return tally(model, gates=False).macs
+
+
+@contextmanager
+def _at_the_end(model: nn.Module) -> Iterator[None]:
+    """See token rates as they will be: what units may cost must not depend on when it is asked."""
+    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
+    if pruner is None:
+        yield
+        return
+    now, pruner.progress = pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        pruner.progress = now
 
 
 def dense_macs(model: nn.Module) -> int:

@@ -374,7 +374,7 @@ def _session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
         raise PrunexError(
             f"{graph} cannot be run ({str(error).splitlines()[0]}): write it anew by prunex export"
         ) from error
-    return lambda images: session.run(["logits"], {"images": images.numpy()})
+    return lambda images: session.run(["logits"], {"images": images.float().numpy()})
 
 
 def _speed(kind: str, batch: int, timings: Sequence[Timing]) -> dict[str, Any]:

@@ -6,5 +6,14 @@ from prunex.callbacks.mask_pruning import MaskPruning
 from prunex.callbacks.relevancy_monitor import RelevancyMonitor
 from prunex.callbacks.slim_export import SlimExport
 from prunex.callbacks.token_pruning import TokenPruning
+from prunex.callbacks.unit_monitor import UnitMonitor
 
-__all__ = ["KeptTokenMonitor", "MaskPruning", "RelevancyMonitor", "SlimExport", "TokenPruning", "load_from_checkpoint"]
+__all__ = [
+    "KeptTokenMonitor",
+    "MaskPruning",
+    "RelevancyMonitor",
+    "SlimExport",
+    "TokenPruning",
+    "UnitMonitor",
+    "load_from_checkpoint",
+]

@@ -55,11 +55,16 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
             raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
         labelled = labels is not None
         if labels is not None:
-            labels = _check_labels(labels, len(images), classes).to(weight.device)
+            labels = _graphable(_check_labels(labels, len(images), classes).to(weight.device))
         seen += len(images)
-        yield images.detach().to(weight.device, weight.dtype), labels
+        yield _graphable(images.detach().to(weight.device, weight.dtype)), labels
     if seen == 0:
         raise PrunexError("calibration got no images: give a loader with at least one")
+
+
+def _graphable(tensor: Tensor) -> Tensor:
+    """The tensor as part of a graph: one that was made in the caller's inference mode cannot be."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -188,9 +188,7 @@ class UnitPruner(nn.Module):
         allowed = self._allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
-                raise PrunexError(
-                    f"{self.name} scores of {b.key} hold NaN or infinite values: look at weights and images"
-                )
+                raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
         levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
         every = torch.cat([levels[b.key] for b in self.branches]).unique()
         low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all

@@ -44,8 +44,15 @@ class Gated(nn.Module):
         self.by_key = {b.key: b for b in self.pruner.branches}
 
     def gate(self, key: str, batch: int) -> Tensor | None:
-        """What the layer behind a branch's units shall have its input multiplied by."""
-        return self.pruner.gate(self.by_key[key], self.labels)
+        """What the layer behind a branch's units shall have its input multiplied by.
+
+        Raises:
+            PrunexError: For other images than labels were told for.
+        """
+        found = self.pruner.gate(self.by_key[key], self.labels)
+        if found is not None and found.ndim == 2 and len(found) != batch:
+            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None}

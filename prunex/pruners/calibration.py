@@ -110,8 +110,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Look at a model in eval mode and full view of autograd, outside autocast; give all back as it was.
 
     Train flags, the caller's grad mode and random state (a shuffling loader draws from it), and what the token pruner's
-    last forward left are restored whatever is raised. Nothing is accumulated into ``.grad`` as long as only activations
-    are differentiated.
+    last forward left are restored whatever is raised. Dimension 0 is always the images. Nothing is accumulated into
+    ``.grad`` as long as only activations are differentiated.
 
     Raises:
         PrunexError: For weights that cannot be differentiated through.
@@ -124,8 +124,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     tokens: Any = getattr(model, "prunex", None)
-    names = ("trace", "last", "policy", "sizes")
+    names = ("trace", "last", "policy", "sizes", "masked")
     left = {} if tokens is None else {n: getattr(tokens, n) for n in names}
+    if tokens is not None and tokens.pruner.count == "adaptive":
+        tokens.masked = True  # images of different lengths would be packed into one sequence, and are told apart here
     try:
         with (
             torch.random.fork_rng(devices),

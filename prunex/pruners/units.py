@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.checks import check_whole
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.budget import check_budget
 from prunex.vit.units import Branch
 from prunex.vit.widths import WidthSpec
@@ -164,7 +164,7 @@ class UnitPruner(nn.Module):
         allowed = check_budget(budget, dense)
         least = rest + sum(b.macs * self._least(b) for b in self.branches)
         if allowed < least:
-            raise PrunexError(
+            raise OutOfReach(
                 f"budget={budget!r} ({allowed / dense:.1%} of the dense multiply-adds) is out of reach for "
                 f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
                 f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"

@@ -97,7 +97,7 @@ def _check_images(model: Any, images: Tensor) -> None:
     if not isinstance(model, SwinTransformer):
         check_images(read(model), images, values=True)
         return
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
     wanted = [embed.proj.in_channels, *embed.img_size]
     if list(images.shape[1:]) != wanted or len(images) == 0:
         raise PrunexError(f"images have shape {list(images.shape)}: this model takes {['B', *wanted]}, B at least 1")

@@ -129,7 +129,7 @@ class Relevance(UnitPruner):
             images: float [B, C, H, W].
             target: int64 [B], or None for the predicted classes.
         """
-        watched = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
+        watched: dict[nn.Module, str] = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
         ops = _Rules(watched) if self.rule == "zplus" else _Gradients(watched)
         with torch.inference_mode(False):
             images = images.clone().requires_grad_()  # so that everything is part of the graph, weights frozen or not

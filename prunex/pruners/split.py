@@ -189,22 +189,22 @@ def _tried(
     said: list[Tensor],
 ) -> Share:
     """One split, attached, measured, and taken off again."""
-    specs: list[dict[str, Any] | None] = [None, None]
+    token_spec = unit_spec = None
     with ExitStack() as stack:
         if share > 0:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whole tokens come near a budget as they can: the table says how near
                 pruning = stack.enter_context(attach(vit, token_method, budget=target, **token_options))
             _check_ready(pruning.pruner)
-            specs[0] = pruning.spec
+            token_spec = pruning.spec
         if share < 1:
             gated = attach(vit, unit_method, budget=budget, **unit_options)
             stack.callback(gated.detach)
             gated.calibrate(data)
-            specs[1] = gated.spec
+            unit_spec = gated.spec
         loss, agreement = _measured(vit, data, said)
-        left = _left(vit)
-        return Share(share, *specs, tally(vit).macs, *left, loss, agreement)
+        heads, channels = _left(vit)
+        return Share(share, token_spec, unit_spec, tally(vit).macs, heads, channels, loss, agreement)
 
 
 def _check_ready(pruner: TokenPruner) -> None:

@@ -38,8 +38,15 @@ class Gated(nn.Module):
         return found
 
     def gate(self, key: str, batch: int) -> Tensor | None:
-        """What the layer behind a branch's units shall have its input multiplied by."""
-        return self.pruner.gate(key, self.labels)
+        """What the layer behind a branch's units shall have its input multiplied by.
+
+        Raises:
+            PrunexError: For other images than labels were told for.
+        """
+        found = self.pruner.gate(key, self.labels)
+        if found is not None and found.ndim == 2 and batch % len(found):  # an image may be many windows
+            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None}

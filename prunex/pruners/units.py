@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.checks import check_whole
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.budget import check_budget
 from prunex.vit.units import Branch
 from prunex.vit.widths import WidthSpec
@@ -168,7 +168,7 @@ class UnitPruner(nn.Module):
         allowed = check_budget(budget, dense)
         least = rest + sum(b.macs * self._least(b) for b in self.branches)
         if allowed < least:
-            raise PrunexError(
+            raise OutOfReach(
                 f"budget={budget!r} ({allowed / dense:.1%} of the dense multiply-adds) is out of reach for "
                 f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
                 f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"
@@ -192,9 +192,7 @@ class UnitPruner(nn.Module):
         allowed = self._allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
-                raise PrunexError(
-                    f"{self.name} scores of {b.key} hold NaN or infinite values: look at weights and images"
-                )
+                raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
         levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
         every = torch.cat([levels[b.key] for b in self.branches]).unique()
         low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all

@@ -190,7 +190,7 @@ def test_tokens_and_units(tmp_path, monkeypatch, without_onnx):
 
 def test_gates_that_are_still_on(tmp_path, monkeypatch, without_onnx):
     model = vit()
-    pruning = prunex.attach(model, "xpruner", budget=0.6)
+    pruning = prunex.attach(model, "xpruner", budget=0.8)
     pruning.pruner.decide({b.key: torch.rand(b.units) for b in pruning.pruner.branches})
     pruning.pruner.stage = "done"
     monkeypatch.setattr(bench_command, "open_model", lambda run: model)

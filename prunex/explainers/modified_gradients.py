@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunex.explainers.relevance_rules import Layer, gamma_rule
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
+from prunex.vit.units import let_through
 
 
 class ModifiedGradients(Arithmetic):
@@ -45,7 +46,7 @@ class ModifiedGradients(Arithmetic):
         return self._by_rule(module, images, 0)
 
     def _by_rule(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
-        layer = Layer.of(module)
+        layer, x = Layer.of(module), let_through(module, x)
         return module(x) if self.gamma is None else _Gamma.apply(x, module(x), layer, self.gamma[which])
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:

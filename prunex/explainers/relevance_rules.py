@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
+from prunex.vit.units import let_through
 
 LinearRule = Literal["zplus", "epsilon", "gamma"]
 RuleSet = Literal["conserving", "published_baseline"]
@@ -198,7 +199,7 @@ class RelevanceRules(Arithmetic):
         return self._by_rule(module, images, self.gamma[0], bounded)
 
     def _by_rule(self, module: nn.Module, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
-        layer = Layer.of(module)
+        layer, x = Layer.of(module), let_through(module, x)
 
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
             if self.rule == "epsilon":

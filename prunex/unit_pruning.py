@@ -15,7 +15,7 @@ from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.units import CHILD, Branch, blocks_of, branches, opens_heads, put_gates, take_gates_off
-from prunex.vit.widths import WidthSpec, narrow
+from prunex.vit.widths import WidthSpec, narrow, widths_of
 
 
 class Gated(nn.Module):
@@ -29,7 +29,6 @@ class Gated(nn.Module):
         super().__init__()
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
-        self.by_key = {b.key: b for b in pruner.branches}
         self.labels: Tensor | None = None
 
     @property
@@ -39,12 +38,19 @@ class Gated(nn.Module):
         return found
 
     def gate(self, key: str, batch: int) -> Tensor | None:
-        """What the layer behind a branch's units shall have its input multiplied by."""
-        return self.pruner.gate(self.by_key[key], self.labels)
+        """What the layer behind a branch's units shall have its input multiplied by.
+
+        Raises:
+            PrunexError: For other images than labels were told for.
+        """
+        found = self.pruner.gate(key, self.labels)
+        if found is not None and found.ndim == 2 and len(found) != batch:
+            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
+        return found
 
     def left(self, key: str) -> tuple[int, ...] | None:
         """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
-        return self.pruner.left(self.by_key[key])
+        return self.pruner.left(key)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None}
@@ -145,8 +151,11 @@ class UnitPruning:
                 ``random`` need none.
 
         Raises:
-            PrunexError: For a method that learns its scores in training, or batches that do not hold what it needs.
+            PrunexError: For a method that learns its scores in training, batches that do not hold what it needs, or
+                units that were removed already.
         """
+        if self.removed:
+            raise PrunexError("units were removed for good already: detach() and attach again to take out more")
         if self.pruner.trains:
             raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
         self.budget()
@@ -154,10 +163,22 @@ class UnitPruning:
         return self.widths
 
     def budget(self) -> float:
-        """Tell the pruner what its units may cost with the tokens that are there now; returns those multiply-adds."""
-        whole, dense = whole_macs(self.model), dense_macs(self.model)
-        allowed = self.pruner.aim(whole, dense)
-        self.pruner.may_spend(allowed)
+        """Tell the pruner what units cost and may cost, with as many tokens as are left at the schedule's end.
+
+        Called before units are chosen, since tokens may have been pruned after the units were gated.
+
+        Returns:
+            Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: For a budget out of reach.
+        """
+        pruner = self.pruner
+        with _schedule_done(self.model):
+            if not self.removed:
+                pruner.price(unit_branches(self.model))
+            allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
+        pruner.may_spend(allowed)
         return allowed
 
     def relevance_table(self) -> UnitRelevance:
@@ -227,7 +248,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         options: Its options.
 
     Raises:
-        PrunexError: For options out of range, a budget out of reach, or a model without known units.
+        PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
+            asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
     """
     if hasattr(model, CHILD):
         raise PrunexError(
@@ -235,10 +257,11 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         )
     inner: Any = model
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
+    pruner.known = widths_of(model)
+    pruner.prepare(model)
     hooked = getattr(model, "prunex", None)
     if hooked is not None:
         check_readable(model, hooked.pruner, pruner)
-    pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
@@ -247,6 +270,20 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
     return UnitPruning(model)
+
+
+@contextmanager
+def _schedule_done(model: nn.Module) -> Iterator[None]:
+    """The token pruner's rates as they are when its schedule has ended."""
+    attached: Any = getattr(model, "prunex", None)
+    if attached is None:
+        yield
+        return
+    before, attached.pruner.progress = attached.pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        attached.pruner.progress = before
 
 
 def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
@@ -277,12 +314,30 @@ def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
+    if not hasattr(model, "prunex"):
+        return branches(model)
+    with _at_the_end(model):
+        return branches(model, tokens_of(tally(model, gates=False)))
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there, tokens pruned or not."""
-    return tally(model, gates=False).macs
+    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
+    with _at_the_end(model):
+        return tally(model, gates=False).macs
+
+
+@contextmanager
+def _at_the_end(model: nn.Module) -> Iterator[None]:
+    """See token rates as they will be: what units may cost must not depend on when it is asked."""
+    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
+    if pruner is None:
+        yield
+        return
+    now, pruner.progress = pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        pruner.progress = now
 
 
 def dense_macs(model: nn.Module) -> int:

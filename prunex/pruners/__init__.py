@@ -5,9 +5,27 @@ from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
 from prunex.pruners.hvt import HVT
 from prunex.pruners.ia_red2 import IARED2
+from prunex.pruners.magnitude import Magnitude
 from prunex.pruners.patch_slimming import PatchSlimming
+from prunex.pruners.random import Random
+from prunex.pruners.relevance import Relevance
+from prunex.pruners.taylor import Taylor
 from prunex.pruners.tome import ToMe
 from prunex.pruners.topk import TopK
 from prunex.pruners.xpruner import XPruner
 
-__all__ = ["HVT", "DiffMask", "DynamicViT", "EViT", "IARED2", "PatchSlimming", "ToMe", "TopK", "XPruner"]
+__all__ = [
+    "HVT",
+    "DiffMask",
+    "DynamicViT",
+    "EViT",
+    "IARED2",
+    "Magnitude",
+    "PatchSlimming",
+    "Random",
+    "Relevance",
+    "Taylor",
+    "ToMe",
+    "TopK",
+    "XPruner",
+]

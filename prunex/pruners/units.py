@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from prunex.checks import check_whole
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.budget import check_budget
 from prunex.vit.units import Branch
 from prunex.vit.widths import WidthSpec
@@ -78,22 +79,43 @@ class UnitPruner(nn.Module):
         self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
         self._left = {key: tuple(self.open(key).nonzero().flatten().tolist()) for key in self._closed}
 
+    def prepare(self, model: nn.Module) -> None:
+        """Called once with the model, before anything is put on it; refuses what the criterion cannot score."""
+
+    def price(self, branches: Sequence[Branch]) -> None:
+        """Be told anew what units cost, where tokens came to be pruned, or no longer are."""
+        costs = {b.key: b for b in branches}
+        self.branches = tuple(costs[b.key] for b in self.branches)
+
+    @contextmanager
+    def all_open(self) -> Iterator[None]:
+        """Let every unit through for a while, whatever was decided: a criterion looks at the whole model."""
+        closed, self._closed, left, self._left = self._closed, set(), self._left, {}
+        try:
+            yield
+        finally:
+            self._closed, self._left = closed, left
+
     def open(self, key: str) -> Tensor:
         """Which units of a branch are kept: bool [units]."""
         return self.get_buffer(_slot("open", key))
 
-    def gate(self, branch: Branch, labels: Tensor | None) -> Tensor | None:
+    def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
 
         None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
         """
-        if branch.key not in self._closed:
+        if key not in self._closed:
             return None
-        return self.open(branch.key).float().repeat_interleave(branch.width)
+        return self.open(key).float().repeat_interleave(self.branch(key).width)
 
-    def left(self, branch: Branch) -> tuple[int, ...] | None:
+    def branch(self, key: str) -> Branch:
+        """A branch by its key."""
+        return next(b for b in self.branches if b.key == key)
+
+    def left(self, key: str) -> tuple[int, ...] | None:
         """The open units, where gates are 0 or 1 in the coming forward; None where they are not, or all are open."""
-        return self._left.get(branch.key)
+        return self._left.get(key)
 
     def calibrate(self, model: nn.Module, batches: Any = None) -> None:
         """Look at the model (and at images and labels, where the method needs them), and decide."""
@@ -126,10 +148,13 @@ class UnitPruner(nn.Module):
 
     def _spec(self, opened: Mapping[str, Tensor]) -> WidthSpec:
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
+        blocks = self.known.blocks
         for b in self.branches:
             found = opened[b.key]
             if not bool(found.all()):
-                kept[b.kind][b.block] = tuple(found.nonzero().flatten().tolist())
+                number = b.block if blocks is None else blocks[b.block]
+                names = getattr(self.known, b.kind).get(number, range(b.units))
+                kept[b.kind][number] = tuple(names[u] for u in found.nonzero().flatten().tolist())
         return WidthSpec(heads=kept["heads"], channels=kept["channels"])
 
     def prunable(self) -> int:
@@ -155,7 +180,7 @@ class UnitPruner(nn.Module):
         allowed = check_budget(budget, dense)
         least = rest + sum(b.macs * self._least(b) for b in self.branches)
         if allowed < least:
-            raise PrunexError(
+            raise OutOfReach(
                 f"budget={budget!r} ({allowed / dense:.1%} of the dense multiply-adds) is out of reach for "
                 f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
                 f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"
@@ -172,8 +197,14 @@ class UnitPruner(nn.Module):
         Args:
             scores: By branch, float [units].
             allowed: Multiply-adds for the units; None: those told before.
+
+        Raises:
+            PrunexError: For scores that are not finite.
         """
         allowed = self._allowed if allowed is None else allowed
+        for b in self.branches:
+            if not bool(torch.isfinite(scores[b.key]).all()):
+                raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
         levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
         every = torch.cat([levels[b.key] for b in self.branches]).unique()
         low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all
@@ -190,23 +221,29 @@ class UnitPruner(nn.Module):
         self.keep(wanted, levels)
 
     def _fill(self, wanted: dict[str, Tensor], levels: Mapping[str, Tensor], allowed: float) -> None:
-        """Where a head did not fit any more, the next best units that do."""
+        """Where a head, or equal scores, did not fit any more: the next best units that do.
+
+        Channels come in whole multiples of ``round_to``.
+        """
         room = allowed - self._cost(wanted, levels)
-        if self.round_to > 1:
-            return
-        closed = [
-            (float(levels[b.key][u]), -i, u)
-            for i, b in enumerate(self.branches)
-            for u in range(b.units)
-            if not wanted[b.key][u] and b.macs <= room
-        ]
-        for _, i, u in sorted(closed, reverse=True):
-            b = self.branches[-i]
-            if b.macs <= room and int(wanted[b.key].sum()) >= self._least(b):
-                wanted[b.key][u] = True
-                room -= b.macs
+        steps = []
+        for i, b in enumerate(self.branches):
+            wanted[b.key] = self._rounded(b, wanted[b.key], levels[b.key])
+            closed = (~wanted[b.key]).nonzero().flatten()
+            closed = closed[torch.sort(levels[b.key][closed], descending=True, stable=True).indices]
+            parts = closed.split(self.round_to if b.kind == "channels" else 1)
+            steps += [(-float(levels[b.key][p[0]]), i, n, p) for n, p in enumerate(parts) if len(p)]
+        full: set[int] = set()
+        for _, i, _, units in sorted(steps, key=lambda s: s[:3]):
+            b = self.branches[i]
+            if i not in full and len(units) * b.macs <= room:
+                wanted[b.key][units] = True
+                room -= len(units) * b.macs
+            else:
+                full.add(i)
 
     _allowed: float = float("inf")
+    known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
 
     def may_spend(self, allowed: float) -> None:
         """Be told how many multiply-adds the units may cost together."""
@@ -214,7 +251,7 @@ class UnitPruner(nn.Module):
 
     def level(self, branch: Branch, score: Tensor) -> Tensor:
         """Scores as they compare across branches, float64 on the CPU."""
-        score = score.detach().double().cpu()
+        score = score.detach().cpu().double()
         if not self.within:
             return score / branch.macs
         mean = score.mean()

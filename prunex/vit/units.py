@@ -165,14 +165,18 @@ def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
 
     Args:
         model: A supported backbone.
-        gate: From a branch's key and the batch size to None (all open), or factors for the inputs of the layer behind
-            the units: [units * width], or [B, units * width] where images differ.
+        gate: From a branch's key and the number of images to None (all open), or factors for the inputs of the layer
+            behind the units: [units * width], or [B, units * width] where images differ.
         left: From a branch's key to the units that are open, where its gates are 0 or 1 now; None where they are not,
             or all are open. See :func:`heads_left`.
     """
     for branch in branches(model):
         block = model.get_submodule(branch.path)
-        hook = partial(_through, gate, left, branch.key)
+        windows = 1
+        if branch.kind == "heads" and isinstance(model, SwinTransformer):
+            padded, _, keys = _tokens(model, branch.path, block)
+            windows = padded // keys
+        hook = partial(_through, gate, left, branch.key, windows)
         last_layer(block, branch.kind).register_forward_pre_hook(hook)
 
 
@@ -214,13 +218,14 @@ def _ours(hook: Any) -> bool:
     return isinstance(hook, partial) and hook.func is _through
 
 
-def _through(gate: Gate, left: Left | None, key: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+def _through(
+    gate: Gate, left: Left | None, key: str, windows: int, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Tensor] | None:
     x = args[0]
-    factors = gate(key, x.shape[0])
+    factors = gate(key, x.shape[0] // windows)
     if factors is None:
         return None
     if factors.ndim == 2:
-        each = x.shape[0] // factors.shape[0]  # windows of one image follow each other
-        factors = factors if each == 1 else factors.repeat_interleave(each, 0)
+        factors = factors if windows == 1 else factors.repeat_interleave(windows, 0)  # an image's follow each other
         factors = factors.reshape(factors.shape[0], *(1,) * (x.ndim - 2), factors.shape[1])
     return (x * factors.to(x.dtype),)

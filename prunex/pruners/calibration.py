@@ -1,0 +1,161 @@
+"""What criteria that look at images share: labelled batches, the classes explained, and a model left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import check_images, read
+from prunex.vit.mount import as_found
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
+    """Batches of images with their labels, checked, on the model's device and in its dtype.
+
+    Args:
+        source: A data loader or any iterable of batches: a float tensor [B, C, H, W], or a sequence or dict that holds
+            one and, if there are labels, an integer tensor [B] (the first of either counts). Or one such batch: a
+            tensor, or a pair of tensors.
+        model: A supported backbone with a classifier.
+
+    Yields:
+        Images, and int64 [B] or None: all batches have labels, or none has.
+
+    Raises:
+        PrunexError: For something that holds no images, images that the model cannot take, labels that do not fit them
+            or run out of the model's classes, or batches with and without labels.
+    """
+    if source is None:
+        raise PrunexError("calibration got no images: give calibrate() a data loader, or batches [B, C, H, W]")
+    single = isinstance(source, Tensor) or _is_pair(source)
+    batches: Any = [source] if single else source
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
+        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
+    weight, classes, labelled, seen = next(model.parameters()), _classes(model), None, 0
+    for batch in batches:
+        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        images = next((v for v in tensors if v.ndim == 4 and v.is_floating_point()), None)
+        if images is None:
+            raise PrunexError(
+                f"calibration found no images in a {type(batch).__name__}: give batches with a float [B, C, H, W]"
+            )
+        _check_images(model, images)
+        labels = next((v for v in tensors if v.ndim == 1 and _is_whole(v)), None)
+        if labelled is not None and labelled != (labels is not None):
+            raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
+        labelled = labels is not None
+        if labels is not None:
+            labels = _graphable(_check_labels(labels, len(images), classes).to(weight.device))
+        seen += len(images)
+        yield _graphable(images.detach().to(weight.device, weight.dtype)), labels
+    if seen == 0:
+        raise PrunexError("calibration got no images: give a loader with at least one")
+
+
+def _graphable(tensor: Tensor) -> Tensor:
+    """The tensor as part of a graph: one that was made in the caller's inference mode cannot be."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _is_pair(source: Any) -> bool:
+    """Whether it is one batch of images and labels and not two batches of images."""
+    tensors = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(v, Tensor) for v in source)
+    return tensors and source[0].ndim == 4 and source[1].ndim != 4
+
+
+def _classes(model: Any) -> int:
+    head = model.head
+    if isinstance(head, nn.Identity) or isinstance(getattr(head, "fc", None), nn.Identity):
+        raise PrunexError("this model has no classifier (num_classes=0), so units have no class to matter for")
+    return int(model.num_classes)
+
+
+def _check_labels(labels: Tensor, count: int, classes: int) -> Tensor:
+    if labels.shape != (count,):
+        raise PrunexError(f"calibration has labels {list(labels.shape)} for {count} images: give one class an image")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise PrunexError(f"calibration labels run from {low} to {high}: this model has classes 0..{classes - 1}")
+    return labels.long()
+
+
+def _check_images(model: Any, images: Tensor) -> None:
+    if not isinstance(model, SwinTransformer):
+        check_images(read(model), images, values=True)
+        return
+    embed: Any = model.patch_embed
+    wanted = [embed.proj.in_channels, *embed.img_size]
+    if list(images.shape[1:]) != wanted or len(images) == 0:
+        raise PrunexError(f"images have shape {list(images.shape)}: this model takes {['B', *wanted]}, B at least 1")
+    if not torch.isfinite(images).all():
+        raise PrunexError("images hold NaN or infinite values: clean them first")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Look at a model in eval mode and full view of autograd, outside autocast; give all back as it was.
+
+    Train flags, the caller's grad mode and random state (a shuffling loader draws from it), and what the token pruner's
+    last forward left are restored whatever is raised. Dimension 0 is always the images. Nothing is accumulated into
+    ``.grad`` as long as only activations are differentiated.
+
+    Raises:
+        PrunexError: For weights that cannot be differentiated through.
+    """
+    if any(p.is_inference() for p in model.parameters()):
+        raise PrunexError(
+            "the model's weights were made under torch.inference_mode, and nothing can be differentiated through them: "
+            "build or load the model outside of it"
+        )
+    weight = next(model.parameters())
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    tokens: Any = getattr(model, "prunex", None)
+    names = ("trace", "last", "policy", "sizes", "masked")
+    left = {} if tokens is None else {n: getattr(tokens, n) for n in names}
+    if tokens is not None and tokens.pruner.count == "adaptive":
+        tokens.masked = True  # images of different lengths would be packed into one sequence, and are told apart here
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            as_found(model, train=False),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(weight.device.type, enabled=False),
+        ):
+            yield
+    finally:
+        for name, value in left.items():
+            setattr(tokens, name, value)
+
+
+def widened(model: nn.Module) -> Any:
+    """The model in at least float32: a copy where its weights are of half precision, whose gradients are too coarse."""
+    if next(model.parameters()).dtype in (torch.float32, torch.float64):
+        return model
+    with torch.inference_mode(False):
+        return copy.deepcopy(model).float()
+
+
+def classes_of(logits: Any, labels: Tensor | None) -> Tensor:
+    """The class each image is scored for, int64 [B]: its label, or the predicted class.
+
+    Raises:
+        PrunexError: For a model that gives no logits.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise PrunexError("this model gives no logits [B, classes]: score units of a model with a classifier")
+    return logits.detach().argmax(1) if labels is None else labels

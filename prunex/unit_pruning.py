@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ class Gated(nn.Module):
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
         self.labels: Tensor | None = None
+        self.more: list[Callable[[Tensor, Tensor], Mapping[str, Tensor]]] = []
 
     @property
     def pruner(self) -> UnitPruner:
@@ -53,7 +54,7 @@ class Gated(nn.Module):
         return self.pruner.left(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"labels": None}
+        return self.__dict__ | {"labels": None, "more": []}
 
 
 class UnitPruning:
@@ -139,9 +140,26 @@ class UnitPruning:
         finally:
             gated.labels = None
 
-    def losses(self) -> dict[str, Tensor]:
-        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned."""
-        return self.pruner.losses()
+    def losses(self, images: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned.
+
+        Args:
+            images: float [B, C, H, W], what the training forward was given, for losses that :meth:`also` added.
+            labels: int64 [B], their classes, likewise.
+        """
+        found = dict(self.pruner.losses())
+        if images is not None and labels is not None:
+            for more in self._gated.more:
+                found |= more(images, labels)
+        return found
+
+    def also(self, loss: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> None:
+        """Add a loss to those of the method: from images and labels to named scalars, weighted.
+
+        Args:
+            loss: Called by :meth:`losses`. Copies of the model, such as slim ones, do not have it.
+        """
+        self._gated.more.append(loss)
 
     def calibrate(self, batches: Any = None) -> WidthSpec:
         """Score the units and choose those that the budget allows.

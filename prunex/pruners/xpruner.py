@@ -144,7 +144,7 @@ class XPruner(UnitPruner):
         min_channels: int = 8,
         round_to: int = 1,
         class_groups: Sequence[int] | None = None,
-        sparse: float = 0.01,
+        sparse: float = 10.0,
         smooth: float = 0.01,
         slope: float = 10.0,
         weight: float = 10.0,

@@ -21,7 +21,7 @@ class RelevancyGuidance(Participant):
     """Turn relevancy of a dense judge into a target for what :class:`TokenPruning` or :class:`MaskPruning` learn.
 
     Beside TokenPruning, the scores that rank tokens follow the explainer's maps (:class:`prunex.guidance.Guidance` says
-    by which loss, where its gradient goes and what it costs); beside MaskPruning with ``xpruner``, the rows of its masks
+    by which loss, where its gradient goes and what it costs); beside MaskPruning with ``xpruner``, rows of its masks
     follow the relevance of units while masks are learned (:class:`prunex.guidance.UnitGuidance`, always by LRP). With
     both, both do. Logged: ``prunex/loss_guidance`` and ``prunex/loss_unit_guidance``.
 
@@ -89,8 +89,8 @@ class RelevancyGuidance(Participant):
         units = prunex.attached(pl_module, self.model, units=True)
         if tokens is None and (units is None or not isinstance(units.pruner, XPruner)):
             raise PrunexError(
-                "RelevancyGuidance guides token scores or xpruner's masks, and this model has neither: add TokenPruning "
-                "or MaskPruning('xpruner') to the callbacks"
+                "RelevancyGuidance guides token scores or xpruner's masks, and this model has neither: add "
+                "TokenPruning or MaskPruning('xpruner') to the callbacks"
             )
         if tokens is not None:
             if tokens.pruner.by_place or tokens.pruner.fixed or tokens.method == "tome":

@@ -1,8 +1,19 @@
 """Lightning callbacks that prune, watch and export."""
 
+from prunex.callbacks.checkpoints import load_from_checkpoint
 from prunex.callbacks.kept_token_monitor import KeptTokenMonitor
+from prunex.callbacks.mask_pruning import MaskPruning
 from prunex.callbacks.relevancy_monitor import RelevancyMonitor
 from prunex.callbacks.slim_export import SlimExport
-from prunex.callbacks.token_pruning import TokenPruning, load_from_checkpoint
+from prunex.callbacks.token_pruning import TokenPruning
+from prunex.callbacks.unit_monitor import UnitMonitor
 
-__all__ = ["KeptTokenMonitor", "RelevancyMonitor", "SlimExport", "TokenPruning", "load_from_checkpoint"]
+__all__ = [
+    "KeptTokenMonitor",
+    "MaskPruning",
+    "RelevancyMonitor",
+    "SlimExport",
+    "TokenPruning",
+    "UnitMonitor",
+    "load_from_checkpoint",
+]

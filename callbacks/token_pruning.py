@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
 from prunex.callbacks.monitor import decisions, parts_of
+from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress, with_losses
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
 from prunex.pruners.budget import check_budget
-from prunex.vit.anatomy import find
-
-CHECKPOINT_KEY = "prunex"
-CHECKPOINT_VERSION = 1
+from prunex.vit.anatomy import ViT
 
 
-class TokenPruning(Callback):
+class TokenPruning(Participant):
     """Attach a token pruner in ``setup`` and train it with the user's own loss, optimiser and precision.
 
     Losses of the pruner are added to what ``training_step`` returns; schedules follow the trainer's progress. Logged
@@ -111,7 +107,6 @@ class TokenPruning(Callback):
         self.backbone_lr_scale = check_number("backbone_lr_scale", backbone_lr_scale, 0, 1)
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)
         self.pruning: prunex.Pruning | None = None
-        self._undo: list[Callable[[], None]] = []
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._shares: list[Tensor] = []  # of this validation: kept shares of each stage, summed over images
         self._images = 0
@@ -126,12 +121,9 @@ class TokenPruning(Callback):
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
                 "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
             )
-        if self._waits_for_configure_model(pl_module):
-            self._attach_after_configure_model(pl_module)
-        else:
-            self._attach(pl_module)
+        self._when_model_is_there(pl_module, self.model, self._attach, ViT)
         if stage == "fit":
-            self._wrap_training_step(pl_module)
+            self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
 
     @staticmethod
     def _rates(pruning: prunex.Pruning) -> str:
@@ -140,26 +132,6 @@ class TokenPruning(Callback):
 
     def _brings_losses(self) -> bool:
         return bool(prunex.registry.lookup("pruner", self.method).make.trains_masked)  # type: ignore[attr-defined]
-
-    def _waits_for_configure_model(self, module: LightningModule) -> bool:
-        """Whether the module makes its ViT later, in ``configure_model``."""
-        if not is_overridden("configure_model", module):
-            return False
-        try:
-            find(module, self.model)
-        except PrunexError:
-            return True
-        return False
-
-    def _attach_after_configure_model(self, module: LightningModule) -> None:
-        original = module.configure_model
-
-        @functools.wraps(original)
-        def configure_model() -> None:
-            original()
-            self._attach(module)
-
-        self._override(module, "configure_model", configure_model)
 
     def _attach(self, module: LightningModule) -> None:
         found = prunex.attached(module, self.model)
@@ -191,30 +163,9 @@ class TokenPruning(Callback):
             # A module that rebuilds its structure itself needs to know it; an argument that only shares the name stays.
             module.hparams["pruning"] = pruning.spec
 
-    def _wrap_training_step(self, module: LightningModule) -> None:
-        if "training_step" in module.__dict__ and hasattr(module.training_step, "_prunex"):
-            return
-        original = module.training_step
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            batch = args[0] if args else kwargs.get("batch")
-            return self._with_losses(module, original(*args, **kwargs), batch)
-
-        training_step._prunex = True  # type: ignore[attr-defined]
-        self._override(module, "training_step", training_step)
-
-    def _override(self, module: LightningModule, name: str, function: Callable[..., Any]) -> None:
-        before = module.__dict__.get(name)
-        module.__dict__[name] = function
-
-        def undo() -> None:
-            if before is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = before
-
-        self._undo.append(undo)
+    def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = args[0] if args else kwargs.get("batch")
+        return self._with_losses(module, beneath(*args, **kwargs), batch)
 
     def _with_losses(self, module: LightningModule, output: STEP_OUTPUT, batch: Any = None) -> STEP_OUTPUT:
         if self.pruning is None:
@@ -226,26 +177,8 @@ class TokenPruning(Callback):
             return output
         labels = parts_of(batch).get("labels")
         losses = self.pruning.losses(labels if labels is not None and len(labels) == len(seen.images) else None)
-        for name, value in losses.items():
-            module.log(
-                f"prunex/loss_{name}",
-                value.detach(),
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,
-                batch_size=len(seen.images),
-            )
         self.pruning.forget()
-        if not losses:
-            return output
-        added = torch.stack([v.float() for v in losses.values()]).sum()
-        if isinstance(output, Tensor):
-            return output + added
-        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-            return {**output, "loss": output["loss"] + added}
-        raise PrunexError(
-            f"training_step returned {type(output).__name__}: give the loss as a tensor, or a dict with a 'loss' tensor"
-        )
+        return with_losses(module, output, losses, len(seen.images))
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
         if self.pruning is None or self.pruning._attached.trace is None:
@@ -294,7 +227,7 @@ class TokenPruning(Callback):
         """Once, on the first batches of the training data; rank zero does it, the others take over what it found."""
         if trainer.is_global_zero:
             with torch.random.fork_rng(devices=[]):  # the training draws the numbers it would have drawn
-                report = pruning.calibrate(_batches(trainer.train_dataloader))
+                report = pruning.calibrate(parts["images"] for parts in batches_of(trainer.train_dataloader))
             rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
         if trainer.world_size > 1:
             state: Any = None
@@ -327,38 +260,21 @@ class TokenPruning(Callback):
         begun = self.pruning.progress if self.pruning is not None else 1.0
         return 0.0 if begun < self.freeze_backbone else self.backbone_lr_scale
 
-    def _progress(self, trainer: Trainer, batches: int) -> float:
-        """Fraction of training done after so many batches of this epoch; an open-ended run counts as done.
-
-        Batches are counted, not steps, since steps come in several a batch (optimised by hand) or change their length;
-        within one accumulation of gradients the progress stands still.
-        """
-        epochs, most, total = trainer.max_epochs, trainer.max_steps, trainer.num_training_batches
-        done = []
-        if epochs is not None and epochs > 0:
-            window = trainer.accumulate_grad_batches
-            known = math.isfinite(total) and total > 0
-            share = (1.0 if batches >= total else (batches // window) / math.ceil(total / window)) if known else 0.0
-            done.append((trainer.current_epoch + share) / epochs)
-        if most > 0:
-            done.append(trainer.global_step / most)
-        return min(1.0, max(done, default=1.0))
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the pruner how far training is."""
         if self.pruning is not None:
-            self.pruning.progress = self._progress(trainer, batch_idx)
+            self.pruning.progress = progress(trainer, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell it again, so that validation after the last batch sees the schedule's end."""
         if self.pruning is not None:
-            self.pruning.progress = self._progress(trainer, batch_idx + 1)
+            self.pruning.progress = progress(trainer, batch_idx + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Schedules end at their base, also where an epoch's length was unknown."""
-        if self.pruning is not None and self._progress(trainer, 0) >= 1:
+        if self.pruning is not None and progress(trainer, 0) >= 1:
             self.pruning.progress = 1.0
 
     def on_validation_batch_end(
@@ -392,12 +308,7 @@ class TokenPruning(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the model is pruned, so that a checkpoint can be opened without this callback."""
         if self.pruning is not None:
-            checkpoint[CHECKPOINT_KEY] = {
-                "version": CHECKPOINT_VERSION,
-                "path": self.model,
-                "pruning": self.pruning.spec,
-                "progress": self.pruning.progress,
-            }
+            note(checkpoint, self.model, pruning=self.pruning.spec, progress=self.pruning.progress)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take schedules to where they were, so that validating a checkpoint gives what training saw."""
@@ -405,22 +316,17 @@ class TokenPruning(Callback):
         if self.pruning is not None and isinstance(told, dict):
             self.pruning.progress = told.get("progress", 1.0)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module's own methods as they were."""
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own methods back; the pruner stays, since a checkpoint may still be saved."""
-        self._restore()
-
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        super()._restore()
         self._before = []
 
 
-def _batches(loaders: Any) -> Iterator[Tensor]:
-    """Images of a training loader's batches (of the first one, where there are several)."""
+def batches_of(loaders: Any) -> Iterator[dict[str, Tensor]]:
+    """The parts of a training loader's batches (of the first one, where there are several): images, labels, masks.
+
+    Raises:
+        PrunexError: For a batch without images.
+    """
     while isinstance(loaders, Mapping | list | tuple):
         loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
     for batch in loaders:
@@ -430,62 +336,4 @@ def _batches(loaders: Any) -> Iterator[Tensor]:
                 f"calibration found no images in the training batch ({type(batch).__name__}): give batches that hold a "
                 "float tensor [B, C, H, W], or calibrate before fit with prunex.attach(...).calibrate(images)"
             )
-        yield found["images"]
-
-
-def load_from_checkpoint(
-    module_class: type[LightningModule], path: str, *, map_location: Any = None, **arguments: Any
-) -> LightningModule:
-    """A LightningModule from a checkpoint that was trained with :class:`TokenPruning`: attach first, load second.
-
-    ``module_class.load_from_checkpoint`` alone does not know the pruner's parameters and ends in "Unexpected key(s)".
-
-    Args:
-        module_class: The user's own class.
-        path: The checkpoint.
-        map_location: As for ``torch.load``.
-        **arguments: For the class's constructor, over the saved hyperparameters.
-
-    Returns:
-        The module with its pruned model, weights loaded, in eval mode.
-
-    Raises:
-        PrunexError: A file that is missing, no checkpoint, or holds no word of prunex.
-    """
-    try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise PrunexError(f"there is no checkpoint at {path}") from error
-    except Exception as error:
-        raise PrunexError(
-            f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
-            "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
-        ) from error
-    told = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(told, dict) or "pruning" not in told:
-        raise PrunexError(f"{path} was not trained with TokenPruning: use {module_class.__name__}.load_from_checkpoint")
-    if told["version"] > CHECKPOINT_VERSION:
-        raise PrunexError(f"{path} has prunex format {told['version']}: this prunex reads up to {CHECKPOINT_VERSION}")
-    module = module_class(**_arguments(module_class, checkpoint, arguments))
-    module.configure_model()
-    pruning = prunex.attached(module, told["path"])
-    if pruning is None:
-        spec = {**told["pruning"]}
-        pruning = prunex.attach(module, spec.pop("method"), path=told["path"], **spec)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    pruning.progress = told.get("progress", 1.0)
-    return module.eval()
-
-
-def _arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments from saved hyperparameters, as Lightning's own loader chooses them."""
-    parameters = inspect.signature(module_class).parameters
-    saved = dict(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    whole = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
-    if whole in parameters and whole != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
-        saved = {whole: saved}
-    chosen = {k: v for k, v in {**saved, **given}.items() if not k.startswith("_")}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return chosen
-    return {k: v for k, v in chosen.items() if k in parameters or k in given}
+        yield found

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
@@ -29,7 +29,6 @@ class Gated(nn.Module):
         super().__init__()
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
-        self.by_key = {b.key: b for b in pruner.branches}
         self.labels: Tensor | None = None
 
     @property
@@ -38,18 +37,13 @@ class Gated(nn.Module):
         found: Any = getattr(self, self.method)
         return found
 
-    def price(self, branches: Sequence[Branch]) -> None:
-        """Be told anew what units cost."""
-        self.pruner.price(branches)
-        self.by_key = {b.key: b for b in self.pruner.branches}
-
     def gate(self, key: str, batch: int) -> Tensor | None:
         """What the layer behind a branch's units shall have its input multiplied by.
 
         Raises:
             PrunexError: For other images than labels were told for.
         """
-        found = self.pruner.gate(self.by_key[key], self.labels)
+        found = self.pruner.gate(key, self.labels)
         if found is not None and found.ndim == 2 and len(found) != batch:
             raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
         return found
@@ -165,12 +159,22 @@ class UnitPruning:
         return self.widths
 
     def budget(self) -> float:
-        """Tell the pruner what its units may cost with the tokens that are there now; returns those multiply-adds."""
-        if not self.removed:
-            self._gated.price(unit_branches(self.model))
-        whole, dense = whole_macs(self.model), dense_macs(self.model)
-        allowed = self.pruner.aim(whole, dense)
-        self.pruner.may_spend(allowed)
+        """Tell the pruner what units cost and may cost, with as many tokens as are left at the schedule's end.
+
+        Called before units are chosen, since tokens may have been pruned after the units were gated.
+
+        Returns:
+            Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: For a budget out of reach.
+        """
+        pruner = self.pruner
+        with _schedule_done(self.model):
+            if not self.removed:
+                pruner.price(unit_branches(self.model))
+            allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
+        pruner.may_spend(allowed)
         return allowed
 
     def relevance_table(self) -> UnitRelevance:
@@ -233,7 +237,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         options: Its options.
 
     Raises:
-        PrunexError: For options out of range, a budget out of reach, or a model without known units.
+        PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
+            asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
     """
     if hasattr(model, CHILD):
         raise PrunexError(
@@ -243,7 +248,6 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
     pruner.known = widths_of(model)
     pruner.prepare(model)
-    pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
@@ -251,35 +255,34 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     model.add_module(CHILD, gated)
     put_gates(model, gated.gate)
     model.register_load_state_dict_pre_hook(_narrow_first)
-    return UnitPruning(model)
+    pruning = UnitPruning(model)
+    with suppress(OutOfReach):  # told when units are chosen
+        pruning.budget()
+    return pruning
+
+
+@contextmanager
+def _schedule_done(model: nn.Module) -> Iterator[None]:
+    """The token pruner's rates as they are when its schedule has ended."""
+    attached: Any = getattr(model, "prunex", None)
+    if attached is None:
+        yield
+        return
+    before, attached.pruner.progress = attached.pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        attached.pruner.progress = before
 
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    if not hasattr(model, "prunex"):
-        return branches(model)
-    with _at_the_end(model):
-        return branches(model, tokens_of(tally(model, gates=False)))
+    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
-    with _at_the_end(model):
-        return tally(model, gates=False).macs
-
-
-@contextmanager
-def _at_the_end(model: nn.Module) -> Iterator[None]:
-    """See token rates as they will be: what units may cost must not depend on when it is asked."""
-    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
-    if pruner is None:
-        yield
-        return
-    now, pruner.progress = pruner.progress, 1.0
-    try:
-        yield
-    finally:
-        pruner.progress = now
+    """Multiply-adds with all units that are there, tokens pruned or not."""
+    return tally(model, gates=False).macs
 
 
 def dense_macs(model: nn.Module) -> int:

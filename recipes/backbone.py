@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from prunex.attach import CHILD
+from prunex.attach import CHILD, UNITS
 from prunex.errors import PrunexError
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class SaveWeights(Callback):
         state = {
             name: tensor.detach().float().cpu().contiguous()
             for name, tensor in model.state_dict().items()
-            if not name.startswith(f"{CHILD}.")  # a pruner's own parameters are not the classifier's
+            if not name.startswith((f"{CHILD}.", f"{UNITS}."))  # a pruner's own are not the classifier's
         }
         hparams = pl_module.hparams
         batches = trainer.global_step * trainer.accumulate_grad_batches

@@ -64,6 +64,7 @@ class ImageClassifier(LightningModule):
             class that each patch shows, or background; 0 is off. Needs masks, and serves training only.
         pruning: ``method`` and its options, as for ``prunex.attach``. Checkpoints carry it, also where the model was
             pruned by the callback ``TokenPruning``, so that ``load_from_checkpoint`` alone rebuilds a pruned model.
+        unit_pruning: The same for heads and MLP channels, and the callback ``MaskPruning``.
 
     Raises:
         PrunexError: If an argument is outside its range, or the weights cannot be loaded.
@@ -90,6 +91,7 @@ class ImageClassifier(LightningModule):
         cutmix: float = 0.0,
         patch_label_weight: float = 0.0,
         pruning: dict | None = None,
+        unit_pruning: dict | None = None,
     ) -> None:
         super().__init__()
         if num_classes is None or num_classes < 1:
@@ -132,13 +134,15 @@ class ImageClassifier(LightningModule):
         return self.model(images)
 
     def configure_model(self) -> None:
-        """Put on the pruner that the hyperparameters tell of; a model that is pruned already stays as it is."""
-        spec = dict(self.hparams["pruning"] or {})
-        if not spec or prunex.attached(self.model) is not None:
-            return
-        if "method" not in spec:
-            raise PrunexError(f"pruning={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
-        prunex.attach(self.model, **spec)
+        """Put on the pruners that the hyperparameters tell of; a model that is pruned already stays as it is."""
+        for name, units in (("pruning", False), ("unit_pruning", True)):
+            spec = dict(self.hparams.get(name) or {})
+            known: Any = None if not spec else prunex.attached(self.model, units=units)
+            if not spec or known is not None:
+                continue
+            if "method" not in spec:
+                raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
+            prunex.attach(self.model, **spec)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Classification loss, with the patch loss where it is on."""

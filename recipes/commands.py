@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
-
 import prunex
 from prunex.recipes.arguments import Parser
+from prunex.recipes.bench_command import bench
 from prunex.recipes.explain_command import explain
 from prunex.recipes.report import write_report
-from prunex.recipes.runs import compare, instantiate, open_data, open_model, read_run, table, write_summary
-from prunex.vit.anatomy import find
+from prunex.recipes.runs import open_model
 
 
 def methods(arguments: Sequence[str]) -> int:
@@ -45,26 +43,6 @@ def export(arguments: Sequence[str]) -> int:
         where if (where / "config.json").is_file() else (where.parent.parent if where.is_file() else where) / "slim"
     )
     print(prunex.export(model, args.out or folder / f"model.{args.format}", kept=args.kept))
-    return 0
-
-
-def bench(arguments: Sequence[str]) -> int:
-    """``prunex bench RUN``: accuracy, cost and measured speed, dense beside slim."""
-    parser = Parser("prunex bench", description="Accuracy, MACs, parameters and images/s, dense beside slim.")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--batches", type=int, default=None, help="validation batches to look at; default all")
-    args = parser.parse_args(arguments)
-    config = read_run(args.run)
-    slim = open_model(args.run)
-    module = instantiate(nn.Module, config["model"])
-    dense = find(module)[1].eval()
-    pruning = prunex.attached(slim)
-    name = "trained" if pruning is None else pruning.method
-    batches = open_data(args.run).val_dataloader()
-    summary = compare({"dense (start)": dense, name: slim}, batches, limit=args.batches)
-    write_summary(args.run, summary)
-    print(table(summary["rows"]))
-    print(f"({summary['machine']})")
     return 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 import prunex
+from prunex.attach import CHILD
 from prunex.callbacks import load_from_checkpoint
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
-from prunex.vit.anatomy import read
+from prunex.recipes.timing import side_by_side
+from prunex.vit.anatomy import find
+from prunex.vit.units import Backbone
 
 SUMMARY = "summary.json"
 
@@ -167,6 +170,11 @@ def open_data(run: str | Path) -> LightningDataModule:
     return data
 
 
+def token_pruning(model: nn.Module) -> prunex.Pruning | None:
+    """The handle of the token pruner on a backbone; None on a dense one, or one whose tokens cannot be pruned."""
+    return prunex.attached(model) if hasattr(find(model, kinds=Backbone)[1], CHILD) else None
+
+
 def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> dict[str, float]:
     """Accuracy, and how much of the object the kept patches cover.
 
@@ -179,7 +187,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
         ``accuracy`` 0..1, and ``kept_digit_cover`` 0..1 for a pruned model where masks are known.
     """
     weight = next(model.parameters())
-    pruning = prunex.attached(model)
+    pruning = token_pruning(model)
     right = seen = 0
     cover: list[tuple[float, int]] = []
     model.eval()
@@ -203,44 +211,35 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
     return found
 
 
-def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float = 0.3, rounds: int = 3) -> list[float]:
-    """Throughput of models side by side in one process.
-
-    Rounds alternate between the models, so that a slow moment of the machine hits all of them alike.
+def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float = 1.0) -> list[float]:
+    """Throughput of models side by side in one process, by the median time of a forward.
 
     Args:
-        models: ViTs taking the same images.
+        models: Backbones taking the same images.
         batch: Images in one forward.
-        seconds: Measured time for each model in a round, at least one forward.
-        rounds: How many rounds; each model's best mean counts.
+        seconds: Measured time for each model, at least three forwards.
 
     Returns:
         Images a second, one number a model.
     """
-    # Imports torch's compiler tool chain, which warns where CUDA's compiler is installed but no GPU is.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
-
-    best = [float("inf")] * len(models)
-    a, weight = read(models[0]), next(models[0].parameters())
-    images = torch.randn(batch, a.channels, *a.image, device=weight.device, dtype=weight.dtype)
-    for _ in range(rounds):
-        for i, model in enumerate(models):
-            names = {"model": _quiet(model), "x": images}
-            timer = Timer("model(x)", globals=names, num_threads=torch.get_num_threads())
-            once = timer.timeit(1).mean  # also warms up
-            if once < seconds:
-                once = timer.timeit(max(2, round(seconds / once))).mean
-            best[i] = min(best[i], once)
-    return [batch / t for t in best]
+    images = noise(models[0], batch)
+    calls = [(str(i), partial(forward, model, images)) for i, model in enumerate(models)]
+    timings = side_by_side(calls, images.device.type, 0, seconds * len(models), least=3)
+    return [1e3 * batch / t.median for t in timings]
 
 
-def _quiet(model: nn.Module) -> Any:
-    def forward(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return model(x)
+def noise(model: nn.Module, batch: int) -> Tensor:
+    """Random images as a model takes them, [batch, C, H, W]."""
+    embed: Any = find(model, kinds=Backbone)[1].patch_embed
+    weight = next(model.parameters())
+    size = (batch, embed.proj.weight.shape[1], *embed.img_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weight)
 
-    return forward
+
+def forward(model: nn.Module, images: Tensor) -> Any:
+    """One forward as it is used: what is timed."""
+    with torch.inference_mode():
+        return model(images)
 
 
 def compare(

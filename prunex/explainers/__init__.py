@@ -8,6 +8,7 @@ from prunex.explainers.dino import dino
 from prunex.explainers.generic_attention import generic_attention
 from prunex.explainers.grad_cam import grad_cam
 from prunex.explainers.grad_sam import grad_sam
+from prunex.explainers.head_maps import head_maps
 from prunex.explainers.integrated_gradients import integrated_gradients
 from prunex.explainers.lrp import lrp
 from prunex.explainers.partial_lrp import partial_lrp
@@ -29,6 +30,7 @@ __all__ = [
     "generic_attention",
     "grad_cam",
     "grad_sam",
+    "head_maps",
     "integrated_gradients",
     "lrp",
     "partial_lrp",

@@ -57,7 +57,7 @@ def dino(
     check_threshold(threshold)
     layer = start_layer(layer, len(model.blocks))
     with recording(model, images, target, Tape(head_rows=frozenset({layer}), narrow=True)) as recorded, torch.no_grad():
-        raw = _on_patches(recorded, layer)
+        raw = on_patches(recorded, layer)
         if threshold is not None:
             raw = mass_mask(raw, threshold)
         return recorded.answer(F.pad(raw.mean(1), (recorded.anatomy.prefix, 0)), raw)
@@ -75,8 +75,8 @@ def check_threshold(value: Any) -> None:
         raise PrunexError(f"threshold={value!r} is not allowed: give a share of the mass in [0, 1], or None")
 
 
-def _on_patches(recorded: Recording, layer: int) -> Tensor:
-    """Each head's row over the original patches, [B, heads, P]; 0 where a patch left or was fused."""
+def on_patches(recorded: Recording, layer: int) -> Tensor:
+    """Each head's recorded row over the original patches, [B, heads, P]; 0 where a patch left or was fused."""
     prefix, steps = recorded.anatomy.prefix, recorded.tape.steps
     at = next(i for i, s in enumerate(steps) if not isinstance(s, Stage) and s.block == layer)
     stages = [s for s in steps[:at] if isinstance(s, Stage)]

@@ -5,13 +5,16 @@ from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
 from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic, share_mosaic
 from prunex.pictures.overlay import dim_dropped, outline, overlay
+from prunex.pictures.units import class_heads, head_attention, unit_widths
 
 __all__ = [
+    "class_heads",
     "contact_sheet",
     "curves",
     "curves_svg",
     "dim_dropped",
     "from_tensor",
+    "head_attention",
     "kept_mosaic",
     "kept_over_epochs",
     "outline",
@@ -22,4 +25,5 @@ __all__ = [
     "save_npz",
     "save_png",
     "share_mosaic",
+    "unit_widths",
 ]

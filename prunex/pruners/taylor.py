@@ -70,11 +70,11 @@ class Taylor(UnitPruner):
         self.options["within"] = within
         self._probes: dict[str, Tensor] | None = None
 
-    def gate(self, branch: Branch, labels: Tensor | None) -> Tensor | None:
+    def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """While scores are taken, an open gate that can be differentiated; else what was decided."""
         if self._probes is not None:
-            return self._probes[branch.key].repeat_interleave(branch.width, 1)
-        return super().gate(branch, labels)
+            return self._probes[key].repeat_interleave(self.branch(key).width, 1)
+        return super().gate(key, labels)
 
     def scores(self, model: nn.Module, batches: Any = None) -> Scores:
         """The mean squared gradients of the gates, float64 [units] a branch.

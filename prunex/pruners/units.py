@@ -99,14 +99,18 @@ class UnitPruner(nn.Module):
         """Which units of a branch are kept: bool [units]."""
         return self.get_buffer(_slot("open", key))
 
-    def gate(self, branch: Branch, labels: Tensor | None) -> Tensor | None:
+    def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
 
         None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
         """
-        if branch.key not in self._closed:
+        if key not in self._closed:
             return None
-        return self.open(branch.key).float().repeat_interleave(branch.width)
+        return self.open(key).float().repeat_interleave(self.branch(key).width)
+
+    def branch(self, key: str) -> Branch:
+        """A branch by its key."""
+        return next(b for b in self.branches if b.key == key)
 
     def calibrate(self, model: nn.Module, batches: Any = None) -> None:
         """Look at the model (and at images and labels, where the method needs them), and decide."""
@@ -183,9 +187,9 @@ class UnitPruner(nn.Module):
             allowed: Multiply-adds for the units; None: those told before.
 
         Raises:
-            PrunexError: For scores that are not finite.
+            PrunexError: For scores that are not finite, or before the allowance is known.
         """
-        allowed = self._allowed if allowed is None else allowed
+        allowed = self.allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
                 raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
@@ -226,7 +230,18 @@ class UnitPruner(nn.Module):
             else:
                 full.add(i)
 
-    _allowed: float = float("inf")
+    @property
+    def allowed(self) -> float:
+        """Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: Before that is known.
+        """
+        if self._allowed is None:
+            raise PrunexError(f"what {self.name}'s units may cost is not known yet: call budget() on its handle first")
+        return self._allowed
+
+    _allowed: float | None = None
     known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
 
     def may_spend(self, allowed: float) -> None:

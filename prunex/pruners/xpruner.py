@@ -204,17 +204,18 @@ class XPruner(UnitPruner):
         """All masks: what the first stage learns."""
         return [self.mask(b) for b in self.branches]
 
-    def gate(self, branch: Branch, labels: Tensor | None) -> Tensor | None:
+    def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """The label's rows, the thresholds' gates, or what was decided; all open where nothing is to be learned."""
+        branch = self.branch(key)
         if self.stage == "masks":
             if labels is None or not self.training:
                 return None
             return self.mask(branch)[self.groups[labels]]
         if self.stage == "thresholds":
-            soft, hard = self.soft(branch), self.hard(branch)
-            open_ = hard + soft - soft.detach() if self.training else hard
+            shut, hard = self.shut(branch), self.hard(branch)
+            open_ = hard - shut + shut.detach() if self.training else hard
             return open_.repeat_interleave(branch.width)
-        return super().gate(branch, labels)
+        return super().gate(key, labels)
 
     def saw(self, labels: Tensor) -> None:
         """Count the classes that a training step of the masks has seen."""
@@ -234,26 +235,32 @@ class XPruner(UnitPruner):
         with torch.no_grad():
             return {b.key: b.units - int(self.hard(b).sum()) for b in self.branches}
 
-    def soft(self, branch: Branch) -> Tensor:
-        """The soft gates, [units], in 0..1, with the threshold's gradient."""
-        gap = self.score(branch) - self.thresholds[self.branches.index(branch)]
-        return (2 * self.terms["slope"] * gap).sigmoid()
+    def _number(self, branch: Branch) -> int:
+        return next(i for i, b in enumerate(self.branches) if b.key == branch.key)
+
+    def shut(self, branch: Branch) -> Tensor:
+        """How far each unit is closed softly, 1 - g in 0..1, [units], with the threshold's gradient.
+
+        As sigmoid(-x): where gates are all but open, 1 - sigmoid(x) and its gradient would be exactly 0.
+        """
+        gap = self.score(branch) - self.thresholds[self._number(branch)]
+        return (-2 * self.terms["slope"] * gap).sigmoid()
 
     def hard(self, branch: Branch) -> Tensor:
         """The hard gates, [units], 0 or 1; the fewest a branch keeps are open whatever the threshold."""
         score = self.score(branch)
-        wanted = score > self.thresholds.detach()[self.branches.index(branch)]
+        wanted = score > self.thresholds.detach()[self._number(branch)]
         return self._rounded(branch, wanted, score).to(score)
 
     def rate(self) -> Tensor:
         """R, the share of the units' multiply-adds that the soft gates remove, with the thresholds' gradient."""
-        kept = torch.stack([self.soft(b).sum() * b.macs for b in self.branches]).sum()
-        return 1 - kept / self.prunable()
+        shut = torch.stack([self.shut(b).sum() * b.macs for b in self.branches]).sum()
+        return shut / self.prunable()
 
     @property
     def target(self) -> float:
         """The share of the units' multiply-adds that has to go."""
-        return 1 - self._allowed / self.prunable()
+        return 1 - self.allowed / self.prunable()
 
     def losses(self) -> dict[str, Tensor]:
         """The penalties on the masks, or the constraint on the rate."""

@@ -1,0 +1,76 @@
+"""Opening the checkpoint of a pruned model without the callbacks that trained it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+import prunex
+from prunex.callbacks.participant import CHECKPOINT_KEY, CHECKPOINT_VERSION
+from prunex.errors import PrunexError
+
+
+def load_from_checkpoint(
+    module_class: type[LightningModule], path: str, *, map_location: Any = None, **arguments: Any
+) -> LightningModule:
+    """A LightningModule from a checkpoint of :class:`TokenPruning` or :class:`MaskPruning`: attach first, load second.
+
+    ``module_class.load_from_checkpoint`` alone does not know the pruner's parameters and ends in "Unexpected key(s)".
+
+    Args:
+        module_class: The user's own class.
+        path: The checkpoint.
+        map_location: As for ``torch.load``.
+        **arguments: For the class's constructor, over the saved hyperparameters.
+
+    Returns:
+        The module with its pruned model, weights loaded, in eval mode.
+
+    Raises:
+        PrunexError: A file that is missing, no checkpoint, or holds no word of prunex.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise PrunexError(f"there is no checkpoint at {path}") from error
+    except Exception as error:
+        raise PrunexError(
+            f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
+            "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
+        ) from error
+    told = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(told, dict) or not ("pruning" in told or "units" in told):
+        raise PrunexError(
+            f"{path} was trained with neither TokenPruning nor MaskPruning: use "
+            f"{module_class.__name__}.load_from_checkpoint"
+        )
+    if told["version"] > CHECKPOINT_VERSION:
+        raise PrunexError(f"{path} has prunex format {told['version']}: this prunex reads up to {CHECKPOINT_VERSION}")
+    module = module_class(**_arguments(module_class, checkpoint, arguments))
+    module.configure_model()
+    if told.get("units") and prunex.attached(module, told["path"], units=True) is None:
+        prunex.attach(module, path=told["path"], **told["units"])
+    pruning = None
+    if told.get("pruning"):
+        pruning = prunex.attached(module, told["path"]) or prunex.attach(module, path=told["path"], **told["pruning"])
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    if pruning is not None:
+        pruning.progress = told.get("progress", 1.0)
+    return module.eval()
+
+
+def _arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments from saved hyperparameters, as Lightning's own loader chooses them."""
+    parameters = inspect.signature(module_class).parameters
+    saved = dict(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    whole = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
+    if whole in parameters and whole != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
+        saved = {whole: saved}
+    chosen = {k: v for k, v in {**saved, **given}.items() if not k.startswith("_")}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return chosen
+    return {k: v for k, v in chosen.items() if k in parameters or k in given}

@@ -1,0 +1,153 @@
+"""What callbacks that take part in somebody's training share: layers round the module's methods, progress, losses."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import find
+
+CHECKPOINT_KEY = "prunex"
+CHECKPOINT_VERSION = 1
+
+Layer = Callable[..., Any]  # takes the function beneath it, and that one's arguments
+
+
+class Participant(Callback):
+    """Base of the callbacks that attach something to a ViT and train it with the user's own loss and optimiser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._undo: list[Callable[[], None]] = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module's own methods as they were."""
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own methods back; what was attached stays, since a checkpoint may still be saved."""
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _put_round(self, module: LightningModule, name: str, layer: Layer) -> None:
+        """Put a layer round a method of the module until :meth:`_restore`; several callbacks' layers lie in order."""
+        self._undo.append(put_round(module, name, layer))
+
+    def _when_model_is_there(
+        self, module: LightningModule, path: str | None, attach: Callable[[LightningModule], None], kinds: Any
+    ) -> None:
+        """Attach now, or right after ``configure_model`` of a module that makes its ViT only there."""
+        if is_overridden("configure_model", module):
+            try:
+                find(module, path, kinds)
+            except PrunexError:
+
+                def configure_model(beneath: Callable[[], None]) -> None:
+                    beneath()
+                    attach(module)
+
+                self._put_round(module, "configure_model", configure_model)
+                return
+        attach(module)
+
+
+def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], None]:
+    """Put a layer round a method of one module object; the call that is returned takes it off again.
+
+    Layers come off in any order; with the last one the object has its own method back.
+    """
+    before = module.__dict__.get(name)
+    layers: list[Layer] | None = getattr(before, "_prunex_layers", None)
+    if layers is None:
+        layers, original = [], getattr(module, name)
+        inside = layers
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            function = original
+            for each in inside:
+                function = functools.partial(each, function)
+            return function(*args, **kwargs)
+
+        call._prunex_layers = layers  # type: ignore[attr-defined]
+        call._prunex_before = before  # type: ignore[attr-defined]
+        module.__dict__[name] = call
+    layers.append(layer)
+
+    def undo() -> None:
+        if layer in layers:
+            layers.remove(layer)
+        now = module.__dict__.get(name)
+        if layers or getattr(now, "_prunex_layers", None) is not layers:
+            return
+        own = now._prunex_before
+        if own is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = own
+
+    return undo
+
+
+def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:
+    """What ``training_step`` returned, with losses added and logged as ``prunex/loss_*``.
+
+    Args:
+        module: Logs.
+        output: A loss, or a dict with a "loss"; None (a skipped batch) stays None.
+        losses: Weighted scalars.
+        batch: Images in it.
+
+    Raises:
+        PrunexError: For an output without a loss, where there are losses to add.
+    """
+    for name, value in losses.items():
+        module.log(
+            f"prunex/loss_{name}", value.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=batch
+        )
+    if not losses or output is None:
+        return output
+    added = torch.stack([v.float() for v in losses.values()]).sum()
+    if isinstance(output, Tensor):
+        return output + added
+    if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+        return {**output, "loss": output["loss"] + added}
+    raise PrunexError(
+        f"training_step returned {type(output).__name__}: give the loss as a tensor, or a dict with a 'loss' tensor"
+    )
+
+
+def progress(trainer: Trainer, batches: int) -> float:
+    """Fraction of training done after so many batches of this epoch; an open-ended run counts as done.
+
+    Batches are counted, not steps, since steps come in several a batch (optimised by hand) or change their length;
+    within one accumulation of gradients the progress stands still.
+    """
+    epochs, most, total = trainer.max_epochs, trainer.max_steps, trainer.num_training_batches
+    done = []
+    if epochs is not None and epochs > 0:
+        window = trainer.accumulate_grad_batches
+        known = math.isfinite(total) and total > 0
+        share = (1.0 if batches >= total else (batches // window) / math.ceil(total / window)) if known else 0.0
+        done.append((trainer.current_epoch + share) / epochs)
+    if most > 0:
+        done.append(trainer.global_step / most)
+    return min(1.0, max(done, default=1.0))
+
+
+def note(checkpoint: dict[str, Any], path: str | None, **told: Any) -> None:
+    """Write down in a checkpoint how its model is pruned, beside what another callback wrote."""
+    own = checkpoint.setdefault(CHECKPOINT_KEY, {"version": CHECKPOINT_VERSION, "path": path})
+    own.update(told)

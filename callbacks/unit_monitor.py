@@ -1,0 +1,143 @@
+"""UnitMonitor: an epoch's table and pictures of which heads serve which class, and of what each block keeps."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor
+
+import prunex
+from prunex.callbacks.monitor import Monitor, log_picture, run_folder
+from prunex.explainers.head_maps import head_maps
+from prunex.pictures import class_heads, head_attention, save_png, unit_widths
+from prunex.pictures.arrays import write_whole
+from prunex.pruners.xpruner import UnitRelevance
+from prunex.unit_pruning import UnitPruning
+from prunex.vit.anatomy import find
+from prunex.vit.units import Backbone
+
+COLUMNS = ("epoch", "class", "block", "head", "relevance", "kept", "updates")
+
+
+class UnitMonitor(Monitor):
+    """Write, after every validation epoch, what :class:`MaskPruning` has found out about heads and MLP channels.
+
+    - ``units.csv`` in the run folder: a row an epoch, class and head, see :meth:`UnitRelevance.rows`, with the images
+      seen of each class beside the relevance: a row of a class that was seldom seen says little.
+    - ``maps/units-widths.png``: heads and channels that each block keeps.
+    - ``maps/units-classes-epoch=NNN.png``: which heads matter for which class more than for the mean class.
+    - ``maps/units-heads-epoch=NNN.png``: where the heads look that matter most for the watched images' classes (not for
+      windowed attention, which has no class token's row).
+
+    Criteria without a class axis give the first picture alone.
+
+    Args:
+        images: How many validation images to watch.
+        heads: How many of a class's heads to draw.
+        every_n_epochs: Watch every so many epochs.
+        model: Dotted path of the ViT in the module, when it holds several.
+
+    Raises:
+        PrunexError: For numbers below 1; in training for a model whose units nobody prunes.
+    """
+
+    def __init__(self, images: int = 4, heads: int = 3, every_n_epochs: int = 1, model: str | None = None) -> None:
+        super().__init__(images, every_n_epochs, model)
+        self.heads = prunex.checks.check_whole("heads", heads, 1)
+
+    def vit(self, pl_module: LightningModule) -> Any:
+        """The backbone being watched."""
+        return find(pl_module, self.model, Backbone)[1]
+
+    def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
+        """Write the table, draw the pictures."""
+        pruning = prunex.attached(pl_module, self.model, units=True)
+        if pruning is None:
+            raise prunex.PrunexError("UnitMonitor watches what MaskPruning does: add MaskPruning to the callbacks")
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        folder = self._folder or run_folder(trainer)
+        (folder / "maps").mkdir(parents=True, exist_ok=True)
+        save_png(folder / "maps" / "units-widths.png", _widths(pruning))
+        if not hasattr(pruning.pruner, "relevance"):
+            return
+        table = pruning.relevance_table()
+        _append(folder / "units.csv", trainer.current_epoch, table)
+        names = _names(trainer, table)
+        self._draw(trainer, folder, "units-classes", _classes(table, names, trainer.current_epoch))
+        vit = self.vit(pl_module)
+        if "labels" in batch and not isinstance(vit, SwinTransformer):
+            picture = self._look(trainer, vit, batch, table, names)
+            if picture is not None:
+                self._draw(trainer, folder, "units-heads", picture)
+
+    def _draw(self, trainer: Trainer, folder: Path, name: str, picture: np.ndarray) -> None:
+        save_png(folder / "maps" / f"{name}-epoch={trainer.current_epoch:03d}.png", picture)
+        log_picture(trainer, f"prunex/{name}", picture)
+
+    def _look(
+        self, trainer: Trainer, vit: Any, batch: dict[str, Tensor], table: UnitRelevance, names: list[str]
+    ) -> np.ndarray | None:
+        """Where the heads of each image's class look."""
+        chosen = [table.top_heads(int(label), self.heads) for label in batch["labels"]]
+        count = min(map(len, chosen))
+        if count == 0:
+            return None
+        pairs = sorted({(block, head) for heads in chosen for block, head, _ in heads})
+        maps = head_maps(vit, batch["images"], pairs).float().cpu().numpy()
+        own = [[maps[m, pairs.index((b, h))] for b, h, _ in heads[:count]] for m, heads in enumerate(chosen)]
+        labels = [names[int(label)] for label in batch["labels"]]
+        titles = [
+            [f"{label}: head {b}.{h}" for b, h, _ in heads[:count]] for label, heads in zip(labels, chosen, strict=True)
+        ]
+        title = f"epoch {trainer.current_epoch}: heads that matter most for the class"
+        shown = self.common(trainer, vit, batch)["images"]
+        return np.asarray(head_attention(shown, np.asarray(own), titles, names=labels, title=title))
+
+
+def _widths(pruning: UnitPruning) -> np.ndarray:
+    """What each block keeps of its units, as the gates are now."""
+    pruner = pruning.pruner
+    closed = pruner.closed()
+    blocks = 1 + max(b.block for b in pruner.branches)
+    dense, kept = np.zeros((blocks, 2), int), np.zeros((blocks, 2), int)
+    for b in pruner.branches:
+        column = 0 if b.kind == "heads" else 1
+        dense[b.block, column] = b.units
+        left = int(pruner.open(b.key).sum()) if pruning.decided else b.units - closed.get(b.key, 0)
+        kept[b.block, column] = left
+    return np.asarray(unit_widths(dense, kept, title=f"{pruning.method}: what each block keeps"))
+
+
+def _classes(table: UnitRelevance, names: list[str], epoch: int) -> np.ndarray:
+    values = np.concatenate([(t - t.mean(0)).numpy() for t in table.heads.values()], 1)
+    heads = [f"{block}.{h}" for block, t in table.heads.items() for h in range(t.shape[1])]
+    kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
+    title = f"epoch {epoch}: heads that matter for a class more than for the mean class"
+    return np.asarray(class_heads(values, names, heads, kept, title=title))
+
+
+def _names(trainer: Trainer, table: UnitRelevance) -> list[str]:
+    count = len(table.updates)
+    names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    return [str(n) for n in names] if names is not None and len(names) == count else [str(c) for c in range(count)]
+
+
+def _append(path: Path, epoch: int, table: UnitRelevance) -> None:
+    """Add an epoch's rows, in the place of the same epoch's or later ones of a run that is continued."""
+    before: list[dict[str, Any]] = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            before = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(before)
+    writer.writerows({"epoch": epoch, **row} for row in table.rows())
+    write_whole(path, text.getvalue().encode())

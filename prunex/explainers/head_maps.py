@@ -1,0 +1,87 @@
+"""Where chosen heads look: the read-out attention of single heads in any blocks, from one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.explainers.base import recording
+from prunex.explainers.dino import on_patches
+from prunex.vit.anatomy import check_images, find, read
+from prunex.vit.tape import Tape
+from prunex.vit.widths import widths_of
+
+
+def head_maps(model: nn.Module, images: Tensor, pairs: Sequence[tuple[int, int]], *, path: str | None = None) -> Tensor:
+    """Attention of the class token in chosen heads, such as those that a relevance table names for a class.
+
+    One forward, in which each block in question computes that row alone (N numbers a head); fused attention stays on.
+    Average-pooled models have no class row: the mean row of the pooled tokens is taken. A patch that left before the
+    block, or was fused there, gets 0; patches merged into one token share what it got: ``dino`` reads its block alike.
+
+    Args:
+        model: A supported ViT, pruned or dense, or any module that holds exactly one.
+        images: float [B, C, H, W], normalised as the model expects.
+        pairs: (block, head), numbered as in the dense model, also where heads or blocks were taken out.
+        path: Dotted path to the ViT when ``model`` holds several.
+
+    Returns:
+        float32 (or 64) [B, pairs, gh, gw], at least 0; at most 1 in each map's sum, since prefix tokens are looked at
+        too.
+
+    Raises:
+        PrunexError: For no pair, one that does not exist or was taken out, or images that the model cannot take.
+
+    >>> import timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224")
+    >>> head_maps(model, torch.randn(2, 3, 224, 224), [(3, 0), (11, 2)]).shape
+    torch.Size([2, 2, 14, 14])
+    """
+    vit = find(model, path)[1]
+    places = _places(vit, pairs)
+    anatomy = read(vit)
+    check_images(anatomy, images, values=True)
+    weight = next(vit.parameters())
+    blocks = sorted({block for block, _ in places})
+    tape = Tape(head_rows=frozenset(blocks), narrow=True)
+    with recording(vit, images.detach().to(weight.device, weight.dtype), None, tape) as recorded, torch.no_grad():
+        rows = {block: on_patches(recorded, block) for block in blocks}
+        found = torch.stack([rows[block][:, head] for block, head in places], 1)
+        return found.unflatten(2, recorded.trace.grid)
+
+
+def _places(vit: Any, pairs: Any) -> list[tuple[int, int]]:
+    """Where the pairs, given in the dense model's numbers, are in this model.
+
+    Raises:
+        PrunexError: For anything but pairs of heads that it has.
+    """
+    many = isinstance(pairs, Sequence) and not isinstance(pairs, str) and len(pairs) > 0
+    whole = many and all(
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+        for pair in pairs
+    )
+    if not whole:
+        raise PrunexError(f"pairs={pairs!r} is not allowed: give (block, head) pairs, such as [(3, 0), (11, 2)]")
+    widths = widths_of(vit)
+    known = range(len(vit.blocks)) if widths.blocks is None else widths.blocks
+    there = {block: place for place, block in enumerate(known)}
+    found = []
+    for block, head in pairs:
+        if block not in there:
+            raise PrunexError(f"block {block} is not there: this model has blocks {_told(there)}")
+        kept = widths.heads.get(block, range(vit.blocks[there[block]].attn.num_heads))
+        if head not in kept:
+            raise PrunexError(f"block {block} has no head {head}: it has {_told(kept)}")
+        found.append((there[block], list(kept).index(head)))
+    return found
+
+
+def _told(numbers: Any) -> str:
+    return ", ".join(map(str, numbers)) or "none"

@@ -358,10 +358,15 @@ def _calls(kind: str, models: Sequence[Contestant], threads: int) -> Iterator[li
         return
     with tempfile.TemporaryDirectory() as folder:
         graphs = [c.graph or prunex.export(c.model, Path(folder) / f"{i}.onnx") for i, c in enumerate(models)]
-        yield [_session(graph, threads) for graph in graphs]
+        yield [session(graph, threads) for graph in graphs]
 
 
-def _session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
+def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
+    """What runs an exported graph on images, on the processor.
+
+    Raises:
+        PrunexError: For a graph that cannot be run.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -77,6 +77,7 @@ class UnitPruner(nn.Module):
         """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
         gone = not bool(self.decided) or bool(self.removed)
         self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
+        self._left = {key: tuple(self.open(key).nonzero().flatten().tolist()) for key in self._closed}
 
     def prepare(self, model: nn.Module) -> None:
         """Called once with the model, before anything is put on it; refuses what the criterion cannot score."""
@@ -89,11 +90,11 @@ class UnitPruner(nn.Module):
     @contextmanager
     def all_open(self) -> Iterator[None]:
         """Let every unit through for a while, whatever was decided: a criterion looks at the whole model."""
-        closed, self._closed = self._closed, set()
+        closed, self._closed, left, self._left = self._closed, set(), self._left, {}
         try:
             yield
         finally:
-            self._closed = closed
+            self._closed, self._left = closed, left
 
     def open(self, key: str) -> Tensor:
         """Which units of a branch are kept: bool [units]."""
@@ -111,6 +112,10 @@ class UnitPruner(nn.Module):
     def branch(self, key: str) -> Branch:
         """A branch by its key."""
         return next(b for b in self.branches if b.key == key)
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """The open units, where gates are 0 or 1 in the coming forward; None where they are not, or all are open."""
+        return self._left.get(key)
 
     def calibrate(self, model: nn.Module, batches: Any = None) -> None:
         """Look at the model (and at images and labels, where the method needs them), and decide."""
@@ -135,10 +140,17 @@ class UnitPruner(nn.Module):
 
     def widths(self) -> WidthSpec:
         """The units that are kept, in the dense model's numbers."""
+        return self._spec({b.key: self.open(b.key) for b in self.branches})
+
+    def present(self) -> WidthSpec:
+        """The units that an evaluation has open at this moment: all of them, until something was decided."""
+        return self.widths()
+
+    def _spec(self, opened: Mapping[str, Tensor]) -> WidthSpec:
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
         blocks = self.known.blocks
         for b in self.branches:
-            found = self.open(b.key)
+            found = opened[b.key]
             if not bool(found.all()):
                 number = b.block if blocks is None else blocks[b.block]
                 names = getattr(self.known, b.kind).get(number, range(b.units))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
@@ -301,7 +301,10 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     model.add_module(CHILD, gated)
     put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
-    return UnitPruning(model)
+    pruning = UnitPruning(model)
+    with suppress(OutOfReach):  # told when units are chosen
+        pruning.budget()
+    return pruning
 
 
 @contextmanager
@@ -346,30 +349,12 @@ def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    if not hasattr(model, "prunex"):
-        return branches(model)
-    with _at_the_end(model):
-        return branches(model, tokens_of(tally(model, gates=False)))
+    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
-    with _at_the_end(model):
-        return tally(model, gates=False).macs
-
-
-@contextmanager
-def _at_the_end(model: nn.Module) -> Iterator[None]:
-    """See token rates as they will be: what units may cost must not depend on when it is asked."""
-    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
-    if pruner is None:
-        yield
-        return
-    now, pruner.progress = pruner.progress, 1.0
-    try:
-        yield
-    finally:
-        pruner.progress = now
+    """Multiply-adds with all units that are there, tokens pruned or not."""
+    return tally(model, gates=False).macs
 
 
 def dense_macs(model: nn.Module) -> int:

@@ -278,7 +278,7 @@ class XPruner(UnitPruner):
     @property
     def target(self) -> float:
         """The share of the units' multiply-adds that has to go."""
-        return 1 - self._allowed / self.prunable()
+        return 1 - self.allowed / self.prunable()
 
     def losses(self) -> dict[str, Tensor]:
         """The penalties on the masks, or the constraint on the rate."""

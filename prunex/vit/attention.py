@@ -151,6 +151,9 @@ def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tenso
         x: The normed tokens the module was given; gated attention reads them once more.
         ops: The arithmetic.
     """
+    if not out.shape[1] and torch.compiler.is_compiling():  # other runtimes know no tensors without entries
+        bias = x.new_zeros(attn.proj.out_features) if attn.proj.bias is None else attn.proj.bias
+        return bias.expand(*x.shape[:2], -1)
     y = ops.norm(getattr(attn, "norm", _AS_IT_IS), out.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:

@@ -23,7 +23,7 @@ Slices = dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, Tensor]]]]
 
 
 class NarrowAttention(Attention):
-    """timm's ``Attention`` with fewer heads than its width holds, where timm's own forward takes them to be equal."""
+    """timm's ``Attention`` without any heads, or with other widths than an older timm's own forward takes."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Through fused attention, [B, N, D]."""
@@ -366,9 +366,10 @@ def _take_dims(attn: Any, queries: Any, values: Any, slices: Slices) -> None:
 
 def _settle(attn: Any, d: int) -> None:
     """What timm's forward reads beside the weights; an older one, which takes widths to be equal, gets ours."""
-    if hasattr(attn, "attn_dim") or isinstance(attn, WindowAttention):
+    known = hasattr(attn, "attn_dim") or isinstance(attn, WindowAttention)
+    if known:
         attn.attn_dim = attn.num_heads * d
-    elif type(attn) is Attention:
+    if type(attn) is Attention and not (known and attn.num_heads):
         attn.__class__ = NarrowAttention
 
 

@@ -103,7 +103,8 @@ def test_widths_by_hand_are_taken_beside_those_a_pruner_closed():
         warnings.simplefilter("error")
         small = prunex.slim(model, widths=WidthSpec(channels={0: kept}))
     assert small.blocks[0].mlp.fc1.out_features == 20
-    assert prunex.attached(small).trace is not None if small(images()) is None else True
+    assert small(images()).shape == (3, 5)
+    assert prunex.attached(small).trace.kept().shape == (3, 4, 4)
     with pytest.raises(PrunexError, match="has no 1"):
         prunex.slim(model, widths=WidthSpec(heads={0: (0, 1, 2)}))
     with pytest.raises(PrunexError, match="detach"):
@@ -131,7 +132,6 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, what):
     assert widths_of(loaded) == widths_of(small)
     assert describe(loaded) == describe(small)
     assert prunex.cost(loaded) == prunex.cost(small)
-    assert [type(m) for m in loaded.modules()] == [type(m) for m in small.modules()]
     prunex.save(loaded, tmp_path / "again")
     for name in (WEIGHTS, CONFIG):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "slim" / name).read_bytes()
@@ -260,8 +260,15 @@ def test_a_fresh_process_loads_them_without_unpickling_or_training_code(tmp_path
     assert "equal" in done.stdout
 
 
-@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=needs_onnx), ".pt2"])
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize(
+    ("family", "suffix"),
+    [
+        pytest.param("vit", ".onnx", marks=needs_onnx),
+        ("swin", ".pt2"),
+        pytest.param("vit", ".pt2", marks=pytest.mark.slow),
+        pytest.param("swin", ".onnx", marks=[needs_onnx, pytest.mark.slow]),
+    ],
+)
 def test_exported_graphs_agree_at_every_batch(tmp_path, family, suffix):
     if family == "vit":
         model = tiny(depth=2, embed_dim=24)
@@ -299,8 +306,6 @@ def test_swins_that_plain_values_cannot_name():
     for model, match in ((windows, "windows of their own"), (odd, "activation Tanh")):
         with pytest.raises(PrunexError, match=match):
             describe(model)
-    with pytest.raises(PrunexError, match="does not exist|takes"):
-        prunex.explain("rollout", tiny_swin(), images(1), path="head")
 
 
 def test_a_description_is_of_the_dense_model_and_what_is_left():

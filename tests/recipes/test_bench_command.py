@@ -188,6 +188,17 @@ def test_tokens_and_units(tmp_path, monkeypatch, without_onnx):
     assert found["rows"][1]["gmacs"] == prunex.cost(small).gmacs
 
 
+def test_units_are_called_by_the_method_that_the_config_names():
+    name = bench_command._unit_method
+    model = {"model": {"init_args": {"unit_pruning": {"method": "taylor"}}}}
+    callbacks = [{"class_path": "x.Other"}, {"class_path": "prunex.callbacks.MaskPruning"}]
+    assert name(model) == "taylor"
+    assert name(model | {"trainer": {"callbacks": callbacks}}) == "xpruner"
+    callbacks[1]["init_args"] = {"method": "random"}
+    assert name({"model": {}, "trainer": {"callbacks": callbacks}}) == "random"
+    assert name({"model": {}, "trainer": {"callbacks": None}}) == "narrow"
+
+
 def test_gates_that_are_still_on(tmp_path, monkeypatch, without_onnx):
     model = vit()
     pruning = prunex.attach(model, "xpruner", budget=0.8)

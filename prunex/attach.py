@@ -15,7 +15,7 @@ from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.pruners.units import UnitPruner
 from prunex.registry import lookup
-from prunex.unit_pruning import UnitPruning, put_units
+from prunex.unit_pruning import UnitPruning, check_readable, put_units
 from prunex.vit.anatomy import Anatomy, ViT, find, read
 from prunex.vit.forward import for_heads, masked_pool, run
 from prunex.vit.intermediates import Watch
@@ -65,6 +65,11 @@ class Attached(nn.Module):
             self.dense = read(model)
             self.anatomy = self.pruner.alter(self.dense)
         return self.anatomy
+
+    def refit(self, model: ViT) -> None:
+        """Read the anatomy again, after heads or MLP channels were taken out of the model."""
+        self.dense = read(model)
+        self.anatomy = self.pruner.alter(self.dense)
 
     def features(self, model: ViT, images: Tensor, watch: Watch | None = None) -> Tensor:
         """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
@@ -375,6 +380,7 @@ def attach(
     if budget is not None:
         options = Budget(vit, anatomy, make, options).solve(budget)
     pruner: TokenPruner = make(anatomy, **options)
+    check_readable(vit, pruner, getattr(vit, UNITS, None))
     pruner.prepare(vit)
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)

@@ -14,7 +14,7 @@ from prunex.errors import PrunexError
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
-from prunex.vit.units import CHILD, Branch, branches, put_gates, take_gates_off
+from prunex.vit.units import CHILD, Branch, blocks_of, branches, opens_heads, put_gates, take_gates_off
 from prunex.vit.widths import WidthSpec, narrow, widths_of
 
 
@@ -38,8 +38,19 @@ class Gated(nn.Module):
         return found
 
     def gate(self, key: str, batch: int) -> Tensor | None:
-        """What the layer behind a branch's units shall have its input multiplied by."""
-        return self.pruner.gate(key, self.labels)
+        """What the layer behind a branch's units shall have its input multiplied by.
+
+        Raises:
+            PrunexError: For other images than labels were told for.
+        """
+        found = self.pruner.gate(key, self.labels)
+        if found is not None and found.ndim == 2 and len(found) != batch:
+            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
+        return found
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
+        return self.pruner.left(key)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None}
@@ -189,10 +200,17 @@ class UnitPruning:
             The model.
         """
         if not self.removed:
-            narrow(self.model, self.widths, optimizers)
-            take_gates_off(self.model)
-            self.pruner.remove()
+            self._take_out(self.widths, optimizers)
         return self.model
+
+    def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Narrow the model to a spec (None: to the units that are open), without asking whether that was decided."""
+        narrow(self.model, self.pruner.widths() if spec is None else spec, optimizers)
+        take_gates_off(self.model)
+        self.pruner.remove()
+        tokens: Any = getattr(self.model, "prunex", None)
+        if tokens is not None:
+            tokens.refit(self.model)
 
     def detach(self) -> nn.Module:
         """Take the gates off: the dense model bit for bit (or the narrow one, after :meth:`remove`); harmless twice.
@@ -241,12 +259,15 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
     pruner.known = widths_of(model)
     pruner.prepare(model)
+    hooked = getattr(model, "prunex", None)
+    if hooked is not None:
+        check_readable(model, hooked.pruner, pruner)
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
     gated.train(model.training)
     model.add_module(CHILD, gated)
-    put_gates(model, gated.gate)
+    put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
     return UnitPruning(model)
 
@@ -263,6 +284,32 @@ def _schedule_done(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         attached.pruner.progress = before
+
+
+def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
+    """Refuse to rank tokens by the attention of blocks that have no heads, or may lose all of them.
+
+    Args:
+        model: A backbone.
+        tokens: The token pruner.
+        units: The unit pruner, or what holds it, or None.
+
+    Raises:
+        PrunexError: By block.
+    """
+    read = sorted(tokens.rows() | tokens.key_means())
+    blocks: list[Any] = [block for _, block in blocks_of(model)]
+    bare = [b for b in read if opens_heads(blocks[b]) and blocks[b].attn.num_heads == 0]
+    if bare:
+        raise PrunexError(
+            f"{tokens.name} ranks tokens by the attention of block {bare[0]}, which has no heads: choose other stages"
+        )
+    units = units.pruner if isinstance(units, Gated) else units
+    if read and units is not None and units.least["heads"] == 0:
+        raise PrunexError(
+            f"min_heads=0 could leave no heads in blocks {read}, by whose attention {tokens.name} ranks tokens: give "
+            "min_heads=1"
+        )
 
 
 def unit_branches(model: nn.Module) -> list[Branch]:
@@ -313,6 +360,4 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
             known = gated.pruner._buffers.get(name)
             if name.startswith("open_") and known is not None and known.shape == value.shape:
                 known.copy_(value)
-        narrow(model, gated.pruner.widths())
-        take_gates_off(model)
-        gated.pruner.remove()
+        UnitPruning(model)._take_out()

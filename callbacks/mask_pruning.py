@@ -203,8 +203,7 @@ class MaskPruning(Participant):
                 pruner.stage = "thresholds"
                 self.pruning.budget()
             if pruner.stage == "thresholds" and done >= self.masks + self.thresholds:
-                self.pruning.budget()
-                pruner.conclude()
+                self.pruning.conclude()
                 self._say_widths(trainer)
             self._rest(trainer, pruner.stage == "masks")
         if self.pruning.decided and self.remove and not self.pruning.removed and trainer.world_size == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -181,6 +181,18 @@ class UnitPruning:
         pruner.may_spend(allowed)
         return allowed
 
+    def conclude(self) -> WidthSpec:
+        """End ``xpruner``'s search: choose the units that the budget allows, by its scores and thresholds.
+
+        Raises:
+            PrunexError: For another method, or a budget out of reach.
+        """
+        if not isinstance(self.pruner, XPruner):
+            raise PrunexError(f"{self.method} does not search: call calibrate(...)")
+        self.budget()
+        self.pruner.conclude()
+        return self.widths
+
     def relevance_table(self) -> UnitRelevance:
         """Which unit serves which class; of methods whose scores have a class axis.
 
@@ -262,6 +274,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     hooked = getattr(model, "prunex", None)
     if hooked is not None:
         check_readable(model, hooked.pruner, pruner)
+    with suppress(PrunexError):
+        pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)

@@ -317,7 +317,8 @@ def _evaluate(
         if not contestant.known:
             continue
         loader = data.val_dataloader()
-        batches = tqdm(_first(loader, limit), desc=f"accuracy, {contestant.name}", unit="batch", disable=not tell)
+        total = len(loader) if limit is None and hasattr(loader, "__len__") else None
+        batches = tqdm(_first(loader, limit), f"accuracy, {contestant.name}", total, unit="batch", disable=not tell)
         row |= evaluate(contestant.model, batches)
 
 

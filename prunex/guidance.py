@@ -35,13 +35,13 @@ class Guidance:
         pearson:  L_s = mean over images of 1 - corr(u, r)
         kl:       L_s = mean over images of KL(softmax(r / t) || softmax(u / t)), r and u standardised per image
 
-    with r the explainer's map, negative values cut to 0, held constant. The loss is ``weight`` times the mean of L_s over
+    with r the explainer's map, negative values cut to 0, held constant. The loss is ``weight`` times the mean over
     stages. Its gradient goes into u alone, and from there to where scores come from: predictors and what they read,
     or the queries and keys of the class token's attention. Nothing flows through the explanation.
 
     Images whose map or scores are constant have no correlation and are left out.
 
-    ``judge="dense"`` explains a frozen dense copy of the model as it was when this was made (for a fine-tuning: what the
+    ``judge="dense"`` explains a frozen dense copy of the model as it was when this was made (in fine-tuning: what the
     trained model looks at); ``judge="self"`` the pruned model as it is now, whose map is 0 on removed patches by
     construction, so that it can only sharpen what the pruner does anyway. Explained is the image's
     label where labels are known, else the judge's own prediction.

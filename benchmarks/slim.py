@@ -98,12 +98,12 @@ def table(title: str, rows: Sequence[str]) -> str:
     return "\n".join([f"\n{title}\n", head, "|---|---|---|---|---|---|---|---|", *rows])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1, 32])
     parser.add_argument("--swin", default="swin_tiny_patch4_window7_224", help="a Swin to time as well; '' for none")
     parser.add_argument("--no-onnx", action="store_true", help="do not time exported graphs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     start(args)
     tables = []
     models = contestants(args)

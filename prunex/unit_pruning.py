@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
@@ -30,6 +30,7 @@ class Gated(nn.Module):
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
         self.labels: Tensor | None = None
+        self.more: list[Callable[[Tensor, Tensor], Mapping[str, Tensor]]] = []
 
     @property
     def pruner(self) -> UnitPruner:
@@ -53,7 +54,7 @@ class Gated(nn.Module):
         return self.pruner.left(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"labels": None}
+        return self.__dict__ | {"labels": None, "more": []}
 
 
 class UnitPruning:
@@ -139,9 +140,26 @@ class UnitPruning:
         finally:
             gated.labels = None
 
-    def losses(self) -> dict[str, Tensor]:
-        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned."""
-        return self.pruner.losses()
+    def losses(self, images: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned.
+
+        Args:
+            images: float [B, C, H, W], what the training forward was given, for losses that :meth:`also` added.
+            labels: int64 [B], their classes, likewise.
+        """
+        found = dict(self.pruner.losses())
+        if images is not None and labels is not None:
+            for more in self._gated.more:
+                found |= more(images, labels)
+        return found
+
+    def also(self, loss: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> None:
+        """Add a loss to those of the method: from images and labels to named scalars, weighted.
+
+        Args:
+            loss: Called by :meth:`losses`. Copies of the model, such as slim ones, do not have it.
+        """
+        self._gated.more.append(loss)
 
     def calibrate(self, batches: Any = None) -> WidthSpec:
         """Score the units and choose those that the budget allows.
@@ -180,6 +198,18 @@ class UnitPruning:
             allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
         pruner.may_spend(allowed)
         return allowed
+
+    def conclude(self) -> WidthSpec:
+        """End ``xpruner``'s search: choose the units that the budget allows, by its scores and thresholds.
+
+        Raises:
+            PrunexError: For another method, or a budget out of reach.
+        """
+        if not isinstance(self.pruner, XPruner):
+            raise PrunexError(f"{self.method} does not search: call calibrate(...)")
+        self.budget()
+        self.pruner.conclude()
+        return self.widths
 
     def relevance_table(self) -> UnitRelevance:
         """Which unit serves which class; of methods whose scores have a class axis.
@@ -262,6 +292,8 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     hooked = getattr(model, "prunex", None)
     if hooked is not None:
         check_readable(model, hooked.pruner, pruner)
+    with suppress(PrunexError):
+        pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
@@ -269,7 +301,10 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     model.add_module(CHILD, gated)
     put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
-    return UnitPruning(model)
+    pruning = UnitPruning(model)
+    with suppress(OutOfReach):  # told when units are chosen
+        pruning.budget()
+    return pruning
 
 
 @contextmanager
@@ -314,30 +349,12 @@ def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    if not hasattr(model, "prunex"):
-        return branches(model)
-    with _at_the_end(model):
-        return branches(model, tokens_of(tally(model, gates=False)))
+    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
-    with _at_the_end(model):
-        return tally(model, gates=False).macs
-
-
-@contextmanager
-def _at_the_end(model: nn.Module) -> Iterator[None]:
-    """See token rates as they will be: what units may cost must not depend on when it is asked."""
-    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
-    if pruner is None:
-        yield
-        return
-    now, pruner.progress = pruner.progress, 1.0
-    try:
-        yield
-    finally:
-        pruner.progress = now
+    """Multiply-adds with all units that are there, tokens pruned or not."""
+    return tally(model, gates=False).macs
 
 
 def dense_macs(model: nn.Module) -> int:

@@ -91,10 +91,11 @@ class Taylor(UnitPruner):
             totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
             own: Taylor = getattr(working, CHILD).pruner
-            for images, labels in labelled_batches(batches, working):
-                for key, gradient in own._gradients(working, images, labels).items():
-                    totals[key] += gradient.cpu().double().square().sum(0)
-                count += len(images)
+            with own.all_open():
+                for images, labels in labelled_batches(batches, working):
+                    for key, gradient in own._gradients(working, images, labels).items():
+                        totals[key] += gradient.cpu().double().square().sum(0)
+                    count += len(images)
         return {key: total / count for key, total in totals.items()}
 
     def _gradients(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

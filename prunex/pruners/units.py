@@ -199,9 +199,9 @@ class UnitPruner(nn.Module):
             allowed: Multiply-adds for the units; None: those told before.
 
         Raises:
-            PrunexError: For scores that are not finite.
+            PrunexError: For scores that are not finite, or before the allowance is known.
         """
-        allowed = self._allowed if allowed is None else allowed
+        allowed = self.allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
                 raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
@@ -242,7 +242,18 @@ class UnitPruner(nn.Module):
             else:
                 full.add(i)
 
-    _allowed: float = float("inf")
+    @property
+    def allowed(self) -> float:
+        """Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: Before that is known.
+        """
+        if self._allowed is None:
+            raise PrunexError(f"what {self.name}'s units may cost is not known yet: call budget() on its handle first")
+        return self._allowed
+
+    _allowed: float | None = None
     known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
 
     def may_spend(self, allowed: float) -> None:

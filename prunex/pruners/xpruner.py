@@ -144,7 +144,7 @@ class XPruner(UnitPruner):
         min_channels: int = 8,
         round_to: int = 1,
         class_groups: Sequence[int] | None = None,
-        sparse: float = 0.01,
+        sparse: float = 10.0,
         smooth: float = 0.01,
         slope: float = 10.0,
         weight: float = 10.0,
@@ -278,7 +278,7 @@ class XPruner(UnitPruner):
     @property
     def target(self) -> float:
         """The share of the units' multiply-adds that has to go."""
-        return 1 - self._allowed / self.prunable()
+        return 1 - self.allowed / self.prunable()
 
     def losses(self) -> dict[str, Tensor]:
         """The penalties on the masks, or the constraint on the rate."""

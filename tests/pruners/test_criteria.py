@@ -440,8 +440,7 @@ def test_what_is_raised_on_the_way_leaves_the_model_as_it_was(method, when):
 @pytest.mark.parametrize("method", CRITERIA)
 def test_scoring_again_looks_at_all_units(method):
     """A decision that was made closes gates; the next calibration must not take it for the model."""
-    model = tiny()
-    data = data_for(method)
+    model, data = tiny(), data_for(method)
     pruning = prunex.attach(model, method, budget=0.5)
     first = pruning.calibrate(data)
     assert pruning.calibrate(data) == first
@@ -449,6 +448,14 @@ def test_scoring_again_looks_at_all_units(method):
     with torch.no_grad():
         assert largest(model(x), removed(model)(x)) < 1e-5
         assert torch.equal(pruning.detach()(x), tiny()(x))
+    prunex.attach(model, "evit", keep_ratio=0.7, stages=(0, 1))  # looks into the attention of open heads
+    pruning = prunex.attach(model, method, budget=0.5)
+    before = pruning.pruner.scores(model, data)
+    generator = torch.Generator().manual_seed(0)
+    pruning.pruner.decide({b.key: torch.rand(b.units, generator=generator) for b in pruning.pruner.branches})
+    assert {0, 1} <= set(pruning.widths.heads)
+    after = pruning.pruner.scores(model, data)
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("method", CRITERIA)

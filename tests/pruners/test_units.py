@@ -146,13 +146,10 @@ def test_deit_small_unit_costs_sum_to_the_published_macs():
         ({"budget": 0}, "budget=0 is not allowed"),
         ({"budget": 1.2}, "budget=1.2 is not allowed"),
         ({"budget": "half"}, "budget='half' is not allowed"),
-        ({"budget": 0.02}, "out of reach for magnitude"),
-        ({"budget": "1MACs"}, "out of reach for magnitude"),
         ({"min_heads": -1}, "min_heads=-1 is not allowed"),
         ({"min_heads": True}, "min_heads=True is not allowed"),
         ({"min_channels": 1.5}, "min_channels=1.5 is not allowed"),
         ({"round_to": 0}, "round_to=0 is not allowed"),
-        ({"budget": 0.3, "min_heads": 3, "min_channels": 1000}, "min_heads=3, min_channels=1000"),
     ],
 )
 def test_options_out_of_range_leave_the_model_alone(make, options, message):
@@ -161,6 +158,37 @@ def test_options_out_of_range_leave_the_model_alone(make, options, message):
         prunex.attach(model, "magnitude", **options)
     assert not hasattr(model, "prunex_units")
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("make", [tiny, swin])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.02}, "out of reach for magnitude"),
+        ({"budget": "1MACs"}, "out of reach for magnitude"),
+        ({"budget": 0.3, "min_heads": 3, "min_channels": 1000}, "min_heads=3, min_channels=1000"),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_when_units_are_chosen(make, options, message):
+    """Not before: tokens that are pruned later may bring it within reach."""
+    pruning = prunex.attach(make(), "magnitude", **options)
+    with pytest.raises(PrunexError, match=message):
+        pruning.calibrate()
+    with pytest.raises(PrunexError, match="not known yet"):
+        pruning.pruner.decide(pruning.pruner.scores(pruning.model))
+    assert not pruning.decided
+
+
+def test_tokens_pruned_later_bring_a_budget_within_reach():
+    model = tiny(depth=4)
+    least = prunex.cost(model).macs - sum(b.units * b.macs for b in branches(model))
+    least += sum(b.macs * (1 if b.kind == "heads" else 8) for b in branches(model))
+    pruning = prunex.attach(model, "magnitude", budget=f"{least - 10_000}MACs")
+    with pytest.raises(PrunexError, match="out of reach"):
+        pruning.calibrate()
+    prunex.attach(model, "evit", keep_ratio=0.3, stages=(1,))
+    pruning.calibrate()
+    assert prunex.cost(model).macs <= least - 10_000
 
 
 def test_a_narrowed_model_can_be_narrowed_again_in_the_dense_models_numbers():

@@ -58,11 +58,10 @@ def run_folder(folder, model=None, architecture="vit_tiny_patch16_224", sizes=SI
     return folder
 
 
-def narrow_run(folder, monkeypatch, spec=None, model=None, **more):
-    """A run whose units were taken out; the slim model need not be read from its folder."""
+def narrow_run(folder, spec=None, model=None, **more):
+    """A run whose units were taken out, and its slim model."""
     model = narrow(vit(seed=1) if model is None else model, spec or WidthSpec({1: (0, 2)}, {0: tuple(range(40))}))
-    monkeypatch.setattr(bench_command, "open_model", lambda run: model)
-    return run_folder(folder, **more), model
+    return run_folder(folder, model, **more), model
 
 
 def bench(run, *arguments):
@@ -138,10 +137,10 @@ def test_the_graph_of_the_run_is_taken_while_it_is_newer_than_the_weights(tmp_pa
     assert any("model.onnx cannot be run" in note and "prunex export" in note for note in found["notes"])
 
 
-def test_units_that_were_taken_out_leave_the_weights_the_run_started_from(tmp_path, monkeypatch, without_onnx, capsys):
+def test_units_that_were_taken_out_leave_the_weights_the_run_started_from(tmp_path, without_onnx, capsys):
     start = vit(seed=3)
     save_file(start.state_dict(), tmp_path / "start.safetensors")
-    run, small = narrow_run(tmp_path / "run", monkeypatch, weights=str(tmp_path / "start.safetensors"))
+    run, small = narrow_run(tmp_path / "run", weights=str(tmp_path / "start.safetensors"))
     bench(run)
     dense, slim = written(run)["rows"]
     assert (dense["model"], slim["model"]) == ("dense (start)", "slim: narrow")
@@ -165,10 +164,10 @@ def other_classes(path):
         ("other.safetensors", "have no classifier for these classes"),
     ],
 )
-def test_without_dense_weights_the_shape_is_timed(tmp_path, monkeypatch, without_onnx, capsys, weights, says):
+def test_without_dense_weights_the_shape_is_timed(tmp_path, without_onnx, capsys, weights, says):
     other_classes(tmp_path / "other.safetensors")
     path = None if weights is None else str(tmp_path / weights)
-    run, small = narrow_run(tmp_path / "run", monkeypatch, weights=path, pretrained=True)
+    run, small = narrow_run(tmp_path / "run", weights=path, pretrained=True)
     bench(run)
     out, found = capsys.readouterr().out, written(run)
     assert "accuracy" not in found["rows"][0]
@@ -178,14 +177,25 @@ def test_without_dense_weights_the_shape_is_timed(tmp_path, monkeypatch, without
     assert len(found["speed"][0]["models"]) == 2
 
 
-def test_tokens_and_units(tmp_path, monkeypatch, without_onnx):
+def test_tokens_and_units(tmp_path, without_onnx):
     model = vit()
     prunex.attach(model, "evit", keep_ratio=0.5, stages=(1,))
-    run, small = narrow_run(tmp_path / "run", monkeypatch, model=model)
+    run, small = narrow_run(tmp_path / "run", model=model)
     found = measure(run, (1,), 1, 0, accuracy=False)
     assert [r["model"] for r in found["rows"]] == ["dense (start)", "slim: evit + narrow"]
     assert found["rows"][0]["gmacs"] == prunex.cost(vit()).gmacs
     assert found["rows"][1]["gmacs"] == prunex.cost(small).gmacs
+
+
+def test_units_are_called_by_the_method_that_the_config_names():
+    name = bench_command._unit_method
+    model = {"model": {"init_args": {"unit_pruning": {"method": "taylor"}}}}
+    callbacks = [{"class_path": "x.Other"}, {"class_path": "prunex.callbacks.MaskPruning"}]
+    assert name(model) == "taylor"
+    assert name(model | {"trainer": {"callbacks": callbacks}}) == "xpruner"
+    callbacks[1]["init_args"] = {"method": "random"}
+    assert name({"model": {}, "trainer": {"callbacks": callbacks}}) == "random"
+    assert name({"model": {}, "trainer": {"callbacks": None}}) == "narrow"
 
 
 def test_gates_that_are_still_on(tmp_path, monkeypatch, without_onnx):
@@ -201,11 +211,11 @@ def test_gates_that_are_still_on(tmp_path, monkeypatch, without_onnx):
     assert any("still in the model" in note for note in found["notes"])
 
 
-def test_a_swin(tmp_path, monkeypatch, without_onnx):
+def test_a_swin(tmp_path, without_onnx):
     name = "swin_tiny_patch4_window7_224"
     model = vit(name, SWIN)
     spec = WidthSpec({b.block: (0,) for b in branches(model) if b.kind == "heads"})
-    run, small = narrow_run(tmp_path / "run", monkeypatch, spec, model, architecture=name, sizes=SWIN)
+    run, small = narrow_run(tmp_path / "run", spec, model, architecture=name, sizes=SWIN)
     found = measure(run, (1,), 1, 0)
     assert found["rows"][0]["gmacs"] > found["rows"][1]["gmacs"] == prunex.cost(small).gmacs
     assert found["rows"][1]["accuracy"] == accuracy(small, run)

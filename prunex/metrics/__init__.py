@@ -1,6 +1,55 @@
 """Measures: what a model costs, and where a map lies."""
 
-from prunex.metrics.localization import energy_inside, pointing_game
+from prunex.metrics.base import MeanOverImages
+from prunex.metrics.localization import (
+    EnergyInMask,
+    ForegroundAUC,
+    ForegroundF1,
+    MeanAP,
+    MeanIoU,
+    ObjectShare,
+    PixelAccuracy,
+    PointingGame,
+    RankAccuracy,
+    TopKIntersection,
+    energy_inside,
+    foreground_auc,
+    foreground_f1,
+    mean_ap,
+    mean_iou,
+    object_share,
+    pixel_accuracy,
+    pointing_game,
+    rank_accuracy,
+    segmentation_counts,
+    topk_intersection,
+)
 from prunex.vit.cost import BlockCost, Cost, cost
 
-__all__ = ["BlockCost", "Cost", "cost", "energy_inside", "pointing_game"]
+__all__ = [
+    "BlockCost",
+    "Cost",
+    "EnergyInMask",
+    "ForegroundAUC",
+    "ForegroundF1",
+    "MeanAP",
+    "MeanIoU",
+    "MeanOverImages",
+    "ObjectShare",
+    "PixelAccuracy",
+    "PointingGame",
+    "RankAccuracy",
+    "TopKIntersection",
+    "cost",
+    "energy_inside",
+    "foreground_auc",
+    "foreground_f1",
+    "mean_ap",
+    "mean_iou",
+    "object_share",
+    "pixel_accuracy",
+    "pointing_game",
+    "rank_accuracy",
+    "segmentation_counts",
+    "topk_intersection",
+]

@@ -17,7 +17,8 @@ class Method:
     """One entry of :func:`prunex.methods`.
 
     Attributes:
-        name: Lower case with underscores, as passed to ``attach`` or ``explain``; a metric's is its function's in ``prunex.metrics``.
+        name: Lower case with underscores, as passed to ``attach`` or ``explain``; a metric's is the function's in
+            ``prunex.metrics``.
         kind: "pruner", "explainer" or "metric".
         paper: Authors, venue, arXiv number.
         needs: What the model or the user must bring.

@@ -304,7 +304,7 @@ def rank_biased_chance(patches: int, persistence: float = 0.98) -> float:
     """
     check_whole("patches", patches, 1)
     _check_persistence(persistence)
-    tail = math.fsum(persistence**d for d in range(1, patches + 1)) / patches
+    tail = math.fsum(d * persistence**d for d in range(1, patches + 1)) / patches
     return persistence**patches + (1 - persistence) / persistence * tail
 
 
@@ -313,8 +313,7 @@ def depth_correlation(depths: Tensor, maps: Tensor, *, kind: str = "spearman") -
     """Whether more relevant patches stay longer: correlation of the stage a patch was dropped at with its relevance.
 
     Args:
-        depths: whole or float [B, gh, gw], as :func:`depths` reads them from a trace: how many stages each patch
-            survived.
+        depths: whole or float [B, gh, gw], how many stages each patch survived, as ``trace.depth()`` gives it.
         maps: float [B, gh, gw], raw relevance.
         kind: "spearman" (average ranks) or "kendall" (tau-b).
 
@@ -338,7 +337,7 @@ def depth_correlation(depths: Tensor, maps: Tensor, *, kind: str = "spearman") -
 
 
 def kept_share(kept: Tensor) -> Tensor:
-    """rho = K / P, the share of patches kept: chance of overlap and mass. float64 [B].
+    """Share of patches kept, rho = K / P: chance of overlap and mass. float64 [B].
 
     Args:
         kept: bool [B, gh, gw].
@@ -351,23 +350,6 @@ def kept_share(kept: Tensor) -> Tensor:
     """
     kept = check_grid("kept", kept, floats=False)
     return check_kept(kept, torch.zeros(kept.shape, device=kept.device))[0].double().mean(1)
-
-
-def depths(trace: TokenTrace) -> Tensor:
-    """How many stages each patch survived as a token of its own: int64 [B, gh, gw], the trace's stages for survivors.
-
-    Args:
-        trace: Of a pruned forward.
-
-    Raises:
-        PrunexError: For a trace without stages, or with merged or pooled tokens, where no patch is dropped.
-    """
-    _check_trace(trace)
-    if not trace.stages:
-        raise PrunexError("this trace has no stages, nothing was dropped: give one of a pruned model's forward")
-    if trace.merges() or trace.pooled:
-        raise PrunexError("tokens were merged in this trace, no patch was dropped: there is no depth to correlate")
-    return torch.stack([trace.kept(i) for i in range(len(trace.stages))]).sum(0)
 
 
 def keep_scores(trace: TokenTrace, stage: int = -1) -> Tensor:
@@ -461,7 +443,7 @@ def agreement(
         if trace.stages and scores is None:
             scores = keep_scores(trace, stage) if own_set else trace.share(stage).float()
         if trace.stages and not (trace.merges() or trace.pooled):
-            depth = depths(trace)
+            depth = trace.depth()
     found: dict[str, Any] = {"judge": judge, "kept_share": kept_share(kept).to(relevance.device)}
     found |= {name: measure(kept, relevance) for name, measure in _ON_MASK.items()}
     if not own_set:
@@ -517,7 +499,7 @@ def baselines(
     draws: int = 20,
     seed: int = 0,
 ) -> dict[str, dict[str, Tensor]]:
-    """What to print beside every agreement: the measures on the mask, of masks and maps that know less or something else.
+    """What to print beside every agreement: the same measures of masks and maps that know less, or something else.
 
     Args:
         kept: bool [B, gh, gw].
@@ -578,7 +560,7 @@ def _on_mask(kept: Tensor, maps: Tensor) -> dict[str, Tensor]:
 
 def _top(values: Tensor, count: Tensor) -> Tensor:
     """The ``count`` largest of each row, bool [B, P]; of ties the first."""
-    order = values.argsort(1, descending=True, stable=True)
+    order = values.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(values.shape[1], device=values.device).expand_as(order)
     return torch.zeros_like(order).scatter(1, order, places) < count[:, None]
 

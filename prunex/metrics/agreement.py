@@ -435,7 +435,7 @@ def agreement(
     ('dense', torch.Size([2]))
     """
     judge = _judge(maps, judge)
-    relevance: Tensor = maps if isinstance(maps, Tensor) else getattr(maps, "maps", maps)
+    relevance: Any = getattr(maps, "maps", maps)
     own_set, depth = True, None
     if isinstance(kept, TokenTrace):
         trace, own_set = kept, not (kept.merges(stage) or kept.pooled)
@@ -444,15 +444,15 @@ def agreement(
             scores = keep_scores(trace, stage) if own_set else trace.share(stage).float()
         if trace.stages and not (trace.merges() or trace.pooled):
             depth = trace.depth()
-    found: dict[str, Any] = {"judge": judge, "kept_share": kept_share(kept).to(relevance.device)}
-    found |= {name: measure(kept, relevance) for name, measure in _ON_MASK.items()}
+    found: dict[str, Any] = _on_mask(kept, relevance)
+    found["kept_share"] = kept_share(kept).to(relevance.device)
     if not own_set:
-        found |= {name: torch.full_like(v, torch.nan) for name, v in found.items() if name != "judge"}
+        found = {name: torch.full_like(v, torch.nan) for name, v in found.items()}
     if scores is not None:
         found |= {name: measure(scores, relevance) for name, measure in _ON_SCORES.items()}
     if depth is not None:
         found["depth_correlation"] = depth_correlation(depth, relevance)
-    return found
+    return {"judge": judge, **found}
 
 
 def chance(kept: Tensor, maps: Tensor) -> dict[str, Tensor]:

@@ -223,7 +223,8 @@ def mean_ap(maps: Tensor, masks: Tensor) -> Tensor:
 
     The scores [1 - map ; map], the map scaled to 0..1, are ranked together against [background ; object]. That is at
     least the share of the positives, one half: a constant map scores 0.5, an average precision of the object alone
-    would be another number.
+    would be another number. As in the source, the maps' own precision decides whether a value of the map ties with
+    another's 1 - map.
 
     Args:
         maps: float [B, H, W].

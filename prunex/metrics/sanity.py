@@ -35,8 +35,9 @@ class ModelRandomisation:
         spearman: float64 [S, B], Spearman's correlation of the original and the randomised map, signed; NaN where
             either is constant.
         absolute: float64 [S, B], the same of absolute values.
-        ssim: float64 [S, B], structural similarity at pixel size, each map scaled to 0..1; NaN where either is constant
-            or the images are smaller than the window, 11 pixels.
+        ssim: float64 [S, B], structural similarity at pixel size (Gaussian window of 11, sigma 1.5), each map scaled
+            to 0..1; NaN where either is constant. Maps brought up from patches are smooth, so it is high by nature:
+            compare it between methods, not with 0.
         chance: What the mean correlations stay below in 99 % of cases when the patches of one map are shuffled:
             2.58 / sqrt(B (P - 1)), by the normal approximation.
         threshold: The least mean correlation that counts as surviving, whatever chance is.
@@ -298,7 +299,7 @@ def _ssim(one: Tensor, two: Tensor) -> Tensor:
         low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
         scaled.append(((pixels - low) / (high - low))[:, None])
         flat = flat | ~(high - low > 0).flatten() | ~(high - low).isfinite().flatten()
-    if min(one.shape[1:]) < 11:
+    if min(one.shape[1:]) < 6:  # the border is mirrored, half a window wide
         return torch.full((len(one),), torch.nan, dtype=torch.float64)
     first, second = (s.masked_fill(flat[:, None, None, None], 0) for s in scaled)
     found: Any = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")

@@ -315,14 +315,15 @@ def test_on_pruned_models(method):
     options = {"r": 3} if method == "tome" else {} if method == "hvt" else {"keep_ratio": 0.7, "stages": (1, 2)}
     with prunex.attach(model, method, **options) as pruning, torch.no_grad():
         model(pictures)
-        found = agreement(pruning.trace, dense)
+        trace = pruning.trace
+        found = agreement(trace, dense)
         alone = []
         for i in (0, 1):
             model(pictures[i : i + 1])
             alone.append(agreement(pruning.trace, dense.maps[i : i + 1]))
-        own = agreement(pruning.trace, prunex.explain("grad_cam", model, pictures))
+        own = agreement(trace, prunex.explain("grad_cam", model, pictures))
         with pytest.raises(PrunexError, match="judge='dense' contradicts the explanation.*dropped tokens"):
-            agreement(pruning.trace, prunex.explain("rollout", model, pictures), judge="dense")
+            agreement(trace, prunex.explain("rollout", model, pictures), judge="dense")
     assert (found.pop("judge"), own["judge"]) == ("dense", "self")
     assert all(v.shape == (2,) and v.dtype == torch.float64 for v in found.values())
     selects = method in ("evit", "dynamicvit")

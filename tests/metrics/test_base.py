@@ -1,6 +1,7 @@
 """The mean over images in several processes, and what a metric is registered as."""
 
 import math
+import socket
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def _process(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    with __import__("socket").socket() as s:
+    with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(_process, (port, str(tmp_path)), nprocs=2)

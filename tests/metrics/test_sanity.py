@@ -102,13 +102,14 @@ def test_similarities_against_slow_definitions():
         a, b = (e.maps[i].flatten().numpy() for e in (one, two))
         assert float(found.spearman[-1, i]) == pytest.approx(spearmanr(a, b).statistic, abs=1e-9)
         assert float(found.absolute[-1, i]) == pytest.approx(spearmanr(abs(a), abs(b)).statistic, abs=1e-9)
-        wanted = slow_ssim(one.pixels[i], two.pixels[i])
-        assert float(found.ssim[-1, i]) == pytest.approx(wanted, abs=0.02)
+    assert float(found.ssim[-1, 0]) == pytest.approx(slow_ssim(one.pixels[0], two.pixels[0]), abs=1e-6)
 
 
 def slow_ssim(one, two):
-    """Wang et al. 2004 with a Gaussian window of 11 and sigma 1.5, away from the border, in 0..1."""
+    """Wang et al. 2004 with a Gaussian window of 11 and sigma 1.5, the border mirrored, in 0..1."""
     one, two = ((v.double() - v.min()) / (v.max() - v.min()) for v in (one, two))
+    mirrored = [[abs(i) if i < n else 2 * (n - 1) - i for i in range(-5, n + 5)] for n in one.shape]
+    one, two = (v[mirrored[0]][:, mirrored[1]] for v in (one, two))
     places = torch.arange(11, dtype=torch.float64) - 5
     line = torch.exp(-(places**2) / (2 * 1.5**2))
     window = (line[:, None] * line) / line.sum() ** 2
@@ -128,7 +129,7 @@ def test_chance_is_what_shuffled_maps_stay_below(fakes):
     found = model_randomisation("edges", tiny(depth=1), images(3))
     maps = prunex.explain("edges", tiny(depth=1), images(3)).maps.flatten(1)
     passed = 0
-    for _ in range(400):
+    for _ in range(200):
         order = torch.rand(3, 16).argsort(1)
         shuffled = maps.gather(1, order)
         means = [
@@ -136,7 +137,7 @@ def test_chance_is_what_shuffled_maps_stay_below(fakes):
             for f in (lambda v: v, torch.abs)
         ]
         passed += max(means) > found.chance
-    assert passed <= 12  # expected 4; more than 12 has probability below 0.001
+    assert passed <= 8  # expected 2; more has probability below 0.001
 
 
 def test_stages_alone_change_only_their_own_parameters(monkeypatch):

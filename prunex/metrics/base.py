@@ -19,7 +19,7 @@ class MeanOverImages(Metric):
     A subclass gives :meth:`measure`. Sums are kept in float64, so that splitting batches changes nothing.
 
     Args:
-        keep: Also keep every image's number, for :func:`prunex.metrics.bootstrap`.
+        keep: Also keep every image's number (:meth:`values`), for :func:`prunex.metrics.bootstrap`.
         shape: Of one image's answer: () for a number, (K,) for K of them.
         **kwargs: torchmetrics' own.
 
@@ -57,9 +57,9 @@ class MeanOverImages(Metric):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Take a batch; arguments as the function's."""
-        values = self.measure(*args, **kwargs).to(self.total)
+        values = self.measure(*args, **kwargs).detach().to(self.total)
         defined = ~values.isnan()
-        self.total = self.total + values.nan_to_num(0.0).sum(0)
+        self.total = self.total + values.masked_fill(~defined, 0).sum(0)
         self.count = self.count + defined.sum(0)
         self.undefined = self.undefined + (~defined).sum(0)
         if self.keep:
@@ -69,7 +69,7 @@ class MeanOverImages(Metric):
         """The mean, float64 of ``shape``; NaN where no image had a number."""
         return self.total / self.count.where(self.count > 0, torch.nan)
 
-    def per_image(self) -> Tensor:
+    def values(self) -> Tensor:
         """Every number of this process so far, float64 [N, *shape], NaN where there was none.
 
         Raises:

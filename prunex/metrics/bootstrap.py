@@ -1,6 +1,6 @@
 """Paired bootstrap intervals over images.
 
-Images are what is sampled: numbers per image come first (:meth:`MeanOverImages.per_image`), then draws of images with
+Images are what is sampled: numbers per image come first (:meth:`MeanOverImages.values`), then draws of images with
 replacement. One set of draws serves all methods, so that differences between methods are paired: an image that is hard
 for both moves both.
 """

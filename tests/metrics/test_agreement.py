@@ -257,7 +257,7 @@ def test_classes_equal_functions_however_batches_are_split(made):
     assert float(whole.compute()) == pytest.approx(float(wanted.nanmean()), abs=1e-12)
     assert float(parts.compute()) == pytest.approx(float(whole.compute()), abs=1e-12)
     assert (whole.judge, parts.judge, int(whole.undefined)) == ("self", "dense", 1)
-    assert torch.allclose(parts.per_image(), wanted, equal_nan=True)
+    assert torch.allclose(parts.values(), wanted, equal_nan=True)
     assert "self" in repr(whole)
     assert whole.higher_is_better
     with pytest.raises(PrunexError, match="judge='dence' is not allowed: give 'dense'"):

@@ -37,7 +37,7 @@ def _process(rank, port, folder):
     made = filled([slice(0, 3)] if rank == 0 else [slice(3, 4), slice(4, 7)])
     found = [m.compute() for m in made]
     with made[0].sync_context():
-        found += [made[0].count.clone(), made[0].undefined.clone(), made[0].per_image().clone()]
+        found += [made[0].count.clone(), made[0].undefined.clone(), made[0].values().clone()]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -49,7 +49,7 @@ def test_two_processes_equal_one(tmp_path):
         port = s.getsockname()[1]
     mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
     whole = filled([slice(0, 7)])
-    wanted = [m.compute() for m in whole] + [whole[0].count, whole[0].undefined, whole[0].per_image()]
+    wanted = [m.compute() for m in whole] + [whole[0].count, whole[0].undefined, whole[0].values()]
     for rank in (0, 1):
         for a, b in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), wanted, strict=True):
             assert torch.allclose(a, b, equal_nan=True)
@@ -71,11 +71,13 @@ def test_several_numbers_an_image():
             return values
 
     metric = Two(keep=True, shape=(2,))
-    assert metric.per_image().shape == (0, 2)
+    assert metric.values().shape == (0, 2)
     metric.update(torch.tensor([[1.0, math.nan], [3.0, math.nan]]))
     assert metric.compute().tolist() == [2.0, pytest.approx(math.nan, nan_ok=True)]
     assert (metric.count.tolist(), metric.undefined.tolist()) == ([2, 0], [0, 2])
-    assert metric.per_image().shape == (2, 2)
+    assert metric.values().shape == (2, 2)
+    metric.update(torch.tensor([[-math.inf, 1.0]]))
+    assert metric.compute().tolist() == [-math.inf, 1.0]  # infinite is a number, and no very large finite one
 
 
 def test_forward_gives_the_batch_and_keeps_the_sum():

@@ -90,7 +90,7 @@ def test_same_seed_same_interval_and_global_state_stays():
 def test_kept_numbers_of_a_metric_go_in():
     metric = RankAccuracy(keep=True)
     metric.update(torch.randn(9, 4, 4), torch.rand(9, 4, 4) < 0.5)
-    assert bootstrap(metric.per_image()).mean == pytest.approx(float(metric.compute()))
+    assert bootstrap(metric.values()).mean == pytest.approx(float(metric.compute()))
 
 
 def test_nothing_defined_is_nan():

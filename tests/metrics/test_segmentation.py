@@ -253,7 +253,7 @@ def test_refused():
     with pytest.raises(PrunexError, match="keep='yes'"):
         MeanAP(keep="yes")
     with pytest.raises(PrunexError, match="make it with keep=True"):
-        MeanAP().per_image()
+        MeanAP().values()
     with pytest.raises(PrunexError, match=r"masks have shape \[7, 6\]"):
         object_share(masks[0])
     for measure in (*PER_IMAGE.values(), *OVERALL.values(), topk_intersection):
@@ -267,9 +267,9 @@ def test_numbers_of_images_can_be_kept():
     maps, masks = scenes(batch=4)
     maps[1, 0, 0] = torch.nan
     metric = RankAccuracy(keep=True)
-    assert metric.per_image().shape == (0,)
+    assert metric.values().shape == (0,)
     for i in range(0, 4, 2):
         metric.update(maps[i : i + 2], masks[i : i + 2])
-    assert torch.equal(metric.per_image().nan_to_num(-1), rank_accuracy(maps, masks).nan_to_num(-1))
+    assert torch.equal(metric.values().nan_to_num(-1), rank_accuracy(maps, masks).nan_to_num(-1))
     metric.reset()
-    assert metric.per_image().shape == (0,)
+    assert metric.values().shape == (0,)

@@ -134,10 +134,12 @@ def _grown(inside: Tensor, distance: float) -> Tensor:
         return inside
     grown = inside.clone()
     high, wide = inside.shape[1:]
+    before = torch.nn.functional.pad(inside.int().cumsum(2), (1, 0))  # of each row's first n pixels, n = 0..W
+    column = torch.arange(wide, device=inside.device)
     for down in range(-min(reach, high - 1), min(reach, high - 1) + 1):
         # Of the pixels `down` rows away those that lie within the disc's half width.
         half = int((distance**2 - down**2) ** 0.5)
-        row = torch.nn.functional.max_pool2d(inside[:, None].float(), (1, 2 * half + 1), 1, (0, half))[:, 0] > 0
+        row = before[:, :, (column + half + 1).clamp(max=wide)] > before[:, :, (column - half).clamp(min=0)]
         low, top = max(0, down), high + min(0, down)
         grown[:, low:top] |= row[:, low - down : top - down]
     return grown

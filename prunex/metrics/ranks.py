@@ -19,6 +19,19 @@ def places(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
 
 
+def _runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the run of equal values that each place of a sorted row is in begins, and ends: int64 [B, P] both."""
+    size = ordered.shape[1]
+    place = torch.arange(size, device=ordered.device).expand_as(ordered)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    last = torch.ones_like(new)
+    last[:, :-1] = new[:, 1:]
+    begin = place.masked_fill(~new, 0).cummax(1).values
+    end = (place + 1).masked_fill(~last, size).flip(1).cummin(1).values.flip(1)
+    return begin, end
+
+
 def average_ranks(values: Tensor) -> Tensor:
     """Ranks 1..P within each row, float64 [B, P]; tied values share the mean of theirs."""
     below, to_here = places(values)
@@ -139,11 +152,12 @@ def separation(values: Tensor, inside: Tensor, there: Tensor | None = None) -> T
     """
     there = torch.ones_like(inside) if there is None else there
     inside, outside = inside & there, ~inside & there
-    order = values.argsort(1)
-    below, to_here = places(values)
+    ordered, order = values.sort(1)
+    begin, end = _runs(ordered)
     # Outside values among the first n of the sorted row, n = 0..P.
     passed = torch.nn.functional.pad(outside.gather(1, order).long().cumsum(1), (1, 0))
-    beaten = (passed.gather(1, below) + passed.gather(1, to_here)).masked_fill(~inside, 0).sum(1).double() / 2
+    beaten = passed.gather(1, begin) + passed.gather(1, end)
+    beaten = beaten.masked_fill(~inside.gather(1, order), 0).sum(1).double() / 2
     pairs = inside.sum(1).double() * outside.sum(1).double()
     return (beaten / pairs).where(pairs > 0, torch.nan)
 
@@ -161,7 +175,7 @@ def average_precision(scores: Tensor, positive: Tensor, there: Tensor) -> Tensor
     """
     ordered, order = scores.sort(1, descending=True)
     hits, seen = ((positive & there).gather(1, order), there.gather(1, order))
-    end = torch.searchsorted(-ordered, -ordered, right=True).sub(1).clamp(min=0)
+    end = _runs(ordered)[1] - 1
     precision = hits.long().cumsum(1).double() / seen.long().cumsum(1).clamp(min=1)
     total = hits.sum(1)
     return ((precision.gather(1, end) * hits).sum(1) / total).where(total > 0, torch.nan)

@@ -84,8 +84,9 @@ class MaskPruning(Participant):
         model: str | None = None,
     ) -> None:
         super().__init__()
-        self.make: Any = prunex.registry.lookup("pruner", method).make
-        if not issubclass(self.make, UnitPruner):
+        make: Any = prunex.registry.lookup("pruner", method).make
+        self.make = make
+        if not issubclass(make, UnitPruner):
             raise PrunexError(
                 f"{method} prunes tokens: give it to TokenPruning; MaskPruning takes xpruner, taylor, ..."
             )

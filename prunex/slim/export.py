@@ -146,7 +146,7 @@ def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, 
     onnx.save(str(path), external_data=False)
 
 
-def _told(small: nn.Module) -> dict[str, Any]:
+def _told(small: Any) -> dict[str, Any]:
     """What a graph's user has to know: size and normalisation of its images, labels, and how it was pruned."""
     pruning, anatomy = _pruning(small), outline(small)
     known = getattr(small, "pretrained_cfg", None) or {}

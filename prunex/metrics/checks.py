@@ -1,0 +1,111 @@
+"""What measures are given, checked or refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunex.errors import PrunexError
+
+
+def check_grid(name: str, value: Any, floats: bool = True) -> Tensor:
+    """A tensor [B, H, W] that holds something.
+
+    Args:
+        name: What it is called in the message; a plural.
+        value: What the user gave.
+        floats: Whether it must hold floats.
+
+    Returns:
+        It, off the graph; floats in at least float32.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        came = f"have shape {list(value.shape)}" if isinstance(value, Tensor) else f"are a {type(value).__name__}"
+        raise PrunexError(f"{name} {came}: give a tensor [B, H, W]")
+    if not floats:
+        return value.detach()
+    if not value.is_floating_point():
+        raise PrunexError(f"{name} have dtype {value.dtype}: give floats [B, H, W]")
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
+
+
+def check_masks(maps: Any, masks: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps, and the pixels of each that are the object's, and those that have a label at all.
+
+    Args:
+        maps: float [B, H, W].
+        masks: bool [B, H, W], true on the object; or whole numbers: 1 object, 0 background, -1 ignored.
+
+    Returns:
+        float [B, H, W] in at least float32, bool [B, H, W] and bool [B, H, W] on its device.
+
+    Raises:
+        PrunexError: For other shapes, types or labels.
+    """
+    for name, value in (("maps", maps), ("masks", masks)):
+        check_grid(name, value, floats=False)
+    maps = check_grid("maps", maps)
+    if masks.is_floating_point() or masks.is_complex():
+        raise PrunexError(
+            f"masks have dtype {masks.dtype}: give booleans, as in masks > 0, or whole numbers where -1 is ignored"
+        )
+    if maps.shape != masks.shape or 0 in maps.shape:
+        raise PrunexError(
+            f"maps of shape {list(maps.shape)} do not fit masks of shape {list(masks.shape)}: give one map a mask, of "
+            "its size (an explanation's pixels, or its upsample((height, width)))"
+        )
+    masks = masks.to(maps.device)
+    if masks.dtype == torch.bool:
+        return maps, masks, torch.ones_like(masks)
+    unsigned = masks.to(torch.int64)
+    low, high = (int(v) for v in torch.aminmax(unsigned))
+    if low < -1 or high > 1:
+        raise PrunexError(
+            f"masks hold labels from {low} to {high}: give 1 for the object, 0 for the background, -1 to ignore"
+        )
+    return maps, unsigned == 1, unsigned >= 0
+
+
+def check_kept(kept: Any, maps: Any) -> tuple[Tensor, Tensor]:
+    """Which patches are kept and their relevance, flat.
+
+    Args:
+        kept: bool [B, gh, gw].
+        maps: float [B, gh, gw].
+
+    Returns:
+        bool [B, P] and float64 [B, P], on the device of the maps.
+
+    Raises:
+        PrunexError: For other shapes or types.
+    """
+    check_grid("kept", kept, floats=False)
+    maps = check_grid("maps", maps)
+    if kept.dtype != torch.bool:
+        raise PrunexError(f"kept has dtype {kept.dtype}: give booleans [B, gh, gw], as trace.kept() does")
+    _check_same("kept", kept, maps)
+    return kept.to(maps.device).flatten(1), maps.flatten(1).double()
+
+
+def check_scores(name: str, scores: Any, maps: Any) -> tuple[Tensor, Tensor]:
+    """One score a patch and the patches' relevance, flat: float64 [B, P] both.
+
+    Raises:
+        PrunexError: For other shapes or types.
+    """
+    scores, maps = check_grid(name, scores), check_grid("maps", maps)
+    _check_same(name, scores, maps)
+    return scores.to(maps.device).flatten(1).double(), maps.flatten(1).double()
+
+
+def _check_same(name: str, value: Tensor, maps: Tensor) -> None:
+    if value.shape != maps.shape or 0 in maps.shape:
+        raise PrunexError(
+            f"{name} of shape {list(value.shape)} do not fit maps of shape {list(maps.shape)}: give both on the "
+            "original patch grid [B, gh, gw], without prefix tokens"
+        )

@@ -1,6 +1,79 @@
-"""Measures: what a model costs, and where a map lies."""
+"""Measures: what a model costs, where a map lies, and whether it tells what the model rests on."""
 
+from prunex.metrics.base import MeanOverImages
+from prunex.metrics.faithfulness import (
+    AOPC,
+    SRG,
+    Comprehensiveness,
+    Curves,
+    Deletion,
+    FaithfulnessCorrelation,
+    Infidelity,
+    Insertion,
+    LogOdds,
+    SaCo,
+    SensitivityN,
+    Sufficiency,
+    aopc,
+    comprehensiveness,
+    deletion,
+    faithfulness_correlation,
+    infidelity,
+    insertion,
+    log_odds,
+    removal_curves,
+    saco,
+    sensitivity_n,
+    srg,
+    sufficiency,
+)
 from prunex.metrics.localization import energy_inside, pointing_game
+from prunex.metrics.perturbation import (
+    Perturbation,
+    PerturbationAUC,
+    perturbation,
+    perturbation_auc,
+    perturbation_maximum,
+)
+from prunex.metrics.robustness import MaxSensitivity, max_sensitivity
 from prunex.vit.cost import BlockCost, Cost, cost
 
-__all__ = ["BlockCost", "Cost", "cost", "energy_inside", "pointing_game"]
+__all__ = [
+    "AOPC",
+    "BlockCost",
+    "Comprehensiveness",
+    "Cost",
+    "Curves",
+    "Deletion",
+    "FaithfulnessCorrelation",
+    "Infidelity",
+    "Insertion",
+    "LogOdds",
+    "MaxSensitivity",
+    "MeanOverImages",
+    "Perturbation",
+    "PerturbationAUC",
+    "SRG",
+    "SaCo",
+    "SensitivityN",
+    "Sufficiency",
+    "aopc",
+    "comprehensiveness",
+    "cost",
+    "deletion",
+    "energy_inside",
+    "faithfulness_correlation",
+    "infidelity",
+    "insertion",
+    "log_odds",
+    "max_sensitivity",
+    "perturbation",
+    "perturbation_auc",
+    "perturbation_maximum",
+    "pointing_game",
+    "removal_curves",
+    "saco",
+    "sensitivity_n",
+    "srg",
+    "sufficiency",
+]

@@ -624,8 +624,8 @@ def _columns(curves: Curves, fractions: Sequence[float]) -> list[int]:
     missing = [q for q in wanted if round(q, 9) not in near]
     if missing:
         raise PrunexError(
-            f"these curves have no step {missing[0]:g}: make them with steps={wanted!r} among theirs, or give fractions "
-            f"of {curves.steps!r}"
+            f"these curves have no step {missing[0]:g}: make them with it among their steps, or give fractions of "
+            f"{curves.steps!r}"
         )
     return [near[round(q, 9)] for q in wanted]
 
@@ -750,12 +750,7 @@ class _AtFractions(_OfCurves):
         self.fractions = check_steps(fractions)
 
 
-@register(
-    "metric",
-    "log_odds",
-    "as papers on text and ViTs have it; Shrikumar et al., ICML 2017, arXiv 1704.02685 (unverified)",
-    _CURVES,
-)
+@register("metric", "log_odds", "Shrikumar et al., ICML 2017, arXiv 1704.02685 (unverified)", _CURVES)
 class LogOdds(_AtFractions):
     """Mean of :func:`log_odds` over images."""
 

@@ -27,6 +27,7 @@ Route = Literal["drop", "black", "grey", "mean", "blur"]
 REMOVALS = ("drop", "black", "grey", "mean", "blur")
 SELECTIONS = ("free", "frozen")
 KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
+BITS = 2.0**40  # of an interpolated value that count
 
 
 class Occlusion:
@@ -244,10 +245,15 @@ def on_patches(maps: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> T
 
 
 def on_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """One value a pixel, [B, H * W]: patch maps bilinearly, as an explanation's ``upsample``."""
+    """One value a pixel, [B, H * W]: patch maps bilinearly, as an explanation's ``upsample``, but in float64.
+
+    Interpolated values lose their last bits: in a region of equal patches pixels are equal, not ordered by rounding.
+    """
     if tuple(maps.shape[1:]) == size:
         return maps.flatten(1)
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    fine = F.interpolate(maps.double()[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    mantissa, exponent = torch.frexp(fine)
+    return torch.ldexp((mantissa * BITS).round() / BITS, exponent)
 
 
 def check_steps(steps: Any, first: bool = False) -> tuple[float, ...]:

@@ -35,7 +35,7 @@ def shares(model, images, target):
     with torch.no_grad():
         weight = model.head.weight[target]
         embedded = F.conv2d(images, model.patch_embed.proj.weight, stride=8)
-        return torch.einsum("bdhw,bd->bhw", embedded, weight) / embedded[0, 0].numel()
+        return torch.einsum("bdhw,d->bhw", embedded, weight) / embedded[0, 0].numel()
 
 
 def constant(classes=3):

@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 from measure import Timing, options, side_by_side, start
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunex.explainers.removal import Removal
 from prunex.metrics import faithfulness, perturbation, removal_curves
@@ -173,9 +173,8 @@ def main() -> None:
     args = parser.parse_args()
     start(args)
     case = Case(args.model, args.depth, args.batch, args.device)
-    print(
-        f"{args.model} of {args.depth} blocks, {SIZE} x {SIZE} pixels, {case.maps[0].numel()} patches, float32, batch {args.batch}\n"
-    )
+    print(f"{args.model} of {args.depth} blocks, {SIZE} x {SIZE} pixels, {case.maps[0].numel()} patches")
+    print(f"float32, batch {args.batch}\n")
     measure = partial(
         side_by_side, device=args.device, repeats=args.repeats, seconds=args.seconds, clock=args.clock, least=3
     )
@@ -191,7 +190,7 @@ def main() -> None:
     show("perturbation, 10 steps, black pixels", timings, args.batch)
 
     def deletion_alone() -> Tensor:
-        more: dict[str, Any] = {"steps": STEPS, "least": False}
+        more: dict[str, Any] = {"steps": STEPS, "orders": ("without",)}
         return faithfulness.deletion(removal_curves(case.model, case.images, case.maps, case.target, **more))
 
     def deletion_loop(single: bool) -> Tensor:
@@ -199,7 +198,7 @@ def main() -> None:
 
     agree("deletion, drop, loop", deletion_loop(True), deletion_alone(), 1e-4)
     calls: list[tuple[str, Callable[[], object]]] = [
-        ("ours, with insertion", deletion_alone),
+        ("ours", deletion_alone),
         ("loop", partial(deletion_loop, True)),
         ("batched loop", partial(deletion_loop, False)),
     ]
@@ -218,11 +217,11 @@ def main() -> None:
     if theirs is not None:
 
         def flipping() -> Tensor:
-            more: dict[str, Any] = {"steps": STEPS[1:], "removal": "grey", "least": False}
-            return removal_curves(case.model, case.images, case.maps, case.target, **more).without
+            more: dict[str, Any] = {"steps": STEPS[1:], "removal": "grey", "orders": ("without",)}
+            return torch.as_tensor(removal_curves(case.model, case.images, case.maps, case.target, **more).without)
 
         agree("pixel flipping, Quantus", theirs(), flipping(), 1e-5)
-        show("deletion curve and insertion curve (Quantus: the first alone), 9 steps, grey",
+        show("deletion curve, 9 steps, grey",
              measure([("ours", flipping), ("Quantus PixelFlipping", theirs)]), args.batch)  # fmt: skip
 
 

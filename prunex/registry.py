@@ -17,8 +17,8 @@ class Method:
     """One entry of :func:`prunex.methods`.
 
     Attributes:
-        name: Lower case with underscores, as passed to ``attach`` or ``explain``.
-        kind: "pruner" or "explainer".
+        name: Lower case with underscores, as passed to ``attach`` or ``explain``, or as the metric's function.
+        kind: "pruner", "explainer" or "metric".
         paper: Authors, venue, arXiv number.
         needs: What the model or the user must bring.
         make: The class or function behind it.
@@ -68,7 +68,7 @@ def lookup(kind: str, name: str) -> Method:
 
 
 def methods(kind: str | None = None) -> list[Method]:
-    """Every pruner and explainer, sorted by kind and name.
+    """Every pruner, explainer and metric, sorted by kind and name.
 
     Args:
         kind: Only this kind, or all.

@@ -196,7 +196,7 @@ class _Frozen:
             if not isinstance(d.answer, One):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
-                    "use selection='adaptive'"
+                    "let the pruner decide anew with selection='adaptive' ('free' in metrics)"
                 )
 
     def rows(self) -> frozenset[int]:

@@ -25,6 +25,8 @@ from prunex.metrics.occlusion import Occlusion, Route, check_maps, check_steps, 
 from prunex.registry import register
 
 Output = Literal["probability", "logit", "log_odds"]
+Order = Literal["without", "only", "least"]
+ORDERS: tuple[Order, ...] = ("without", "only", "least")
 STEPS = tuple(k / 10 for k in range(11))
 PERCENT = STEPS[1:-1]  # 10 to 90 %, the fractions usual for ViTs
 ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -40,9 +42,9 @@ class Curves:
         counts: int64 [K], how many of the ``units`` units they are: round(q U).
         units: U.
         clean: [B], f(x).
-        without: [B, K], the most relevant ones gone.
+        without: [B, K], the most relevant ones gone; None where it was not asked for, as the next two.
         only: [B, K], nothing but the most relevant ones there.
-        least: [B, K], the least relevant ones gone; None where it was not asked for.
+        least: [B, K], the least relevant ones gone.
         target: int64 [B], the class.
         output: What f is: "probability", "logit" or "log_odds".
         ties: int64 [B], units that share their relevance with another; they go by index, in every order.
@@ -53,8 +55,8 @@ class Curves:
     counts: Tensor
     units: int
     clean: Tensor
-    without: Tensor
-    only: Tensor
+    without: Tensor | None
+    only: Tensor | None
     least: Tensor | None
     target: Tensor
     output: str
@@ -73,7 +75,7 @@ def removal_curves(
     removal: Route = "drop",
     selection: Literal["free", "frozen"] = "free",
     output: Output = "probability",
-    least: bool = True,
+    orders: Sequence[Order] = ORDERS,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     chunk: int | None = None,
@@ -98,7 +100,8 @@ def removal_curves(
         removal: "drop" (tokens leave), or paint: "black", "grey", "mean", "blur". Numbers do not compare across routes.
         selection: "free" or "frozen", of a pruned model: whether its pruner decides anew without what is gone.
         output: What f is: "probability", "logit", or "log_odds" ln(p / (1 - p)), which is not :func:`log_odds`.
-        least: Whether the least relevant are removed too, for :func:`srg`.
+        orders: Which curves are made: "without" (for deletion, aopc, log_odds, comprehensiveness, srg), "only" (for
+            insertion, sufficiency) and "least" (for srg).
         mean: Of the normalisation, for "black"; None: as the model's ``pretrained_cfg`` says.
         std: Likewise.
         chunk: Most images in one forward: bounds memory, changes no result.
@@ -117,7 +120,7 @@ def removal_curves(
         raise unknown("units", units, ("patches", "pixels"))
     if units == "pixels" and removal == "drop":
         raise PrunexError("units='pixels' cannot be dropped: paint them with removal='grey', or take units='patches'")
-    check_flag("least", least)
+    kinds = _check_orders(orders)
     asked = _Asked(model, images, maps, target, output, removal=removal, selection=selection, mean=mean, std=std,
                    chunk=chunk)  # fmt: skip
     values = asked.values if units == "patches" else on_pixels(asked.maps, asked.occlusion.size)
@@ -125,11 +128,10 @@ def removal_curves(
     places, ties = zip(*(ranked(values, order) for order in ("positive", "negative")), strict=True)
     counts = torch.tensor([round(q * total) for q in steps], device=values.device)
     batch, k = len(values), len(steps)
-    kinds = 2 + least
-    # Row (kind * K + step) * B + image: kind 0 without, 1 only, 2 least.
-    image = torch.arange(batch, device=values.device).repeat(kinds * k)
-    kind = torch.arange(kinds, device=values.device).repeat_interleave(k * batch)
-    limit = counts.repeat_interleave(batch).repeat(kinds)
+    # Row (kind * K + step) * B + image; kinds as in ORDERS.
+    image = torch.arange(batch, device=values.device).repeat(len(kinds) * k)
+    kind = torch.tensor(kinds, device=values.device).repeat_interleave(k * batch)
+    limit = counts.repeat_interleave(batch).repeat(len(kinds))
     place = torch.stack(places)
 
     def removed(rows: Tensor) -> Tensor:
@@ -140,15 +142,15 @@ def removal_curves(
         scores = asked.of_sets(image, removed(torch.arange(len(image), device=values.device)))
     else:
         scores = asked.of_rows(image, removed, torch.where(kind == 1, total - limit, limit))
-    each = scores.view(kinds, k, batch).transpose(1, 2)
+    each = dict(zip(kinds, asked.hide(scores.view(len(kinds), k, batch).permute(2, 0, 1)).unbind(1), strict=True))
     return Curves(
         steps,
         counts,
         total,
         asked.hide(asked.clean),
-        asked.hide(each[0]),
-        asked.hide(each[1]),
-        asked.hide(each[2]) if least else None,
+        each.get(0),
+        each.get(1),
+        each.get(2),
         asked.target,
         output,
         ties[0],
@@ -216,7 +218,7 @@ def deletion(curves: Curves) -> Tensor:
     >>> deletion(curves_of(torch.tensor([[1.0, 0.5, 0.0]]))).item()
     0.5
     """
-    return _area(_read(curves), curves.without)
+    return _area(curves, _curve(curves, "without"))
 
 
 def insertion(curves: Curves) -> Tensor:
@@ -228,7 +230,7 @@ def insertion(curves: Curves) -> Tensor:
     Raises:
         PrunexError: For curves that do not go from 0 to 1.
     """
-    return _area(_read(curves), curves.only)
+    return _area(curves, _curve(curves, "only"))
 
 
 def srg(curves: Curves) -> Tensor:
@@ -237,11 +239,9 @@ def srg(curves: Curves) -> Tensor:
     (Bluecher et al., TMLR 2024.) Exactly 0 for a constant map.
 
     Raises:
-        PrunexError: For curves that do not go from 0 to 1, or were made with ``least=False``.
+        PrunexError: For curves that do not go from 0 to 1, or were made without the order "least".
     """
-    if _read(curves).least is None:
-        raise PrunexError("these curves were made with least=False: srg needs the least relevant removed too")
-    return _area(curves, torch.as_tensor(curves.least)) - deletion(curves)
+    return _area(curves, _curve(curves, "least")) - deletion(curves)
 
 
 def aopc(
@@ -260,12 +260,12 @@ def aopc(
     >>> aopc(curves_of(torch.tensor([[1.0, 0.5, 0.0]]))).item()
     0.5
     """
-    _read(curves)
+    without = _curve(curves, "without")
     if not isinstance(definition, str) or definition not in ("all", "percent"):
         raise unknown("definition", definition, ("all", "percent"))
     if definition == "all":
         _whole(curves)
-        return curves.clean - curves.without.mean(1)
+        return curves.clean - without.mean(1)
     return comprehensiveness(curves, fractions)
 
 
@@ -280,9 +280,10 @@ def log_odds(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     >>> round(log_odds(curves_of(torch.tensor([[1.0, 0.5, 0.0]])), (0.5,)).item(), 4)
     -0.6931
     """
-    if _read(curves).output != "probability":
+    without = _curve(curves, "without")
+    if curves.output != "probability":
         raise PrunexError(f"these curves hold output={curves.output!r}: log_odds needs output='probability'")
-    after = curves.without[:, _columns(curves, fractions)].clamp(min=TINY)
+    after = without[:, _columns(curves, fractions)].clamp(min=TINY)
     return (after.log() - curves.clean.clamp(min=TINY).log()[:, None]).mean(1)
 
 
@@ -295,7 +296,7 @@ def comprehensiveness(curves: Curves, fractions: Sequence[float] = PERCENT) -> T
     Raises:
         PrunexError: For fractions that the curves do not have.
     """
-    return curves.clean - _read(curves).without[:, _columns(curves, fractions)].mean(1)
+    return curves.clean - _curve(curves, "without")[:, _columns(curves, fractions)].mean(1)
 
 
 def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
@@ -306,7 +307,7 @@ def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     Raises:
         PrunexError: For fractions that the curves do not have.
     """
-    return curves.clean - _read(curves).only[:, _columns(curves, fractions)].mean(1)
+    return curves.clean - _curve(curves, "only")[:, _columns(curves, fractions)].mean(1)
 
 
 def sensitivity_n(
@@ -597,12 +598,26 @@ def curves_of(without: Tensor, only: Tensor | None = None, least: Tensor | None 
     )
 
 
-def _read(curves: Any) -> Curves:
+def _curve(curves: Any, order: Order) -> Tensor:
+    """One of the curves, [B, K]."""
     if not isinstance(curves, Curves):
-        raise PrunexError(
-            f"expected the Curves that removal_curves(model, images, maps) makes, got a {type(curves).__name__}"
-        )
-    return curves
+        came = type(curves).__name__
+        raise PrunexError(f"expected the Curves that removal_curves(model, images, maps) makes, got a {came}")
+    found: Tensor | None = getattr(curves, order)
+    if found is None:
+        raise PrunexError(f"these curves were made without {order!r}: name it among the orders of removal_curves")
+    return found
+
+
+def _check_orders(orders: Any) -> list[int]:
+    """Their numbers in ORDERS."""
+    given = list(orders) if isinstance(orders, list | tuple) else [orders]
+    for name in given:
+        if not isinstance(name, str) or name not in ORDERS:
+            raise unknown("order", name, ORDERS)
+    if not given or len(set(given)) < len(given):
+        raise PrunexError(f"orders={orders!r} is not allowed: give one or more of {', '.join(ORDERS)}, each once")
+    return [ORDERS.index(name) for name in given]
 
 
 def _whole(curves: Curves) -> None:

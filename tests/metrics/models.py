@@ -87,11 +87,9 @@ def painted(image, gone, removal):
     out = image.clone()
     soft = gaussian(image) if removal == "blur" else None
     for c in range(3):
+        colour = 0.0 if removal == "grey" else sum(image[c].flatten().tolist()) / image[c].numel()
         for y, x in gone.nonzero().tolist():
-            if soft is not None:
-                out[c, y, x] = soft[c, y, x]
-            else:
-                out[c, y, x] = 0 if removal == "grey" else image[c].mean()
+            out[c, y, x] = colour if soft is None else soft[c, y, x]
     return out
 
 

@@ -41,7 +41,7 @@ from prunex.metrics import (
 from prunex.metrics.faithfulness import ERASER, curves_of, logarithmic_sizes, saco_of
 from prunex.metrics.occlusion import Occlusion
 from tests.metrics.models import MEAN, PRUNED, STD, constant, linear, pruned, shares, without
-from tests.vits import assert_same_state, images, largest, state_of, tiny
+from tests.vits import assert_same_state, images, largest, quick, state_of, tiny
 
 STEPS = tuple(k / 10 for k in range(11))
 DRAWN = [sensitivity_n, faithfulness_correlation, infidelity, saco]
@@ -109,7 +109,7 @@ def test_curve_metrics_against_their_definitions(removal):
 
 def test_curves_at_the_fractions_of_eraser():
     model, x, maps = case()
-    found = removal_curves(model, x, maps, 2, steps=ERASER, least=False)
+    found = removal_curves(model, x, maps, 2, steps=ERASER, orders=("without", "only"))
     for b in range(2):
         values = maps[b].flatten().tolist()
         clean, gone, only, _ = curves_by_hand(model, x[b], values, "drop", 2, ERASER)
@@ -123,6 +123,16 @@ def test_other_outputs_are_those_of_the_logits():
     assert largest(odds.without, (p.without / (1 - p.without)).log()) < 1e-9
     with torch.no_grad():
         assert largest(logit.clean, model(x)[:, 1]) < 1e-10
+
+
+def test_orders_that_are_not_asked_for_cost_nothing():
+    model, x, maps = case()
+    whole = removal_curves(model, x, maps)
+    for name in ("without", "only", "least"):
+        part = removal_curves(model, x, maps, orders=(name,))
+        assert largest(getattr(part, name), getattr(whole, name)) < 1e-12
+        assert [n for n in ("without", "only", "least") if getattr(part, n) is None] != []
+        assert part.forwards == 20
 
 
 def test_the_target_is_the_predicted_class_of_the_clean_image():
@@ -342,7 +352,7 @@ def test_the_scale_of_a_map_does_not_matter_to_curves():
 
 
 @pytest.mark.parametrize("selection", ["free", "frozen"])
-@pytest.mark.parametrize("pruner", [None, *PRUNED])
+@pytest.mark.parametrize("pruner", quick([None, *PRUNED], [None, "evit"]))
 def test_one_equals_many_on_dense_and_pruned_models(pruner, selection):
     model, x, maps = pruned(pruner), *case(3)[1:]
     before = state_of(model)
@@ -363,6 +373,17 @@ def test_one_equals_many_on_dense_and_pruned_models(pruner, selection):
         parts = [metric(model, x[i : i + 1], maps[i : i + 1], chunk=2, **few, **options) for i in range(3)]
         assert largest(torch.cat(parts).nan_to_num(5), whole.nan_to_num(5)) < 1e-9
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("selection", ["free", "frozen"])
+@pytest.mark.parametrize("pruner", ["tome", "dynamicvit"])
+def test_curves_of_one_equal_those_of_many(pruner, selection):
+    model, x, maps = pruned(pruner), *case(2)[1:]
+    options = {"selection": selection, "steps": (0.3, 0.8), "orders": ("only",)}
+    whole = removal_curves(model, x, maps, **options).only
+    for b in range(2):
+        one = removal_curves(model, x[b : b + 1], maps[b : b + 1], chunk=1, **options).only
+        assert largest(one, whole[b : b + 1]) < 1e-10
 
 
 def test_free_and_frozen_differ_where_the_pruner_chooses_otherwise():
@@ -482,7 +503,9 @@ def test_sizes_are_logarithmic():
         ({"removal": "mask"}, "unknown removal 'mask'"),
         ({"selection": "frosen"}, "unknown selection 'frosen': did you mean 'frozen'"),
         ({"output": "prob"}, "unknown output 'prob': did you mean 'probability'"),
-        ({"least": 1}, "least=1"),
+        ({"orders": "most"}, "unknown order 'most'.*least, only, without"),
+        ({"orders": ()}, r"orders=\(\) is not allowed"),
+        ({"orders": ("only", "only")}, "each once"),
         ({"chunk": True}, "chunk=True"),
         ({"target": 5}, "target=5 is out of range"),
         ({"target": 1.5}, "target=1.5"),
@@ -500,13 +523,13 @@ def test_refused_by_the_curves(change, match):
 
 def test_refused_by_readers():
     model, x, maps = case()
-    some = removal_curves(model, x, maps, steps=(0.1, 0.5), output="logit", least=False)
+    some = removal_curves(model, x, maps, steps=(0.1, 0.5), output="logit", orders=["only", "without"])
     for metric in (deletion, insertion, aopc):
         with pytest.raises(PrunexError, match=r"go from 0.1 to 0.5: areas need steps from 0 to 1"):
             metric(some)
     with pytest.raises(PrunexError, match="no step 0.2"):
         sufficiency(some)
-    with pytest.raises(PrunexError, match="least=False"):
+    with pytest.raises(PrunexError, match="made without 'least': name it among the orders"):
         srg(some)
     with pytest.raises(PrunexError, match="needs output='probability'"):
         log_odds(some, (0.1,))

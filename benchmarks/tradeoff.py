@@ -1,7 +1,8 @@
 """Accuracy against multiply-adds of every pruner at equal budgets, on digit scenes, from the shipped ViT.
 
     python benchmarks/tradeoff.py --epochs 2                      every pruner, five budgets, three seeds
-    python benchmarks/tradeoff.py --epochs 0 --val-size 1000      untrained: what a method does to a dense model at once
+    python benchmarks/tradeoff.py --epochs 0 --val-size 1000      untrained: what methods do to a dense model
+    python benchmarks/tradeoff.py --methods xpruner taylor evit+xpruner --budgets 0.5 --epochs 8   heads, channels
 
 Every row trains the same number of epochs on the same scenes (dense too) and is then tested on others; seeds draw other
 scenes and other initial predictors. A method without a rate that a budget can set takes part at each of its settings.
@@ -27,10 +28,11 @@ from torch import nn
 from tqdm import tqdm
 
 import prunex
-from prunex.callbacks import TokenPruning
+from prunex.callbacks import MaskPruning, TokenPruning
 from prunex.errors import PrunexError
 from prunex.pictures import curves, save_png
 from prunex.pruners.base import accepted
+from prunex.pruners.units import UnitPruner
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.runs import evaluate
 from prunex.registry import lookup
@@ -46,6 +48,8 @@ POINTS: dict[str, list[dict[str, Any]]] = {
     "patch_slimming": [{"tolerance": t, "calibration_images": 512} for t in (0.02, 0.05, 0.1)],
 }
 DENSE = "dense"
+DECIDE = {"xpruner": {"masks": 0.25, "thresholds": 0.125}}  # the others are told to start when xpruner has decided
+LATER: dict[str, float] = {"start": 0.375}
 FIELDS = (
     "method", "setting", "seed", "epochs", "train_size", "val_size", "share", "mmacs", "accuracy", "object_kept",
 )  # fmt: skip
@@ -64,6 +68,8 @@ def settings(method: str, budgets: Sequence[float], keep_ratios: Sequence[float]
     """At which points a method takes part: budgets, keep ratios, or its own settings where it has no rate."""
     if method == DENSE:
         return [("1", {})]
+    if units_of(method):
+        return [(f"budget {budget:g}", {"budget": budget}) for budget in budgets]
     model = classifier().model
     takes = accepted(lookup("pruner", method).make)
     common: dict[str, Any] = {"stages": STAGES} if "stages" in takes else {}
@@ -89,19 +95,42 @@ def settings(method: str, budgets: Sequence[float], keep_ratios: Sequence[float]
     return [(", ".join(f"{k} {v}" for k, v in one.items()), {**common, **one}) for one in own]
 
 
+def units_of(method: str) -> str | None:
+    """The unit pruner in a method's name, or None."""
+    name = method.rsplit("+", 1)[-1]
+    make: Any = None if name == DENSE else lookup("pruner", name).make
+    return name if make is not None and issubclass(make, UnitPruner) else None
+
+
+def unit_callbacks(method: str, budget: float, tokens: float) -> list[Any]:
+    """The callbacks of a unit pruner, and of the token pruner beside it."""
+    units = units_of(method) or ""
+    masks: Any = DECIDE.get(units, LATER)
+    found: list[Any] = [MaskPruning(units, budget=budget, **masks)]
+    if "+" in method:
+        found.append(TokenPruning(method.split("+")[0], budget=tokens, stages=STAGES))
+    return found
+
+
 def train(method: str, setting: Setting, seed: int, args: argparse.Namespace) -> nn.Module:
     """The slim model of one method at one setting."""
     lightning.seed_everything(seed, verbose=False)
     recipe = dict(RECIPES.get(method, {}))
+    if args.learning_rate is not None:
+        recipe["learning_rate"] = args.learning_rate
     scale = recipe.pop("backbone_lr_scale", 1.0)
     module = classifier(**recipe)
     options = dict(setting[1])
     if args.epochs == 0:
+        if units_of(method):
+            raise SystemExit(f"{method} prunes units: give it some epochs")
         if method != DENSE:
             calibrated(prunex.attach(module, method, **options))
         return prunex.slim(module)
-    callbacks = []
-    if method != DENSE:
+    callbacks: list[Any] = []
+    if units_of(method):
+        callbacks = unit_callbacks(method, options["budget"], args.token_budget)
+    elif method != DENSE:
         own = {k: options.pop(k) for k in ("keep_ratio", "stages", "budget") if k in options}
         callbacks.append(TokenPruning(method, options=options, backbone_lr_scale=scale, **own))
     trainer = lightning.Trainer(
@@ -164,6 +193,7 @@ def append(path: Path, fields: Sequence[str], values: dict[str, Any]) -> None:
 
 def measure(points: Sequence[tuple[str, Setting]], args: argparse.Namespace) -> dict[tuple[str, str], float]:
     """Images a second as a multiple of the dense model's, of all models side by side (time depends on shapes alone)."""
+    points = [p for p in points if not units_of(p[0])]  # their widths come from training: benchmarks/slim.py times some
     path = args.out / "speed.csv"
     known = {(r["method"], r["setting"]): float(r["speed_up"]) for r in read_rows(path)}
     if all((method, name) in known for method, (name, _) in points):
@@ -261,11 +291,15 @@ def many(count: int, what: str) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("runs/tradeoff"), help="folder to write to")
-    made.add_argument("--methods", nargs="+", help="pruners; default: all that are registered")
+    made.add_argument("--methods", nargs="+", help="pruners; default: all that prune tokens")
     made.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5], help="of the dense MACs")
     made.add_argument(
         "--keep-ratios", type=float, nargs="+", help="these instead of budgets, for methods with the option"
     )
+    made.add_argument(
+        "--token-budget", type=float, default=0.65, help="of TOKENS+UNITS: what tokens alone are pruned to"
+    )
+    made.add_argument("--learning-rate", type=float, help="of every method; None: each one's own")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--epochs", type=int, default=2, help="0: untrained")
     made.add_argument("--train-size", type=int, default=4800, help="scenes an epoch")
@@ -286,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.getLogger(quiet).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     args.out.mkdir(parents=True, exist_ok=True)
-    methods = args.methods or [m.name for m in prunex.methods("pruner")]
+    methods = args.methods or [m.name for m in prunex.methods("pruner") if not units_of(m.name)]
     points = [(m, s) for m in [DENSE, *methods] for s in settings(m, args.budgets, args.keep_ratios)]
     path = args.out / "tradeoff.csv"
     done = {tuple(r[k] for k in KEY) for r in read_rows(path)}

@@ -3,6 +3,7 @@
 from prunex.callbacks.checkpoints import load_from_checkpoint
 from prunex.callbacks.kept_token_monitor import KeptTokenMonitor
 from prunex.callbacks.mask_pruning import MaskPruning
+from prunex.callbacks.relevancy_guidance import RelevancyGuidance
 from prunex.callbacks.relevancy_monitor import RelevancyMonitor
 from prunex.callbacks.slim_export import SlimExport
 from prunex.callbacks.token_pruning import TokenPruning
@@ -11,6 +12,7 @@ from prunex.callbacks.unit_monitor import UnitMonitor
 __all__ = [
     "KeptTokenMonitor",
     "MaskPruning",
+    "RelevancyGuidance",
     "RelevancyMonitor",
     "SlimExport",
     "TokenPruning",

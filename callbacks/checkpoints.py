@@ -53,7 +53,7 @@ def load_from_checkpoint(
     module.configure_model()
     if told.get("units") and prunex.attached(module, told["path"], units=True) is None:
         prunex.attach(module, path=told["path"], **told["units"])
-    pruning = None
+    pruning: Any = None
     if told.get("pruning"):
         pruning = prunex.attached(module, told["path"]) or prunex.attach(module, path=told["path"], **told["pruning"])
     module.on_load_checkpoint(checkpoint)

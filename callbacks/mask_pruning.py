@@ -84,8 +84,9 @@ class MaskPruning(Participant):
         model: str | None = None,
     ) -> None:
         super().__init__()
-        self.make: Any = prunex.registry.lookup("pruner", method).make
-        if not issubclass(self.make, UnitPruner):
+        make: Any = prunex.registry.lookup("pruner", method).make
+        self.make = make
+        if not issubclass(make, UnitPruner):
             raise PrunexError(
                 f"{method} prunes tokens: give it to TokenPruning; MaskPruning takes xpruner, taylor, ..."
             )
@@ -203,8 +204,7 @@ class MaskPruning(Participant):
                 pruner.stage = "thresholds"
                 self.pruning.budget()
             if pruner.stage == "thresholds" and done >= self.masks + self.thresholds:
-                self.pruning.budget()
-                pruner.conclude()
+                self.pruning.conclude()
                 self._say_widths(trainer)
             self._rest(trainer, pruner.stage == "masks")
         if self.pruning.decided and self.remove and not self.pruning.removed and trainer.world_size == 1:
@@ -248,7 +248,8 @@ class MaskPruning(Participant):
         if pruner is None or pruning is None or pruner.stage == "done":
             return beneath(*args, **kwargs)
         batch = args[0] if args else kwargs.get("batch")
-        labels = parts_of(batch).get("labels")
+        parts = parts_of(batch)
+        labels = parts.get("labels")
         if pruner.stage == "masks":
             if labels is None:
                 raise PrunexError(
@@ -265,7 +266,7 @@ class MaskPruning(Participant):
             removed = pruner.rate().detach()
             module.log("prunex/units_removed", removed, on_step=False, on_epoch=True, batch_size=images)
             module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
-        return with_losses(module, output, pruner.losses(), images)
+        return with_losses(module, output, pruning.losses(parts.get("images"), labels), images)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

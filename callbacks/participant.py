@@ -89,7 +89,7 @@ def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], 
     def undo() -> None:
         if layer in layers:
             layers.remove(layer)
-        now = module.__dict__.get(name)
+        now: Any = module.__dict__.get(name)
         if layers or getattr(now, "_prunex_layers", None) is not layers:
             return
         own = now._prunex_before

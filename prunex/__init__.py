@@ -15,12 +15,14 @@ from prunex.explain import Explanation, explain
 from prunex.metrics import Cost, cost
 from prunex.registry import methods
 from prunex.slim import export, load, save, slim
+from prunex.vit.widths import WidthSpec
 
 __all__ = [
     "Cost",
     "Explanation",
     "PrunexError",
     "Pruning",
+    "WidthSpec",
     "attach",
     "attached",
     "cost",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -15,7 +15,7 @@ from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.pruners.units import UnitPruner
 from prunex.registry import lookup
-from prunex.unit_pruning import UnitPruning, put_units
+from prunex.unit_pruning import UnitPruning, check_readable, put_units
 from prunex.vit.anatomy import Anatomy, ViT, find, read
 from prunex.vit.forward import for_heads, masked_pool, run
 from prunex.vit.intermediates import Watch
@@ -46,6 +46,7 @@ class Attached(nn.Module):
         self.last: Forward | None = None
         self.policy: Tensor | None = None
         self.sizes: Tensor | None = None
+        self.more: list[Callable[[Forward], Mapping[str, Tensor]]] = []
         self.register_load_state_dict_pre_hook(_accept_dense)
 
     @property
@@ -55,7 +56,7 @@ class Attached(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
-        return self.__dict__ | {"trace": None, "last": None, "policy": None, "sizes": None}
+        return self.__dict__ | {"trace": None, "last": None, "policy": None, "sizes": None, "more": []}
 
     def current(self, model: ViT) -> Anatomy:
         """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
@@ -65,6 +66,11 @@ class Attached(nn.Module):
             self.dense = read(model)
             self.anatomy = self.pruner.alter(self.dense)
         return self.anatomy
+
+    def refit(self, model: ViT) -> None:
+        """Read the anatomy again, after heads or MLP channels were taken out of the model."""
+        self.dense = read(model)
+        self.anatomy = self.pruner.alter(self.dense)
 
     def features(self, model: ViT, images: Tensor, watch: Watch | None = None) -> Tensor:
         """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
@@ -184,7 +190,19 @@ class Pruning:
                 what = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
                 raise PrunexError(f"labels are {what}: give one class index for each of the {count} images")
         attached.last.labels = labels
-        return attached.pruner.losses(attached.last)
+        found = dict(attached.pruner.losses(attached.last))
+        for more in attached.more:
+            found |= more(attached.last)
+        return found
+
+    def also(self, loss: Callable[[Forward], Mapping[str, Tensor]]) -> None:
+        """Add a loss to those of the method: :meth:`losses` will hold what it makes of each training forward.
+
+        Args:
+            loss: From a :class:`~prunex.pruners.base.Forward` (images, tokens, trace with scores on the graph, labels)
+                to named scalars, weighted. Copies of the model, such as slim ones, do not have it.
+        """
+        self._attached.more.append(loss)
 
     def forget(self) -> None:
         """Let go of the last training forward's graph (after its losses were used)."""
@@ -375,6 +393,7 @@ def attach(
     if budget is not None:
         options = Budget(vit, anatomy, make, options).solve(budget)
     pruner: TokenPruner = make(anatomy, **options)
+    check_readable(vit, pruner, getattr(vit, UNITS, None))
     pruner.prepare(vit)
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)

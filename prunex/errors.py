@@ -21,6 +21,10 @@ class PrunexError(ValueError):
         super().__init__(" ".join(text.split()))
 
 
+class OutOfReach(PrunexError):
+    """A budget that this method cannot meet on this model, while another may."""
+
+
 def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
     """A ``PrunexError`` for a name that is not known, offering the nearest ones and listing all.
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
-from prunex.vit.units import CHILD, Branch, branches, put_gates, take_gates_off
+from prunex.vit.units import CHILD, Branch, blocks_of, branches, opens_heads, put_gates, take_gates_off
 from prunex.vit.widths import WidthSpec, narrow, widths_of
 
 
@@ -30,6 +30,7 @@ class Gated(nn.Module):
         self.add_module(pruner.name, pruner)
         self.method = pruner.name
         self.labels: Tensor | None = None
+        self.more: list[Callable[[Tensor, Tensor], Mapping[str, Tensor]]] = []
 
     @property
     def pruner(self) -> UnitPruner:
@@ -38,11 +39,22 @@ class Gated(nn.Module):
         return found
 
     def gate(self, key: str, batch: int) -> Tensor | None:
-        """What the layer behind a branch's units shall have its input multiplied by."""
-        return self.pruner.gate(key, self.labels)
+        """What the layer behind a branch's units shall have its input multiplied by.
+
+        Raises:
+            PrunexError: For other images than labels were told for.
+        """
+        found = self.pruner.gate(key, self.labels)
+        if found is not None and found.ndim == 2 and len(found) != batch:
+            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
+        return found
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
+        return self.pruner.left(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"labels": None}
+        return self.__dict__ | {"labels": None, "more": []}
 
 
 class UnitPruning:
@@ -128,9 +140,26 @@ class UnitPruning:
         finally:
             gated.labels = None
 
-    def losses(self) -> dict[str, Tensor]:
-        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned."""
-        return self.pruner.losses()
+    def losses(self, images: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned.
+
+        Args:
+            images: float [B, C, H, W], what the training forward was given, for losses that :meth:`also` added.
+            labels: int64 [B], their classes, likewise.
+        """
+        found = dict(self.pruner.losses())
+        if images is not None and labels is not None:
+            for more in self._gated.more:
+                found |= more(images, labels)
+        return found
+
+    def also(self, loss: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> None:
+        """Add a loss to those of the method: from images and labels to named scalars, weighted.
+
+        Args:
+            loss: Called by :meth:`losses`. Copies of the model, such as slim ones, do not have it.
+        """
+        self._gated.more.append(loss)
 
     def calibrate(self, batches: Any = None) -> WidthSpec:
         """Score the units and choose those that the budget allows.
@@ -170,6 +199,18 @@ class UnitPruning:
         pruner.may_spend(allowed)
         return allowed
 
+    def conclude(self) -> WidthSpec:
+        """End ``xpruner``'s search: choose the units that the budget allows, by its scores and thresholds.
+
+        Raises:
+            PrunexError: For another method, or a budget out of reach.
+        """
+        if not isinstance(self.pruner, XPruner):
+            raise PrunexError(f"{self.method} does not search: call calibrate(...)")
+        self.budget()
+        self.pruner.conclude()
+        return self.widths
+
     def relevance_table(self) -> UnitRelevance:
         """Which unit serves which class; of methods whose scores have a class axis.
 
@@ -189,10 +230,17 @@ class UnitPruning:
             The model.
         """
         if not self.removed:
-            narrow(self.model, self.widths, optimizers)
-            take_gates_off(self.model)
-            self.pruner.remove()
+            self._take_out(self.widths, optimizers)
         return self.model
+
+    def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Narrow the model to a spec (None: to the units that are open), without asking whether that was decided."""
+        narrow(self.model, self.pruner.widths() if spec is None else spec, optimizers)
+        take_gates_off(self.model)
+        self.pruner.remove()
+        tokens: Any = getattr(self.model, "prunex", None)
+        if tokens is not None:
+            tokens.refit(self.model)
 
     def detach(self) -> nn.Module:
         """Take the gates off: the dense model bit for bit (or the narrow one, after :meth:`remove`); harmless twice.
@@ -241,14 +289,22 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
     pruner.known = widths_of(model)
     pruner.prepare(model)
+    hooked = getattr(model, "prunex", None)
+    if hooked is not None:
+        check_readable(model, hooked.pruner, pruner)
+    with suppress(PrunexError):
+        pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
     weight = next(model.parameters())
     gated = Gated(pruner)
     gated.to(weight.device)
     gated.train(model.training)
     model.add_module(CHILD, gated)
-    put_gates(model, gated.gate)
+    put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
-    return UnitPruning(model)
+    pruning = UnitPruning(model)
+    with suppress(OutOfReach):  # told when units are chosen
+        pruning.budget()
+    return pruning
 
 
 @contextmanager
@@ -265,32 +321,40 @@ def _schedule_done(model: nn.Module) -> Iterator[None]:
         attached.pruner.progress = before
 
 
+def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
+    """Refuse to rank tokens by the attention of blocks that have no heads, or may lose all of them.
+
+    Args:
+        model: A backbone.
+        tokens: The token pruner.
+        units: The unit pruner, or what holds it, or None.
+
+    Raises:
+        PrunexError: By block.
+    """
+    read = sorted(tokens.rows() | tokens.key_means())
+    blocks: list[Any] = [block for _, block in blocks_of(model)]
+    bare = [b for b in read if opens_heads(blocks[b]) and blocks[b].attn.num_heads == 0]
+    if bare:
+        raise PrunexError(
+            f"{tokens.name} ranks tokens by the attention of block {bare[0]}, which has no heads: choose other stages"
+        )
+    units = units.pruner if isinstance(units, Gated) else units
+    if read and units is not None and units.least["heads"] == 0:
+        raise PrunexError(
+            f"min_heads=0 could leave no heads in blocks {read}, by whose attention {tokens.name} ranks tokens: give "
+            "min_heads=1"
+        )
+
+
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    if not hasattr(model, "prunex"):
-        return branches(model)
-    with _at_the_end(model):
-        return branches(model, tokens_of(tally(model, gates=False)))
+    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
 
 
 def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there; tokens pruned as at the end of their schedule, or not at all."""
-    with _at_the_end(model):
-        return tally(model, gates=False).macs
-
-
-@contextmanager
-def _at_the_end(model: nn.Module) -> Iterator[None]:
-    """See token rates as they will be: what units may cost must not depend on when it is asked."""
-    pruner: Any = getattr(getattr(model, "prunex", None), "pruner", None)
-    if pruner is None:
-        yield
-        return
-    now, pruner.progress = pruner.progress, 1.0
-    try:
-        yield
-    finally:
-        pruner.progress = now
+    """Multiply-adds with all units that are there, tokens pruned or not."""
+    return tally(model, gates=False).macs
 
 
 def dense_macs(model: nn.Module) -> int:
@@ -313,6 +377,4 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
             known = gated.pruner._buffers.get(name)
             if name.startswith("open_") and known is not None and known.shape == value.shape:
                 known.copy_(value)
-        narrow(model, gated.pruner.widths())
-        take_gates_off(model)
-        gated.pruner.remove()
+        UnitPruning(model)._take_out()

@@ -210,7 +210,10 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
     if pruning is None and gates is None and not narrow:
         notes.append("this run pruned nothing, so there is no slim model beside the dense one")
         return [Contestant("dense, trained", slim, True, size, graph if fresh else None)], notes
-    parts = [*([pruning.method] if pruning else []), *([gates.method] if gates else ["narrow"] if narrow else [])]
+    parts = [
+        *([pruning.method] if pruning else []),
+        *([gates.method] if gates else [_unit_method(config)] if narrow else []),
+    ]
     if gates is not None and not gates.removed:
         notes.append(f"units closed by {gates.method} are still in the model: its MACs count them as taken out")
     if narrow:
@@ -222,6 +225,16 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
         Contestant(name, dense, known, _bytes(dense)),
         Contestant(f"slim: {' + '.join(parts)}", slim, True, size, graph if fresh else None),
     ], notes
+
+
+def _unit_method(config: dict[str, Any]) -> str:
+    """Which method took units out, as far as the config tells: the model itself knows what is left, not why."""
+    told = (config["model"].get("init_args") or {}).get("unit_pruning")
+    callbacks = (config.get("trainer") or {}).get("callbacks")
+    for callback in callbacks if isinstance(callbacks, list) else []:
+        if isinstance(callback, dict) and str(callback.get("class_path")).endswith("MaskPruning"):
+            told = {"method": "xpruner", **(callback.get("init_args") or {})}
+    return str(told["method"]) if isinstance(told, dict) and "method" in told else "narrow"
 
 
 def _detached(model: nn.Module) -> nn.Module:
@@ -304,7 +317,8 @@ def _evaluate(
         if not contestant.known:
             continue
         loader = data.val_dataloader()
-        batches = tqdm(_first(loader, limit), desc=f"accuracy, {contestant.name}", unit="batch", disable=not tell)
+        total = len(loader) if limit is None and hasattr(loader, "__len__") else None
+        batches = tqdm(_first(loader, limit), f"accuracy, {contestant.name}", total, unit="batch", disable=not tell)
         row |= evaluate(contestant.model, batches)
 
 
@@ -358,10 +372,15 @@ def _calls(kind: str, models: Sequence[Contestant], threads: int) -> Iterator[li
         return
     with tempfile.TemporaryDirectory() as folder:
         graphs = [c.graph or prunex.export(c.model, Path(folder) / f"{i}.onnx") for i, c in enumerate(models)]
-        yield [_session(graph, threads) for graph in graphs]
+        yield [session(graph, threads) for graph in graphs]
 
 
-def _session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
+def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
+    """What runs an exported graph on images, on the processor.
+
+    Raises:
+        PrunexError: For a graph that cannot be run.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

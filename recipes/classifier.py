@@ -137,8 +137,10 @@ class ImageClassifier(LightningModule):
         """Put on the pruners that the hyperparameters tell of; a model that is pruned already stays as it is."""
         for name, units in (("pruning", False), ("unit_pruning", True)):
             spec = dict(self.hparams.get(name) or {})
-            known: Any = None if not spec else prunex.attached(self.model, units=units)
-            if not spec or known is not None:
+            if not spec:
+                continue
+            known: Any = prunex.attached(self.model, units=True) if units else prunex.attached(self.model)
+            if known is not None:
                 continue
             if "method" not in spec:
                 raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")

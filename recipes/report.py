@@ -26,6 +26,8 @@ from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
 
 IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
+RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list
+_CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
 _PNG_BYTES = 30_000  # a tile larger than this is a photo, which JPEG holds in a tenth of the space
 _NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger."
 _NO_MAPS = (
@@ -33,6 +35,7 @@ _NO_MAPS = (
     "train with the callbacks KeptTokenMonitor and RelevancyMonitor."
 )
 _NO_SUMMARY = "There is no summary.json in the run folder, so costs are not compared: run prunex bench on this folder."
+_NO_BENCH = "There is no bench.json in the run folder."
 _NO_SLIM = "There is no slim/ in the run folder, so there is no model to load yet: train with the callback SlimExport."
 _NO_CONFIG = "There is no config.yaml in the run folder; prunex fit writes one."
 
@@ -65,12 +68,28 @@ class Gallery:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Units:
+    """Pictures of units (heading, smaller line, tile), and what single heads and classes have to do with each other.
+
+    ``classes`` holds (class, images seen, [(head, excess)]), ``heads`` holds (head, [(class, excess)]).
+    """
+
+    pictures: list[tuple[str, str, Tile]] = field(default_factory=list)
+    classes: list[tuple[str, str, list[tuple[str, str]]]] = field(default_factory=list)
+    heads: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    epoch: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
 def write_report(run: str | Path) -> Path:
     """Write ``report.html`` into a run folder.
 
     The page needs no network and no other file. It holds what the folder holds: ``summary.json`` (dense beside
-    pruned), ``maps/epoch=NNN.npz`` (kept patches and relevancy), ``metrics.csv`` (curves), ``slim/`` (how to load the
-    model) and ``config.yaml``. What is missing or cannot be read is left out, with a sentence that says so.
+    pruned), ``bench.json`` (measured speed, written by ``prunex bench``), ``maps/epoch=NNN.npz`` (kept patches and
+    relevancy), ``maps/units-*.png`` and ``units.csv`` (heads and MLP channels), ``metrics.csv`` (curves), ``slim/``
+    (how to load the model) and ``config.yaml``. What is missing or cannot be read is left out, with a sentence that
+    says so; of ``bench.json`` and units nothing is said where they are missing.
 
     ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
     multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
@@ -103,16 +122,25 @@ def write_report(run: str | Path) -> Path:
     maps, map_notes = _maps(folder / "maps")
     metrics, metrics_note = _metrics(folder / "metrics.csv")
     config, config_note = _text(folder / "config.yaml", _NO_CONFIG)
-    rows = [row for row in _list(summary.get("rows")) if isinstance(row, dict)]
+    rows = _dicts(summary.get("rows"))
+    bench, bench_note = _json(folder / "bench.json", _NO_BENCH)
+    measured = _dicts(bench.get("rows"))
+    named = names if isinstance(names, list) else None
     page = _template().render(
         title=folder.resolve().name,
         architecture=str(slim.get("architecture") or ""),
         machine=str(summary.get("machine") or ""),
-        cards=_cards(rows, maps),
+        cards=_cards(rows or measured, maps),
         table=_table(rows),
-        table_note=summary_note or ("" if rows else "summary.json holds no rows, so costs are not compared."),
-        epochs=_epoch_gallery(maps, names if isinstance(names, list) else None),
-        stages=_stage_gallery(maps, names if isinstance(names, list) else None),
+        table_note=_table_note(summary_note, rows, measured),
+        bench=_table(measured),
+        bench_speed=_speed(bench),
+        bench_machine=_conditions(bench),
+        bench_notes=[str(note) for note in _list(bench.get("notes"))],
+        bench_note="" if bench_note == _NO_BENCH else bench_note,
+        units=_units(folder, named),
+        epochs=_epoch_gallery(maps, named),
+        stages=_stage_gallery(maps, named),
         map_notes=map_notes or ([] if maps else [_NO_MAPS]),
         charts=[_chart(title, lines) for title, lines in _charts(metrics)],
         charts_note=metrics_note or ("" if metrics else "metrics.csv holds no numbers, so there are no curves."),
@@ -262,6 +290,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell
         ("accuracy", "accuracy", "{:.1%}"),
         ("gmacs", "GMACs / image", "{:.3g}"),
         ("params_m", "parameters (M)", "{:.3g}"),
+        ("file_mb", "file (MB)", "{:.3g}"),
         ("images_per_s", "images / s", "{:,.0f}"),
         ("kept_digit_cover", "object patches kept", "{:.1%}"),
     ]
@@ -277,7 +306,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell
                 continue
             ratio = _ratio(row, dense, key) if row is not dense else None
             note = _points(row, dense) or None if key == "accuracy" and row is not dense else None
-            if key in ("gmacs", "params_m", "images_per_s") and ratio is not None:
+            if key in ("gmacs", "params_m", "file_mb", "images_per_s") and ratio is not None:
                 note = f"{ratio:.2f}×"
             bar = value / most[key] if key in ("gmacs", "images_per_s") and most[key] > 0 else None
             line.append(Cell(form.format(value), note, bar))
@@ -287,6 +316,168 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell
             for cell in column:
                 cell.note = cell.note or ""
     return [heading for _, heading, _ in columns], lines
+
+
+def _table_note(missing: str, rows: Sequence[Any], measured: Sequence[Any]) -> str:
+    """Why there is no table; nothing where bench.json tells the costs instead."""
+    if rows or (measured and missing == _NO_SUMMARY):
+        return ""
+    return missing or "summary.json holds no rows, so costs are not compared."
+
+
+def _speed(bench: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and rows of measured images a second: a row a runtime and batch size, a column a model."""
+    models: list[str] = []
+    found: list[tuple[str, dict[str, Any]]] = []
+    for entry in _dicts(bench.get("speed")):
+        runtime = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}.get(str(entry.get("runtime")))
+        name = f"{runtime or entry.get('runtime') or '?'}, batch {entry.get('batch', '?')}"
+        told = {str(m.get("model")): m for m in _dicts(entry.get("models")) if _number(m.get("images_per_s"))}
+        models += [model for model in told if model not in models]
+        if told:
+            found.append((name, told))
+    lines = []
+    for name, told in found:
+        most = max(float(m["images_per_s"]) for m in told.values())
+        line = [Cell(name)]
+        for model in models:
+            m = told.get(model, {})
+            line.append(_spread(m, "images_per_s", "low", "high", ("{:,.0f}", "{:,.1f}"), most))
+            if model != models[0]:
+                line.append(_spread(m, "ratio", "ratio_low", "ratio_high", ("{:.2f}×", "{:.2f}×")))
+        lines.append(line)
+    headings = [h for model in models for h in ([model] if model == models[0] else [model, f"to {models[0]}"])]
+    return headings, lines
+
+
+def _spread(
+    values: Mapping[str, Any], key: str, low: str, high: str, forms: tuple[str, str], most: float | None = None
+) -> Cell:
+    """A median with its quartiles."""
+    middle, below, above = (_number(values.get(k)) for k in (key, low, high))
+    if middle is None:
+        return Cell("–", "")
+    form = forms[0] if middle >= 100 else forms[1]
+    note = "" if below is None or above is None else f"{form.format(below)} to {form.format(above)}"
+    return Cell(form.format(middle), note, None if most is None else middle / most)
+
+
+def _conditions(bench: Mapping[str, Any]) -> str:
+    versions = bench.get("versions")
+    torch = versions.get("torch") if isinstance(versions, dict) else None
+    threads = bench.get("threads")
+    parts = [
+        bench.get("machine"),
+        f"{threads} thread{'' if threads == 1 else 's'}" if threads else None,
+        bench.get("dtype"),
+        f"torch {torch}" if torch else None,
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+# Heads and MLP channels.
+
+
+def _units(folder: Path, names: Sequence[str] | None) -> Units | None:
+    """What maps/ and units.csv hold of heads and MLP channels; None where there is nothing."""
+    units = Units()
+    wanted = (
+        ("Kept of each block", "bars: share of the dense block", folder / "maps" / "units-widths.png"),
+        ("Which heads serve which class", "red: more than for the mean class", _last(folder, "units-classes")),
+        ("Where these heads look", "attention of the class token", _last(folder, "units-heads")),
+    )
+    for heading, words, path in wanted:
+        if path is None or not path.is_file():
+            continue
+        epoch = re.search(r"epoch=(\d+)", path.name)
+        words = f"epoch {int(epoch[1])}, {words}" if epoch else words
+        try:
+            with Image.open(path) as image:
+                picture = np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            units.notes.append(f"maps/{path.name} could not be read ({type(error).__name__}) and is left out.")
+            continue
+        units.pictures.append((heading, words, Tile(_data_uri(picture, _CHART_BYTES), f"{heading}, {words}")))
+    _rank(folder / "units.csv", names, units)
+    return units if units.pictures or units.classes or units.notes else None
+
+
+def _last(folder: Path, name: str) -> Path | None:
+    """The picture of the last epoch."""
+    found = {
+        int(m[1]): path
+        for path in (folder / "maps").glob(f"{name}-epoch=*.png")
+        if (m := re.fullmatch(rf"{name}-epoch=(\d+)\.png", path.name))
+    }
+    return found[max(found)] if found else None
+
+
+def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
+    """The kept heads that matter most for each class beyond the mean of all classes, and the reverse."""
+    if not path.is_file():
+        return
+    try:
+        units.epoch, table, kept, seen = _relevance(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        units.notes.append(f"units.csv could not be read ({error}) and is left out.")
+        return
+    if not table:
+        units.notes.append("units.csv holds no relevance, so no head is named.")
+        return
+    means = {head: float(np.mean(list(row.values()))) for head, row in table.items()}
+    excess = {head: {c: v - means[head] for c, v in row.items()} for head, row in table.items() if kept[head]}
+    classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not c.isdigit(), c.zfill(12)))
+    named = {c: class_name(int(c), names) if c.isdigit() else c for c in classes}
+    top_heads = {
+        c: sorted(((v[c], h) for h, v in excess.items() if c in v), key=lambda found: -found[0])[:RANKED]
+        for c in classes
+    }
+    shown = _strongest({c: found[0][0] for c, found in top_heads.items() if found})
+    for c in (c for c in classes if c in shown):
+        units.classes.append((named[c], seen.get(c, "–"), [(_head(h), _signed(v)) for v, h in top_heads[c]]))
+    heads = _strongest({h: max(row.values()) for h, row in excess.items() if row})
+    for h in (h for h in sorted(excess) if h in heads):
+        best = sorted(excess[h].items(), key=lambda found: -found[1])[:RANKED]
+        units.heads.append((_head(h), [(named[c], _signed(v)) for c, v in best]))
+    for what, hidden in (("classes", len(classes) - len(shown)), ("heads", len(excess) - len(heads))):
+        if hidden > 0:
+            units.notes.append(f"{hidden} more {what} in units.csv.")
+
+
+def _relevance(
+    path: Path,
+) -> tuple[int, dict[tuple[int, int], dict[str, float]], dict[tuple[int, int], bool], dict[str, str]]:
+    """The last epoch of units.csv: relevance by head and class, which heads are kept, images seen of each class."""
+    epoch, table, kept, seen = -1, {}, {}, {}  # type: ignore[var-annotated]
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            numbers = [_number(row.get(key)) for key in ("epoch", "block", "head", "relevance")]
+            if row.get("class") in (None, "") or any(n is None for n in numbers):
+                continue
+            now, block, head, value = (n for n in numbers if n is not None)
+            if now < epoch:
+                continue
+            if now > epoch:
+                epoch, table, kept, seen = int(now), {}, {}, {}
+            place, name = (int(block), int(head)), str(row["class"])
+            table.setdefault(place, {})[name] = value
+            kept[place] = str(row.get("kept")).strip().lower() in ("true", "1", "1.0")
+            updates = _number(row.get("updates"))
+            seen[name] = "–" if updates is None else f"{updates:,.0f}"
+    return epoch, table, kept, seen
+
+
+def _strongest(values: Mapping[Any, float]) -> set[Any]:
+    """What a list has room for: those of the largest values."""
+    return set(sorted(values, key=lambda key: -values[key])[:LISTED])
+
+
+def _head(place: tuple[int, int]) -> str:
+    return f"{place[0]}.{place[1]}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 # The pictures.
@@ -375,9 +566,9 @@ def _explained(target: NDArray[Any] | None, arrays: Arrays) -> str:
     return "relevancy"
 
 
-def _data_uri(picture: Picture) -> str:
+def _data_uri(picture: Picture, most: int = _PNG_BYTES) -> str:
     content, kind = png_bytes(picture), "png"
-    if len(content) > _PNG_BYTES:
+    if len(content) > most:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
         content, kind = buffer.getvalue(), "jpeg"
@@ -435,3 +626,7 @@ def _short(value: Any) -> str:
 
 def _list(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else []
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in _list(value) if isinstance(entry, dict)]

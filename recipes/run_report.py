@@ -11,11 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 import prunex
+from prunex.attach import CHILD, UNITS
 from prunex.callbacks.monitor import run_folder
 from prunex.errors import PrunexError
 from prunex.recipes.report import write_report
-from prunex.recipes.runs import SUMMARY, compare, table, write_summary
+from prunex.recipes.runs import SUMMARY, compare, table, token_pruning, write_summary
 from prunex.vit.anatomy import find
+from prunex.vit.units import Backbone
 
 
 class RunReport(Callback):
@@ -23,8 +25,8 @@ class RunReport(Callback):
 
     Rows: ``dense`` (the ViT as it was before anything was attached), the trained model, and Top-K at the same keep
     ratio and stages on the untrained dense model; where the method has no keep ratio and no parameters of its own
-    (ToMe), the method itself on that model instead. Put it before ``TokenPruning`` in the list of callbacks, so that it
-    sees the dense model.
+    (ToMe), the method itself on that model instead. Put it before ``TokenPruning`` and ``MaskPruning`` in the list of
+    callbacks, so that it sees the dense model.
 
     Args:
         dense_accuracy: Evaluate the dense model too; False where its classifier starts untrained.
@@ -49,8 +51,9 @@ class RunReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep a copy of the dense model."""
-        if stage == "fit" and not self._dense and prunex.attached(pl_module, self.model) is None:
-            self._dense = (copy.deepcopy(find(pl_module, self.model)[1]).eval().requires_grad_(False),)
+        backbone = find(pl_module, self.model, Backbone)[1]
+        if stage == "fit" and not self._dense and not hasattr(backbone, CHILD) and not hasattr(backbone, UNITS):
+            self._dense = (copy.deepcopy(backbone).eval().requires_grad_(False),)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, print, write."""
@@ -60,16 +63,17 @@ class RunReport(Callback):
         if batches is None:
             return
         trained = prunex.slim(pl_module, self.model)
-        pruning = prunex.attached(trained)
-        name = "dense, trained" if pruning is None else pruning.method
+        pruning, units = token_pruning(trained), prunex.attached(pl_module, self.model, units=True)
+        methods = [handle.method for handle in (pruning, units) if handle is not None]
+        name = " + ".join(methods) or "dense, trained"
         models: dict[str, nn.Module] = {}
         evaluated = {name}
-        if self._dense and pruning is not None:
+        if self._dense and methods:
             dense = self._dense[0].to(next(trained.parameters()).device)
             models["dense"] = dense
             if self.dense_accuracy:
                 evaluated.add("dense")
-                baseline = _untrained(pruning) if self.untrained_topk else None
+                baseline = _untrained(pruning) if self.untrained_topk and pruning is not None else None
                 if baseline is not None:
                     plain = copy.deepcopy(dense)
                     prunex.attach(plain, **baseline)

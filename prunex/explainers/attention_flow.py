@@ -17,6 +17,7 @@ from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.forward import own_anatomy
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
@@ -83,7 +84,7 @@ def attention_flow(
     start = check_layer(start_layer, len(model.blocks))
     _check_cost(own_anatomy(model), images, start, max_tokens)
     solver = _solver()
-    tape = Tape(attention=True, reduce=lambda a: a.mean(1))
+    tape = Tape(attention=True, reduce=over_heads)
     with recording(model, images, target, tape) as recorded, torch.no_grad():
         prefix, readout = recorded.anatomy.prefix, recorded.readout()
         tokens = prefix + recorded.trace.grid[0] * recorded.trace.grid[1]
@@ -203,7 +204,8 @@ def _mixed(
 ) -> tuple[Integers, int, Integers]:
     """A layer of new nodes above the present tokens, and the edges of one block."""
     there = np.flatnonzero(nodes >= 0)
-    mixing = 0.5 * attention[np.ix_(there, there)] + 0.5 * np.eye(len(there))
+    own = 0.5 if attention.any() else 1  # without heads, a block mixes nothing
+    mixing = 0.5 * attention[np.ix_(there, there)] + own * np.eye(len(there))
     capacity = np.rint(mixing * scale).astype(np.int64)
     strong = np.ones_like(capacity)
     if strongest is not None and strongest < len(there):

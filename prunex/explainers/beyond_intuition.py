@@ -13,6 +13,7 @@ from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
+from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
@@ -90,7 +91,7 @@ def beyond_intuition(
     if variant == "head":
         tape = Tape(attention=True, gradients=True)
     else:  # Nothing of this forward is part of a graph; gradients are taken along the path alone.
-        tape = Tape(attention=True, reduce=lambda a: a.mean(1), streams=True, gradients=felt, graph_from=last + 1)
+        tape = Tape(attention=True, reduce=over_heads, streams=True, gradients=felt, graph_from=last + 1)
     with recording(model, images, target, tape, needs_class=felt or variant == "head") as recorded:
         weights = _head_weighted(recorded) if variant == "head" else _token_weighted(recorded)
         read = _read(recorded, last)
@@ -161,7 +162,7 @@ def _head_shares(attention: Tensor, grad: Tensor) -> Tensor:
     """Each head's share of the image's mean |A^T G|, [B, H]; equal shares where all are 0."""
     size = (attention.transpose(2, 3) @ grad).abs().mean((2, 3))
     total = size.sum(1, keepdim=True)
-    return torch.where(total > 0, size / total.clamp(min=torch.finfo(size.dtype).tiny), 1 / size.shape[1])
+    return torch.where(total > 0, size / total.clamp(min=torch.finfo(size.dtype).tiny), 1 / max(1, size.shape[1]))
 
 
 @torch.no_grad()
@@ -215,7 +216,7 @@ def _path_gradients(
             if step.block not in total:
                 total[step.block] = rows.new_zeros(batch, *rows.shape[1:])
             total[step.block].index_add_(0, index, rows)
-    return {block: (rows / steps).clamp(min=0).mean(1) for block, rows in total.items()}
+    return {block: over_heads((rows / steps).clamp(min=0)) for block, rows in total.items()}
 
 
 def _to_patches(recorded: Recording, row: Tensor, block: int) -> Tensor:

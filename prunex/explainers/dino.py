@@ -12,6 +12,7 @@ from prunex.errors import PrunexError
 from prunex.explainers.base import Recording, Relevance, recording, start_layer
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage
 
@@ -60,7 +61,7 @@ def dino(
         raw = on_patches(recorded, layer)
         if threshold is not None:
             raw = mass_mask(raw, threshold)
-        return recorded.answer(F.pad(raw.mean(1), (recorded.anatomy.prefix, 0)), raw)
+        return recorded.answer(F.pad(over_heads(raw), (recorded.anatomy.prefix, 0)), raw)
 
 
 def check_threshold(value: Any) -> None:

@@ -10,6 +10,7 @@ from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Attended, Tape
 
 
@@ -44,7 +45,7 @@ def generic_attention(
         grads = attention_gradients(recorded)
         with torch.no_grad():
             weights = {
-                step.block: (torch.as_tensor(step.attention) * grad).clamp(min=0).mean(1)
+                step.block: over_heads((torch.as_tensor(step.attention) * grad).clamp(min=0))
                 for step, grad in zip(tape.attended()[start:], grads, strict=True)
             }
 

@@ -13,6 +13,7 @@ from prunex.explainers.base import Recording, Relevance, recording
 from prunex.explainers.propagation import propagate
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Attended, Tape
 
 _AXES = ("key", "query", "cls")
@@ -115,7 +116,7 @@ def block_scores(
         anatomy: Of the model.
         queries: Positions of the m rows; None: all tokens.
     """
-    product = (attention * grad).clamp(min=0).mean(1)
+    product = over_heads((attention * grad).clamp(min=0))
     if axis == "query":
         if queries is None:
             return product.sum(2)

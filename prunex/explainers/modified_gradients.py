@@ -46,8 +46,11 @@ class ModifiedGradients(Arithmetic):
         return self._by_rule(module, images, 0)
 
     def _by_rule(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
-        layer, x = Layer.of(module), let_through(module, x)
-        return module(x) if self.gamma is None else _Gamma.apply(x, module(x), layer, self.gamma[which])
+        layer = Layer.of(module)
+        if self.gamma is None:
+            return module(x)
+        x = let_through(module, x)
+        return _Gamma.apply(x, module(x), layer, self.gamma[which])
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """A norm with its deviation held constant."""

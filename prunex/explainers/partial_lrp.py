@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Attended, Tape
 
 
@@ -83,5 +86,7 @@ def partial_lrp(
 
                 return propagate(tape, readout, prefix, mix, start=last)
 
-            raw = torch.stack([read(found[:, h]) for h in range(heads)], 1)
-            return recorded.answer(read(found.clamp(min=0).mean(1)), raw, signed=False)
+            raw = readout.new_zeros(len(images), 0, prefix + math.prod(recorded.trace.grid))  # a block without heads
+            if heads:
+                raw = torch.stack([read(found[:, h]) for h in range(heads)], 1)
+            return recorded.answer(read(over_heads(found.clamp(min=0))), raw, signed=False)

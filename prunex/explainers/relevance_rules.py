@@ -199,7 +199,8 @@ class RelevanceRules(Arithmetic):
         return self._by_rule(module, images, self.gamma[0], bounded)
 
     def _by_rule(self, module: nn.Module, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
-        layer, x = Layer.of(module), let_through(module, x)
+        layer = Layer.of(module)
+        x = let_through(module, x)  # the rules see the layer's inputs as its gates leave them
 
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
             if self.rule == "epsilon":

@@ -13,12 +13,13 @@ from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Attended, Tape
 
 _FUSIONS = {
-    "mean": lambda a: a.mean(1),
-    "max": lambda a: a.amax(1),
-    "min": lambda a: a.amin(1),
+    "mean": over_heads,
+    "max": lambda a: a.amax(1) if a.shape[1] else over_heads(a),
+    "min": lambda a: a.amin(1) if a.shape[1] else over_heads(a),
 }
 
 
@@ -65,7 +66,8 @@ def rollout(
         def mix(row: Tensor, step: Attended) -> Tensor:
             fused = torch.as_tensor(step.attention)
             if plain:
-                return 0.5 * times(row, fused, step.queries) + 0.5 * row
+                mixes = fused.flatten(1).any(1, keepdim=True)  # without heads, a block mixes nothing
+                return torch.where(mixes, 0.5 * times(row, fused, step.queries) + 0.5 * row, row)
             fused = _discard(fused, discard_ratio, prefix, step.policy)
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row

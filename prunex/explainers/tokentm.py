@@ -12,6 +12,7 @@ from prunex.explainers.base import Relevance, attention_gradients, recording
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
 from prunex.vit.tape import Attended, Fed, Tape
 
@@ -73,10 +74,10 @@ def tokentm(
                 a, up = torch.as_tensor(step.attention), grad.clamp(min=0)
                 if variant == "per_head":
                     w = _head_weights(model.blocks[step.block], step, total, necc_scale)
-                    updates[step.block] = (up * a * w.unsqueeze(2)).mean(1)
+                    updates[step.block] = over_heads(up * a * w.unsqueeze(2))
                 else:
                     w = _weights(_wide(step.before), _wide(step.after), step.policy, total, necc_scale)
-                    updates[step.block] = up.mean(1) * a.mean(1) * w.unsqueeze(1)
+                    updates[step.block] = over_heads(up) * over_heads(a) * w.unsqueeze(1)
 
             def mix(row: Tensor, step: Attended) -> Tensor:
                 return row + times(row, updates[step.block])

@@ -12,6 +12,7 @@ from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RelevanceRules
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.attention import over_heads
 from prunex.vit.tape import Attended, Tape
 
 
@@ -72,9 +73,9 @@ def transformer_attribution(
         found = torch.autograd.grad(recorded.logits, inputs, one_hot)
         with torch.no_grad():
             if grads is None:
-                weights = [r.clamp(min=0).mean(1) for r in found]
+                weights = [over_heads(r.clamp(min=0)) for r in found]
             else:
-                weights = [(g * r).clamp(min=0).mean(1) for g, r in zip(grads, found, strict=True)]
+                weights = [over_heads((g * r).clamp(min=0)) for g, r in zip(grads, found, strict=True)]
             of = dict(zip(maps, weights, strict=True))
 
             def mix(row: Tensor, step: Attended) -> Tensor:

@@ -53,7 +53,7 @@ class ShapleyExplainer(nn.Module):
         self.surrogate = copy.deepcopy(surrogate).eval().requires_grad_(False)
         self.backbone = copy.deepcopy(surrogate).requires_grad_(True)
         self.backbone.reset_classifier(0)
-        width, heads = anatomy.width, anatomy.heads[0]
+        width, heads = anatomy.width, anatomy.dividing_heads
         bias = any(name.endswith("qkv.bias") for name, _ in surrogate.named_parameters())
         self.block = Block(width, heads, mlp_ratio=4.0, qkv_bias=bias)
         if not isinstance(surrogate.norm, nn.Identity):

@@ -190,7 +190,7 @@ def _heat(
     scale = top_value if top_value > 0 else 1.0
     colours = colormaps["RdBu_r"]((values / scale + 1).clip(0, 2) / 2)
     axes.imshow(colours, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest")
-    for column in np.flatnonzero(~kept):
+    for column in np.flatnonzero(~kept).tolist():
         axes.add_patch(
             Rectangle((column, 0), 1, rows, facecolor="#d4d8dc", edgecolor="#a4abb2", hatch="////", linewidth=0)
         )

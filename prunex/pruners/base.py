@@ -182,6 +182,10 @@ class TokenPruner(nn.Module):
         """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
         return 0
 
+    def macs_at(self, entering: int, inner: int) -> int:
+        """:meth:`macs` at a block whose heads are ``inner`` wide together, for blocks that differ."""
+        return self.macs(entering)
+
     def ahead(self) -> int | None:
         """How many blocks are run on all patches only to decide; None where nothing is run twice."""
         return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.base import accepted
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.cost import count
@@ -96,7 +96,7 @@ class Budget:
         best = min(shared, key=lambda s: self._miss(s, target))
         low, high = self._of((1e-9,) * stages), max(self.dense, self._of((1.0,) * stages))
         if self._miss(best, target) > CLOSE and not low <= target <= high:
-            raise PrunexError(
+            raise OutOfReach(
                 f"budget={budget!r} ({_told(target, self.dense)}) is out of reach for {name} at these settings: give "
                 f"one from {_told(low, self.dense)} to {_told(high, self.dense)}"
             )

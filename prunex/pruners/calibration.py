@@ -55,11 +55,16 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
             raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
         labelled = labels is not None
         if labels is not None:
-            labels = _check_labels(labels, len(images), classes).to(weight.device)
+            labels = _graphable(_check_labels(labels, len(images), classes).to(weight.device))
         seen += len(images)
-        yield images.detach().to(weight.device, weight.dtype), labels
+        yield _graphable(images.detach().to(weight.device, weight.dtype)), labels
     if seen == 0:
         raise PrunexError("calibration got no images: give a loader with at least one")
+
+
+def _graphable(tensor: Tensor) -> Tensor:
+    """The tensor as part of a graph: one that was made in the caller's inference mode cannot be."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -92,7 +97,7 @@ def _check_images(model: Any, images: Tensor) -> None:
     if not isinstance(model, SwinTransformer):
         check_images(read(model), images, values=True)
         return
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
     wanted = [embed.proj.in_channels, *embed.img_size]
     if list(images.shape[1:]) != wanted or len(images) == 0:
         raise PrunexError(f"images have shape {list(images.shape)}: this model takes {['B', *wanted]}, B at least 1")
@@ -105,8 +110,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Look at a model in eval mode and full view of autograd, outside autocast; give all back as it was.
 
     Train flags, the caller's grad mode and random state (a shuffling loader draws from it), and what the token pruner's
-    last forward left are restored whatever is raised. Nothing is accumulated into ``.grad`` as long as only activations
-    are differentiated.
+    last forward left are restored whatever is raised. Dimension 0 is always the images. Nothing is accumulated into
+    ``.grad`` as long as only activations are differentiated.
 
     Raises:
         PrunexError: For weights that cannot be differentiated through.
@@ -119,8 +124,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     tokens: Any = getattr(model, "prunex", None)
-    names = ("trace", "last", "policy", "sizes")
+    names = ("trace", "last", "policy", "sizes", "masked")
     left = {} if tokens is None else {n: getattr(tokens, n) for n in names}
+    if tokens is not None and tokens.pruner.count == "adaptive":
+        tokens.masked = True  # images of different lengths would be packed into one sequence, and are told apart here
     try:
         with (
             torch.random.fork_rng(devices),

@@ -129,7 +129,7 @@ class IARED2(Adaptive):
         if stages is None or groups is not None:
             stages = _equal(groups, stages, anatomy.depth)
         super().__init__(anatomy, keep_ratio, stages, count, threshold, expected)
-        heads = anatomy.heads[0] if heads is None else heads
+        heads = anatomy.dividing_heads if heads is None else heads
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or anatomy.width % heads:
             raise PrunexError(f"heads={heads!r} is not allowed: give a number that divides the width {anatomy.width}")
         if not isinstance(train, str) or train not in TRAINS:

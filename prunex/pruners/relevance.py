@@ -30,7 +30,7 @@ RULES: tuple[Rule, ...] = ("zplus", "attnlrp")
     "pruner",
     "relevance",
     "Yeom et al., Pattern Recognition 2021, arXiv 1912.08881; ViTs: Hatefi et al., 2024, arXiv 2408.12568",
-    "calibration images, labels if there are; layers that lrp knows",
+    "images, and labels if there are any; layers that lrp knows",
 )
 class Relevance(UnitPruner):
     r"""Pruning by explaining: a unit matters as much as its relevance for the images' own classes.
@@ -106,9 +106,9 @@ class Relevance(UnitPruner):
             PrunexError: For batches that do not fit the model, a model without a classifier, or layers that the rules
                 do not know.
         """
-        totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
         count = 0
         with undisturbed(model):
+            totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
             gated = getattr(working, CHILD)
             with gated.pruner.all_open():
@@ -129,7 +129,7 @@ class Relevance(UnitPruner):
             images: float [B, C, H, W].
             target: int64 [B], or None for the predicted classes.
         """
-        watched = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
+        watched: dict[nn.Module, str] = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
         ops = _Rules(watched) if self.rule == "zplus" else _Gradients(watched)
         with torch.inference_mode(False):
             images = images.clone().requires_grad_()  # so that everything is part of the graph, weights frozen or not

@@ -16,9 +16,7 @@ from prunex.registry import register
 from prunex.vit.units import CHILD, Branch
 
 
-@register(
-    "pruner", "taylor", "Molchanov et al., CVPR 2019, arXiv 1906.10771", "calibration images, labels if there are"
-)
+@register("pruner", "taylor", "Molchanov et al., CVPR 2019, arXiv 1906.10771", "images, and labels if there are any")
 class Taylor(UnitPruner):
     r"""First-order Taylor importance ("Importance Estimation for Neural Network Pruning").
 
@@ -32,8 +30,8 @@ class Taylor(UnitPruner):
     L is the cross-entropy with the image's label; without labels, with the class the model predicts. The paper squares
     the gradient of a batch's mean loss; here every image's own is squared, the paper's rule at a batch of one: a
     trained model's gradients cancel over a batch, and how a loader happens to split images must not change what is
-    removed. Each image has its own row of gates, so that one backward pass still serves a whole batch. The paper removes
-    units little by little while training and re-estimates; this is one shot.
+    removed. Each image has its own row of gates, so that one backward pass still serves a whole batch. The paper
+    removes units little by little while training and re-estimates; this is one shot.
 
     Scores estimate loss, so they compare across branches: a unit is worth its score per multiply-add.
 
@@ -88,15 +86,16 @@ class Taylor(UnitPruner):
         Raises:
             PrunexError: For batches that do not fit the model, or a model without a classifier.
         """
-        totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
         count = 0
         with undisturbed(model):
+            totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
             own: Taylor = getattr(working, CHILD).pruner
-            for images, labels in labelled_batches(batches, working):
-                for key, gradient in own._gradients(working, images, labels).items():
-                    totals[key] += gradient.cpu().double().square().sum(0)
-                count += len(images)
+            with own.all_open():
+                for images, labels in labelled_batches(batches, working):
+                    for key, gradient in own._gradients(working, images, labels).items():
+                        totals[key] += gradient.cpu().double().square().sum(0)
+                    count += len(images)
         return {key: total / count for key, total in totals.items()}
 
     def _gradients(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

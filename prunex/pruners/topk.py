@@ -105,5 +105,10 @@ class TopK(Adaptive):
     def macs(self, entering: int) -> int:
         """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
         a = self.anatomy
+        return self.macs_at(entering, sum(a.heads) // a.depth * a.head_dim)
+
+    def macs_at(self, entering: int, inner: int) -> int:
+        """The rows by the heads that are there."""
+        a = self.anatomy
         asking = 1 if a.readers else entering + a.prefix * a.pool_prefix
-        return asking * (entering + a.prefix) * sum(a.heads) // a.depth * a.head_dim + self.fuses * entering * a.width
+        return asking * (entering + a.prefix) * inner + self.fuses * entering * a.width

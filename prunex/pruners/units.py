@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.checks import check_whole
-from prunex.errors import PrunexError
+from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.budget import check_budget
 from prunex.vit.units import Branch
 from prunex.vit.widths import WidthSpec
@@ -77,6 +77,7 @@ class UnitPruner(nn.Module):
         """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
         gone = not bool(self.decided) or bool(self.removed)
         self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
+        self._left = {key: tuple(self.open(key).nonzero().flatten().tolist()) for key in self._closed}
 
     def prepare(self, model: nn.Module) -> None:
         """Called once with the model, before anything is put on it; refuses what the criterion cannot score."""
@@ -89,11 +90,11 @@ class UnitPruner(nn.Module):
     @contextmanager
     def all_open(self) -> Iterator[None]:
         """Let every unit through for a while, whatever was decided: a criterion looks at the whole model."""
-        closed, self._closed = self._closed, set()
+        closed, self._closed, left, self._left = self._closed, set(), self._left, {}
         try:
             yield
         finally:
-            self._closed = closed
+            self._closed, self._left = closed, left
 
     def open(self, key: str) -> Tensor:
         """Which units of a branch are kept: bool [units]."""
@@ -111,6 +112,10 @@ class UnitPruner(nn.Module):
     def branch(self, key: str) -> Branch:
         """A branch by its key."""
         return next(b for b in self.branches if b.key == key)
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """The open units, where gates are 0 or 1 in the coming forward; None where they are not, or all are open."""
+        return self._left.get(key)
 
     def calibrate(self, model: nn.Module, batches: Any = None) -> None:
         """Look at the model (and at images and labels, where the method needs them), and decide."""
@@ -135,10 +140,17 @@ class UnitPruner(nn.Module):
 
     def widths(self) -> WidthSpec:
         """The units that are kept, in the dense model's numbers."""
+        return self._spec({b.key: self.open(b.key) for b in self.branches})
+
+    def present(self) -> WidthSpec:
+        """The units that an evaluation has open at this moment: all of them, until something was decided."""
+        return self.widths()
+
+    def _spec(self, opened: Mapping[str, Tensor]) -> WidthSpec:
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
         blocks = self.known.blocks
         for b in self.branches:
-            found = self.open(b.key)
+            found = opened[b.key]
             if not bool(found.all()):
                 number = b.block if blocks is None else blocks[b.block]
                 names = getattr(self.known, b.kind).get(number, range(b.units))
@@ -168,7 +180,7 @@ class UnitPruner(nn.Module):
         allowed = check_budget(budget, dense)
         least = rest + sum(b.macs * self._least(b) for b in self.branches)
         if allowed < least:
-            raise PrunexError(
+            raise OutOfReach(
                 f"budget={budget!r} ({allowed / dense:.1%} of the dense multiply-adds) is out of reach for "
                 f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
                 f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"
@@ -187,14 +199,12 @@ class UnitPruner(nn.Module):
             allowed: Multiply-adds for the units; None: those told before.
 
         Raises:
-            PrunexError: For scores that are not finite.
+            PrunexError: For scores that are not finite, or before the allowance is known.
         """
-        allowed = self._allowed if allowed is None else allowed
+        allowed = self.allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
-                raise PrunexError(
-                    f"{self.name} scores of {b.key} hold NaN or infinite values: look at weights and images"
-                )
+                raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
         levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
         every = torch.cat([levels[b.key] for b in self.branches]).unique()
         low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all
@@ -232,7 +242,18 @@ class UnitPruner(nn.Module):
             else:
                 full.add(i)
 
-    _allowed: float = float("inf")
+    @property
+    def allowed(self) -> float:
+        """Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: Before that is known.
+        """
+        if self._allowed is None:
+            raise PrunexError(f"what {self.name}'s units may cost is not known yet: call budget() on its handle first")
+        return self._allowed
+
+    _allowed: float | None = None
     known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
 
     def may_spend(self, allowed: float) -> None:

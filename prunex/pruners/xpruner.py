@@ -14,6 +14,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.units import Scores, UnitPruner, _slot
 from prunex.registry import register
 from prunex.vit.units import Branch
+from prunex.vit.widths import WidthSpec
 
 Stage = Literal["masks", "thresholds", "done"]
 STAGES: tuple[Stage, ...] = ("masks", "thresholds", "done")
@@ -143,7 +144,7 @@ class XPruner(UnitPruner):
         min_channels: int = 8,
         round_to: int = 1,
         class_groups: Sequence[int] | None = None,
-        sparse: float = 0.01,
+        sparse: float = 10.0,
         smooth: float = 0.01,
         slope: float = 10.0,
         weight: float = 10.0,
@@ -217,6 +218,23 @@ class XPruner(UnitPruner):
             return open_.repeat_interleave(branch.width)
         return super().gate(key, labels)
 
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """Those of the hard gates while thresholds are learned, but not in training: there closed ones count too."""
+        if self.stage == "masks" or (self.stage == "thresholds" and self.training):
+            return None
+        if self.stage == "done":
+            return super().left(key)
+        with torch.no_grad():
+            found = self.hard(self.branch(key)) > 0
+        return None if bool(found.all()) else tuple(found.nonzero().flatten().tolist())
+
+    def present(self) -> WidthSpec:
+        """As the hard gates have them while thresholds are learned."""
+        if self.stage != "thresholds":
+            return super().present()
+        with torch.no_grad():
+            return self._spec({b.key: self.hard(b) > 0 for b in self.branches})
+
     def saw(self, labels: Tensor) -> None:
         """Count the classes that a training step of the masks has seen."""
         if self.stage == "masks":
@@ -260,7 +278,7 @@ class XPruner(UnitPruner):
     @property
     def target(self) -> float:
         """The share of the units' multiply-adds that has to go."""
-        return 1 - self._allowed / self.prunable()
+        return 1 - self.allowed / self.prunable()
 
     def losses(self) -> dict[str, Tensor]:
         """The penalties on the masks, or the constraint on the rate."""

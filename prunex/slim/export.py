@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import prunex
-from prunex.attach import attached
+from prunex.attach import CHILD, Pruning
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
-from prunex.vit.anatomy import check_images, read
+from prunex.vit.anatomy import check_images
 from prunex.vit.forward import head, own_anatomy, run
+from prunex.vit.rebuild import outline
 
 SUFFIXES = (".onnx", ".pt2")
 _NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
@@ -35,6 +37,9 @@ class Graph(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, classes], or these and the kept map bool [B, gh, gw] of the last stage."""
         vit: Any = self.model
+        if isinstance(vit, SwinTransformer):
+            logits: Tensor = vit(images)
+            return logits
         hooked = getattr(vit, "prunex", None)
         pruners = () if hooked is None else (hooked.pruner,)
         anatomy = own_anatomy(vit)
@@ -49,7 +54,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
     A model with ``count="adaptive"`` is exported with fixed counts, the expected ones, and a warning says so.
 
     Args:
-        model: What :func:`prunex.slim` gave, or any supported ViT (it is slimmed first).
+        model: What :func:`prunex.slim` gave, or any supported ViT or timm Swin (it is slimmed first).
         path: Ends in ``.pt2`` (torch.export) or ``.onnx`` (needs the extra ``prunex-vit[onnx]``).
         example: float [B, C, H, W]; None: random images of the model's size. Any batch size works afterwards.
         kept: Also return the kept-token map bool [B, gh, gw] (outputs ``logits`` and ``kept``).
@@ -70,7 +75,9 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
             if find_spec(module) is None:
                 raise PrunexError(f"ONNX export needs {package}: pip install 'prunex-vit[onnx]', or export to .pt2")
     small = slim(model).float().cpu()
-    anatomy = read(small)
+    anatomy = outline(small)
+    if kept and isinstance(small, SwinTransformer):
+        raise PrunexError("kept=True: a Swin's tokens are not pruned, so there is no kept map; leave it out")
     _fix_counts(small, path)
     if example is None:
         example = torch.randn(2, anatomy.channels, *anatomy.image, generator=torch.Generator().manual_seed(0))
@@ -99,9 +106,13 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
     return path
 
 
+def _pruning(small: Any) -> Pruning | None:
+    return Pruning(small) if hasattr(small, CHILD) else None
+
+
 def _fix_counts(small: nn.Module, path: Path) -> None:
     """A graph has one shape for all images: counts that differ between them become their expected ones."""
-    pruning = attached(small)
+    pruning = _pruning(small)
     if pruning is None or pruning.pruner.count == "fixed":
         return
     measured = pruning.options.get("expected") is not None
@@ -135,9 +146,9 @@ def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, 
     onnx.save(str(path), external_data=False)
 
 
-def _told(small: nn.Module) -> dict[str, Any]:
+def _told(small: Any) -> dict[str, Any]:
     """What a graph's user has to know: size and normalisation of its images, labels, and how it was pruned."""
-    pruning, anatomy = attached(small), read(small)
+    pruning, anatomy = _pruning(small), outline(small)
     known = getattr(small, "pretrained_cfg", None) or {}
     known = known.to_dict() if hasattr(known, "to_dict") else known
     return {

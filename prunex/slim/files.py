@@ -18,16 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunex
-from prunex.attach import attach, attached
+from prunex.attach import CHILD, UNITS, Pruning, attach
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
-from prunex.vit.anatomy import ViT, find, read
+from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
-from prunex.vit.rebuild import build, describe
+from prunex.vit.rebuild import build, describe, outline
+from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 
-VERSION = 1
+VERSION = 2  # 2 knows widths and Swin; whatever needs neither is written as 1, which older versions read
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_NEAREST = {"Eva": "eva02_small_patch14_224", "Beit": "beit_base_patch16_224"}  # for models that timm has no name for
+_NEAREST = {  # for models that timm has no name for
+    "Eva": "eva02_small_patch14_224",
+    "Beit": "beit_base_patch16_224",
+    "SwinTransformer": "swin_tiny_patch4_window7_224",
+}
 _ONLY_OURS = (
     "norm_layer",
     "embed_norm_layer",
@@ -50,7 +55,7 @@ def save(
     Files are written beside the folder and moved in when all are whole, so an interrupted save leaves the old ones.
 
     Args:
-        model: What :func:`prunex.slim` gave; or any supported ViT.
+        model: What :func:`prunex.slim` gave; or any supported ViT or timm Swin.
         folder: Where to; made if missing, its three files replaced if there.
         labels: Class names, one a class.
         mean: Per-channel mean the images were normalised with.
@@ -66,9 +71,9 @@ def save(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise PrunexError(f"{folder} is a file: give a folder to save to")
-    vit = find(model)[1]
-    if attached(vit) is not None:
-        vit = slim(vit)  # no teacher, and a schedule's present rates as they are now
+    vit = find(model, kinds=Backbone)[1]
+    if hasattr(vit, CHILD) or hasattr(vit, UNITS):
+        vit = slim(vit)  # no teacher, no gates, and a schedule's present rates as they are now
     config = _config(vit, labels, mean, std)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +154,9 @@ def load(folder: str | Path) -> nn.Module:
     if missing or unexpected or wrong:
         names = ", ".join(sorted(missing | unexpected | set(wrong))[:4])
         raise PrunexError(f"{weights} does not fit {CONFIG} ({names}): one of them was changed; save the model again")
+    told = ours.get("model_sha256")  # equal shapes may be cut into heads in another way
+    if told != _digest(ours["model"]) and (told is not None or ours["version"] > 1):
+        raise PrunexError(f"{weights} does not fit {CONFIG} (its model entry was changed): save the model again")
     vit.load_state_dict(tensors, assign=True)  # every tensor keeps the dtype it was saved in
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
     vit.label_names = list(config.get("label_names") or [])
@@ -189,9 +197,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _config(
-    vit: ViT, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    vit: Any, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Any]:
-    anatomy, model = read(vit), describe(vit)
+    anatomy, model = outline(vit), describe(vit)
+    windowed = model["class"] == "SwinTransformer"
     if labels is not None and len(labels) != anatomy.classes:
         raise PrunexError(f"{len(labels)} labels for {anatomy.classes} classes: give one name a class")
     known = getattr(vit, "pretrained_cfg", None) or {}
@@ -199,13 +208,17 @@ def _config(
     kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license")
     cfg: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items() if k in kept}
     cfg |= {"input_size": [anatomy.channels, *anatomy.image], "num_classes": anatomy.classes}
-    cfg |= {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": not anatomy.dynamic}
+    cfg |= {
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc" if windowed else "head",
+        "fixed_input_size": not anatomy.dynamic,
+    }
     for name, value in (("mean", mean), ("std", std)):
         if value is not None:
             if len(value) != anatomy.channels:
                 raise PrunexError(f"{name} has {len(value)} values for {anatomy.channels} channels: give one a channel")
             cfg[name] = [float(v) for v in value]
-    pruning = attached(vit)
+    pruning = Pruning(vit) if hasattr(vit, CHILD) else None
     count = cost(vit)
     names = list(labels) if labels is not None else list(getattr(vit, "label_names", []) or [])
     return {
@@ -217,15 +230,31 @@ def _config(
         "pretrained_cfg": cfg,
         **({"label_names": names} if names else {}),
         "prunex": {
-            "version": VERSION,
+            "version": 2 if windowed or "widths" in model else 1,
             "model": model,
+            "model_sha256": _digest(model),
             "pruning": None if pruning is None else pruning.spec,
             "macs": count.macs,
             "params": count.params,
             "tokens_per_block": count.tokens,
+            "widths_per_block": _widths(vit),
             "made_with": {"prunex": prunex.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         },
     }
+
+
+def _widths(vit: Any) -> list[dict[str, int]]:
+    """What each block has, where its units are known one by one: heads, the width of one, MLP channels."""
+    found = []
+    for _, block in blocks_of(vit):
+        told = {"heads": block.attn.num_heads, "head_width": head_dim(block.attn)} if opens_heads(block) else {}
+        found.append({**told, **({"hidden": block.mlp.fc2.in_features} if opens_channels(block) else {})})
+    return found
+
+
+def _digest(model: Mapping[str, Any]) -> str:
+    """A checksum of the model's description."""
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -233,17 +262,34 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _width_rows(widths: Sequence[Mapping[str, int]]) -> str:
+    rows = {"heads": "heads in each block", "head_width": "width of a head", "hidden": "MLP channels in each block"}
+    return "".join(
+        f"| {title} | {', '.join(str(w[name]) for w in widths)} |\n"
+        for name, title in rows.items()
+        if all(name in w for w in widths)
+    )
+
+
 def _card(config: Mapping[str, Any]) -> str:
     ours, cfg = config["prunex"], config["pretrained_cfg"]
     size = " x ".join(map(str, cfg["input_size"]))
     pruning = ours["pruning"]
     kept = "\nkept = prunex.attached(model).trace.kept()  # after a forward: which patches were used"
-    told = "dense" if pruning is None else ", ".join(f"{k}={v}" for k, v in pruning.items())
+    narrowed = "widths" in ours["model"]
+    kind = ("narrowed" if narrowed else "dense") if pruning is None else "pruned with " + pruning["method"]
+    told = (
+        "none"
+        if pruning is None and narrowed
+        else "dense"
+        if pruning is None
+        else ", ".join(f"{k}={v}" for k, v in pruning.items())
+    )
     return f"""---
 library_name: prunex
 tags: [image-classification, vision-transformer, token-pruning]
 ---
-# {config["architecture"]}, {"dense" if pruning is None else "pruned with " + pruning["method"]}
+# {config["architecture"]}, {kind}
 
 | | |
 |---|---|
@@ -253,7 +299,7 @@ tags: [image-classification, vision-transformer, token-pruning]
 | multiply-adds an image | {ours["macs"] / 1e9:.3f} G |
 | parameters | {ours["params"] / 1e6:.2f} M |
 | tokens in each block | {", ".join(map(str, ours["tokens_per_block"]))} |
-
+{_width_rows(ours["widths_per_block"]) if narrowed else ""}
 ```python
 import prunex
 

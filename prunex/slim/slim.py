@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 from torch import nn
 
-from prunex.attach import CHILD
-from prunex.vit.anatomy import ViT, find, read
+from prunex.attach import CHILD, attached
+from prunex.vit.anatomy import find
+from prunex.vit.rebuild import outline
+from prunex.vit.units import Backbone
+from prunex.vit.widths import WidthSpec, narrow
 
 
-def slim(model: nn.Module, path: str | None = None) -> ViT:
-    """The pruned ViT as it is used: tokens really leave, no teacher, no schedule, eval mode, same logits.
+def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = None) -> Any:
+    """The pruned ViT as it is used: tokens really leave, closed heads and channels are gone, eval mode, same logits.
+
+    Heads and MLP channels that a unit pruner closed are taken out, gates and masks with them: what is left are timm's
+    own blocks, each of its own width. A unit pruner that has not chosen yet leaves all units that an evaluation has
+    open now, with a warning; so a training run may slim before its end. Teachers and schedules are left out too.
 
     Args:
-        model: A pruned (or dense) ViT, or a module that holds exactly one.
+        model: A pruned (or dense) ViT or timm Swin, or a module that holds exactly one.
         path: Dotted path to the ViT when there are several.
+        widths: Further units to take out, by hand: heads and MLP channels (exact: as if they were masked), channels of
+            queries, keys and values (exact where the same ones were zero), embedding channels and whole blocks (lossy).
 
     Returns:
         A copy of the ViT itself. Its parameters are its own; further training of ``model`` does not reach it.
 
     Raises:
-        PrunexError: When there is no supported ViT.
+        PrunexError: When there is no supported ViT, or for widths that it does not have.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
@@ -29,22 +40,47 @@ def slim(model: nn.Module, path: str | None = None) -> ViT:
     >>> small, x = prunex.slim(model), torch.randn(2, 3, 224, 224)
     >>> torch.equal(small(x), model(x))
     True
+    >>> narrow = prunex.slim(model, widths=prunex.WidthSpec(heads={0: (0, 2)}, channels={0: range(96)}))
+    >>> narrow.blocks[0].attn.num_heads, narrow.blocks[0].mlp.fc1.out_features
+    (2, 96)
     """
-    vit = find(model, path)[1]
-    read(vit)
-    attached = getattr(vit, CHILD, None)
+    vit = find(model, path, Backbone)[1]
+    outline(vit)
+    hooked = getattr(vit, CHILD, None)
     teacher: tuple[nn.Module, ...] = ()
-    if attached is not None:  # a teacher is as large as the model: keep it out of the copy
-        teacher, attached.pruner._teacher = getattr(attached.pruner, "_teacher", ()), ()
+    if hooked is not None:  # a teacher is as large as the model: keep it out of the copy
+        teacher, hooked.pruner._teacher = getattr(hooked.pruner, "_teacher", ()), ()
     try:
         small = copy.deepcopy(vit)
     finally:
-        if attached is not None:
-            attached.pruner._teacher = teacher
+        if hooked is not None:
+            hooked.pruner._teacher = teacher
     small.eval()
     small.zero_grad(set_to_none=True)
-    if attached is not None:
+    if hooked is not None:
         copied = getattr(small, CHILD)
         copied.pruner.inference_only()
         copied.masked = None
+    _take_units(small)
+    if widths is not None:
+        narrow(small, widths)
+    if hooked is not None:
+        getattr(small, CHILD).refit(small)
     return small
+
+
+def _take_units(small: nn.Module) -> None:
+    """Take out what a unit pruner has closed, and the pruner with it."""
+    units = attached(small, units=True)
+    if units is None:
+        return
+    if not units.decided:
+        warnings.warn(
+            f"{units.method} has not chosen units yet: the slim model has those that are open now. Train with it, or "
+            "call calibrate(...), and slim again",
+            stacklevel=3,
+        )
+    spec = units.pruner.present()
+    if not units.removed and spec.plain():
+        narrow(small, spec)
+    units.detach()

@@ -85,6 +85,11 @@ class Anatomy:
     pool_prefix: bool = False
     pads: bool = False
 
+    @property
+    def dividing_heads(self) -> int:
+        """The model's heads for a further attention over its whole width: as many as divide it, where blocks differ."""
+        return max(h for h in range(1, max(1, *self.heads) + 1) if self.width % h == 0)
+
     def readout(self, tokens: int, policy: Tensor | None, like: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
 

@@ -59,9 +59,15 @@ class KeyWeights:
         return scores * factor
 
 
+def over_heads(x: Tensor) -> Tensor:
+    """Mean over axis 1, the heads; 0 where a block has none, which look at nothing."""
+    return x.mean(1) if x.shape[1] else x.new_zeros(x.shape[0], *x.shape[2:])
+
+
 def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of timm's ``Attention`` for normed tokens x [B, N, D]: three of [B, H, N, d]."""
-    qkv = ops.linear(attn.qkv, x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    width = -1 if attn.num_heads else attn.head_dim
+    qkv = ops.linear(attn.qkv, x).unflatten(2, (3, attn.num_heads, width)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     return ops.norm(attn.q_norm, q), ops.norm(attn.k_norm, k), v
 
@@ -83,15 +89,17 @@ def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor,
         return None
     width = qkv.out_features // 3
     bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
-    q = F.linear(asking, qkv.weight[:width], bias[0]).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-    both = F.linear(x, qkv.weight[width:], bias[1]).unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    each = -1 if attn.num_heads else attn.head_dim
+    q = F.linear(asking, qkv.weight[:width], bias[0]).unflatten(2, (attn.num_heads, each)).transpose(1, 2)
+    both = F.linear(x, qkv.weight[width:], bias[1]).unflatten(2, (2, attn.num_heads, each)).permute(2, 0, 3, 1, 4)
     k, v = both.unbind(0)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
     """The tokens at some places, the same for all images; ``places`` as int64 [m], or as numbers."""
-    return x.index_select(dim, places if isinstance(places, Tensor) else torch.tensor(places, device=x.device))
+    at = places if isinstance(places, Tensor) else torch.tensor(places, dtype=torch.long, device=x.device)
+    return x.index_select(dim, at)
 
 
 def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +151,9 @@ def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tenso
         x: The normed tokens the module was given; gated attention reads them once more.
         ops: The arithmetic.
     """
+    if not out.shape[1] and torch.compiler.is_compiling():  # other runtimes know no tensors without entries
+        bias = x.new_zeros(attn.proj.out_features) if attn.proj.bias is None else attn.proj.bias
+        return bias.expand(*x.shape[:2], -1)
     y = ops.norm(getattr(attn, "norm", _AS_IT_IS), out.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:
@@ -280,7 +291,7 @@ def rows(
     """
     parts = q.split(chunk, 2)
     added = [None] * len(parts) if relative is None else relative.split(chunk, 2)
-    seen = [_rows(p, k, scale, policy, keys, r).mean(1).sum(1) for p, r in zip(parts, added, strict=True)]
+    seen = [over_heads(_rows(p, k, scale, policy, keys, r)).sum(1) for p, r in zip(parts, added, strict=True)]
     return sum(seen[1:], seen[0]) / q.shape[2]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.layouts import layout_of, linear_macs
-from prunex.vit.units import CHILD, Backbone, blocks_of, branches, unit_params
+from prunex.vit.units import CHILD, Backbone, blocks_of, branches, head_dim, unit_params
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def tally(model: nn.Module, image_size: tuple[int, int] | None = None, gates: bo
         a = read(vit)
         attached = getattr(vit, "prunex", None) if tokens else None
         pruner = None if attached is None else attached.pruner
-        found = count(vit, pruner, a.grid if image_size is None else _grid(a, image_size))
+        unit = getattr(vit, CHILD, None) if gates else None
+        closed = {} if unit is None else unit.pruner.closed()
+        found = count(vit, pruner, a.grid if image_size is None else _grid(a, image_size), closed)
     gated = getattr(vit, CHILD, None) if gates else None
     return found if gated is None else _without(vit, found, gated.pruner.closed())
 
@@ -118,13 +120,14 @@ def _without(vit: Any, found: Cost, closed: Mapping[str, int]) -> Cost:
     return Cost(found.macs - saved, params, tuple(blocks))
 
 
-def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
+def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Mapping[str, int] | None = None) -> Cost:
     """What a ViT would cost under a pruner that need not be attached to it.
 
     Args:
         vit: A supported ViT.
         pruner: A token pruner made for it, or None for the dense model.
         grid: Patch grid (gh, gw); None: the model's own.
+        closed: By branch, how many units are closed: no token is ranked by these. What they cost is still counted.
 
     Returns:
         The cost of one image; ``params`` are those the model has now.
@@ -139,7 +142,9 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None) -> Cost:
         after = left.get(i, n)
         ahead = None if pruner is None else pruner.ahead()
         if pruner is not None and i in left and (after != n or ahead is not None):
-            decision = pruner.macs(n)
+            inner = layout_of(block).width(block)
+            shut = (closed or {}).get(f"{i}.heads", 0)
+            decision = pruner.macs_at(n, inner - (shut * head_dim(block.attn) if shut else 0))
             decision += sum(_block(b, a.prefix + n, a.prefix + n, 0).macs for b in list(vit.blocks)[: ahead or 0])
         behind = pruner is not None and pruner.behind
         entering = n if pruner is not None and (pruner.inside or behind) else after

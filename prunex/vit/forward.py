@@ -103,7 +103,7 @@ def attend(
         q, k, v = layout.heads(block, y, rope, ops) if alone is None else alone
         added = relative if relative is None or queries is None else attention.some(relative, queries, 2)
         if want_keys:
-            key_mean = promoted(k.detach()).mean(1)
+            key_mean = attention.over_heads(promoted(k.detach()))
         asking = q if queries is None or alone is not None else attention.some(q, queries, 2)
         dropout = attn.attn_drop.p if block.training else 0.0
         whole = None
@@ -159,21 +159,21 @@ def _row(
     """
     if anatomy.readers:
         if whole is not None:
-            return whole[:, :, 0].mean(1)
+            return attention.over_heads(whole[:, :, 0])
         return attention.rows(q[:, :, :1], k, scale, policy, keys=keys, relative=_from(relative, 0, 1))
     start = 0 if anatomy.pool_prefix else anatomy.prefix
     asking, relative = q[:, :, start:], _from(relative, start)
     there = _counting(policy, sizes, start)
     if there is None:
         if whole is not None:
-            return whole[:, :, start:].mean((1, 2))
+            return attention.over_heads(whole[:, :, start:]).mean(1)
         return attention.rows(asking, k, scale, keys=keys, relative=relative)
     # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
     there = there.to(torch.promote_types(q.dtype, torch.float32))
     if whole is None:
-        return attention.rows_of_heads(asking, k, scale, policy, there, keys, relative).mean(1)
+        return attention.over_heads(attention.rows_of_heads(asking, k, scale, policy, there, keys, relative))
     seen = whole[:, :, start:]
-    return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * q.shape[1])
+    return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * max(1, q.shape[1]))
 
 
 def _counting(policy: Tensor | None, sizes: Tensor | None, start: int) -> Tensor | None:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from prunex.vit import attention
 from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
+from prunex.vit.units import heads_left
+from prunex.vit.widths import NarrowAttention
 
 
 class Layout:
@@ -60,11 +62,20 @@ class Layout:
         return block.attn(y)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [B, H, N, d] each."""
-        return attention.heads(block.attn, y, ops)
+        """Queries, keys and values, [B, H, N, d] each; of the heads alone that hard gates leave open."""
+        q, k, v = attention.heads(block.attn, y, ops)
+        left = heads_left(block.attn.proj)
+        if left is None:
+            return q, k, v
+        return attention.some(q, left), attention.some(k, left), attention.some(v, left)
 
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
-        """From the heads' outputs to what :meth:`attend` gives."""
+        """From the heads' outputs (or those of the open heads) to what :meth:`attend` gives."""
+        count = block.attn.num_heads
+        left = heads_left(block.attn.proj) if out.shape[1] != count else None
+        if left is not None:
+            at = torch.tensor(left, dtype=torch.long, device=out.device)
+            out = out.new_zeros(out.shape[0], count, *out.shape[2:]).index_copy(1, at, out)
         return attention.project(block.attn, out, y, ops)
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
@@ -89,7 +100,14 @@ class Layout:
 
     def output(self, block: Any) -> Tensor:
         """From the heads' outputs, side by side, to the stream: [D, H * d], LayerScale taken in, bias left out."""
-        return _scaled(block.attn.proj.weight, getattr(block.ls1, "gamma", None))
+        return _scaled(self._mixing(block), getattr(block.ls1, "gamma", None))
+
+    def _mixing(self, block: Any) -> Tensor:
+        """The projection's weight, the columns of open heads alone."""
+        weight, left = block.attn.proj.weight, heads_left(block.attn.proj)
+        if left is None:
+            return weight
+        return attention.some(weight.unflatten(1, (block.attn.num_heads, -1)), left).flatten(1)
 
     def hidden(self, block: Any) -> int:
         """What the MLP's second linear layer reads; 0 where there is none."""
@@ -122,7 +140,7 @@ class ResPost(Layout):
 
     def output(self, block: Any) -> Tensor:
         """Without the norm behind it."""
-        return block.attn.proj.weight
+        return self._mixing(block)
 
 
 class Things(Layout):
@@ -361,7 +379,7 @@ LAYOUTS: dict[type[nn.Module], Layout] = {
     EvaBlockPostNorm: EvaPostLayout(),
     BeitBlock: BeitLayout(),
 }
-ATTENTIONS: tuple[type[nn.Module], ...] = (Attention, EvaAttention, AttentionRope, BeitAttention)
+ATTENTIONS: tuple[type[nn.Module], ...] = (Attention, NarrowAttention, EvaAttention, AttentionRope, BeitAttention)
 
 
 def layout_of(block: nn.Module) -> Layout:

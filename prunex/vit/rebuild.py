@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import AttentionRope, Eva, EvaBlockPostNorm
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -21,10 +23,12 @@ from torch import nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, read
+from prunex.vit.units import Backbone, blocks_of, head_dim
+from prunex.vit.widths import Shape, WidthSpec, dense_shape, narrow, widths_of
 
 _MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
 _BLOCKS = {cls.__name__: cls for cls in (ResPostBlock, ParallelThingsBlock, ParallelScalingBlock)}
-_CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, Eva, Beit)}
+_CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, Eva, Beit, SwinTransformer)}
 _ROPES = {
     "RotaryEmbeddingCat": "cat",
     "RotaryEmbeddingMixed": "mixed",
@@ -33,19 +37,65 @@ _ROPES = {
 }
 
 
-def describe(model: ViT) -> dict[str, Any]:
+def outline(model: Backbone) -> Anatomy:
+    """What a model looks like from outside: images, classes, width and depth, of a timm Swin too.
+
+    Of a Swin, ``width`` is that of its last stage, ``hidden`` and ``heads`` are those of all blocks, and there are no
+    prefix tokens.
+
+    Raises:
+        PrunexError: For an unsupported family, by name.
+    """
+    if not isinstance(model, SwinTransformer):
+        return read(model)
+    if type(model).forward is not SwinTransformer.forward:
+        raise PrunexError(
+            f"{type(model).__name__} has its own forward() and is not supported: timm's SwinTransformer is"
+        )
+    inner: Any = model
+    blocks: list[Any] = [block for _, block in blocks_of(model)]
+    embed = inner.patch_embed
+    return Anatomy(
+        depth=len(blocks),
+        width=inner.num_features,
+        heads=tuple(b.attn.num_heads for b in blocks),
+        head_dim=head_dim(blocks[0].attn),
+        hidden=tuple(b.mlp.fc2.in_features for b in blocks),
+        prefix=0,
+        grid=tuple(embed.grid_size),
+        image=tuple(embed.img_size),
+        patch=tuple(embed.patch_size),
+        channels=embed.proj.in_channels,
+        classes=inner.num_classes,
+        pool=inner.global_pool,
+        dynamic=not embed.strict_img_size,
+        readers=(),
+    )
+
+
+def describe(model: Backbone) -> dict[str, Any]:
     """The constructor call that makes an equal model, in plain values.
 
     Args:
-        model: A supported ViT.
+        model: A supported ViT or timm Swin, also one that was narrowed.
 
     Returns:
-        ``{"class": name, "args": {...}}`` for :func:`build`; JSON holds it.
+        ``{"class": name, "args": {...}}`` for :func:`build`; of a narrowed model the call makes the dense one, and
+        ``"widths"`` says what is left of it (:meth:`~prunex.vit.widths.WidthSpec.plain`). JSON holds it.
 
     Raises:
         PrunexError: For parts that plain values cannot name.
     """
-    a = read(model)
+    spec = _windowed(model) if isinstance(model, SwinTransformer) else _described(model)
+    widths = widths_of(model).plain()
+    if widths:
+        spec["widths"] = widths
+    _check(model, spec)
+    return spec
+
+
+def _described(model: ViT) -> dict[str, Any]:
+    a = _dense(read(model), dense_shape(model))
     if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
         raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
     inner: Any = model
@@ -65,26 +115,89 @@ def describe(model: ViT) -> dict[str, Any]:
     else:
         distilled = isinstance(model, VisionTransformerDistilled)
         name, more = "VisionTransformerDistilled" if distilled else "VisionTransformer", _plain(inner, a)
-    spec = {"class": name, "args": args | more}
-    _check(model, spec)
-    return spec
+    return {"class": name, "args": args | more}
 
 
-def _check(model: ViT, spec: dict[str, Any]) -> None:
+def _dense(a: Anatomy, shape: Shape | None) -> Anatomy:
+    """A narrowed model's anatomy with the widths it had when it was dense."""
+    if shape is None:
+        return a
+    heads = tuple(a.heads[0] if found is None else found[0] for found in shape.heads)
+    hidden = tuple(a.hidden[0] if found is None else found for found in shape.hidden)
+    d = next((found[1] for found in shape.heads if found is not None), a.head_dim)
+    return replace(a, depth=len(heads), width=shape.embedding, heads=heads, head_dim=d, hidden=hidden)
+
+
+def _windowed(model: Any) -> dict[str, Any]:
+    """A Swin's constructor call."""
+    a, shape = outline(model), dense_shape(model)
+    depths = [len(stage.blocks) for stage in model.layers]
+    firsts = [sum(depths[:s]) for s in range(len(depths))]
+    blocks: list[Any] = [block for _, block in blocks_of(model)]
+    if shape is None:
+        heads = [(b.attn.num_heads, head_dim(b.attn)) for b in blocks]
+        hidden = [b.mlp.fc2.in_features for b in blocks]
+    else:
+        heads, hidden = [h or (0, 0) for h in shape.heads], [h or 0 for h in shape.hidden]
+    even = all(
+        len(set(found[first : first + depth])) == 1
+        for found in (heads, hidden)
+        for first, depth in zip(firsts, depths, strict=True)
+    )
+    if not even:
+        raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
+    mlps = {(type(b.mlp), _act_name(b.mlp.act), type(b.mlp.norm)) for b in blocks}
+    if mlps != {(timm.layers.Mlp, "gelu", nn.Identity)}:
+        raise PrunexError("cannot save a Swin with other MLPs than timm's Mlp of GELU")
+    windows = [tuple(b.window_size) for b in blocks]
+    args: dict[str, Any] = {
+        "img_size": list(a.image),
+        "patch_size": list(a.patch),
+        "in_chans": a.channels,
+        "num_classes": a.classes,
+        "global_pool": a.pool,
+        "embed_dim": model.embed_dim,
+        "depths": depths,
+        "num_heads": [heads[first][0] for first in firsts],
+        "head_dim": [heads[first][1] for first in firsts],
+        "window_size": [max(w[0] for w in windows), max(w[1] for w in windows)],
+        "always_partition": bool(blocks[0].always_partition),
+        "strict_img_size": not a.dynamic,
+        "mlp_ratio": [_ratio(hidden[first], blocks[first].dim) for first in firsts],
+        "qkv_bias": blocks[0].attn.qkv.bias is not None,
+        "norm_layer": _norm(model.norm),
+    }
+    return {"class": "SwinTransformer", "args": args}
+
+
+def _check(model: Backbone, spec: dict[str, Any]) -> None:
     """Refuse what the description does not hold: another shape somewhere, or another rotary table.
 
     Raises:
         PrunexError: By name.
     """
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        again = build(spec).state_dict()
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("prunex.")}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                twin: Any = build(spec)
+        except PrunexError:  # older versions of timm read a tensor's values while they build
+            twin = build(spec)
+    again = twin.state_dict()
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(("prunex.", "prunex_units."))}
     wrong = [k for k in {**again, **own} if k not in own or k not in again or own[k].shape != again[k].shape]
     if wrong:
         raise PrunexError(
             f"cannot save this {type(model).__name__}: timm builds it with other parts ({', '.join(sorted(wrong)[:4])})"
         )
     inner: Any = model
+    if isinstance(model, SwinTransformer):
+        grids = [
+            [(b.window_size, b.shift_size, tuple(b.input_resolution)) for _, b in blocks_of(m)] for m in (model, twin)
+        ]
+        if grids[0] != grids[1]:
+            raise PrunexError(
+                "cannot save a Swin whose stages have windows of their own: timm builds it with other ones"
+            )
     if not isinstance(model, Eva) or inner.rope is None or next(model.parameters()).is_meta:
         return
     shallow = spec["args"] | {"depth": 1, "num_classes": 0}
@@ -118,11 +231,14 @@ def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
     if mlp_name is None:
         raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(_MLPS)}")
     first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
-    if attn.num_heads * attn.head_dim != a.width or getattr(attn, "gate", None) is not None:
+    count, each, hidden = attn.num_heads, attn.head_dim, first.out_features
+    if dense_shape(model) is not None and kind != "ParallelThingsBlock":  # a narrowed one's own widths are not timm's
+        count, each, hidden = a.heads[0], a.head_dim, a.hidden[0] * (2 if type(mlp) is timm.layers.GluMlp else 1)
+    if count * each != a.width or getattr(attn, "gate", None) is not None:
         raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
     args: dict[str, Any] = _shared(model, a) | {
-        "num_heads": attn.num_heads,
-        "mlp_ratio": _ratio(first.out_features, a.width),
+        "num_heads": count,
+        "mlp_ratio": _ratio(hidden, a.width),
         "qkv_bias": attn.qkv.bias is not None,
         "qk_norm": not isinstance(attn.q_norm, nn.Identity),
         "proj_bias": attn.proj.bias is not None,
@@ -179,7 +295,7 @@ def _scaling(block: Any, a: Anatomy) -> dict[str, Any]:
 def _eva(model: Any, a: Anatomy) -> dict[str, Any]:
     block = model.blocks[0]
     attn = block.attn
-    if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or attn.gate is not None:
+    if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or getattr(attn, "gate", None) is not None:
         raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
     post = isinstance(block, EvaBlockPostNorm)
     args: dict[str, Any] = _mlp_of(block.mlp, a) | {
@@ -262,14 +378,14 @@ def _mlp_of(mlp: Any, a: Anatomy) -> dict[str, Any]:
     gated = type(mlp) in (timm.layers.SwiGLU, timm.layers.GluMlp) and isinstance(mlp.act, nn.SiLU)
     if not gated and (type(mlp) is not timm.layers.Mlp or _act_name(mlp.act) != "gelu"):
         raise PrunexError(f"cannot save a model with {type(mlp).__name__} of {type(mlp.act).__name__} in this family")
-    args = {"mlp_ratio": _ratio(mlp.fc2.in_features, a.width), "swiglu_mlp": gated, "scale_mlp": scaled}
+    args = {"mlp_ratio": _ratio(a.hidden[0], a.width), "swiglu_mlp": gated, "scale_mlp": scaled}
     if type(mlp) is timm.layers.SwiGLU and not scaled:
         args["swiglu_align_to"] = 1  # says which of two equal layers: the width is whole already
     return args
 
 
-def build(spec: dict[str, Any]) -> ViT:
-    """A ViT from what :func:`describe` wrote, with fresh weights, in eval mode.
+def build(spec: dict[str, Any]) -> Any:
+    """A model from what :func:`describe` wrote, with fresh weights, in eval mode; narrowed if it was.
 
     Raises:
         PrunexError: For a description this version cannot build.
@@ -286,10 +402,9 @@ def build(spec: dict[str, Any]) -> ViT:
         if "block_fn" in args:
             name, more = args["block_fn"]
             args["block_fn"] = partial(_BLOCKS[name], **more) if more else _BLOCKS[name]
-        for key in ("img_size", "patch_size", "num_kv_heads", "ref_feat_shape", "rope_mrope_section"):
-            if isinstance(args.get(key), list):
-                args[key] = tuple(args[key])
-        return cls(**args).eval()
+        args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+        model = cls(**args).eval()
+        return narrow(model, WidthSpec.read(spec["widths"])) if "widths" in spec else model
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise PrunexError(
             f"cannot build the described model: {type(error).__name__} {error}; was the file edited?"

@@ -26,6 +26,7 @@ Backbone = VisionTransformer | Eva | Beit | SwinTransformer
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
 CHILD = "prunex_units"
 Gate = Callable[[str, int], Tensor | None]
+Left = Callable[[str], Sequence[int] | None]
 
 WORKS = "timm VisionTransformer (ViT, DeiT, DINO, DINOv2, CLIP, SigLIP), Eva and Beit (MLP channels), SwinTransformer"
 
@@ -159,17 +160,24 @@ def _tokens(model: Any, path: str, block: Any) -> tuple[int, int, int]:
     return n, n, n
 
 
-def put_gates(model: nn.Module, gate: Gate) -> None:
+def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
     """Let a function say, in every forward, how far each unit is open.
 
     Args:
         model: A supported backbone.
-        gate: From a branch's key and the batch size to None (all open), or factors for the inputs of the layer behind
-            the units: [units * width], or [B, units * width] where images differ.
+        gate: From a branch's key and the number of images to None (all open), or factors for the inputs of the layer
+            behind the units: [units * width], or [B, units * width] where images differ.
+        left: From a branch's key to the units that are open, where its gates are 0 or 1 now; None where they are not,
+            or all are open. See :func:`heads_left`.
     """
     for branch in branches(model):
         block = model.get_submodule(branch.path)
-        last_layer(block, branch.kind).register_forward_pre_hook(partial(_through, gate, branch.key))
+        windows = 1
+        if branch.kind == "heads" and isinstance(model, SwinTransformer):
+            padded, _, keys = _tokens(model, branch.path, block)
+            windows = padded // keys
+        hook = partial(_through, gate, left, branch.key, windows)
+        last_layer(block, branch.kind).register_forward_pre_hook(hook)
 
 
 def take_gates_off(model: nn.Module) -> None:
@@ -192,17 +200,32 @@ def let_through(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def heads_left(projection: nn.Module) -> tuple[int, ...] | None:
+    """The heads in front of a projection that hard gates leave open, None for all of them.
+
+    Whoever looks into attention asks: what closed heads look at reaches nothing, and is gone from the slim model, so
+    that rankings and maps must not count it.
+    """
+    for hook in projection._forward_pre_hooks.values():
+        if _ours(hook) and hook.args[1] is not None:  # type: ignore[attr-defined]
+            found = hook.args[1](hook.args[2])  # type: ignore[attr-defined]
+            if found is not None:
+                return tuple(found)
+    return None
+
+
 def _ours(hook: Any) -> bool:
     return isinstance(hook, partial) and hook.func is _through
 
 
-def _through(gate: Gate, key: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+def _through(
+    gate: Gate, left: Left | None, key: str, windows: int, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Tensor] | None:
     x = args[0]
-    factors = gate(key, x.shape[0])
+    factors = gate(key, x.shape[0] // windows)
     if factors is None:
         return None
     if factors.ndim == 2:
-        each = x.shape[0] // factors.shape[0]  # windows of one image follow each other
-        factors = factors if each == 1 else factors.repeat_interleave(each, 0)
+        factors = factors if windows == 1 else factors.repeat_interleave(windows, 0)  # an image's follow each other
         factors = factors.reshape(factors.shape[0], *(1,) * (x.ndim - 2), factors.shape[1])
     return (x * factors.to(x.dtype),)

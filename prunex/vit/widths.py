@@ -23,7 +23,7 @@ Slices = dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, Tensor]]]]
 
 
 class NarrowAttention(Attention):
-    """timm's ``Attention`` with fewer heads than its width holds, where timm's own forward takes them to be equal."""
+    """timm's ``Attention`` without any heads, or with other widths than an older timm's own forward takes."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Through fused attention, [B, N, D]."""
@@ -94,13 +94,40 @@ class WidthSpec:
 
 
 def _lists(kept: Any) -> Any:
-    return [_lists(k) for k in kept] if len(kept) and not isinstance(kept[0], int) else list(kept)
+    return [_lists(k) if isinstance(k, Sequence) and not isinstance(k, str) else k for k in kept]
 
 
 def _whole(values: Any) -> Kept:
     if not isinstance(values, list | tuple) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise ValueError(f"{values!r} are no whole numbers")
     return tuple(values)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense model's own widths, which a narrow one remembers: its constructor call names them.
+
+    Attributes:
+        heads: Heads of each block and the width of one; None for blocks whose heads are not known one by one.
+        hidden: MLP channels of each block, likewise.
+        embedding: Channels of the token stream.
+    """
+
+    heads: tuple[tuple[int, int] | None, ...]
+    hidden: tuple[int | None, ...]
+    embedding: int
+
+
+def dense_shape(model: nn.Module) -> Shape | None:
+    """The widths that a narrowed model had when it was dense; None for any other."""
+    return model.__dict__.get("prunex_dense")
+
+
+def _shape(model: Any) -> Shape:
+    found = [b for _, b in blocks_of(model)]
+    heads = tuple((b.attn.num_heads, head_dim(b.attn)) if opens_heads(b) else None for b in found)
+    hidden = tuple(b.mlp.fc2.in_features if opens_channels(b) else None for b in found)
+    return Shape(heads, hidden, int(model.embed_dim))
 
 
 def widths_of(model: nn.Module) -> WidthSpec:
@@ -132,7 +159,8 @@ def narrow(
     """
     if not isinstance(model, Backbone):
         raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
-    known = widths_of(model)
+    known, spec = widths_of(model), _tuples(spec)
+    shape = dense_shape(model) or _shape(model)
     local = _local(model, spec, known)
     slices: Slices = {}
     blocks = list(blocks_of(model))
@@ -149,17 +177,40 @@ def narrow(
     for optimizer in optimizers:
         _follow(optimizer, slices)
     if remember:
-        model.__dict__["prunex_widths"] = _joined(known, spec)
+        model.__dict__["prunex_widths"] = _joined(known, spec, shape)
+        model.__dict__["prunex_dense"] = shape
     return model
 
 
-def _joined(known: WidthSpec, spec: WidthSpec) -> WidthSpec:
+def _tuples(spec: Any) -> WidthSpec:
+    """A spec with tuples of int, whatever sequences were given.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    try:
+        told = spec.plain()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PrunexError(f"these are no widths ({error}): give a prunex.WidthSpec") from error
+    return WidthSpec.read(told)
+
+
+def _joined(known: WidthSpec, spec: WidthSpec, shape: Shape) -> WidthSpec:
     """Two narrowings as one: the later one's word counts, and what it does not name stays."""
+
+    def still(dims: Mapping[int, tuple[Kept, ...]]) -> dict[int, tuple[Kept, ...]]:
+        """The lists of heads that were left, without those of heads that have gone since."""
+        found = dict(dims)
+        for block in found.keys() & spec.heads.keys():
+            before = known.heads.get(block, range((shape.heads[block] or (0, 0))[0]))
+            found[block] = tuple(d for h, d in zip(before, found[block], strict=True) if h in spec.heads[block])
+        return found
+
     return WidthSpec(
         heads={**known.heads, **spec.heads},
         channels={**known.channels, **spec.channels},
-        query_dims={**known.query_dims, **spec.query_dims},
-        value_dims={**known.value_dims, **spec.value_dims},
+        query_dims={**still(known.query_dims), **spec.query_dims},
+        value_dims={**still(known.value_dims), **spec.value_dims},
         embedding=known.embedding if spec.embedding is None else spec.embedding,
         blocks=known.blocks if spec.blocks is None else spec.blocks,
     )
@@ -188,6 +239,10 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
         heads[place[number]] = _renamed(kept, known.heads.get(number), part.attn.num_heads, f"heads of block {number}")
         if not kept and isinstance(part.attn, WindowAttention):
             raise PrunexError(f"block {number} would have no heads: timm's windowed attention needs one; keep one")
+        if not kept and place[number] in _read_blocks(model):
+            raise PrunexError(
+                f"block {number} would have no heads, but {model.prunex.method} ranks tokens by its attention: keep one"
+            )
     for number, kept in spec.channels.items():
         part = block(number, "channels")
         if not opens_channels(part):
@@ -205,8 +260,13 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
     if embedding is not None:
         if not isinstance(model, VisionTransformer) or model.global_pool == "map":
             raise PrunexError(f"the embedding of a {type(model).__name__} with this head cannot be made narrower")
-        if any(b.attn.qkv.bias is None and b.attn.qkv is None for _, b in found):
-            raise PrunexError("the embedding of these blocks cannot be made narrower")
+        plain = (Attention, NarrowAttention)
+        if any(
+            type(getattr(b, "attn", None)) not in plain or type(b.mlp) not in (Mlp, GluMlp, SwiGLU) for _, b in found
+        ):
+            raise PrunexError(f"the embedding of {type(found[0][1]).__name__} blocks cannot be made narrower")
+        if getattr(model, "prunex", None) is not None:
+            raise PrunexError("the embedding cannot be made narrower while tokens are pruned by it: detach() first")
         embedding = _renamed(embedding, known.embedding, int(model.embed_dim), "channels of the embedding")
         if not embedding:
             raise PrunexError("the embedding would have no channels: keep at least one")
@@ -220,6 +280,12 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
         if not kept_blocks:
             raise PrunexError("no block would be left: keep at least one")
     return WidthSpec(heads, channels, queries, values, embedding, kept_blocks)
+
+
+def _read_blocks(model: Any) -> frozenset[int]:
+    """Blocks whose attention an attached token pruner ranks by."""
+    hooked = getattr(model, "prunex", None)
+    return frozenset() if hooked is None else hooked.pruner.rows() | hooked.pruner.key_means()
 
 
 def _renamed(kept: Sequence[int], known: Sequence[int] | None, count: int, what: str) -> Kept:
@@ -300,9 +366,10 @@ def _take_dims(attn: Any, queries: Any, values: Any, slices: Slices) -> None:
 
 def _settle(attn: Any, d: int) -> None:
     """What timm's forward reads beside the weights; an older one, which takes widths to be equal, gets ours."""
-    if hasattr(attn, "attn_dim") or isinstance(attn, WindowAttention):
+    known = hasattr(attn, "attn_dim") or isinstance(attn, WindowAttention)
+    if known:
         attn.attn_dim = attn.num_heads * d
-    elif type(attn) is Attention:
+    if type(attn) is Attention and not (known and attn.num_heads):
         attn.__class__ = NarrowAttention
 
 
@@ -337,6 +404,7 @@ def _take_embedding(model: Any, kept: Kept, slices: Slices) -> None:
             if first is not None:
                 _cut(first, places, 1, slices)
         _cut(block.attn.proj, places, 0, slices)
+        _settle(block.attn, head_dim(block.attn))
         for name in ("fc1", "fc1_g", "fc1_x"):
             if hasattr(block.mlp, name):
                 _cut(getattr(block.mlp, name), places, 1, slices)

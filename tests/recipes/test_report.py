@@ -1,5 +1,7 @@
 """The report: everything a run holds is on the page, and nothing from outside is needed to read it."""
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -8,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from prunex import PrunexError
+from prunex.pictures import save_png
 from prunex.recipes.report import write_report
 
 SUMMARY = {
@@ -240,3 +244,133 @@ def test_refused(tmp_path, run):
     with pytest.raises(PrunexError, match="is not a folder"):
         write_report(run / "config.yaml")
     assert not (tmp_path / "report.html").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- bench and units
+
+BENCH = {
+    "machine": "2 <cores>",
+    "threads": 1,
+    "dtype": "float32",
+    "versions": {"torch": "2.9"},
+    "rows": [
+        {"model": "dense (evit taken off)", "accuracy": 0.95, "gmacs": 4.6, "params_m": 22.0, "file_mb": 88.0},
+        {"model": "slim: evit", "accuracy": 0.94, "gmacs": 3.0, "params_m": 22.0, "file_mb": 44.0},
+    ],
+    "speed": [
+        {"runtime": runtime, "batch": batch, "rounds": 9, "models": [
+            {"model": "dense (evit taken off)", "images_per_s": 10.0 * batch, "low": 9.0, "high": 11.0, "ratio": 1.0,
+             "ratio_low": 1.0, "ratio_high": 1.0},
+            {"model": "slim: evit", "images_per_s": 123.4, "low": 120.0, "high": 130.0, "ratio": 1.52,
+             "ratio_low": 1.4, "ratio_high": 1.61},
+        ]}
+        for runtime in ("torch", "onnxruntime") for batch in (1, 8)
+    ],
+    "notes": ["a <note> of its own"],
+}  # fmt: skip
+
+
+def test_what_bench_measured_is_on_the_page(run):
+    (run / "bench.json").write_text(json.dumps(BENCH))
+    page, words = read(run)
+    for wanted in (
+        "Measured by prunex bench", "slim: evit", "44", "0.50×", "PyTorch, batch 8", "ONNX Runtime, batch 1",
+        "10.0", "9.0 to 11.0", "123", "120 to 130", "1.52×", "1.40× to 1.61×", "to dense (evit taken off)",
+        "on 2 <cores>, 1 thread, float32, torch 2.9", "a <note> of its own", "93.1%",
+    ):  # fmt: skip
+        assert wanted in words, wanted
+
+
+def test_bench_alone_gives_the_headline_too(small_run):
+    (small_run / "summary.json").unlink()
+    (small_run / "bench.json").write_text(json.dumps(BENCH))
+    words = read(small_run)[1]
+    assert "There is no summary.json" not in words
+    assert "94.0% | accuracy | −1.0 points to dense" in words
+    assert "0.65× | compute | 4.6 → 3 GMACs an image" in words
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "bench.json could not be read"),
+        ("[]", "bench.json is not a JSON object"),
+        ('{"rows": [1], "speed": 3, "notes": 4}', ""),
+        ('{"rows": [{"model": "a", "gmacs": "x"}], "speed": [{"models": [{"model": "a", "images_per_s": null}]}]}', ""),
+        ('{"rows": [{}], "speed": [{"models": [{"images_per_s": 3}]}, {}], "versions": 4}', ""),
+    ],
+)
+def test_a_damaged_bench_file(small_run, content, sentence):
+    (small_run / "bench.json").write_text(content)
+    words = read(small_run)[1]
+    assert sentence in words
+    assert "93.5%" in words
+
+
+def write_units(run, classes=3, blocks=2, heads=2):
+    for name in ("units-widths", "units-classes-epoch=009", "units-classes-epoch=010", "units-heads-epoch=002"):
+        shade = 10 if name.endswith("010") else 200
+        save_png(run / "maps" / f"{name}.png", np.full((30, 40, 3), shade, dtype=np.uint8))
+    lines = ["epoch,class,block,head,relevance,kept,updates"]
+    for epoch in (1, 10):
+        for c in range(classes):
+            for b in range(blocks):
+                for h in range(heads):
+                    value = 1 + (0.3 if epoch == 10 and (b, h) == (1, c % 2) else 0)
+                    lines.append(f"{epoch},{c},{b},{h},{value},{(b, h) != (1, 1)},{100 * c + 7}")
+    (run / "units.csv").write_text("\n".join(lines))
+
+
+def test_units_are_on_the_page(run):
+    write_units(run)
+    page, words = read(run)
+    assert "Kept of each block | bars: share of the dense block" in words
+    assert "Which heads serve which class | epoch 10, red" in words
+    assert "Where these heads look | epoch 2" in words
+    shown = [img["src"] for img in page.all("img") if "serve" in img["alt"]]
+    pixels = Image.open(io.BytesIO(base64.b64decode(shown[0].split(",")[1])))
+    assert pixels.getpixel((0, 0)) == (10, 10, 10)
+    # classes 0 and 2 lean on 1.0 (mean 1.2), class 1 on 1.1, which was removed
+    assert "<script>alert(1)</script> | 7 | 1.0 | +0.100" in words
+    assert "dog & co | 107 | 0.0 | +0.000" in words
+    assert "$cat$ | 207 | 1.0 | +0.100" in words
+    assert "1.0 | <script>alert(1)</script> | +0.100 | $cat$ | +0.100 | dog & co | −0.200" in words
+    assert "1.1" not in words.split("top heads")[1].split("Curves")[0]
+    assert not page.all("script")
+
+
+def test_many_classes_and_heads_are_cut_short(small_run):
+    write_units(small_run, classes=60, blocks=12, heads=3)
+    words = read(small_run)[1]
+    assert "40 more classes in units.csv." in words
+    assert "15 more heads in units.csv." in words
+
+
+def test_class_names_in_the_table_itself(small_run):
+    rows = [
+        "epoch,class,block,head,relevance,kept,updates",
+        "0,<b>ant</b>,0,0,1,True,3",
+        "0,bee,0,0,2,1,",
+        "0,bee,0,x,,,",
+    ]
+    (small_run / "units.csv").write_text("\n".join(rows))
+    words = read(small_run)[1]
+    assert "<b>ant</b> | 3 | 0.0 | −0.500" in words
+    assert "bee | – | 0.0 | +0.500" in words
+
+
+def test_damaged_units_are_named(small_run):
+    (small_run / "maps" / "units-widths.png").write_bytes(b"PNG?")
+    (small_run / "units.csv").write_text("epoch,class\n1,2\n")
+    words = read(small_run)[1]
+    assert "maps/units-widths.png could not be read" in words
+    assert "units.csv holds no relevance" in words
+    (small_run / "units.csv").write_bytes(b"\xff\xfe\x00")
+    assert "units.csv could not be read" in read(small_run)[1]
+
+
+def test_without_units_nothing_is_said_of_them(small_run):
+    words = read(small_run)[1]
+    assert "Units:" not in words
+    assert "units.csv" not in words
+    assert "Measured by prunex bench" not in words

@@ -1,0 +1,115 @@
+"""RelevancyGuidance: train what is kept to be what the prediction rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+import prunex
+from prunex.callbacks.participant import Participant
+from prunex.errors import PrunexError
+from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
+from prunex.pruners.xpruner import XPruner
+from prunex.vit.anatomy import find
+from prunex.vit.units import Backbone
+
+
+class RelevancyGuidance(Participant):
+    """Turn relevancy of a dense judge into a target for what :class:`TokenPruning` or :class:`MaskPruning` learn.
+
+    Beside TokenPruning, the scores that rank tokens follow the explainer's maps (:class:`prunex.guidance.Guidance` says
+    by which loss, where its gradient goes and what it costs); beside MaskPruning with ``xpruner``, rows of its masks
+    follow the relevance of units while masks are learned (:class:`prunex.guidance.UnitGuidance`, always by LRP). With
+    both, both do. Logged: ``prunex/loss_guidance`` and ``prunex/loss_unit_guidance``.
+
+    The dense judge is the model as it is when the callback is set up: the weights that training starts from. On resume
+    those are the weights that your constructor loads.
+
+    Args:
+        method: An explainer's name; evaluate with another one than you train on.
+        weight: Of the loss.
+        judge: "dense", or "self" for the pruned model's own maps.
+        loss: "pearson" or "kl".
+        temperature: Of "kl".
+        share: Share of each batch's images that are explained, in (0, 1].
+        every_n_steps: Steps between explanations.
+        cache: Maps kept for images that come again bit for bit; 0 keeps none.
+        options: Of the explainer.
+        model: Dotted path of the ViT in the module, when it holds several.
+
+    Raises:
+        PrunexError: At once for an unknown explainer or options out of range; when training starts, where nobody prunes
+            the model or the pruner ranks nothing that could be guided.
+
+    >>> from prunex.callbacks import RelevancyGuidance
+    >>> RelevancyGuidance("generic_attention", weight=0.5, share=0.25).share
+    0.25
+    """
+
+    def __init__(
+        self,
+        method: str = "tokentm",
+        weight: float = 1.0,
+        judge: Literal["dense", "self"] = "dense",
+        loss: Literal["pearson", "kl"] = "pearson",
+        temperature: float = 1.0,
+        share: float = 1.0,
+        every_n_steps: int = 1,
+        cache: int = 0,
+        options: dict[str, Any] | None = None,
+        model: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_guidance(method, weight, judge, loss, temperature, share, every_n_steps, cache)
+        self.method, self.weight, self.judge, self.loss = method, weight, judge, loss
+        self.temperature, self.share, self.every, self.cache = temperature, share, every_n_steps, cache
+        self.options = dict(options or {})
+        self.model = model
+        self._teacher: tuple[nn.Module, ...] = ()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the dense model, before a checkpoint is read."""
+        if stage == "fit" and self.judge == "dense":
+            self._when_model_is_there(pl_module, self.model, self._copy, Backbone)
+
+    def _copy(self, module: LightningModule) -> None:
+        self._teacher = (dense_copy(find(module, self.model, Backbone)[1]),)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the pruners' losses, now that every callback has attached its own.
+
+        Raises:
+            PrunexError: Where there is nothing to guide.
+        """
+        backbone = find(pl_module, self.model, Backbone)[1]
+        tokens: Any = prunex.attached(pl_module, self.model) if hasattr(backbone, "prunex") else None
+        units = prunex.attached(pl_module, self.model, units=True)
+        if tokens is None and (units is None or not isinstance(units.pruner, XPruner)):
+            raise PrunexError(
+                "RelevancyGuidance guides token scores or xpruner's masks, and this model has neither: add "
+                "TokenPruning or MaskPruning('xpruner') to the callbacks"
+            )
+        if tokens is not None:
+            if tokens.pruner.by_place or tokens.pruner.fixed or tokens.method == "tome":
+                raise PrunexError(
+                    f"{tokens.method} ranks no tokens by scores that training could move: RelevancyGuidance takes "
+                    "dynamicvit, evit, topk and ia_red2"
+                )
+            guide = Guidance(
+                backbone, self.method, self.weight, self.judge, self.loss, self.temperature, self.share, self.every,
+                self.cache, self.options, teacher=self._teacher[0] if self._teacher else None,
+            )  # fmt: skip
+            self._join(tokens._attached.more, guide)
+        if units is not None and isinstance(units.pruner, XPruner):
+            self._join(units._gated.more, UnitGuidance(backbone, self.weight, self.share, self.every))
+
+    def _join(self, losses: list[Callable[..., Any]], guide: Callable[..., Any]) -> None:
+        losses.append(guide)
+        self._undo.append(lambda: losses.remove(guide) if guide in losses else None)
+
+    def _restore(self) -> None:
+        super()._restore()
+        self._teacher = ()

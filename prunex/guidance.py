@@ -1,0 +1,304 @@
+"""Relevancy as a target: token scores are pulled towards what the dense model's prediction rests on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunex.attach import attached
+from prunex.checks import check_number, check_whole
+from prunex.errors import PrunexError, unknown
+from prunex.explain import explain
+from prunex.pruners.base import Forward
+from prunex.pruners.relevance import Relevance
+from prunex.pruners.xpruner import XPruner
+from prunex.registry import lookup
+from prunex.vit.anatomy import find
+from prunex.vit.mount import as_found
+from prunex.vit.trace import TokenTrace
+
+JUDGES = ("dense", "self")
+LOSSES = ("pearson", "kl")
+
+
+class Guidance:
+    r"""A loss that asks a token pruner's scores to follow a relevancy map of the same image.
+
+    At every stage s whose pruner ranked tokens by scores u (DynamicViT: the predictor's keep probability; EViT, Top-K:
+    the class token's attention), and over the patches that still entered it as tokens of their own::
+
+        pearson:  L_s = mean over images of 1 - corr(u, r)
+        kl:       L_s = mean over images of KL(softmax(r / t) || softmax(u / t)), r and u standardised per image
+
+    with r the explainer's map, negative values cut to 0, held constant. The loss is ``weight`` times the mean over
+    stages. Its gradient goes into u alone, and from there to where scores come from: predictors and what they read,
+    or the queries and keys of the class token's attention. Nothing flows through the explanation.
+
+    Images whose map or scores are constant have no correlation and are left out.
+
+    ``judge="dense"`` explains a frozen dense copy of the model as it was when this was made (in fine-tuning: what the
+    trained model looks at); ``judge="self"`` the pruned model as it is now, whose map is 0 on removed patches by
+    construction, so that it can only sharpen what the pruner does anyway. Explained is the image's
+    label where labels are known, else the judge's own prediction.
+
+    It costs one explanation of ``share`` of the images, every ``every`` steps. With ``cache`` the maps of images that
+    come again bit for bit (no augmentation) are kept, by a hash of the pixels and the class, up to ``cache`` of them.
+
+    The loss follows two published ideas (PEAR, arXiv 2303.13299: correlation of two explanations as a training
+    objective); using it for token selection is ours.
+
+    Args:
+        model: A ViT with a token pruner attached, or a module that holds exactly one.
+        method: An explainer's name.
+        weight: Of the loss.
+        judge: "dense" or "self".
+        loss: "pearson" or "kl".
+        temperature: t of "kl".
+        share: Share of each batch's images that are explained, in (0, 1].
+        every: Steps between explanations.
+        cache: Maps kept for images that come again; 0 keeps none.
+        options: Of the explainer.
+        path: Dotted path to the ViT when ``model`` holds several.
+        teacher: The dense model that judges, where it is not to be a copy of the model as it is now.
+
+    Raises:
+        PrunexError: For an unknown explainer, judge or loss, numbers out of range, or a model whose tokens nobody
+            prunes.
+
+    >>> import prunex, timm, torch
+    >>> from prunex.guidance import Guidance
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=4)
+    >>> pruning = prunex.attach(model, "dynamicvit", stages=(1, 2), teacher=False)
+    >>> pruning.also(Guidance(model, "generic_attention", weight=0.5))
+    >>> _ = model.train()(torch.randn(2, 3, 32, 32))
+    >>> sorted(pruning.losses())
+    ['guidance', 'ratio']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "tokentm",
+        weight: float = 1.0,
+        judge: Literal["dense", "self"] = "dense",
+        loss: Literal["pearson", "kl"] = "pearson",
+        temperature: float = 1.0,
+        share: float = 1.0,
+        every: int = 1,
+        cache: int = 0,
+        options: dict[str, Any] | None = None,
+        path: str | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        check_guidance(method, weight, judge, loss, temperature, share, every, cache)
+        vit = find(model, path)[1]
+        if attached(vit) is None:
+            raise PrunexError("guidance needs a token pruner, whose scores it guides: attach one first")
+        self.method, self.options = method, dict(options or {})
+        self.weight, self.judge, self.loss, self.temperature = float(weight), judge, loss, float(temperature)
+        self.share, self.every, self.cache = float(share), every, cache
+        self.teacher = None if judge == "self" else dense_copy(vit) if teacher is None else teacher
+        self.explained = 0  # images, for whoever counts what it costs
+        self._step = 0
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __call__(self, forward: Forward) -> dict[str, Tensor]:
+        """The loss of one training forward; empty where nothing was ranked, or it is no step's turn.
+
+        Args:
+            forward: What the pruner's losses are made from.
+        """
+        self._step += 1
+        ranked = _ranked(forward.trace)
+        if forward.trace is None or not ranked or (self._step - 1) % self.every:
+            return {}
+        count = max(1, round(self.share * len(forward.images)))
+        maps = self.maps(forward, count).flatten(1).clamp(min=0)
+        found = []
+        for stage in ranked:
+            scores, there = on_patches(forward.trace, stage)
+            found.append(self._distance(scores[:count], maps, there[:count]))
+        return {"guidance": self.weight * torch.stack(found).mean()}
+
+    def maps(self, forward: Forward, count: int) -> Tensor:
+        """Relevancy of the first images of a batch, float32 [count, gh, gw], from the cache where they are known."""
+        images = forward.images[:count].detach()
+        labels = None if forward.labels is None else forward.labels[:count]
+        judge: Any = forward.model if self.teacher is None else self.teacher
+        if self.teacher is not None:
+            self.teacher.to(images.device)
+        keys = _keys(images, labels) if self.cache and self.judge == "dense" else [b""] * count
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            at = torch.tensor(new, device=images.device)
+            target = None if labels is None else labels[at]
+            # Off autocast: a relevancy map in half precision is no target.
+            with torch.autocast(images.device.type, enabled=False):
+                e = explain(self.method, judge, images[at].float(), target, **self.options)
+            self.explained += len(new)
+            fresh = e.maps.detach().float()
+            if len(new) == count and not keys[0]:
+                return fresh
+            for i, m in zip(new, fresh.cpu(), strict=True):
+                self._known[keys[i]] = m
+        found = torch.stack([self._known[key] for key in keys]).to(images.device)
+        for key in keys:
+            self._known.move_to_end(key)
+        while len(self._known) > self.cache:
+            self._known.popitem(last=False)
+        return found
+
+    def _distance(self, scores: Tensor, maps: Tensor, there: Tensor) -> Tensor:
+        """Mean over images of the distance between scores and maps [B, P] among the patches that are there."""
+        u, r = (_standardised(x.float(), there) for x in (scores, maps))
+        if self.loss == "pearson":
+            count = there.sum(1).clamp(min=1)
+            each = 1 - (u * r).sum(1) / count
+        else:
+            log_u, log_r = (
+                (x / self.temperature).masked_fill(~there, float("-inf")).log_softmax(1).masked_fill(~there, 0)
+                for x in (u, r)
+            )
+            each = ((log_r.exp() * (log_r - log_u)) * there).sum(1)
+        varies = (r.abs().amax(1) > 0) & (u.detach().abs().amax(1) > 0)
+        return (each * varies).sum() / varies.sum().clamp(min=1)
+
+
+class UnitGuidance:
+    r"""The same for X-Pruner's masks: the rows of an image's class follow the relevance of units for that image.
+
+    For each branch (the heads of a block, or its MLP channels) with m the label's mask of each unit (a head's is the
+    mean over its channels) and r the absolute LRP relevance of each unit, summed over tokens (z+ rules, see the
+    ``relevance`` criterion)::
+
+        L = weight * mean over branches and images of 1 - corr(m, r)
+
+    The model's weights stand still while masks are learned, so it is its own dense judge: no teacher is kept. Ours.
+
+    Args:
+        model: A ViT whose units ``xpruner`` prunes, or a module that holds exactly one.
+        weight: Of the loss.
+        share: Share of each batch's images that are explained, in (0, 1].
+        every: Steps between explanations.
+        path: Dotted path to the ViT when ``model`` holds several.
+
+    Raises:
+        PrunexError: For numbers out of range, another unit pruner or none, or a model that relevance cannot be led
+            through.
+    """
+
+    def __init__(
+        self, model: nn.Module, weight: float = 1.0, share: float = 1.0, every: int = 1, path: str | None = None
+    ) -> None:
+        check_guidance("lrp", weight, "dense", "pearson", 1.0, share, every, 0)
+        handle = attached(model, path, units=True)
+        if handle is None or not isinstance(handle.pruner, XPruner):
+            raise PrunexError("guidance of units needs xpruner, whose masks it guides: attach it first")
+        self.model, self.pruner = handle.model, handle.pruner
+        self.weight, self.share, self.every, self._step = float(weight), float(share), every, 0
+        self.judge = Relevance(self.pruner.branches, self.pruner.classes)
+        self.judge.prepare(self.model)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss of one training step; empty outside the first stage, or when it is no step's turn.
+
+        Args:
+            images: float [B, C, H, W].
+            labels: int64 [B].
+        """
+        self._step += 1
+        if self.pruner.stage != "masks" or (self._step - 1) % self.every:
+            return {}
+        count = max(1, round(self.share * len(images)))
+        images, labels = images[:count].detach(), labels[:count]
+        with as_found(self.model, train=False), torch.autocast(images.device.type, enabled=False):
+            relevance = self.judge.relevance(self.model, images.float(), labels)
+        found = []
+        for b in self.pruner.branches:
+            r = relevance[b.key].abs().sum(1)
+            m = self.pruner.mask(b)[self.pruner.groups[labels]].unflatten(1, (b.units, b.width)).mean(2)
+            there = torch.ones_like(m, dtype=torch.bool)
+            u, r = _standardised(m, there), _standardised(r.to(m), there)
+            found.append((1 - (u * r).mean(1)).mean())
+        return {"unit_guidance": self.weight * torch.stack(found).mean()}
+
+
+def check_guidance(
+    method: str, weight: Any, judge: Any, loss: Any, temperature: Any, share: Any, every: Any, cache: Any
+) -> None:
+    """Refuse options of :class:`Guidance` that are none.
+
+    Raises:
+        PrunexError: By name.
+    """
+    lookup("explainer", method)
+    for name, value, known in (("judge", judge, JUDGES), ("loss", loss, LOSSES)):
+        if not isinstance(value, str) or value not in known:
+            raise unknown(name, value, known)
+    check_number("weight", weight, 0)
+    check_number("temperature", temperature, 1e-6)
+    if check_number("share", share, 0, 1) == 0:
+        raise PrunexError("share=0 is not allowed: give the share of images to explain, in (0, 1]")
+    check_whole("every", every, 1)
+    check_whole("cache", cache, 0)
+
+
+def dense_copy(vit: nn.Module) -> nn.Module:
+    """A frozen copy of a ViT without what is attached to it, in eval mode."""
+    copied = copy.deepcopy(vit)
+    for units in (False, True):
+        handle: Any = attached(copied, units=units)
+        if handle is not None:
+            handle.detach()
+    return copied.eval().requires_grad_(False)
+
+
+def on_patches(trace: TokenTrace, stage: int) -> tuple[Tensor, Tensor]:
+    """A stage's scores in patch coordinates, and which patches entered it as tokens of their own.
+
+    Args:
+        trace: Of a forward.
+        stage: A stage with scores.
+
+    Returns:
+        float [B, P] and bool [B, P].
+    """
+    score = trace.stages[stage].score
+    if score is None:
+        raise PrunexError(f"stage {stage} ranked nothing: it has no scores")
+    if stage == 0:
+        patches = trace.grid[0] * trace.grid[1]
+        return score[:, :patches], torch.ones_like(score[:, :patches], dtype=torch.bool)
+    where = trace.tokens(stage - 1)
+    there = (where >= 0) & (where < score.shape[1])
+    return score.gather(1, where.clamp(0, score.shape[1] - 1)), there
+
+
+def _ranked(trace: TokenTrace | None) -> list[int]:
+    """Stages whose scores have a gradient."""
+    if trace is None or trace.pooled:
+        return []
+    return [i for i, s in enumerate(trace.stages) if s.score is not None and s.score.requires_grad]
+
+
+def _standardised(x: Tensor, there: Tensor) -> Tensor:
+    """Mean 0 and mean square 1 among what is there, 0 elsewhere and where nothing varies; [B, P]."""
+    count = there.sum(1, keepdim=True).clamp(min=1)
+    x = x.masked_fill(~there, 0)
+    centred = (x - x.sum(1, keepdim=True) / count).masked_fill(~there, 0)
+    scale = centred.detach().abs().amax(1, keepdim=True)  # squares of small attentions would be lost
+    centred = centred / scale.clamp(min=torch.finfo(x.dtype).tiny)
+    deviation = (centred.square().sum(1, keepdim=True) / count).clamp(min=1e-12).sqrt()
+    return torch.where(scale > 0, centred / deviation, 0 * centred)
+
+
+def _keys(images: Tensor, labels: Tensor | None) -> list[bytes]:
+    """What tells images apart, bit for bit, and the classes that are explained."""
+    flat = images.float().cpu().contiguous().numpy()
+    classes = [b""] * len(flat) if labels is None else [str(int(c)).encode() for c in labels]
+    return [hashlib.blake2b(i.tobytes() + c, digest_size=16).digest() for i, c in zip(flat, classes, strict=True)]

@@ -106,15 +106,23 @@ class Removal:
                 f"[{len(self.tokens)}, M, {self.players}], images, coalitions, patches"
             )
         present = coalitions.to(self.tokens.device).reshape(b * m, p)
-        image = torch.arange(b, device=present.device).repeat_interleave(m)
+        return self.rows(torch.arange(b, device=present.device).repeat_interleave(m), present).unflatten(0, (b, m))
+
+    @torch.no_grad()
+    def rows(self, image: Tensor, present: Tensor) -> Tensor:
+        """Values of coalitions of any images: float64 [R, C] for image int64 [R] and present bool [R, P].
+
+        Raises:
+            PrunexError: Where nothing is asked.
+        """
         values: Tensor | None = None
         for rows in self._groups(present.sum(1)):
             answer = score(self._logits(image[rows], present[rows]), self.output)
-            values = answer.new_empty(b * m, answer.shape[1]) if values is None else values
+            values = answer.new_empty(len(image), answer.shape[1]) if values is None else values
             values[rows] = answer
         if values is None:
             raise PrunexError("no coalitions were given: ask for at least one")
-        return values.unflatten(0, (b, m))
+        return values
 
     def _groups(self, sizes: Tensor) -> list[Tensor]:
         """Rows that share a forward: of one size where tokens leave, and never more than ``chunk``."""
@@ -188,7 +196,7 @@ class _Frozen:
             if not isinstance(d.answer, One):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
-                    "use selection='adaptive'"
+                    "let the pruner decide anew with selection='adaptive' ('free' in metrics)"
                 )
 
     def rows(self) -> frozenset[int]:

@@ -1,0 +1,321 @@
+"""The perturbation test: accuracy while pixels or tokens are taken away in the order of a map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from prunex.checks import check_flag
+from prunex.errors import PrunexError, unknown
+from prunex.explainers.base import choose_target
+from prunex.metrics.occlusion import (
+    REMOVALS,
+    SELECTIONS,
+    Occlusion,
+    Route,
+    check_maps,
+    check_steps,
+    on_patches,
+    on_pixels,
+    ranked,
+)
+from prunex.registry import register
+
+ORDERS = ("positive", "negative")
+STEPS = tuple(k / 10 for k in range(10))
+
+
+@dataclass
+class Perturbation:
+    """What is left of each image's prediction after every step; float64 [B, K], NaN for an image with NaN in its map.
+
+    Attributes:
+        steps: The K fractions taken away; the first is 0.
+        removed: int64 [K], how many units they are.
+        units: "pixels" or "patches".
+        hits: 1 where the predicted class is the label, else 0.
+        probability: Of the label.
+        logit: Of the label.
+        top_probability: The largest of any class; its drop is ``top_probability[:, :1] - top_probability``.
+        top_logit: Likewise.
+        dissimilarity: ln(p of the label / second-largest p).
+        ties: int64 [B], units that share their relevance with another: their order is that of their index.
+        labels: int64 [B].
+    """
+
+    steps: tuple[float, ...]
+    removed: Tensor
+    units: str
+    hits: Tensor
+    probability: Tensor
+    logit: Tensor
+    top_probability: Tensor
+    top_logit: Tensor
+    dissimilarity: Tensor
+    ties: Tensor
+    labels: Tensor
+
+
+def perturbation(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    labels: int | Tensor | None = None,
+    *,
+    order: Literal["positive", "negative"] = "positive",
+    steps: Sequence[float] = STEPS,
+    removal: Route = "black",
+    selection: Literal["free", "frozen"] = "free",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    chunk: int | None = None,
+) -> Perturbation:
+    """Positive or negative perturbation of Chefer, Gur, Wolf (arXiv 2012.09838), all steps and images batched.
+
+    Positive: the most relevant units leave first, so that accuracy should fall early; negative: the least relevant.
+    Painting is by pixel, as the authors' code does: the map is brought to the image's size bilinearly, and at q the
+    first int(H W q) pixels are painted, all channels of a pixel; removed areas cut through patches. Dropping is by
+    patch: round(q P) of them leave with their tokens, prefix tokens never. Ties leave by index, in both orders.
+
+    A hit is always the *label*. The tables' rows "predicted" and "target" differ only in the class that the maps were
+    made for; class-agnostic methods have equal rows. A random-order curve belongs beside every table: black pixels
+    reward compact maps.
+
+    A pruned model mixes two effects: what is gone, and what its pruner then keeps. ``selection="frozen"`` leaves the
+    second out (tokens leave as in the clean run); report both.
+
+    Args:
+        model: A supported ViT, pruned or dense, or a module that holds exactly one.
+        images: float [B, C, H, W], normalised as the model expects.
+        maps: float [B, gh, gw] on the patch grid, or [B, H, W]; higher is more relevant.
+        labels: The true class, an int or int [B]. None: the predicted one of the clean image (accuracy at 0 is then 1).
+        order: "positive" or "negative".
+        steps: Rising fractions that begin with 0.
+        removal: "black" (0 before normalisation; the authors'), "grey" (0 after it), "mean" (the image's mean colour),
+            "blur", or "drop" (tokens).
+        selection: "free" or "frozen", of a pruned model.
+        mean: Of the normalisation, for "black"; None: as the model's ``pretrained_cfg`` says.
+        std: Likewise.
+        chunk: Most images in one forward: bounds memory, changes no result.
+
+    Returns:
+        The results of every step.
+
+    Raises:
+        PrunexError: For maps, labels or options that do not fit, or a model with less than two classes.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    >>> found = perturbation(model, torch.randn(1, 3, 224, 224), torch.rand(1, 14, 14), steps=(0, 0.5), removal="drop")
+    >>> found.hits.shape, found.removed.tolist()
+    (torch.Size([1, 2]), [0, 98])
+    """
+    _check_options(order, removal, selection)
+    steps = check_steps(steps, first=True)
+    asked = Occlusion(model, images, removal=removal, selection=selection, mean=mean, std=std, chunk=chunk)
+    maps = check_maps(maps, asked.images, asked.grid)
+    if asked.clean.shape[1] < 2:
+        raise PrunexError("this model has one output, whose class is always right: give a model of two classes or more")
+    labels = _labels(asked.clean, labels)
+    dropping = removal == "drop"
+    values = on_patches(maps, asked.grid, asked.patch) if dropping else on_pixels(maps, asked.size)
+    counts = counted(steps, values.shape[1], dropping)
+    place, ties = ranked(values, order)
+    limits = torch.tensor(counts, dtype=torch.int32, device=place.device)
+    # Row k * B + b: image b after step k. Step 0 is the clean image.
+    image = torch.arange(len(images), device=place.device).repeat(len(counts))
+    limit = limits.repeat_interleave(len(images))
+    some = limit > 0
+    rows, limit = image[some], limit[some]
+    logits = asked.clean.repeat(len(counts), 1)
+    logits[some] = asked(rows, lambda part: place[rows[part]] < limit[part, None])
+    bad = maps.flatten(1).isnan().any(1)
+
+    def table(column: Tensor) -> Tensor:
+        return column.double().view(len(counts), -1).T.masked_fill(bad[:, None], torch.nan)
+
+    mine = labels[image, None]
+    logp = logits.log_softmax(1)
+    best = logp.topk(2, 1).values
+    own = logp.gather(1, mine)[:, 0]
+    return Perturbation(
+        steps,
+        torch.tensor(counts, device=place.device),
+        "patches" if dropping else "pixels",
+        table(logits.argmax(1) == mine[:, 0]),
+        table(own.exp()),
+        table(logits.gather(1, mine)[:, 0]),
+        table(best[:, 0].exp()),
+        table(logits.amax(1)),
+        table(own - best[:, 1]),
+        ties,
+        labels,
+    )
+
+
+def counted(steps: Sequence[float], units: int, dropping: bool) -> list[int]:
+    """How many units are gone after each step: int(U q) pixels as in the authors' code, or round(q P) patches.
+
+    >>> counted((0, 0.1, 0.9), 50176, False), counted((0, 0.1, 0.9), 196, True)
+    ([0, 5017, 45158], [0, 20, 176])
+    """
+    return [round(q * units) if dropping else int(units * q) for q in steps]
+
+
+def perturbation_auc(accuracy: Tensor, steps: Sequence[float] = STEPS) -> Tensor:
+    """100 * the trapezoid area under accuracy over the fractions taken away, not divided by their range.
+
+    So the maximum of the usual steps 0, 0.1, ..., 0.9 is **90**; the mean of the accuracies is not this number.
+
+    Args:
+        accuracy: float [..., K], in 0..1.
+        steps: Its K fractions.
+
+    Raises:
+        PrunexError: For another number of steps.
+
+    >>> round(perturbation_auc(torch.ones(10)).item(), 6)
+    90.0
+    """
+    steps = check_steps(steps)
+    if not isinstance(accuracy, Tensor) or not accuracy.is_floating_point() or accuracy.shape[-1:] != (len(steps),):
+        came = list(accuracy.shape) if isinstance(accuracy, Tensor) else type(accuracy).__name__
+        raise PrunexError(f"accuracy is {came}: give floats [..., {len(steps)}], one a step")
+    x = torch.tensor(steps, dtype=torch.float64, device=accuracy.device)
+    return 100 * torch.trapezoid(accuracy.double(), x, dim=-1)
+
+
+def perturbation_maximum(steps: Sequence[float] = STEPS) -> float:
+    """The largest :func:`perturbation_auc` there can be.
+
+    >>> perturbation_maximum()
+    90.0
+    """
+    steps = check_steps(steps)
+    return 100 * (steps[-1] - steps[0])
+
+
+@register(
+    "metric",
+    "perturbation",
+    "Chefer, Gur & Wolf, CVPR 2021, arXiv 2012.09838",
+    "labels; ten forwards an image, positive and negative order apart",
+)
+class PerturbationAUC(Metric):
+    """Area under the accuracy of a whole data set, as :func:`perturbation` and :func:`perturbation_auc` have it.
+
+    Positive order: lower is better; negative: higher. On n images acc(q) has a standard error of
+    sqrt(acc (1 - acc) / n); with 1,000 images that of the area can reach 1.4 points. Compare methods on the same
+    images (``keep=True`` and a paired bootstrap over :meth:`values`).
+
+    Args:
+        order: "positive" or "negative".
+        steps: Rising fractions that begin with 0.
+        removal: "black", "grey", "mean", "blur" or "drop"; numbers of different routes are not interchangeable.
+        selection: "free" or "frozen", of a pruned model.
+        mean: Of the normalisation, for "black".
+        std: Likewise.
+        chunk: Most images in one forward.
+        keep: Keep every image's hits too.
+        **kwargs: torchmetrics' own.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    hits: Tensor
+    count: Tensor
+    undefined: Tensor
+    each: list[Tensor]
+
+    def __init__(
+        self,
+        order: Literal["positive", "negative"] = "positive",
+        steps: Sequence[float] = STEPS,
+        removal: Route = "black",
+        selection: Literal["free", "frozen"] = "free",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        chunk: int | None = None,
+        keep: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_options(order, removal, selection)
+        self.order, self.steps = order, check_steps(steps, first=True)
+        self.removal, self.selection, self.mean, self.std, self.chunk = removal, selection, mean, std, chunk
+        self.keep = check_flag("keep", keep)
+        self.add_state("hits", torch.zeros(len(self.steps), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("undefined", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        if keep:
+            self.add_state("each", [], dist_reduce_fx="cat")
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Only where the least relevant leave first."""
+        return self.order == "negative"
+
+    @property
+    def maximum(self) -> float:
+        """The largest area there can be: 90 with the usual steps."""
+        return perturbation_maximum(self.steps)
+
+    def update(self, model: nn.Module, images: Tensor, maps: Tensor, labels: int | Tensor | None = None) -> None:
+        """Take a batch in; see :func:`perturbation`."""
+        found = perturbation(
+            model,
+            images,
+            maps,
+            labels,
+            order=self.order,
+            steps=self.steps,
+            removal=self.removal,
+            selection=self.selection,
+            mean=self.mean,
+            std=self.std,
+            chunk=self.chunk,
+        )
+        hits = found.hits.to(self.hits.device)
+        there = ~hits[:, 0].isnan()
+        self.hits += hits[there].sum(0)
+        self.count += there.sum()
+        self.undefined += (~there).sum()
+        if self.keep:
+            self.each.append(hits)
+
+    def accuracy(self) -> Tensor:
+        """Accuracy after each step, float64 [K]; NaN before the first image."""
+        return self.hits / self.count
+
+    def compute(self) -> Tensor:
+        """The area; its maximum is :attr:`maximum`."""
+        return perturbation_auc(self.accuracy(), self.steps)
+
+    def values(self) -> Tensor:
+        """Every image's area, float64 [images], NaN where undefined: their mean is :meth:`compute`; with ``keep``."""
+        return perturbation_auc(dim_zero_cat(self.each), self.steps) if self.each else self.hits.new_zeros(0)
+
+
+def _labels(logits: Tensor, labels: int | Tensor | None) -> Tensor:
+    """The class of each image that counts as right: int64 [B]."""
+    try:
+        return choose_target(logits, labels)
+    except PrunexError as error:
+        raise PrunexError(str(error).replace("target", "labels")) from None
+
+
+def _check_options(order: Any, removal: Any, selection: Any) -> None:
+    """See that options are known."""
+    for name, value, known in (
+        ("order", order, ORDERS),
+        ("removal", removal, REMOVALS),
+        ("selection", selection, SELECTIONS),
+    ):
+        if not isinstance(value, str) or value not in known:
+            raise unknown(name, value, known)

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 from prunex.errors import PrunexError
 from prunex.attach import Pruning, attach, attached
 from prunex.explain import Explanation, explain
-from prunex.metrics import Cost, cost
 from prunex.registry import methods
+from prunex.vit.cost import Cost, cost
 from prunex.slim import export, load, save, slim
 from prunex.vit.widths import WidthSpec
 

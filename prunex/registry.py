@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def methods(kind: str | None = None) -> list[Method]:
     >>> [m.name for m in prunex.methods("pruner")][:4]
     ['diffmask', 'dynamicvit', 'evit', 'hvt']
     """
+    importlib.import_module("prunex.metrics")  # only now: torchmetrics takes a second to import
     kinds = {k for k, _ in _METHODS}
     if kind is not None and kind not in kinds:
         raise unknown("kind of method", kind, kinds)

@@ -1,0 +1,153 @@
+"""Is relevancy worth training the pruner for? Guided against unguided token pruning on digit scenes, several seeds.
+
+    python benchmarks/guidance.py --epochs 2                    dynamicvit and evit, keep 0.7 and 0.5, three seeds
+
+Trained alike but for the guidance, from the shipped ViT. On scenes that training never saw: accuracy; how well the kept
+set agrees with what the *dense* model rests on, by an explainer that was not trained on (--judge): chance-corrected
+overlap and ROC-AUC, 0 and 0.5 by chance; the share of the pruned model's own relevance (--own) that lies on the object;
+and the perturbation test of that map on the pruned model by dropping tokens (positive: lower is better; maximum 90).
+Rows that OUT/guidance.csv holds already are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import statistics
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from measure import start
+from tqdm import tqdm
+from tradeoff import RECIPES, STAGES, append, classifier, read_rows
+
+import prunex
+from prunex.callbacks import RelevancyGuidance, TokenPruning
+from prunex.metrics import agreement, energy_inside, perturbation, perturbation_auc
+from prunex.recipes import DigitScenes
+from prunex.recipes.runs import evaluate
+
+KEY = ("method", "keep_ratio", "weight", "seed", "epochs", "train_size")
+MEASURES = ("accuracy", "share", "object_kept", "overlap", "kept_auc", "energy", "positive", "negative")
+FIELDS = (*KEY, *MEASURES)
+
+
+def train(method: str, keep_ratio: float, weight: float, seed: int, args: argparse.Namespace) -> Any:
+    """A trained module, pruned, guided where the weight is not 0."""
+    lightning.seed_everything(seed, verbose=False)
+    recipe = dict(RECIPES.get(method, {}))
+    scale = recipe.pop("backbone_lr_scale", 1.0)
+    module = classifier(**recipe)
+    callbacks: list[Any] = [TokenPruning(method, keep_ratio=keep_ratio, stages=STAGES, backbone_lr_scale=scale)]
+    if weight > 0:
+        callbacks.append(RelevancyGuidance(args.guide, weight=weight, share=args.share))
+    trainer = lightning.Trainer(
+        max_epochs=args.epochs, callbacks=callbacks, accelerator=args.device, devices=1, gradient_clip_val=1.0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, DigitScenes(batch_size=64, train_size=args.train_size, seed=seed))
+    return module
+
+
+def measure(module: Any, dense: Any, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """What became of it, on scenes of the test split."""
+    small = prunex.slim(module).cpu()
+    found = evaluate(small, DigitScenes(batch_size=125, val_size=args.val_size, seed=seed).test_dataloader())
+    told: dict[str, list[float]] = {name: [] for name in ("overlap", "kept_auc", "energy")}
+    hits: dict[str, list[torch.Tensor]] = {"positive": [], "negative": []}
+    scenes = DigitScenes(batch_size=50, val_size=args.explained, seed=seed).test_dataloader()
+    for images, labels, masks in scenes:
+        with torch.no_grad():
+            small(images)
+        trace = prunex.attached(small).trace  # type: ignore[union-attr]
+        judged = agreement(trace, prunex.explain(args.judge, dense, images, labels))
+        told["overlap"] += judged["corrected_overlap"].tolist()
+        told["kept_auc"] += judged["kept_auc"].tolist()
+        own = prunex.explain(args.own, small, images, labels)
+        told["energy"] += energy_inside(own.upsample(), masks).tolist()
+        for order, rows in hits.items():
+            rows.append(perturbation(small, images, own.maps, labels, order=order, removal="drop").hits)  # type: ignore[arg-type]
+    areas = {o: float(perturbation_auc(torch.cat(rows).double().mean(0))) for o, rows in hits.items()}
+    means = {name: statistics.mean(v for v in values if v == v) for name, values in told.items()}
+    return {
+        "accuracy": found["accuracy"],
+        "share": prunex.cost(small).macs / prunex.cost(dense).macs,
+        "object_kept": found["kept_digit_cover"],
+        **means,
+        **areas,
+    }
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Mean and spread over seeds."""
+    titles = (
+        "accuracy | object kept | overlap with the dense map | kept AUC | own energy on object | positive | negative"
+    )
+    lines = [f"| method | keep ratio | guidance | MACs | {titles} |", "|" + "---|" * 11]
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in KEY[:3]), []).append(row)
+    for (method, keep, weight), same in sorted(groups.items()):
+        cells = [f"{100 * statistics.mean(float(r['share']) for r in same):.1f} %"]
+        for name, scale, unit in (
+            ("accuracy", 100, " %"), ("object_kept", 100, " %"), ("overlap", 1, ""), ("kept_auc", 1, ""),
+            ("energy", 100, " %"), ("positive", 1, ""), ("negative", 1, ""),
+        ):  # fmt: skip
+            values = [scale * float(r[name]) for r in same]
+            digits = 3 if scale == 1 and name in ("overlap", "kept_auc") else 1
+            cells.append(
+                f"{statistics.mean(values):.{digits}f}{unit} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            )
+        lines.append(
+            f"| `{method}` | {keep} | {'none' if float(weight) == 0 else weight} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=Path("runs/guidance"), help="folder to write to")
+    made.add_argument("--methods", nargs="+", default=["dynamicvit", "evit"])
+    made.add_argument("--keep-ratios", type=float, nargs="+", default=[0.7, 0.5])
+    made.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0], help="of the guidance; 0: none")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--epochs", type=int, default=2)
+    made.add_argument("--train-size", type=int, default=3200, help="scenes an epoch")
+    made.add_argument("--val-size", type=int, default=2000, help="scenes tested on")
+    made.add_argument("--explained", type=int, default=300, help="scenes explained")
+    made.add_argument("--guide", default="generic_attention", help="explainer trained on")
+    made.add_argument("--judge", default="lrp", help="explainer of the dense model that judges the kept set")
+    made.add_argument("--own", default="tokentm", help="explainer of the pruned model")
+    made.add_argument("--share", type=float, default=0.5, help="of each batch that is explained in training")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.set_defaults(clock="wall")
+    args = made.parse_args(arguments)
+    start(args)
+    for quiet in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(quiet).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "guidance.csv"
+    dense = classifier().model.eval()
+    done = {tuple(r[k] for k in KEY) for r in read_rows(path)}
+    wanted = list(itertools.product(args.seeds, args.methods, args.keep_ratios, args.weights))
+    for seed, method, keep, weight in tqdm(wanted, unit="model"):
+        key = (method, f"{keep:g}", f"{weight:g}", str(seed), str(args.epochs), str(args.train_size))
+        if key in done:
+            continue
+        found = measure(train(method, keep, weight, seed, args), dense, seed, args)
+        append(path, FIELDS, dict(zip(KEY, key, strict=True)) | {n: round(found[n], 5) for n in MEASURES})
+    told = table(read_rows(path))
+    (args.out / "guidance.md").write_text(told + "\n")
+    print(f"\n{told}\n\nwritten to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""RelevancyGuidance: joins the losses of whoever prunes, in any order, and leaves with the training."""
+
+import pytest
+import torch
+
+import prunex
+from prunex.callbacks import MaskPruning, RelevancyGuidance, TokenPruning
+from tests.callbacks.modules import Plain, csv_logger, loader, metrics, trainer
+from tests.callbacks.test_mask_pruning import OPTIONS
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("method", ["dynamicvit", "evit"])
+def test_its_loss_is_logged_and_trained(tmp_path, method, first):
+    callbacks = [TokenPruning(method, keep_ratio=0.6), RelevancyGuidance("generic_attention", weight=2.0)]
+    module = Plain(seed=1)
+    run = trainer(tmp_path, *(callbacks[::-1] if first else callbacks), max_epochs=6, logger=csv_logger(tmp_path))
+    torch.manual_seed(0)
+    run.fit(module, loader())
+    seen = metrics(run.log_dir)["prunex/loss_guidance"]
+    assert len(seen) == 6
+    assert seen[-1] < seen[0]
+    assert not prunex.attached(module)._attached.more
+    assert not callbacks[1]._teacher
+
+
+def test_masks_are_guided_while_they_are_learned(tmp_path):
+    module = Plain(seed=1)
+    run = trainer(
+        tmp_path, RelevancyGuidance(weight=1.0), MaskPruning(**OPTIONS), max_epochs=4, logger=csv_logger(tmp_path)
+    )
+    run.fit(module, loader())
+    assert len(metrics(run.log_dir)["prunex/loss_unit_guidance"]) == 1  # of the first epoch of four
+    assert prunex.attached(module, units=True).removed
+
+
+def test_the_judge_is_the_model_that_training_starts_from(tmp_path):
+    """Also on resume: what the constructor made, and not the checkpoint's weights."""
+    first = Plain(seed=1)
+    run = trainer(tmp_path / "a", TokenPruning("evit", keep_ratio=0.6), RelevancyGuidance(), max_epochs=1)
+    run.fit(first, loader())
+    path = tmp_path / "a.ckpt"
+    run.save_checkpoint(path)
+
+    class Look(RelevancyGuidance):
+        def on_fit_start(self, trainer, pl_module):
+            super().on_fit_start(trainer, pl_module)
+            self.seen = {n: p.clone() for n, p in self._teacher[0].named_parameters()}
+
+    look = Look()
+    again = trainer(tmp_path / "b", look, TokenPruning("evit", keep_ratio=0.6), max_epochs=2)
+    again.fit(Plain(seed=1), loader(), ckpt_path=path)
+    for name, p in Plain(seed=1).vit.named_parameters():
+        assert torch.equal(look.seen[name], p), name
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(prunex.PrunexError, match="did you mean"):
+        RelevancyGuidance("tokentn")
+    with pytest.raises(prunex.PrunexError, match="has neither"):
+        trainer(tmp_path, RelevancyGuidance()).fit(Plain(), loader())
+    with pytest.raises(prunex.PrunexError, match="ranks no tokens"):
+        trainer(tmp_path, TokenPruning("tome", options={"r": 2}), RelevancyGuidance()).fit(Plain(), loader())

@@ -22,6 +22,7 @@ from prunex.explainers.coalitions import of_sizes, seeded
 from prunex.explainers.removal import OUTPUTS, score
 from prunex.metrics.base import MeanOverImages
 from prunex.metrics.occlusion import Occlusion, Route, check_maps, check_steps, on_patches, on_pixels, ranked
+from prunex.metrics.ranks import average_ranks
 from prunex.registry import register
 
 Output = Literal["probability", "logit", "log_odds"]
@@ -31,6 +32,7 @@ STEPS = tuple(k / 10 for k in range(11))
 PERCENT = STEPS[1:-1]  # 10 to 90 %, the fractions usual for ViTs
 ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
 TINY = 1e-12
+_CURVES = "the curves of removal_curves, one set for all of its kind"
 
 
 @dataclass
@@ -206,6 +208,7 @@ class _Asked:
         return score(logits, self.output).gather(1, self.target[image, None])[:, 0]
 
 
+@register("metric", "deletion", "Petsiuk, Das & Saenko, BMVC 2018, arXiv 1806.07421", _CURVES)
 def deletion(curves: Curves) -> Tensor:
     """Area under f while the most relevant units leave, over the share gone, from 0 to 1: [B]; low is better.
 
@@ -221,6 +224,7 @@ def deletion(curves: Curves) -> Tensor:
     return _area(curves, _curve(curves, "without"))
 
 
+@register("metric", "insertion", "Petsiuk, Das & Saenko, BMVC 2018, arXiv 1806.07421", _CURVES)
 def insertion(curves: Curves) -> Tensor:
     """Area under f while the most relevant units come back, over the share there, from 0 to 1: [B]; high is better.
 
@@ -233,6 +237,7 @@ def insertion(curves: Curves) -> Tensor:
     return _area(curves, _curve(curves, "only"))
 
 
+@register("metric", "srg", "Bluecher, Vielhaben & Strodthoff, TMLR 2024", _CURVES)
 def srg(curves: Curves) -> Tensor:
     """Symmetric relevance gain: area with the least relevant leaving first minus :func:`deletion`, [B]; high is better.
 
@@ -244,6 +249,7 @@ def srg(curves: Curves) -> Tensor:
     return _area(curves, _curve(curves, "least")) - deletion(curves)
 
 
+@register("metric", "aopc", "Samek et al., TNNLS 2017, arXiv 1509.06321", _CURVES)
 def aopc(
     curves: Curves,
     definition: Literal["all", "percent"] = "all",
@@ -269,6 +275,7 @@ def aopc(
     return comprehensiveness(curves, fractions)
 
 
+@register("metric", "log_odds", "Shrikumar et al., ICML 2017, arXiv 1704.02685 (unverified)", _CURVES)
 def log_odds(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     """LOdds: the mean of ln(f(x_q) / f(x)) with the share q of most relevant units gone, [B]; low is better.
 
@@ -287,6 +294,7 @@ def log_odds(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     return (after.log() - curves.clean.clamp(min=TINY).log()[:, None]).mean(1)
 
 
+@register("metric", "comprehensiveness", "DeYoung et al., ACL 2020, arXiv 1911.03429", _CURVES)
 def comprehensiveness(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     """ERASER (arXiv 1911.03429): the mean of f(x) - f(x without the most relevant share q), [B]; high is better.
 
@@ -299,6 +307,7 @@ def comprehensiveness(curves: Curves, fractions: Sequence[float] = PERCENT) -> T
     return curves.clean - _curve(curves, "without")[:, _columns(curves, fractions)].mean(1)
 
 
+@register("metric", "sufficiency", "DeYoung et al., ACL 2020, arXiv 1911.03429", _CURVES)
 def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     """ERASER: the mean of f(x) - f(nothing but the most relevant share q), [B]; low is better.
 
@@ -310,6 +319,9 @@ def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     return curves.clean - _curve(curves, "only")[:, _columns(curves, fractions)].mean(1)
 
 
+@register(
+    "metric", "sensitivity_n", "Ancona et al., ICLR 2018, arXiv 1711.06104", "a hundred forwards a size and image"
+)
 def sensitivity_n(
     model: nn.Module,
     images: Tensor,
@@ -362,6 +374,12 @@ def sensitivity_n(
     return asked.hide(correlation(relevance, lost))
 
 
+@register(
+    "metric",
+    "faithfulness_correlation",
+    "Bhatt, Weller & Moura, IJCAI 2020, arXiv 2005.00631",
+    "a hundred forwards an image",
+)
 def faithfulness_correlation(
     model: nn.Module,
     images: Tensor,
@@ -418,10 +436,11 @@ def faithfulness_correlation(
     sets = of_sizes(torch.full((samples,), count), patches, seeded(seed))
     relevance, lost = _taken(asked, sets)
     if rank:
-        relevance, lost = _ranks(_rounded(relevance)), _ranks(_rounded(lost))
+        relevance, lost = average_ranks(_rounded(relevance)), average_ranks(_rounded(lost))
     return asked.hide(correlation(relevance, lost))
 
 
+@register("metric", "infidelity", "Yeh et al., NeurIPS 2019, arXiv 1901.09392", "a hundred forwards an image")
 def infidelity(
     model: nn.Module,
     images: Tensor,
@@ -478,6 +497,7 @@ def infidelity(
     return asked.hide((relevance - lost).square().mean(1))
 
 
+@register("metric", "saco", "Wu et al., CVPR 2024, arXiv 2404.01415", "ten forwards an image")
 def saco(
     model: nn.Module,
     images: Tensor,
@@ -676,22 +696,10 @@ def _rounded(x: Tensor) -> Tensor:
     return (x / unit.where(unit > 0, 1)).round()
 
 
-def _ranks(x: Tensor) -> Tensor:
-    """Ranks along the last dimension, the mean rank for ties: float64 [B, M]."""
-    x = x.contiguous()
-    found = x.sort(-1).values
-    below, upto = torch.searchsorted(found, x), torch.searchsorted(found, x, right=True)
-    return (below + upto - 1).double() / 2
-
-
 class _OfCurves(MeanOverImages):
     """A mean over images of what is read off :class:`Curves`: ``update(removal_curves(model, images, maps))``."""
 
 
-_CURVES = "the curves of removal_curves, one set for all of its kind"
-
-
-@register("metric", "deletion", "Petsiuk, Das & Saenko, BMVC 2018, arXiv 1806.07421", _CURVES)
 class Deletion(_OfCurves):
     """Mean of :func:`deletion` over images."""
 
@@ -702,7 +710,6 @@ class Deletion(_OfCurves):
         return deletion(curves)
 
 
-@register("metric", "insertion", "Petsiuk, Das & Saenko, BMVC 2018, arXiv 1806.07421", _CURVES)
 class Insertion(_OfCurves):
     """Mean of :func:`insertion` over images."""
 
@@ -713,7 +720,6 @@ class Insertion(_OfCurves):
         return insertion(curves)
 
 
-@register("metric", "srg", "Bluecher, Vielhaben & Strodthoff, TMLR 2024", _CURVES)
 class SRG(_OfCurves):
     """Mean of :func:`srg` over images."""
 
@@ -724,7 +730,6 @@ class SRG(_OfCurves):
         return srg(curves)
 
 
-@register("metric", "aopc", "Samek et al., TNNLS 2017, arXiv 1509.06321", _CURVES)
 class AOPC(_OfCurves):
     """Mean of :func:`aopc` over images.
 
@@ -765,7 +770,6 @@ class _AtFractions(_OfCurves):
         self.fractions = check_steps(fractions)
 
 
-@register("metric", "log_odds", "Shrikumar et al., ICML 2017, arXiv 1704.02685 (unverified)", _CURVES)
 class LogOdds(_AtFractions):
     """Mean of :func:`log_odds` over images."""
 
@@ -776,7 +780,6 @@ class LogOdds(_AtFractions):
         return log_odds(curves, self.fractions)
 
 
-@register("metric", "comprehensiveness", "DeYoung et al., ACL 2020, arXiv 1911.03429", _CURVES)
 class Comprehensiveness(_AtFractions):
     """Mean of :func:`comprehensiveness` over images."""
 
@@ -787,7 +790,6 @@ class Comprehensiveness(_AtFractions):
         return comprehensiveness(curves, self.fractions)
 
 
-@register("metric", "sufficiency", "DeYoung et al., ACL 2020, arXiv 1911.03429", _CURVES)
 class Sufficiency(_AtFractions):
     """Mean of :func:`sufficiency` over images."""
 
@@ -828,9 +830,6 @@ _TORCHMETRICS = (
 )  # fmt: skip
 
 
-@register(
-    "metric", "sensitivity_n", "Ancona et al., ICLR 2018, arXiv 1711.06104", "a hundred forwards a size and image"
-)
 class SensitivityN(_OfModel):
     """Mean of :func:`sensitivity_n` over sizes and images; its options are the function's."""
 
@@ -838,12 +837,6 @@ class SensitivityN(_OfModel):
     function = staticmethod(sensitivity_n)
 
 
-@register(
-    "metric",
-    "faithfulness_correlation",
-    "Bhatt, Weller & Moura, IJCAI 2020, arXiv 2005.00631",
-    "a hundred forwards an image",
-)
 class FaithfulnessCorrelation(_OfModel):
     """Mean of :func:`faithfulness_correlation` over images; its options are the function's."""
 
@@ -851,7 +844,6 @@ class FaithfulnessCorrelation(_OfModel):
     function = staticmethod(faithfulness_correlation)
 
 
-@register("metric", "infidelity", "Yeh et al., NeurIPS 2019, arXiv 1901.09392", "a hundred forwards an image")
 class Infidelity(_OfModel):
     """Mean of :func:`infidelity` over images; its options are the function's."""
 
@@ -859,7 +851,6 @@ class Infidelity(_OfModel):
     function = staticmethod(infidelity)
 
 
-@register("metric", "saco", "Wu et al., CVPR 2024, arXiv 2404.01415", "ten forwards an image")
 class SaCo(_OfModel):
     """Mean of :func:`saco` over images; its options are the function's."""
 

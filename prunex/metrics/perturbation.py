@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
-from prunex.checks import check_flag
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import choose_target
+from prunex.metrics.base import MeanOverImages
 from prunex.metrics.occlusion import (
     REMOVALS,
     SELECTIONS,
@@ -62,6 +60,12 @@ class Perturbation:
     labels: Tensor
 
 
+@register(
+    "metric",
+    "perturbation",
+    "Chefer, Gur & Wolf, CVPR 2021, arXiv 2012.09838",
+    "labels; ten forwards an image, positive and negative order apart",
+)
 def perturbation(
     model: nn.Module,
     images: Tensor,
@@ -201,13 +205,7 @@ def perturbation_maximum(steps: Sequence[float] = STEPS) -> float:
     return 100 * (steps[-1] - steps[0])
 
 
-@register(
-    "metric",
-    "perturbation",
-    "Chefer, Gur & Wolf, CVPR 2021, arXiv 2012.09838",
-    "labels; ten forwards an image, positive and negative order apart",
-)
-class PerturbationAUC(Metric):
+class PerturbationAUC(MeanOverImages):
     """Area under the accuracy of a whole data set, as :func:`perturbation` and :func:`perturbation_auc` have it.
 
     Positive order: lower is better; negative: higher. On n images acc(q) has a standard error of
@@ -226,13 +224,6 @@ class PerturbationAUC(Metric):
         **kwargs: torchmetrics' own.
     """
 
-    is_differentiable = False
-    full_state_update = False
-    hits: Tensor
-    count: Tensor
-    undefined: Tensor
-    each: list[Tensor]
-
     def __init__(
         self,
         order: Literal["positive", "negative"] = "positive",
@@ -245,16 +236,11 @@ class PerturbationAUC(Metric):
         keep: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         _check_options(order, removal, selection)
-        self.order, self.steps = order, check_steps(steps, first=True)
+        fractions = check_steps(steps, first=True)
+        super().__init__(keep, (len(fractions),), **kwargs)
+        self.order, self.steps = order, fractions
         self.removal, self.selection, self.mean, self.std, self.chunk = removal, selection, mean, std, chunk
-        self.keep = check_flag("keep", keep)
-        self.add_state("hits", torch.zeros(len(self.steps), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("undefined", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        if keep:
-            self.add_state("each", [], dist_reduce_fx="cat")
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
@@ -266,9 +252,9 @@ class PerturbationAUC(Metric):
         """The largest area there can be: 90 with the usual steps."""
         return perturbation_maximum(self.steps)
 
-    def update(self, model: nn.Module, images: Tensor, maps: Tensor, labels: int | Tensor | None = None) -> None:
-        """Take a batch in; see :func:`perturbation`."""
-        found = perturbation(
+    def measure(self, model: nn.Module, images: Tensor, maps: Tensor, labels: int | Tensor | None = None) -> Tensor:
+        """Hits of every image and step, [B, K]; see :func:`perturbation`."""
+        return perturbation(
             model,
             images,
             maps,
@@ -280,26 +266,19 @@ class PerturbationAUC(Metric):
             mean=self.mean,
             std=self.std,
             chunk=self.chunk,
-        )
-        hits = found.hits.to(self.hits.device)
-        there = ~hits[:, 0].isnan()
-        self.hits += hits[there].sum(0)
-        self.count += there.sum()
-        self.undefined += (~there).sum()
-        if self.keep:
-            self.each.append(hits)
+        ).hits
 
     def accuracy(self) -> Tensor:
         """Accuracy after each step, float64 [K]; NaN before the first image."""
-        return self.hits / self.count
+        return super().compute()
 
     def compute(self) -> Tensor:
         """The area; its maximum is :attr:`maximum`."""
         return perturbation_auc(self.accuracy(), self.steps)
 
     def values(self) -> Tensor:
-        """Every image's area, float64 [images], NaN where undefined: their mean is :meth:`compute`; with ``keep``."""
-        return perturbation_auc(dim_zero_cat(self.each), self.steps) if self.each else self.hits.new_zeros(0)
+        """Every image's area, float64 [images], NaN where undefined; their mean is the area of all. With ``keep``."""
+        return perturbation_auc(super().values(), self.steps)
 
 
 def _labels(logits: Tensor, labels: int | Tensor | None) -> Tensor:

@@ -19,6 +19,12 @@ from prunex.registry import lookup, register
 Explainer = str | Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
+@register(
+    "metric",
+    "max_sensitivity",
+    "Yeh et al., NeurIPS 2019, arXiv 1901.09392",
+    "an explainer; eleven explanations an image",
+)
 def max_sensitivity(
     explainer: Explainer,
     model: nn.Module,
@@ -117,12 +123,6 @@ def _norm(maps: Tensor) -> Tensor:
     return maps.flatten(1).square().sum(1).sqrt()
 
 
-@register(
-    "metric",
-    "max_sensitivity",
-    "Yeh et al., NeurIPS 2019, arXiv 1901.09392",
-    "an explainer; eleven explanations an image",
-)
 class MaxSensitivity(MeanOverImages):
     """Mean of :func:`max_sensitivity` over images.
 

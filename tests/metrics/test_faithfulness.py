@@ -20,8 +20,6 @@ from prunex.metrics import (
     Infidelity,
     Insertion,
     LogOdds,
-    MaxSensitivity,
-    PerturbationAUC,
     SaCo,
     SensitivityN,
     Sufficiency,
@@ -32,6 +30,8 @@ from prunex.metrics import (
     infidelity,
     insertion,
     log_odds,
+    max_sensitivity,
+    perturbation,
     removal_curves,
     saco,
     sensitivity_n,
@@ -464,8 +464,11 @@ def test_classes_that_ask_the_model(name):
 def test_every_metric_is_listed():
     known = {m.name: m for m in methods("metric")}
     assert {*CURVE_CLASSES, *MODEL_CLASSES, "perturbation", "max_sensitivity"} <= set(known)
-    assert known["perturbation"].make is PerturbationAUC
-    assert known["max_sensitivity"].make is MaxSensitivity
+    for name, entry in {**CURVE_CLASSES, **MODEL_CLASSES}.items():
+        assert known[name].make is entry[1]
+    assert known["perturbation"].make is perturbation
+    assert known["max_sensitivity"].make is max_sensitivity
+    assert known["saco"].options["groups"] == 10
 
 
 def test_flags_gradients_and_mode_are_left_as_found():

@@ -225,7 +225,7 @@ def test_batches_and_processes_add_up(removal):
     parts[1].update(model, x[3:], maps[3:], labels[3:])
     parts[0].merge_state(parts[1])
     assert float(parts[0].compute()) == pytest.approx(float(whole.compute()), abs=1e-9)
-    assert int(parts[0].count) == 5
+    assert parts[0].count.tolist() == [5] * 10
     assert sorted(parts[0].values().tolist()) == pytest.approx(sorted(whole.values().tolist()))
     assert float(whole.values().mean()) == pytest.approx(float(whole.compute()))
     assert whole.maximum == pytest.approx(90)
@@ -243,7 +243,7 @@ def test_nan_maps_count_nowhere():
     maps[1, 0, 0] = torch.nan
     metric = PerturbationAUC(removal="drop", keep=True)
     metric.update(model, x, maps)
-    assert (int(metric.count), int(metric.undefined)) == (2, 1)
+    assert (int(metric.count[0]), int(metric.undefined[0])) == (2, 1)
     assert metric.values().isnan().tolist() == [False, True, False]
     found = perturbation(model, x, maps, removal="drop")
     assert found.hits.isnan().any(1).tolist() == [False, True, False]

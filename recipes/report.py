@@ -655,9 +655,7 @@ def _score_chart(metric: str, cells: Sequence[Score]) -> Markup:
             named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
             lines[named] = cell.mean
     title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better"
-    return Markup(
-        bars_svg(rows, title, lines, faint=BASELINES)
-    )  # it escapes names itself
+    return Markup(bars_svg(rows, title, lines, faint=BASELINES))  # it escapes names itself
 
 
 def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -610,11 +610,12 @@ def _scores(folder: Path) -> tuple[Scores | None, str]:
     methods = list(dict.fromkeys(row.method for row in rows))
     listed = {m for m in methods if m not in BASELINES}
     hidden = len(listed) - SCORED
+    models = list(dict.fromkeys(row.model for row in rows))
     shown = {*sorted(listed, key=methods.index)[:SCORED], *BASELINES}
     found = Scores(_conditions_of(about))
     for metric, cells in by_metric([row for row in rows if row.method in shown]).items():
         if any(cell.method != "chance" for cell in cells):
-            found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells))
+            found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
     found.winners = _winners(rows)
     found.notes = [str(n) for n in _list(about.get("notes"))]
     if hidden > 0:
@@ -632,7 +633,7 @@ def _conditions_of(about: Mapping[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def _score_chart(metric: str, cells: Sequence[Score]) -> Markup:
+def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> Markup:
     """Bars of one metric, the best of the first model on top; a line for chance, else for random maps."""
     models = list(dict.fromkeys(cell.model for cell in cells))
     higher = cells[0].higher_is_better
@@ -655,7 +656,7 @@ def _score_chart(metric: str, cells: Sequence[Score]) -> Markup:
             named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
             lines[named] = cell.mean
     title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better"
-    return Markup(bars_svg(rows, title, lines, faint=BASELINES))  # it escapes names itself
+    return Markup(bars_svg(rows, title, lines, faint=BASELINES, order=order))  # it escapes names itself
 
 
 def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:

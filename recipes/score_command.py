@@ -61,6 +61,8 @@ def score(arguments: Sequence[str]) -> int:
         raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     print(table(found, shutil.get_terminal_size((120, 24)).columns))
     print("\n± half of the 95 % interval (bootstrap over images); * best explainer of the model; ↓ less is better")
+    for name, share in scoring.accuracy().items():
+        print(f"accuracy on these {len(scoring.scenes.images)} images, {name}: {share:.1%}")
     for note in scoring.notes:
         print(note)
     print(out / "scores.csv")
@@ -279,17 +281,14 @@ class Scoring:
             return
         for name in [n for n in self.methods if n != RANDOM and n not in self.options]:
             needs = lookup("explainer", name).needs
-            if "slow" in needs or "trained explainer" in needs:
+            if "slow" in needs:
                 self.methods.remove(name)
-                self._skip(f"{name} ({needs}): name it with --methods to score it")
+                tqdm.write(f"skipped {name}: it is slow ({needs}); name it with --methods to score it")
         if "shap" in self.methods and "shap" not in self.options:
             patches = self.models[0].grid[0] * self.models[0].grid[1]
             budget = 2 + PAIRS * 2 * max(1, patches - 1)
             self.options["shap"] = {"budget": budget}
             self.notes.append(f"shap took {budget:,} forwards an image, below its default: set --option shap.budget=N")
-
-    def _skip(self, text: str) -> None:
-        tqdm.write(f"skipped {text}")
 
     def _parts(self) -> list[slice]:
         """The first image alone, which shows what a method takes; then batches."""
@@ -344,9 +343,10 @@ class Scoring:
                 try:
                     self._one(m, method, bar)
                 except _Refused as error:
+                    if str(error) not in [self.skipped.get((other.name, method)) for other in self.models]:
+                        bar.write(f"skipped {method}: {error}")
                     self.skipped[m.name, method] = str(error)
                     bar.total = max(0, bar.total - rounds * len(self.scenes.images))
-                    self._skip(f"{method} on {m.name}: {error}")
         if all((m.name, method) in self.skipped for m in self.models for method in self.methods if method != RANDOM):
             raise PrunexError(f"no explainer can take this model; the last one said: {[*self.skipped.values()][-1]}")
 
@@ -509,19 +509,23 @@ class Scoring:
         judge = None if m.kept is None else random_maps(self.scenes.images, m.grid)
         return by_chance([x.name for x in self.metrics], self.scenes.masks, m.kept, judge)
 
+    def accuracy(self) -> dict[str, float]:
+        """Of each model on these images, where their labels are known."""
+        labels = self.scenes.labels
+        return {
+            m.name: float((m.predicted == labels).double().mean())
+            for m in self.models
+            if m.predicted is not None and labels is not None
+        }
+
     def about(self) -> dict[str, Any]:
         """The conditions, in plain values."""
-        labels = self.scenes.labels
         return {
             "images": len(self.scenes.images),
             "machine": chip(self.place.type),
             "threads": torch.get_num_threads() if self.place.type == "cpu" else None,
             "removal": self.args.removal,
-            "accuracy": {
-                m.name: float((m.predicted == labels).double().mean())
-                for m in self.models
-                if m.predicted is not None and labels is not None
-            },
+            "accuracy": self.accuracy(),
             "seconds": {
                 f"{name}/{method}": {"explain": r.cost[0] * len(self.scenes.images), **r.seconds}
                 for (name, method), r in self.records.items()

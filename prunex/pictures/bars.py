@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ def bars(
     lines: Mapping[str, float] | None = None,
     faint: Collection[str] = (),
     width: int = 520,
+    order: Sequence[str] = (),
 ) -> Picture:
     """One bar a row and series, with its interval; rows from the top as they come.
 
@@ -40,6 +41,7 @@ def bars(
         lines: Dashed vertical lines by name, such as the level of chance.
         faint: Rows in grey: what others are compared with.
         width: In pixels; the height follows from the number of bars.
+        order: Series that other charts of the page have, so that each keeps its colour.
 
     Returns:
         uint8 [height, width, 3].
@@ -50,10 +52,10 @@ def bars(
     >>> bars({"rollout": {"dense": (0.4, 0.3, 0.5)}}, width=300).shape[1:]
     (300, 3)
     """
-    figure = _figure(rows, lines, width)
+    figure = _figure(rows, lines, width, order)
     canvas = FigureCanvasAgg(figure)
     with rc_context({"text.usetex": False}):
-        _draw(figure, rows, title, lines or {}, faint, ink="#1b1f24")
+        _draw(figure, rows, title, lines or {}, faint, "#1b1f24", order)
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -64,6 +66,7 @@ def bars_svg(
     lines: Mapping[str, float] | None = None,
     faint: Collection[str] = (),
     width: int = 520,
+    order: Sequence[str] = (),
 ) -> str:
     """The same chart as `bars` as an ``<svg>`` element that takes its page's text colour and font.
 
@@ -73,6 +76,7 @@ def bars_svg(
         lines: Likewise.
         faint: Likewise.
         width: Likewise.
+        order: Likewise.
 
     Returns:
         The element as text; names are escaped.
@@ -83,11 +87,11 @@ def bars_svg(
     >>> bars_svg({"<b>": {"dense": (0.4, 0.3, 0.5)}}).startswith("<svg")
     True
     """
-    figure = _figure(rows, lines, width)
+    figure = _figure(rows, lines, width, order)
     canvas = FigureCanvasSVG(figure)
     salt = f"{title}|{'|'.join(rows)}"
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.usetex": False}):
-        _draw(figure, rows, title, lines or {}, faint, ink=_INK)
+        _draw(figure, rows, title, lines or {}, faint, _INK, order)
         figure.patch.set_alpha(0)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -98,11 +102,11 @@ def _series(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
-def _figure(rows: Rows, lines: Mapping[str, float] | None, width: int) -> Figure:
+def _figure(rows: Rows, lines: Mapping[str, float] | None, width: int, order: Sequence[str]) -> Figure:
     count = len(_series(rows))
     if not any(math.isfinite(mean) for row in rows.values() for mean, *_ in row.values()):
         raise PrunexError(f"no value to draw in {list(rows)}: give at least one finite mean")
-    height = 60 + len(rows) * (7 + 9 * count) + (24 if count > 1 or lines else 0)
+    height = 60 + len(rows) * (7 + 9 * count) + (24 if count > 1 or lines or order else 0)
     return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
 
 
@@ -113,30 +117,32 @@ def _draw(
     lines: Mapping[str, float],
     faint: Collection[str],
     ink: str,
+    order: Sequence[str],
 ) -> None:
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
     names, series = list(rows), _series(rows)
+    colored = list(dict.fromkeys([*order, *series]))
     thick = 0.84 / len(series)
     handles: list[Any] = []
     for number, one in enumerate(series):
-        color = COLORS[number % len(COLORS)]
+        color = COLORS[colored.index(one) % len(COLORS)]
         places = [i for i, name in enumerate(names) if one in rows[name] and math.isfinite(rows[name][one][0])]
         means = [rows[names[i]][one][0] for i in places]
         ends = np.array([[_reach(rows[names[i]][one], side) for i in places] for side in (1, 2)]).reshape(2, -1)
         colors = [_FAINT if names[i] in faint else color for i in places]
         offset = (number - (len(series) - 1) / 2) * thick
-        drawn = axes.barh(
+        axes.barh(
             [i + offset for i in places],
             means,
             height=thick * 0.92,
             color=colors,
-            alpha=0.85 if number == 0 else 0.75,
+            alpha=0.85,
             xerr=ends,
             error_kw={"ecolor": ink, "elinewidth": 1, "capsize": 1.5, "alpha": 0.8},
         )
-        drawn.set_label(f" {one}".replace("$", r"\$"))  # a leading underscore would hide it from the legend
+        # The bars themselves may be grey; a leading underscore would hide a name from the legend.
         handles.append(axes.barh([0], [0], color=color, label=f" {one}".replace("$", r"\$")))
     for (name, place), style in zip(lines.items(), ("--", ":", "-.", (0, (1, 3))), strict=False):
         if math.isfinite(place):
@@ -157,9 +163,9 @@ def _draw(
     axes.set_axisbelow(True)
     if title:
         axes.set_title(title, color=ink, fontsize=11, fontweight="bold", loc="left", parse_math=False)
-    if len(series) > 1 or lines:
+    if len(colored) > 1 or lines:
         figure.legend(
-            handles=handles if len(series) > 1 else handles[1:],
+            handles=handles if len(colored) > 1 else handles[1:],
             loc="outside lower center",
             ncols=min(4, len(handles)),
             frameon=False,

@@ -11,7 +11,9 @@ import prunex
 from prunex import PrunexError
 from prunex.vit.arithmetic import PLAIN
 from prunex.vit.decisions import Absent, Pool, Replay, TokenState, apply
-from prunex.vit.forward import embed, head, own_anatomy, record, run
+from prunex.vit.embedding import embed
+from prunex.vit.forward import own_anatomy, record, run
+from prunex.vit.readout import head
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage, TokenTrace
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, randomise, relative, state_of, tiny

@@ -1,6 +1,7 @@
 """Lightning callbacks that prune, watch and export."""
 
 from prunex.callbacks.checkpoints import load_from_checkpoint
+from prunex.callbacks.faithfulness_monitor import FaithfulnessMonitor
 from prunex.callbacks.kept_token_monitor import KeptTokenMonitor
 from prunex.callbacks.mask_pruning import MaskPruning
 from prunex.callbacks.relevancy_guidance import RelevancyGuidance
@@ -10,6 +11,7 @@ from prunex.callbacks.token_pruning import TokenPruning
 from prunex.callbacks.unit_monitor import UnitMonitor
 
 __all__ = [
+    "FaithfulnessMonitor",
     "KeptTokenMonitor",
     "MaskPruning",
     "RelevancyGuidance",

@@ -1,4 +1,4 @@
-"""The subcommands beside Lightning's: explain, export, bench, report, methods."""
+"""The subcommands beside Lightning's: explain, score, export, bench, report, methods."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prunex.recipes.bench_command import bench
 from prunex.recipes.explain_command import explain
 from prunex.recipes.report import write_report
 from prunex.recipes.runs import open_model
+from prunex.recipes.score_command import score
 
 
 def methods(arguments: Sequence[str]) -> int:
@@ -49,6 +50,7 @@ def export(arguments: Sequence[str]) -> int:
 # name -> (one line of help, function of the remaining arguments that returns an exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "explain": ("maps and pictures of a trained model for one's own images", explain),
+    "score": ("explainers by metrics, dense beside slim, with intervals and costs", score),
     "export": ("the slim model as a checked ONNX or torch.export graph", export),
     "bench": ("accuracy, MACs, parameters and images/s, dense beside slim", bench),
     "report": ("report.html from what a run wrote", report),

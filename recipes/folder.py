@@ -236,7 +236,7 @@ class FolderSplit(Dataset):
         image = read_image(path)
         if self.masks is None:
             return self.transform(image).as_subclass(Tensor), label
-        mask = tv_tensors.Mask(_read(self.masks[index], _object_pixels))
+        mask = tv_tensors.Mask(read_file(self.masks[index], object_pixels))
         image, mask = self.transform(image, mask)
         return image.as_subclass(Tensor), label, mask.as_subclass(Tensor).bool()
 
@@ -258,10 +258,10 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         PrunexError: For a file that is no whole image; the message names it.
     """
-    return _read(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+    return read_file(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def _read(path: Path, use: Callable[[Image.Image], Any]) -> Any:
+def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
     try:
         with Image.open(path) as image:
@@ -271,7 +271,7 @@ def _read(path: Path, use: Callable[[Image.Image], Any]) -> Any:
         raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
 
 
-def _object_pixels(image: Image.Image) -> Tensor:
+def object_pixels(image: Image.Image) -> Tensor:
     """Mask file to uint8 [H, W], 1 on the object: whatever is not 0, so that 0/1 and 0/255 and palettes all work."""
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         image = image.convert("L")
@@ -353,10 +353,10 @@ def _check_files(samples: list[tuple[Path, int]], masks: list[Path] | None, deco
         return image.size
 
     def check(index: int) -> None:
-        size = _read(samples[index][0], shown_size)
+        size = read_file(samples[index][0], shown_size)
         if masks is None:
             return
-        other = _read(masks[index], mask_size)
+        other = read_file(masks[index], mask_size)
         if other != size:
             raise PrunexError(
                 f"mask '{masks[index]}' is {other[0]} x {other[1]} pixels, its image '{samples[index][0].name}' "

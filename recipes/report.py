@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prunex.errors import PrunexError
-from prunex.pictures import curves_svg, dim_dropped, outline, overlay, png_bytes, resized
+from prunex.pictures import bars_svg, curves_svg, dim_dropped, outline, overlay, png_bytes, resized
 from prunex.pictures.arrays import Picture, write_whole
 from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
+from prunex.recipes.score_table import BASELINES, Score, best, by_metric, read_scores
 
 IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
+SCORED = 40  # explainers in a chart of scores
 RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list
 _CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
 _PNG_BYTES = 30_000  # a tile larger than this is a photo, which JPEG holds in a tenth of the space
@@ -36,6 +38,7 @@ _NO_MAPS = (
 )
 _NO_SUMMARY = "There is no summary.json in the run folder, so costs are not compared: run prunex bench on this folder."
 _NO_BENCH = "There is no bench.json in the run folder."
+_NO_SCORES = "There is no score/scores.csv in the run folder."
 _NO_SLIM = "There is no slim/ in the run folder, so there is no model to load yet: train with the callback SlimExport."
 _NO_CONFIG = "There is no config.yaml in the run folder; prunex fit writes one."
 
@@ -82,14 +85,25 @@ class Units:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Scores:
+    """Charts by group of metrics, on what they were measured, and which explainers are best in most of them."""
+
+    conditions: str
+    groups: dict[str, list[Markup]] = field(default_factory=dict)
+    winners: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 def write_report(run: str | Path) -> Path:
     """Write ``report.html`` into a run folder.
 
     The page needs no network and no other file. It holds what the folder holds: ``summary.json`` (dense beside
     pruned), ``bench.json`` (measured speed, written by ``prunex bench``), ``maps/epoch=NNN.npz`` (kept patches and
-    relevancy), ``maps/units-*.png`` and ``units.csv`` (heads and MLP channels), ``metrics.csv`` (curves), ``slim/``
+    relevancy), ``maps/units-*.png`` and ``units.csv`` (heads and MLP channels), ``metrics.csv`` (curves), ``score/``
+    (explainers by metrics, written by ``prunex score``), ``slim/``
     (how to load the model) and ``config.yaml``. What is missing or cannot be read is left out, with a sentence that
-    says so; of ``bench.json`` and units nothing is said where they are missing.
+    says so; of ``bench.json``, scores and units nothing is said where they are missing.
 
     ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
     multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
@@ -125,6 +139,7 @@ def write_report(run: str | Path) -> Path:
     rows = _dicts(summary.get("rows"))
     bench, bench_note = _json(folder / "bench.json", _NO_BENCH)
     measured = _dicts(bench.get("rows"))
+    scored, scored_note = _scores(folder / "score")
     named = names if isinstance(names, list) else None
     page = _template().render(
         title=folder.resolve().name,
@@ -139,6 +154,8 @@ def write_report(run: str | Path) -> Path:
         bench_notes=[str(note) for note in _list(bench.get("notes"))],
         bench_note="" if bench_note == _NO_BENCH else bench_note,
         units=_units(folder, named),
+        scores=scored,
+        scores_note=scored_note,
         epochs=_epoch_gallery(maps, named),
         stages=_stage_gallery(maps, named),
         map_notes=map_notes or ([] if maps else [_NO_MAPS]),
@@ -573,6 +590,84 @@ def _data_uri(picture: Picture, most: int = _PNG_BYTES) -> str:
         Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
         content, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# Explainers by metrics.
+
+
+def _scores(folder: Path) -> tuple[Scores | None, str]:
+    """A chart a metric from score/scores.csv, and a sentence where it cannot be read."""
+    text, note = _text(folder / "scores.csv", _NO_SCORES)
+    if note:
+        return None, "" if note == _NO_SCORES else note
+    try:
+        rows = read_scores(text)
+    except csv.Error as error:
+        return None, f"score/scores.csv could not be read ({error}) and is left out."
+    if not rows:
+        return None, "score/scores.csv holds no numbers, so explainers are not compared."
+    about, _ = _json(folder / "about.json", "")
+    methods = list(dict.fromkeys(row.method for row in rows))
+    listed = {m for m in methods if m not in BASELINES}
+    hidden = len(listed) - SCORED
+    shown = {*sorted(listed, key=methods.index)[:SCORED], *BASELINES}
+    found = Scores(_conditions_of(about))
+    for metric, cells in by_metric([row for row in rows if row.method in shown]).items():
+        if any(cell.method != "chance" for cell in cells):
+            found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells))
+    found.winners = _winners(rows)
+    found.notes = [str(n) for n in _list(about.get("notes"))]
+    if hidden > 0:
+        found.notes.append(f"{hidden} more explainers are in score/scores.csv.")
+    return found, ""
+
+
+def _conditions_of(about: Mapping[str, Any]) -> str:
+    images, threads = _number(about.get("images")), _number(about.get("threads"))
+    parts = [
+        f"{images:,.0f} images" if images is not None else None,
+        about.get("machine"),
+        f"{threads:.0f} thread{'' if threads == 1 else 's'}" if threads is not None else None,
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _score_chart(metric: str, cells: Sequence[Score]) -> Markup:
+    """Bars of one metric, the best of the first model on top; a line for chance, else for random maps."""
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    higher = cells[0].higher_is_better
+    by_method: dict[str, dict[str, Score]] = {}
+    for cell in cells:
+        by_method.setdefault(cell.method, {})[cell.model] = cell
+
+    def place(method: str) -> float:
+        means = [by_method[method][m].mean for m in models if m in by_method[method]]
+        return -means[0] if higher else means[0]
+
+    rows = {
+        method: {m: (c.mean, c.low, c.high) for m, c in by_method[method].items()}
+        for method in sorted((m for m in by_method if m != "chance"), key=place)
+    }
+    lines: dict[str, float] = {}
+    level = "chance" if "chance" in by_method else "random"
+    for model, cell in by_method.get(level, {}).items():
+        if cell.mean not in lines.values():
+            named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
+            lines[named] = cell.mean
+    title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better"
+    return Markup(bars_svg(rows, title, lines, faint=BASELINES))  # it escapes names itself
+
+
+def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """For each model how many metrics each explainer is best in, most first.
+
+    Agreement does not count: it judges the pruner, not the explainer.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for (model, _), method in best([row for row in rows if row.group != "agreement"]).items():
+        counts.setdefault(model, {}).setdefault(method, 0)
+        counts[model][method] += 1
+    return [(m, sorted(c.items(), key=lambda found: (-found[1], found[0]))[:RANKED]) for m, c in counts.items()]
 
 
 # The curves.

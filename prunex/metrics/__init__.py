@@ -32,7 +32,7 @@ from prunex.metrics.agreement import (
     topk_overlap,
 )
 from prunex.metrics.base import MeanOverImages
-from prunex.metrics.bootstrap import Interval, bootstrap, compare
+from prunex.metrics.bootstrap import Interval, bootstrap, bootstrap_ratios, compare
 from prunex.metrics.faithfulness import (
     AOPC,
     SRG,
@@ -91,6 +91,7 @@ from prunex.metrics.perturbation import (
 )
 from prunex.metrics.robustness import MaxSensitivity, max_sensitivity
 from prunex.metrics.sanity import BatchOrder, ModelRandomisation, batch_order, model_randomisation, randomised
+from prunex.metrics.scoring import Measure, by_chance, interval, measures, scores
 from prunex.vit.cost import BlockCost, Cost, cost
 
 __all__ = [
@@ -118,6 +119,7 @@ __all__ = [
     "MassKept",
     "MaxSensitivity",
     "MeanAP",
+    "Measure",
     "MeanIoU",
     "MeanOverImages",
     "ModelRandomisation",
@@ -142,6 +144,8 @@ __all__ = [
     "baselines",
     "batch_order",
     "bootstrap",
+    "bootstrap_ratios",
+    "by_chance",
     "chance",
     "compare",
     "comprehensiveness",
@@ -156,6 +160,7 @@ __all__ = [
     "foreground_f1",
     "infidelity",
     "insertion",
+    "interval",
     "keep_scores",
     "kept_auc",
     "kept_share",
@@ -165,6 +170,7 @@ __all__ = [
     "max_sensitivity",
     "mean_ap",
     "mean_iou",
+    "measures",
     "model_randomisation",
     "object_share",
     "perturbation",
@@ -180,6 +186,7 @@ __all__ = [
     "rank_spearman",
     "removal_curves",
     "saco",
+    "scores",
     "segmentation_counts",
     "sensitivity_n",
     "sign_agreement",

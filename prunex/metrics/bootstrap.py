@@ -81,6 +81,42 @@ def bootstrap(
     return _intervals(values[:, None], weights[:, None], draws, level, seed)[0]
 
 
+def bootstrap_ratios(counts: Tensor, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+    """A measure of a whole data set that is the mean of K ratios of sums over images, such as mIoU, with its interval.
+
+    Args:
+        counts: float [N, 2 K], an image's numerator and denominator of each ratio in turn; images with NaN are left
+            out. Columns 2 to 5 of :func:`segmentation_counts` give mIoU.
+        draws: How many times N images are drawn with replacement.
+        level: Share of the draws that lie inside the interval.
+        seed: Of the draws.
+
+    Returns:
+        The interval; NaN where a ratio has no denominator.
+
+    Raises:
+        PrunexError: For other shapes or types, or numbers out of range.
+
+    >>> print(bootstrap_ratios(torch.tensor([[1.0, 2.0, 1.0, 4.0], [1.0, 2.0, 1.0, 4.0]])))
+    0.375 [0.375, 0.375]
+    """
+    there = isinstance(counts, Tensor) and counts.is_floating_point() and counts.ndim == 2 and len(counts) > 0
+    if not there or counts.shape[1] < 2 or counts.shape[1] % 2:
+        came = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
+        raise PrunexError(f"counts are {came}: give floats [N, 2 K], a numerator and a denominator of each ratio")
+    _check_draws(draws, level, seed)
+    counts = counts.detach().double()
+    defined = ~counts.isnan().any(1)
+    counts = counts.masked_fill(~defined[:, None], 0)
+
+    def ratio(sums: Tensor) -> Tensor:
+        return (sums[..., ::2] / sums[..., 1::2]).mean(-1)
+
+    drawn = torch.cat([ratio(c @ counts) for c in _counts(len(counts), draws, seed, counts.device)])
+    low, high = torch.nanquantile(drawn, drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+    return Interval(float(ratio(counts.sum(0))), low, high, int(defined.sum()), level)
+
+
 def compare(
     values: Mapping[str, Tensor], *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[dict[str, Interval], dict[tuple[str, str], Interval]]:
@@ -122,10 +158,7 @@ def compare(
 
 def _intervals(values: Tensor, weights: Tensor, draws: int, level: float, seed: int) -> list[Interval]:
     """The interval of every column's ratio of sums, float64 [N, K] both."""
-    check_whole("draws", draws, 1)
-    check_whole("seed", seed, 0)
-    if check_number("level", level, 0, 1) in (0, 1):
-        raise PrunexError(f"level={level!r} is not allowed: give a share between 0 and 1, such as 0.95")
+    _check_draws(draws, level, seed)
     defined = ~(values.isnan() | weights.isnan())
     values, weights = values.masked_fill(~defined, 0), weights.masked_fill(~defined, 0)
     means = values.sum(0) / weights.sum(0)  # 0 / 0 is NaN, as it should
@@ -136,6 +169,13 @@ def _intervals(values: Tensor, weights: Tensor, draws: int, level: float, seed: 
     images = defined.sum(0)
     rows = zip(means.tolist(), low.tolist(), high.tolist(), images.tolist(), strict=True)
     return [Interval(mean, lower, upper, int(n), level) for mean, lower, upper, n in rows]
+
+
+def _check_draws(draws: int, level: float, seed: int) -> None:
+    check_whole("draws", draws, 1)
+    check_whole("seed", seed, 0)
+    if check_number("level", level, 0, 1) in (0, 1):
+        raise PrunexError(f"level={level!r} is not allowed: give a share between 0 and 1, such as 0.95")
 
 
 def _counts(images: int, draws: int, seed: int, device: torch.device) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """Overlays, mosaics of kept tokens and curves: drawn from arrays and maps, never from a model."""
 
 from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, save_png
+from prunex.pictures.bars import bars, bars_svg
 from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
 from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic, share_mosaic
@@ -8,6 +9,8 @@ from prunex.pictures.overlay import dim_dropped, outline, overlay
 from prunex.pictures.units import class_heads, head_attention, unit_widths
 
 __all__ = [
+    "bars",
+    "bars_svg",
     "class_heads",
     "contact_sheet",
     "curves",

@@ -97,8 +97,12 @@ def curves_svg(
         figure.patch.set_alpha(0)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return adapted(buffer.getvalue(), _INK)
+
+
+def adapted(svg: str, ink: str) -> str:
+    """What matplotlib wrote as an element of a page: its text colour for ``ink``, its font, and no id that clashes."""
+    svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
     # Two charts on a page may not use one id twice; only ids that are referred to matter, and those are salted.
     svg = re.sub(r'(<(?:g|svg)[^>]*?) id="[^"]*"', r"\1", svg)
     return re.sub(r"font-family: [^;\"]*;? ?", "", svg)

@@ -1,0 +1,167 @@
+"""FaithfulnessMonitor: whether explanations stay true while the model is pruned, as numbers after every epoch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+import prunex
+from prunex.callbacks.monitor import Monitor, log_share, run_folder
+from prunex.errors import PrunexError
+from prunex.metrics.occlusion import REMOVALS
+from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
+from prunex.pictures.arrays import write_whole
+from prunex.registry import lookup
+from prunex.vit.anatomy import read
+
+FILE = "faithfulness.csv"
+COLUMNS = ("epoch", "step", "method", "metric", "mean", "low", "high", "images")
+
+
+class FaithfulnessMonitor(Monitor):
+    """Score explainers, after every validation epoch, on a few fixed validation images.
+
+    The numbers are those of ``prunex score``: logged as ``prunex/<metric>/<method>``, and added with their bootstrap
+    intervals to ``faithfulness.csv`` in the run folder. The class is the one predicted at the time; perturbation counts
+    the label as right where batches have labels. Agreement judges a pruned model by the dense model of the same
+    weights. A metric that nothing can be said of (localisation without masks, agreement without kept patches) is left
+    out with a warning.
+
+    All runs on rank zero, in eval mode, without touching train flags, gradients or the global random state.
+
+    Args:
+        methods: Names of explainers.
+        metrics: Names of metrics, as ``prunex score`` takes them.
+        images: How many validation images to watch.
+        every_n_epochs: Watch every so many epochs.
+        removal: How patches are taken away; None: as published, see :func:`prunex.metrics.scores`.
+        chunk: Most altered images in one forward; None: what is fastest.
+        model: Dotted path of the ViT in the module, when it holds several.
+
+    Raises:
+        PrunexError: For an unknown explainer, metric or removal, at once.
+    """
+
+    def __init__(
+        self,
+        methods: list[str] | None = None,
+        metrics: list[str] | None = None,
+        images: int = 16,
+        every_n_epochs: int = 1,
+        removal: str | None = None,
+        chunk: int | None = None,
+        model: str | None = None,
+    ) -> None:
+        super().__init__(images, every_n_epochs, model)
+        self.methods = list(["tokentm"] if methods is None else methods)
+        if isinstance(methods, str) or not self.methods:
+            raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
+        for name in self.methods:
+            lookup("explainer", name)
+        if isinstance(metrics, str):
+            raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
+        self.metrics = measures(["deletion", "insertion"] if metrics is None else metrics)
+        if removal is not None and removal not in REMOVALS:
+            raise PrunexError(f"removal={removal!r} is not allowed: give one of {', '.join(REMOVALS)}, or None")
+        self.removal = removal
+        self.chunk = chunk
+        self._warned: set[str] = set()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn before training whether the model can be explained and scored.
+
+        Raises:
+            PrunexError: When a method refuses the ViT, or it has no classes and faithfulness is asked for.
+        """
+        if not trainer.is_global_zero:
+            return
+        vit = self.vit(pl_module)
+        if read(vit).classes == 0 and any(m.group == "faithfulness" for m in self.metrics):
+            raise PrunexError("FaithfulnessMonitor: this ViT has no classifier, so removing patches changes no class")
+        size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+        for name in self.methods:
+            prunex.explain(name, vit, next(vit.parameters()).new_zeros(size))
+
+    def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
+        """Explain, score, log and write."""
+        vit = self.vit(pl_module)
+        images, masks = batch["images"], batch.get("masks")
+        data: Any = getattr(trainer, "datamodule", None)
+        rows: list[list[Any]] = []
+        dense: Any = None
+        for name in self.methods:
+            e = prunex.explain(name, vit, images)
+            kept, judge = None, None
+            if any(m.group == "agreement" for m in self.metrics) and _chooses(e):
+                dense = without_pruning(vit) if dense is None else dense
+                target = e.target if bool((e.target >= 0).all()) else None
+                kept, judge = e.trace.kept(), prunex.explain(name, dense, images, target).maps
+            chosen = [m for m in self.metrics if self._applies(m, masks, kept)]
+            if not chosen:
+                continue
+            device = e.maps.device
+            found = scores(
+                [m.name for m in chosen],
+                vit,
+                images,
+                e.maps,
+                e.target,
+                labels=batch["labels"].to(device) if "labels" in batch else None,
+                masks=None if masks is None else masks.to(device),
+                pixels=e.pixels.float(),
+                kept=kept,
+                judge=judge,
+                explainer=name,
+                removal=self.removal,  # type: ignore[arg-type]
+                mean=getattr(data, "mean", None),
+                std=getattr(data, "std", None),
+                chunk=self.chunk,
+            )
+            for metric, values in found.items():
+                i = interval(metric, values)
+                log_share(pl_module, f"prunex/{metric}/{name}", i.mean)
+                rows.append([trainer.current_epoch, trainer.global_step, name, metric, i.mean, i.low, i.high, i.images])
+        if trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
+            add_rows((self._folder or run_folder(trainer)) / FILE, trainer.current_epoch, rows)
+
+    def _applies(self, measure: Measure, masks: Tensor | None, kept: Tensor | None) -> bool:
+        """Whether the batch and the model bring what a metric is about; a warning the first time they do not."""
+        lacks = {"localisation": masks is None, "agreement": kept is None}.get(measure.group, False)
+        if lacks and measure.group not in self._warned:
+            self._warned.add(measure.group)
+            what = "object masks" if measure.group == "localisation" else "patches that are kept as themselves"
+            rank_zero_warn(f"FaithfulnessMonitor: there are no {what}, so {measure.group} is left out")
+        return not lacks
+
+
+def _chooses(e: prunex.Explanation) -> bool:
+    """Whether the explained forward left a set of kept patches."""
+    return bool(e.trace.stages) and not e.trace.pooled and not e.trace.merges()
+
+
+def add_rows(path: Path, epoch: int, rows: Sequence[Sequence[Any]]) -> None:
+    """Add an epoch's rows to the file, in place of what it holds of this epoch and later ones (an earlier run's).
+
+    Args:
+        path: The file; it is replaced whole.
+        epoch: The epoch of all rows.
+        rows: As :data:`COLUMNS` says; a number that is NaN becomes an empty cell.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    if path.is_file():
+        with open(path, newline="") as file:
+            for old in csv.DictReader(file):
+                if str(old.get("epoch")).isdigit() and int(old["epoch"]) < epoch:
+                    table.writerow([old.get(name, "") for name in COLUMNS])
+    table.writerows([["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows])
+    write_whole(path, text.getvalue().encode())

@@ -1,0 +1,177 @@
+"""The table of explainers by metrics: as CSV, in the terminal, and read back for the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from prunex.pictures.arrays import write_whole
+
+FILE = "scores.csv"
+BASELINES = ("random", "chance")  # rows that no explainer made
+_LABEL = 24  # most letters of a row's name
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell: a mean over images with the ends of its bootstrap interval.
+
+    Attributes:
+        model: "dense" or "slim".
+        method: An explainer, "random" or "chance".
+        metric: A measure's name.
+        group: What the metric is about.
+        higher_is_better: Of the metric.
+        mean: NaN where no image has a number.
+        low: Lower end.
+        high: Upper end.
+        images: How many have a number.
+        seconds_per_image: What the explanation took; NaN for a baseline.
+        forwards_per_image: Likewise.
+    """
+
+    model: str
+    method: str
+    metric: str
+    group: str
+    higher_is_better: bool
+    mean: float
+    low: float
+    high: float
+    images: int
+    seconds_per_image: float = math.nan
+    forwards_per_image: float = math.nan
+
+
+def write_scores(folder: Path, scores: Iterable[Score]) -> Path:
+    """Write ``scores.csv``, whole or not at all: a row a model, method and metric; empty cells where unknown."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = [f.name for f in fields(Score)]
+    table.writerow(names)
+    for score in scores:
+        table.writerow([_written(getattr(score, name)) for name in names])
+    return write_whole(folder / FILE, text.getvalue().encode())
+
+
+def _written(value: Any) -> Any:
+    return ("" if math.isnan(value) else f"{value:.8g}") if isinstance(value, float) else value
+
+
+def read_scores(text: str) -> list[Score]:
+    """The rows of ``scores.csv`` that name a model, a method and a metric and hold a finite mean."""
+    found = []
+    for row in csv.DictReader(io.StringIO(text)):
+        names = [str(row.get(key) or "") for key in ("model", "method", "metric", "group")]
+        keys = ("mean", "low", "high", "images", "seconds_per_image", "forwards_per_image")
+        mean, low, high, images, seconds, forwards = (_number(row.get(key)) for key in keys)
+        if not all(names[:3]) or math.isnan(mean):
+            continue
+        count = 0 if math.isnan(images) else int(images)
+        better = str(row.get("higher_is_better")).strip().lower() != "false"
+        found.append(Score(*names[:4], better, mean, low, high, count, seconds, forwards))  # type: ignore[arg-type]
+    return found
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:
+    """The best explainer of each model and metric; baselines do not compete."""
+    found: dict[tuple[str, str], Score] = {}
+    for s in scores:
+        if s.method in BASELINES or math.isnan(s.mean):
+            continue
+        other = found.get((s.model, s.metric))
+        if other is None or (s.mean > other.mean if s.higher_is_better else s.mean < other.mean):
+            found[s.model, s.metric] = s
+    return {key: s.method for key, s in found.items()}
+
+
+def table(scores: Sequence[Score], width: int = 120) -> str:
+    """The table as text: methods down, the models of each below one another, metrics across in blocks of that width.
+
+    >>> one = Score("dense", "rollout", "deletion", "faithfulness", False, 0.25, 0.2, 0.3, 9, 0.01, 1)
+    >>> print(table([one]))
+                     deletion      seconds     forwards
+    rollout  dense          ↓        image        image
+    rollout  dense 0.250 ±.05*      0.0100            1
+    """
+    rows = list(dict.fromkeys((s.method, s.model) for s in scores))
+    methods = list(dict.fromkeys(method for method, _ in rows))
+    order = {m: (m in BASELINES and BASELINES.index(m) + 1, methods.index(m)) for m in methods}
+    rows.sort(key=lambda row: order[row[0]])
+    cells = {(s.method, s.model, s.metric): s for s in scores}
+    columns: list[tuple[str, tuple[str, str], dict[tuple[str, str], str]]] = []
+    winners = best(scores)
+    for metric, s in {s.metric: s for s in scores}.items():
+        heading = (*metric.split("_", 1), "")[:2]
+        arrow = "↑" if s.higher_is_better else "↓"
+        shown = {
+            row: _cell(cells[*row, metric], winners.get((row[1], metric)) == row[0])
+            for row in rows
+            if (*row, metric) in cells
+        }
+        columns.append((s.group, (heading[0], f"{heading[1]} {arrow}".strip()), shown))
+    columns += _costs(scores)
+    names = [method[:_LABEL] for method, _ in rows]
+    first, second = max(map(len, names), default=0), max((len(model) for _, model in rows), default=0)
+    room = max(1, (width - first - second - 2) // 13)
+    blocks: list[list[Any]] = []
+    for column in columns:
+        if not blocks or len(blocks[-1]) >= room or (column[0] not in ("cost", blocks[-1][-1][0])):
+            blocks.append([])
+        blocks[-1].append(column)
+    return "\n\n".join(_block(block, rows, first, second) for block in blocks)
+
+
+def _block(block: Sequence[Any], rows: Sequence[tuple[str, str]], first: int, second: int) -> str:
+    lines = [
+        f"{'':<{first}} {'':<{second}}" + "".join(f"{heading[i][:12]:>13}" for _, heading, _ in block) for i in (0, 1)
+    ]
+    for method, model in rows:
+        shown = [cells.get((method, model)) for *_, cells in block]
+        if any(shown):
+            lines.append(
+                f"{method[:_LABEL]:<{first}} {model:<{second}}"
+                + "".join(f"{cell if cell is not None else '–':>13}" for cell in shown)
+            )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _costs(scores: Sequence[Score]) -> list[tuple[str, tuple[str, str], dict[tuple[str, str], str]]]:
+    seconds = {
+        (s.method, s.model): f"{s.seconds_per_image:#.3g}" for s in scores if not math.isnan(s.seconds_per_image)
+    }
+    forwards = {
+        (s.method, s.model): f"{s.forwards_per_image:,.0f}" for s in scores if not math.isnan(s.forwards_per_image)
+    }
+    pairs = ((("seconds", "an image"), seconds), (("forwards", "an image"), forwards))
+    return [("cost", heading, cells) for heading, cells in pairs if cells]
+
+
+def _cell(score: Score, wins: bool) -> str:
+    if math.isnan(score.mean):
+        return "–"
+    digits = 3 if abs(score.mean) < 10 else 1
+    half = (score.high - score.low) / 2
+    spread = "" if math.isnan(half) else f"±{half:.{digits - 1}f}".replace("±0.", "±.")
+    return f"{score.mean:.{digits}f} {spread}{'*' if wins else ' '}"
+
+
+def by_metric(scores: Sequence[Score]) -> Mapping[str, list[Score]]:
+    """The scores of each metric, in order."""
+    found: dict[str, list[Score]] = {}
+    for score in scores:
+        found.setdefault(score.metric, []).append(score)
+    return found

@@ -1,0 +1,127 @@
+"""FaithfulnessMonitor: the numbers of the metrics themselves, epoch by epoch, and nothing else changed by it."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+import prunex
+from prunex import PrunexError
+from prunex.callbacks import FaithfulnessMonitor, TokenPruning
+from prunex.callbacks.faithfulness_monitor import add_rows
+from prunex.metrics import corrected_overlap, energy_inside, perturbation, perturbation_auc, removal_curves
+from prunex.metrics.faithfulness import deletion, insertion
+from prunex.metrics.scoring import without_pruning
+from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, snapshot, trainer
+
+
+def rows(folder):
+    with open(folder / "faithfulness.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_are_the_metrics_own(tmp_path):
+    module = Plain()
+    wanted = ["perturbation_positive", "deletion", "insertion", "energy_inside", "corrected_overlap"]
+    watch = FaithfulnessMonitor(["tokentm", "raw_attention"], wanted, images=6, removal="grey")
+    run = trainer(
+        tmp_path, TokenPruning("dynamicvit", keep_ratio=0.6), watch, logger=csv_logger(tmp_path), max_epochs=2
+    )
+    run.fit(module, loader(8), loader(8, masks=True))
+    images, labels = (x[:6] for x in data(8))
+    objects = torch.zeros(6, 32, 32, dtype=torch.bool)
+    objects[:, :16, :16] = True
+    written, logged = rows(tmp_path / "run" / "version_0"), metrics(run.log_dir)
+    assert [(r["epoch"], r["method"], r["metric"]) for r in written] == [
+        (e, m, k) for e in "01" for m in ("tokentm", "raw_attention") for k in wanted
+    ]
+    for name in ("tokentm", "raw_attention"):
+        e = prunex.explain(name, module, images)
+        curves = removal_curves(module, images, e.maps, e.target, removal="grey")
+        judge = prunex.explain(name, without_pruning(module), images, e.target)
+        hits = perturbation(module, images, e.maps, labels, removal="grey").hits
+        truth = {
+            "perturbation_positive": perturbation_auc(hits),
+            "deletion": deletion(curves),
+            "insertion": insertion(curves),
+            "energy_inside": energy_inside(e.upsample(), objects),
+            "corrected_overlap": corrected_overlap(e.trace.kept(), judge.maps),
+        }
+        for metric, values in truth.items():
+            mean = float(values.nanmean())
+            row = next(r for r in written if (r["epoch"], r["method"], r["metric"]) == ("1", name, metric))
+            assert float(row["mean"]) == pytest.approx(mean, abs=1e-4)
+            assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
+            assert logged[f"prunex/{metric}/{name}"][-1] == pytest.approx(mean, abs=1e-4)
+            assert len(logged[f"prunex/{metric}/{name}"]) == 2
+
+
+@pytest.mark.parametrize("method", ["evit", "dynamicvit"])
+def test_training_is_the_same_without_it(tmp_path, method):
+    ends = []
+    for extra in ([], [FaithfulnessMonitor(["tokentm"], ["deletion", "kept_auc"], images=4)]):
+        torch.manual_seed(1)
+        module = Plain()
+        flags = [m.training for m in module.modules()]
+        run = trainer(tmp_path, TokenPruning(method, keep_ratio=0.6), *extra, max_epochs=2)
+        run.fit(module, loader(8), loader(8))
+        assert [m.training for m in module.modules()][: len(flags)] == flags
+        ends.append((snapshot(module), torch.get_rng_state()))
+    assert all(torch.equal(ends[0][0][k], ends[1][0][k]) for k in ends[0][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_what_cannot_be_measured_is_left_out_with_a_warning(tmp_path):
+    watch = FaithfulnessMonitor(["rollout"], ["insertion", "energy_inside", "mass_kept"], images=3)
+    with pytest.warns(UserWarning, match="FaithfulnessMonitor") as told:
+        trainer(tmp_path, watch).fit(Plain(), loader(8), loader(8))
+    said = [str(w.message) for w in told if "FaithfulnessMonitor" in str(w.message)]
+    assert len(said) == 2
+    assert "no object masks" in said[0]
+    assert "agreement is left out" in said[1]
+    assert {r["metric"] for r in rows(tmp_path)} == {"insertion"}
+
+
+def test_validating_and_trying_write_nothing(tmp_path):
+    watch = FaithfulnessMonitor(["rollout"], images=3)
+    trainer(tmp_path, watch, fast_dev_run=True).fit(Plain(), loader(8), loader(8))
+    run = trainer(tmp_path, watch)
+    run.validate(Plain(), loader(8), verbose=False)
+    assert not (tmp_path / "faithfulness.csv").exists()
+    assert 0 <= float(run.callback_metrics["prunex/deletion/rollout"]) <= 1
+
+
+def test_rows_of_a_run_that_was_there_before_go(tmp_path):
+    path = tmp_path / "faithfulness.csv"
+    for epoch, value in ((0, 0.5), (1, 0.6), (2, math.nan), (1, 0.7)):
+        add_rows(path, epoch, [[epoch, epoch, "rollout", "deletion", value, value, value, 3]])
+    assert [(r["epoch"], r["mean"]) for r in rows(tmp_path)] == [("0", "0.5"), ("1", "0.7")]
+    add_rows(path, 2, [[2, 2, "rollout", "deletion", math.nan, math.nan, math.nan, 0]])
+    assert rows(tmp_path)[-1]["mean"] == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["faithfulness.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"methods": "tokentm"}, "give a list of explainers"),
+        ({"methods": []}, "give a list of explainers"),
+        ({"methods": ["tokentmm"]}, "tokentm"),
+        ({"metrics": "deletion"}, "give a list"),
+        ({"metrics": ["deletoin"]}, "deletion"),
+        ({"removal": "white"}, "black"),
+        ({"images": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_told_at_once(options, said):
+    with pytest.raises(PrunexError, match=said):
+        FaithfulnessMonitor(**options)
+
+
+def test_a_model_without_classifier_is_refused_before_training(tmp_path):
+    module = Plain(num_classes=0)
+    run = trainer(tmp_path, FaithfulnessMonitor(["rollout"]))
+    with pytest.raises(PrunexError, match="no classifier"):
+        run.fit(module, loader(8), loader(8))
+    assert run.global_step == 0

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, log_picture, run_folder
+from prunex.callbacks.monitor import Monitor, log_picture, parts_of, run_folder
 from prunex.explainers.head_maps import head_maps
 from prunex.pictures import class_heads, head_attention, save_png, unit_widths
 from prunex.pictures.arrays import write_whole
@@ -38,7 +39,7 @@ class UnitMonitor(Monitor):
     Criteria without a class axis give the first picture alone.
 
     Args:
-        images: How many validation images to watch.
+        images: How many validation images to watch, each of another class where labels are known.
         heads: How many of a class's heads to draw.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
@@ -54,6 +55,26 @@ class UnitMonitor(Monitor):
     def vit(self, pl_module: LightningModule) -> Any:
         """The backbone being watched."""
         return find(pl_module, self.model, Backbone)[1]
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect one image a class, as they come: loaders are often sorted by class, and one class says little."""
+        parts = parts_of(batch)
+        if "labels" in parts and not self._whole:
+            seen = {int(c) for p in self._parts for c in p["labels"]}
+            first = {int(c): i for i, c in reversed(list(enumerate(parts["labels"]))) if int(c) not in seen}
+            if not first:
+                return
+            at = torch.tensor(sorted(first.values()))
+            batch = {k: v[at.to(v.device)] for k, v in parts.items()}
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Write the table, draw the pictures."""
@@ -116,10 +137,12 @@ def _widths(pruning: UnitPruning) -> np.ndarray:
 
 
 def _classes(table: UnitRelevance, names: list[str], epoch: int) -> np.ndarray:
-    values = np.concatenate([(t - t.mean(0)).numpy() for t in table.heads.values()], 1)
+    every = torch.cat(list(table.heads.values()), 1)
+    # A class that is learned slowly has low rows, a head that serves every class a high column: neither is news.
+    values = (every - every.mean(0) - every.mean(1, keepdim=True) + every.mean()).numpy()
     heads = [f"{block}.{h}" for block, t in table.heads.items() for h in range(t.shape[1])]
     kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
-    title = f"epoch {epoch}: heads that matter for a class more than for the mean class"
+    title = f"epoch {epoch}: heads that matter for a class beyond the head's and the class's means"
     return np.asarray(class_heads(values, names, heads, kept, title=title))
 
 

@@ -17,9 +17,10 @@ from prunex.pruners.units import UnitPruner
 from prunex.registry import lookup
 from prunex.unit_pruning import UnitPruning, check_readable, put_units
 from prunex.vit.anatomy import Anatomy, ViT, find, read
-from prunex.vit.forward import for_heads, masked_pool, run
+from prunex.vit.forward import run
 from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
+from prunex.vit.readout import for_heads, masked_pool
 from prunex.vit.trace import TokenTrace
 from prunex.vit.units import CHILD as UNITS
 from prunex.vit.units import Backbone

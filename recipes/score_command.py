@@ -33,7 +33,7 @@ from prunex.recipes.score_table import Score, table, write_scores
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
 from prunex.vit.anatomy import find, read
-from prunex.vit.forward import embed
+from prunex.vit.embedding import embed
 from prunex.vit.widths import WidthSpec, widths_of
 
 LAYOUT = 1  # of the npz files; another number and everything is computed anew

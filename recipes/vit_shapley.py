@@ -19,7 +19,7 @@ from prunex.explainers.vit_shapley import ShapleyExplainer
 from prunex.recipes.backbone import create_model, load_weights
 from prunex.recipes.explainer_training import ExplainerTraining
 from prunex.vit.anatomy import find, read
-from prunex.vit.forward import embed
+from prunex.vit.embedding import embed
 
 
 class ViTShapley(ExplainerTraining):

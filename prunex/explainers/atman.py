@@ -16,7 +16,7 @@ from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
-from prunex.vit.forward import patch_vectors
+from prunex.vit.embedding import patch_vectors
 from prunex.vit.tape import Tape
 
 _RULES = ("log", "shift", "scale")

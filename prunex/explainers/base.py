@@ -15,7 +15,8 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
-from prunex.vit.forward import embed, own_anatomy, own_pruners, record, resume
+from prunex.vit.embedding import embed
+from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace

@@ -26,8 +26,10 @@ from prunex.pruners.diffmask import (
 from prunex.registry import register
 from prunex.trained import check_fits, held, load_into, quietly, read_folder, write
 from prunex.vit.anatomy import ViT, read
-from prunex.vit.forward import embed_patches, head, place, resume
+from prunex.vit.embedding import embed_patches, place
+from prunex.vit.forward import resume
 from prunex.vit.mount import as_found
+from prunex.vit.readout import head
 from prunex.vit.rebuild import build, describe
 from prunex.vit.tape import Tape
 

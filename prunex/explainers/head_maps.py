@@ -13,6 +13,7 @@ from prunex.explainers.base import recording
 from prunex.explainers.dino import on_patches
 from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.tape import Tape
+from prunex.vit.units import heads_left
 from prunex.vit.widths import widths_of
 
 
@@ -76,10 +77,14 @@ def _places(vit: Any, pairs: Any) -> list[tuple[int, int]]:
     for block, head in pairs:
         if block not in there:
             raise PrunexError(f"block {block} is not there: this model has blocks {_told(there)}")
-        kept = widths.heads.get(block, range(vit.blocks[there[block]].attn.num_heads))
+        attn = vit.blocks[there[block]].attn
+        kept = list(widths.heads.get(block, range(attn.num_heads)))
+        left = heads_left(attn.proj)
+        if left is not None:  # heads behind closed gates are not looked at
+            kept = [kept[i] for i in left]
         if head not in kept:
             raise PrunexError(f"block {block} has no head {head}: it has {_told(kept)}")
-        found.append((there[block], list(kept).index(head)))
+        found.append((there[block], kept.index(head)))
     return found
 
 

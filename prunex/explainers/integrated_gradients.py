@@ -15,7 +15,7 @@ from prunex.explainers.base import Recording, Relevance, check_chunk, recording,
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
-from prunex.vit.forward import embed, embed_patches, place
+from prunex.vit.embedding import embed, embed_patches, place
 from prunex.vit.tape import Tape
 
 _SPACES = ("pixels", "tokens")

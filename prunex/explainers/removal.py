@@ -17,7 +17,8 @@ from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Recording, Relevance, check_chunk, sequences
 from prunex.vit.anatomy import ViT
 from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
-from prunex.vit.forward import embed, own_anatomy, record, resume
+from prunex.vit.embedding import embed
+from prunex.vit.forward import own_anatomy, record, resume
 from prunex.vit.positions import Places
 from prunex.vit.tape import Tape
 

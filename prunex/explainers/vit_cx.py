@@ -16,7 +16,8 @@ from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.features import features, features_tape
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
-from prunex.vit.forward import embed, record
+from prunex.vit.embedding import embed
+from prunex.vit.forward import record
 from prunex.vit.tape import Tape
 
 _SELECTIONS = ("frozen", "adaptive")

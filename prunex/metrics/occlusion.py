@@ -19,7 +19,8 @@ from prunex.explainers.base import check_chunk, sequences
 from prunex.explainers.removal import Removal
 from prunex.vit.anatomy import ViT, check_images, find
 from prunex.vit.decisions import Decision, Pruner, Replay
-from prunex.vit.forward import embed, own_anatomy, own_pruners, record, resume
+from prunex.vit.embedding import embed
+from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 

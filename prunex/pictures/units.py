@@ -135,7 +135,7 @@ def class_heads(
     that were removed are grey and hatched. Of many classes those with the largest values are shown, in their order.
 
     Args:
-        relevance: Numbers [classes, heads]: a head's relevance for a class less its mean over the classes.
+        relevance: Numbers [classes, heads]: a head's relevance for a class beyond what head and class have on average.
         names: Names of the classes.
         heads: Names of the columns, ``"block.head"``; a line separates blocks.
         kept: Booleans [heads]; None: all are.
@@ -223,8 +223,8 @@ def _scale(
         text = "0" if number == 0 else f"{number:+.2g}".replace("-", "−")
         _write(figure, left + bar * place, y + 26, text, 11, FAINT, anchor="center")
     x = left + bar + 26
-    _write(figure, x, y + 10, "relevance above (red) or below (blue) the head's mean", 11, FAINT)
-    words = ["over the classes"]
+    _write(figure, x, y + 10, "relevance above (red) or below (blue) what head", 11, FAINT)
+    words = ["and class have on average"]
     if hidden:
         words.append(f"{hidden} more class{'es' if hidden > 1 else ''} not shown")
     _write(figure, x, y + 25, " · ".join(words), 11, FAINT)

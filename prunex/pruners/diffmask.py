@@ -23,7 +23,8 @@ from prunex.trained import CONFIG, held, how, load_into, quietly, read_folder
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Drop, Fill, Keep, TokenState
-from prunex.vit.forward import look_ahead, place, unplace
+from prunex.vit.embedding import place, unplace
+from prunex.vit.forward import look_ahead
 from prunex.vit.mount import as_found
 from prunex.vit.positions import Places, positions_of
 

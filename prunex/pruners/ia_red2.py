@@ -16,8 +16,9 @@ from prunex.pruners.base import Forward, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Drop, Keep, Mask, TokenState
-from prunex.vit.forward import head, run
+from prunex.vit.forward import run
 from prunex.vit.mount import as_found
+from prunex.vit.readout import head
 from prunex.vit.trace import TokenTrace
 
 TRAINS = ("straight_through", "reward")

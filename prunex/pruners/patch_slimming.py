@@ -16,7 +16,8 @@ from prunex.pruners.patch_slimming_search import Search, Slimming
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Keep, TokenState
-from prunex.vit.forward import embed, resume
+from prunex.vit.embedding import embed
+from prunex.vit.forward import resume
 from prunex.vit.layouts import layout_of
 from prunex.vit.mount import as_found
 from prunex.vit.positions import positions_of

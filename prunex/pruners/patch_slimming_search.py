@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, check_images
-from prunex.vit.forward import embed, through
+from prunex.vit.embedding import embed
+from prunex.vit.forward import through
 from prunex.vit.tape import Tape
 
 CHUNK = 64  # images in one pass, and in one step of the fine-tuning

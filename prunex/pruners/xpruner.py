@@ -332,7 +332,9 @@ class XPruner(UnitPruner):
         for b in self.branches:
             rows = self.mask(b).detach().abs()[self.groups]
             tables[b.kind][b.block] = rows.view(len(rows), b.units, b.width).mean(2).cpu()
-        kept = {b.key: self.open(b.key).cpu() for b in self.branches}
+        with torch.no_grad():
+            searching = self.stage == "thresholds"
+            kept = {b.key: (self.hard(b) > 0 if searching else self.open(b.key)).cpu() for b in self.branches}
         return UnitRelevance(tables["heads"], tables["channels"], kept, self.updates.cpu())
 
 

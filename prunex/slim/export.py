@@ -19,7 +19,8 @@ from prunex.attach import CHILD, Pruning
 from prunex.errors import PrunexError
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import check_images
-from prunex.vit.forward import head, own_anatomy, run
+from prunex.vit.forward import own_anatomy, run
+from prunex.vit.readout import head
 from prunex.vit.rebuild import outline
 
 SUFFIXES = (".onnx", ".pt2")

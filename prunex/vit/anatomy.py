@@ -96,7 +96,7 @@ class Anatomy:
         Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
         pooled tokens that are there, each counted as often as its size says; with attention pooling this stands for
         "any of them", and the head's own weights of the final tokens are
-        :func:`prunex.vit.forward.pool_attention`'s.
+        :func:`prunex.vit.readout.pool_attention`'s.
 
         Args:
             tokens: Tokens after the last block, prefix included.

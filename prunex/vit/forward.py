@@ -11,23 +11,21 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, ViT, check_images, read
-from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted, unknown_layer
+from prunex.vit.arithmetic import PLAIN, promoted, unknown_layer
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Answer, Keep, Pruner, TokenState, apply, carried_out
+from prunex.vit.embedding import embed, enter, grid_of
 from prunex.vit.intermediates import Watch
 from prunex.vit.layouts import Layout, draw, layout_of
 from prunex.vit.packing import Packing
 from prunex.vit.positions import Places, Positions, positions_of
+from prunex.vit.readout import head, pool_attention
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import TokenTrace
 
@@ -315,75 +313,6 @@ def _decide(
     return stages, entered
 
 
-def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
-    """From images to the tokens entering the first block, and the patch grid of these images."""
-    if ops.opened:
-        return _embed_opened(model, images, ops)
-    x = model.patch_embed(images)
-    return _enter(model, x)[0], _grid(model, x)
-
-
-def embed_patches(model: ViT, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The first part of :func:`embed`: what each patch is embedded as [B, P, D], and the patch grid."""
-    x = model.patch_embed(images)
-    return x.flatten(1, 2) if x.ndim == 4 else x, _grid(model, x)
-
-
-def place(model: ViT, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The rest of :func:`embed`: embedded patches [B, P, D] get positions and prefix tokens, [B, prefix + P, D]."""
-    return _enter(model, patches.unflatten(1, grid) if getattr(model, "dynamic_img_size", False) else patches)[0]
-
-
-def _grid(model: ViT, x: Tensor) -> tuple[int, int]:
-    return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
-
-
-def _enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """From embedded patches to the tokens entering the first block, and the rotary table of the blocks, if any."""
-    inner: Any = model
-    if isinstance(model, Eva):
-        x, rope = inner._pos_embed(x)
-        return _entering(model, inner.norm_pre(x)), rope
-    if isinstance(model, Beit):
-        x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        return _entering(model, inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed)), None
-    return _entering(model, inner.norm_pre(inner.patch_drop(inner._pos_embed(x)))), None
-
-
-def _entering(model: ViT, x: Tensor) -> Tensor:
-    """The tokens that enter the first block: without prefix tokens that the attached pruner does not take along."""
-    attached = getattr(model, "prunex", None)
-    left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
-    return x[:, left_out:] if left_out else x
-
-
-def patch_vectors(model: ViT, images: Tensor) -> Tensor:
-    """The patch embeddings alone, before anything is added to them: [B, P, D]."""
-    x = model.patch_embed(images)
-    return x.flatten(1, 2) if x.ndim == 4 else x
-
-
-def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
-    """What patches were embedded as, from the tokens that :func:`place` made of them: [B, n, D], up to rounding.
-
-    A norm in front of the blocks (CLIP) cannot be taken back: its models give the normed tokens as they are.
-
-    Args:
-        model: The ViT.
-        x: [B, prefix + n, D], entering the first block.
-        grid: The whole patch grid.
-        index: int64 [B, n], the patches that these are; None: all of them.
-    """
-    body = x[:, model.num_prefix_tokens :]
-    if not isinstance(getattr(model, "norm_pre", None), nn.Identity | None):
-        return body
-    empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
-    added = place(model, empty, grid)[:, model.num_prefix_tokens :]
-    if index is not None:
-        added = added.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))
-    return body - added
-
-
 def look_ahead(
     model: ViT,
     x: Tensor,
@@ -420,31 +349,6 @@ def look_ahead(
     return streams
 
 
-def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
-    """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
-    if isinstance(model, Eva | Beit):
-        raise unknown_layer(model, "VisionTransformer")
-    inner: Any = model.patch_embed
-    height, width = inner.patch_size
-    padded = images
-    if inner.dynamic_img_pad:
-        padded = nn.functional.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
-    patches = ops.patches(inner.proj, padded)
-    grid = (patches.shape[2], patches.shape[3])
-    x = ops.norm(inner.norm, patches.flatten(2).transpose(1, 2))
-    with torch.no_grad():
-        empty = torch.zeros_like(x)
-        added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
-    prefix = model.num_prefix_tokens
-    parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
-    own = [t for t in parts if t is not None]
-    front = torch.cat([t.detach() for t in own], 1).expand(len(x), -1, -1) if own else added[:, :0]
-    table: Tensor | None = None if model.no_embed_class else model.pos_embed
-    at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
-    x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
-    return _entering(model, ops.norm(model.norm_pre, x)), grid
-
-
 def run(
     model: ViT,
     images: Tensor,
@@ -475,8 +379,8 @@ def run(
         x, grid = embed(model, images, ops)
     else:
         patches = model.patch_embed(images)
-        grid = _grid(model, patches)
-        x, rope = _enter(model, patches)
+        grid = grid_of(model, patches)
+        x, rope = enter(model, patches)
     return encode(model, x, grid, anatomy, pruners, tape, masked, watch=watch, rope=rope)
 
 
@@ -710,143 +614,6 @@ def resume(
     tokens, state = encode(model, x, grid, anatomy, pruners, tape, masked, keys, places=places)
     tape.logits = head(model, tokens, state.policy, anatomy, tape.ops, state.sizes)
     return tape.logits
-
-
-def head(
-    model: ViT,
-    x: Tensor,
-    policy: Tensor | None,
-    anatomy: Anatomy,
-    ops: Arithmetic = PLAIN,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    """From the final tokens to the model's output, as timm's ``forward_head`` in eval mode.
-
-    Args:
-        model: The ViT.
-        x: [B, N, D] after the final norm.
-        policy: [B, N] or None: 0 for slots of dropped tokens, which are not pooled.
-        anatomy: Of the model.
-        ops: The arithmetic.
-        sizes: [B, N] or None: how many patches each token stands for; means over tokens count by it.
-
-    Returns:
-        [B, classes], or the pooled features without a head.
-    """
-    inner: Any = model
-    if isinstance(model, VisionTransformerDistilled):
-        x = for_heads(model, x, policy, anatomy, ops)
-        first, second = (
-            classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
-        )
-        return ops.mean(first, second)
-    features = _features(model, x, policy, anatomy, ops, sizes)
-    return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
-
-
-def _features(
-    model: ViT,
-    x: Tensor,
-    policy: Tensor | None,
-    anatomy: Anatomy,
-    ops: Arithmetic,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    """The pooled tokens, [B, D]."""
-    if ops.opened and anatomy.pool == "map":
-        inner: Any = model
-        raise unknown_layer(inner.attn_pool, "token and average pooling")
-    if not ops.opened or anatomy.pool not in ("avg", "avgmax"):
-        return masked_pool(model, x, None, policy, anatomy, sizes)
-    features = pooled(x, anatomy.readout(x.shape[1], policy, x, sizes), ops)
-    if anatomy.pool == "avgmax":
-        features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
-    return features
-
-
-def for_heads(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN) -> Tensor:
-    """Final tokens as timm's ``forward_head`` wants them.
-
-    Where the two tokens that a distilled DeiT's heads read did not enter, both heads read the pooled ones, [B, 2, D].
-    """
-    if not isinstance(model, VisionTransformerDistilled) or anatomy.readers:
-        return x
-    features = _features(model, x, policy, anatomy, ops)
-    return torch.stack([features, features], 1)
-
-
-def masked_pool(
-    model: ViT,
-    x: Tensor,
-    pool_type: str | None,
-    policy: Tensor | None,
-    anatomy: Anatomy,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    """Pool as timm does, but over the tokens that are there, and means by size: sum s x / sum s.
-
-    Args:
-        model: The ViT.
-        x: [B, N, D] after the final norm.
-        pool_type: timm's override, or None.
-        policy: [B, N] or None.
-        anatomy: Of the model.
-        sizes: [B, N] or None: how many patches each token stands for.
-    """
-    inner: Any = model
-    kind = anatomy.pool if pool_type is None else pool_type
-    # Tokens of another number are the user's own, and not what the last forward left.
-    policy, sizes = (None if t is None or t.shape[1] != x.shape[1] else t for t in (policy, sizes))
-    if anatomy.prefix != model.num_prefix_tokens:  # timm's own would look for prefix tokens that did not enter
-        if kind == "token":
-            raise PrunexError("pool_type='token' is not allowed: this pruned model has no class token; use 'avg'")
-        if kind == "":
-            return x
-    elif anatomy.pool == "map" and not (policy is None and sizes is None):
-        start = 0 if anatomy.pool_prefix else anatomy.prefix
-        return attention.latent(inner.attn_pool, x[:, start:], _weights(policy, sizes, start))[0]
-    elif (policy is None and sizes is None) or kind in ("token", "", "map") or not isinstance(kind, str):
-        if isinstance(model, Beit):
-            return global_pool_nlc(x, kind, anatomy.prefix)
-        return type(inner).pool(inner, x, pool_type)
-    start = 0 if anatomy.pool_prefix else anatomy.prefix
-    body = x[:, start:]
-    p = (x.new_ones(x.shape[:2]) if policy is None else policy)[:, start:, None].to(x.dtype)
-    if sizes is None:
-        mean = (body * p).sum(1) / p.sum(1).clamp(min=1)
-    else:
-        share = sizes[:, start:, None] * p
-        mean = (body * (share / share.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)).sum(1)
-    if kind == "avg":
-        return mean
-    top = body.masked_fill(p <= 0, torch.finfo(x.dtype).min).amax(1)
-    top = torch.where(p.sum(1) > 0, top, 0)  # an image whose patches were all dropped
-    return top if kind == "max" else 0.5 * (top + mean)
-
-
-def _weights(policy: Tensor | None, sizes: Tensor | None, start: int) -> Tensor | None:
-    """How much each token from a position on counts in attention pooling: its policy times its size; None: 1."""
-    if policy is None:
-        return None if sizes is None else sizes[:, start:]
-    return policy[:, start:] if sizes is None else (policy * sizes)[:, start:]
-
-
-def pool_attention(
-    model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, sizes: Tensor | None = None
-) -> Tensor:
-    """What an attention-pooling head looks at: float [B, N], mean over its heads, 0 for prefix tokens it skips.
-
-    Args:
-        model: A ViT with ``global_pool="map"``.
-        x: [B, N, D] after the final norm.
-        policy: [B, N] or None.
-        anatomy: Of the model.
-        sizes: [B, N] or None: how many patches each token stands for.
-    """
-    inner: Any = model
-    start = 0 if anatomy.pool_prefix else anatomy.prefix
-    seen = attention.latent(inner.attn_pool, x[:, start:], _weights(policy, sizes, start))[1]
-    return nn.functional.pad(seen, (start, 0))
 
 
 def _check_dtype(model: ViT, images: Tensor) -> None:

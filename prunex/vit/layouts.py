@@ -291,7 +291,11 @@ class EvaLayout(Layout):
 
     def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
         """With its rotary table."""
-        return block(x, rope=rope)
+        if not _rotates_all(block.attn, x, rope):
+            return block(x, rope=rope)
+        y = self.read(block, x, PLAIN)
+        x = x + self.drop(block, self.end(block, self.attend(block, y, rope), PLAIN))
+        return x + self.drop_fed(block, self.feed(block, x, PLAIN))
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
         """The first norm."""
@@ -299,7 +303,11 @@ class EvaLayout(Layout):
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
         """With its rotary table."""
-        return block.attn(y, rope=rope)
+        if not _rotates_all(block.attn, y, rope):
+            return block.attn(y, rope=rope)
+        q, k, v = self.heads(block, y, rope, PLAIN)
+        dropout = block.attn.attn_drop.p if block.training else 0.0
+        return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated by their places."""
@@ -354,6 +362,11 @@ class BeitLayout(EvaLayout):
         """From its table."""
         attn = block.attn
         return None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()[0]
+
+
+def _rotates_all(attn: Any, x: Tensor, rope: Tensor | None) -> bool:
+    """Whether prefix tokens did not enter: timm's attention would look for them in front of those it rotates."""
+    return rope is not None and attn.num_prefix_tokens > 0 and rope.shape[-2] == x.shape[1]
 
 
 def _scaled(weight: Tensor, gamma: Tensor | None) -> Tensor:

@@ -7,14 +7,34 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import prunex
-from prunex.callbacks import KeptTokenMonitor, RelevancyMonitor, SlimExport, TokenPruning
+from prunex.callbacks import KeptTokenMonitor, MaskPruning, RelevancyMonitor, SlimExport, TokenPruning, UnitMonitor
 from tests.callbacks.modules import Plain, csv_logger, loader, trainer
 
 OPTIONS = {"patch_slimming": {"options": {"tolerance": 0.3, "step": 3, "epochs": 1, "learning_rate": 1e-3}}}
 
 
+UNITS = {"masks": 0.25, "thresholds": 0.25, "threshold_lr": 0.6}
+
+
+def units(folder, method):
+    """MaskPruning in two processes: gates stay hard to the end, and both processes chose the same."""
+    options = UNITS if method == "xpruner" else {}
+    callbacks = [MaskPruning(method, budget=0.6, **options), UnitMonitor(images=2), SlimExport(formats=[])]
+    told = {"strategy": "ddp", "devices": 2, "max_epochs": 4, "logger": csv_logger(folder)}
+    run = trainer(folder, *callbacks, **told)
+    module = Plain(seed=1)
+    run.fit(module, loader(), loader(8))
+    handle = prunex.attached(module, units=True)
+    state = {n: p.detach() for n, p in module.state_dict().items()}
+    told = {"state": state, "removed": handle.removed, "log_dir": str(run.log_dir), "macs": prunex.cost(module).macs}
+    torch.save(told, Path(folder) / f"rank{run.global_rank}.pt")
+
+
 def main(folder, method):
     torch.set_num_threads(1)
+    if method in ("xpruner", "taylor"):
+        units(folder, method)
+        return
     callbacks = [
         TokenPruning(method, **OPTIONS.get(method, {"keep_ratio": 0.6}), backbone_lr_scale=0.5),
         KeptTokenMonitor(images=3),

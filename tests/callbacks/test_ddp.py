@@ -17,9 +17,8 @@ from tests.vits import images
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow  # three processes that import everything
-@pytest.mark.parametrize("method", ["dynamicvit", "evit", "patch_slimming"])
-def test_two_processes(tmp_path, method):
+def trained(tmp_path, method):
+    """What two processes left behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -28,7 +27,29 @@ def test_two_processes(tmp_path, method):
     command = [sys.executable, "-m", "tests.callbacks.ddp_script", str(tmp_path), method]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    return tuple(torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["xpruner", "taylor"])
+def test_two_processes_choose_the_same_units(tmp_path, method):
+    first, second = trained(tmp_path, method)
+    for name, p in first["state"].items():
+        assert torch.equal(p, second["state"][name]), name
+    assert not first["removed"]
+    dense = prunex.cost(Plain().vit).macs
+    assert first["macs"] == pytest.approx(0.6 * dense, rel=0.02)
+    folder = Path(first["log_dir"])
+    small = prunex.load(folder / "slim")
+    assert prunex.cost(small).macs == first["macs"]
+    assert (folder / "units.csv").is_file() == (method == "xpruner")
+    assert len([k for k in metrics(folder) if k.startswith("prunex/loss")]) == (3 if method == "xpruner" else 0)
+
+
+@pytest.mark.slow  # three processes that import everything
+@pytest.mark.parametrize("method", ["dynamicvit", "evit", "patch_slimming"])
+def test_two_processes(tmp_path, method):
+    first, second = trained(tmp_path, method)
     assert first["log_dir"] == second["log_dir"]
     assert torch.equal(first["kept"], second["kept"])
     start = dict(Plain().named_parameters())

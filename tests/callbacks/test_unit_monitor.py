@@ -83,3 +83,13 @@ def test_nothing_is_written_in_a_trial(tmp_path):
     torch.manual_seed(0)
     run.fit(module, loader(), loader(8))
     assert not (tmp_path / "maps").exists()
+
+
+def test_one_image_of_each_class_is_watched(tmp_path):
+    monitor = UnitMonitor(images=3)
+    images, labels = torch.randn(12, 3, 32, 32), torch.tensor([0] * 5 + [1] * 5 + [2, 3])
+    sorted_by_class = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 4)
+    module = Plain(seed=1)
+    trainer(tmp_path, MaskPruning(**OPTIONS), monitor, max_epochs=1).fit(module, loader(), sorted_by_class)
+    assert torch.cat([p["labels"] for p in monitor._parts]).tolist() == [0, 1, 2]
+    assert torch.equal(torch.cat([p["images"] for p in monitor._parts]), images[[0, 5, 10]])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import prunex
 from prunex import PrunexError
 from prunex.explainers.atman import atman, suppression  # noqa: F401  (registers it)
-from prunex.vit.forward import patch_vectors
+from prunex.vit.embedding import patch_vectors
 from tests.explainers import definitions
 from tests.vits import FAMILIES, images, images_for, largest, randomise, relative, tiny
 

@@ -8,7 +8,7 @@ from prunex import PrunexError
 from prunex.explainers import head_maps
 from prunex.vit.widths import WidthSpec, narrow
 from tests.explainers.definitions import opened
-from tests.vits import images_for, largest, tiny
+from tests.vits import images, images_for, largest, tiny
 
 PAIRS = [(3, 1), (0, 2), (3, 0), (0, 2)]
 
@@ -118,3 +118,18 @@ def test_what_is_not_there():
             head_maps(model, images_for(model), pairs)
     with pytest.raises(PrunexError, match="images"):
         head_maps(model, torch.zeros(3, 32, 32), PAIRS)
+
+
+def test_heads_behind_closed_gates_are_numbered_as_before_and_refused():
+    model = tiny().eval()
+    x = images(2)
+    dense = head_maps(model, x, [(1, 0), (1, 2), (3, 1)])
+    pruning = prunex.attach(model, "random", budget=0.9)
+    pruning.pruner.open("1.heads")[1] = False
+    pruning.pruner.decided.fill_(True)
+    pruning.pruner.refresh()
+    gated = head_maps(model, x, [(1, 0), (1, 2)])
+    assert torch.allclose(gated, dense[:, :2], atol=1e-6)
+    with pytest.raises(prunex.PrunexError, match=r"no head 1: it has 0, 2"):
+        head_maps(model, x, [(1, 1)])
+    assert torch.allclose(head_maps(prunex.slim(model), x, [(1, 0), (1, 2), (3, 1)])[:, :2], gated, atol=1e-6)

@@ -6,7 +6,7 @@ from prunex import PrunexError
 from prunex.explainers import coalitions, removal
 from prunex.explainers.removal import Removal, score
 from prunex.explainers.shap import estimate
-from prunex.vit.forward import embed
+from prunex.vit.embedding import embed
 from tests.explainers import games
 from tests.vits import FAMILIES, images, images_for, largest, randomise, relative, tiny
 

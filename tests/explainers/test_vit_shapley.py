@@ -9,7 +9,8 @@ import prunex
 from prunex import PrunexError
 from prunex.explainers.removal import Removal, masked
 from prunex.explainers.vit_shapley import ShapleyExplainer, load_explainer, normalise
-from prunex.vit.forward import embed, resume
+from prunex.vit.embedding import embed
+from prunex.vit.forward import resume
 from tests.vits import FAMILIES, images, images_for, largest, lively, relative, tiny
 
 

@@ -5,7 +5,7 @@ import torch
 
 import prunex
 from prunex.explainers.atman import atman, suppression  # noqa: F401  (registers it)
-from prunex.vit.forward import patch_vectors
+from prunex.vit.embedding import patch_vectors
 from tests.explainers.reference import SEEDS, arrays, model_and_images, present
 from tests.vits import relative
 

@@ -14,7 +14,8 @@ from prunex.explainers.diffmask import DiffMaskExplainer, load_explainer
 from prunex.explainers.removal import Removal
 from prunex.pruners.diffmask import MaskGates
 from prunex.vit.decisions import Absent, Fill
-from prunex.vit.forward import embed, embed_patches, look_ahead, place, resume, unplace
+from prunex.vit.embedding import embed, embed_patches, place, unplace
+from prunex.vit.forward import look_ahead, resume
 from prunex.vit.tape import Tape
 from tests.callbacks.modules import Plain, trainer
 from tests.callbacks.modules import loader as module_loader

@@ -11,7 +11,9 @@ import prunex
 from prunex import PrunexError
 from prunex.vit.arithmetic import PLAIN
 from prunex.vit.decisions import Absent, Pool, Replay, TokenState, apply
-from prunex.vit.forward import embed, head, own_anatomy, record, run
+from prunex.vit.embedding import embed
+from prunex.vit.forward import own_anatomy, record, run
+from prunex.vit.readout import head
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage, TokenTrace
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, randomise, relative, state_of, tiny
@@ -684,3 +686,14 @@ def test_tokens_of_every_block_are_those_a_forward_has(family, options):
     assert cost.tokens == seen["attn"]
     assert [b.mlp_tokens for b in cost.blocks] == seen["mlp"]
     assert cost.macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["eva02", "dinov3", "rope_mixed"])
+def test_rotary_models_without_their_class_token_rotate_every_token(family):
+    """Timm's own attention would skip as many tokens as the model has prefix tokens."""
+    model = tiny(family)
+    x = images_for(model)
+    with prunex.attach(model, "hvt", stages=(1,)), torch.no_grad():
+        tape = Tape(rows=frozenset(range(4)))
+        record(model, x, tape)  # asks for rows, so every block's attention is opened
+        assert torch.allclose(model(x), tape.logits, atol=1e-5)

@@ -10,7 +10,8 @@ import prunex
 from prunex.pruners.ia_red2 import IARED2, Interpreter, bounded, policy_loss, reward
 from prunex.vit.anatomy import read
 from prunex.vit.decisions import Keep
-from prunex.vit.forward import head, run
+from prunex.vit.forward import run
+from prunex.vit.readout import head
 from tests.vits import images_for, largest, randomise, state_of, tiny
 
 

@@ -17,7 +17,8 @@ from prunex.pruners.base import calibration_images
 from prunex.pruners.patch_slimming_search import Search, impact
 from prunex.vit.anatomy import read
 from prunex.vit.decisions import Absent, Replay
-from prunex.vit.forward import embed, resume, run, through
+from prunex.vit.embedding import embed
+from prunex.vit.forward import resume, run, through
 from prunex.vit.tape import Tape
 from tests.vit.test_cost import counted
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, state_of, tiny

@@ -10,8 +10,8 @@ from prunex.vit import attention
 from prunex.vit.anatomy import read
 from prunex.vit.arithmetic import PLAIN
 from prunex.vit.decisions import Keep
-from prunex.vit.forward import pool_attention
 from prunex.vit.layouts import LAYOUTS, layout_of
+from prunex.vit.readout import pool_attention
 from tests.vits import MORE_FAMILIES, SIZES, images_for, largest, lively, tiny
 
 

@@ -7,8 +7,10 @@ import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.attention import matrix
 from prunex.vit.decisions import Drop, Keep, Replay
-from prunex.vit.forward import embed, encode, head, run
+from prunex.vit.embedding import embed
+from prunex.vit.forward import encode, run
 from prunex.vit.packing import Packing
+from prunex.vit.readout import head
 from tests.vits import images_for, largest, relative, tiny
 
 SHOWN = ["vit", "dinov2_reg", "avg_pool_no_class", "max_pool", "attn_norm"]

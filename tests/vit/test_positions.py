@@ -5,7 +5,8 @@ import torch
 
 import prunex
 from prunex.vit.anatomy import read
-from prunex.vit.forward import embed, resume, run
+from prunex.vit.embedding import embed
+from prunex.vit.forward import resume, run
 from prunex.vit.positions import Places, Positions, joins, positions_of
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage

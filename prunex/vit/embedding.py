@@ -1,0 +1,108 @@
+"""From images to the tokens that enter the first block, and back to what patches were embedded as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from prunex.vit.anatomy import ViT
+from prunex.vit.arithmetic import PLAIN, Arithmetic, unknown_layer
+
+
+def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
+    """From images to the tokens entering the first block, and the patch grid of these images."""
+    if ops.opened:
+        return _embed_opened(model, images, ops)
+    x = model.patch_embed(images)
+    return enter(model, x)[0], grid_of(model, x)
+
+
+def embed_patches(model: ViT, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The first part of :func:`embed`: what each patch is embedded as [B, P, D], and the patch grid."""
+    x = model.patch_embed(images)
+    return x.flatten(1, 2) if x.ndim == 4 else x, grid_of(model, x)
+
+
+def place(model: ViT, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The rest of :func:`embed`: embedded patches [B, P, D] get positions and prefix tokens, [B, prefix + P, D]."""
+    return enter(model, patches.unflatten(1, grid) if getattr(model, "dynamic_img_size", False) else patches)[0]
+
+
+def grid_of(model: ViT, x: Tensor) -> tuple[int, int]:
+    """The patch grid of what ``patch_embed`` gave."""
+    return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
+
+
+def enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """From embedded patches to the tokens entering the first block, and the rotary table of the blocks, if any."""
+    inner: Any = model
+    if isinstance(model, Eva):
+        x, rope = inner._pos_embed(x)
+        return _entering(model, inner.norm_pre(x)), rope
+    if isinstance(model, Beit):
+        x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        return _entering(model, inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed)), None
+    return _entering(model, inner.norm_pre(inner.patch_drop(inner._pos_embed(x)))), None
+
+
+def _entering(model: ViT, x: Tensor) -> Tensor:
+    """The tokens that enter the first block: without prefix tokens that the attached pruner does not take along."""
+    attached = getattr(model, "prunex", None)
+    left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
+    return x[:, left_out:] if left_out else x
+
+
+def patch_vectors(model: ViT, images: Tensor) -> Tensor:
+    """The patch embeddings alone, before anything is added to them: [B, P, D]."""
+    x = model.patch_embed(images)
+    return x.flatten(1, 2) if x.ndim == 4 else x
+
+
+def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
+    """What patches were embedded as, from the tokens that :func:`place` made of them: [B, n, D], up to rounding.
+
+    A norm in front of the blocks (CLIP) cannot be taken back: its models give the normed tokens as they are.
+
+    Args:
+        model: The ViT.
+        x: [B, prefix + n, D], entering the first block.
+        grid: The whole patch grid.
+        index: int64 [B, n], the patches that these are; None: all of them.
+    """
+    body = x[:, model.num_prefix_tokens :]
+    if not isinstance(getattr(model, "norm_pre", None), nn.Identity | None):
+        return body
+    empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
+    added = place(model, empty, grid)[:, model.num_prefix_tokens :]
+    if index is not None:
+        added = added.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))
+    return body - added
+
+
+def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
+    """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
+    if isinstance(model, Eva | Beit):
+        raise unknown_layer(model, "VisionTransformer")
+    inner: Any = model.patch_embed
+    height, width = inner.patch_size
+    padded = images
+    if inner.dynamic_img_pad:
+        padded = nn.functional.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
+    patches = ops.patches(inner.proj, padded)
+    grid = (patches.shape[2], patches.shape[3])
+    x = ops.norm(inner.norm, patches.flatten(2).transpose(1, 2))
+    with torch.no_grad():
+        empty = torch.zeros_like(x)
+        added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
+    prefix = model.num_prefix_tokens
+    parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
+    own = [t for t in parts if t is not None]
+    front = torch.cat([t.detach() for t in own], 1).expand(len(x), -1, -1) if own else added[:, :0]
+    table: Tensor | None = None if model.no_embed_class else model.pos_embed
+    at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
+    x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
+    return _entering(model, ops.norm(model.norm_pre, x)), grid

@@ -144,7 +144,8 @@ def _run_of(where: Path) -> Path | None:
 
 def _models(args: Any) -> tuple[list[Model], list[str]]:
     """The models asked for, and what is to be said about them."""
-    where, notes = Path(args.run), []
+    where = Path(args.run)
+    notes: list[str] = []
     if (where / "config.yaml").is_file() and not (where / "config.json").is_file():
         open_model_or_name(args.run, args.weights, args.img_size, args.pretrained)  # refuses options of a timm model
         found, notes = contestants(where, read_run(where))
@@ -251,7 +252,7 @@ class Scoring:
     def _leave_out(self) -> None:
         """Leave out metrics that nothing can be said of here; one that was named is refused instead."""
         strict = "all" not in [n.strip() for n in self.args.metrics.split(",")]
-        classes = {0 if m.predicted is None else read(m.model).classes for m in self.models}  # type: ignore[arg-type]
+        classes = {0 if m.predicted is None else read(m.model).classes for m in self.models}
         reasons = {}
         if self.scenes.masks is None:
             reasons["localisation"] = "there are no object masks"
@@ -476,7 +477,7 @@ class Scoring:
         else:
             maps = known.tensor("maps").clone()
             same = m.predicted is None or known.tensor("target") == m.predicted
-            which = torch.zeros(0, dtype=torch.int64) if same is True else (~same).nonzero()[:, 0]  # type: ignore[operator]
+            which = torch.zeros(0, dtype=torch.int64) if same is True else (~same).nonzero()[:, 0]
         for part, some, _ in self._explained(m.judge, method, m.predicted, m.grid, bar, which=which):
             if not len(maps):
                 maps = torch.zeros(len(self.scenes.images), *some.shape[1:])

@@ -73,7 +73,7 @@ def from_run(data: Any, wanted: int) -> Scenes:
     """
     loader = data.val_dataloader()
     loader = loader[0] if isinstance(loader, list | tuple) else loader
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
         some = Subset(dataset, spaced(len(dataset), wanted))
         loader = DataLoader(some, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
@@ -118,7 +118,7 @@ def from_folder(root: Path, masks: Path | None, model: nn.Module, wanted: int) -
     files = image_files(top, besides=named)
     files = [files[i] for i in spaced(len(files), wanted)]
     shapes = (named / "val" if (named / "val").is_dir() else named) if named.is_dir() else None
-    prepare, size = preparation(model), read(model).image  # type: ignore[arg-type]
+    prepare, size = preparation(model), read(model).image
     images, found = [], []
     for file in files:
         image = read_image(file)

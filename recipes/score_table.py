@@ -74,7 +74,8 @@ def read_scores(text: str) -> list[Score]:
             continue
         count = 0 if math.isnan(images) else int(images)
         better = str(row.get("higher_is_better")).strip().lower() != "false"
-        found.append(Score(*names[:4], better, mean, low, high, count, seconds, forwards))  # type: ignore[arg-type]
+        model, method, metric, group = names
+        found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards))
     return found
 
 
@@ -103,9 +104,9 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
 
     >>> one = Score("dense", "rollout", "deletion", "faithfulness", False, 0.25, 0.2, 0.3, 9, 0.01, 1)
     >>> print(table([one]))
-                     deletion      seconds     forwards
-    rollout  dense          ↓        image        image
-    rollout  dense 0.250 ±.05*      0.0100            1
+                      deletion      seconds     forwards
+                             ↓     an image     an image
+    rollout dense  0.250 ±.05*       0.0100            1
     """
     rows = list(dict.fromkeys((s.method, s.model) for s in scores))
     methods = list(dict.fromkeys(method for method, _ in rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
+from prunex.handle import Handle
 from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.pruners.units import UnitPruner
@@ -107,42 +107,24 @@ def _accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         state.update({prefix + k: v for k, v in module.state_dict().items()})
 
 
-class Pruning:
+class Pruning(Handle):
     """The handle on a pruned model, returned by :func:`prunex.attach`; also a context manager that detaches.
 
     Attributes:
         model: The ViT it is on.
     """
 
-    def __init__(self, model: ViT) -> None:
-        self.model = model
+    child = CHILD
 
     @property
     def _attached(self) -> Attached:
-        attached = getattr(self.model, CHILD, None)
-        if attached is None:
-            raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
-        return attached
+        found: Attached = self._holder()
+        return found
 
     @property
     def pruner(self) -> TokenPruner:
         """The module that decides."""
         return self._attached.pruner
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-        return self._attached.method
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options in force, in plain values."""
-        return dict(self.pruner.options)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Method and options, in plain values: ``prunex.attach(model, **spec)`` makes the same pruning."""
-        return {"method": self.method, **self.options}
 
     @property
     def trace(self) -> TokenTrace:
@@ -318,18 +300,6 @@ class Pruning:
         if CHILD in self.model._modules:
             del self.model._modules[CHILD]
         return self.model
-
-    def __enter__(self) -> Pruning:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        return f"Pruning({self.method!r}, {options})"
 
 
 @overload

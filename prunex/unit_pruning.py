@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunex.errors import OutOfReach, PrunexError
+from prunex.handle import Handle
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
@@ -57,42 +57,24 @@ class Gated(nn.Module):
         return self.__dict__ | {"labels": None, "more": []}
 
 
-class UnitPruning:
+class UnitPruning(Handle):
     """The handle on a model whose heads and MLP channels are gated; also a context manager that detaches.
 
     Attributes:
         model: The backbone it is on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    child = CHILD
 
     @property
     def _gated(self) -> Gated:
-        gated = getattr(self.model, CHILD, None)
-        if gated is None:
-            raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
-        return gated
+        found: Gated = self._holder()
+        return found
 
     @property
     def pruner(self) -> UnitPruner:
         """The module that decides."""
         return self._gated.pruner
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-        return self._gated.method
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options in force, in plain values."""
-        return dict(self.pruner.options)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Method and options, in plain values: ``prunex.attach(model, **spec)`` makes the same pruning."""
-        return {"method": self.method, **self.options}
 
     @property
     def decided(self) -> bool:
@@ -255,18 +237,6 @@ class UnitPruning:
                 if getattr(hook, "hook", hook) is _narrow_first:
                     del self.model._load_state_dict_pre_hooks[hook_id]
         return self.model
-
-    def __enter__(self) -> UnitPruning:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        return f"UnitPruning({self.method!r}, {options})"
 
 
 def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruning:

@@ -149,6 +149,8 @@ def _labels(files: Sequence[Path], top: Path, model: Any) -> tuple[Tensor | None
     """The images' classes as far as folders tell them, and why not."""
     folders = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "masks")
     names, classes = [str(n) for n in getattr(model, "label_names", None) or []], read(model).classes
+    if classes == 0:  # nothing could be right
+        return None, []
     if folders and set(folders) <= set(names):
         order = {name: names.index(name) for name in folders}
     elif folders and len(folders) == classes:

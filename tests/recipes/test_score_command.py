@@ -276,6 +276,23 @@ def test_a_slim_folder_has_its_dense_model_beside_it(photos, tmp_path):
     assert from_folder(photos, None, prunex.load(slim), 6).labels.tolist() == [3, 3, 3, 1, 1, 1]
 
 
+def test_a_model_without_classifier_is_scored_by_where_its_maps_lie(photos, tmp_path, capsys):
+    slim = prunex.save(prunex.slim(tiny(num_classes=0)), tmp_path / "slim")
+    options = ["--data", photos, "--images", 3, "--out", tmp_path / "out"]
+    assert score(slim, *options, "--methods", "rollout") == 0
+    said = capsys.readouterr().out
+    assert "faithfulness is left out: this model has no classifier" in said
+    assert "labels" not in said
+    assert {metric for *_, metric in written(tmp_path / "out")} >= {"energy_inside", "mean_iou"}
+    assert score(slim, *options, "--metrics", "energy_inside") == 0  # methods that need a class are left out
+    methods = {method for _, method, _ in written(tmp_path / "out")}
+    assert "rollout" in methods
+    assert "lrp" not in methods
+    assert "skipped grad_cam" in capsys.readouterr().out
+    with pytest.raises(PrunexError, match="deletion cannot be measured: this model has no classifier"):
+        score(slim, *options, "--methods", "rollout", "--metrics", "deletion")
+
+
 def test_the_judge_explains_the_class_that_the_pruned_model_predicts(run):
     images, model = from_run(open_data(run), 12).images, vit()
     with torch.no_grad():

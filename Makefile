@@ -49,6 +49,7 @@ types: stage
 	cd $(STAGE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
 
 doctest: stage
+	cp tests/conftest.py $(STAGE)/conftest.py
 	cd $(STAGE) && $(abspath $(BIN))/python -m pytest -q -c $(CURDIR)/pyproject.toml --rootdir . --doctest-modules prunex \
 		-p no:cacheprovider
 

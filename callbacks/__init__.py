@@ -1,6 +1,7 @@
 """Lightning callbacks that prune, watch and export."""
 
-from prunex.callbacks.checkpoints import load_from_checkpoint
+from prunex.callbacks.checkpoints import SafeCheckpointIO, load_from_checkpoint
+from prunex.callbacks.exact_resume import ExactResume
 from prunex.callbacks.faithfulness_monitor import FaithfulnessMonitor
 from prunex.callbacks.kept_token_monitor import KeptTokenMonitor
 from prunex.callbacks.mask_pruning import MaskPruning
@@ -11,11 +12,13 @@ from prunex.callbacks.token_pruning import TokenPruning
 from prunex.callbacks.unit_monitor import UnitMonitor
 
 __all__ = [
+    "ExactResume",
     "FaithfulnessMonitor",
     "KeptTokenMonitor",
     "MaskPruning",
     "RelevancyGuidance",
     "RelevancyMonitor",
+    "SafeCheckpointIO",
     "SlimExport",
     "TokenPruning",
     "UnitMonitor",

@@ -3,14 +3,69 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import prunex
-from prunex.callbacks.participant import CHECKPOINT_KEY, CHECKPOINT_VERSION
+from prunex.callbacks.participant import CHECKPOINT_KEY, check_version
 from prunex.errors import PrunexError
+from prunex.files import write_whole
+
+LAST = "last.ckpt"
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that run no code when they are read, and are never half-written: for ``Trainer(plugins=[...])``.
+
+    Files are read with ``weights_only=True``, whatever the Trainer asks for, and written beside their place and moved
+    there. Paths that are no local files (``s3://...``) are written as Lightning writes them.
+
+    Raises:
+        PrunexError: For a file that is missing, damaged or holds more than plain values, or cannot be written.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it whole, or leave what was there."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            write_whole(Path(path), lambda draft: torch.save(checkpoint, draft))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as its own error
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise PrunexError(
+                f"cannot write {path}: {reason}; the checkpoint before it is whole: make room, then go on from there"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read plain values and tensors, onto the CPU where no other place is named."""
+        if "://" in str(path):
+            return dict(super().load_checkpoint(path, map_location))
+        return read_checkpoint(path, map_location)
+
+
+def read_checkpoint(path: Any, map_location: Any = None) -> dict[str, Any]:
+    """A checkpoint's plain values.
+
+    Raises:
+        PrunexError: For a file that is missing, damaged, no checkpoint, or holds more than plain values.
+    """
+    try:
+        found = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise PrunexError(f"there is no checkpoint at {path}") from error
+    except Exception as error:
+        raise PrunexError(
+            f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
+            "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
+        ) from error
+    if not isinstance(found, dict):
+        raise PrunexError(f"{path} is no checkpoint: it holds a {type(found).__name__}; give one of Lightning's")
+    return found
 
 
 def load_from_checkpoint(
@@ -32,23 +87,14 @@ def load_from_checkpoint(
     Raises:
         PrunexError: A file that is missing, no checkpoint, or holds no word of prunex.
     """
-    try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise PrunexError(f"there is no checkpoint at {path}") from error
-    except Exception as error:
-        raise PrunexError(
-            f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
-            "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
-        ) from error
-    told = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    checkpoint = read_checkpoint(path, map_location)
+    told = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(told, dict) or not ("pruning" in told or "units" in told):
         raise PrunexError(
             f"{path} was trained with neither TokenPruning nor MaskPruning: use "
             f"{module_class.__name__}.load_from_checkpoint"
         )
-    if told["version"] > CHECKPOINT_VERSION:
-        raise PrunexError(f"{path} has prunex format {told['version']}: this prunex reads up to {CHECKPOINT_VERSION}")
+    check_version(told)
     module = module_class(**_arguments(module_class, checkpoint, arguments))
     module.configure_model()
     if told.get("units") and prunex.attached(module, told["path"], units=True) is None:

@@ -16,9 +16,9 @@ from torch import Tensor
 import prunex
 from prunex.callbacks.monitor import Monitor, log_share, run_folder
 from prunex.errors import PrunexError
+from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
-from prunex.pictures.arrays import write_whole
 from prunex.registry import lookup
 from prunex.vit.anatomy import read
 

@@ -129,6 +129,7 @@ class MaskPruning(Participant):
                     "'bf16-mixed' or '32-true'"
                 )
         self._when_model_is_there(pl_module, self.model, self._attach, Backbone)
+        self._guard_loading(pl_module, "units", lambda: {} if self.pruning is None else self.pruning.spec)
         if stage == "fit":
             self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
 

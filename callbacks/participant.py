@@ -45,6 +45,10 @@ class Participant(Callback):
         """Put a layer round a method of the module until :meth:`_restore`; several callbacks' layers lie in order."""
         self._undo.append(put_round(module, name, layer))
 
+    def _guard_loading(self, module: LightningModule, name: str, spec: Callable[[], dict[str, Any]]) -> None:
+        """Take no checkpoint written with other options, see :func:`guard_loading`."""
+        self._undo += guard_loading(module, {name: spec})
+
     def _when_model_is_there(
         self, module: LightningModule, path: str | None, attach: Callable[[LightningModule], None], kinds: Any
     ) -> None:
@@ -61,6 +65,70 @@ class Participant(Callback):
                 self._put_round(module, "configure_model", configure_model)
                 return
         attach(module)
+
+
+def guard_loading(
+    module: LightningModule, specs: Mapping[str, Callable[[], dict[str, Any]]]
+) -> list[Callable[[], None]]:
+    """Let the module take no checkpoint that was written with other options, and say which they are.
+
+    Args:
+        module: Its ``on_load_checkpoint`` and ``load_state_dict`` get a layer each.
+        specs: How the model is pruned now, by the name under which checkpoints tell it ("pruning", "units").
+
+    Returns:
+        Calls that take the layers off again.
+    """
+    written: dict[str, Any] = {}
+
+    def on_load_checkpoint(beneath: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+        told = checkpoint.get(CHECKPOINT_KEY)
+        if isinstance(told, dict):
+            check_version(told)
+            for name, spec in specs.items():
+                if isinstance(told.get(name), dict):
+                    found = differences(told[name], spec())
+                    if found:
+                        raise PrunexError(f"the checkpoint was written with other options: {found}; {_HOW}")
+        written.update(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
+        return beneath(checkpoint)
+
+    def load_state_dict(beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return beneath(*args, **kwargs)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            found = differences(written, dict(module.hparams)) or " ".join(lines[1:2] or lines)[:200]
+            raise PrunexError(f"the checkpoint's weights do not fit this model: {found}; {_HOW}") from error
+
+    return [
+        put_round(module, "on_load_checkpoint", on_load_checkpoint),
+        put_round(module, "load_state_dict", load_state_dict),
+    ]
+
+
+_HOW = "ask for the options it was written with, or open it with prunex.callbacks.load_from_checkpoint"
+
+
+def check_version(told: Mapping[str, Any]) -> None:
+    """Refuse what a later prunex wrote down in a checkpoint."""
+    version = told.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= CHECKPOINT_VERSION:
+        raise PrunexError(
+            f"the checkpoint has prunex format {version!r}: this prunex reads up to {CHECKPOINT_VERSION}; use the "
+            "prunex that wrote it, or a later one"
+        )
+
+
+def differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between options of a checkpoint and those of this run, in words; "" when nothing does."""
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()}
+    found = [
+        f"{name}={written[name]!r} (now {plain[name]!r})"
+        for name in written
+        if name in plain and written[name] != plain[name] and not name.startswith("_")
+    ]
+    return ", ".join(found)
 
 
 def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], None]:

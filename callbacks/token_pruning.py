@@ -122,6 +122,7 @@ class TokenPruning(Participant):
                 "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
             )
         self._when_model_is_there(pl_module, self.model, self._attach, ViT)
+        self._guard_loading(pl_module, "pruning", lambda: {} if self.pruning is None else self.pruning.spec)
         if stage == "fit":
             self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
 

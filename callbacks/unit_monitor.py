@@ -16,8 +16,8 @@ from torch import Tensor
 import prunex
 from prunex.callbacks.monitor import Monitor, log_picture, parts_of, run_folder
 from prunex.explainers.head_maps import head_maps
+from prunex.files import write_whole
 from prunex.pictures import class_heads, head_attention, save_png, unit_widths
-from prunex.pictures.arrays import write_whole
 from prunex.pruners.xpruner import UnitRelevance
 from prunex.unit_pruning import UnitPruning
 from prunex.vit.anatomy import find

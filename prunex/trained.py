@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.files import write_whole
 from prunex.vit.anatomy import Anatomy
 
 VERSION = 1
@@ -48,9 +48,7 @@ def write(folder: str | Path, kind: str, spec: Mapping[str, Any], module: nn.Mod
             (WEIGHTS, save(tensors, metadata={"format": "pt"})),
             (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
         ):
-            waiting = folder / f".{name}.new"
-            waiting.write_bytes(content)
-            os.replace(waiting, folder / name)
+            write_whole(folder / name, content)
     except OSError as error:
         raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     return folder

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import prunex
 from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
-from prunex.pictures.arrays import write_whole
+from prunex.files import write_whole
 from prunex.recipes.arguments import Parser
 from prunex.recipes.backbone import load_weights
 from prunex.recipes.runs import evaluate, forward, instantiate, noise, open_data, open_model, read_run, token_pruning

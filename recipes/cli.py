@@ -1,5 +1,6 @@
 """The ``prunex`` command: Lightning's own subcommands, and room for others beside them."""
 
+import errno
 import sys
 import warnings
 from collections.abc import Sequence
@@ -77,8 +78,16 @@ def run_lightning(arguments: Sequence[str]) -> int:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
+    from prunex.callbacks import ExactResume
+    from prunex.recipes.resuming import SaveConfig, go_on
+
     class CLI(LightningCLI):
-        """LightningCLI in which a model without a number of classes gets the data's."""
+        """LightningCLI that finds the last run, and in which a model without a number of classes gets the data's."""
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            if config.get("ckpt_path") == "last":
+                go_on(config, training=self.subcommand == "fit")
 
         def instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config
@@ -101,7 +110,9 @@ def run_lightning(arguments: Sequence[str]) -> int:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"plugins": {"class_path": "prunex.callbacks.SafeCheckpointIO"}, "callbacks": ExactResume()},
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "prog": "prunex",
@@ -179,12 +190,28 @@ def parse_mistake(error: BaseException) -> PrunexError | None:
     return PrunexError("; ".join([*told[:4], *given])[:400] + "; see prunex fit --help")
 
 
+def disk_mistake(error: BaseException) -> PrunexError | None:
+    """A disk that is full or may not be written to, as one line; None for any other error."""
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+    ):
+        return PrunexError(
+            f"cannot write {error.filename or 'a file'}: {error.strerror}; make room or choose another folder, then go "
+            "on with the same command and --ckpt_path last"
+        )
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception as error:
-        mistake = find_mistake(error) or parse_mistake(error)
+        mistake = find_mistake(error) or parse_mistake(error) or disk_mistake(error)
         if mistake is None:
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 import prunex
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import choose_target
+from prunex.files import write_whole
 from prunex.pictures import contact_sheet, save_npz, save_png
-from prunex.pictures.arrays import Picture, write_whole
+from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.arguments import Parser
 from prunex.recipes.folder import read_image

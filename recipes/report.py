@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prunex.errors import PrunexError
+from prunex.files import write_whole
 from prunex.pictures import bars_svg, curves_svg, dim_dropped, outline, overlay, png_bytes, resized
-from prunex.pictures.arrays import Picture, write_whole
+from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
 from prunex.recipes.score_table import BASELINES, Score, best, by_metric, read_scores

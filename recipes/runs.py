@@ -20,10 +20,12 @@ from torch import Tensor, nn
 import prunex
 from prunex.attach import CHILD
 from prunex.callbacks import load_from_checkpoint
+from prunex.callbacks.checkpoints import read_checkpoint
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.monitor import parts_of
+from prunex.callbacks.participant import CHECKPOINT_KEY
 from prunex.errors import PrunexError
-from prunex.pictures.arrays import write_whole
+from prunex.files import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
 from prunex.recipes.timing import side_by_side
 from prunex.vit.anatomy import find
@@ -120,10 +122,7 @@ def open_model_or_name(
 
 def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
     module_class = type(instantiate(LightningModule, config["model"]))
-    try:
-        told = torch.load(path, map_location="cpu", weights_only=True).get("prunex")
-    except Exception as error:
-        raise PrunexError(f"{path} is no checkpoint that loads safely: {type(error).__name__}") from error
+    told = read_checkpoint(path).get(CHECKPOINT_KEY)
     if told is not None:
         model = prunex.slim(load_from_checkpoint(module_class, str(path)), told["path"])
     else:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import prunex
 from prunex.errors import PrunexError, unknown
+from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, by_chance, interval, measures, random_maps, scores, without_pruning
-from prunex.pictures.arrays import save_npz, write_whole
+from prunex.pictures.arrays import save_npz
 from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import contestants
 from prunex.recipes.explain_command import MANY, Explainers, batches, read_options

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prunex.pictures.arrays import write_whole
+from prunex.files import write_whole
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made

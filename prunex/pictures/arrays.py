@@ -1,8 +1,6 @@
 """Pictures as arrays: what comes in is checked once, enlarged crisply, and written whole or not at all."""
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prunex.errors import PrunexError
+from prunex.files import write_whole
 
 Picture = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
@@ -151,20 +150,3 @@ def save_npz(path: str | Path, arrays: Mapping[str, Any], compressed: bool = Tru
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=False, **arrays)
     return write_whole(Path(path), buffer.getvalue())
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file beside its place and move it there, so that it is whole or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only their owner may read
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-    return path

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 import prunex
 from prunex.attach import CHILD, Pruning
 from prunex.errors import PrunexError
+from prunex.files import write_whole
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import check_images
 from prunex.vit.forward import own_anatomy, run
@@ -86,25 +85,17 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
     example = example.detach().float().cpu()
     example = example.repeat(2, 1, 1, 1) if len(example) == 1 else example  # one image would fix the batch at 1
     graph = Graph(small, kept).eval()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise PrunexError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
-    os.close(handle)
-    waiting = Path(name)
-    try:
+
+    def draft(waiting: Path) -> None:
         with torch.no_grad():
             program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
             _write(program, waiting, small, kept)
             _check(waiting, graph, example)
-        os.chmod(waiting, 0o644)
-        os.replace(waiting, path)
+
+    try:
+        return write_whole(path, draft)
     except OSError as error:
         raise PrunexError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
-    finally:
-        waiting.unlink(missing_ok=True)
-    return path
 
 
 def _pruning(small: Any) -> Pruning | None:

@@ -20,6 +20,7 @@ from torch import nn
 import prunex
 from prunex.attach import CHILD, UNITS, Pruning, attach
 from prunex.errors import PrunexError
+from prunex.files import DRAFT
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
@@ -77,7 +78,7 @@ def save(
     config = _config(vit, labels, mean, std)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        waiting = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        waiting = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     made = not folder.exists()

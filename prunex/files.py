@@ -1,0 +1,51 @@
+"""Files that are whole or not there: written beside their place under a draft's name, then moved there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+DRAFT = ".draft-"
+
+
+def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
+    """Write a file so that a reader, or whoever comes after a crash, sees all of it or what was there before.
+
+    Args:
+        path: File to write; its folder is made where it is missing.
+        content: Its bytes, or what writes them to the path it is given.
+
+    Returns:
+        The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        if callable(content):
+            content(draft)
+        else:
+            draft.write_bytes(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only their owner may read
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def remove_drafts(folder: Path) -> list[Path]:
+    """Remove, from a folder and those in it, the drafts that a killed process left; give back what they were."""
+    found = list(folder.rglob(f"{DRAFT}*")) if folder.is_dir() else []
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found

@@ -1,0 +1,100 @@
+"""Going on with the last run: which folder and checkpoint ``--ckpt_path last`` means, and a config that is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from prunex.callbacks.checkpoints import LAST
+from prunex.errors import PrunexError
+from prunex.files import remove_drafts, write_whole
+
+LOGGERS = ("CSVLogger", "TensorBoardLogger")  # whose folders are save_dir/name/version_N
+
+
+def go_on(config: Any, training: bool) -> None:
+    """Put the path of the last run's checkpoint in place of ``ckpt_path: last``, and let training use its folder again.
+
+    The last run is the ``version_N`` of the highest number under the logger's ``save_dir/name``. One that was stopped
+    before its first epoch had ended has no checkpoint yet: training begins again, in the same folder.
+
+    Args:
+        config: Of one subcommand, changed in place.
+        training: Whether runs are continued (fit), or looked at (validate, test, predict).
+
+    Raises:
+        PrunexError: For a logger without such folders; when there is nothing to look at.
+    """
+    logger = _logger(config.trainer.get("logger"))
+    if logger is None:
+        raise PrunexError(
+            f"ckpt_path='last' needs a logger whose folders are numbered ({' or '.join(LOGGERS)}): give the path of "
+            f"the checkpoint instead, as in runs/NAME/version_0/checkpoints/{LAST}"
+        )
+    root = Path(logger["save_dir"], logger.get("name") or "")
+    run = last_run(root) if logger.get("version") is None else _folder(root, logger["version"])
+    if run is None or not run.is_dir():
+        if not training:
+            raise PrunexError(f"ckpt_path='last': there is no run in {root}; train first, or give a path")
+        rank_zero_info(f"prunex: there is no run in {root} yet, so this is the first")
+        config["ckpt_path"] = None
+        return
+    path = run / "checkpoints" / LAST
+    if training:
+        logger["version"] = run.name
+        remove_drafts(run)
+    if path.is_file():
+        config["ckpt_path"] = str(path)
+        rank_zero_info(f"prunex: going on from {path}")
+    elif training:
+        config["ckpt_path"] = None
+        rank_zero_info(f"prunex: {run} was stopped before its first checkpoint, so it begins again")
+    else:
+        raise PrunexError(f"ckpt_path='last': there is no {path}; give the path of a checkpoint")
+
+
+def last_run(root: Path) -> Path | None:
+    """The ``version_N`` folder of the highest number; None where there is none."""
+    numbered = {
+        int(folder.name.removeprefix("version_")): folder
+        for folder in (root.iterdir() if root.is_dir() else ())
+        if folder.is_dir() and folder.name.removeprefix("version_").isdigit() and folder.name.startswith("version_")
+    }
+    return numbered[max(numbered)] if numbered else None
+
+
+def _folder(root: Path, version: int | str) -> Path:
+    return root / (version if isinstance(version, str) else f"version_{version}")
+
+
+def _logger(logger: Any) -> Any:
+    """The options of the first logger, where it numbers its runs' folders."""
+    if isinstance(logger, list):
+        logger = logger[0] if logger else None
+    path = logger.get("class_path", "") if hasattr(logger, "get") else ""
+    if str(path).rsplit(".", 1)[-1] not in LOGGERS or not logger["init_args"].get("save_dir"):
+        return None
+    return logger["init_args"]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Lightning's callback, writing ``config.yaml`` whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, save_to_log_dir=False)
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the folder; here, because all processes come by, and asking for it is a broadcast."""
+        self._folder = None if self.already_saved or trainer.log_dir is None else Path(trainer.log_dir)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called by Lightning on rank zero, once."""
+        if self._folder is not None:
+            text = self.parser.dump(self.config, skip_none=False)
+            write_whole(self._folder / self.config_filename, text.encode())

@@ -61,6 +61,19 @@ class Monitor(Callback):
         # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
         self._folder = run_folder(trainer)
 
+    @property
+    def state_key(self) -> str:
+        """Lets one trainer hold several, by what they watch."""
+        return self._generate_state_key(images=self.images, every_n_epochs=self.every_n_epochs, model=self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch last watched: a run that goes on watches when it would have."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._seen = int(state_dict["seen"])
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,

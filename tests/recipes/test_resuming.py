@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from tests.recipes.interrupted import callback, differences, fit, write_config
+from prunex import PrunexError
+from prunex.recipes.resuming import go_on
+from tests.recipes.interrupted import callback, differences, fit, hooks, write_config
 
 MONITORS = [callback("KeptTokenMonitor", images=2, every_n_epochs=2), callback("SlimExport", formats=[])]
 TOKENS = {
@@ -65,25 +67,90 @@ def interrupted(folder, name, when, **data):
     return code, folder / "run" / "version_0"
 
 
-@pytest.mark.parametrize(("name", "at", "how"), [("dynamicvit", 60, "kill"), ("xpruner", 90, "exception")])
+@pytest.mark.parametrize(("name", "at", "how"), [("dynamicvit", 60, "kill"), ("xpruner", 62, "exception")])
 def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, whole_runs, name, at, how):
     code, run = interrupted(tmp_path, name, f"{at} {how}")
     assert code == WAYS[how], (tmp_path / "first.log").read_text()
     assert differences(run, whole_runs(name)) == []
 
 
-def points(name, count):
+def points(name, count, hooks):
     """Moments of a run, spread over its hooks, and what happens there."""
     draw = random.Random(name)
     ways = list(WAYS)
-    return [(draw.randrange(1, 125), ways[i % len(ways)]) for i in range(count)]
+    return [(draw.randrange(1, hooks), ways[i % len(ways)]) for i in range(count)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_whatever_happens_whenever(tmp_path, whole_runs, name):
     whole = whole_runs(name)
-    for number, (at, how) in enumerate(points(name, 20)):
+    count = hooks(whole.parents[1] / "log")
+    for number, (at, how) in enumerate(points(name, 20, count)):
         code, run = interrupted(tmp_path / str(number), name, f"{at} {how}")
         assert WAYS[how] in (None, code), (at, how, code, (tmp_path / str(number) / "first.log").read_text())
         assert differences(run, whole) == [], (at, how)
+
+
+def config_of(folder, logger="CSVLogger", version=None):
+    logger = {
+        "class_path": f"lightning.pytorch.loggers.{logger}",
+        "init_args": {"save_dir": str(folder), "name": "run", "version": version},
+    }
+    return {"trainer": {"logger": logger}, "ckpt_path": "last"}
+
+
+def test_which_run_is_the_last(tmp_path):
+    config = config_of(tmp_path)
+    go_on(Namespace(config), training=True)  # none yet
+    assert config["ckpt_path"] is None
+    for name in ("version_2", "version_10", "version_x", "other"):
+        (tmp_path / "run" / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "version_11").write_text("a file")
+    draft = tmp_path / "run" / "version_10" / "maps" / ".draft-epoch=000-x.npz"
+    draft.parent.mkdir()
+    draft.write_text("half")
+    config = config_of(tmp_path)
+    go_on(Namespace(config), training=True)  # stopped before its first checkpoint
+    assert (config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (None, "version_10")
+    assert not draft.exists()
+    last = tmp_path / "run" / "version_10" / "checkpoints" / "last.ckpt"
+    last.write_text("")
+    for version, wanted in ((None, last), (10, last), ("version_10", last)):
+        config = config_of(tmp_path, version=version)
+        go_on(Namespace(config), training=True)
+        assert config["ckpt_path"] == str(wanted)
+    config = config_of(tmp_path)
+    go_on(Namespace(config), training=False)
+    assert (config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (str(last), None)
+
+
+def test_last_needs_numbered_folders_and_something_to_look_at(tmp_path):
+    for logger in (True, None, [], {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {}}):
+        with pytest.raises(PrunexError, match="needs a logger whose folders are numbered"):
+            go_on(Namespace({"trainer": {"logger": logger}, "ckpt_path": "last"}), training=True)
+    with pytest.raises(PrunexError, match="there is no run in .*run; train first"):
+        go_on(Namespace(config_of(tmp_path)), training=False)
+    (tmp_path / "run" / "version_0").mkdir(parents=True)
+    with pytest.raises(PrunexError, match="there is no .*version_0/checkpoints/last.ckpt"):
+        go_on(Namespace(config_of(tmp_path)), training=False)
+
+
+class Namespace(dict):
+    """A config as jsonargparse gives it: keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_a_config_of_another_model_is_refused_in_one_line(tmp_path, whole_runs):
+    run = whole_runs("dynamicvit")
+    config = write_config(tmp_path, RUNS["dynamicvit"])
+    text = config.read_text().replace("embed_dim: 24", "embed_dim: 48")
+    config.write_text(text)
+    last = run / "checkpoints" / "last.ckpt"
+    assert fit(config, "--ckpt_path", str(last), log=tmp_path / "log") == 2
+    told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("prunex: error:")]
+    assert len(told) == 1
+    assert "weights do not fit this model: model_args=" in told[0]
+    assert "'embed_dim': 24" in told[0]
+    assert "Traceback" not in (tmp_path / "log").read_text()

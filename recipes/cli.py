@@ -79,15 +79,28 @@ def run_lightning(arguments: Sequence[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
 
     from prunex.callbacks import ExactResume
+    from prunex.callbacks.checkpoints import read_checkpoint
     from prunex.recipes.resuming import SaveConfig, go_on
+
+    subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
 
     class CLI(LightningCLI):
         """LightningCLI that finds the last run, and in which a model without a number of classes gets the data's."""
 
+        def _parse_ckpt_path(self) -> None:
+            """Lightning's, which puts a checkpoint's options in place of the config's, for all but training.
+
+            A training that goes on is asked for with the options that it had, or refused: it would quietly get others,
+            and a teacher without its pretrained weights.
+            """
+            path = self.config[subcommand].get("ckpt_path")
+            if subcommand != "fit" and path and Path(path).is_file():
+                read_checkpoint(path)  # says in one line what is wrong with it
+                super()._parse_ckpt_path()
+
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand]
-            if config.get("ckpt_path") == "last":
-                go_on(config, training=self.subcommand == "fit")
+            if self.config[subcommand].get("ckpt_path") == "last":
+                go_on(self.config[subcommand], training=subcommand == "fit")
 
         def instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config
@@ -103,7 +116,6 @@ def run_lightning(arguments: Sequence[str]) -> int:
     # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
     CLI(
         LightningModule,
         LightningDataModule,

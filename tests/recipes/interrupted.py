@@ -63,6 +63,7 @@ def fit(config, *more, when="-1 none", log=None):
         out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
         os.environ[WHEN] = when
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

@@ -92,17 +92,23 @@ def test_whatever_happens_whenever(tmp_path, whole_runs, name):
         assert differences(run, whole) == [], (at, how)
 
 
+class Namespace(dict):
+    """A config as jsonargparse gives it: keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
 def config_of(folder, logger="CSVLogger", version=None):
     logger = {
         "class_path": f"lightning.pytorch.loggers.{logger}",
         "init_args": {"save_dir": str(folder), "name": "run", "version": version},
     }
-    return {"trainer": {"logger": logger}, "ckpt_path": "last"}
+    return Namespace(trainer={"logger": logger}, ckpt_path="last")
 
 
 def test_which_run_is_the_last(tmp_path):
     config = config_of(tmp_path)
-    go_on(Namespace(config), training=True)  # none yet
+    go_on(config, training=True)  # none yet
     assert config["ckpt_path"] is None
     for name in ("version_2", "version_10", "version_x", "other"):
         (tmp_path / "run" / name / "checkpoints").mkdir(parents=True)
@@ -111,17 +117,17 @@ def test_which_run_is_the_last(tmp_path):
     draft.parent.mkdir()
     draft.write_text("half")
     config = config_of(tmp_path)
-    go_on(Namespace(config), training=True)  # stopped before its first checkpoint
+    go_on(config, training=True)  # stopped before its first checkpoint
     assert (config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (None, "version_10")
     assert not draft.exists()
     last = tmp_path / "run" / "version_10" / "checkpoints" / "last.ckpt"
     last.write_text("")
     for version, wanted in ((None, last), (10, last), ("version_10", last)):
         config = config_of(tmp_path, version=version)
-        go_on(Namespace(config), training=True)
+        go_on(config, training=True)
         assert config["ckpt_path"] == str(wanted)
     config = config_of(tmp_path)
-    go_on(Namespace(config), training=False)
+    go_on(config, training=False)
     assert (config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (str(last), None)
 
 
@@ -130,16 +136,10 @@ def test_last_needs_numbered_folders_and_something_to_look_at(tmp_path):
         with pytest.raises(PrunexError, match="needs a logger whose folders are numbered"):
             go_on(Namespace({"trainer": {"logger": logger}, "ckpt_path": "last"}), training=True)
     with pytest.raises(PrunexError, match="there is no run in .*run; train first"):
-        go_on(Namespace(config_of(tmp_path)), training=False)
+        go_on(config_of(tmp_path), training=False)
     (tmp_path / "run" / "version_0").mkdir(parents=True)
     with pytest.raises(PrunexError, match="there is no .*version_0/checkpoints/last.ckpt"):
-        go_on(Namespace(config_of(tmp_path)), training=False)
-
-
-class Namespace(dict):
-    """A config as jsonargparse gives it: keys are attributes too."""
-
-    __getattr__ = dict.__getitem__
+        go_on(config_of(tmp_path), training=False)
 
 
 def test_a_config_of_another_model_is_refused_in_one_line(tmp_path, whole_runs):

@@ -1,6 +1,8 @@
 # make demo   set up, fine-tune a pruned ViT on digit scenes, print the table and where the report is
 # make test   the whole check, from nothing: style, types, doctests, tests
 # make test-all   the same with the tests that take minutes
+# make test-matrix   the tests on the oldest and on the newest versions of torch, timm, Lightning and the rest that
+#             pyproject.toml allows, each in an environment of its own under build/
 # make clean  remove the environment and what was built
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAGE  := build/stage
 
-.PHONY: demo test test-all style types doctest tests stage clean
+.PHONY: demo test test-all test-matrix style types doctest tests stage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/prunex fit
@@ -55,6 +57,18 @@ doctest: stage
 
 tests: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
+
+# uv, because pip cannot be asked for the oldest versions that fit together.
+MATRIX := lowest-direct highest
+
+test-matrix: $(MATRIX:%=test-%)
+
+test-%: | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q "uv>=0.5"
+	$(BIN)/uv venv -q --clear --python $(abspath $(BIN))/python build/$*
+	$(BIN)/uv pip install -q --python build/$*/bin/python --resolution $* -e '.[dev]'
+	build/$*/bin/python -c 'import torch, timm, lightning; print(torch.__version__, timm.__version__, lightning.__version__)'
+	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest -q -n auto -m "not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -18,6 +18,7 @@ from prunex.vit.anatomy import find
 
 CHECKPOINT_KEY = "prunex"
 CHECKPOINT_VERSION = 1
+MEASURED = ("expected",)  # options that training finds out
 
 Layer = Callable[..., Any]  # takes the function beneath it, and that one's arguments
 
@@ -87,7 +88,8 @@ def guard_loading(
             check_version(told)
             for name, spec in specs.items():
                 if isinstance(told.get(name), dict):
-                    found = differences(told[name], spec())
+                    asked = {k: v for k, v in told[name].items() if k not in MEASURED}
+                    found = differences(asked, spec())
                     if found:
                         raise PrunexError(f"the checkpoint was written with other options: {found}; {_HOW}")
         written.update(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})

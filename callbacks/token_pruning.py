@@ -316,6 +316,9 @@ class TokenPruning(Participant):
         told = checkpoint.get(CHECKPOINT_KEY)
         if self.pruning is not None and isinstance(told, dict):
             self.pruning.progress = told.get("progress", 1.0)
+            measured = dict(told.get("pruning") or {}).get("expected")
+            if measured is not None:
+                self.pruning.pruner.expect(measured)
 
     def _restore(self) -> None:
         super()._restore()

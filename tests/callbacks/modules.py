@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from prunex.callbacks import SafeCheckpointIO
 from tests.vits import tiny
 
 
@@ -91,6 +92,7 @@ def trainer(folder, *callbacks, **kwargs):
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
         "default_root_dir": str(folder),
+        "plugins": [SafeCheckpointIO()],
     }
     return L.Trainer(callbacks=list(callbacks), **(quiet | kwargs))
 

@@ -58,7 +58,7 @@ def fit(folder, epochs, resume=None, callback=None):
 
     callback = callback or TokenPruning("dynamicvit", budget=0.75)
     run = trainer(folder, Stop(), callback, saver, max_epochs=2, enable_checkpointing=True)
-    run.fit(module, loader(), loader(8), ckpt_path=resume, weights_only=True)
+    run.fit(module, loader(), loader(8), ckpt_path=resume)
     return module, folder / "checkpoints"
 
 

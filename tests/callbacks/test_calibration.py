@@ -76,7 +76,7 @@ def test_once_and_not_again_after_a_checkpoint(tmp_path, monkeypatch):
     assert len(count.seen) == 1
     path = tmp_path / "epoch=1.ckpt"
     resumed = Seeded(optimiser="adamw", lr=1e-3)
-    trainer(tmp_path, slimming(), max_epochs=3).fit(resumed, loader(), ckpt_path=path, weights_only=True)
+    trainer(tmp_path, slimming(), max_epochs=3).fit(resumed, loader(), ckpt_path=path)
     assert len(count.seen) == 1
     wanted = snapshot(whole)
     assert all(float((p - wanted[n]).abs().max()) < 1e-6 for n, p in snapshot(resumed).items())

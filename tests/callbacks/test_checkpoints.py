@@ -32,7 +32,7 @@ def fit(folder, method, epochs, resume=None, **kwargs):
             trainer.should_stop = trainer.current_epoch + 1 == epochs
 
     run.callbacks.insert(0, Stop())
-    run.fit(module, loader(), loader(8), ckpt_path=resume, weights_only=True)
+    run.fit(module, loader(), loader(8), ckpt_path=resume)
     return module, folder / "checkpoints"
 
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_from_the_middle_of_a_schedule_computes_what_was_validated_
     assert prunex.attached(loaded).counts() != [11, 8, 5]
     fresh = Seeded(optimiser="adamw")
     run = trainer(tmp_path, TokenPruning("evit", **ARGUMENTS["evit"]))
-    run.validate(fresh, loader(8), ckpt_path=saved / "epoch=1.ckpt", weights_only=True, verbose=False)
+    run.validate(fresh, loader(8), ckpt_path=saved / "epoch=1.ckpt", verbose=False)
     assert prunex.attached(fresh).counts() == prunex.attached(module).counts()
 
 
@@ -174,7 +174,7 @@ def test_dense_and_pruned_checkpoints_load_into_each_other(tmp_path):
     run.save_checkpoint(tmp_path / "dense.ckpt")
     module = Plain()
     run = trainer(tmp_path, TokenPruning("dynamicvit"))
-    run.validate(module, loader(8), ckpt_path=tmp_path / "dense.ckpt", weights_only=True, verbose=False)
+    run.validate(module, loader(8), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
     wanted = snapshot(dense)
     assert all(torch.equal(p, wanted[n]) for n, p in module.named_parameters() if n in wanted)
     missing, unexpected = dense.load_state_dict(module.state_dict(), strict=False)

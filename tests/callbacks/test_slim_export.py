@@ -119,7 +119,7 @@ def resume(folder, values, epochs, checkpoint=None, out=None, **kwargs):
     export = SlimExport(out, monitor="told", formats=[])
     run = trainer(folder, TokenPruning("evit"), export, max_epochs=epochs, **kwargs)
     module = Told(values)
-    run.fit(module, loader(8), loader(8), ckpt_path=checkpoint, weights_only=True)
+    run.fit(module, loader(8), loader(8), ckpt_path=checkpoint)
     return run, export
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import prunex
 from prunex import PrunexError
-from prunex.callbacks import TokenPruning
+from prunex.callbacks import SafeCheckpointIO, TokenPruning
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.backbone import SaveWeights, create_model, load_weights, shipped_weights
 from prunex.recipes.classifier import patch_labels
@@ -27,6 +27,7 @@ def trainer(folder, **arguments):
     defaults = {
         "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": folder,
+        "plugins": [SafeCheckpointIO()],
     }  # fmt: skip
     return Trainer(**(defaults | arguments))
 
@@ -128,7 +129,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     trainer(tmp_path, max_epochs=2, enable_checkpointing=True).fit(module, scenes())
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     run = trainer(tmp_path, max_epochs=3)
-    run.fit(small(), scenes(), ckpt_path=checkpoint, weights_only=True)
+    run.fit(small(), scenes(), ckpt_path=checkpoint)
     assert run.current_epoch == 3
     assert run.global_step == 9
 

@@ -88,9 +88,7 @@ def test_fit_leaves_a_run_folder_that_can_be_validated(here, capsys):
     assert (run / "metrics.csv").is_file()
     assert (here / "recipes" / "weights" / "digits.safetensors").is_file()
     checkpoint = run / "checkpoints" / "last.ckpt"
-    cli.run(
-        ["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint), "--weights_only", "true"]
-    )
+    cli.run(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)])
     assert "val_accuracy" in capsys.readouterr().out
 
 

@@ -287,7 +287,7 @@ def test_a_checkpoint_goes_on(tmp_path):
         assert again(images).equal(module.eval()(images))
     assert again.best == module.best
     longer = small()
-    trainer(tmp_path, max_epochs=3).fit(longer, scenes(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    trainer(tmp_path, max_epochs=3).fit(longer, scenes(), ckpt_path=tmp_path / "run.ckpt")
     assert int(longer.draws.sum()) == 6
 
 

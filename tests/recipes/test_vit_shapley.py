@@ -189,7 +189,7 @@ def test_a_checkpoint_goes_on_in_its_stage(tmp_path):
     with torch.no_grad():
         assert again(images).equal(module.eval()(images))
     longer = small()
-    trainer(tmp_path, max_epochs=3).fit(longer, scenes(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    trainer(tmp_path, max_epochs=3).fit(longer, scenes(), ckpt_path=tmp_path / "run.ckpt")
     assert same(longer.explainer.surrogate, kept(module.explainer.surrogate))
 
 

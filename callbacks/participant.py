@@ -18,7 +18,6 @@ from prunex.vit.anatomy import find
 
 CHECKPOINT_KEY = "prunex"
 CHECKPOINT_VERSION = 1
-MEASURED = ("expected",)  # options that training finds out
 
 Layer = Callable[..., Any]  # takes the function beneath it, and that one's arguments
 
@@ -88,8 +87,8 @@ def guard_loading(
             check_version(told)
             for name, spec in specs.items():
                 if isinstance(told.get(name), dict):
-                    asked = {k: v for k, v in told[name].items() if k not in MEASURED}
-                    found = differences(asked, spec())
+                    # What is left open here may have been found out there: counts, a calibrated choice.
+                    found = differences(told[name], {k: v for k, v in spec().items() if v is not None})
                     if found:
                         raise PrunexError(f"the checkpoint was written with other options: {found}; {_HOW}")
         written.update(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import prunex
 from prunex import PrunexError
 from prunex.callbacks import ExactResume, MaskPruning, SafeCheckpointIO, TokenPruning
 from tests.callbacks.modules import Plain, csv_logger, data, loader, snapshot, trainer
@@ -49,7 +50,7 @@ class Break(L.Callback):
             raise KeyError("broken")
 
 
-def fit(folder, *callbacks, workers=0, checkpoint=None, seed=0, module=None, **kwargs):
+def fit(folder, *callbacks, workers=0, checkpoint=None, seed=0, module=None, max_epochs=4, **kwargs):
     L.seed_everything(seed, verbose=False)
     module = Dropping(optimiser="adamw", lr=1e-3) if module is None else module
     loaders = DataLoader(
@@ -59,7 +60,7 @@ def fit(folder, *callbacks, workers=0, checkpoint=None, seed=0, module=None, **k
         folder,
         ExactResume(),
         *callbacks,
-        max_epochs=4,
+        max_epochs=max_epochs,
         logger=csv_logger(folder),
         enable_checkpointing=True,
         plugins=[SafeCheckpointIO()],
@@ -195,3 +196,23 @@ def test_the_modules_own_methods_come_back(tmp_path):
         fit(tmp_path, Break(0, 1), module=module)
     assert not {"on_load_checkpoint", "load_state_dict", "training_step"} & set(vars(module))
     assert isinstance(module, nn.Module)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        ("patch_slimming", {"options": {"calibration_images": 4}}),  # finds ``keep``
+        ("evit", {"keep_ratio": 0.7, "stages": [1], "options": {"count": "adaptive"}}),  # finds ``expected``
+    ],
+)
+def test_what_a_method_found_out_is_no_option_that_differs(tmp_path, pruning):
+    method, options = pruning
+    fit(tmp_path / "a", TokenPruning(method, **options), max_epochs=2)
+    last = tmp_path / "a" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    module, _ = fit(tmp_path / "b", TokenPruning(method, **options), checkpoint=last, max_epochs=2)
+    told = torch.load(last, weights_only=True)["prunex"]["pruning"]
+    assert told.get("keep") is not None or told.get("expected") is not None
+    fresh = Dropping(optimiser="adamw", lr=1e-3)
+    validated = trainer(tmp_path, TokenPruning(method, **options))
+    validated.validate(fresh, loader(8), ckpt_path=last, verbose=False)
+    assert prunex.attached(fresh).counts() == prunex.attached(module).counts()

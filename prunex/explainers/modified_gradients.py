@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from prunex.explainers.relevance_rules import Layer, gamma_rule
-from prunex.vit.arithmetic import Arithmetic, unknown_layer
+from prunex.vit.arithmetic import Arithmetic, fused_attention, unknown_layer
 from prunex.vit.units import let_through
 
 
@@ -72,7 +71,7 @@ class ModifiedGradients(Arithmetic):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused attention; queries, keys and values get their share of the gradient."""
-        return F.scaled_dot_product_attention(*self._asked(q, k), self._gathered(v))
+        return fused_attention(*self._asked(q, k), self._gathered(v))
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The products, for masked attention."""

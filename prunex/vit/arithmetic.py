@@ -16,6 +16,21 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 
 
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """``torch``'s attention without its matrix, [B, H, m, d], also where no head is left."""
+    if q.shape[1] == 0:  # torch 2.9's kernel divides by the number of heads, and the process dies
+        return q @ k.transpose(-2, -1) @ v
+    return nn.functional.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
+
+
 class Arithmetic:
     """Plain arithmetic. Subclasses keep every value and change what ``autograd`` does with it.
 
@@ -77,7 +92,7 @@ class Arithmetic:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention without its matrix, [B, H, m, d]."""
-        return nn.functional.scaled_dot_product_attention(q, k, v)
+        return fused_attention(q, k, v)
 
     def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """A weighted sum of tokens with given weights: [B, m, n] times [B, n, D]."""

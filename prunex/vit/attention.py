@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention
 
 
 @dataclass
@@ -193,7 +193,7 @@ def fused(
         bias = bias.to(q.dtype)[:, None, None, :].expand(-1, -1, q.shape[2], -1)
     if relative is not None:
         bias = relative.to(q.dtype) if bias is None else bias + relative.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+    return fused_attention(q, k, v, bias, dropout, scale=scale)
 
 
 def matrix(
@@ -379,10 +379,10 @@ def under_policy(
     if relative is not None:
         own = relative.diagonal(dim1=2, dim2=3).unsqueeze(-1)
         bias = torch.cat([relative, own], -1).to(query.dtype)
-    out = F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+    out = fused_attention(query, key, value, bias, scale=scale)
     mixed = None
     if dropout > 0:  # entries are dropped after normalisation, so the denominator keeps its own undisturbed pass
-        mixed = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+        mixed = fused_attention(query, key, value, bias, dropout, scale=scale)
     return _Quotient.apply(out, mixed, v.to(dtype), (1 - p) * s).to(v.dtype)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from prunex.vit.arithmetic import fused_attention
 
 
 @dataclass
@@ -62,12 +63,12 @@ class Packing:
         one_by_one = q.device.type == "cpu" if one_by_one is None else one_by_one
         if one_by_one:
             images = zip(self.split(q), self.split(k), self.split(v), strict=True)
-            return torch.cat([F.scaled_dot_product_attention(a, b, c) for a, b, c in images], 2)
+            return torch.cat([fused_attention(a, b, c) for a, b, c in images], 2)
         b, n = self.policy.shape
         # [1, H, S, d] -> [B, H, N, d] and back; values sit in slots as 0, so that no mask has to reach them.
         wide = [
             self.unpack(t.transpose(1, 2).flatten(2)).unflatten(2, (q.shape[1], -1)).transpose(1, 2) for t in (q, k, v)
         ]
         seen = (self.policy > 0)[:, None, None, :]
-        out = F.scaled_dot_product_attention(wide[0], wide[1], wide[2], seen)
+        out = fused_attention(wide[0], wide[1], wide[2], seen)
         return self.pack(out.transpose(1, 2).flatten(2)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)

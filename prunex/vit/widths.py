@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit import attention
+from prunex.vit.arithmetic import fused_attention
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 
 Kept = tuple[int, ...]
@@ -29,7 +29,7 @@ class NarrowAttention(Attention):
         """Through fused attention, [B, N, D]."""
         q, k, v = attention.heads(self, x)
         dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+        out = fused_attention(q, k, v, attn_mask, dropout, is_causal)
         return attention.project(self, out, x)
 
 

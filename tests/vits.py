@@ -86,7 +86,10 @@ def tiny(family="vit", seed=0, **kwargs):
     """A tiny ViT of a family in eval mode; keyword arguments go to timm's constructor."""
     args = SIZES | ALL_FAMILIES[family] | kwargs
     cls = args.pop("cls", VisionTransformer)
-    return lively(cls(**args), seed).eval()
+    model = lively(cls(**args), seed).eval()
+    if args.get("pos_embed") == "none" and model._pos_embed(torch.zeros(1, 1, 1, model.embed_dim)).shape[1] == 1:
+        pytest.skip("this timm leaves prefix tokens out where there is no position embedding")
+    return model
 
 
 def gated(**kwargs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from timm.layers import AttentionPoolLatent
 from timm.models.beit import Beit
@@ -195,6 +196,13 @@ def read(model: nn.Module) -> Anatomy:
     pool = inner.attn_pool if inner.global_pool == "map" else None
     if pool is not None and (type(pool).forward is not AttentionPoolLatent.forward or pool.pos_embed is not None):
         raise PrunexError(f"{name} with {type(pool).__name__} as pooling is not supported; what works: {WORKS}")
+    if isinstance(model, VisionTransformer) and inner.pos_embed is None and inner.num_prefix_tokens:
+        empty = torch.zeros(1, 1, 1, inner.embed_dim, dtype=inner.patch_embed.proj.weight.dtype)
+        if inner._pos_embed(empty.to(inner.patch_embed.proj.weight.device)).shape[1] == 1:
+            raise PrunexError(
+                f"timm {timm.__version__} leaves the prefix tokens out of a {name} without position embedding: install "
+                "a later timm"
+            )
     if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
         raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
     embed = inner.patch_embed

@@ -414,7 +414,8 @@ def unknown_part(block: nn.Module) -> str | None:
         return type(block).__name__
     if kind is ParallelScalingBlock:
         inner: Any = block
-        plain = all(type(m) is nn.Linear for m in (inner.in_proj, inner.out_proj) if m is not None)
+        parts = (inner.in_proj, getattr(inner, "out_proj", None))  # timm 1.0.20 never fuses the second
+        plain = all(type(m) is nn.Linear for m in parts if m is not None)
         return None if plain else f"{type(block).__name__} with other than plain linear layers"
     for attn in LAYOUTS[kind].attentions(block):
         if not any(type(attn).forward is known.forward for known in ATTENTIONS):

@@ -361,9 +361,11 @@ def _beit(model: Any, a: Anatomy) -> dict[str, Any]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rel_pos_bias": attn.relative_position_bias_table is not None,
         "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
-        "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "norm_layer": _norm(block.norm1),
     }
+    norms_pooled = not isinstance(model.fc_norm, nn.Identity)
+    if norms_pooled != (model.global_pool == "avg"):  # timm 1.0.20 knows the rule alone
+        args["use_fc_norm"] = norms_pooled
     args.pop("swiglu_align_to", None)
     return args
 

@@ -1,5 +1,6 @@
 """What is saved loads again with equal logits, in plain files that others can read."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -192,6 +193,8 @@ def test_labels_of_the_wrong_number_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_timm_opens_the_folder_by_its_own_means(tmp_path, name):
+    if "safetensors" not in inspect.getsource(timm.models._hub.load_state_dict_from_path):
+        pytest.skip("this timm reads nothing but pickles from a folder")
     model = timm.create_model(name, num_classes=7, depth=2, img_size=64).eval()
     pruning = prunex.attach(model, "evit", stages=(1,))
     prunex.save(prunex.slim(model), tmp_path / "slim")

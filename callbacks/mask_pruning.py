@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.callbacks.monitor import parts_of
-from prunex.callbacks.participant import Participant, note, progress, with_losses
+from prunex.callbacks.participant import Participant, note, progress
 from prunex.callbacks.token_pruning import TokenPruning, batches_of
 from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError
@@ -68,6 +68,8 @@ class MaskPruning(Participant):
     >>> MaskPruning("xpruner", budget=0.5, options={"round_to": 8}).budget
     0.5
     """
+
+    sees_loss = True
 
     def __init__(
         self,
@@ -245,10 +247,11 @@ class MaskPruning(Participant):
 
     def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pruner, pruning = self._xpruner, self.pruning
-        if pruner is None or pruning is None or pruner.stage == "done":
-            return beneath(*args, **kwargs)
         batch = args[0] if args else kwargs.get("batch")
         parts = parts_of(batch)
+        vit = None if pruning is None else pruning.model
+        if pruner is None or pruning is None or pruner.stage == "done":
+            return self._end_step(module, beneath(*args, **kwargs), {}, parts, model=vit)
         labels = parts.get("labels")
         if pruner.stage == "masks":
             if labels is None:
@@ -266,12 +269,14 @@ class MaskPruning(Participant):
             removed = pruner.rate().detach()
             module.log("prunex/units_removed", removed, on_step=False, on_epoch=True, batch_size=images)
             module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
-        return with_losses(module, output, pruning.losses(parts.get("images"), labels), images)
+        losses = pruning.losses(parts.get("images"), labels)
+        return self._end_step(module, output, losses, parts, images, model=vit)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Step masks or thresholds with the gradients that this step has, then let the multiplier ascend."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pruner = self._xpruner
         if pruner is None or pruner.stage == "done" or optimizer is not trainer.optimizers[0]:
             return
@@ -312,6 +317,7 @@ class MaskPruning(Participant):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the units are pruned, so that a checkpoint can be opened without this callback."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.pruning is not None:
             note(checkpoint, self.model, units=self.pruning.spec)
 

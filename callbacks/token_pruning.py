@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.callbacks.monitor import decisions, parts_of
-from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress, with_losses
+from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
@@ -68,6 +68,8 @@ class TokenPruning(Participant):
     >>> TokenPruning("evit", keep_ratio=0.7, options={"fuse": False}).method
     'evit'
     """
+
+    sees_loss = True
 
     def __init__(
         self,
@@ -171,14 +173,16 @@ class TokenPruning(Participant):
         if self.pruning is None:
             return output
         self._log_ratios(module, "prunex/keep_ratio")
-        seen = self.pruning._attached.last
+        seen, parts = self.pruning._attached.last, parts_of(batch)
         if output is None or seen is None:  # optimised by hand, a skipped batch, or a step that did not run the model
             self.pruning.forget()
-            return output
-        labels = parts_of(batch).get("labels")
-        losses = self.pruning.losses(labels if labels is not None and len(labels) == len(seen.images) else None)
+            return self._end_step(module, output, {}, parts)
+        labels = parts.get("labels")
+        labels = labels if labels is not None and len(labels) == len(seen.images) else None
+        losses = self.pruning.losses(labels)
         self.pruning.forget()
-        return with_losses(module, output, losses, len(seen.images))
+        parts = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
+        return self._end_step(module, output, losses, parts, len(seen.images), seen.logits)
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
         if self.pruning is None or self.pruning._attached.trace is None:
@@ -307,6 +311,7 @@ class TokenPruning(Participant):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the model is pruned, so that a checkpoint can be opened without this callback."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.pruning is not None:
             note(checkpoint, self.model, pruning=self.pruning.spec, progress=self.pruning.progress)
 

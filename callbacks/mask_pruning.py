@@ -261,7 +261,7 @@ class MaskPruning(Participant):
                 )
             with pruning.labelled(labels):
                 output = beneath(*args, **kwargs)
-            pruner.saw(labels)
+            self._count(module, pruner, labels)
         else:
             output = beneath(*args, **kwargs)
         images = 1 if labels is None else len(labels)
@@ -271,6 +271,17 @@ class MaskPruning(Participant):
             module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
         losses = pruning.losses(parts.get("images"), labels)
         return self._end_step(module, output, losses, parts, images, model=vit)
+
+    @staticmethod
+    def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
+        """Count the classes seen, those of all processes: DDP would give all of them rank zero's count."""
+        before = pruner.updates.clone()
+        pruner.saw(labels)
+        trainer = module._trainer
+        if trainer is not None and trainer.world_size > 1:
+            added = pruner.updates - before
+            dist.all_reduce(added)
+            pruner.updates.copy_(before + added)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

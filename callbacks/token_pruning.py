@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -300,14 +301,24 @@ class TokenPruning(Participant):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log multiply-adds per image at the present rates, or at the counts that this validation had on average."""
         if self.pruning is not None and not trainer.sanity_checking:
-            if self._shares:
-                mean = torch.stack(self._shares).sum(0) / self._images
-                self.pruning.pruner.expect(trainer.strategy.reduce(mean, reduce_op="mean").tolist())
+            if self.pruning.pruner.count == "adaptive":
+                self._expect(trainer, self.pruning)
             self._shares, self._images = [], 0
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
             if self.budget is not None:
                 allowed = check_budget(self.budget, self.pruning.dense_macs()) / 1e9
                 pl_module.log("prunex/gmacs_budget", allowed, rank_zero_only=True)
+
+    def _expect(self, trainer: Trainer, pruning: prunex.Pruning) -> None:
+        """Tell the pruner the mean shares of all processes' images, however many each of them had."""
+        stages = len(pruning.pruner.stages)
+        total = torch.zeros(stages + 1, device=trainer.strategy.root_device)
+        if self._shares:
+            total[:stages], total[stages] = torch.stack(self._shares).sum(0), self._images
+        if trainer.world_size > 1:
+            dist.all_reduce(total)
+        if total[stages] > 0:
+            pruning.pruner.expect((total[:stages] / total[stages]).tolist())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the model is pruned, so that a checkpoint can be opened without this callback."""

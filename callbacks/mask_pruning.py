@@ -119,6 +119,7 @@ class MaskPruning(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.make.trains:
             if not pl_module.automatic_optimization:
                 raise PrunexError(

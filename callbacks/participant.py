@@ -33,6 +33,10 @@ class Participant(Callback):
         self._undo: list[Callable[[], None]] = []
         self._guard = LossGuard()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy under which nobody has the whole model."""
+        check_strategy(trainer, self)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """A module that optimises by hand shows its losses here alone, and under "16-mixed" only scaled ones."""
         if self.sees_loss and not pl_module.automatic_optimization and str(trainer.precision) != "16-mixed":
@@ -151,6 +155,24 @@ def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], 
             module.__dict__[name] = own
 
     return undo
+
+
+def check_strategy(trainer: Trainer, callback: Callback) -> None:
+    """Refuse strategies that cut the weights up among processes.
+
+    Blocks are opened from inside, where sharded ones have no whole weights, and one process alone explains, counts and
+    exports, while their gathering needs all.
+
+    Raises:
+        PrunexError: By the strategy's name.
+    """
+    strategy: Any = getattr(trainer, "strategy", None)
+    kinds = {c.__name__ for c in type(strategy).__mro__}
+    if kinds & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
+        raise PrunexError(
+            f"{type(callback).__name__} cannot work under {type(strategy).__name__}, which gives each process a part "
+            "of every weight: use strategy='ddp' (on any number of nodes), or DeepSpeed below stage 3"
+        )
 
 
 def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:

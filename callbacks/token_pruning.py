@@ -116,6 +116,7 @@ class TokenPruning(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
+        super().setup(trainer, pl_module, stage)
         others = [c for c in trainer.callbacks if isinstance(c, TokenPruning)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise PrunexError(f"{len(others)} TokenPruning callbacks in one Trainer: keep one")

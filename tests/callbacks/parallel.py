@@ -316,7 +316,7 @@ def main(folder, names, options):
         torch.save(result, Path(folder) / f"{name}-{rank}.pt")
 
 
-def processes(folder, names, nodes=1, strategy="ddp", timeout=280):
+def processes(folder, names, nodes=1, strategy="ddp", timeout=600):
     """Run cases by two processes on one node, or on two nodes of one; {case: [what each process told]}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -363,11 +363,10 @@ def test_pictures(brightness):
                 assert shown.shape == picture.shape
                 if name in ("nan", "infinite"):
                     assert (shown == shown[0, 0, 0]).all()
-            pictures.relevancy_mosaic(
-                picture, {"rollout": maps}, none, {"rollout": labels}, labels, labels, None, masks
-            )
-            pictures.contact_sheet(picture, {"rollout": maps})
-            pictures.head_attention(picture, maps[:, None], [["a"]] * 4)
+            told = (none, {"rollout": labels}, labels, labels, None, masks)
+            pictures.relevancy_mosaic(picture, {"rollout": maps}, *told)
+        pictures.contact_sheet(picture, heat)
+        pictures.head_attention(picture, heat["nan"][:, None], [["a"]] * 4)
         pictures.kept_mosaic(picture, none[None], labels, labels, None, masks)
         pictures.share_mosaic(picture, none[None].astype(float), [0])
         pictures.dim_dropped(picture, none)
@@ -375,5 +374,7 @@ def test_pictures(brightness):
         with pytest.raises(prunex.PrunexError, match="finite numbers"):
             pictures.class_heads(np.full((2, 3), np.nan), ["a", "b"], ["0.0", "0.1", "0.2"])
         pictures.unit_widths(np.zeros((2, 2), int), np.zeros((2, 2), int))
-        for values in ([1.0], [2.0, 2.0], [np.nan, np.nan], [np.inf, 1.0]):
+        for values in ([1.0], [2.0, 2.0], [np.inf, 1.0], [np.nan, 1.0]):
             pictures.curves({"loss": (list(range(len(values))), values)})
+        with pytest.raises(prunex.PrunexError, match="at least one finite number"):
+            pictures.curves({"loss": ([0, 1], [np.nan, np.nan])})

@@ -497,7 +497,9 @@ def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, 
     else:
         w = weight.to(scores.dtype)[:, None, None, :]
         there = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
-        nobody = (w <= 0).all(-1, keepdim=True)  # who must not be divided by next to nothing: gradients would be infinite
+        nobody = (w <= 0).all(
+            -1, keepdim=True
+        )  # who must not be divided by next to nothing: gradients would be infinite
         top = torch.where(nobody, scores.detach(), there).amax(-1, keepdim=True)
         raised = (scores - top).clamp(max=40).exp() * w
         seen = raised / torch.where(nobody, 1, raised.sum(-1, keepdim=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.callbacks.monitor import parts_of
-from prunex.callbacks.participant import Participant, note, progress, with_losses
+from prunex.callbacks.participant import Participant, note, progress
 from prunex.callbacks.token_pruning import TokenPruning, batches_of
 from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError
@@ -69,6 +69,8 @@ class MaskPruning(Participant):
     0.5
     """
 
+    sees_loss = True
+
     def __init__(
         self,
         method: str = "xpruner",
@@ -117,6 +119,7 @@ class MaskPruning(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.make.trains:
             if not pl_module.automatic_optimization:
                 raise PrunexError(
@@ -246,10 +249,11 @@ class MaskPruning(Participant):
 
     def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pruner, pruning = self._xpruner, self.pruning
-        if pruner is None or pruning is None or pruner.stage == "done":
-            return beneath(*args, **kwargs)
         batch = args[0] if args else kwargs.get("batch")
         parts = parts_of(batch)
+        vit = None if pruning is None else pruning.model
+        if pruner is None or pruning is None or pruner.stage == "done":
+            return self._end_step(module, beneath(*args, **kwargs), {}, parts, model=vit)
         labels = parts.get("labels")
         if pruner.stage == "masks":
             if labels is None:
@@ -259,7 +263,7 @@ class MaskPruning(Participant):
                 )
             with pruning.labelled(labels):
                 output = beneath(*args, **kwargs)
-            pruner.saw(labels)
+            self._count(module, pruner, labels)
         else:
             output = beneath(*args, **kwargs)
         images = 1 if labels is None else len(labels)
@@ -267,12 +271,25 @@ class MaskPruning(Participant):
             removed = pruner.rate().detach()
             module.log("prunex/units_removed", removed, on_step=False, on_epoch=True, batch_size=images)
             module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
-        return with_losses(module, output, pruning.losses(parts.get("images"), labels), images)
+        losses = pruning.losses(parts.get("images"), labels)
+        return self._end_step(module, output, losses, parts, images, model=vit)
+
+    @staticmethod
+    def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
+        """Count the classes seen, those of all processes: DDP would give all of them rank zero's count."""
+        before = pruner.updates.clone()
+        pruner.saw(labels)
+        trainer = module._trainer
+        if trainer is not None and trainer.world_size > 1:
+            added = pruner.updates - before
+            dist.all_reduce(added)
+            pruner.updates.copy_(before + added)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Step masks or thresholds with the gradients that this step has, then let the multiplier ascend."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pruner = self._xpruner
         if pruner is None or pruner.stage == "done" or optimizer is not trainer.optimizers[0]:
             return
@@ -313,6 +330,7 @@ class MaskPruning(Participant):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the units are pruned, so that a checkpoint can be opened without this callback."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.pruning is not None:
             note(checkpoint, self.model, units=self.pruning.spec)
 

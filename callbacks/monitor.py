@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from prunex.callbacks.participant import check_strategy
 from prunex.errors import PrunexError
 from prunex.pictures import from_tensor, save_npz, save_png
 from prunex.vit.anatomy import find
@@ -55,6 +56,7 @@ class Monitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start a new set of images for a new run, and learn its folder."""
+        check_strategy(trainer, self)
         self._parts = []
         self._whole = False
         self._seen = -1

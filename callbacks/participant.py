@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from prunex.callbacks.finite import LossGuard
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import find
 
@@ -25,12 +26,40 @@ Layer = Callable[..., Any]  # takes the function beneath it, and that one's argu
 class Participant(Callback):
     """Base of the callbacks that attach something to a ViT and train it with the user's own loss and optimiser."""
 
+    sees_loss = False  # whether every training step comes by
+
     def __init__(self) -> None:
         super().__init__()
         self._undo: list[Callable[[], None]] = []
+        self._guard = LossGuard()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy under which nobody has the whole model."""
+        check_strategy(trainer, self)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """A module that optimises by hand shows its losses here alone, and under "16-mixed" only scaled ones."""
+        if self.sees_loss and not pl_module.automatic_optimization and str(trainer.precision) != "16-mixed":
+            self._guard.saw(trainer, loss, {"task": loss}, {})
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """No process steps by a loss that was not finite in another."""
+        if self.sees_loss:
+            self._guard.agree(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whether every loss of the epoch was finite is known before anything is written."""
+        self._guard.settle(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The same for checkpoints on the way."""
+        self._guard.settle(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module's own methods as they were."""
+        self._guard.clear()
         self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -40,6 +69,33 @@ class Participant(Callback):
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
+
+    def _end_step(
+        self,
+        module: LightningModule,
+        output: STEP_OUTPUT,
+        losses: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        images: int = 1,
+        logits: Tensor | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> STEP_OUTPUT:
+        """:func:`with_losses`, and a look at the sum: a loss that is not finite ends the training.
+
+        Args:
+            module: Logs.
+            output: What ``training_step`` returned.
+            losses: Weighted scalars to be added.
+            batch: Images and labels of it, where there are any.
+            images: How many the forward saw.
+            logits: What the forward gave, where it is known.
+            model: From images to logits, where it is not.
+        """
+        result = with_losses(module, output, losses, images)
+        task, total, trainer = loss_of(output), loss_of(result), module._trainer
+        if task is not None and total is not None and trainer is not None:  # somebody may call the step by hand
+            self._guard.saw(trainer, total, {"task": task, **losses}, batch, logits, model)
+        return result
 
     def _put_round(self, module: LightningModule, name: str, layer: Layer) -> None:
         """Put a layer round a method of the module until :meth:`_restore`; several callbacks' layers lie in order."""
@@ -170,6 +226,24 @@ def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], 
     return undo
 
 
+def check_strategy(trainer: Trainer, callback: Callback) -> None:
+    """Refuse strategies that cut the weights up among processes.
+
+    Blocks are opened from inside, where sharded ones have no whole weights, and one process alone explains, counts and
+    exports, while their gathering needs all.
+
+    Raises:
+        PrunexError: By the strategy's name.
+    """
+    strategy: Any = getattr(trainer, "strategy", None)
+    kinds = {c.__name__ for c in type(strategy).__mro__}
+    if kinds & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
+        raise PrunexError(
+            f"{type(callback).__name__} cannot work under {type(strategy).__name__}, which gives each process a part "
+            "of every weight: use strategy='ddp' (on any number of nodes), or DeepSpeed below stage 3"
+        )
+
+
 def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:
     """What ``training_step`` returned, with losses added and logged as ``prunex/loss_*``.
 
@@ -196,6 +270,12 @@ def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[st
     raise PrunexError(
         f"training_step returned {type(output).__name__}: give the loss as a tensor, or a dict with a 'loss' tensor"
     )
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned; None where it holds none."""
+    found = output.get("loss") if isinstance(output, Mapping) else output
+    return found if isinstance(found, Tensor) else None
 
 
 def progress(trainer: Trainer, batches: int) -> float:

@@ -72,6 +72,7 @@ class RelevancyGuidance(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the dense model, before a checkpoint is read."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.judge == "dense":
             self._when_model_is_there(pl_module, self.model, self._copy, Backbone)
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import prunex
 from prunex.callbacks.monitor import run_folder
+from prunex.callbacks.participant import check_strategy
 from prunex.errors import PrunexError, unknown
 from prunex.slim.export import SUFFIXES
 from prunex.slim.files import CONFIG
@@ -65,6 +66,7 @@ class SlimExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder; here, because all processes come by, and asking for it is a broadcast."""
+        check_strategy(trainer, self)
         self._run = run_folder(trainer)
 
     def state_dict(self) -> dict[str, Any]:

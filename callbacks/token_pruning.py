@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.callbacks.monitor import decisions, parts_of
-from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress, with_losses
+from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
@@ -69,6 +70,8 @@ class TokenPruning(Participant):
     'evit'
     """
 
+    sees_loss = True
+
     def __init__(
         self,
         method: str = "dynamicvit",
@@ -113,6 +116,7 @@ class TokenPruning(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
+        super().setup(trainer, pl_module, stage)
         others = [c for c in trainer.callbacks if isinstance(c, TokenPruning)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise PrunexError(f"{len(others)} TokenPruning callbacks in one Trainer: keep one")
@@ -172,14 +176,16 @@ class TokenPruning(Participant):
         if self.pruning is None:
             return output
         self._log_ratios(module, "prunex/keep_ratio")
-        seen = self.pruning._attached.last
+        seen, parts = self.pruning._attached.last, parts_of(batch)
         if output is None or seen is None:  # optimised by hand, a skipped batch, or a step that did not run the model
             self.pruning.forget()
-            return output
-        labels = parts_of(batch).get("labels")
-        losses = self.pruning.losses(labels if labels is not None and len(labels) == len(seen.images) else None)
+            return self._end_step(module, output, {}, parts)
+        labels = parts.get("labels")
+        labels = labels if labels is not None and len(labels) == len(seen.images) else None
+        losses = self.pruning.losses(labels)
         self.pruning.forget()
-        return with_losses(module, output, losses, len(seen.images))
+        parts = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
+        return self._end_step(module, output, losses, parts, len(seen.images), seen.logits)
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
         if self.pruning is None or self.pruning._attached.trace is None:
@@ -297,17 +303,28 @@ class TokenPruning(Participant):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log multiply-adds per image at the present rates, or at the counts that this validation had on average."""
         if self.pruning is not None and not trainer.sanity_checking:
-            if self._shares:
-                mean = torch.stack(self._shares).sum(0) / self._images
-                self.pruning.pruner.expect(trainer.strategy.reduce(mean, reduce_op="mean").tolist())
+            if self.pruning.pruner.count == "adaptive":
+                self._expect(trainer, self.pruning)
             self._shares, self._images = [], 0
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
             if self.budget is not None:
                 allowed = check_budget(self.budget, self.pruning.dense_macs()) / 1e9
                 pl_module.log("prunex/gmacs_budget", allowed, rank_zero_only=True)
 
+    def _expect(self, trainer: Trainer, pruning: prunex.Pruning) -> None:
+        """Tell the pruner the mean shares of all processes' images, however many each of them had."""
+        stages = len(pruning.pruner.stages)
+        total = torch.zeros(stages + 1, device=trainer.strategy.root_device)
+        if self._shares:
+            total[:stages], total[stages] = torch.stack(self._shares).sum(0), self._images
+        if trainer.world_size > 1:
+            dist.all_reduce(total)
+        if total[stages] > 0:
+            pruning.pruner.expect((total[:stages] / total[stages]).tolist())
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down how the model is pruned, so that a checkpoint can be opened without this callback."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.pruning is not None:
             note(checkpoint, self.model, pruning=self.pruning.spec, progress=self.pruning.progress)
 

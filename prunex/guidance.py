@@ -118,6 +118,8 @@ class Guidance:
         if forward.trace is None or not ranked or (self._step - 1) % self.every:
             return {}
         count = max(1, round(self.share * len(forward.images)))
+        if not _explainable(forward.images[:count]):
+            return {}
         maps = self.maps(forward, count).flatten(1).clamp(min=0)
         found = []
         for stage in ranked:
@@ -216,6 +218,8 @@ class UnitGuidance:
             return {}
         count = max(1, round(self.share * len(images)))
         images, labels = images[:count].detach(), labels[:count]
+        if not _explainable(images):
+            return {}
         with as_found(self.model, train=False), torch.autocast(images.device.type, enabled=False):
             relevance = self.judge.relevance(self.model, images.float(), labels)
         found = []
@@ -295,6 +299,11 @@ def _standardised(x: Tensor, there: Tensor) -> Tensor:
     centred = centred / scale.clamp(min=torch.finfo(x.dtype).tiny)
     deviation = (centred.square().sum(1, keepdim=True) / count).clamp(min=1e-12).sqrt()
     return torch.where(scale > 0, centred / deviation, 0 * centred)
+
+
+def _explainable(images: Tensor) -> bool:
+    """Whether images hold numbers; where they do not the task's own loss is not finite either, and says more."""
+    return bool(torch.isfinite(images).all())
 
 
 def _keys(images: Tensor, labels: Tensor | None) -> list[bytes]:

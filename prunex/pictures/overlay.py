@@ -173,7 +173,9 @@ def _scaled(maps: Floats, signed: bool, floor: float | None) -> tuple[Floats, Fl
     finite = np.isfinite(maps)
     top = np.where(finite, maps, -np.inf).max(axis=(-2, -1), keepdims=True)
     low = np.where(finite, maps, np.inf).min(axis=(-2, -1), keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):  # maps without a finite or a second value end as 0 below
+    with np.errstate(
+        invalid="ignore", divide="ignore", over="ignore"
+    ):  # maps without a finite or a second value end as 0 below
         if signed:
             value = maps / np.maximum(np.abs(top), np.abs(low))
             strength, place = np.abs(value), (value + 1) / 2

@@ -135,13 +135,17 @@ class Relevance(UnitPruner):
         with torch.inference_mode(False):
             images = images.clone().requires_grad_()  # so that everything is part of the graph, weights frozen or not
         tape = Tape(gradients=True, narrow=True, ops=ops)
-        with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
-            one_hot = recorded.one_hot()
-            if isinstance(ops, RelevanceRules):
-                ops.relevance = True
-            found = torch.autograd.grad(recorded.logits, list(ops.seen.values()), one_hot, allow_unused=True)
+        try:
+            with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
+                one_hot = recorded.one_hot()
+                if isinstance(ops, RelevanceRules):
+                    ops.relevance = True
+                found = torch.autograd.grad(recorded.logits, list(ops.seen.values()), one_hot, allow_unused=True)
+            seen = {key: x.detach() for key, x in ops.seen.items()}
+        finally:
+            ops.seen.clear()  # the graph knows the rules: they must not know the graph, or neither is ever let go
         told = {}
-        for (key, x), r in zip(ops.seen.items(), found, strict=True):
+        for (key, x), r in zip(seen.items(), found, strict=True):
             r = torch.zeros_like(x) if r is None else r if self.rule == "zplus" else r * x
             told[key] = r.detach()
         return {b.key: told[b.key].unflatten(2, (b.units, b.width)).sum(3) for b in self.branches}

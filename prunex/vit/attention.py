@@ -496,9 +496,13 @@ def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, 
         seen = scores.softmax(-1)
     else:
         w = weight.to(scores.dtype)[:, None, None, :]
-        top = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
+        there = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
+        nobody = (w <= 0).all(
+            -1, keepdim=True
+        )  # who must not be divided by next to nothing: gradients would be infinite
+        top = torch.where(nobody, scores.detach(), there).amax(-1, keepdim=True)
         raised = (scores - top).clamp(max=40).exp() * w
-        seen = raised / raised.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        seen = raised / torch.where(nobody, 1, raised.sum(-1, keepdim=True))
     out = (seen.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     out = pool.proj_drop(pool.proj(out))
     if pool.mlp is not None:

@@ -1,18 +1,24 @@
 """The ``prunex`` command: Lightning's own subcommands, and room for others beside them."""
 
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
+from prunex.callbacks.checkpoints import read_checkpoint
 from prunex.errors import PrunexError, unknown
 from prunex.recipes.commands import COMMANDS
 from prunex.recipes.runs import instantiate
+from prunex.untrusted import is_there
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEFAULT_CONFIG = "digits/dynamicvit.yaml"
+DEBUG = "PRUNEX_DEBUG"
 
 
 def packaged_configs() -> dict[str, Traversable]:
@@ -43,7 +49,7 @@ def find_config(name: str) -> str:
     Raises:
         PrunexError: If there is neither.
     """
-    if Path(name).is_file():
+    if is_there(Path(name), Path.is_file):
         return name
     known = packaged_configs()
     short = Path(name).as_posix().removeprefix("./").removeprefix("configs/")
@@ -78,15 +84,39 @@ def run_lightning(arguments: Sequence[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
 
     class CLI(LightningCLI):
-        """LightningCLI in which a model without a number of classes gets the data's."""
+        """LightningCLI that trusts its configs, but no checkpoint, and tells mistakes in one line.
+
+        A model without a number of classes gets the data's.
+        """
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            with mistakes():
+                super().parse_arguments(parser, args)
+            config = self.config[self.config.subcommand]
+            if config.get("ckpt_path") and config.get("weights_only") is None:
+                check_checkpoint(str(config.ckpt_path))
+                if "weights_only" in config:  # Lightning's own, from 2.6 on
+                    config["weights_only"] = True
+
+        def _parse_ckpt_path(self) -> None:
+            # Lightning's would build whatever class the checkpoint names.
+            config = self.config[self.config.subcommand]
+            model, path = config.get("model"), config.get("ckpt_path")
+            trusted = config.get("weights_only") is False
+            saved = {} if model is None or not path or trusted else plain_hyperparameters(str(path))
+            if saved:
+                told = {"model": {"class_path": model.class_path, "dict_kwargs": saved}}
+                with mistakes():
+                    self.config = self.parser.parse_object({self.config.subcommand: told}, self.config)
 
         def instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config
             arguments = config.model.get("init_args") or {}
-            if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
-                data = instantiate(LightningDataModule, config.data.as_dict())
-                arguments["num_classes"] = getattr(data, "num_classes", None)
-            super().instantiate_classes()
+            with mistakes():
+                if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
+                    data = instantiate(LightningDataModule, config.data.as_dict())
+                    arguments["num_classes"] = getattr(data, "num_classes", None)
+                super().instantiate_classes()
 
     import prunex.callbacks
     import prunex.recipes  # noqa: F401  (imported so that configs may use short class names)
@@ -111,6 +141,56 @@ def run_lightning(arguments: Sequence[str]) -> int:
         args=[subcommand, *rest],
     )
     return 0
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Whatever parsing a config and building its parts raise, as one line: it is what the config says."""
+    try:
+        yield
+    except Exception as error:
+        mistake = find_mistake(error) or parse_mistake(error)
+        raise mistake or PrunexError(
+            f"the config cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:300]}): "
+            f"correct it, or set {DEBUG}=1 to see where"
+        ) from error
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse what Lightning would unpickle: with ``--weights_only false`` it does so all the same.
+
+    Raises:
+        PrunexError: For an address, or a file that is no checkpoint of plain values.
+    """
+    if "://" in path:
+        raise PrunexError(
+            f"--ckpt_path {path} is an address, and what is downloaded could run code: download it, and give the file"
+        )
+    if is_there(Path(path), Path.is_file):
+        read_checkpoint(path)
+
+
+def plain_hyperparameters(path: str) -> dict[str, Any]:
+    """A checkpoint's hyperparameters but those that name classes.
+
+    Raises:
+        PrunexError: For a file that is no checkpoint, or a value that names a class further down.
+    """
+    if not is_there(Path(path), Path.is_file):
+        return {}
+    saved = read_checkpoint(path).get("hyper_parameters") or {}
+    if not isinstance(saved, dict):
+        raise PrunexError(f"{path} is damaged: its hyper_parameters are a {type(saved).__name__}")
+    plain = {k: v for k, v in saved.items() if isinstance(k, str) and not k.startswith("_")}
+    if _names_a_class(plain):
+        raise PrunexError(f"{path} names classes to build in its hyper_parameters: give them in the config instead")
+    return plain
+
+
+def _names_a_class(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "class_path" in value or any(_names_a_class(v) for v in value.values())
+    return isinstance(value, list | tuple) and any(_names_a_class(v) for v in value)
 
 
 def usage() -> str:
@@ -179,13 +259,23 @@ def parse_mistake(error: BaseException) -> PrunexError | None:
     return PrunexError("; ".join([*told[:4], *given])[:400] + "; see prunex fit --help")
 
 
+def file_mistake(error: BaseException) -> PrunexError | None:
+    """What the file system refused, naming the file; None for any other error."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return None
+    return PrunexError(f"{str(error.filename)[:200]}: {error.strerror}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
+    """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback.
+
+    So do a file system's refusals. With the environment variable ``PRUNEX_DEBUG`` they have their tracebacks.
+    """
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception as error:
-        mistake = find_mistake(error) or parse_mistake(error)
-        if mistake is None:
+        mistake = find_mistake(error) or parse_mistake(error) or file_mistake(error)
+        if mistake is None or os.environ.get(DEBUG):
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)
         code = 2

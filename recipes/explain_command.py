@@ -31,6 +31,7 @@ from prunex.recipes.arguments import Parser
 from prunex.recipes.folder import read_image
 from prunex.recipes.runs import open_model_or_name
 from prunex.registry import lookup
+from prunex.untrusted import is_there
 from prunex.vit.anatomy import find, read
 
 MANY = 1000  # forwards an image from which a method's cost is announced
@@ -298,7 +299,7 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise unknown(f"option of {method}", name, known)
         try:
             read_as = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2001-99-99 is a ValueError
             raise PrunexError(f"--option {text!r}: {value!r} is no YAML value; put text into quotes") from error
         if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
             read_as = float(read_as)  # YAML 1.1 reads 1e-3, without a dot, as text
@@ -316,9 +317,10 @@ def image_files(path: Path, besides: Path | None = None) -> list[Path]:
     Raises:
         PrunexError: When there are none.
     """
-    if path.is_file():
+    if is_there(path, Path.is_file):
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else []
+    inside = path.rglob("*") if is_there(path, Path.is_dir) else ()
+    files = sorted(p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
     if besides is not None and besides.resolve() != path.resolve():
         files = [p for p in files if not p.resolve().is_relative_to(besides.resolve())]
     if not files:

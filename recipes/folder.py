@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, tv_tensors
@@ -20,8 +20,8 @@ from prunex.errors import PrunexError
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What Pillow raises for a file that is no image, is cut short, is too large, or has pixels it cannot turn into RGB.
-_UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
+# What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
+FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 _LAYOUT = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image>"
 
@@ -264,10 +264,12 @@ def read_image(path: Path) -> Image.Image:
 def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        with Image.open(path, formats=FORMATS) as image:
             return use(image)
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).replace(str(path), "the file").split())
+    except Exception as error:  # Pillow's readers stumble over broken files in many ways
+        reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
         raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from prunex.recipes.score_data import Scenes, from_folder, from_run
 from prunex.recipes.score_table import Score, table, write_scores
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
+from prunex.untrusted import is_there, read_npz
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import embed
 from prunex.vit.widths import WidthSpec, widths_of
@@ -136,7 +136,7 @@ class Model:
 
 def _run_of(where: Path) -> Path | None:
     """The run folder that a path is, or lies in."""
-    for folder in (where, where.parent, where.parent.parent) if where.exists() else ():
+    for folder in (where, where.parent, where.parent.parent) if is_there(where) else ():
         if (folder / "config.yaml").is_file():
             return folder
     return None
@@ -146,7 +146,7 @@ def _models(args: Any) -> tuple[list[Model], list[str]]:
     """The models asked for, and what is to be said about them."""
     where = Path(args.run)
     notes: list[str] = []
-    if (where / "config.yaml").is_file() and not (where / "config.json").is_file():
+    if is_there(where / "config.yaml", Path.is_file) and not (where / "config.json").is_file():
         open_model_or_name(args.run, args.weights, args.img_size, args.pretrained)  # refuses options of a timm model
         found, notes = contestants(where, read_run(where))
         dense, slim = found[0], found[1:]
@@ -569,13 +569,12 @@ class Record:
         if self.again or not self.path.is_file():
             return
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_npz(self.path)
             told = json.loads(str(arrays.pop("about")))
             if told["key"] == self.key:
                 self.keys, self.fine, self.cost = dict(told["keys"]), bool(told["fine"]), list(told["cost"])
                 self.seconds, self.arrays = dict(told["seconds"]), arrays
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        except (ValueError, KeyError, TypeError, RecursionError):  # a PrunexError is a ValueError
             self.arrays = {}
 
     @property

@@ -42,8 +42,8 @@ def load_from_checkpoint(
     return restore(module_class, checkpoint, path, **arguments)
 
 
-def read_checkpoint(path: str, map_location: Any = None) -> dict[str, Any]:
-    """What a checkpoint of Lightning's holds; nothing but tensors and plain values is unpickled.
+def read_checkpoint(path: str, map_location: Any = None) -> Any:
+    """What a checkpoint holds; nothing but tensors and plain values is unpickled.
 
     Raises:
         PrunexError: A file that is missing, or no checkpoint.
@@ -59,20 +59,16 @@ def read_checkpoint(path: str, map_location: Any = None) -> dict[str, Any]:
             f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
             "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
         ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise PrunexError(f"{path} is no checkpoint of Lightning's: it has no state_dict")
     return checkpoint
 
 
-def told(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+def told(checkpoint: Any) -> dict[str, Any] | None:
     """What TokenPruning and MaskPruning wrote into a checkpoint; None where neither did."""
-    found = checkpoint.get(CHECKPOINT_KEY)
+    found = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     return found if isinstance(found, dict) and ("pruning" in found or "units" in found) else None
 
 
-def restore(
-    module_class: type[LightningModule], checkpoint: dict[str, Any], path: str, **arguments: Any
-) -> LightningModule:
+def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **arguments: Any) -> LightningModule:
     """The module of a checkpoint that was read, pruned where that was; only ``module_class`` is ever built.
 
     Raises:
@@ -90,11 +86,13 @@ def restore(
 
 
 def _restored(
-    module_class: type[LightningModule], checkpoint: dict[str, Any], path: str, arguments: dict[str, Any]
+    module_class: type[LightningModule], checkpoint: Any, path: str, arguments: dict[str, Any]
 ) -> LightningModule:
     found = told(checkpoint) or {}
     if found.get("version", 0) > CHECKPOINT_VERSION:
         raise PrunexError(f"{path} has prunex format {found['version']}: this prunex reads up to {CHECKPOINT_VERSION}")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise PrunexError(f"{path} is no checkpoint of Lightning's: it has no state_dict")
     module = module_class(**_arguments(module_class, checkpoint, arguments))
     module.configure_model()
     if found.get("units") and prunex.attached(module, found["path"], units=True) is None:

@@ -118,6 +118,8 @@ def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
         told = math.prod(shape) * dtype.itemsize  # what the header promises must be there before it is allocated
         if dtype.kind not in _KINDS or any(n < 0 for n in shape) or told != part.file_size - file.tell():
             raise ValueError(f"{part.filename} is {dtype} {shape}, which is not what it holds")

@@ -178,9 +178,10 @@ def plain_hyperparameters(path: str) -> dict[str, Any]:
     """
     if not is_there(Path(path), Path.is_file):
         return {}
-    saved = read_checkpoint(path).get("hyper_parameters") or {}
+    checkpoint = read_checkpoint(path)
+    saved = (checkpoint.get("hyper_parameters") or {}) if isinstance(checkpoint, dict) else None
     if not isinstance(saved, dict):
-        raise PrunexError(f"{path} is damaged: its hyper_parameters are a {type(saved).__name__}")
+        raise PrunexError(f"{path} is no checkpoint of Lightning's: it has no dict of hyper_parameters")
     plain = {k: v for k, v in saved.items() if isinstance(k, str) and not k.startswith("_")}
     if _names_a_class(plain):
         raise PrunexError(f"{path} names classes to build in its hyper_parameters: give them in the config instead")

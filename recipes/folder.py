@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
-FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 _LAYOUT = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image>"
 
@@ -266,11 +267,18 @@ def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_formats()) as image:
             return use(image)
     except Exception as error:  # Pillow's readers stumble over broken files in many ways
         reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
         raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def object_pixels(image: Image.Image) -> Tensor:

@@ -188,7 +188,12 @@ def _text(path: Path, missing: str) -> tuple[str, str]:
     try:
         return read_text(path), ""
     except PrunexError as error:
-        return "", f"{path.name} could not be read ({error}) and is left out."
+        return "", f"{path.name} could not be read ({_reason(error)}) and is left out."
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be read, without its path: the page says its name."""
+    return str(error).split(" is damaged: ", 1)[-1]
 
 
 def _json(path: Path, missing: str) -> tuple[dict[str, Any], str]:
@@ -233,7 +238,7 @@ def _maps(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
             arrays = read_npz(paths[epoch])
             _check(arrays)
         except (ValueError, KeyError) as error:  # a PrunexError is a ValueError
-            notes.append(f"maps/{paths[epoch].name} could not be read ({error}) and is left out.")
+            notes.append(f"maps/{paths[epoch].name} could not be read ({_reason(error)}) and is left out.")
             continue
         if found and not np.array_equal(arrays["images"], next(iter(found.values()))["images"]):
             notes.append(f"maps/{paths[epoch].name} shows other images than the last epoch and is left out.")
@@ -250,6 +255,9 @@ def _check(arrays: Arrays) -> None:
     count = len(images)
     for key, values in arrays.items():
         grid, one = key.startswith("relevance/"), key in ("labels", "predicted") or key.startswith("target/")
+        plain = "iu" if one else "biu" if key in ("masks", "kept") else "iu" if key == "groups" else "biuf"
+        if values.dtype.kind not in plain:
+            raise ValueError(f"{key} is {values.dtype}")
         wrong = (
             (one and values.shape != (count,))
             or (grid and (values.ndim != 3 or len(values) != count))

@@ -14,7 +14,7 @@ from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
-from prunex.trained import check_fits, held, load_into, quietly, read_folder, write
+from prunex.trained import CONFIG, WEIGHTS, check_fits, held, load_into, quietly, read_folder, write
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.mount import as_found
 from prunex.vit.rebuild import build_like, describe
@@ -130,7 +130,7 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
         surrogate = build_like(spec["surrogate"], tensors, "surrogate.")
         hidden = ratio * read(surrogate).width
         if "mlp.2.weight" not in tensors or tensors["mlp.2.weight"].shape != (hidden, hidden):
-            raise PrunexError(f"{folder} is damaged: mlp_ratio={ratio} does not fit its weights; save it again")
+            raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (mlp_ratio={ratio}): save the explainer again")
         explainer = ShapleyExplainer(surrogate, ratio)
     return load_into(explainer, tensors, folder)
 

@@ -19,7 +19,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
-from prunex.trained import CONFIG, held, how, load_into, quietly, read_folder
+from prunex.trained import CONFIG, WEIGHTS, held, how, load_into, quietly, read_folder
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Drop, Fill, Keep, TokenState
@@ -374,8 +374,10 @@ def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> M
             with torch.device("meta"):  # nothing is allocated before it fits
                 shapes = {k: v.shape for k, v in MaskGates(**settings).state_dict().items()}
             if shapes != {k: v.shape for k, v in tensors.items()}:
-                raise ValueError("its weights are of other gates")
+                raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (gates): save the explainer again")
             return MaskGates(**settings)
+    except PrunexError:
+        raise
     except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         told = str(settings)[:120]
         raise PrunexError(f"{folder / CONFIG} is damaged: gates={told} ({error}); save the explainer again") from error

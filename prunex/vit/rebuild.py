@@ -21,6 +21,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, read
@@ -56,6 +57,10 @@ _MAY_SAY = {
 }  # fmt: skip
 _KIND_OF = {name: kind for kind, names in _MAY_SAY.items() for name in names}
 _PATCHES, _PIXELS = 2**16, 2**26  # of one image, the latter over all channels
+_FILLS = {
+    "add_", "clamp_", "constant_", "div_", "erfinv_", "fill_", "kaiming_uniform_", "mul_", "normal_", "trunc_normal_",
+    "uniform_", "xavier_uniform_", "zero_",
+}  # fmt: skip
 _ROOM, _TIMES = 2**30, 64  # bytes of a model beside those of its weights: tables, and what was narrowed
 _BLOCKS_AT_LEAST = 1000  # that may be described; more where the weights have as many tensors
 
@@ -471,7 +476,7 @@ def _sketched(spec: Any, blocks: int) -> tuple[Any, float]:
     args = told.get("args") if isinstance(told.get("args"), Mapping) else {}
     _check_blocks(args, blocks)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Still():
             dense = build(whole)
             size = sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers()))
             return (narrow(dense, WidthSpec.read(told["widths"])) if "widths" in told else dense), size
@@ -479,6 +484,16 @@ def _sketched(spec: Any, blocks: int) -> tuple[Any, float]:
         if "meta tensor" not in str(error):
             raise
     return None, _estimate(args)
+
+
+class _Still(TorchFunctionMode):
+    """Leaves out the filling in of initial values, of which there are none without memory; it would take most time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(func, "__name__", "") in _FILLS and isinstance(target, Tensor):
+            return target
+        return func(*args, **(kwargs or {}))
 
 
 def _estimate(args: Mapping[str, Any]) -> float:

@@ -285,7 +285,8 @@ class TokenTrace:
         for s in self.stages[: stage % count + 1]:
             group, weight = (t if t.ndim == 3 else t.unsqueeze(-1) for t in (s.group, s.weight))
             step = weight.new_zeros(*group.shape[:2], s.n_out)
-            step = step.scatter_add(2, group.clamp(min=0), weight.masked_fill(group < 0, 0))
+            if s.n_out:
+                step = step.scatter_add(2, group.clamp(min=0), weight.masked_fill(group < 0, 0))
             whole = whole.to(step.dtype) @ step
         return whole
 

@@ -207,8 +207,8 @@ def slims(rng: random.Random, room: Room) -> None:
     folder = room.copy("slim")
     roll = rng.random()
     if roll < 0.55:
-        spoil_json(rng, folder / "config.json", rng.choice([(), ("prunex", "model"), ("prunex", "pruning"),
-                                                            ("prunex", "model", "args"), ("pretrained_cfg",)]))  # fmt: skip
+        parts = [(), ("prunex", "model"), ("prunex", "pruning"), ("prunex", "model", "args"), ("pretrained_cfg",)]
+        spoil_json(rng, folder / "config.json", rng.choice(parts))
     else:
         spoil_weights(rng, folder / "model.safetensors")
     if rng.random() < 0.8:
@@ -282,8 +282,9 @@ def npz_bytes(rng: random.Random, path: Path, canary: Path) -> bytes:
     if roll < 0.82:
         np.savez(buffer, **arrays, evil=np.array([Canary(canary)], dtype=object))
         return buffer.getvalue()
-    header = repr({"descr": rng.choice(["|u1", "<f8", "|O", "<U99", [("a", "<f8")]]), "fortran_order": False,
-                   "shape": rng.choice([(10**13,), (10**6, 10**6, 10**6, 3), (2**63,), (-1, 4), (True,), "x"])})  # fmt: skip
+    descr = rng.choice(["|u1", "<f8", "|O", "<U99", [("a", "<f8")]])
+    shape = rng.choice([(10**13,), (10**6, 10**6, 10**6, 3), (2**63,), (-1, 4), (True,), "x"])
+    header = repr({"descr": descr, "fortran_order": False, "shape": shape})
     if roll < 0.88:
         header = rng.choice(["(" * 5000, "{" * 90, "", "__import__('os')", header.replace("'", '"'), "{'descr': x}"])
     with zipfile.ZipFile(buffer, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as file:
@@ -366,7 +367,7 @@ def picture_bytes(rng: random.Random, mask: bool = False) -> bytes:
     return data
 
 
-NAMES = ["x.png", "x.jpg", "x.JPEG", "né .webp", "a'b\".png", "<img src=x>.png", "..png", "-x.png", "x" * 200 + ".png",
+NAMES = ["x.png", "x.jpg", "x.JPEG", "né .webp", "a'b\".png", "<img src=x>.png", "x..png", "-x.png", "x" * 200 + ".png",
          "$x$.png", "{{7}}.png", "x\n.png", "x.tif", "x.bmp", os.fsdecode(b"\xff.png")]  # fmt: skip
 
 
@@ -390,7 +391,7 @@ def put(rng: random.Random, folder: Path, secret: Path) -> Path:
 
 def images(rng: random.Random, room: Room) -> None:
     """Image files one by one, and in an image folder."""
-    folder = room.work / "photos"
+    folder = room.work / "own"
     path = put(rng, folder, room.good / "run" / "version_0" / "config.yaml")
     if rng.random() < 0.7:
         for file in image_files(folder):
@@ -528,8 +529,9 @@ def config_text(rng: random.Random, room: Room) -> str:
     tree = spoil_tree(rng, yaml.safe_load(text))
     if roll < 0.25:
         return rng.choice([
-            "[" * 3000, "a: &a [x]\nb: &b [*a, *a]\n", "- 1\n- 2", "model: 3", "x" * 9999, "model: !!python/name:os.system",
-            f"model: !!python/object/apply:os.mkdir [{room.canary}]", "\t\tx: 1", "model: ${oc.env:NOT_THERE}", "{}: 1",
+            "[" * 3000, "a: &a [x]\nb: &b [*a, *a]\n", "- 1\n- 2", "model: 3", "x" * 9999,
+            "model: !!python/name:os.system", f"model: !!python/object/apply:os.mkdir [{room.canary}]", "\t\tx: 1",
+            "model: ${oc.env:NOT_THERE}", "{}: 1",
             "model: ${model}", "trainer: {max_epochs: 2001-99-99}", "trainer: ${oc.decode:'['}", "seed_everything: 0b_",
         ])  # fmt: skip
     return yaml.safe_dump(tree, allow_unicode=True) if isinstance(tree, dict) else str(tree)
@@ -564,7 +566,7 @@ def commands(rng: random.Random, room: Room) -> None:
     garbage = room.work / "garbage.bin"
     garbage.write_bytes(rng.randbytes(300))
     where = [str(slim), str(run_folder), "nowhere", "", "a" * 5000, str(garbage), "\x00",
-             "vit_tiny_patch16_224", "né\ud800", "~nobody/x", "/dev/null", "/proc/self/mem", "runs/../../.."]  # fmt: skip
+             "vit_tiny_patch16_224", "né\ud800", "~nobody/x", "/dev/null", "/proc/self/mem", "../.."]  # fmt: skip
     out = rng.choice(["out", "o" * 300, "", "\x00", "né", "out/deeper", str(garbage), "/proc/out", "$(touch x)"])
     values = [*map(str, NUMBERS), *TEXTS, str(garbage), "1,2", "cuda:9", "cpu:7"]
     command = rng.choice(
@@ -575,12 +577,14 @@ def commands(rng: random.Random, room: Room) -> None:
         line = [run if rng.random() < 0.5 else str(slim), "--images", str(photos), "--methods", "rollout",
                 "--device", "cpu"]  # fmt: skip
         extra = [["--methods", value], ["--target", value], ["--batch", value], ["--device", value], ["--out", out],
-                 ["--images", value], ["--option", value], ["--weights", value], ["--img-size", value], [value]]  # fmt: skip
+                 ["--images", value], ["--option", value], ["--weights", value],
+                 ["--img-size", value], [value]]  # fmt: skip
     elif command == "score":
         line = [run if rng.random() < 0.5 else str(slim), "--data", str(photos), "--methods", "rollout", "--images",
                 "1", "--metrics", "deletion", "--device", "cpu"]  # fmt: skip
-        extra = [["--methods", value], ["--metrics", value], ["--images", value], ["--data", value], ["--device", value],
-                 ["--masks", value], ["--models", value], ["--removal", value], ["--option", value], ["--out", out]]  # fmt: skip
+        extra = [["--methods", value], ["--metrics", value], ["--images", value], ["--data", value],
+                 ["--device", value], ["--masks", value], ["--models", value], ["--removal", value], ["--option", value],
+                 ["--out", out]]  # fmt: skip
     elif command == "bench":
         line = [rng.choice([w for w in where if "version_0" not in w])]
         extra = [
@@ -607,8 +611,8 @@ def commands(rng: random.Random, room: Room) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, Room], None], int]] = {  # with their shares of all cases
-    "slims": (slims, 5), "explainers": (explainers, 3), "weights": (weights, 3), "npz": (npz, 4), "reports": (reports, 3),
-    "images": (images, 6), "masks": (masks, 4), "traces": (traces, 4), "checkpoints": (checkpoints, 4),
+    "slims": (slims, 5), "explainers": (explainers, 3), "weights": (weights, 3), "npz": (npz, 4),
+    "reports": (reports, 3), "images": (images, 6), "masks": (masks, 4), "traces": (traces, 4), "checkpoints": (checkpoints, 4),
     "options": (options, 3), "commands": (commands, 2), "configs": (configs, 1),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -104,9 +105,10 @@ class Room:
             )  # fmt: skip
         (run / "metrics.csv").write_text("step,epoch,train_loss,val_accuracy\n0,0,1.5,\n1,0,,0.5\n2,1,1.0,0.7\n")
         (run / "units.csv").write_text("epoch,block,head,class,relevance,kept,updates\n0,0,0,0,0.5,True,4\n")
-        (run / "summary.json").write_text('{"machine": "x", "rows": [{"model": "dense", "accuracy": 0.9, "gmacs": 1}]}')
-        (run / "bench.json").write_text('{"machine": "x", "rows": [{"model": "dense", "gmacs": 1}], "speed": [{"runtime'
-                                        '": "torch", "batch": 1, "models": [{"model": "a", "images_per_s": 5}]}]}')  # fmt: skip
+        rows = [{"model": "dense", "accuracy": 0.9, "gmacs": 1}]
+        speed = [{"runtime": "torch", "batch": 1, "models": [{"model": "dense", "images_per_s": 5}]}]
+        (run / "summary.json").write_text(json.dumps({"machine": "x", "rows": rows}))
+        (run / "bench.json").write_text(json.dumps({"machine": "x", "rows": rows, "speed": speed}))
         (run / "score").mkdir()
         (run / "score" / "scores.csv").write_text(
             "model,method,metric,group,higher_is_better,mean,low,high,images,seconds_per_image,forwards_per_image\n"

@@ -45,7 +45,7 @@ def explain(arguments: Sequence[str]) -> int:
     files = image_files(root, besides=out)
     vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
     try:
-        vit.to(torch.device(args.device))
+        vit.to(torch.device(args.device)).float()  # images are float32; weights may be of several types
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
         raise PrunexError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     _check_target(vit, args.target)

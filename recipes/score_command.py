@@ -203,9 +203,9 @@ class Scoring:
         try:
             self.place = torch.device(args.device)
             for m in self.models:
-                m.model.to(self.place)
+                m.model.to(self.place).float()  # images are float32; weights may be of several types
                 if m.judge is not None:
-                    m.judge.to(self.place)
+                    m.judge.to(self.place).float()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
             raise PrunexError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
         if args.data:

@@ -456,20 +456,18 @@ def build_like(spec: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str 
     """
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     held = sum(v.numel() * v.element_size() for v in own.values())
-    twin, dense = _sketched(spec, max(len(own), _BLOCKS_AT_LEAST))
-    if dense > _ROOM + _TIMES * held:
-        raise PrunexError(f"the described model takes {dense:,} bytes, its weights have {held:,}: was the file edited?")
-    twin = build(spec) if twin is None else twin
+    twin = _sketched(spec, max(len(own), _BLOCKS_AT_LEAST), held) or build(spec)
     wrong = [k for k, v in twin.state_dict().items() if k not in own or own[k].shape != v.shape]
     if wrong:
         raise PrunexError(f"the description does not fit the weights ({', '.join(sorted(wrong)[:4])})")
     return build(spec)
 
 
-def _sketched(spec: Any, blocks: int) -> tuple[Any, float]:
-    """The described model without memory, and what it takes in bytes before it is narrowed.
+def _sketched(spec: Any, blocks: int, held: int) -> Any:
+    """The described model without memory; None where timm reads a tensor's values while it builds (older versions).
 
-    None instead of the model, and an estimate, where timm reads a tensor's values while it builds (older versions).
+    Raises:
+        PrunexError: For more blocks than that, or a model far larger than the bytes of its weights.
     """
     told = spec if isinstance(spec, Mapping) else {}
     whole = {k: v for k, v in told.items() if k != "widths"}
@@ -478,12 +476,19 @@ def _sketched(spec: Any, blocks: int) -> tuple[Any, float]:
     try:
         with torch.device("meta"), _Still():
             dense = build(whole)
-            size = sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers()))
-            return (narrow(dense, WidthSpec.read(told["widths"])) if "widths" in told else dense), size
+            _check_bytes(sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers())), held)
+            return narrow(dense, WidthSpec.read(told["widths"])) if "widths" in told else dense
     except PrunexError as error:
         if "meta tensor" not in str(error):
             raise
-    return None, _estimate(args)
+    _check_bytes(_estimate(args), held)
+    return None
+
+
+def _check_bytes(size: float, held: int) -> None:
+    """A model that was narrowed was larger than its weights are, and has tables that no file holds; within reason."""
+    if size > _ROOM + _TIMES * held:
+        raise PrunexError(f"the described model takes {size:,.0f} bytes, its weights have {held:,}: was it edited?")
 
 
 class _Still(TorchFunctionMode):

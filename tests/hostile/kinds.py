@@ -583,8 +583,8 @@ def commands(rng: random.Random, room: Room) -> None:
         line = [run if rng.random() < 0.5 else str(slim), "--data", str(photos), "--methods", "rollout", "--images",
                 "1", "--metrics", "deletion", "--device", "cpu"]  # fmt: skip
         extra = [["--methods", value], ["--metrics", value], ["--images", value], ["--data", value],
-                 ["--device", value], ["--masks", value], ["--models", value], ["--removal", value], ["--option", value],
-                 ["--out", out]]  # fmt: skip
+                 ["--device", value], ["--masks", value], ["--models", value], ["--removal", value],
+                 ["--option", value], ["--out", out]]  # fmt: skip
     elif command == "bench":
         line = [rng.choice([w for w in where if "version_0" not in w])]
         extra = [
@@ -612,8 +612,8 @@ def commands(rng: random.Random, room: Room) -> None:
 
 KINDS: dict[str, tuple[Callable[[random.Random, Room], None], int]] = {  # with their shares of all cases
     "slims": (slims, 5), "explainers": (explainers, 3), "weights": (weights, 3), "npz": (npz, 4),
-    "reports": (reports, 3), "images": (images, 6), "masks": (masks, 4), "traces": (traces, 4), "checkpoints": (checkpoints, 4),
-    "options": (options, 3), "commands": (commands, 2), "configs": (configs, 1),
+    "reports": (reports, 3), "images": (images, 6), "masks": (masks, 4), "traces": (traces, 4),
+    "checkpoints": (checkpoints, 4), "options": (options, 3), "commands": (commands, 2), "configs": (configs, 1),
 }  # fmt: skip
 
 

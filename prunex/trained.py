@@ -102,6 +102,9 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
     odd += odd_dtypes(own, tensors)
     if odd:
         raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
+    floats = sorted({str(v.dtype) for v in tensors.values() if v.is_floating_point()})
+    if len(floats) > 1:
+        raise PrunexError(f"{folder / WEIGHTS} holds {' and '.join(floats)}: an explainer has one type; save it again")
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
 

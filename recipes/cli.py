@@ -1,5 +1,6 @@
 """The ``prunex`` command: Lightning's own subcommands, and room for others beside them."""
 
+import inspect
 import os
 import sys
 import warnings
@@ -9,6 +10,8 @@ from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import set_parsing_settings
 
 from prunex.callbacks.checkpoints import read_checkpoint
 from prunex.errors import PrunexError, unknown
@@ -79,7 +82,6 @@ def resolve_configs(arguments: Sequence[str], default: str | None = None) -> lis
 
 def run_lightning(arguments: Sequence[str]) -> int:
     """``fit``, ``validate``, ``test`` or ``predict`` with a config, see ``prunex fit --help``."""
-    from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
@@ -121,6 +123,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
     import prunex.callbacks
     import prunex.recipes  # noqa: F401  (imported so that configs may use short class names)
 
+    deny_imports()
     # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
@@ -154,6 +157,12 @@ def mistakes() -> Iterator[None]:
             f"the config cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:300]}): "
             f"correct it, or set {DEBUG}=1 to see where"
         ) from error
+
+
+def deny_imports() -> None:
+    """Have jsonargparse refuse configs that name parts of Python which run commands or touch files, where it can."""
+    if "import_path_denylist" in inspect.signature(set_parsing_settings).parameters:
+        set_parsing_settings(import_path_denylist=[])  # its own list, which otherwise only warns
 
 
 def check_checkpoint(path: str) -> None:
@@ -230,6 +239,8 @@ def run(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     command = arguments[0]
+    if any("\0" in argument for argument in arguments):
+        raise PrunexError("an argument holds a zero byte, which no name and no value has: leave it out")
     if command == "--version":
         import prunex
 
@@ -238,6 +249,7 @@ def run(arguments: Sequence[str]) -> int:
     if command in LIGHTNING:
         return run_lightning(arguments)
     if command in COMMANDS:
+        deny_imports()
         return COMMANDS[command][1](arguments[1:])
     raise unknown("command", command, [*LIGHTNING, *COMMANDS])
 

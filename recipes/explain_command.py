@@ -292,7 +292,7 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         method, dot, name = key.strip().partition(".")
         if not equals or not dot or not name:
             raise PrunexError(
-                f"--option {text!r} is not allowed: give METHOD.NAME=VALUE, as in rollout.head_fusion=max"
+                f"--option {text[:100]!r} is not allowed: give METHOD.NAME=VALUE, as in rollout.head_fusion=max"
             )
         known = lookup("explainer", method).options
         if name not in known:
@@ -300,7 +300,9 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             read_as = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2001-99-99 is a ValueError
-            raise PrunexError(f"--option {text!r}: {value!r} is no YAML value; put text into quotes") from error
+            raise PrunexError(
+                f"--option {text[:100]!r}: {value[:100]!r} is no YAML value; put text into quotes"
+            ) from error
         if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
             read_as = float(read_as)  # YAML 1.1 reads 1e-3, without a dot, as text
         options.setdefault(method, {})[name] = read_as

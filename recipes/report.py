@@ -263,6 +263,8 @@ def _check(arrays: Arrays) -> None:
             or (grid and (values.ndim != 3 or len(values) != count))
             or (key in ("kept", "groups") and (values.ndim != 4 or values.shape[1] != count or not len(values)))
             or (key == "masks" and values.shape != images.shape[:3])
+            or (grid or key in ("kept", "groups", "share"))
+            and 0 in values.shape
         )
         if wrong:
             raise ValueError(f"{key} of shape {values.shape} does not fit {count} images")

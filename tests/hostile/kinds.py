@@ -12,6 +12,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def odd_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> dict[st
         elif change == 2:
             tensors[name] = value.flatten()[: max(0, value.numel() - 1)].clone()
         elif change == 3:
-            tensors[name] = torch.full_like(value, rng.choice([float("nan"), float("inf"), 1e30, 0.0]))
+            tensors[name] = torch.full_like(value, rng.choice([float("nan"), float("inf"), 6e4, 0.0]))
         elif change == 4:
             tensors[rng.choice(["../../up", "__class__", "prunex.x", "a" * 999, "head", ""])] = value.clone()
         elif change == 5:
@@ -350,7 +351,7 @@ def picture_bytes(rng: random.Random, mask: bool = False) -> bytes:
         options |= {"save_all": True, "append_images": [image.copy(), image.copy()]}
     try:
         image.save(buffer, form, **options)
-    except (OSError, ValueError, TypeError, struct.error, KeyError):
+    except (OSError, ValueError, TypeError, struct.error, KeyError, SyntaxError):  # broken EXIF in TIFF
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "PNG")
     data, roll = buffer.getvalue(), rng.random()
@@ -544,8 +545,8 @@ class _NoTraining:
 
     def __enter__(self) -> None:
         self.kept = {name: getattr(Trainer, name) for name in self.NAMES}
-        for name in self.NAMES:
-            setattr(Trainer, name, lambda *args, **kwargs: None)
+        for name in self.NAMES:  # the command line reads their options from their signatures
+            setattr(Trainer, name, wraps(self.kept[name])(lambda *args, **kwargs: None))
 
     def __exit__(self, *_: Any) -> None:
         for name, kept in self.kept.items():

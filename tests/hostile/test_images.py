@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,7 +104,8 @@ def test_a_link_shows_no_more_than_an_image(tmp_path):
     (tmp_path / "x.png").symlink_to("/etc/passwd")
     with pytest.raises(PrunexError) as caught:
         read_image(tmp_path / "x.png")
-    assert "root" not in str(caught.value)
+    assert "cannot identify image file" in str(caught.value)
+    assert Path("/etc/passwd").read_text()[:20] not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535, 6])
@@ -119,7 +121,4 @@ def test_broken_exif(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\xff" * 30)
     (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
-    try:
-        assert np.asarray(read_image(tmp_path / "x.jpg")).shape == (4, 8, 3)
-    except PrunexError as error:
-        assert "cannot read image" in str(error)
+    assert np.asarray(read_image(tmp_path / "x.jpg")).shape == (4, 8, 3)

@@ -194,7 +194,7 @@ def test_explainers_that_lie(room, kind, change, says):
 def test_explainers_of_huge_models(room, kind):
     folder = room.copy(kind)
     model = {"vit_shapley": "surrogate", "diffmask": "model"}[kind]
-    edit(folder, lambda c: c["prunex"][model]["args"].update(embed_dim=10**6), sign=False)
+    edit(folder, lambda c: c["prunex"][model]["args"].update(embed_dim=3 * 10**6), sign=False)
     refused({"vit_shapley": load_shapley, "diffmask": load_diffmask}[kind], folder, "bytes")
 
 

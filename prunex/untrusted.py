@@ -31,6 +31,15 @@ def is_there(path: Path, what: Callable[[Path], bool] = Path.exists) -> bool:
         return False
 
 
+def readable(text: str) -> str:
+    r"""A name as pictures and pages can show it: bytes that are no text, as a file's name may hold, become ``\udcff``.
+
+    >>> readable("ant"), len(readable("\udcff"))
+    ('ant', 6)
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8.
 

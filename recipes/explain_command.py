@@ -31,7 +31,7 @@ from prunex.recipes.arguments import Parser
 from prunex.recipes.folder import read_image
 from prunex.recipes.runs import open_model_or_name
 from prunex.registry import lookup
-from prunex.untrusted import is_there
+from prunex.untrusted import is_there, readable
 from prunex.vit.anatomy import find, read
 
 MANY = 1000  # forwards an image from which a method's cost is announced
@@ -249,7 +249,7 @@ class _Output:
                 [name for name, each in found.items() if each.signed],
                 kept["kept"][one] if kept else None,
                 heading=[
-                    self.files[self.done + place],
+                    readable(self.files[self.done + place]),
                     _told(int(predicted[place]), int(target[place]), shares[place], self.class_names),
                 ],
             )

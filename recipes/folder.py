@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from prunex.errors import PrunexError
+from prunex.untrusted import readable
 
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -121,7 +122,7 @@ class ImageFolder(LightningDataModule):
     def class_names(self) -> list[str]:
         """The classes in the order of their labels; known before `setup`."""
         if self._class_names is None:
-            self._class_names = _classes(self.root)
+            self._class_names = [readable(name) for name in _classes(self.root)]
         return self._class_names
 
     @property
@@ -131,7 +132,7 @@ class ImageFolder(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the folders and check every file; see the class for what is refused."""
-        self._class_names = _classes(self.root)
+        self._class_names = [readable(name) for name in _classes(self.root)]
         wanted = SPLITS if stage in (None, "fit") else SPLITS[1:]
         for split in wanted:
             if split in self._splits:  # Lightning calls setup again for every fit, validate, test and predict.

@@ -24,7 +24,7 @@ from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.slim.slim import slim
-from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors
+from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors, readable
 from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
 from prunex.vit.rebuild import build_like, describe, outline
@@ -164,7 +164,7 @@ def load(folder: str | Path) -> nn.Module:
         raise PrunexError(f"{weights} does not fit {CONFIG} (its model entry was changed): save the model again")
     vit.load_state_dict(tensors, assign=True)  # every tensor keeps the dtype it was saved in
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
-    vit.label_names = list(config.get("label_names") or [])
+    vit.label_names = [readable(name) for name in config.get("label_names") or []]
     return vit.eval()
 
 

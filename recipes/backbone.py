@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from prunex.attach import CHILD, UNITS
 from prunex.errors import PrunexError
+from prunex.pictures.arrays import write_whole
 from prunex.untrusted import is_there, read_tensors
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _NOT_THE_MODELS = (
     "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit",
     "device", "dtype",
 )  # fmt: skip
-_ROOM, _TIMES, _DEEP = 2**30, 64, 1000  # bytes of a model beside those of its weights, and blocks
+_ROOM, _TIMES, _DEEP, _PIXELS = 2**30, 64, 1000, 2**26  # bytes of a model beside its weights', blocks, pixels
 
 
 def create_model(
@@ -251,6 +252,10 @@ def _check_size(architecture: str, classes: int, args: dict[str, Any], state: Ma
         if "meta tensor" in str(error):  # older versions of timm read values while they build
             return
         raise
+    embed: Any = getattr(twin, "patch_embed", None)
+    height, width = getattr(embed, "img_size", None) or (0, 0)
+    if height * width > _PIXELS:
+        raise PrunexError(f"model_args={str(args)[:120]} describe images of {height} x {width} pixels")
     size = sum(t.numel() * t.element_size() for t in (*twin.parameters(), *twin.buffers()))
     if size > _ROOM + _TIMES * held:
         raise PrunexError(f"model_args={str(args)[:120]} describe {size:,} bytes, the file holds {held:,}")
@@ -315,8 +320,7 @@ class SaveWeights(Callback):
                 if name.startswith("val_")
             },
         }
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(self.path).write_bytes(save(state, metadata=metadata))  # with the user's file mode, unlike save_file
+        write_whole(Path(self.path), save(state, metadata=metadata))  # with the user's file mode, unlike save_file
         log.info(
             "Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_"))
         )

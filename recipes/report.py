@@ -449,8 +449,8 @@ def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
         return
     try:
         units.epoch, table, kept, seen = _relevance(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        units.notes.append(f"units.csv could not be read ({error}) and is left out.")
+    except (PrunexError, csv.Error) as error:
+        units.notes.append(f"units.csv could not be read ({_reason(error)}) and is left out.")
         return
     if not table:
         units.notes.append("units.csv holds no relevance, so no head is named.")
@@ -480,21 +480,20 @@ def _relevance(
 ) -> tuple[int, dict[tuple[int, int], dict[str, float]], dict[tuple[int, int], bool], dict[str, str]]:
     """The last epoch of units.csv: relevance by head and class, which heads are kept, images seen of each class."""
     epoch, table, kept, seen = -1, {}, {}, {}  # type: ignore[var-annotated]
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            numbers = [_number(row.get(key)) for key in ("epoch", "block", "head", "relevance")]
-            if row.get("class") in (None, "") or any(n is None for n in numbers):
-                continue
-            now, block, head, value = (n for n in numbers if n is not None)
-            if now < epoch:
-                continue
-            if now > epoch:
-                epoch, table, kept, seen = int(now), {}, {}, {}
-            place, name = (int(block), int(head)), str(row["class"])
-            table.setdefault(place, {})[name] = value
-            kept[place] = str(row.get("kept")).strip().lower() in ("true", "1", "1.0")
-            updates = _number(row.get("updates"))
-            seen[name] = "–" if updates is None else f"{updates:,.0f}"
+    for row in csv.DictReader(io.StringIO(read_text(path))):
+        numbers = [_number(row.get(key)) for key in ("epoch", "block", "head", "relevance")]
+        if row.get("class") in (None, "") or any(n is None for n in numbers):
+            continue
+        now, block, head, value = (n for n in numbers if n is not None)
+        if now < epoch:
+            continue
+        if now > epoch:
+            epoch, table, kept, seen = int(now), {}, {}, {}
+        place, name = (int(block), int(head)), str(row["class"])
+        table.setdefault(place, {})[name] = value
+        kept[place] = str(row.get("kept")).strip().lower() in ("true", "1", "1.0")
+        updates = _number(row.get("updates"))
+        seen[name] = "–" if updates is None else f"{updates:,.0f}"
     return epoch, table, kept, seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -25,7 +26,6 @@ from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
-from prunex.recipes.classifier import ImageClassifier
 from prunex.recipes.timing import side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find
@@ -125,9 +125,10 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
     checkpoint = read_checkpoint(str(path))
     module_class = type(instantiate(LightningModule, config["model"]))
     ours: dict[str, Any] = {}
-    if issubclass(module_class, ImageClassifier):  # whatever a checkpoint says, no other weights are looked for
+    if module_class.__module__.startswith("prunex."):  # whatever a checkpoint says, no other weights are looked for
         named = (config["model"].get("init_args") or {}).get("architecture")
         ours = {"weights": None, "pretrained": False} | ({} if named is None else {"architecture": named})
+        ours = {k: v for k, v in ours.items() if k in inspect.signature(module_class).parameters}
     module = restore(module_class, checkpoint, str(path), **ours)
     return as_the_data_tell(prunex.slim(module, (told(checkpoint) or {}).get("path")), config["data"])
 

@@ -223,7 +223,9 @@ class Scoring:
         for m in self.models:
             for method in self.methods:
                 path = self.out / "values" / m.name / f"{method}.npz"
-                self.records[m.name, method] = Record(path, self._key(m, method), args.again)
+                self.records[m.name, method] = Record(
+                    path, self._key(m, method), args.again, len(self.scenes.images), m.grid
+                )
 
     def _look(self, m: Model) -> None:
         """Predictions and kept patches of all images."""
@@ -548,6 +550,9 @@ class Record:
     Attributes:
         path: The npz file.
         key: A hash of the model, images, method and options; a file of another is not used.
+        again: Whether to start anew whatever the file holds.
+        images: How many there are; a file of another number is not used. None: any.
+        grid: Patch grid, likewise.
         keys: For each metric a text of what else it depends on.
         arrays: Maps, the class explained, and values by metric.
         fine: Whether the method's own map is finer than a patch.
@@ -558,6 +563,8 @@ class Record:
     path: Path
     key: str
     again: bool = False
+    images: int | None = None
+    grid: tuple[int, int] | None = None
     keys: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     fine: bool = False
@@ -571,11 +578,26 @@ class Record:
         try:
             arrays = read_npz(self.path)
             told = json.loads(str(arrays.pop("about")))
-            if told["key"] == self.key:
-                self.keys, self.fine, self.cost = dict(told["keys"]), bool(told["fine"]), list(told["cost"])
-                self.seconds, self.arrays = dict(told["seconds"]), arrays
-        except (ValueError, KeyError, TypeError, RecursionError):  # a PrunexError is a ValueError
+            if told["key"] == self.key and self._fits(arrays):
+                self.cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
+                self.keys, self.fine = {k: str(v) for k, v in told["keys"].items() if k in arrays}, bool(told["fine"])
+                self.seconds, self.arrays = {k: float(v) for k, v in told["seconds"].items()}, arrays
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
             self.arrays = {}
+
+    def _fits(self, arrays: Mapping[str, Any]) -> bool:
+        """Whether arrays are of these images: a file may come from anywhere."""
+        maps, target = arrays["maps"], arrays["target"]
+        count = len(maps) if self.images is None else self.images
+        values = [v for k, v in arrays.items() if k not in ("maps", "target")]
+        return (
+            maps.dtype.kind == "f"
+            and maps.ndim == 3
+            and (self.grid is None or maps.shape[1:] == self.grid)
+            and target.dtype == np.int64
+            and target.shape == (count,) == maps.shape[:1]
+            and all(v.dtype.kind in "fbi" and v.ndim in (1, 2) and len(v) == count for v in values)
+        )
 
     @property
     def there(self) -> bool:

@@ -471,7 +471,8 @@ def _sketched(spec: Any, blocks: int, held: int) -> Any:
     """
     told = spec if isinstance(spec, Mapping) else {}
     whole = {k: v for k, v in told.items() if k != "widths"}
-    args = told.get("args") if isinstance(told.get("args"), Mapping) else {}
+    said = told.get("args")
+    args: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
     _check_blocks(args, blocks)
     try:
         with torch.device("meta"), _Still():

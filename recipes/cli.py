@@ -239,8 +239,8 @@ def run(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     command = arguments[0]
-    if any("\0" in argument for argument in arguments):
-        raise PrunexError("an argument holds a zero byte, which no name and no value has: leave it out")
+    for argument in arguments:
+        _check_argument(argument)
     if command == "--version":
         import prunex
 
@@ -252,6 +252,16 @@ def run(arguments: Sequence[str]) -> int:
         deny_imports()
         return COMMANDS[command][1](arguments[1:])
     raise unknown("command", command, [*LIGHTNING, *COMMANDS])
+
+
+def _check_argument(argument: str) -> None:
+    """Refuse what no operating system hands over, but whoever calls :func:`main` might."""
+    try:
+        fine = b"\0" not in os.fsencode(argument)
+    except UnicodeEncodeError:
+        fine = False
+    if not fine:
+        raise PrunexError(f"the argument {argument[:100]!r} is no text that a command line can hold: leave it out")
 
 
 def find_mistake(error: BaseException | None) -> PrunexError | None:

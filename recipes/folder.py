@@ -24,6 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+LONGEST_SIDE = 2**16
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 _LAYOUT = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image>"
 
@@ -269,6 +270,8 @@ def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
         with Image.open(path, formats=_formats()) as image:
+            if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
             return use(image)
     except Exception as error:  # Pillow's readers stumble over broken files in many ways
         reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__

@@ -24,7 +24,7 @@ from prunex.pictures.arrays import Picture, write_whole
 from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
 from prunex.recipes.folder import read_image
-from prunex.recipes.score_table import BASELINES, Score, best, by_metric, read_scores
+from prunex.recipes.score_table import BASELINES, LARGEST, Score, best, by_metric, read_scores
 from prunex.untrusted import is_there, read_npz, read_text
 
 IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
@@ -726,12 +726,12 @@ def _chart(title: str, lines: Mapping[str, tuple[list[float], list[float]]]) -> 
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a cell may hold."""
+    """A number that can be drawn, or None for whatever else a cell may hold."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < LARGEST else None
 
 
 def _short(value: Any) -> str:

@@ -238,6 +238,8 @@ class TokenTrace:
         tokens = self.grid[0] * self.grid[1]
         for number, s in enumerate(self.stages):
             shape, n_out = tuple(s.group.shape[:2]), s.n_out
+            if tokens == 0:
+                raise PrunexError(f"stage {number} comes after one that left no tokens: leave it out")
             if shape != (self.batch, tokens):
                 raise PrunexError(f"stage {number} maps [B, n_in] = {list(shape)}: give {[self.batch, tokens]}")
             if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < (1 if s.fused else 0):

@@ -263,8 +263,8 @@ def npz_bytes(rng: random.Random, path: Path, canary: Path) -> bytes:
             value = arrays[name]
             choices: list[Callable[[], Any]] = [
                 lambda v=value: v.astype(rng.choice([np.float16, np.int8, np.uint64, np.bool_, np.complex64, "U4"])),
-                lambda v=value: v[:1],
-                lambda v=value: v[..., :0],
+                lambda v=value: np.atleast_1d(v)[:1],
+                lambda v=value: np.atleast_1d(v)[..., :0],
                 lambda v=value: v[None],
                 lambda v=value: np.full(v.shape, rng.choice([np.nan, np.inf, -1e300])),
                 lambda v=value: np.full(v.shape, rng.choice([2**62, -5, 10**6])),
@@ -612,9 +612,9 @@ def commands(rng: random.Random, room: Room) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, Room], None], int]] = {  # with their shares of all cases
-    "slims": (slims, 5), "explainers": (explainers, 3), "weights": (weights, 3), "npz": (npz, 4),
-    "reports": (reports, 3), "images": (images, 6), "masks": (masks, 4), "traces": (traces, 4),
-    "checkpoints": (checkpoints, 4), "options": (options, 3), "commands": (commands, 2), "configs": (configs, 1),
+    "slims": (slims, 8), "explainers": (explainers, 4), "weights": (weights, 3), "npz": (npz, 4),
+    "reports": (reports, 2), "images": (images, 10), "masks": (masks, 6), "traces": (traces, 8),
+    "checkpoints": (checkpoints, 5), "options": (options, 2), "commands": (commands, 2), "configs": (configs, 1),
 }  # fmt: skip
 
 

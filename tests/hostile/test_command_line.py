@@ -9,6 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+import prunex
 from prunex import PrunexError
 from prunex.recipes import cli
 from prunex.recipes.explain_command import read_options
@@ -88,6 +89,11 @@ def test_run_folders_whose_config_is_none(room, text):
 def test_options_that_yaml_cannot_read(value):
     with pytest.raises(PrunexError, match="no YAML value"):
         read_options([f"rollout.start_layer={value}"])
+
+
+def test_a_number_that_torch_cannot_hold(room):
+    maps = [prunex.explain("integrated_gradients", room.model, room.images, baseline=b).maps for b in (10**20, 1e20)]
+    assert torch.equal(torch.nan_to_num(maps[0]), torch.nan_to_num(maps[1]))
 
 
 # --- checkpoints

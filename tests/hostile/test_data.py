@@ -131,6 +131,30 @@ def test_scores_that_are_damaged_are_computed_anew(room, content):
     assert not Record(path, "key").there
 
 
+FORGED = {
+    "as it is": (lambda a: a, True),
+    "of more images": (lambda a: a | {"maps": np.zeros((3, 4, 4), np.float32)}, False),
+    "of another grid": (lambda a: a | {"maps": np.zeros((2, 9, 4), np.float32)}, False),
+    "of text": (lambda a: a | {"deletion": np.array(["x", "y"])}, False),
+    "of one number": (lambda a: a | {"deletion": np.array(1.0)}, False),
+    "of no class": (lambda a: a | {"target": np.array([0.5, 1])}, False),
+    "of no maps": (lambda a: {k: v for k, v in a.items() if k != "maps"}, False),
+    "of odd conditions": (lambda a: a | {"about": np.array("[" * 99_999)}, False),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_scores_that_lie_are_computed_anew(room, what):
+    """Whoever writes a file can make its key right."""
+    change, taken = FORGED[what]
+    path = room.work / "rollout.npz"
+    record = Record(path, "key", images=2, grid=(4, 4))
+    record.maps(torch.zeros(2, 4, 4), torch.tensor([0, 1]), False, {})
+    record.add({"deletion": torch.zeros(2)}, {"deletion": ""})
+    np.savez(path, **change(read_npz(path)))
+    assert Record(path, "key", images=2, grid=(4, 4)).there is taken
+
+
 # --- traces
 
 GROUPS = st.lists(st.lists(st.integers(-3, 7), min_size=1, max_size=6), min_size=1, max_size=3)
@@ -171,6 +195,16 @@ def test_maps_that_lie_are_told_by_number(group, weight, n_out, says):
     stage = Stage(0, torch.tensor(group), torch.tensor(weight), n_out)
     with pytest.raises(PrunexError, match=f"stage 0.*{says}"):
         TokenTrace((1, 3), 1, 1, torch.device("cpu"), [stage]).check()
+
+
+def test_nothing_comes_after_a_stage_that_leaves_no_tokens():
+    none = Stage(0, torch.full((1, 3), -1), torch.zeros(1, 3), 0)
+    trace = TokenTrace((1, 3), 1, 1, torch.device("cpu"), [none])
+    assert not trace.check().kept().any()
+    assert trace.composition().shape == (1, 3, 0)
+    trace.stages.append(Stage(1, torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0), 0))
+    with pytest.raises(PrunexError, match="stage 1 comes after one that left no tokens"):
+        trace.check()
 
 
 @pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "tome", "hvt"])

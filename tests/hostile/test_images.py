@@ -81,6 +81,15 @@ def test_postscript_under_another_name_is_not_handed_to_ghostscript(tmp_path, mo
         read_image(path)
 
 
+def test_a_side_beyond_all_measure(tmp_path):
+    """Pillow's limit is on the product, and resizing takes memory by the side."""
+    Image.new("1", (2**16 + 1, 1)).save(tmp_path / "x.png")
+    Image.new("1", (2**16, 1)).save(tmp_path / "y.png")
+    with pytest.raises(PrunexError, match="65537 x 1 pixels, and no side may be over 65,536"):
+        read_image(tmp_path / "x.png")
+    assert read_image(tmp_path / "y.png").size == (2**16, 1)
+
+
 def test_what_is_called_like_an_image_but_is_no_file(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     (tmp_path / "folder.png").mkdir()

@@ -142,6 +142,12 @@ def test_numbers_beyond_all_measure(room):
     )
     (run / "metrics.csv").write_text("step,a\n1," + "9" * 400 + '\n2,"' + "x" * 200_000 + '"\n')
     assert "could not be read" in "".join(safe(run).words)
+    (run / "metrics.csv").write_text("step,a,b\n1,1.7e308,1\n2,-1.7e308,2\n")  # no axis has steps between these
+    (run / "score" / "scores.csv").write_text(
+        "model,method,metric,group,higher_is_better,mean,low,high,images\n"
+        "a,b,c,d,True,1.7e308,-1.7e308,nan,1e99\na,e,c,d,True,1,0,2,3\n"
+    )
+    safe(run)
 
 
 NPZ = {

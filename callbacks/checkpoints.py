@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ LAST = "last.ckpt"
 class SafeCheckpointIO(TorchCheckpointIO):
     """Checkpoints that run no code when they are read, and are never half-written: for ``Trainer(plugins=[...])``.
 
-    Files are read with ``weights_only=True``, whatever the Trainer asks for, and written beside their place and moved
-    there. Paths that are no local files (``s3://...``) are written as Lightning writes them.
+    Files are read with ``weights_only=True`` unless somebody asks for ``weights_only=False`` in so many words, and written
+    beside their place and moved there. Paths that are no local files (``s3://...``) are written as Lightning writes them.
 
     Raises:
         PrunexError: For a file that is missing, damaged or holds more than plain values, or cannot be written.
@@ -41,10 +42,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 f"cannot write {path}: {reason}; the checkpoint before it is whole: make room, then go on from there"
             ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read plain values and tensors, onto the CPU where no other place is named."""
+        if weights_only is False:
+            return dict(super().load_checkpoint(path, map_location, False))
         if "://" in str(path):
-            return dict(super().load_checkpoint(path, map_location))
+            raise PrunexError(
+                f"{path} is an address, and what is downloaded could run code: download it, give the file"
+            )
         return read_checkpoint(path, map_location)
 
 
@@ -55,7 +60,9 @@ def read_checkpoint(path: Any, map_location: Any = None) -> dict[str, Any]:
         PrunexError: For a file that is missing, damaged, no checkpoint, or holds more than plain values.
     """
     try:
-        found = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about files of older versions
+            found = torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise PrunexError(f"there is no checkpoint at {path}") from error
     except Exception as error:
@@ -88,24 +95,57 @@ def load_from_checkpoint(
         PrunexError: A file that is missing, no checkpoint, or holds no word of prunex.
     """
     checkpoint = read_checkpoint(path, map_location)
-    told = checkpoint.get(CHECKPOINT_KEY)
-    if not isinstance(told, dict) or not ("pruning" in told or "units" in told):
+    if told(checkpoint) is None:
         raise PrunexError(
             f"{path} was trained with neither TokenPruning nor MaskPruning: use "
             f"{module_class.__name__}.load_from_checkpoint"
         )
-    check_version(told)
+    return restore(module_class, checkpoint, path, **arguments)
+
+
+def told(checkpoint: Any) -> dict[str, Any] | None:
+    """What TokenPruning and MaskPruning wrote into a checkpoint; None where neither did."""
+    found = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    return found if isinstance(found, dict) and ("pruning" in found or "units" in found) else None
+
+
+def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **arguments: Any) -> LightningModule:
+    """The module of a checkpoint that was read, pruned where that was; only ``module_class`` is ever built.
+
+    Raises:
+        PrunexError: A checkpoint of a later version, or one that does not fit the class.
+    """
+    try:
+        return _restored(module_class, checkpoint, path, arguments)
+    except PrunexError:
+        raise
+    except Exception as error:  # a constructor's, attach's or load_state_dict's, about whatever the file says
+        reason = " ".join(str(error).split())[:300]
+        raise PrunexError(
+            f"{path} does not fit {module_class.__name__} ({type(error).__name__}: {reason}): give a checkpoint of it"
+        ) from error
+
+
+def _restored(
+    module_class: type[LightningModule], checkpoint: Any, path: str, arguments: dict[str, Any]
+) -> LightningModule:
+    found = told(checkpoint) or {}
+    if found:
+        check_version(found)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise PrunexError(f"{path} is no checkpoint of Lightning's: it has no state_dict")
     module = module_class(**_arguments(module_class, checkpoint, arguments))
     module.configure_model()
-    if told.get("units") and prunex.attached(module, told["path"], units=True) is None:
-        prunex.attach(module, path=told["path"], **told["units"])
+    if found.get("units") and prunex.attached(module, found["path"], units=True) is None:
+        prunex.attach(module, path=found["path"], **found["units"])
     pruning: Any = None
-    if told.get("pruning"):
-        pruning = prunex.attached(module, told["path"]) or prunex.attach(module, path=told["path"], **told["pruning"])
+    if found.get("pruning"):
+        where = found["path"]
+        pruning = prunex.attached(module, where) or prunex.attach(module, path=where, **found["pruning"])
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     if pruning is not None:
-        pruning.progress = told.get("progress", 1.0)
+        pruning.progress = found.get("progress", 1.0)
     return module.eval()
 
 
@@ -116,7 +156,8 @@ def _arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, 
     whole = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
     if whole in parameters and whole != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
         saved = {whole: saved}
-    chosen = {k: v for k, v in {**saved, **given}.items() if not k.startswith("_")}
+    # What starts with _ names classes to import and build: never what a file says.
+    chosen = {k: v for k, v in {**saved, **given}.items() if isinstance(k, str) and not k.startswith("_")}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return chosen
     return {k: v for k, v in chosen.items() if k in parameters or k in given}

@@ -18,6 +18,7 @@ from torch import Tensor
 from prunex.callbacks.participant import check_strategy
 from prunex.errors import PrunexError
 from prunex.pictures import from_tensor, save_npz, save_png
+from prunex.untrusted import read_npz
 from prunex.vit.anatomy import find
 from prunex.vit.trace import TokenTrace
 
@@ -219,8 +220,7 @@ def merge_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Add arrays to an npz file, replacing it whole."""
     found: dict[str, np.ndarray] = {}
     if path.is_file():
-        with np.load(path, allow_pickle=False) as old:
-            found = {k: old[k] for k in old.files}
+        found = dict(read_npz(path))
     save_npz(path, found | arrays)
 
 

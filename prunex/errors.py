@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 3000  # letters of a message: what came may be megabytes
+
 
 class PrunexError(ValueError):
     """Something the user passed cannot be used.
@@ -18,7 +20,8 @@ class PrunexError(ValueError):
     def __init__(self, message: str) -> None:
         # A data loader's worker hands its error over with the whole traceback as text: only the last message counts.
         text = str(message).rsplit("PrunexError: ", 1)[-1]
-        super().__init__(" ".join(text.split()))
+        line = " ".join(text.split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
 
 
 class OutOfReach(PrunexError):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.files import write_whole
+from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors
 from prunex.vit.anatomy import Anatomy
 
 VERSION = 1
@@ -68,17 +68,17 @@ def read_folder(path: str | Path, kind: str, needs: str) -> tuple[dict[str, Any]
     Raises:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.
     """
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:  # of a user that is not known
+        raise PrunexError(f"explainer={str(path)!r} is no path ({error}): give the explainer's folder") from error
     folder = folder.parent if folder.name == WEIGHTS else folder
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+        if not is_there(folder / name, Path.is_file):
             raise PrunexError(
                 f"explainer={str(path)!r} has no {name}: give a folder that the recipe wrote, or {how(kind)}"
             )
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (ValueError, OSError) as error:
-        raise PrunexError(f"{folder / CONFIG} is damaged: {error}") from error
+    config = read_json(folder / CONFIG)
     ours = config.get("prunex") if isinstance(config, Mapping) else None
     if not isinstance(ours, Mapping) or ours.get("kind") != kind or needs not in ours:
         raise PrunexError(f"{folder / CONFIG} is not of a {kind} explainer: {how(kind)}")
@@ -86,11 +86,7 @@ def read_folder(path: str | Path, kind: str, needs: str) -> tuple[dict[str, Any]
         raise PrunexError(
             f"{folder / CONFIG} is of format {ours.get('version')!r}, this prunex reads {VERSION}: upgrade prunex-vit"
         )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PrunexError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    return dict(ours), tensors, folder
+    return dict(ours), read_tensors(folder / WEIGHTS), folder
 
 
 def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
@@ -101,8 +97,12 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
     """
     own = module.state_dict()
     odd = sorted(set(own) ^ set(tensors)) + [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
+    odd += odd_dtypes(own, tensors)
     if odd:
         raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
+    floats = sorted({str(v.dtype) for v in tensors.values() if v.is_floating_point()})
+    if len(floats) > 1:
+        raise PrunexError(f"{folder / WEIGHTS} holds {' and '.join(floats)}: an explainer has one type; save it again")
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -16,19 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from prunex.attach import CHILD, UNITS
 from prunex.errors import PrunexError
+from prunex.pictures.arrays import write_whole
+from prunex.untrusted import is_there, read_tensors
 
 log = logging.getLogger(__name__)
 
 SHIPPED = files("prunex.recipes") / "weights"
+# Arguments of timm.create_model that read files, download or place: none of a model's own.
+_NOT_THE_MODELS = (
+    "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit",
+    "device", "dtype",
+)  # fmt: skip
+_ROOM, _TIMES, _DEEP, _PIXELS = 2**30, 64, 1000, 2**26  # bytes of a model beside its weights', blocks, pixels
 
 
 def create_model(
@@ -51,6 +60,9 @@ def create_model(
     >>> create_model("vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 2}).num_classes
     10
     """
+    foreign = [name for name in model_args or {} if name in _NOT_THE_MODELS]
+    if foreign:
+        raise PrunexError(f"model_args={foreign[0]} is not allowed: give arguments of the model; weights= takes a file")
     if ":" not in architecture and not timm.is_model(architecture.split(".")[0]):
         near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
         raise PrunexError(
@@ -60,7 +72,7 @@ def create_model(
     try:
         return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **dict(model_args or {}))
     except Exception as error:  # timm passes on whatever its constructors and the download raise
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         if pretrained:
             raise PrunexError(
                 f"pretrained=True for {architecture!r} failed ({reason}): timm's weights could not be downloaded or do "
@@ -94,8 +106,8 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     """
     with _located(weights) as path:
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            return read_tensors(path)
+        except PrunexError as error:
             raise PrunexError(
                 f"weights={weights!r} is not a readable safetensors file ({error}): save it again"
             ) from error
@@ -105,7 +117,7 @@ def read_weights(weights: str) -> dict[str, Tensor]:
 def _located(weights: str) -> Iterator[Path]:
     """The file of that path, or the shipped one of that name."""
     path = Path(weights).expanduser()
-    if path.is_file():
+    if is_there(path, Path.is_file):
         yield path
     elif weights in shipped_weights():
         with as_file(SHIPPED / f"{weights}.safetensors") as shipped:
@@ -137,12 +149,13 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     if not any(name in own for name in state) and any(name.removeprefix("model.") in own for name in state):
         state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     position = state.get("pos_embed")
-    if position is not None and "pos_embed" in own and position.shape[1] != own["pos_embed"].shape[1]:
+    same_kind = position is not None and "pos_embed" in own and position.ndim == own["pos_embed"].ndim == 3
+    if position is not None and same_kind and position.shape[1] != own["pos_embed"].shape[1]:
         embed: nn.Module = model.patch_embed  # type: ignore[assignment]
         prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
         try:
             resampled = resample_abs_pos_embed(position, embed.grid_size, num_prefix_tokens=prefix)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, ZeroDivisionError, AssertionError) as error:
             raise PrunexError(
                 f"weights={weights!r}: position embeddings {list(position.shape)} cannot be resampled to the grid "
                 f"{embed.grid_size} with {prefix} prefix tokens: give weights of this architecture"
@@ -199,9 +212,11 @@ def model_from_weights(architecture: str, weights: str, image_size: int | None =
     """
     state, args = read_weights(weights), _model_args(architecture, weights)
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    classes = len(state["head.weight"]) if "head.weight" in state else 0
+    head = state.get("head.weight")
+    classes = 0 if head is None or head.ndim == 0 else len(head)
     if image_size is not None:
         args["img_size"] = image_size
+    _check_size(architecture, classes, args, state)
     model = create_model(architecture, classes, args)
     side = None if "img_size" in args else _side(model, state.get("pos_embed"))
     if side is not None:
@@ -214,7 +229,40 @@ def _model_args(architecture: str, weights: str) -> dict[str, Any]:
     """Constructor arguments that the file's metadata tell for this architecture."""
     with _located(weights) as path, safe_open(path, "pt") as file:
         told = file.metadata() or {}
-    return dict(json.loads(told.get("model_args", "{}"))) if told.get("architecture") == architecture else {}
+    if told.get("architecture") != architecture:
+        return {}
+    try:
+        return dict(json.loads(told.get("model_args", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PrunexError(f"weights={weights!r}: its metadata are damaged ({error}); save it again") from error
+
+
+def _check_size(architecture: str, classes: int, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Refuse a model that a file's metadata describe and that is far larger than its tensors, before it is built."""
+    if not args:
+        return
+    held = sum(t.numel() * t.element_size() for t in state.values())
+    numbers = [n for name in ("depth", "depths") for n in _flat(args.get(name))]
+    if any(not isinstance(n, int) or n > max(_DEEP, len(state)) for n in numbers):
+        raise PrunexError(f"model_args={str(args)[:120]} describe more blocks than the file has tensors")
+    try:
+        with torch.device("meta"):
+            twin = create_model(architecture, classes, args)
+    except PrunexError as error:
+        if "meta tensor" in str(error):  # older versions of timm read values while they build
+            return
+        raise
+    embed: Any = getattr(twin, "patch_embed", None)
+    height, width = getattr(embed, "img_size", None) or (0, 0)
+    if height * width > _PIXELS:
+        raise PrunexError(f"model_args={str(args)[:120]} describe images of {height} x {width} pixels")
+    size = sum(t.numel() * t.element_size() for t in (*twin.parameters(), *twin.buffers()))
+    if size > _ROOM + _TIMES * held:
+        raise PrunexError(f"model_args={str(args)[:120]} describe {size:,} bytes, the file holds {held:,}")
+
+
+def _flat(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _side(model: nn.Module, position: Tensor | None) -> int | None:
@@ -272,8 +320,7 @@ class SaveWeights(Callback):
                 if name.startswith("val_")
             },
         }
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(self.path).write_bytes(save(state, metadata=metadata))  # with the user's file mode, unlike save_file
+        write_whole(Path(self.path), save(state, metadata=metadata))  # with the user's file mode, unlike save_file
         log.info(
             "Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_"))
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from lightning.pytorch import LightningModule
 from safetensors.torch import save as tensors_as_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -255,7 +256,7 @@ def _dense_shape(config: dict[str, Any], notes: list[str]) -> tuple[nn.Module, b
     for name, nothing in (("weights", None), ("pretrained", False)):  # a benchmark downloads nothing
         if name in options:
             options[name] = nothing
-    dense = _detached(find(instantiate(nn.Module, spec), kinds=Backbone)[1])
+    dense = _detached(find(instantiate(LightningModule, spec), kinds=Backbone)[1])
     unknown = "the dense weights are gone with the units that were taken out, and"
     if not isinstance(start, str):
         notes.append(f"{unknown} the config names no file of those it started from: dense accuracy is unknown")

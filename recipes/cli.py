@@ -1,19 +1,28 @@
 """The ``prunex`` command: Lightning's own subcommands, and room for others beside them."""
 
 import errno
+import inspect
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import set_parsing_settings
+
+from prunex.callbacks.checkpoints import read_checkpoint
 from prunex.errors import PrunexError, unknown
 from prunex.recipes.commands import COMMANDS
 from prunex.recipes.runs import instantiate
+from prunex.untrusted import is_there
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEFAULT_CONFIG = "digits/dynamicvit.yaml"
+DEBUG = "PRUNEX_DEBUG"
 
 
 def packaged_configs() -> dict[str, Traversable]:
@@ -44,7 +53,7 @@ def find_config(name: str) -> str:
     Raises:
         PrunexError: If there is neither.
     """
-    if Path(name).is_file():
+    if is_there(Path(name), Path.is_file):
         return name
     known = packaged_configs()
     short = Path(name).as_posix().removeprefix("./").removeprefix("configs/")
@@ -74,29 +83,42 @@ def resolve_configs(arguments: Sequence[str], default: str | None = None) -> lis
 
 def run_lightning(arguments: Sequence[str]) -> int:
     """``fit``, ``validate``, ``test`` or ``predict`` with a config, see ``prunex fit --help``."""
-    from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
     from prunex.callbacks import ExactResume
-    from prunex.callbacks.checkpoints import read_checkpoint
     from prunex.recipes.resuming import SaveConfig, go_on
 
     subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
 
     class CLI(LightningCLI):
-        """LightningCLI that finds the last run, and in which a model without a number of classes gets the data's."""
+        """LightningCLI that finds the last run, trusts its configs but no checkpoint, and tells mistakes in one line.
+
+        A model without a number of classes gets the data's.
+        """
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            with mistakes():
+                super().parse_arguments(parser, args)
+            config = self.config[self.config.subcommand]
+            if config.get("ckpt_path") and config.get("weights_only") is None:
+                check_checkpoint(str(config.ckpt_path))
+                if "weights_only" in config:  # Lightning's own, from 2.6 on
+                    config["weights_only"] = True
 
         def _parse_ckpt_path(self) -> None:
-            """Lightning's, which puts a checkpoint's options in place of the config's, for all but training.
-
-            A training that goes on is asked for with the options that it had, or refused: it would quietly get others,
-            and a teacher without its pretrained weights.
-            """
-            path = self.config[subcommand].get("ckpt_path")
-            if subcommand != "fit" and path and Path(path).is_file():
-                read_checkpoint(path)  # says in one line what is wrong with it
-                super()._parse_ckpt_path()
+            # A training that goes on is asked for with the options that it had, or refused: it would quietly get others,
+            # and a teacher without its pretrained weights. And Lightning's would build whatever class a file names.
+            if subcommand == "fit":
+                return
+            config = self.config[self.config.subcommand]
+            model, path = config.get("model"), config.get("ckpt_path")
+            trusted = config.get("weights_only") is False
+            saved = {} if model is None or not path or trusted else plain_hyperparameters(str(path))
+            if saved:
+                told = {"model": {"class_path": model.class_path, "dict_kwargs": saved}}
+                with mistakes():
+                    self.config = self.parser.parse_object({self.config.subcommand: told}, self.config)
 
         def before_instantiate_classes(self) -> None:
             if self.config[subcommand].get("ckpt_path") == "last":
@@ -105,14 +127,16 @@ def run_lightning(arguments: Sequence[str]) -> int:
         def instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config
             arguments = config.model.get("init_args") or {}
-            if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
-                data = instantiate(LightningDataModule, config.data.as_dict())
-                arguments["num_classes"] = getattr(data, "num_classes", None)
-            super().instantiate_classes()
+            with mistakes():
+                if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
+                    data = instantiate(LightningDataModule, config.data.as_dict())
+                    arguments["num_classes"] = getattr(data, "num_classes", None)
+                super().instantiate_classes()
 
     import prunex.callbacks
     import prunex.recipes  # noqa: F401  (imported so that configs may use short class names)
 
+    deny_imports()
     # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
@@ -134,6 +158,63 @@ def run_lightning(arguments: Sequence[str]) -> int:
         args=[subcommand, *rest],
     )
     return 0
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Whatever parsing a config and building its parts raise, as one line: it is what the config says."""
+    try:
+        yield
+    except Exception as error:
+        mistake = find_mistake(error) or parse_mistake(error)
+        raise mistake or PrunexError(
+            f"the config cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:300]}): "
+            f"correct it, or set {DEBUG}=1 to see where"
+        ) from error
+
+
+def deny_imports() -> None:
+    """Have jsonargparse refuse configs that name parts of Python which run commands or touch files, where it can."""
+    if "import_path_denylist" in inspect.signature(set_parsing_settings).parameters:
+        set_parsing_settings(import_path_denylist=[])  # its own list, which otherwise only warns
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse what Lightning would unpickle: with ``--weights_only false`` it does so all the same.
+
+    Raises:
+        PrunexError: For an address, or a file that is no checkpoint of plain values.
+    """
+    if "://" in path:
+        raise PrunexError(
+            f"--ckpt_path {path} is an address, and what is downloaded could run code: download it, and give the file"
+        )
+    if is_there(Path(path), Path.is_file):
+        read_checkpoint(path)
+
+
+def plain_hyperparameters(path: str) -> dict[str, Any]:
+    """A checkpoint's hyperparameters but those that name classes.
+
+    Raises:
+        PrunexError: For a file that is no checkpoint, or a value that names a class further down.
+    """
+    if not is_there(Path(path), Path.is_file):
+        return {}
+    checkpoint = read_checkpoint(path)
+    saved = (checkpoint.get("hyper_parameters") or {}) if isinstance(checkpoint, dict) else None
+    if not isinstance(saved, dict):
+        raise PrunexError(f"{path} is no checkpoint of Lightning's: it has no dict of hyper_parameters")
+    plain = {k: v for k, v in saved.items() if isinstance(k, str) and not k.startswith("_")}
+    if _names_a_class(plain):
+        raise PrunexError(f"{path} names classes to build in its hyper_parameters: give them in the config instead")
+    return plain
+
+
+def _names_a_class(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "class_path" in value or any(_names_a_class(v) for v in value.values())
+    return isinstance(value, list | tuple) and any(_names_a_class(v) for v in value)
 
 
 def usage() -> str:
@@ -172,6 +253,8 @@ def run(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     command = arguments[0]
+    for argument in arguments:
+        _check_argument(argument)
     if command == "--version":
         import prunex
 
@@ -180,8 +263,19 @@ def run(arguments: Sequence[str]) -> int:
     if command in LIGHTNING:
         return run_lightning(arguments)
     if command in COMMANDS:
+        deny_imports()
         return COMMANDS[command][1](arguments[1:])
     raise unknown("command", command, [*LIGHTNING, *COMMANDS])
+
+
+def _check_argument(argument: str) -> None:
+    """Refuse what no operating system hands over, but whoever calls :func:`main` might."""
+    try:
+        fine = b"\0" not in os.fsencode(argument)
+    except UnicodeEncodeError:
+        fine = False
+    if not fine:
+        raise PrunexError(f"the argument {argument[:100]!r} is no text that a command line can hold: leave it out")
 
 
 def find_mistake(error: BaseException | None) -> PrunexError | None:
@@ -202,29 +296,27 @@ def parse_mistake(error: BaseException) -> PrunexError | None:
     return PrunexError("; ".join([*told[:4], *given])[:400] + "; see prunex fit --help")
 
 
-def disk_mistake(error: BaseException) -> PrunexError | None:
-    """A disk that is full or may not be written to, as one line; None for any other error."""
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-    ):
-        return PrunexError(
-            f"cannot write {error.filename or 'a file'}: {error.strerror}; make room or choose another folder, then go "
-            "on with the same command and --ckpt_path last"
-        )
-    return None
+def file_mistake(error: BaseException) -> PrunexError | None:
+    """What the file system refused, naming the file; None for any other error."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return None
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    if error.filename is None and not full:
+        return None
+    advice = "; make room or choose another folder, then go on with the same command and --ckpt_path last"
+    return PrunexError(f"{str(error.filename or 'a file')[:200]}: {error.strerror}{advice if full else ''}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
+    """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback.
+
+    So do a file system's refusals. With the environment variable ``PRUNEX_DEBUG`` they have their tracebacks.
+    """
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception as error:
-        mistake = find_mistake(error) or parse_mistake(error) or disk_mistake(error)
-        if mistake is None:
+        mistake = find_mistake(error) or parse_mistake(error) or file_mistake(error)
+        if mistake is None or os.environ.get(DEBUG):
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)
         code = 2

@@ -32,6 +32,7 @@ from prunex.recipes.arguments import Parser
 from prunex.recipes.folder import read_image
 from prunex.recipes.runs import open_model_or_name
 from prunex.registry import lookup
+from prunex.untrusted import is_there, readable
 from prunex.vit.anatomy import find, read
 
 MANY = 1000  # forwards an image from which a method's cost is announced
@@ -45,7 +46,7 @@ def explain(arguments: Sequence[str]) -> int:
     files = image_files(root, besides=out)
     vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
     try:
-        vit.to(torch.device(args.device))
+        vit.to(torch.device(args.device)).float()  # images are float32; weights may be of several types
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
         raise PrunexError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     _check_target(vit, args.target)
@@ -249,7 +250,7 @@ class _Output:
                 [name for name, each in found.items() if each.signed],
                 kept["kept"][one] if kept else None,
                 heading=[
-                    self.files[self.done + place],
+                    readable(self.files[self.done + place]),
                     _told(int(predicted[place]), int(target[place]), shares[place], self.class_names),
                 ],
             )
@@ -292,15 +293,17 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         method, dot, name = key.strip().partition(".")
         if not equals or not dot or not name:
             raise PrunexError(
-                f"--option {text!r} is not allowed: give METHOD.NAME=VALUE, as in rollout.head_fusion=max"
+                f"--option {text[:100]!r} is not allowed: give METHOD.NAME=VALUE, as in rollout.head_fusion=max"
             )
         known = lookup("explainer", method).options
         if name not in known:
             raise unknown(f"option of {method}", name, known)
         try:
             read_as = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise PrunexError(f"--option {text!r}: {value!r} is no YAML value; put text into quotes") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2001-99-99 is a ValueError
+            raise PrunexError(
+                f"--option {text[:100]!r}: {value[:100]!r} is no YAML value; put text into quotes"
+            ) from error
         if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
             read_as = float(read_as)  # YAML 1.1 reads 1e-3, without a dot, as text
         options.setdefault(method, {})[name] = read_as
@@ -317,9 +320,10 @@ def image_files(path: Path, besides: Path | None = None) -> list[Path]:
     Raises:
         PrunexError: When there are none.
     """
-    if path.is_file():
+    if is_there(path, Path.is_file):
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if path.is_dir() else []
+    inside = path.rglob("*") if is_there(path, Path.is_dir) else ()
+    files = sorted(p for p in inside if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
     if besides is not None and besides.resolve() != path.resolve():
         files = [p for p in files if not p.resolve().is_relative_to(besides.resolve())]
     if not files:

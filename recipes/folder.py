@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, tv_tensors
@@ -16,12 +17,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from prunex.errors import PrunexError
+from prunex.untrusted import readable
 
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What Pillow raises for a file that is no image, is cut short, is too large, or has pixels it cannot turn into RGB.
-_UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
+# What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+LONGEST_SIDE = 2**16
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 _LAYOUT = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image>"
 
@@ -120,7 +123,7 @@ class ImageFolder(LightningDataModule):
     def class_names(self) -> list[str]:
         """The classes in the order of their labels; known before `setup`."""
         if self._class_names is None:
-            self._class_names = _classes(self.root)
+            self._class_names = [readable(name) for name in _classes(self.root)]
         return self._class_names
 
     @property
@@ -130,7 +133,7 @@ class ImageFolder(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the folders and check every file; see the class for what is refused."""
-        self._class_names = _classes(self.root)
+        self._class_names = [readable(name) for name in _classes(self.root)]
         wanted = SPLITS if stage in (None, "fit") else SPLITS[1:]
         for split in wanted:
             if split in self._splits:  # Lightning calls setup again for every fit, validate, test and predict.
@@ -264,11 +267,22 @@ def read_image(path: Path) -> Image.Image:
 def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        with Image.open(path, formats=_formats()) as image:
+            if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
             return use(image)
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).replace(str(path), "the file").split())
+    except Exception as error:  # Pillow's readers stumble over broken files in many ways
+        reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
         raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def object_pixels(image: Image.Image) -> Tensor:

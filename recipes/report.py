@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -25,7 +24,9 @@ from prunex.pictures import bars_svg, curves_svg, dim_dropped, outline, overlay,
 from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
-from prunex.recipes.score_table import BASELINES, Score, best, by_metric, read_scores
+from prunex.recipes.folder import read_image
+from prunex.recipes.score_table import BASELINES, LARGEST, Score, best, by_metric, read_scores
+from prunex.untrusted import is_there, read_npz, read_text
 
 IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
 SCORED = 40  # explainers in a chart of scores
@@ -124,7 +125,7 @@ def write_report(run: str | Path) -> Path:
         write_report("runs/version_0")
     """
     folder = Path(run).expanduser()
-    if not folder.is_dir():
+    if not is_there(folder, Path.is_dir):
         raise PrunexError(f"run='{run}' is not a folder: give the folder that a training run wrote")
     if not any((folder / name).is_file() for name in ("metrics.csv", "config.yaml")):
         raise PrunexError(
@@ -168,7 +169,8 @@ def write_report(run: str | Path) -> Path:
         config=config,
         config_note=config_note,
     )
-    return write_whole(folder / "report.html", page.encode())
+    # Names of files and classes may hold halves of characters, which no page can.
+    return write_whole(folder / "report.html", page.encode(errors="replace"))
 
 
 def _template() -> Any:
@@ -185,9 +187,14 @@ def _text(path: Path, missing: str) -> tuple[str, str]:
     if not path.is_file():
         return "", missing
     try:
-        return path.read_text(encoding="utf-8"), ""
-    except (OSError, UnicodeDecodeError) as error:
-        return "", f"{path.name} could not be read ({error}) and is left out."
+        return read_text(path), ""
+    except PrunexError as error:
+        return "", f"{path.name} could not be read ({_reason(error)}) and is left out."
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be read, without its path: the page says its name."""
+    return str(error).split(" is damaged: ", 1)[-1]
 
 
 def _json(path: Path, missing: str) -> tuple[dict[str, Any], str]:
@@ -196,7 +203,7 @@ def _json(path: Path, missing: str) -> tuple[dict[str, Any], str]:
         return {}, note
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"{path.name} could not be read ({error}) and is left out."
     return (content, "") if isinstance(content, dict) else ({}, f"{path.name} is not a JSON object and is left out.")
 
@@ -205,7 +212,11 @@ def _metrics(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], st
     """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged."""
     text, note = _text(path, _NO_METRICS)
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for number, row in enumerate(csv.DictReader(io.StringIO(text))):
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        return {}, f"{path.name} could not be read ({error}) and is left out."
+    for number, row in enumerate(rows):
         step = _number(row.get("step"))
         for name, cell in row.items():
             value = _number(cell)
@@ -225,11 +236,10 @@ def _maps(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
     }
     for epoch in sorted(paths, reverse=True):
         try:
-            with np.load(paths[epoch], allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
+            arrays = read_npz(paths[epoch])
             _check(arrays)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            notes.append(f"maps/{paths[epoch].name} could not be read ({error}) and is left out.")
+        except (ValueError, KeyError) as error:  # a PrunexError is a ValueError
+            notes.append(f"maps/{paths[epoch].name} could not be read ({_reason(error)}) and is left out.")
             continue
         if found and not np.array_equal(arrays["images"], next(iter(found.values()))["images"]):
             notes.append(f"maps/{paths[epoch].name} shows other images than the last epoch and is left out.")
@@ -246,11 +256,16 @@ def _check(arrays: Arrays) -> None:
     count = len(images)
     for key, values in arrays.items():
         grid, one = key.startswith("relevance/"), key in ("labels", "predicted") or key.startswith("target/")
+        plain = "iu" if one else "biu" if key in ("masks", "kept") else "iu" if key == "groups" else "biuf"
+        if values.dtype.kind not in plain:
+            raise ValueError(f"{key} is {values.dtype}")
         wrong = (
             (one and values.shape != (count,))
             or (grid and (values.ndim != 3 or len(values) != count))
             or (key in ("kept", "groups") and (values.ndim != 4 or values.shape[1] != count or not len(values)))
             or (key == "masks" and values.shape != images.shape[:3])
+            or (grid or key in ("kept", "groups", "share"))
+            and 0 in values.shape
         )
         if wrong:
             raise ValueError(f"{key} of shape {values.shape} does not fit {count} images")
@@ -410,12 +425,11 @@ def _units(folder: Path, names: Sequence[str] | None) -> Units | None:
         epoch = re.search(r"epoch=(\d+)", path.name)
         words = f"epoch {int(epoch[1])}, {words}" if epoch else words
         try:
-            with Image.open(path) as image:
-                picture = np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            units.notes.append(f"maps/{path.name} could not be read ({type(error).__name__}) and is left out.")
+            source = _data_uri(np.asarray(read_image(path)), _CHART_BYTES)
+        except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
+            units.notes.append(f"maps/{path.name} could not be read ({error}) and is left out.")
             continue
-        units.pictures.append((heading, words, Tile(_data_uri(picture, _CHART_BYTES), f"{heading}, {words}")))
+        units.pictures.append((heading, words, Tile(source, f"{heading}, {words}")))
     _rank(folder / "units.csv", names, units)
     return units if units.pictures or units.classes or units.notes else None
 
@@ -436,16 +450,16 @@ def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
         return
     try:
         units.epoch, table, kept, seen = _relevance(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        units.notes.append(f"units.csv could not be read ({error}) and is left out.")
+    except (PrunexError, csv.Error) as error:
+        units.notes.append(f"units.csv could not be read ({_reason(error)}) and is left out.")
         return
     if not table:
         units.notes.append("units.csv holds no relevance, so no head is named.")
         return
     means = {head: float(np.mean(list(row.values()))) for head, row in table.items()}
     excess = {head: {c: v - means[head] for c, v in row.items()} for head, row in table.items() if kept[head]}
-    classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not c.isdigit(), c.zfill(12)))
-    named = {c: class_name(int(c), names) if c.isdigit() else c for c in classes}
+    classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not _is_number(c), c.zfill(12)))
+    named = {c: class_name(int(c), names) if _is_number(c) else c for c in classes}
     top_heads = {
         c: sorted(((v[c], h) for h, v in excess.items() if c in v), key=lambda found: -found[0])[:RANKED]
         for c in classes
@@ -467,22 +481,26 @@ def _relevance(
 ) -> tuple[int, dict[tuple[int, int], dict[str, float]], dict[tuple[int, int], bool], dict[str, str]]:
     """The last epoch of units.csv: relevance by head and class, which heads are kept, images seen of each class."""
     epoch, table, kept, seen = -1, {}, {}, {}  # type: ignore[var-annotated]
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            numbers = [_number(row.get(key)) for key in ("epoch", "block", "head", "relevance")]
-            if row.get("class") in (None, "") or any(n is None for n in numbers):
-                continue
-            now, block, head, value = (n for n in numbers if n is not None)
-            if now < epoch:
-                continue
-            if now > epoch:
-                epoch, table, kept, seen = int(now), {}, {}, {}
-            place, name = (int(block), int(head)), str(row["class"])
-            table.setdefault(place, {})[name] = value
-            kept[place] = str(row.get("kept")).strip().lower() in ("true", "1", "1.0")
-            updates = _number(row.get("updates"))
-            seen[name] = "–" if updates is None else f"{updates:,.0f}"
+    for row in csv.DictReader(io.StringIO(read_text(path))):
+        numbers = [_number(row.get(key)) for key in ("epoch", "block", "head", "relevance")]
+        if row.get("class") in (None, "") or any(n is None for n in numbers):
+            continue
+        now, block, head, value = (n for n in numbers if n is not None)
+        if now < epoch:
+            continue
+        if now > epoch:
+            epoch, table, kept, seen = int(now), {}, {}, {}
+        place, name = (int(block), int(head)), str(row["class"])
+        table.setdefault(place, {})[name] = value
+        kept[place] = str(row.get("kept")).strip().lower() in ("true", "1", "1.0")
+        updates = _number(row.get("updates"))
+        seen[name] = "–" if updates is None else f"{updates:,.0f}"
     return epoch, table, kept, seen
+
+
+def _is_number(name: str) -> bool:
+    """Whether a class is told by its number: isdigit() alone knows digits that int() does not."""
+    return name.isdecimal() and len(name) < 12
 
 
 def _strongest(values: Mapping[Any, float]) -> set[Any]:
@@ -709,12 +727,12 @@ def _chart(title: str, lines: Mapping[str, tuple[list[float], list[float]]]) -> 
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a cell may hold."""
+    """A number that can be drawn, or None for whatever else a cell may hold."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < LARGEST else None
 
 
 def _short(value: Any) -> str:

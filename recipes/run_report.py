@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from prunex.callbacks.monitor import run_folder
 from prunex.errors import PrunexError
 from prunex.recipes.report import write_report
 from prunex.recipes.runs import SUMMARY, compare, table, token_pruning, write_summary
+from prunex.untrusted import read_json
 from prunex.vit.anatomy import find
 from prunex.vit.units import Backbone
 
@@ -105,8 +105,8 @@ def _trained_row(run: Path) -> dict:
     """The trained model's row of another run."""
     path = run / SUMMARY
     try:
-        rows = json.loads(path.read_text())["rows"]
-    except (OSError, ValueError, KeyError) as error:
+        rows = [r for r in read_json(path)["rows"] if isinstance(r["model"], str)]
+    except (ValueError, KeyError, TypeError) as error:  # a PrunexError is a ValueError
         raise PrunexError(f"beside={str(run)!r}: no whole {SUMMARY} there; give a run folder that finished") from error
     trained = [r for r in rows if r["model"] != "dense" and not r["model"].endswith(", untrained")]
     if not trained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -19,15 +20,14 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.attach import CHILD
-from prunex.callbacks import load_from_checkpoint
-from prunex.callbacks.checkpoints import read_checkpoint
+from prunex.callbacks.checkpoints import read_checkpoint, restore, told
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.monitor import parts_of
-from prunex.callbacks.participant import CHECKPOINT_KEY
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
 from prunex.recipes.timing import side_by_side
+from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find
 from prunex.vit.units import Backbone
 
@@ -42,15 +42,16 @@ def read_run(run: str | Path) -> dict[str, Any]:
     """
     folder = Path(run)
     path = folder / "config.yaml"
-    if not folder.is_dir():
+    if not is_there(folder, Path.is_dir):
         raise PrunexError(f"{run} is no folder: give a run folder, such as runs/digits-dynamicvit/version_0")
     if not path.is_file():
         raise PrunexError(f"{run} has no config.yaml: give a run folder that prunex fit wrote")
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        config = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that YAML reads and Python cannot
         raise PrunexError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or "model" not in config or "data" not in config:
+    parts = [config.get(key) for key in ("model", "data")] if isinstance(config, dict) else []
+    if not parts or not all(isinstance(part, dict) and isinstance(part.get("class_path"), str) for part in parts):
         raise PrunexError(f"{path} has no model and data: give a run folder that prunex fit wrote")
     return config
 
@@ -68,10 +69,10 @@ def open_model(where: str | Path) -> nn.Module:
         PrunexError: When there is nothing to open.
     """
     path = Path(where)
-    if path.is_file():
+    if is_there(path, Path.is_file):
         run = path.parent.parent
         return _from_checkpoint(read_run(run), path)
-    if (path / "config.json").is_file():
+    if is_there(path / "config.json", Path.is_file):
         return prunex.load(path)
     if (path / "slim" / "config.json").is_file():
         return prunex.load(path / "slim")
@@ -99,7 +100,7 @@ def open_model_or_name(
     Raises:
         PrunexError: When there is nothing to open, weights do not fit, or a timm model is named without weights.
     """
-    if Path(where).exists():
+    if is_there(Path(where)):
         given = {"--weights": weights, "--img-size": image_size, "--pretrained": pretrained or None}
         for name, value in given.items():
             if value is not None:
@@ -121,13 +122,15 @@ def open_model_or_name(
 
 
 def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
+    checkpoint = read_checkpoint(str(path))
     module_class = type(instantiate(LightningModule, config["model"]))
-    told = read_checkpoint(path).get(CHECKPOINT_KEY)
-    if told is not None:
-        model = prunex.slim(load_from_checkpoint(module_class, str(path)), told["path"])
-    else:
-        model = prunex.slim(module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True))
-    return as_the_data_tell(model, config["data"])
+    ours: dict[str, Any] = {}
+    if module_class.__module__.startswith("prunex."):  # whatever a checkpoint says, no other weights are looked for
+        named = (config["model"].get("init_args") or {}).get("architecture")
+        ours = {"weights": None, "pretrained": False} | ({} if named is None else {"architecture": named})
+        ours = {k: v for k, v in ours.items() if k in inspect.signature(module_class).parameters}
+    module = restore(module_class, checkpoint, str(path), **ours)
+    return as_the_data_tell(prunex.slim(module, (told(checkpoint) or {}).get("path")), config["data"])
 
 
 def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
@@ -156,9 +159,12 @@ def instantiate(base: type, spec: dict[str, Any]) -> Any:
     except PrunexError:
         raise
     except Exception as error:  # jsonargparse reports what it finds in several classes of its own
-        raise PrunexError(
-            f"cannot make {spec.get('class_path')} of the config: {str(error).splitlines()[0]}"
-        ) from error
+        raise PrunexError(f"cannot make {spec.get('class_path')} of the config: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def open_data(run: str | Path) -> LightningDataModule:

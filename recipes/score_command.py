@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from prunex.recipes.score_data import Scenes, from_folder, from_run
 from prunex.recipes.score_table import Score, table, write_scores
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
+from prunex.untrusted import is_there, read_npz
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import embed
 from prunex.vit.widths import WidthSpec, widths_of
@@ -137,7 +137,7 @@ class Model:
 
 def _run_of(where: Path) -> Path | None:
     """The run folder that a path is, or lies in."""
-    for folder in (where, where.parent, where.parent.parent) if where.exists() else ():
+    for folder in (where, where.parent, where.parent.parent) if is_there(where) else ():
         if (folder / "config.yaml").is_file():
             return folder
     return None
@@ -147,7 +147,7 @@ def _models(args: Any) -> tuple[list[Model], list[str]]:
     """The models asked for, and what is to be said about them."""
     where = Path(args.run)
     notes: list[str] = []
-    if (where / "config.yaml").is_file() and not (where / "config.json").is_file():
+    if is_there(where / "config.yaml", Path.is_file) and not (where / "config.json").is_file():
         open_model_or_name(args.run, args.weights, args.img_size, args.pretrained)  # refuses options of a timm model
         found, notes = contestants(where, read_run(where))
         dense, slim = found[0], found[1:]
@@ -204,9 +204,9 @@ class Scoring:
         try:
             self.place = torch.device(args.device)
             for m in self.models:
-                m.model.to(self.place)
+                m.model.to(self.place).float()  # images are float32; weights may be of several types
                 if m.judge is not None:
-                    m.judge.to(self.place)
+                    m.judge.to(self.place).float()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
             raise PrunexError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
         if args.data:
@@ -224,7 +224,9 @@ class Scoring:
         for m in self.models:
             for method in self.methods:
                 path = self.out / "values" / m.name / f"{method}.npz"
-                self.records[m.name, method] = Record(path, self._key(m, method), args.again)
+                self.records[m.name, method] = Record(
+                    path, self._key(m, method), args.again, len(self.scenes.images), m.grid
+                )
 
     def _look(self, m: Model) -> None:
         """Predictions and kept patches of all images."""
@@ -549,6 +551,9 @@ class Record:
     Attributes:
         path: The npz file.
         key: A hash of the model, images, method and options; a file of another is not used.
+        again: Whether to start anew whatever the file holds.
+        images: How many there are; a file of another number is not used. None: any.
+        grid: Patch grid, likewise.
         keys: For each metric a text of what else it depends on.
         arrays: Maps, the class explained, and values by metric.
         fine: Whether the method's own map is finer than a patch.
@@ -559,6 +564,8 @@ class Record:
     path: Path
     key: str
     again: bool = False
+    images: int | None = None
+    grid: tuple[int, int] | None = None
     keys: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     fine: bool = False
@@ -570,14 +577,28 @@ class Record:
         if self.again or not self.path.is_file():
             return
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_npz(self.path)
             told = json.loads(str(arrays.pop("about")))
-            if told["key"] == self.key:
-                self.keys, self.fine, self.cost = dict(told["keys"]), bool(told["fine"]), list(told["cost"])
-                self.seconds, self.arrays = dict(told["seconds"]), arrays
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+            if told["key"] == self.key and self._fits(arrays):
+                self.cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
+                self.keys, self.fine = {k: str(v) for k, v in told["keys"].items() if k in arrays}, bool(told["fine"])
+                self.seconds, self.arrays = {k: float(v) for k, v in told["seconds"].items()}, arrays
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
             self.arrays = {}
+
+    def _fits(self, arrays: Mapping[str, Any]) -> bool:
+        """Whether arrays are of these images: a file may come from anywhere."""
+        maps, target = arrays["maps"], arrays["target"]
+        count = len(maps) if self.images is None else self.images
+        values = [v for k, v in arrays.items() if k not in ("maps", "target")]
+        return (
+            maps.dtype.kind == "f"
+            and maps.ndim == 3
+            and (self.grid is None or maps.shape[1:] == self.grid)
+            and target.dtype == np.int64
+            and target.shape == (count,) == maps.shape[:1]
+            and all(v.dtype.kind in "fbi" and v.ndim in (1, 2) and len(v) == count for v in values)
+        )
 
     @property
     def there(self) -> bool:

@@ -18,6 +18,7 @@ from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
 from prunex.recipes.explain_command import image_files, preparation
 from prunex.recipes.folder import object_pixels, read_file, read_image
+from prunex.untrusted import readable
 from prunex.vit.anatomy import read
 
 
@@ -147,7 +148,9 @@ def _mask(path: Path, image: Path, size: tuple[int, int], wanted: tuple[int, int
 
 def _labels(files: Sequence[Path], top: Path, model: Any) -> tuple[Tensor | None, list[str]]:
     """The images' classes as far as folders tell them, and why not."""
-    folders = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "masks")
+    folders = sorted(
+        readable(p.name) for p in top.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "masks"
+    )
     names, classes = [str(n) for n in getattr(model, "label_names", None) or []], read(model).classes
     if classes == 0:  # nothing could be right
         return None, []
@@ -160,4 +163,4 @@ def _labels(files: Sequence[Path], top: Path, model: Any) -> tuple[Tensor | None
         return None, [f"labels are unknown ({told}): the class predicted for the whole image counts as right"]
     if any(len(f.relative_to(top).parts) < 2 for f in files):
         return None, ["some images lie in no class folder: the class predicted for the whole image counts as right"]
-    return torch.tensor([order[f.relative_to(top).parts[0]] for f in files]), []
+    return torch.tensor([order[readable(f.relative_to(top).parts[0])] for f in files]), []

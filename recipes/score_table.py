@@ -14,6 +14,7 @@ from prunex.files import write_whole
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made
+LARGEST = 1e100  # axes cannot have steps between larger numbers
 _LABEL = 24  # most letters of a row's name
 
 
@@ -82,9 +83,9 @@ def read_scores(text: str) -> list[Score]:
 def _number(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) < LARGEST else math.nan
 
 
 def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:

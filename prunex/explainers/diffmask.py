@@ -18,6 +18,7 @@ from prunex.pruners.diffmask import (
     MaskGates,
     build_gates,
     check_layer,
+    gate_tensors,
     hidden_states,
     log_keep,
     log_votes,
@@ -30,7 +31,7 @@ from prunex.vit.embedding import embed_patches, place
 from prunex.vit.forward import resume
 from prunex.vit.mount import as_found
 from prunex.vit.readout import head
-from prunex.vit.rebuild import build, describe
+from prunex.vit.rebuild import build_like, describe
 from prunex.vit.tape import Tape
 
 MOST = 200.0  # of a multiplier
@@ -208,9 +209,9 @@ def load_explainer(path: str | Path) -> DiffMaskExplainer:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.
     """
     spec, tensors, folder = read_folder(path, KIND, "model")
-    gates = build_gates(spec.get("gates"), folder)
+    gates = build_gates(spec.get("gates"), folder, gate_tensors(tensors))
     with quietly():
-        explainer = DiffMaskExplainer(build(spec["model"]))
+        explainer = DiffMaskExplainer(build_like(spec["model"], tensors, "model."))
     explainer.gates = gates
     return load_into(explainer, tensors, folder)
 

@@ -14,10 +14,10 @@ from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
-from prunex.trained import check_fits, held, load_into, quietly, read_folder, write
+from prunex.trained import CONFIG, WEIGHTS, check_fits, held, load_into, quietly, read_folder, write
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.mount import as_found
-from prunex.vit.rebuild import build, describe
+from prunex.vit.rebuild import build_like, describe
 from prunex.vit.tape import Tape
 
 KIND = "vit_shapley"
@@ -125,8 +125,13 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.
     """
     spec, tensors, folder = read_folder(path, KIND, "surrogate")
+    ratio = check_whole("mlp_ratio", spec.get("mlp_ratio", 4), 1)
     with quietly():
-        explainer = ShapleyExplainer(build(spec["surrogate"]), spec.get("mlp_ratio", 4))
+        surrogate = build_like(spec["surrogate"], tensors, "surrogate.")
+        hidden = ratio * read(surrogate).width
+        if "mlp.2.weight" not in tensors or tensors["mlp.2.weight"].shape != (hidden, hidden):
+            raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (mlp_ratio={ratio}): save the explainer again")
+        explainer = ShapleyExplainer(surrogate, ratio)
     return load_into(explainer, tensors, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from prunex.checks import check_flag, check_number
+from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
-from prunex.trained import CONFIG, held, how, load_into, quietly, read_folder
+from prunex.trained import CONFIG, WEIGHTS, held, how, load_into, quietly, read_folder
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Drop, Fill, Keep, TokenState
@@ -340,8 +340,8 @@ def _trained_gates(explainer: Any, anatomy: Anatomy) -> MaskGates:
     found = held(explainer, MaskGates, KIND)
     if found is None:
         spec, tensors, folder = read_folder(explainer, KIND, "gates")
-        own = {k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")}
-        gates = load_into(build_gates(spec["gates"], folder), own, folder)
+        own = gate_tensors(tensors)
+        gates = load_into(build_gates(spec["gates"], folder, own), own, folder)
     else:
         gates = copy.deepcopy(found)
     theirs, ours = (gates.width, gates.depth), (anatomy.width, anatomy.depth)
@@ -355,16 +355,29 @@ def _trained_gates(explainer: Any, anatomy: Anatomy) -> MaskGates:
     return gates
 
 
-def build_gates(settings: Any, folder: Path) -> MaskGates:
+def gate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the gates among a saved explainer's."""
+    return {k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")}
+
+
+def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> MaskGates:
     """Gates from the description in a folder, with fresh weights.
 
     Raises:
-        PrunexError: For a description that does not build any.
+        PrunexError: For a description that does not build any, or other ones than the folder's weights are of.
     """
     try:
+        if check_whole("depth", settings["depth"], 1) > len(tensors):
+            raise ValueError("its weights are of fewer gates")
+        check_whole("width", settings["width"], 1)
         with quietly():
+            with torch.device("meta"):  # nothing is allocated before it fits
+                shapes = {k: v.shape for k, v in MaskGates(**settings).state_dict().items()}
+            if shapes != {k: v.shape for k, v in tensors.items()}:
+                raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (gates): save the explainer again")
             return MaskGates(**settings)
-    except (TypeError, RuntimeError) as error:
-        raise PrunexError(
-            f"{folder / CONFIG} is damaged: gates={settings!r} ({error}); save the explainer again"
-        ) from error
+    except PrunexError:
+        raise
+    except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        told = str(settings)[:120]
+        raise PrunexError(f"{folder / CONFIG} is damaged: gates={told} ({error}); save the explainer again") from error

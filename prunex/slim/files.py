@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,17 +15,20 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import prunex
 from prunex.attach import CHILD, UNITS, Pruning, attach
 from prunex.errors import PrunexError
 from prunex.files import DRAFT
+from prunex.pruners.base import TokenPruner
+from prunex.registry import lookup
 from prunex.slim.slim import slim
+from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors, readable
 from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
-from prunex.vit.rebuild import build, describe, outline
+from prunex.vit.rebuild import build_like, describe, outline
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 
 VERSION = 2  # 2 knows widths and Swin; whatever needs neither is written as 1, which older versions read
@@ -139,19 +143,20 @@ def load(folder: str | Path) -> nn.Module:
     ours = config["prunex"]
     if _sha256(weights) != ours.get("sha256"):
         raise PrunexError(f"{weights} is damaged or was replaced: its checksum is not the one in {CONFIG}")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PrunexError(f"{weights} is damaged: {error}") from error
+    tensors = read_tensors(weights)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
-        vit: Any = build(ours["model"])
-        if ours.get("pruning") is not None:
-            spec = dict(ours["pruning"])
-            attach(vit, spec.pop("method"), **spec)
-    if vit.patch_embed.proj.weight.is_floating_point() and "patch_embed.proj.weight" in tensors:
+        try:
+            vit: Any = build_like(ours["model"], tensors)
+            outline(vit)
+            if ours.get("pruning") is not None:
+                _attach(vit, ours["pruning"])
+        except PrunexError as error:
+            raise PrunexError(f"{weights} and {CONFIG} beside it: {error}") from error
+    if "patch_embed.proj.weight" in tensors:
         vit.to(tensors["patch_embed.proj.weight"].dtype)  # for buffers that no file holds, such as rotary tables
     missing, unexpected = (set(vit.state_dict()) - set(tensors), set(tensors) - set(vit.state_dict()))
     wrong = [k for k, v in vit.state_dict().items() if k in tensors and tensors[k].shape != v.shape]
+    wrong += odd_dtypes(vit.state_dict(), tensors)
     if missing or unexpected or wrong:
         names = ", ".join(sorted(missing | unexpected | set(wrong))[:4])
         raise PrunexError(f"{weights} does not fit {CONFIG} ({names}): one of them was changed; save the model again")
@@ -160,7 +165,7 @@ def load(folder: str | Path) -> nn.Module:
         raise PrunexError(f"{weights} does not fit {CONFIG} (its model entry was changed): save the model again")
     vit.load_state_dict(tensors, assign=True)  # every tensor keeps the dtype it was saved in
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
-    vit.label_names = list(config.get("label_names") or [])
+    vit.label_names = [readable(name) for name in config.get("label_names") or []]
     return vit.eval()
 
 
@@ -172,14 +177,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     path = folder / CONFIG
-    if not folder.is_dir():
+    if not is_there(folder, Path.is_dir):
         raise PrunexError(f"{folder} is no folder: give one written by prunex.save, such as runs/NAME/slim")
     if not path.is_file():
         raise PrunexError(f"{folder} has no {CONFIG}: give a folder written by prunex.save, such as runs/NAME/slim")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise PrunexError(f"{path} is damaged: {error}") from error
+    config = read_json(path)
     ours = config.get("prunex") if isinstance(config, Mapping) else None
     ours = ours if isinstance(ours, Mapping) else {}
     version = ours.get("version")
@@ -194,7 +196,44 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     )
     if not whole or not isinstance(config.get("pretrained_cfg", {}), Mapping):
         raise PrunexError(foreign)
+    _check_told(config, path)
     return dict(config)
+
+
+def _check_told(config: Mapping[str, Any], path: Path) -> None:
+    """What pictures, tables and graphs show of a model: names are text, and there is a number a channel."""
+    names, cfg = config.get("label_names") or [], config.get("pretrained_cfg", {})
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise PrunexError(f"{path} is damaged: label_names must be a list of texts")
+    size = config["prunex"]["model"].get("args")
+    channels = size.get("in_chans", 3) if isinstance(size, Mapping) else 3
+    for name, low in (("mean", -math.inf), ("std", 0.0)):
+        told = cfg.get(name)
+        numbers = told is None or (
+            isinstance(told, list)
+            and all(isinstance(v, int | float) and not isinstance(v, bool) and low < v < math.inf for v in told)
+        )
+        if not numbers or (told and len(told) not in (1, channels, max(3, channels if type(channels) is int else 3))):
+            raise PrunexError(f"{path} is damaged: {name} must be one number a channel{', above 0' * (low == 0)}")
+    if not isinstance(cfg.get("architecture", ""), str | None):
+        raise PrunexError(f"{path} is damaged: architecture must be a name")
+
+
+def _attach(vit: nn.Module, pruning: Mapping[str, Any]) -> None:
+    """Put a described token pruner on; its options are values, and reach for no other file."""
+    spec = dict(pruning)
+    method = lookup("pruner", spec.pop("method"))
+    for name in ("path", "budget", "explainer", "model", "method"):
+        if spec.get(name) is not None:
+            raise PrunexError(f"the pruning entry may not name {name!r}: was the file edited?")
+    if not issubclass(method.make, TokenPruner):  # type: ignore[arg-type]
+        raise PrunexError(f"{method.name} prunes no tokens: was the file edited?")
+    try:
+        attach(vit, method.name, **spec)
+    except PrunexError:
+        raise
+    except Exception as error:  # options of other types than any that save writes
+        raise PrunexError(f"cannot attach {method.name} as described ({type(error).__name__} {error})") from error
 
 
 def _config(

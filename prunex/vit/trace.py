@@ -42,6 +42,20 @@ class Stage:
     counted: Tensor | int = 0
     merged: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse maps of another form; what numbers they hold is :meth:`TokenTrace.check`'s, which reads them all.
+
+        Raises:
+            PrunexError: By name.
+        """
+        group, weight = self.group, self.weight
+        if not isinstance(group, Tensor) or group.dtype != torch.int64 or group.ndim not in (2, 3):
+            raise PrunexError(f"group={_told(group)} is not allowed: give int64 [B, n_in] or [B, n_in, m]")
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.shape != group.shape:
+            raise PrunexError(f"weight={_told(weight)} is not allowed: give floats {list(group.shape)}, as group")
+        if self.score is not None and not isinstance(self.score, Tensor):
+            raise PrunexError(f"score={_told(self.score)} is not allowed: give a tensor or None")
+
     def lift(self, row: Tensor, prefix: int) -> Tensor:
         """Carry row vectors over tokens one stage towards the input: ``row @ S``.
 
@@ -154,6 +168,11 @@ class Stage:
         return (found * weight).masked_fill(group < 0, 0)
 
 
+def _told(value: Any) -> str:
+    """A value in few words."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 @dataclass
 class TokenTrace:
     """What one forward did to the patch tokens of a batch, in the coordinates of the original patch grid.
@@ -205,6 +224,42 @@ class TokenTrace:
             share = share.masked_fill(where < 0, 0)
         return where, share, alive
 
+    def check(self) -> TokenTrace:
+        """Whether the stages follow one another and their maps are what :class:`Stage` says, number by number.
+
+        A trace that a pruner left needs no check; one whose stages were made by hand or read from somewhere does.
+
+        Returns:
+            The trace.
+
+        Raises:
+            PrunexError: For the first stage that does not fit, by number.
+        """
+        tokens = self.grid[0] * self.grid[1]
+        for number, s in enumerate(self.stages):
+            shape, n_out = tuple(s.group.shape[:2]), s.n_out
+            if tokens == 0:
+                raise PrunexError(f"stage {number} comes after one that left no tokens: leave it out")
+            if shape != (self.batch, tokens):
+                raise PrunexError(f"stage {number} maps [B, n_in] = {list(shape)}: give {[self.batch, tokens]}")
+            if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < (1 if s.fused else 0):
+                raise PrunexError(f"stage {number}: n_out={n_out!r} is not allowed: give a number of tokens")
+            low, high = (int(s.group.min()), int(s.group.max())) if s.group.numel() else (-1, -1)
+            if low < -1 or high >= n_out:
+                raise PrunexError(f"stage {number} has groups {low} to {high}: give -1 (removed) to {n_out - 1}")
+            shares = s.weight.masked_fill(s.group < 0, 0)
+            if not bool(torch.isfinite(shares).all()) or bool((shares < 0).any()):
+                raise PrunexError(f"stage {number} has shares that are no numbers of at least 0")
+            total = shares.new_zeros(self.batch, n_out)
+            total = total.scatter_add(1, s.group.clamp(min=0).flatten(1), shares.flatten(1)) if n_out else total
+            member = (s.group >= 0).flatten(1).to(shares.dtype)
+            members = total * 0
+            members = members.scatter_add(1, s.group.clamp(min=0).flatten(1), member) if n_out else members
+            if bool(((total - 1).abs() > 1e-2)[members > 0].any()):
+                raise PrunexError(f"stage {number} has shares of one group that do not sum to 1")
+            tokens = n_out
+        return self
+
     @property
     def pooled(self) -> bool:
         """Whether a stage made tokens of overlapping windows: no patch was chosen then, and none is kept as itself."""
@@ -232,7 +287,8 @@ class TokenTrace:
         for s in self.stages[: stage % count + 1]:
             group, weight = (t if t.ndim == 3 else t.unsqueeze(-1) for t in (s.group, s.weight))
             step = weight.new_zeros(*group.shape[:2], s.n_out)
-            step = step.scatter_add(2, group.clamp(min=0), weight.masked_fill(group < 0, 0))
+            if s.n_out:
+                step = step.scatter_add(2, group.clamp(min=0), weight.masked_fill(group < 0, 0))
             whole = whole.to(step.dtype) @ step
         return whole
 

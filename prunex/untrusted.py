@@ -1,0 +1,136 @@
+"""Reading files that anyone may have written: JSON, safetensors and npz, whole, of plain values, within limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prunex.errors import PrunexError
+
+TEXT_BYTES = 2**26  # of a JSON, CSV or YAML file
+NPZ_BYTES = 2**31  # of all arrays in an npz file, unpacked
+_KINDS = "biufU"  # booleans, numbers, text
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_there(path: Path, what: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether a path exists (or what is asked of it); one that no file system takes does not."""
+    try:
+        return what(path)
+    except (OSError, ValueError):  # a name that is too long, a zero byte
+        return False
+
+
+def readable(text: str) -> str:
+    r"""A name as pictures and pages can show it: bytes that are no text, as a file's name may hold, become ``\udcff``.
+
+    >>> readable("ant"), len(readable("\udcff"))
+    ('ant', 6)
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        PrunexError: For a file that cannot be read, is no text, or is larger than any of its kind.
+    """
+    try:
+        if not path.is_file():
+            raise PrunexError(f"{path} is no file")
+        if path.stat().st_size > TEXT_BYTES:
+            raise PrunexError(f"{path} is damaged: it is larger than {TEXT_BYTES // 2**20} MiB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, PrunexError):
+            raise
+        raise PrunexError(f"{path} is damaged: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        PrunexError: For a file that is damaged, nested beyond all measure, or has numbers that JSON does not know.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+    except (ValueError, RecursionError) as error:
+        raise PrunexError(f"{path} is damaged: {str(error)[:200]}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:20])
+
+
+def _whole(text: str) -> int:
+    number = int(text) if len(text) <= 20 else 2**64
+    return number if abs(number) < 2**63 else _no_number(text[:20])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        PrunexError: For a file that is damaged, or holds numbers that no layer computes with.
+    """
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors has its own error, and older versions stumble over new types
+        raise PrunexError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    odd = [k for k, v in tensors.items() if v.is_complex() or (v.is_floating_point() and v.dtype not in _FLOATS)]
+    if odd:
+        raise PrunexError(f"{path} holds {tensors[odd[0]].dtype} ({odd[0][:80]}): convert it to float16 or wider")
+    return tensors
+
+
+def odd_dtypes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are whole numbers where the module's own are not, or the other way round."""
+    return [k for k, v in own.items() if k in tensors and tensors[k].is_floating_point() != v.is_floating_point()]
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file: numbers, booleans and text; nothing is unpickled.
+
+    Raises:
+        PrunexError: For a file that is damaged, holds other things than arrays, or more than `NPZ_BYTES` of them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if sum(part.file_size for part in parts) > NPZ_BYTES:
+                raise ValueError(f"it unpacks to more than {NPZ_BYTES // 2**30} GiB")
+            return {part.filename.removesuffix(".npy"): _array(archive, part) for part in parts}
+    except Exception as error:  # zipfile, zlib and numpy stumble over broken files in many ways
+        raise PrunexError(f"{path} is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
+
+
+def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(part) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+        told = math.prod(shape) * dtype.itemsize  # what the header promises must be there before it is allocated
+        if dtype.kind not in _KINDS or any(n < 0 for n in shape) or told != part.file_size - file.tell():
+            raise ValueError(f"{part.filename} is {dtype} {shape}, which is not what it holds")
+    with archive.open(part) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

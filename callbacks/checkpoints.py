@@ -22,8 +22,8 @@ LAST = "last.ckpt"
 class SafeCheckpointIO(TorchCheckpointIO):
     """Checkpoints that run no code when they are read, and are never half-written: for ``Trainer(plugins=[...])``.
 
-    Files are read with ``weights_only=True`` unless somebody asks for ``weights_only=False`` in so many words, and written
-    beside their place and moved there. Paths that are no local files (``s3://...``) are written as Lightning writes them.
+    Files are read with ``weights_only=True`` unless ``weights_only=False`` is asked for in so many words, and written
+    beside their place and moved there. Addresses (``s3://...``) are written as Lightning writes them, and not read.
 
     Raises:
         PrunexError: For a file that is missing, damaged or holds more than plain values, or cannot be written.

@@ -107,8 +107,8 @@ def run_lightning(arguments: Sequence[str]) -> int:
                     config["weights_only"] = True
 
         def _parse_ckpt_path(self) -> None:
-            # A training that goes on is asked for with the options that it had, or refused: it would quietly get others,
-            # and a teacher without its pretrained weights. And Lightning's would build whatever class a file names.
+            # A training that goes on is asked for with the options that it had, or refused: it would quietly get
+            # others, and a teacher without its pretrained weights. And Lightning's would build whatever class a file names.
             if subcommand == "fit":
                 return
             config = self.config[self.config.subcommand]

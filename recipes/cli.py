@@ -108,7 +108,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
 
         def _parse_ckpt_path(self) -> None:
             # A training that goes on is asked for with the options that it had, or refused: it would quietly get
-            # others, and a teacher without its pretrained weights. And Lightning's would build whatever class a file names.
+            # others, and a teacher without its pretrained weights. Lightning's would also build any class a file names.
             if subcommand == "fit":
                 return
             config = self.config[self.config.subcommand]

@@ -18,9 +18,7 @@ from tests.explainers.quick import EXPLAINERS, explain
 from tests.vits import images, quick, tiny
 
 INPUTS = {
-    "usual": images(),
     "black": torch.zeros(3, 3, 32, 32),
-    "constant": torch.full((3, 3, 32, 32), 0.7),
     "one_constant": torch.stack([images()[0], torch.zeros(3, 32, 32), torch.full((3, 32, 32), -2.0)]),
 }
 PRECISIONS = {"float32": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -68,29 +66,29 @@ def cases():
             if family != "vit" and method in CLASSLESS:
                 continue
             for nothing in (False, True) if method in ADAPTIVE else (False,):
-                quickly = family == "vit" or (family, method, nothing) == ("siglip", "dynamicvit", True)
+                quickly = (nothing and family == "vit") or (family, method, nothing) == ("siglip", "dynamicvit", True)
                 yield pytest.param(family, method, nothing, marks=[] if quickly else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("family", "method", "nothing"), cases())
 def test_training_and_inference(family, method, nothing):
-    for name in INPUTS if family != "vit" else ("one_constant",):
-        for precision, dtype in PRECISIONS.items():
-            model = tiny(family)
-            pruning = pruned(model, method, nothing)
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                with torch.no_grad():
-                    still = model.eval()(INPUTS[name])
-                left = pruning.trace.left()
-                logits = model.train()(INPUTS[name])
-                loss = F.cross_entropy(logits.float(), torch.tensor([0, 1, 2])) + sum(pruning.losses().values())
-            loss.backward()
-            where = (family, method, nothing, name, precision)
-            assert finite(still, logits, loss, pruning.trace.share()), where
-            assert finite(*(p.grad for p in model.parameters() if p.grad is not None)), where
-            assert not any(s.score is not None and s.score.isnan().any() for s in pruning.trace.stages), where
-            if nothing and family == "vit" and method in ("dynamicvit", "ia_red2", "diffmask"):
-                assert left.max() == 0, where  # it did drop all of them
+    x = INPUTS["one_constant"]
+    for precision, dtype in PRECISIONS.items():
+        model = tiny(family)
+        pruning = pruned(model, method, nothing)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            with torch.no_grad():
+                still = model.eval()(x)
+            left = pruning.trace.left()
+            logits = model.train()(x)
+            loss = F.cross_entropy(logits.float(), torch.tensor([0, 1, 2])) + sum(pruning.losses().values())
+        loss.backward()
+        where = (family, method, nothing, precision)
+        assert finite(still, logits, loss, pruning.trace.share()), where
+        assert finite(*(p.grad for p in model.parameters() if p.grad is not None)), where
+        assert not any(s.score is not None and s.score.isnan().any() for s in pruning.trace.stages), where
+        if nothing and family == "vit" and method in ("dynamicvit", "ia_red2", "diffmask"):
+            assert left.max() == 0, where  # it did drop all of them
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -278,7 +276,7 @@ def among(*groups):
 
 
 @pytest.mark.parametrize("classes", [5, 1])
-@pytest.mark.parametrize("name", quick(list(MAPS), ["constant", "huge"]))
+@pytest.mark.parametrize("name", quick(list(MAPS), ["constant"]))
 def test_faithfulness(name, classes):
     """A number, on black images, for labels that are all the same and with a single class, too."""
     model, maps = tiny(num_classes=classes), MAPS[name]
@@ -363,8 +361,8 @@ def test_pictures(brightness):
                 assert shown.shape == picture.shape
                 if name in ("nan", "infinite"):
                     assert (shown == shown[0, 0, 0]).all()
-            told = (none, {"rollout": labels}, labels, labels, None, masks)
-            pictures.relevancy_mosaic(picture, {"rollout": maps}, *told)
+        told = (none, dict.fromkeys(heat, labels), labels, labels, None, masks)
+        pictures.relevancy_mosaic(picture, heat, *told)
         pictures.contact_sheet(picture, heat)
         pictures.head_attention(picture, heat["nan"][:, None], [["a"]] * 4)
         pictures.kept_mosaic(picture, none[None], labels, labels, None, masks)

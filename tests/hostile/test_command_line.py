@@ -75,7 +75,7 @@ def test_the_traceback_is_there_for_whoever_wants_it(room, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, "model: 2001-99-99", "model: 0b_", "model: 3\ndata: 4", "model: {}\ndata: {}", b"\xff\xfe\x00",
+    ["[" * 2000, "model: 2001-99-99", "model: 0b_", "model: 3\ndata: 4", "model: {}\ndata: {}", b"\xff\xfe\x00",
      "model: !!python/object/apply:os.mkdir [CANARY]", ""],
 )  # fmt: skip
 def test_run_folders_whose_config_is_none(room, text):
@@ -85,7 +85,7 @@ def test_run_folders_whose_config_is_none(room, text):
         read_run(room.work)
 
 
-@pytest.mark.parametrize("value", ["2001-99-99", "0b_", "[" * 3000, "!!python/name:os.system", "&a [*a", "\x00"])
+@pytest.mark.parametrize("value", ["2001-99-99", "0b_", "[" * 2000, "!!python/name:os.system", "&a [*a", "\x00"])
 def test_options_that_yaml_cannot_read(value):
     with pytest.raises(PrunexError, match="no YAML value"):
         read_options([f"rollout.start_layer={value}"])
@@ -116,6 +116,8 @@ def test_a_checkpoint_that_runs_code_is_refused(room, command):
     path = room.work / "x.ckpt"
     for content in (Canary(room.canary), {"state_dict": {}, "hyper_parameters": Canary(room.canary)}):
         for save in (torch.save, lambda held, to: to.write_bytes(pickle.dumps(held))):
+            if command != "fit" and save is not torch.save:  # what they share is tried once
+                continue
             save(content, path)
             assert "no checkpoint that loads safely" in line(
                 room, command, "--config", config(room), "--ckpt_path", path

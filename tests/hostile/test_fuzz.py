@@ -7,8 +7,8 @@ from tests.hostile.kinds import KINDS, one
 from tests.hostile.room import Broken, Canary, Room
 
 QUICK = {
-    "traces": 200, "images": 100, "masks": 50, "slims": 40, "options": 40, "checkpoints": 25, "npz": 20, "commands": 20,
-    "explainers": 12, "weights": 12, "reports": 12, "configs": 6,
+    "traces": 200, "images": 100, "masks": 40, "slims": 40, "options": 12, "checkpoints": 20, "npz": 10, "commands": 16,
+    "explainers": 8, "weights": 8, "reports": 5, "configs": 5,
 }  # fmt: skip
 
 

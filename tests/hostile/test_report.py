@@ -106,7 +106,7 @@ def test_words_of_all_kinds_stay_words(room):
     assert "49" not in said.split("{{")[0][-20:]
 
 
-@settings(derandomize=True, deadline=None, max_examples=4, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, deadline=None, max_examples=2, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=3, unique=True))
 def test_any_words(room, words):
     room.fresh()

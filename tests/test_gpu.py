@@ -78,3 +78,19 @@ def test_other_families_agree_with_the_cpu(family, masked):
         assert (model(x.cuda()).cpu() - here).abs().max() < 1e-2 * here.abs().max()
         with torch.autocast("cuda", torch.bfloat16):
             assert torch.isfinite(model(x.cuda())).all()
+
+
+def test_a_loss_that_is_not_finite_is_told_without_waiting(tmp_path):
+    from lightning.pytorch import seed_everything
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from prunex.callbacks import TokenPruning
+    from tests.callbacks.modules import Plain, data, trainer
+
+    seed_everything(0)
+    images, labels = data(16)
+    images[9] = float("nan")
+    run = trainer(tmp_path, TokenPruning("evit"), accelerator="gpu")
+    with pytest.raises(prunex.PrunexError, match=r"batch 2; not finite is the task's loss; .*inputs of 9, logits of 9"):
+        run.fit(Plain(lr=1e-3), DataLoader(TensorDataset(images, labels), 4))
+    assert run.global_step == 3

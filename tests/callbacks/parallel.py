@@ -30,6 +30,7 @@ from prunex.callbacks import (
     SlimExport,
     TokenPruning,
     UnitMonitor,
+    finite,
 )
 from prunex.callbacks.participant import put_round
 from prunex.unit_pruning import UnitPruning
@@ -292,11 +293,20 @@ def nan(folder, accumulate=2, **options):
         run.fit(module, DataLoader(TensorDataset(images, labels), BATCH))
     except PrunexError as error:
         said = str(error)
-    finite = all(bool(p.isfinite().all()) for p in module.parameters())
-    return {"said": said, "seconds": time.monotonic() - begun, "finite": finite, "steps": run.global_step}
+    whole = all(bool(p.isfinite().all()) for p in module.parameters())
+    return {"said": said, "seconds": time.monotonic() - begun, "finite": whole, "steps": run.global_step}
 
 
-CASES = {"watch": watch, "uneven": uneven, "nan": nan}
+def nan_late(folder, **options):
+    """The same where flags are read one step later, as on an accelerator."""
+    real, finite.later = finite.later, lambda tensor: True
+    try:
+        return nan(folder, accumulate=1, **options)
+    finally:
+        finite.later = real
+
+
+CASES = {"watch": watch, "uneven": uneven, "nan": nan, "nan_late": nan_late}
 
 
 def case(folder, name, **options):

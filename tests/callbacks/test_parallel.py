@@ -88,14 +88,14 @@ def kept(*processes):
     return found
 
 
-def check_stopped(first, second):
+def check_stopped(first, second, late=False):
     """Both know which image it was, though only one had it, and neither waited long."""
     assert first["said"] == second["said"]
     assert "the training loss is nan at epoch 0, global step" in first["said"]
     assert "of process" in first["said"]
     assert "by image (dataset indices): inputs of 9, logits of 9, cross-entropy of 9" in first["said"]
-    assert first["finite"]
-    assert second["finite"]
+    assert first["finite"] == second["finite"] == (not late)  # one step was taken meanwhile
+    assert first["steps"] == second["steps"]
     assert max(first["seconds"], second["seconds"]) < 30
 
 
@@ -128,6 +128,11 @@ def test_processes_with_other_numbers_of_images(tmp_path):
     for told in (first, second):
         assert told["expected"] == mean
         assert [told["logged"][f"prunex/val_keep_ratio_stage{s}"] for s in range(3)] == mean
+
+
+@pytest.mark.slow
+def test_both_stop_one_step_later(tmp_path):
+    check_stopped(*processes(tmp_path, ["nan_late"])["nan_late"], late=True)
 
 
 @pytest.mark.slow

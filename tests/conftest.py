@@ -1,5 +1,7 @@
 """What every test shares: one thread (the models are tiny), a seed, and a global state left as found."""
 
+import os
+
 import pytest
 import torch
 
@@ -15,3 +17,5 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)  # what seed_everything leaves behind seeds processes that later tests start

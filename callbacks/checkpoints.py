@@ -157,7 +157,11 @@ def _arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, 
     if whole in parameters and whole != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
         saved = {whole: saved}
     # What starts with _ names classes to import and build: never what a file says.
-    chosen = {k: v for k, v in {**saved, **given}.items() if isinstance(k, str) and not k.startswith("_")}
+    saved = {k: v for k, v in saved.items() if isinstance(k, str) and not k.startswith("_")}
+    check = getattr(module_class, "check_saved", None)
+    if check is not None:  # prunex's own modules look for no files and no network on a file's word
+        saved = check(saved, given, checkpoint["state_dict"])
+    chosen = {**saved, **given}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return chosen
     return {k: v for k, v in chosen.items() if k in parameters or k in given}

@@ -28,6 +28,7 @@ from prunex.attach import CHILD, UNITS
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import write_whole
 from prunex.untrusted import is_there, read_tensors
+from prunex.vit.rebuild import Still
 
 log = logging.getLogger(__name__)
 
@@ -237,16 +238,14 @@ def _model_args(architecture: str, weights: str) -> dict[str, Any]:
         raise PrunexError(f"weights={weights!r}: its metadata are damaged ({error}); save it again") from error
 
 
-def _check_size(architecture: str, classes: int, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+def _check_size(architecture: str, classes: int | None, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Refuse a model that a file's metadata describe and that is far larger than its tensors, before it is built."""
-    if not args:
-        return
     held = sum(t.numel() * t.element_size() for t in state.values())
     numbers = [n for name in ("depth", "depths") for n in _flat(args.get(name))]
     if any(not isinstance(n, int) or n > max(_DEEP, len(state)) for n in numbers):
         raise PrunexError(f"model_args={str(args)[:120]} describe more blocks than the file has tensors")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Still():
             twin = create_model(architecture, classes, args)
     except PrunexError as error:
         if "meta tensor" in str(error):  # older versions of timm read values while they build
@@ -254,7 +253,7 @@ def _check_size(architecture: str, classes: int, args: dict[str, Any], state: Ma
         raise
     embed: Any = getattr(twin, "patch_embed", None)
     height, width = getattr(embed, "img_size", None) or (0, 0)
-    if height * width > _PIXELS:
+    if height * width * args.get("in_chans", 3) > _PIXELS:
         raise PrunexError(f"model_args={str(args)[:120]} describe images of {height} x {width} pixels")
     size = sum(t.numel() * t.element_size() for t in (*twin.parameters(), *twin.buffers()))
     if size > _ROOM + _TIMES * held:
@@ -276,6 +275,38 @@ def _side(model: nn.Module, position: Tensor | None) -> int | None:
     side = math.isqrt(max(patches, 0))
     square = side > 0 and side * side == patches and patch[0] == patch[1]
     return side * patch[0] if square and (side, side) != tuple(grid) else None
+
+
+class Restored:
+    """Mixed into modules that build a timm model from hyperparameters: what they take of them from a checkpoint."""
+
+    @classmethod
+    def check_saved(
+        cls, saved: Mapping[str, Any], given: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A checkpoint's hyperparameters without files, downloads and models far larger than its weights.
+
+        Args:
+            saved: What the file says.
+            given: What the caller says instead.
+            state: The file's state dict, which holds all weights.
+
+        Raises:
+            PrunexError: For an architecture that would be looked up in a network, or a model that cannot be the file's.
+        """
+        chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
+        told = {**chosen, **given}
+        architecture, args = told.get("architecture"), told.get("model_args")
+        if not isinstance(architecture, str) or not isinstance(args, dict | None):
+            return chosen
+        if ":" in architecture and "architecture" not in given:
+            raise PrunexError(
+                f"the checkpoint names the architecture {architecture[:100]!r}, which would be looked up elsewhere: "
+                "give architecture= yourself"
+            )
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        _check_size(architecture, told.get("num_classes"), dict(args or {}), tensors)
+        return chosen
 
 
 class SaveWeights(Callback):

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import prunex
 from prunex.errors import PrunexError
-from prunex.recipes.backbone import create_model, load_weights
+from prunex.recipes.backbone import Restored, create_model, load_weights
 
 NOT_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token")
 PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the patch to be labelled with its class
@@ -39,7 +39,7 @@ def patch_labels(masks: Tensor, labels: Tensor, grid: tuple[int, int], backgroun
     return torch.where(covered > PATCH_IS_DIGIT, labels[:, None], background)
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(Restored, LightningModule):
     """A timm classifier that trains with AdamW, warm-up and cosine, and saves nothing but plain values.
 
     Batches are ``(images [B, 3, H, W], labels [B])`` or ``(images, labels, masks bool [B, H, W])``.

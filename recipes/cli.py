@@ -115,6 +115,10 @@ def run_lightning(arguments: Sequence[str]) -> int:
             model, path = config.get("model"), config.get("ckpt_path")
             trusted = config.get("weights_only") is False
             saved = {} if model is None or not path or trusted else plain_hyperparameters(str(path))
+            if model is not None and str(model.get("class_path")).startswith("prunex."):
+                # The config says which model; whatever the file says, no other weights are looked for.
+                saved = {k: v for k, v in saved.items() if k not in ("architecture", "model_args", "num_classes")}
+                saved |= {k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}
             if saved:
                 told = {"model": {"class_path": model.class_path, "dict_kwargs": saved}}
                 with mistakes():

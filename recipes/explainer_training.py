@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from prunex.callbacks.monitor import run_folder
+from prunex.recipes.backbone import Restored
 
 
-class ExplainerTraining(LightningModule):
+class ExplainerTraining(Restored, LightningModule):
     """Trains ``self.explainer``, a module with ``save(folder)``; it goes to ``explainer/`` in the run's folder."""
 
     explainer: Any

@@ -152,8 +152,9 @@ def load(folder: str | Path) -> nn.Module:
                 _attach(vit, ours["pruning"])
         except PrunexError as error:
             raise PrunexError(f"{weights} and {CONFIG} beside it: {error}") from error
-    if "patch_embed.proj.weight" in tensors:
-        vit.to(tensors["patch_embed.proj.weight"].dtype)  # for buffers that no file holds, such as rotary tables
+    first = tensors.get("patch_embed.proj.weight")
+    if first is not None and first.is_floating_point():
+        vit.to(first.dtype)  # for buffers that no file holds, such as rotary tables
     missing, unexpected = (set(vit.state_dict()) - set(tensors), set(tensors) - set(vit.state_dict()))
     wrong = [k for k, v in vit.state_dict().items() if k in tensors and tensors[k].shape != v.shape]
     wrong += odd_dtypes(vit.state_dict(), tensors)

@@ -477,7 +477,7 @@ def _sketched(spec: Any, blocks: int, held: int) -> Any:
     args: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
     _check_blocks(args, blocks)
     try:
-        with torch.device("meta"), _Still():
+        with torch.device("meta"), Still():
             dense = build(whole)
             _check_bytes(sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers())), held)
             return narrow(dense, WidthSpec.read(told["widths"])) if "widths" in told else dense
@@ -494,7 +494,7 @@ def _check_bytes(size: float, held: int) -> None:
         raise PrunexError(f"the described model takes {size:,.0f} bytes, its weights have {held:,}: was it edited?")
 
 
-class _Still(TorchFunctionMode):
+class Still(TorchFunctionMode):
     """Leaves out the filling in of initial values, of which there are none without memory; it would take most time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

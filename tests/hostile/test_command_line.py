@@ -133,7 +133,8 @@ def test_a_checkpoint_does_not_choose_the_class(room, monkeypatch):
     seen = []
     validate = wraps(Trainer.validate)(lambda self, model, *args, **kwargs: seen.append((model, kwargs)))
     monkeypatch.setattr(Trainer, "validate", validate)
-    path = saved(room, **EVIL, learning_rate=0.25)
+    far = {"pretrained": True, "weights": "nowhere", "architecture": "hf-hub:no/thing", "model_args": {"depth": 10**9}}
+    path = saved(room, **EVIL, **far, num_classes=10**12, learning_rate=0.25)
     room.command(["validate", "--config", str(config(room)), "--ckpt_path", str(path)])
     ((model, options),) = seen
     assert type(model).__name__ == "ImageClassifier"

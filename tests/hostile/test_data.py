@@ -92,6 +92,42 @@ def test_checkpoints_that_do_not_fit(room, what):
         load_from_checkpoint(ImageClassifier, str(room.work / "x.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"architecture": "hf-hub:nobody/nothing"}, "would be looked up elsewhere"),
+        ({"model_args": SMALL | {"embed_dim": 3 * 10**6}}, "bytes"),
+        ({"model_args": SMALL | {"depth": 10**9}}, "more blocks"),
+        ({"model_args": SMALL | {"img_size": 2**20}}, "images of|bytes"),
+        ({"num_classes": 10**12}, "bytes"),
+        ({"model_args": SMALL | {"checkpoint_path": "evil.ckpt"}}, "checkpoint_path is not allowed"),
+    ],
+)
+def test_hyperparameters_that_lie(room, more, says):
+    checkpoint = torch.load(room.good / "pruned.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] |= more
+    torch.save(checkpoint, room.work / "x.ckpt")
+    with pytest.raises(PrunexError, match=says):
+        load_from_checkpoint(ImageClassifier, str(room.work / "x.ckpt"))
+
+
+def test_a_checkpoint_downloads_and_reads_nothing(room, monkeypatch):
+    """What the trainer saves says so already, but anyone may have written the file."""
+    import timm
+
+    real = timm.create_model
+
+    def create(name, pretrained=False, **args):
+        assert not pretrained
+        return real(name, **args)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    checkpoint = torch.load(room.good / "pruned.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] |= {"pretrained": True, "weights": "nowhere.safetensors"}
+    torch.save(checkpoint, room.work / "x.ckpt")
+    assert load_from_checkpoint(ImageClassifier, str(room.work / "x.ckpt")).model.num_classes == 5
+
+
 def test_pickles_are_not_opened(room):
     for held in (Canary(room.canary), {"state_dict": Canary(room.canary)}, [Canary(room.canary)]):
         torch.save(held, room.work / "x.ckpt")

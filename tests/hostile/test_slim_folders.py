@@ -164,6 +164,14 @@ def test_weights_that_no_layer_computes_with(room, dtype):
     refused(prunex.load, folder, "does not fit|holds torch.float8|holds torch.complex|is damaged")
 
 
+def test_a_model_of_whole_numbers(room):
+    folder = room.copy("slim")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v.to(torch.uint8) for k, v in tensors.items()}, folder / "model.safetensors")
+    signed(folder)
+    refused(prunex.load, folder, "does not fit")
+
+
 def test_names_of_any_length_and_letters(room):
     for name in ("a" * 5000, "\x00", "né\ud800", ""):
         with pytest.raises(PrunexError):

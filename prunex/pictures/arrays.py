@@ -146,7 +146,14 @@ def save_npz(path: str | Path, arrays: Mapping[str, Any], compressed: bool = Tru
 
     Returns:
         The path.
+
+    Raises:
+        PrunexError: For arrays of Python objects.
     """
     buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=False, **arrays)
+    found: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in found.items():
+        if array.dtype.hasobject:
+            raise PrunexError(f"array {name!r} holds Python objects: give numbers, booleans or text")
+    (np.savez_compressed if compressed else np.savez)(buffer, **found)
     return write_whole(Path(path), buffer.getvalue())

@@ -239,7 +239,7 @@ class Scaling(Layout):
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
         """By attention's own projection, or its part of the shared one."""
         gathered = out.transpose(1, 2).flatten(2)
-        if block.out_proj is None:
+        if fused_out(block) is None:
             return block.attn_out_proj(gathered)
         return F.linear(gathered, block.out_proj.weight[:, : gathered.shape[-1]])
 
@@ -256,7 +256,7 @@ class Scaling(Layout):
         hidden = F.linear(block.in_norm(x), *_rows(block.in_proj, 0, block.in_split[0]))
         hidden = hidden if block.mlp_bias is None else hidden + block.mlp_bias
         hidden = block.mlp_drop(block.mlp_act(hidden))
-        if block.out_proj is None:
+        if fused_out(block) is None:
             return block.ls(block.mlp_out_proj(hidden))
         return block.ls(F.linear(hidden, block.out_proj.weight[:, -hidden.shape[-1] :], block.out_proj.bias))
 
@@ -266,7 +266,7 @@ class Scaling(Layout):
 
     def output(self, block: Any) -> Tensor:
         """Attention's part."""
-        if block.out_proj is None:
+        if fused_out(block) is None:
             return _scaled(block.attn_out_proj.weight, getattr(block.ls, "gamma", None))
         return _scaled(block.out_proj.weight[:, : self.width(block)], getattr(block.ls, "gamma", None))
 
@@ -407,6 +407,14 @@ def layout_of(block: nn.Module) -> Layout:
     raise TypeError(f"{type(block).__name__} is no block that is known from inside")
 
 
+def fused_out(block: Any) -> Any:
+    """The one output projection of a parallel scaling block, or None where attention and MLP have their own.
+
+    timm 1.0.20 knows these alone, and has no such attribute.
+    """
+    return getattr(block, "out_proj", None)
+
+
 def unknown_part(block: nn.Module) -> str | None:
     """The name of what in a block is not known from inside, or None when all is."""
     kind = next((k for k in LAYOUTS if isinstance(block, k)), None)
@@ -414,7 +422,7 @@ def unknown_part(block: nn.Module) -> str | None:
         return type(block).__name__
     if kind is ParallelScalingBlock:
         inner: Any = block
-        parts = (inner.in_proj, getattr(inner, "out_proj", None))  # timm 1.0.20 never fuses the second
+        parts = (inner.in_proj, fused_out(inner))
         plain = all(type(m) is nn.Linear for m in parts if m is not None)
         return None if plain else f"{type(block).__name__} with other than plain linear layers"
     for attn in LAYOUTS[kind].attentions(block):

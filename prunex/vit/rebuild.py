@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, read
+from prunex.vit.layouts import fused_out
 from prunex.vit.units import Backbone, blocks_of, head_dim
 from prunex.vit.widths import Shape, WidthSpec, dense_shape, narrow, widths_of
 
@@ -306,7 +307,7 @@ def _shared(model: Any, a: Anatomy) -> dict[str, Any]:
 
 def _scaling(block: Any, a: Anatomy) -> dict[str, Any]:
     """The parallel block of ViT-22B."""
-    last = block.out_proj if block.out_proj is not None else block.attn_out_proj
+    last = block.attn_out_proj if fused_out(block) is None else block.out_proj
     return {
         "num_heads": block.num_heads,
         "mlp_ratio": _ratio(block.in_split[0], a.width),
@@ -316,7 +317,7 @@ def _scaling(block: Any, a: Anatomy) -> dict[str, Any]:
         "init_values": None if isinstance(block.ls, nn.Identity) else 1e-5,
         "norm_layer": _norm(block.in_norm),
         "act_layer": _act_name(block.mlp_act),
-        "block_fn": ["ParallelScalingBlock", {"fuse_out_proj": True} if block.out_proj is not None else {}],
+        "block_fn": ["ParallelScalingBlock", {} if fused_out(block) is None else {"fuse_out_proj": True}],
     }
 
 

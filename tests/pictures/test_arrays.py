@@ -7,7 +7,7 @@ from PIL import Image
 
 from prunex import PrunexError
 from prunex.pictures import from_tensor, resized, save_png
-from prunex.pictures.arrays import as_numpy, on_pixels
+from prunex.pictures.arrays import as_numpy, on_pixels, save_npz
 
 
 def test_from_tensor_undoes_the_normalisation():
@@ -64,3 +64,11 @@ def test_save_png_refuses_floats(tmp_path):
     with pytest.raises(PrunexError, match=r"float64 cannot be drawn: give uint8 \[H, W, 3\]"):
         save_png(tmp_path / "a.png", np.zeros((4, 4, 3)))
     assert not list(tmp_path.iterdir())
+
+
+def test_python_objects_are_no_arrays(tmp_path):
+    with pytest.raises(PrunexError, match="array 'a' holds Python objects"):
+        save_npz(tmp_path / "x.npz", {"a": np.array([{}])})
+    assert not list(tmp_path.iterdir())
+    with np.load(save_npz(tmp_path / "x.npz", {"b": np.ones(2)}), allow_pickle=False) as found:
+        assert found.files == ["b"]  # and no "allow_pickle" among them, as older NumPy would have it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 
 from prunex.callbacks.checkpoints import LAST
 from prunex.callbacks.monitor import run_folder
-from prunex.callbacks.participant import guard_loading
+from prunex.callbacks.participant import Layered, guard_loading
 from prunex.checks import check_whole
 from prunex.files import remove_drafts
 
 KEY = "prunex_metrics"
 
 
-class ExactResume(Checkpoint):
+class ExactResume(Layered, Checkpoint):
     """Write ``checkpoints/last.ckpt`` between epochs, and give every epoch random numbers of its own.
 
     A training that is killed, interrupted or runs into an error, and is continued from that file, ends with the weights
@@ -57,7 +56,6 @@ class ExactResume(Checkpoint):
         self._folder: Path | None = None
         self._first = True  # epoch of this fit
         self._saving = False
-        self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn folder and seed; here, because all processes come by, and asking is a broadcast."""
@@ -125,18 +123,6 @@ class ExactResume(Checkpoint):
                 rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
                 logger.experiment.metrics[:0] = rows
                 logger.save()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module's own methods as they were."""
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Likewise."""
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
 
     def state_dict(self) -> dict[str, Any]:
         """The seed that all epochs' numbers come from."""

@@ -23,14 +23,33 @@ CHECKPOINT_VERSION = 1
 Layer = Callable[..., Any]  # takes the function beneath it, and that one's arguments
 
 
-class Participant(Callback):
+class Layered(Callback):
+    """Base of the callbacks that put layers round a module's methods, and take them off however a run ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._undo: list[Callable[[], None]] = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module's own methods as they were."""
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own methods back; what was attached stays, since a checkpoint may still be saved."""
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+class Participant(Layered):
     """Base of the callbacks that attach something to a ViT and train it with the user's own loss and optimiser."""
 
     sees_loss = False  # whether every training step comes by
 
     def __init__(self) -> None:
         super().__init__()
-        self._undo: list[Callable[[], None]] = []
         self._guard = LossGuard()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,15 +79,7 @@ class Participant(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module's own methods as they were."""
         self._guard.clear()
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own methods back; what was attached stays, since a checkpoint may still be saved."""
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        super().on_exception(trainer, pl_module, exception)
 
     def _end_step(
         self,

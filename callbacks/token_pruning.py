@@ -202,6 +202,7 @@ class TokenPruning(Participant):
             return
         if self.pruning.pruner.needs_calibration:
             self._calibrate(trainer, pl_module, self.pruning)
+        self._tell(pl_module, self.pruning)  # what a checkpoint brought was not known when it was attached
         tokens = self.pruning.counts()
         about = "about " if self.pruning.pruner.count == "adaptive" else ""
         rank_zero_info(

@@ -134,7 +134,7 @@ def same(found, wanted, where=""):
         return [f"{where}.{k}: only in one" for k in keys] + [
             d for k in wanted if k in found for d in same(found[k], wanted[k], f"{where}.{k}")
         ]
-    if isinstance(wanted, list | tuple):
+    if isinstance(wanted, list | tuple) and isinstance(found, list | tuple):
         if len(found) != len(wanted):
             return [f"{where}: {len(found)} and {len(wanted)} long"]
         return [d for i, pair in enumerate(zip(found, wanted, strict=True)) for d in same(*pair, f"{where}.{i}")]

@@ -67,7 +67,10 @@ def interrupted(folder, name, when, **data):
     return code, folder / "run" / "version_0"
 
 
-@pytest.mark.parametrize(("name", "at", "how"), [("dynamicvit", 60, "kill"), ("xpruner", 62, "exception")])
+@pytest.mark.parametrize(
+    ("name", "at", "how"),
+    [("dynamicvit", 60, "kill"), ("xpruner", 62, "exception"), ("patch_slimming", 64, "exception")],
+)
 def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, whole_runs, name, at, how):
     code, run = interrupted(tmp_path, name, f"{at} {how}")
     assert code == WAYS[how], (tmp_path / "first.log").read_text()

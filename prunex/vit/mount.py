@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -72,15 +72,28 @@ def take_off(model: ViT) -> None:
 
 @contextmanager
 def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
-    """Run something with every module in train or eval mode, and give each its own flag back, whatever is raised."""
+    """Run something aside with every module in train or eval mode, and give each its own flag back, whatever is raised.
+
+    Under the caller's autocast it casts weights for itself: torch 2.9 takes one cast without a graph from its cache for
+    a forward that needs the graph, which then loses the weight's gradient.
+    """
     flags = [(m, m.training) for m in model.modules()]
     try:
         if train is not None:
             model.train(train)
-        yield
+        with uncached_autocast(model):
+            yield
     finally:
         for m, flag in flags:
             m.training = flag
+
+
+def uncached_autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """The autocast that is on where a model lies, without its cache of cast weights."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:

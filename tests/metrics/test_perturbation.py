@@ -312,3 +312,23 @@ def test_refused_by_the_area_and_the_class():
         PerturbationAUC("up")
     with pytest.raises(PrunexError, match="keep='yes'"):
         PerturbationAUC(keep="yes")
+
+
+@pytest.mark.parametrize("removal", ["drop", "black"])
+def test_between_forward_and_backward_of_a_bf16_step(removal):
+    """Under torch 2.9 a weight cast without a graph would be taken for the training forward, whose gradient is lost."""
+    found = []
+    for measures in (False, True):
+        model = tiny()
+        with torch.autocast("cpu", torch.bfloat16):
+            if measures:
+                perturbation(model, images(), torch.rand(3, 4, 4), removal=removal, mean=MEAN, std=STD)
+            pruning = prunex.attach(model, "topk", keep_ratio=0.5, stages=[1])  # looks at the model itself
+            model.train()
+            F.cross_entropy(model(images()).float(), torch.tensor([4, 0, 2])).backward()
+        pruning.detach()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient is not None, name
+        assert found[1][name] is not None, name
+        assert gradient.equal(found[1][name]), name

@@ -1,11 +1,14 @@
-"""Is relevancy worth training the pruner for? Guided against unguided token pruning on digit scenes, several seeds.
+"""Is relevancy worth training the pruner for? Guided against unguided token pruning, several seeds.
 
     python benchmarks/guidance.py --epochs 2                    dynamicvit and evit, keep 0.7 and 0.5, three seeds
+    python benchmarks/guidance.py --run RUN --epochs 1          the same from a dense run on a folder with masks
 
-Trained alike but for the guidance, from the shipped ViT. On scenes that training never saw: accuracy; how well the kept
-set agrees with what the *dense* model rests on, by an explainer that was not trained on (--judge): chance-corrected
-overlap and ROC-AUC, 0 and 0.5 by chance; the share of the pruned model's own relevance (--own) that lies on the object;
-and the perturbation test of that map on the pruned model by dropping tokens (positive: lower is better; maximum 90).
+Trained alike but for the guidance, from the shipped ViT on digit scenes, or from the dense model of a run of prunex fit
+on the data of that run (all its validation images are then tested on). On scenes that training never saw: accuracy;
+how well the kept set agrees with what the *dense* model rests on, by an explainer that was not trained on (--judge):
+chance-corrected overlap and ROC-AUC, 0 and 0.5 by chance; the share of the pruned model's own relevance (--own) that
+lies on the object; and the perturbation test of that map on the pruned model by dropping tokens (positive: lower is
+better; maximum 90).
 Rows that OUT/guidance.csv holds already are skipped.
 """
 
@@ -16,12 +19,13 @@ import itertools
 import logging
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch import LightningDataModule
 from measure import start
 from tqdm import tqdm
 from tradeoff import RECIPES, STAGES, append, classifier, read_rows
@@ -29,21 +33,64 @@ from tradeoff import RECIPES, STAGES, append, classifier, read_rows
 import prunex
 from prunex.callbacks import RelevancyGuidance, TokenPruning
 from prunex.metrics import agreement, energy_inside, perturbation, perturbation_auc
-from prunex.recipes import DigitScenes
-from prunex.recipes.runs import evaluate
+from prunex.recipes import DigitScenes, ImageClassifier
+from prunex.recipes.runs import evaluate, instantiate, read_run
 
 KEY = ("method", "keep_ratio", "weight", "seed", "epochs", "train_size")
 MEASURES = ("accuracy", "share", "object_kept", "overlap", "kept_auc", "energy", "positive", "negative")
 FIELDS = (*KEY, *MEASURES)
 
 
-def train(method: str, keep_ratio: float, weight: float, seed: int, args: argparse.Namespace) -> Any:
+class Digits:
+    """Digit scenes and the shipped ViT; a seed draws scenes of its own."""
+
+    def start(self, method: str) -> tuple[ImageClassifier, dict[str, Any]]:
+        """The dense module that training starts from, and options of its `TokenPruning`."""
+        recipe = dict(RECIPES.get(method, {}))
+        scale = recipe.pop("backbone_lr_scale", 1.0)
+        return classifier(**recipe), {"stages": STAGES, "backbone_lr_scale": scale}
+
+    def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule:
+        """What is trained on."""
+        return DigitScenes(batch_size=64, train_size=args.train_size, seed=seed)
+
+    def test(self, seed: int, args: argparse.Namespace, batch: int, size: int) -> Iterable[Any]:
+        """Batches of images, labels and masks that were not trained on."""
+        return DigitScenes(batch_size=batch, val_size=size, seed=seed).test_dataloader()
+
+
+class Photos:
+    """A dense run of ``prunex fit`` on an `ImageFolder` with masks."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.checkpoint = run / "checkpoints" / "last.ckpt"
+        self.spec = read_run(run)["data"]
+
+    def start(self, method: str) -> tuple[ImageClassifier, dict[str, Any]]:
+        """As for `Digits`."""
+        return ImageClassifier.load_from_checkpoint(self.checkpoint, weights=None), {}
+
+    def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule:
+        """What is trained on."""
+        return self.data()
+
+    def data(self, **more: Any) -> LightningDataModule:
+        """The run's data, with other options."""
+        return instantiate(LightningDataModule, {**self.spec, "init_args": {**self.spec["init_args"], **more}})
+
+    def test(self, seed: int, args: argparse.Namespace, batch: int, size: int) -> Iterable[Any]:
+        """Batches of images, labels and masks that were not trained on."""
+        data = self.data(batch_size=batch)
+        data.setup("test")
+        return itertools.islice(data.test_dataloader(), -(-size // batch))
+
+
+def train(scenes: Any, method: str, keep_ratio: float, weight: float, seed: int, args: argparse.Namespace) -> Any:
     """A trained module, pruned, guided where the weight is not 0."""
     lightning.seed_everything(seed, verbose=False)
-    recipe = dict(RECIPES.get(method, {}))
-    scale = recipe.pop("backbone_lr_scale", 1.0)
-    module = classifier(**recipe)
-    callbacks: list[Any] = [TokenPruning(method, keep_ratio=keep_ratio, stages=STAGES, backbone_lr_scale=scale)]
+    module, options = scenes.start(method)
+    callbacks: list[Any] = [TokenPruning(method, keep_ratio=keep_ratio, **options)]
     if weight > 0:
         callbacks.append(RelevancyGuidance(args.guide, weight=weight, share=args.share))
     trainer = lightning.Trainer(
@@ -51,18 +98,17 @@ def train(method: str, keep_ratio: float, weight: float, seed: int, args: argpar
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, limit_val_batches=0,
     )  # fmt: skip
-    trainer.fit(module, DigitScenes(batch_size=64, train_size=args.train_size, seed=seed))
+    trainer.fit(module, scenes.training(seed, args))
     return module
 
 
-def measure(module: Any, dense: Any, seed: int, args: argparse.Namespace) -> dict[str, float]:
+def measure(scenes: Any, module: Any, dense: Any, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """What became of it, on scenes of the test split."""
     small = prunex.slim(module).cpu()
-    found = evaluate(small, DigitScenes(batch_size=125, val_size=args.val_size, seed=seed).test_dataloader())
+    found = evaluate(small, scenes.test(seed, args, 125, args.val_size))
     told: dict[str, list[float]] = {name: [] for name in ("overlap", "kept_auc", "energy")}
     hits: dict[str, list[torch.Tensor]] = {"positive": [], "negative": []}
-    scenes = DigitScenes(batch_size=50, val_size=args.explained, seed=seed).test_dataloader()
-    for images, labels, masks in scenes:
+    for images, labels, masks in scenes.test(seed, args, 50, args.explained):
         with torch.no_grad():
             small(images)
         trace = prunex.attached(small).trace  # type: ignore[union-attr]
@@ -113,12 +159,13 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("runs/guidance"), help="folder to write to")
+    made.add_argument("--run", type=Path, help="a dense run on a folder with masks; default: digit scenes")
     made.add_argument("--methods", nargs="+", default=["dynamicvit", "evit"])
     made.add_argument("--keep-ratios", type=float, nargs="+", default=[0.7, 0.5])
     made.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0], help="of the guidance; 0: none")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--epochs", type=int, default=2)
-    made.add_argument("--train-size", type=int, default=3200, help="scenes an epoch")
+    made.add_argument("--train-size", type=int, default=3200, help="digit scenes an epoch")
     made.add_argument("--val-size", type=int, default=2000, help="scenes tested on")
     made.add_argument("--explained", type=int, default=300, help="scenes explained")
     made.add_argument("--guide", default="generic_attention", help="explainer trained on")
@@ -135,14 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "guidance.csv"
-    dense = classifier().model.eval()
+    scenes = Digits() if args.run is None else Photos(args.run)
+    dense = scenes.start("")[0].model.eval()
     done = {tuple(r[k] for k in KEY) for r in read_rows(path)}
     wanted = list(itertools.product(args.seeds, args.methods, args.keep_ratios, args.weights))
     for seed, method, keep, weight in tqdm(wanted, unit="model"):
         key = (method, f"{keep:g}", f"{weight:g}", str(seed), str(args.epochs), str(args.train_size))
         if key in done:
             continue
-        found = measure(train(method, keep, weight, seed, args), dense, seed, args)
+        module = train(scenes, method, keep, weight, seed, args)
+        found = measure(scenes, module, dense, seed, args)
         append(path, FIELDS, dict(zip(KEY, key, strict=True)) | {n: round(found[n], 5) for n in MEASURES})
     told = table(read_rows(path))
     (args.out / "guidance.md").write_text(told + "\n")

@@ -7,6 +7,7 @@ the tokens that are there, and itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,9 +114,8 @@ def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Ten
             [B, H, N - prefix, 2d]; None: nothing is rotated.
     """
     if attn.qkv is None:
-        q, k, v = (
-            p(x).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
+        each = attn.q_proj.out_features // attn.num_heads  # timm 1.0.20 does not keep head_dim
+        q, k, v = (p(x).unflatten(2, (-1, each)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     else:
         q_bias = getattr(attn, "q_bias", None)
         if q_bias is None:
@@ -315,6 +315,9 @@ def _rows(
     return scores.softmax(-1)
 
 
+_MOST = math.exp(40)
+
+
 def under_policy(
     q: Tensor,
     k: Tensor,
@@ -328,8 +331,8 @@ def under_policy(
     r"""Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
     Computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij = exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1,
-    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0). With sizes s,
-    each W_ij is multiplied by s_j.
+    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0; up to e^40). With
+    sizes s, each W_ij is multiplied by s_j.
 
     Three columns and one key turn it into one ordinary ``scaled_dot_product_attention``:
 
@@ -359,7 +362,7 @@ def under_policy(
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     s = 1 if sizes is None else sizes.to(wide)[:, None, :, None]
-    p = policy.to(wide)[:, None, :, None]
+    p = _Held.apply(policy.to(wide))[:, None, :, None]
     with torch.no_grad():
         # The kept keys' mean bounds a dropped key's lead over the best kept one: A_ij - max A_i <= |q_i| |k_j - mean|.
         dropped = (p <= 0).to(wide)
@@ -369,8 +372,7 @@ def under_policy(
         lead = scale * longest * torch.linalg.vector_norm(k.to(wide) - mean, dim=-1, keepdim=True)
         if relative is not None:
             lead = lead + (relative.amax((2, 3), keepdim=True) - relative.amin((2, 3), keepdim=True)).to(wide)
-        # A dropped key's exact policy gradient grows with e^lead. Twice the room stays inside the type's range, so that
-        # it is exact up to there and finite above.
+        # A dropped key's exact policy gradient grows with e^lead. Twice the room stays inside the type's range.
         room = 300 if wide == torch.float64 else 40
         lower = ((lead - room).clamp(min=40) * dropped / scale).to(dtype)
         raised = (lower.to(wide) * scale).clamp(max=room).exp()
@@ -384,6 +386,18 @@ def under_policy(
     if dropout > 0:  # entries are dropped after normalisation, so the denominator keeps its own undisturbed pass
         mixed = fused_attention(query, key, value, bias, dropout, scale=scale)
     return _Quotient.apply(out, mixed, v.to(dtype), (1 - p) * s).to(v.dtype)
+
+
+class _Held(torch.autograd.Function):
+    """The policy itself; its gradient is exact up to e^40 and held there, since products of larger ones overflow."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: Tensor) -> Tensor:
+        return policy.view_as(policy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-_MOST, _MOST)
 
 
 class _Extend(torch.autograd.Function):

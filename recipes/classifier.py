@@ -78,7 +78,7 @@ class ImageClassifier(Restored, LightningModule):
         self,
         architecture: str = "vit_small_patch16_224",
         num_classes: int | None = None,
-        model_args: dict | None = None,
+        model_args: dict[str, Any] | None = None,
         weights: str | None = None,
         pretrained: bool = False,
         learning_rate: float = 1e-3,
@@ -90,8 +90,8 @@ class ImageClassifier(Restored, LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         patch_label_weight: float = 0.0,
-        pruning: dict | None = None,
-        unit_pruning: dict | None = None,
+        pruning: dict[str, Any] | None = None,
+        unit_pruning: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if num_classes is None or num_classes < 1:

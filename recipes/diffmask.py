@@ -77,7 +77,7 @@ class DiffMask(ExplainerTraining):
         self,
         architecture: str = "vit_small_patch16_224",
         num_classes: int | None = None,
-        model_args: dict | None = None,
+        model_args: dict[str, Any] | None = None,
         weights: str | None = None,
         pretrained: bool = False,
         eps: float = 0.1,

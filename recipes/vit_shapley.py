@@ -66,7 +66,7 @@ class ViTShapley(ExplainerTraining):
         self,
         architecture: str = "vit_small_patch16_224",
         num_classes: int | None = None,
-        model_args: dict | None = None,
+        model_args: dict[str, Any] | None = None,
         weights: str | None = None,
         pretrained: bool = False,
         surrogate_epochs: int = 10,

@@ -47,7 +47,7 @@ def alive():
     tensors = [o for o in objects if isinstance(o, torch.Tensor)]
     return {
         "tensors": len(tensors),
-        "kilobytes": sum(t.numel() * t.element_size() for t in tensors) // 1024,
+        "kilobytes": sum(t.numel() * t.element_size() for t in tensors if t.numel()) // 1024,
         "ours": sum(str(type(o).__module__).startswith("prunex") for o in objects),
         "threads": threading.active_count(),
         "processes": len(multiprocessing.active_children()),

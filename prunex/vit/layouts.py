@@ -424,7 +424,11 @@ def unknown_part(block: nn.Module) -> str | None:
         inner: Any = block
         parts = (inner.in_proj, fused_out(inner))
         plain = all(type(m) is nn.Linear for m in parts if m is not None)
-        return None if plain else f"{type(block).__name__} with other than plain linear layers"
+        if not plain:
+            return f"{type(block).__name__} with other than plain linear layers"
+        # timm 1.0.20 keeps zeros for the missing bias, and puts them in front of the MLP's, whose channels come first.
+        misplaced = getattr(inner, "qkv_bias", None) is not None
+        return f"{type(block).__name__} without qkv_bias, whose bias this timm misplaces," if misplaced else None
     for attn in LAYOUTS[kind].attentions(block):
         if not any(type(attn).forward is known.forward for known in ATTENTIONS):
             return type(attn).__name__

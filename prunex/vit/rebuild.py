@@ -492,7 +492,8 @@ def _sketched(spec: Any, blocks: int, held: int) -> Any:
 def _check_bytes(size: float, held: int) -> None:
     """A model that was narrowed was larger than its weights are, and has tables that no file holds; within reason."""
     if size > _ROOM + _TIMES * held:
-        raise PrunexError(f"the described model takes {size:,.0f} bytes, its weights have {held:,}: was it edited?")
+        told = f"{size:,.0f}" if size < 1e18 else f"{size:.0e}"
+        raise PrunexError(f"the described model takes {told} bytes, its weights have {held:,}: was it edited?")
 
 
 class Still(TorchFunctionMode):
@@ -512,7 +513,8 @@ def _estimate(args: Mapping[str, Any]) -> float:
     (down, across), (height, wide) = _pair(args["patch_size"]), _pair(args["img_size"])
     outside = args["in_chans"] * down * across + args["num_classes"] + (height // down) * (wide // across)
     more = args["block_fn"][1].get("num_parallel", 1) if "block_fn" in args else 1
-    each = width * (8 + 3 * max(ratio if isinstance(ratio, list | tuple) else [ratio]))
+    ratios = [r for r in (ratio if isinstance(ratio, list | tuple) else [ratio]) if isinstance(r, int | float)]
+    each = width * (8 + 3 * max(ratios, default=4.0))
     return 4.0 * width * (sum(depths) * more * each + outside)
 
 

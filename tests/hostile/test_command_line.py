@@ -3,11 +3,13 @@
 import pickle
 import sys
 from functools import wraps
+from inspect import signature
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
 
 import prunex
 from prunex import PrunexError
@@ -129,6 +131,12 @@ def config(room):
     return room.good / "run" / "version_0" / "config.yaml"
 
 
+reads_options = pytest.mark.skipif(
+    not hasattr(LightningCLI, "_parse_ckpt_path"), reason="this Lightning's CLI reads no options from a checkpoint"
+)
+
+
+@reads_options
 def test_a_checkpoint_does_not_choose_the_class(room, monkeypatch):
     seen = []
     validate = wraps(Trainer.validate)(lambda self, model, *args, **kwargs: seen.append((model, kwargs)))
@@ -143,6 +151,7 @@ def test_a_checkpoint_does_not_choose_the_class(room, monkeypatch):
     assert "tests.hostile.evil" not in sys.modules
 
 
+@reads_options
 @pytest.mark.parametrize(
     "more",
     [{"class_path": "tests.hostile.evil.Evil"}, {"model_args": {"x": [{"class_path": "tests.hostile.evil.Evil"}]}}],
@@ -157,6 +166,9 @@ def test_an_address_is_not_downloaded_and_unpickled(room):
         assert "is an address" in line(room, "validate", "--config", config(room), "--ckpt_path", address)
 
 
+@pytest.mark.skipif(
+    "weights_only" not in signature(Trainer.validate).parameters, reason="this Lightning has no --weights_only"
+)
 def test_weights_only_false_is_the_users_own_word(room, monkeypatch):
     seen = []
     validate = wraps(Trainer.validate)(lambda self, model, *args, **kwargs: seen.append(kwargs))

@@ -52,7 +52,7 @@ LIES = {
     "large images without positions": ({"img_size": 2**20, "pos_embed": "none"}, "too large"),
     "large patches": ({"img_size": 2**16, "patch_size": 2**16}, "too large"),
     "no patches": ({"patch_size": 0}, "patch_size"),
-    "a wide MLP": ({"mlp_ratio": 1e300}, "build"),
+    "a wide MLP": ({"mlp_ratio": 1e300}, "build|bytes"),
     "parallel blocks": ({"block_fn": ["ParallelThingsBlock", {"num_parallel": 10**9}]}, "more blocks"),
     "another device": ({"device": "meta"}, "unknown argument 'device'"),
     "code as a layer": ({"act_layer": "os.system"}, "cannot build"),
@@ -159,7 +159,10 @@ def test_the_last_of_two_equal_keys_counts_and_must_fit(room):
 def test_weights_that_no_layer_computes_with(room, dtype):
     folder = room.copy("slim")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"head.weight": tensors["head.weight"].to(dtype)}, folder / "model.safetensors")
+    try:
+        save_file(tensors | {"head.weight": tensors["head.weight"].to(dtype)}, folder / "model.safetensors")
+    except KeyError:
+        pytest.skip(f"this safetensors cannot write {dtype}")
     signed(folder)
     refused(prunex.load, folder, "does not fit|holds torch.float8|holds torch.complex|is damaged")
 

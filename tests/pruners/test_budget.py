@@ -5,7 +5,6 @@ import json
 import warnings
 
 import pytest
-import timm
 import torch
 
 import prunex
@@ -15,7 +14,7 @@ from prunex.pruners.topk import TopK
 from prunex.registry import lookup, register
 from prunex.vit.anatomy import read
 from prunex.vit.cost import count
-from tests.vits import assert_same_state, images_for, state_of, tiny
+from tests.vits import assert_same_state, geometry, images_for, state_of, tiny
 
 METHODS = {
     "topk": ("topk", {}),
@@ -23,11 +22,6 @@ METHODS = {
     "evit, not fused": ("evit", {"fuse": False}),
     "dynamicvit": ("dynamicvit", {"teacher": False}),
 }
-
-
-def geometry(name="deit_small_patch16_224", **kwargs):
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
 
 
 @pytest.mark.parametrize("method", METHODS)

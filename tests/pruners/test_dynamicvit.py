@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import prunex
 from prunex.pruners.dynamicvit import Predictor
-from tests.vits import assert_same_state, images, images_for, largest, randomise, state_of, tiny
+from tests.vits import assert_same_state, images, images_for, largest, randomise, state_of, tiny, weightless
 
 
 def pruned(family="vit", keep_ratio=0.6, stages=(1, 2), double=False, train=True, model=None, **options):
@@ -40,8 +40,8 @@ def test_predictor_parameters(width, parameters):
 
 @pytest.mark.parametrize(("width", "heads", "total"), [(384, 6, 22_774_414), (768, 12, 89_452_846)])
 def test_model_totals_on_the_meta_device(width, heads, total):
+    model = weightless(VisionTransformer, embed_dim=width, num_heads=heads, depth=12)
     with torch.device("meta"):
-        model = VisionTransformer(embed_dim=width, num_heads=heads, depth=12)
         pruning = prunex.attach(model, "dynamicvit", keep_ratio=0.7, stages=(3, 6, 9))
     assert sum(p.numel() for p in model.parameters()) == total
     assert all(p.is_meta for p in model.parameters())

@@ -10,7 +10,7 @@ import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.forward import run
 from prunex.vit.tape import Tape
-from tests.vits import images_for, largest, tiny
+from tests.vits import images_for, largest, tiny, weightless
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,7 @@ from tests.vits import images_for, largest, tiny
     ],
 )
 def test_counts_at_224(rate, fuse, kept):
-    with torch.device("meta"):
-        model = VisionTransformer(depth=12, embed_dim=48, num_heads=3)
+    model = weightless(VisionTransformer, depth=12, embed_dim=48, num_heads=3)
     with prunex.attach(model, "evit", keep_ratio=rate, stages=(3, 6, 9), fuse=fuse) as pruning:
         assert pruning.counts() == [k + fuse for k in kept]
     model = tiny(img_size=112)

@@ -1,7 +1,6 @@
 """HVT against a slow float64 rewrite of the whole forward and its published numbers; what pooling does to the trace."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +15,18 @@ from prunex.vit.forward import own_anatomy, record, run
 from prunex.vit.readout import head
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage, TokenTrace
-from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, randomise, relative, state_of, tiny
+from tests.vits import (
+    FAMILIES,
+    assert_same_state,
+    geometry,
+    images,
+    images_for,
+    largest,
+    randomise,
+    relative,
+    state_of,
+    tiny,
+)
 
 SMALL = {"embed_dim": 384, "num_heads": 6, "depth": 12, "global_pool": "avg", "class_token": False, "fc_norm": False}
 
@@ -115,8 +125,8 @@ def test_a_slow_rewrite_of_the_whole_forward(width, size, depth):
 
 
 def test_lengths_as_published():
+    model = geometry(**SMALL)
     with torch.device("meta"):
-        model = timm.create_model("deit_small_patch16_224", **SMALL).eval()
         for width, lengths in ((3, [97, 48, 23, 11]), (4, [97, 48, 23]), (6, [97, 48]), (12, [97])):
             with prunex.attach(model, "hvt", pool_width=width) as pruning:
                 assert pruning.counts() == lengths
@@ -132,8 +142,8 @@ PUBLISHED = [(384, 6, 12, 2.402), (384, 6, 6, 1.941), (384, 6, 4, 1.620), (384, 
 
 @pytest.mark.parametrize(("dim", "heads", "width", "gmacs"), PUBLISHED)
 def test_macs_as_published_and_as_torch_counts_them(dim, heads, width, gmacs):
+    model = geometry(**(SMALL | {"embed_dim": dim, "num_heads": heads}))
     with torch.device("meta"):
-        model = timm.create_model("deit_small_patch16_224", **(SMALL | {"embed_dim": dim, "num_heads": heads})).eval()
         prunex.attach(model, "hvt", pool_width=width)
         cost = prunex.cost(model)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -143,8 +153,8 @@ def test_macs_as_published_and_as_torch_counts_them(dim, heads, width, gmacs):
 
 
 def test_parameters_as_published():
+    model = geometry(**SMALL)
     with torch.device("meta"):
-        model = timm.create_model("deit_small_patch16_224", **SMALL).eval()
         dense = prunex.cost(model).params
         assert round(dense / 1e6, 2) == 22.05
         prunex.attach(model, "hvt", pool_width=12)

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import prunex
@@ -21,7 +20,7 @@ from prunex.vit.embedding import embed
 from prunex.vit.forward import resume, run, through
 from prunex.vit.tape import Tape
 from tests.vit.test_cost import counted
-from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, state_of, tiny
+from tests.vits import FAMILIES, assert_same_state, geometry, images, images_for, largest, state_of, tiny
 
 WITH_CLASS_TOKEN = [name for name in FAMILIES if not name.startswith(("avg", "max"))]  # pooled ones are refused
 SIXTEEN = list(range(16))
@@ -669,11 +668,11 @@ def test_closed_form_cost_is_what_is_computed(family):
 
 
 def test_geometries_without_weights_are_counted_and_saved_sizes_match():
+    model = geometry()
     with torch.device("meta"):
-        model = VisionTransformer(embed_dim=384, num_heads=6, depth=12)
         prunex.attach(model, "patch_slimming", keep=[range(100)] * 11)
         assert prunex.cost(model).tokens == [197, *[101] * 11]
-        dense = VisionTransformer(embed_dim=384, num_heads=6, depth=12)
+    dense = geometry()
     assert prunex.cost(model).macs < 0.55 * prunex.cost(dense).macs
 
 

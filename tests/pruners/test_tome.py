@@ -16,8 +16,8 @@ from prunex.vit.decisions import Absent, Merge, TokenState, apply
 from prunex.vit.forward import resume
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
-from tests.vit.test_cost import counted, geometry
-from tests.vits import images, images_for, largest, relative, tiny
+from tests.vit.test_cost import counted
+from tests.vits import geometry, images, images_for, largest, relative, tiny
 
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "avg_pool_no_class_reg", "qk_norm",
          "layer_scale", "avg_pool_prefix", "avgmax_pool"]  # fmt: skip

@@ -8,13 +8,12 @@ import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.forward import run
 from prunex.vit.tape import Tape
-from tests.vits import ALL_FAMILIES, images_for, largest, tiny
+from tests.vits import ALL_FAMILIES, images_for, largest, tiny, weightless
 
 
 @pytest.mark.parametrize(("rate", "counts"), [(0.7, [138, 97, 68]), (0.5, [98, 49, 25]), (1.0, [196] * 3)])
 def test_counts_at_224(rate, counts):
-    with torch.device("meta"):
-        model = VisionTransformer(depth=12, embed_dim=48, num_heads=3)
+    model = weightless(VisionTransformer, depth=12, embed_dim=48, num_heads=3)
     with prunex.attach(model, "topk", keep_ratio=rate, stages=(3, 6, 9)) as pruning:
         assert pruning.counts() == counts
         assert pruning.counts(196) == counts

@@ -1,7 +1,6 @@
 """What unit pruners share: the choice under a budget, rounding, the fewest units, numbers of a narrowed model."""
 
 import pytest
-import timm
 import torch
 
 import prunex
@@ -10,7 +9,7 @@ from prunex.pruners.units import UnitPruner
 from prunex.vit.units import Branch, branches
 from prunex.vit.widths import WidthSpec, narrow, widths_of
 from tests.pruners.units import removed, swin
-from tests.vits import images_for, largest, tiny
+from tests.vits import geometry, images_for, largest, tiny
 
 
 class Given(UnitPruner):
@@ -131,8 +130,7 @@ def test_scores_must_be_finite(bad):
 
 
 def test_deit_small_unit_costs_sum_to_the_published_macs():
-    with torch.device("meta"):
-        model = timm.create_model("deit_small_patch16_224")
+    model = geometry("deit_small_patch16_224")
     found = branches(model)
     assert {b.macs for b in found if b.kind == "heads"} == {24_333_440}
     assert {b.macs for b in found if b.kind == "channels"} == {151_296}

@@ -138,7 +138,10 @@ def test_a_config_in_no_encoding(folder):
 
 def test_a_folder_of_timms_own(tmp_path):
     from timm.models import save_for_hf
+    from timm.models._hub import has_hf_hub
 
+    if not has_hf_hub():
+        pytest.skip("this timm finds no huggingface_hub that it knows")
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
     save_for_hf(model, tmp_path, safe_serialization=True)
     refused(tmp_path, "not written by prunex")

@@ -1,7 +1,6 @@
 """Closed-form cost against published numbers, torch's flop counter and what a forward's trace shows."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prunex
 from prunex import PrunexError
-from tests.vits import ALL_FAMILIES, images, tiny
+from tests.vits import ALL_FAMILIES, geometry, images, tiny
 
 METHODS = {
     "topk": {},
@@ -17,12 +16,6 @@ METHODS = {
     "evit, not fused": {"fuse": False},
     "dynamicvit": {"teacher": False},
 }
-
-
-def geometry(name, **kwargs):
-    """A published geometry without memory for its weights: counting needs shapes alone."""
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
 
 
 def counted(model, x):
@@ -77,8 +70,8 @@ def test_within_one_percent_of_torchs_flop_counter(family, method):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_deit_small_within_one_percent_of_torchs_flop_counter(method):
+    model = geometry("deit_small_patch16_224")
     with torch.device("meta"):
-        model = timm.create_model("deit_small_patch16_224").eval()
         prunex.attach(model, method.split(",")[0], keep_ratio=0.7, **METHODS[method])
         x = torch.randn(1, 3, 224, 224)
         assert prunex.cost(model).macs == pytest.approx(counted(model, x), rel=0.01)

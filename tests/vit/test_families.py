@@ -10,7 +10,7 @@ import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.forward import run
 from prunex.vit.tape import Tape
-from tests.vit.families import FAMILIES, build, table
+from tests.vit.families import FAMILIES, build, double, table
 from tests.vits import assert_same_state, images_for, largest, randomise, relative, state_of
 
 METHODS = ("topk", "evit", "dynamicvit")
@@ -54,7 +54,7 @@ def test_dense_parity(family):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned(family, method):
-    model = build(family).double()
+    model = double(family)
     x = images_for(model)
     with torch.no_grad():
         dense = model(x)
@@ -76,7 +76,7 @@ def test_pruned(family, method):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_equals_removed_in_gradients(family):
-    model = build(family).double().train()
+    model = double(family).train()
     x = images_for(model)
     pruning = attach(model, "evit")
 
@@ -99,7 +99,7 @@ def test_masked_equals_removed_in_gradients(family):
 @pytest.mark.parametrize("explainer", EXPLAINERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_explained(family, explainer):
-    model = build(family).double()
+    model = double(family)
     x = images_for(model)
     dense = prunex.explain(explainer, model, x)
     assert dense.maps.shape == (3, 4, 4)
@@ -117,7 +117,7 @@ def test_explained(family, explainer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_relevance_rules_reach_it_or_say_so(family):
-    model = build(family).double()
+    model = double(family)
     x = images_for(model)
     for explainer in ("lrp", "partial_lrp", "transformer_attribution"):
         if FAMILIES[family].rules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ _WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # npz fil
 class Monitor(Callback):
     """Base of the monitors: collects images once, then calls :meth:`watch` after validation epochs on rank zero.
 
-    Images are the first of the first validation loader. A batch may be a tensor, a sequence or a dict: the first
-    floating [B, C, H, W] in it is the images, the first integer [B] the labels, the first bool [B, H, W] object masks.
+    Images are taken from the first validation loader: the first that come, but rather of many classes than several of
+    one where labels are known, since loaders are often sorted by class. A batch may be a tensor, a sequence or a dict:
+    the first floating [B, C, H, W] in it is the images, the first integer [B] the labels, the first bool [B, H, W]
+    object masks.
 
     Args:
         images: How many validation images to watch.
@@ -45,7 +48,7 @@ class Monitor(Callback):
         self.images = images
         self.every_n_epochs = every_n_epochs
         self.model = model
-        self._parts: list[dict[str, Tensor]] = []
+        self._parts: list[dict[str, Tensor]] = []  # of one image each where labels are known
         self._whole = False
         self._seen = -1
         self._folder: Path | None = None
@@ -86,9 +89,8 @@ class Monitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect images until there are enough, in the first whole validation; the sanity check only tries a batch."""
-        enough = self._whole or self.collected >= self.images
-        if dataloader_idx != 0 or enough or not trainer.is_global_zero:
+        """Collect images in the first whole validation; the sanity check only tries a batch."""
+        if dataloader_idx != 0 or self._whole or not trainer.is_global_zero:
             return
         part = parts_of(batch)
         if not part:
@@ -99,7 +101,24 @@ class Monitor(Callback):
         if trainer.sanity_checking:
             return
         room = self.images - self.collected
-        self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
+        if "labels" in part:
+            self._take(part)
+        elif room:
+            self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
+
+    def _take(self, part: dict[str, Tensor]) -> None:
+        """Take images while there is room, then in place of the last one of a class that has two more."""
+        held = Counter(int(c) for p in self._parts for c in p.get("labels", ()))
+        for i, label in enumerate(part["labels"].tolist()):
+            if self.collected >= self.images:
+                most, count = held.most_common(1)[0] if held else (label, 0)
+                if count < held[label] + 2:
+                    continue
+                at = [j for j, p in enumerate(self._parts) if most in p.get("labels", ())]
+                del self._parts[at[-1]]
+                held[most] -= 1
+            held[label] += 1
+            self._parts.append({k: v[i : i + 1].detach().cpu().clone() for k, v in part.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch, unless this is the sanity check."""

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, log_picture, parts_of, run_folder
+from prunex.callbacks.monitor import Monitor, log_picture, run_folder
 from prunex.explainers.head_maps import head_maps
 from prunex.files import write_whole
 from prunex.pictures import class_heads, head_attention, save_png, unit_widths
@@ -55,26 +55,6 @@ class UnitMonitor(Monitor):
     def vit(self, pl_module: LightningModule) -> Any:
         """The backbone being watched."""
         return find(pl_module, self.model, Backbone)[1]
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect one image a class, as they come: loaders are often sorted by class, and one class says little."""
-        parts = parts_of(batch)
-        if "labels" in parts and not self._whole:
-            seen = {int(c) for p in self._parts for c in p["labels"]}
-            first = {int(c): i for i, c in reversed(list(enumerate(parts["labels"]))) if int(c) not in seen}
-            if not first:
-                return
-            at = torch.tensor(sorted(first.values()))
-            batch = {k: v[at.to(v.device)] for k, v in parts.items()}
-        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Write the table, draw the pictures."""

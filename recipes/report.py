@@ -144,7 +144,7 @@ def write_report(run: str | Path) -> Path:
     scored, scored_note = _scores(folder / "score")
     named = names if isinstance(names, list) else None
     page = _template().render(
-        title=folder.resolve().name,
+        title=_title(folder.resolve()),
         architecture=str(slim.get("architecture") or ""),
         machine=str(summary.get("machine") or ""),
         cards=_cards(rows or measured, maps),
@@ -294,6 +294,11 @@ def _points(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     """Difference in accuracy to the dense model, in points."""
     value, base = _number(row.get("accuracy")), _number(dense.get("accuracy"))
     return "" if value is None or base is None else f"{100 * (value - base):+.1f} points".replace("-", "−")
+
+
+def _title(folder: Path) -> str:
+    """What a run is called: its folder, and the one above where that has the name and this the number."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
 
 
 def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays]) -> list[tuple[str, str, str]]:

@@ -446,3 +446,12 @@ def test_arguments(bad):
             kind(images=bad)
         with pytest.raises(PrunexError, match=r"every_n_epochs=.* is not allowed"):
             kind(every_n_epochs=bad)
+
+
+def test_a_loader_sorted_by_class_is_watched_in_all_of_its_classes(tmp_path):
+    images, labels = torch.randn(20, 3, 32, 32), torch.tensor([0] * 9 + [1] * 9 + [2, 2])
+    epochs = Epochs(images=5)
+    fit(tmp_path, epochs, validate=DataLoader(list(zip(images, labels, strict=True)), 4), max_epochs=2)
+    for batch in epochs.shown:
+        assert batch["labels"].tolist() == [0, 0, 1, 1, 2]
+        assert torch.equal(batch["images"], images[[0, 1, 9, 10, 18]])

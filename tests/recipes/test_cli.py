@@ -150,3 +150,11 @@ def test_a_wrong_option_is_one_line(arguments, says, capsys):
     assert stop.value.code == 2
     assert len([line for line in told if line.startswith("prunex: error:")]) == 1
     assert says in told[-1]
+
+
+def test_options_inside_a_dict_are_numbers(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["fit", "--config", "digits/dense", "--model.model_args.depth", "2", "--print_config"])
+    assert stop.value.code == 0
+    told = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["model_args"]
+    assert (told["depth"], told["patch_size"]) == (2, 8)

@@ -306,6 +306,7 @@ class TokenPruning(Participant):
         if self.pruning is not None and not trainer.sanity_checking:
             if self.pruning.pruner.count == "adaptive":
                 self._expect(trainer, self.pruning)
+                self._tell(pl_module, self.pruning)
             self._shares, self._images = [], 0
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
             if self.budget is not None:

@@ -69,7 +69,12 @@ def interrupted(folder, name, when, **data):
 
 @pytest.mark.parametrize(
     ("name", "at", "how"),
-    [("dynamicvit", 60, "kill"), ("xpruner", 62, "exception"), ("patch_slimming", 64, "exception")],
+    [
+        ("dynamicvit", 60, "kill"),
+        ("xpruner", 62, "exception"),
+        ("patch_slimming", 64, "exception"),
+        ("ia_red2", 31, "kill"),
+    ],
 )
 def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, whole_runs, name, at, how):
     code, run = interrupted(tmp_path, name, f"{at} {how}")

@@ -54,6 +54,10 @@ class Digits:
         """What is trained on."""
         return DigitScenes(batch_size=64, train_size=args.train_size, seed=seed)
 
+    def steps(self, args: argparse.Namespace) -> int | None:
+        """At most so many steps an epoch."""
+        return None
+
     def test(self, seed: int, args: argparse.Namespace, batch: int, size: int) -> Iterable[Any]:
         """Batches of images, labels and masks that were not trained on."""
         return DigitScenes(batch_size=batch, val_size=size, seed=seed).test_dataloader()
@@ -69,11 +73,19 @@ class Photos:
 
     def start(self, method: str) -> tuple[ImageClassifier, dict[str, Any]]:
         """As for `Digits`."""
-        return ImageClassifier.load_from_checkpoint(self.checkpoint, weights=None), {}
+        module = ImageClassifier.load_from_checkpoint(self.checkpoint, weights=None)
+        if method != "dynamicvit":
+            return module, {}
+        module.hparams["learning_rate"] *= 10  # of the predictors alone, as on digit scenes
+        return module, {"backbone_lr_scale": 0.1}
 
     def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule:
         """What is trained on."""
         return self.data()
+
+    def steps(self, args: argparse.Namespace) -> int | None:
+        """At most so many steps an epoch."""
+        return max(1, args.train_size // self.spec["init_args"]["batch_size"])
 
     def data(self, **more: Any) -> LightningDataModule:
         """The run's data, with other options."""
@@ -96,7 +108,7 @@ def train(scenes: Any, method: str, keep_ratio: float, weight: float, seed: int,
     trainer = lightning.Trainer(
         max_epochs=args.epochs, callbacks=callbacks, accelerator=args.device, devices=1, gradient_clip_val=1.0,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, limit_val_batches=0,
+        num_sanity_val_steps=0, limit_val_batches=0, limit_train_batches=scenes.steps(args),
     )  # fmt: skip
     trainer.fit(module, scenes.training(seed, args))
     return module
@@ -165,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0], help="of the guidance; 0: none")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--epochs", type=int, default=2)
-    made.add_argument("--train-size", type=int, default=3200, help="digit scenes an epoch")
+    made.add_argument("--train-size", type=int, default=3200, help="scenes an epoch, at most")
     made.add_argument("--val-size", type=int, default=2000, help="scenes tested on")
     made.add_argument("--explained", type=int, default=300, help="scenes explained")
     made.add_argument("--guide", default="generic_attention", help="explainer trained on")

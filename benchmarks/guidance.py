@@ -76,8 +76,8 @@ class Photos:
         module = ImageClassifier.load_from_checkpoint(self.checkpoint, weights=None)
         if method != "dynamicvit":
             return module, {}
-        module.hparams["learning_rate"] *= 10  # of the predictors alone, as on digit scenes
-        return module, {"backbone_lr_scale": 0.1}
+        module.hparams["learning_rate"] *= 30  # of the predictors alone: about that of digit scenes
+        return module, {"backbone_lr_scale": 1 / 30}
 
     def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule:
         """What is trained on."""

@@ -484,13 +484,18 @@ class TokenTrace:
             Stage(
                 s.block,
                 s.group,
-                s.weight.detach(),
+                _apart(s.weight),
                 s.n_out,
                 s.fused,
-                None if s.score is None else s.score.detach(),
+                None if s.score is None else _apart(s.score),
                 s.counted.detach() if isinstance(s.counted, Tensor) else s.counted,
                 s.merged,
             )
             for s in self.stages
         ]
         return TokenTrace(self.grid, self.prefix, self.batch, self.device, stages, self.bare)
+
+
+def _apart(values: Tensor) -> Tensor:
+    """Off the graph; compiled, as a copy: torch rebuilds a view that a graph returns twice from a wrong base."""
+    return values.detach().clone() if torch.compiler.is_compiling() else values.detach()

@@ -256,16 +256,23 @@ def test_compiles_as_one_graph(method):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["evit", "dynamicvit"])
-def test_compiles_with_inductor(method):
+@pytest.mark.parametrize(
+    ("method", "backend"),
+    [
+        ("evit", "aot_eager"),
+        ("dynamicvit", "aot_eager"),
+        pytest.param("evit", "inductor", marks=pytest.mark.slow),
+        pytest.param("dynamicvit", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_training_step(method, backend):
     model = tiny()
     pruning = prunex.attach(model, method, keep_ratio=0.6, stages=(1, 2))
     randomise(pruning.pruner)
     model.train()
     x = images_for(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     model.eval()
     with torch.no_grad():
         assert largest(compiled(x), model(x)) < 1e-4

@@ -9,6 +9,7 @@ how well the kept set agrees with what the *dense* model rests on, by an explain
 chance-corrected overlap and ROC-AUC, 0 and 0.5 by chance; the share of the pruned model's own relevance (--own) that
 lies on the object; and the perturbation test of that map on the pruned model by dropping tokens (positive: lower is
 better; maximum 90).
+With --tune all of that is measured on images of the training split that this training leaves out: to choose a weight.
 Rows that OUT/guidance.csv holds already are skipped.
 """
 
@@ -27,6 +28,7 @@ import lightning
 import torch
 from lightning.pytorch import LightningDataModule
 from measure import start
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from tradeoff import RECIPES, STAGES, append, classifier, read_rows
 
@@ -36,6 +38,7 @@ from prunex.metrics import agreement, energy_inside, perturbation, perturbation_
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.runs import evaluate, instantiate, read_run
 
+HELD_OUT_EVERY = 5  # of the training images of a folder, with --tune
 KEY = ("method", "keep_ratio", "weight", "seed", "epochs", "train_size")
 MEASURES = ("accuracy", "share", "object_kept", "overlap", "kept_auc", "energy", "positive", "negative")
 FIELDS = (*KEY, *MEASURES)
@@ -60,6 +63,8 @@ class Digits:
 
     def test(self, seed: int, args: argparse.Namespace, batch: int, size: int) -> Iterable[Any]:
         """Batches of images, labels and masks that were not trained on."""
+        if args.tune:  # other scenes of the digits and photo parts that are trained on
+            return DigitScenes(batch_size=batch, train_size=size, seed=seed + 1000).train_dataloader()
         return DigitScenes(batch_size=batch, val_size=size, seed=seed).test_dataloader()
 
 
@@ -79,9 +84,13 @@ class Photos:
         module.hparams["learning_rate"] *= 30  # of the predictors alone: about that of digit scenes
         return module, {"backbone_lr_scale": 1 / 30}
 
-    def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule:
+    def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule | DataLoader[Any]:
         """What is trained on."""
-        return self.data()
+        if not args.tune:
+            return self.data()
+        whole: Any = self.data().train_dataloader()
+        rest = [i for i in range(len(whole.dataset)) if i % HELD_OUT_EVERY]
+        return DataLoader(Subset(whole.dataset, rest), whole.batch_size, shuffle=True, drop_last=True)
 
     def steps(self, args: argparse.Namespace) -> int | None:
         """At most so many steps an epoch."""
@@ -93,6 +102,12 @@ class Photos:
 
     def test(self, seed: int, args: argparse.Namespace, batch: int, size: int) -> Iterable[Any]:
         """Batches of images, labels and masks that were not trained on."""
+        if args.tune:
+            whole: Any = self.data(augment=False).train_dataloader().dataset
+            held = Subset(whole, range(0, len(whole), HELD_OUT_EVERY))
+            # A stride over the classes, in whose order the files lie, so that a part of the batches has all of them.
+            order = [i for first in range(batch) for i in range(first, len(held), batch)]
+            return itertools.islice(DataLoader(Subset(held, order), batch), -(-size // batch))
         data = self.data(batch_size=batch)
         data.setup("test")
         return itertools.islice(data.test_dataloader(), -(-size // batch))
@@ -175,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--methods", nargs="+", default=["dynamicvit", "evit"])
     made.add_argument("--keep-ratios", type=float, nargs="+", default=[0.7, 0.5])
     made.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0], help="of the guidance; 0: none")
+    made.add_argument("--tune", action="store_true", help="measure on images left out of training, not on unseen ones")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--epochs", type=int, default=2)
     made.add_argument("--train-size", type=int, default=3200, help="scenes an epoch, at most")

@@ -1,18 +1,21 @@
 """How well a trained ViT Shapley explainer ranks patches: beside long permutation sampling of the game it has learnt.
 
-    python benchmarks/vit_shapley.py runs/digits-vit-shapley/version_0/explainer
+    python benchmarks/vit_shapley.py runs/digits-vit-shapley/version_0
 
 The game is the surrogate's probability of the class it predicts. Spearman's rank correlation is taken over the patches
 of an image; a second, independent sampling run of the same length tells how far the reference itself can be trusted.
-Digit scenes of validation only.
+On validation scenes as the run's config has them, past those that its training chose an epoch by.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -20,7 +23,7 @@ import prunex
 from prunex.explainers.removal import Removal
 from prunex.explainers.shap import estimate
 from prunex.explainers.vit_shapley import load_explainer
-from prunex.recipes import DigitScenes
+from prunex.recipes.runs import instantiate, read_run
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -35,17 +38,19 @@ def told(name: str, found: Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("explainer", help="folder that the recipe wrote")
+    parser.add_argument("run", type=Path, help="a run of prunex fit on digit scenes")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=100, help="antithetic pairs of the reference")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--first", type=int, default=1000, help="number of the first validation scene")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    explainer = load_explainer(args.explainer)
+    explainer = load_explainer(args.run / "explainer")
     surrogate = explainer.surrogate
-    scenes = DigitScenes(val_size=args.first + args.images).dataset("val")
-    images = scenes.__getitems__(list(range(args.first, args.first + args.images)))[0]
+    spec = read_run(args.run)["data"]
+    more = {"val_size": args.first + args.images}
+    data: Any = instantiate(LightningDataModule, {**spec, "init_args": {**spec["init_args"], **more}})
+    images = data.dataset("val").__getitems__(list(range(args.first, args.first + args.images)))[0]
 
     began = time.process_time()
     learnt = prunex.explain("vit_shapley", surrogate, images, explainer=explainer)
@@ -74,8 +79,11 @@ def main() -> None:
     print(told(f"shap, {args.pairs} pairs, against another such run", correlation(reference, again)))
     rest = (mine - best).pow(2).sum(1) / (best - best.mean(1, keepdim=True)).pow(2).sum(1)
     print(told("vit_shapley, share of variance not explained", rest))
-    top = [set(m.topk(8).indices.tolist()) & set(b.topk(8).indices.tolist()) for m, b in zip(mine, best, strict=True)]
-    print(told("vit_shapley, share of the 8 best patches found", torch.tensor([len(t) / 8 for t in top])))
+    count = max(1, mine.shape[1] // 8)
+    found = [
+        len(set(m.topk(count)[1].tolist()) & set(b.topk(count)[1].tolist())) for m, b in zip(mine, best, strict=True)
+    ]
+    print(told(f"vit_shapley, share of the {count} best patches found", torch.tensor(found) / count))
     print(f"processor seconds an image: {fast / args.images:.4f} learnt, {slow / args.images:.2f} sampled")
 
 

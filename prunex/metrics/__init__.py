@@ -33,31 +33,33 @@ from prunex.metrics.agreement import (
 )
 from prunex.metrics.base import MeanOverImages
 from prunex.metrics.bootstrap import Interval, bootstrap, bootstrap_ratios, compare
-from prunex.metrics.faithfulness import (
+from prunex.metrics.curves import (
     AOPC,
     SRG,
     Comprehensiveness,
     Curves,
     Deletion,
-    FaithfulnessCorrelation,
-    Infidelity,
     Insertion,
     LogOdds,
-    SaCo,
-    SensitivityN,
     Sufficiency,
     aopc,
     comprehensiveness,
     deletion,
-    faithfulness_correlation,
-    infidelity,
     insertion,
     log_odds,
     removal_curves,
-    saco,
-    sensitivity_n,
     srg,
     sufficiency,
+)
+from prunex.metrics.faithfulness import (
+    FaithfulnessCorrelation,
+    Infidelity,
+    SaCo,
+    SensitivityN,
+    faithfulness_correlation,
+    infidelity,
+    saco,
+    sensitivity_n,
 )
 from prunex.metrics.localization import (
     EnergyInMask,

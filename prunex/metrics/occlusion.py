@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import check_chunk, sequences
-from prunex.explainers.removal import Removal
+from prunex.explainers.base import check_chunk, choose_target, sequences
+from prunex.explainers.removal import OUTPUTS, Removal, score
 from prunex.vit.anatomy import ViT, check_images, find
 from prunex.vit.decisions import Decision, Pruner, Replay
 from prunex.vit.embedding import embed
@@ -24,6 +24,7 @@ from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
 
+Output = Literal["probability", "logit", "log_odds"]
 Route = Literal["drop", "black", "grey", "mean", "blur"]
 REMOVALS = ("drop", "black", "grey", "mean", "blur")
 SELECTIONS = ("free", "frozen")
@@ -139,6 +140,54 @@ class Occlusion:
         if self.decisions is not None:
             decides = [Replay(self.decisions, image)]
         return resume(self.model, embed(self.model, images)[0], self.grid, decides, masked=self.masked).double()
+
+
+class Asked:
+    """The class's score f of altered images, and the maps that say what to alter.
+
+    Attributes:
+        clean: float64 [B], f(x).
+        maps: As given, in at least float32.
+        values: float [B, P], one a patch.
+        forwards: Altered images the model has seen.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, maps: Tensor, target: int | Tensor | None, output: str, **options: Any
+    ) -> None:
+        if not isinstance(output, str) or output not in OUTPUTS:
+            raise unknown("output", output, OUTPUTS)
+        self.output, self.forwards = output, 0
+        self.occlusion = Occlusion(model, images, **options)
+        self.maps = check_maps(maps, self.occlusion.images, self.occlusion.grid)
+        self.values = on_patches(self.maps, self.occlusion.grid, self.occlusion.patch)
+        self.target = choose_target(self.occlusion.clean, target)
+        self.bad = self.maps.flatten(1).isnan().any(1)
+        self.clean = self._of_class(self.occlusion.clean, torch.arange(len(self.maps), device=self.maps.device))
+
+    def of_rows(self, image: Tensor, removed: Callable[[Tensor], Tensor], count: Tensor) -> Tensor:
+        """F of rows [R], each of one image [R] with ``count`` [R] units gone; rows without any are the clean image."""
+        scores = self.clean[image]
+        rows = count.nonzero()[:, 0]
+        if len(rows):
+            mine = image[rows]
+            scores[rows] = self._of_class(self.occlusion(mine, lambda part: removed(rows[part])), mine)
+            self.forwards += len(rows)
+        return scores
+
+    def of_sets(self, image: Tensor, removed: Tensor) -> Tensor:
+        """F of sets of patches gone, bool [R, P]; none is asked of an image twice."""
+        code = torch.cat([image[:, None].to(torch.int32), removed.to(torch.int32)], 1)
+        one, again = code.unique(dim=0, return_inverse=True)
+        sets = one[:, 1:].bool()
+        return self.of_rows(one[:, 0].long(), lambda part: sets[part], sets.sum(1))[again]
+
+    def hide(self, values: Tensor) -> Tensor:
+        """NaN for images with NaN in their map; values [B] or [B, ...]."""
+        return values.masked_fill(self.bad.view(-1, *[1] * (values.ndim - 1)), torch.nan)
+
+    def _of_class(self, logits: Tensor, image: Tensor) -> Tensor:
+        return score(logits, self.output).gather(1, self.target[image, None])[:, 0]
 
 
 def substrate(images: Tensor, removal: str, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:

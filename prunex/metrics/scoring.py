@@ -28,20 +28,17 @@ from prunex.metrics.agreement import (
     topk_overlap,
 )
 from prunex.metrics.bootstrap import Interval, bootstrap, bootstrap_ratios
-from prunex.metrics.faithfulness import (
+from prunex.metrics.curves import (
     aopc,
     comprehensiveness,
     deletion,
-    faithfulness_correlation,
-    infidelity,
     insertion,
     log_odds,
     removal_curves,
-    saco,
-    sensitivity_n,
     srg,
     sufficiency,
 )
+from prunex.metrics.faithfulness import faithfulness_correlation, infidelity, saco, sensitivity_n
 from prunex.metrics.localization import (
     energy_inside,
     foreground_auc,

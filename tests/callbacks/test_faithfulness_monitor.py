@@ -11,7 +11,7 @@ from prunex import PrunexError
 from prunex.callbacks import FaithfulnessMonitor, TokenPruning
 from prunex.callbacks.faithfulness_monitor import add_rows
 from prunex.metrics import corrected_overlap, energy_inside, perturbation, perturbation_auc, removal_curves
-from prunex.metrics.faithfulness import deletion, insertion
+from prunex.metrics.curves import deletion, insertion
 from prunex.metrics.scoring import without_pruning
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, snapshot, trainer
 

@@ -38,7 +38,8 @@ from prunex.metrics import (
     srg,
     sufficiency,
 )
-from prunex.metrics.faithfulness import ERASER, curves_of, logarithmic_sizes, saco_of
+from prunex.metrics.curves import curves_of
+from prunex.metrics.faithfulness import ERASER, logarithmic_sizes, saco_of
 from prunex.metrics.occlusion import Occlusion
 from tests.metrics.models import MEAN, PRUNED, STD, constant, linear, pruned, shares, without
 from tests.vits import assert_same_state, images, largest, quick, state_of, tiny

@@ -6,13 +6,12 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,17 +21,17 @@ from prunex.errors import PrunexError, unknown
 from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, by_chance, interval, measures, random_maps, scores, without_pruning
-from prunex.pictures.arrays import save_npz
 from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import contestants
 from prunex.recipes.explain_command import MANY, Explainers, batches, read_options
 from prunex.recipes.report import write_report
 from prunex.recipes.runs import open_data, open_model_or_name, read_run, token_pruning
 from prunex.recipes.score_data import Scenes, from_folder, from_run
+from prunex.recipes.score_record import Record, digest
 from prunex.recipes.score_table import Score, table, write_scores
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
-from prunex.untrusted import is_there, read_npz
+from prunex.untrusted import is_there
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import embed
 from prunex.vit.widths import WidthSpec, widths_of
@@ -542,105 +541,3 @@ class Scoring:
 
 class _Refused(Exception):
     """A method of "all" that cannot take this model."""
-
-
-@dataclass
-class Record:
-    """What is known of one method on one model: its maps, and values per image of each metric; a file.
-
-    Attributes:
-        path: The npz file.
-        key: A hash of the model, images, method and options; a file of another is not used.
-        again: Whether to start anew whatever the file holds.
-        images: How many there are; a file of another number is not used. None: any.
-        grid: Patch grid, likewise.
-        keys: For each metric a text of what else it depends on.
-        arrays: Maps, the class explained, and values by metric.
-        fine: Whether the method's own map is finer than a patch.
-        cost: Seconds and forwards an image of the explanation.
-        seconds: What metrics took, together with those they share with.
-    """
-
-    path: Path
-    key: str
-    again: bool = False
-    images: int | None = None
-    grid: tuple[int, int] | None = None
-    keys: dict[str, str] = field(default_factory=dict)
-    arrays: dict[str, Any] = field(default_factory=dict)
-    fine: bool = False
-    cost: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Take what is there; a file that is damaged or of something else counts as none."""
-        if self.again or not self.path.is_file():
-            return
-        try:
-            arrays = read_npz(self.path)
-            told = json.loads(str(arrays.pop("about")))
-            if told["key"] == self.key and self._fits(arrays):
-                self.cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
-                self.keys, self.fine = {k: str(v) for k, v in told["keys"].items() if k in arrays}, bool(told["fine"])
-                self.seconds, self.arrays = {k: float(v) for k, v in told["seconds"].items()}, arrays
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
-            self.arrays = {}
-
-    def _fits(self, arrays: Mapping[str, Any]) -> bool:
-        """Whether arrays are of these images: a file may come from anywhere."""
-        maps, target = arrays["maps"], arrays["target"]
-        count = len(maps) if self.images is None else self.images
-        values = [v for k, v in arrays.items() if k not in ("maps", "target")]
-        return (
-            maps.dtype.kind == "f"
-            and maps.ndim == 3
-            and (self.grid is None or maps.shape[1:] == self.grid)
-            and target.dtype == np.int64
-            and target.shape == (count,) == maps.shape[:1]
-            and all(v.dtype.kind in "fbi" and v.ndim in (1, 2) and len(v) == count for v in values)
-        )
-
-    @property
-    def there(self) -> bool:
-        """Whether there are maps."""
-        return "maps" in self.arrays
-
-    def values(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
-        """Values by metric, of those with these keys."""
-        return {name: self.tensor(name) for name, key in keys.items() if self.keys.get(name) == key}
-
-    def tensor(self, name: str) -> Tensor:
-        """One of the arrays."""
-        return torch.from_numpy(self.arrays[name])
-
-    def maps(self, maps: Tensor, target: Tensor | None, fine: bool, found: Mapping[str, Tensor]) -> None:
-        """Take maps; written with the metrics that come with them."""
-        self.arrays["maps"], self.fine = maps.numpy(), fine
-        self.arrays["target"] = np.full(len(maps), -1) if target is None else target.numpy()
-        self.arrays |= {name: values.numpy() for name, values in found.items()}
-
-    def add(self, found: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-        """Take values by metric, and write everything, whole or not at all."""
-        self.arrays |= {name: values.numpy() for name, values in found.items()}
-        self.keys |= keys
-        told = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
-        save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(told))}, compressed=False)
-
-
-def digest(model: nn.Module) -> str:
-    """A hash of a model's weights, its modules' plain settings and its pruner's options."""
-    told = hashlib.sha256()
-    for name, module in model.named_modules():
-        plain = {
-            k: v
-            for k, v in sorted(vars(module).items())
-            if isinstance(v, bool | int | float | str) and not k.startswith("_") and k != "training"
-        }
-        told.update(repr((name, type(module).__name__, plain)).encode())
-    handle = token_pruning(model)
-    told.update(repr(None if handle is None else handle.spec).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous()
-        told.update(repr((name, raw.dtype, tuple(raw.shape))).encode())
-        told.update(raw.reshape(-1).view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
-    return told.hexdigest()

@@ -122,7 +122,7 @@ def _classes(table: UnitRelevance, names: list[str], epoch: int) -> np.ndarray:
     values = (every - every.mean(0) - every.mean(1, keepdim=True) + every.mean()).numpy()
     heads = [f"{block}.{h}" for block, t in table.heads.items() for h in range(t.shape[1])]
     kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
-    title = f"epoch {epoch}: heads that matter for a class beyond the head's and the class's means"
+    title = f"epoch {epoch}: heads that matter more for a class than on average"
     return np.asarray(class_heads(values, names, heads, kept, title=title))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from scipy.stats import chisquare
+from scipy.stats import chisquare, spearmanr
 
 import prunex
 from prunex import PrunexError
@@ -12,6 +12,9 @@ from prunex.recipes.vit_shapley import regression_loss
 from tests.explainers import games
 from tests.recipes.test_classifier import ARCHITECTURE, SMALL, loader, trainer
 from tests.recipes.test_cli import QUICK
+
+CLOSE_UP = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}  # as the config has them
+CLOSE_UP_SCENES = {"image_size": 32, "min_digit": 24, "max_digit": 32}
 
 
 def small(**arguments):
@@ -201,10 +204,29 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert cli.run(arguments) == 0
     torch.set_num_threads(threads)
     [folder] = tmp_path.glob("runs/digits-vit-shapley/*/explainer")
-    model = ImageClassifier(ARCHITECTURE, 10, {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6,
-                                               "num_heads": 3}, weights="digits").model  # fmt: skip
-    e = prunex.explain("vit_shapley", model, torch.randn(1, 3, 64, 64), explainer=str(folder))
-    assert e.maps.shape == (1, 8, 8)
+    model = ImageClassifier(ARCHITECTURE, 10, CLOSE_UP, weights="digits").model
+    e = prunex.explain("vit_shapley", model, torch.randn(1, 3, 32, 32), explainer=str(folder))
+    assert e.maps.shape == (1, 4, 4)
+
+
+@pytest.mark.slow
+def test_two_epochs_rank_patches_as_long_sampling_of_the_game_does(tmp_path, monkeypatch):
+    """The shipped config goes on twelve times as long, and further (docs/explainers.md)."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    arguments = ["fit", "--config", "configs/digits/vit_shapley.yaml", "--trainer.enable_progress_bar", "false"]
+    arguments += ["--trainer.max_epochs", "3", "--model.init_args.surrogate_epochs", "1", "--seed_everything", "1"]
+    assert cli.run([*arguments, "--data.val_size", "64"]) == 0
+    torch.set_num_threads(threads)
+    [folder] = tmp_path.glob("runs/digits-vit-shapley/*/explainer")
+    explainer = load_explainer(folder)
+    images = DigitScenes(val_size=96, **CLOSE_UP_SCENES).dataset("val").__getitems__(list(range(64, 96)))[0]
+    e = prunex.explain("vit_shapley", explainer.surrogate, images, explainer=explainer)
+    long = prunex.explain("shap", explainer.surrogate, images, e.target, estimator="permutation", budget=2 + 30 * 40)
+    found = torch.tensor(
+        [spearmanr(a, b).statistic for a, b in zip(e.maps.flatten(1), long.maps.flatten(1), strict=True)]
+    )
+    assert found.median() > 0.6
 
 
 @pytest.mark.parametrize(

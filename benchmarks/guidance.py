@@ -10,7 +10,7 @@ chance-corrected overlap and ROC-AUC, 0 and 0.5 by chance; the share of the prun
 lies on the object; and the perturbation test of that map on the pruned model by dropping tokens (positive: lower is
 better; maximum 90).
 With --tune all of that is measured on images of the training split that this training leaves out: to choose a weight.
-Rows that OUT/guidance.csv holds already are skipped.
+Rows that OUT/guidance.csv (tuning.csv with --tune) holds already are skipped; OUT is in RUN where there is one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from prunex.callbacks import RelevancyGuidance, TokenPruning
 from prunex.metrics import agreement, energy_inside, perturbation, perturbation_auc
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.runs import evaluate, instantiate, read_run
+from prunex.recipes.score_data import spaced
 
 HELD_OUT_EVERY = 5  # of the training images of a folder, with --tune
 KEY = ("method", "keep_ratio", "weight", "seed", "epochs", "train_size")
@@ -104,10 +105,8 @@ class Photos:
         """Batches of images, labels and masks that were not trained on."""
         if args.tune:
             whole: Any = self.data(augment=False).train_dataloader().dataset
-            held = Subset(whole, range(0, len(whole), HELD_OUT_EVERY))
-            # A stride over the classes, in whose order the files lie, so that a part of the batches has all of them.
-            order = [i for first in range(batch) for i in range(first, len(held), batch)]
-            return itertools.islice(DataLoader(Subset(held, order), batch), -(-size // batch))
+            held = range(0, len(whole), HELD_OUT_EVERY)
+            return DataLoader(Subset(whole, [held[i] for i in spaced(len(held), size)]), batch)
         data = self.data(batch_size=batch)
         data.setup("test")
         return itertools.islice(data.test_dataloader(), -(-size // batch))
@@ -185,7 +184,7 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, default=Path("runs/guidance"), help="folder to write to")
+    made.add_argument("--out", type=Path, help="folder to write to; default RUN/guidance, or runs/guidance")
     made.add_argument("--run", type=Path, help="a dense run on a folder with masks; default: digit scenes")
     made.add_argument("--methods", nargs="+", default=["dynamicvit", "evit"])
     made.add_argument("--keep-ratios", type=float, nargs="+", default=[0.7, 0.5])
@@ -208,8 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for quiet in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "guidance.csv"
+    out = args.out or (args.run or Path("runs")) / "guidance"  # rows do not tell on which data they were measured
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ("tuning.csv" if args.tune else "guidance.csv")
     scenes = Digits() if args.run is None else Photos(args.run)
     dense = scenes.start("")[0].model.eval()
     done = {tuple(r[k] for k in KEY) for r in read_rows(path)}
@@ -222,8 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(scenes, module, dense, seed, args)
         append(path, FIELDS, dict(zip(KEY, key, strict=True)) | {n: round(found[n], 5) for n in MEASURES})
     told = table(read_rows(path))
-    (args.out / "guidance.md").write_text(told + "\n")
-    print(f"\n{told}\n\nwritten to {args.out}")
+    path.with_suffix(".md").write_text(told + "\n")
+    print(f"\n{told}\n\nwritten to {out}")
 
 
 if __name__ == "__main__":

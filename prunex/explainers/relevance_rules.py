@@ -83,18 +83,32 @@ def stabilised(z: Tensor, epsilon: float) -> Tensor:
     return z + epsilon * torch.where(z < 0, -1.0, 1.0).to(z.dtype)
 
 
-def zplus(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
-    """R_j = sum_k (x_j w_jk)^+ / sum_i (x_i w_ik)^+ R_k: positive products only, one denominator, no bias.
+def zplus(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
+    """R_j = sum_k (x_j w_jk)^+ / sum_i (x_i w_ik)^+ R_k: positive products only, one denominator, no bias."""
+    up, down = _by_sign(layer.weight)
+    s = r / _positive_sum(layer, x, out).add_(1e-9)  # where that sum is 0, so is what s meets on the way back
+    return (layer.back(s, up) * x.clamp(min=0)).addcmul_(layer.back(s, down), x.clamp(max=0))
 
-    The two signs are summed apart, never as half of output plus magnitudes: where positive products are few, that
-    difference would be rounding alone.
+
+def _positive_sum(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
+    """sum_i (x_i w_ik)^+, as half of sum and sum of magnitudes: one product with weights where two signs take two.
+
+    Where positive products are few, that difference would be rounding alone: there the signs are summed apart.
     """
-    (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
-    s = ratio(r, layer.forth(above, up) + layer.forth(below, down))
-    return above * layer.back(s, up) + below * layer.back(s, down)
+    magnitude = layer.forth(x.abs(), layer.weight.abs())
+    found = magnitude + out
+    if layer.bias is not None:
+        found -= layer.bias
+        magnitude += layer.bias.abs()
+    few = found < magnitude.mul_(1 / 32)
+    found *= 0.5
+    if few.any():
+        (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
+        found = torch.where(few, layer.forth(above, up) + layer.forth(below, down), found)
+    return found
 
 
-def zplus_split(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
+def zplus_split(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
     """As :func:`zplus`, each sign of the inputs divided by its own denominator: up to twice the relevance leaves."""
     (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
     first = above * layer.back(ratio(r, layer.forth(above, up)), up)
@@ -127,7 +141,7 @@ def gamma_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, gamma: float, ep
     return total
 
 
-def bounded(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
+def bounded(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
     """The pixel layer's rule zB: x w - l w^+ - h w^-, l and h each image's lowest and highest value (no bias)."""
     above, below = x - x.amin((1, 2, 3), keepdim=True), x - x.amax((1, 2, 3), keepdim=True)
     up, down = _by_sign(layer.weight)
@@ -152,7 +166,7 @@ def conserving_add(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor
     sums = [p.sum(axes, keepdim=True) for p in parts]
     size = sums[0].abs() + sums[1].abs()
     whole = r.sum(axes, keepdim=True)
-    first, second = (p * ratio(ratio(s.abs(), size) * whole, s) for p, s in zip(parts, sums, strict=True))
+    first, second = (p.mul_(ratio(ratio(s.abs(), size) * whole, s)) for p, s in zip(parts, sums, strict=True))
     return first, second
 
 
@@ -207,7 +221,7 @@ class RelevanceRules(Arithmetic):
                 return (epsilon_rule(layer, saved[0], out, r, self.epsilon),)
             if self.rule == "gamma":
                 return (gamma_rule(layer, saved[0], out, r, gamma, self.epsilon),)
-            return (positive(layer, saved[0], r),)
+            return (positive(layer, saved[0], out, r),)
 
         return _Route.apply(self, back, module(x), x)
 

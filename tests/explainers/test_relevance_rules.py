@@ -36,15 +36,15 @@ def linear(ins=4, outs=3):
     return module
 
 
-def output_of(layer, x):
-    out = layer.forth(x, layer.weight)
-    return out if layer.bias is None else out + layer.bias
+def rule_on(rule, module, x, r):
+    """What a module's inputs get of its outputs' relevance."""
+    return rule(Layer.of(module), x, module(x).detach(), r)
 
 
 # The rules as one function of layer, inputs, outputs and relevance, and by explicit loops for one output's products.
 RULES = {
-    "zplus": lambda layer, x, out, r: zplus(layer, x, r),
-    "zplus_split": lambda layer, x, out, r: zplus_split(layer, x, r),
+    "zplus": zplus,
+    "zplus_split": zplus_split,
     "epsilon": partial(epsilon_rule, epsilon=0.1),
     "gamma": partial(gamma_rule, gamma=0.3, epsilon=1e-6),
 }
@@ -74,8 +74,7 @@ def test_rules_equal_double_loops(rule):
     module = linear()
     x, r = draw(6, 4), draw(6, 3, seed=1)
     x[0, 0] = 0
-    out = module(x).detach()
-    found = RULES[rule](Layer.of(module), x, out, r)
+    found = rule_on(RULES[rule], module, x, r)
     wanted = torch.zeros_like(x)
     for n in range(6):
         for k in range(3):
@@ -95,9 +94,9 @@ def test_patch_convolutions_equal_linear_layers_on_unfolded_patches(rule, bias):
         if bias:
             same.bias.copy_(conv.bias)
     x, r = draw(2, 2, 8, 12), draw(2, 3, 2, 3, seed=1)
-    found = RULES[rule](Layer.of(conv), x, conv(x).detach(), r)
+    found = rule_on(RULES[rule], conv, x, r)
     unfolded = nn.functional.unfold(x, 4, stride=4).transpose(1, 2)
-    rows = RULES[rule](Layer.of(same), unfolded, same(unfolded).detach(), r.flatten(2).transpose(1, 2))
+    rows = rule_on(RULES[rule], same, unfolded, r.flatten(2).transpose(1, 2))
     assert relative(found, nn.functional.fold(rows.transpose(1, 2), (8, 12), 4, stride=4)) < 1e-12
 
 
@@ -113,17 +112,17 @@ def test_pixel_rule_equals_loops_with_each_images_own_bounds():
                 patch, w = x[b, :, 2 * row : 2 * row + 2], conv.weight[k].detach()
                 z = patch * w - low * w.clamp(min=0) - high * w.clamp(max=0)
                 wanted[b, :, 2 * row : 2 * row + 2] += z * r[b, k, row, 0] / (z.sum() + 1e-9)
-    found = bounded(Layer.of(conv), x, r)
+    found = rule_on(bounded, conv, x, r)
     assert relative(found, wanted) < 1e-12
     assert relative(found.sum((1, 2, 3)), r.sum((1, 2, 3))) < 1e-7
-    assert (bounded(Layer.of(conv), torch.full((1, 2, 4, 2), 0.3).double(), r[:1]) == 0).all()  # a blank image
+    assert (rule_on(bounded, conv, torch.full((1, 2, 4, 2), 0.3).double(), r[:1]) == 0).all()  # a blank image
 
 
 def test_positive_products_conserve_and_split_ones_double():
-    layer = Layer.of(linear(40, 30))
+    module = linear(40, 30)
     x, r = draw(5, 40), draw(5, 30, seed=1).abs()
-    assert relative(zplus(layer, x, r).sum(1), r.sum(1)) < 1e-7
-    assert relative(zplus_split(layer, x, r).sum(1), 2 * r.sum(1)) < 1e-7
+    assert relative(rule_on(zplus, module, x, r).sum(1), r.sum(1)) < 1e-7
+    assert relative(rule_on(zplus_split, module, x, r).sum(1), 2 * r.sum(1)) < 1e-7
 
 
 @pytest.mark.parametrize("rule", [zplus, zplus_split])
@@ -134,11 +133,39 @@ def test_no_positive_product_passes_nothing_on(rule, dtype):
     with torch.no_grad():
         module.weight.copy_(-module.weight.abs())
         module.weight[2, 1] = 1
-    layer = Layer.of(module)
-    found = rule(layer, x, torch.ones(3, 3, dtype=dtype))
+    found = rule_on(rule, module, x, torch.ones(3, 3, dtype=dtype))
     assert largest(found[:, 1], torch.ones(3)) < 1e-6
     assert (found[:, [0, 2, 3]] == 0).all()
-    assert (rule(layer, torch.zeros(3, 4, dtype=dtype), torch.ones(3, 3, dtype=dtype)) == 0).all()
+    assert (rule_on(rule, module, torch.zeros(3, 4, dtype=dtype), torch.ones(3, 3, dtype=dtype)) == 0).all()
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, 3e3])
+@pytest.mark.parametrize("positive", [3e-7, 1e-4, 1e-2, 0.03, 0.1, 1.0])
+def test_few_positive_products_keep_single_precision(positive, bias):
+    """Products of 64 inputs, all negative but one of the given size: what that one gets is exact to rounding."""
+    module = nn.Linear(64, 5)
+    x, r = draw(7, 64).abs().float() + 0.1, draw(7, 5, seed=1).abs().float() + 0.1
+    with torch.no_grad():
+        module.weight.copy_(-draw(5, 64, seed=2).abs())
+        module.weight[:, 3], module.weight[2, 4] = positive, positive / 3
+        module.bias.fill_(bias)
+    found = rule_on(zplus, module, x, r)
+    exact = rule_on(zplus, module.double(), x.double(), r.double())
+    assert relative(found, exact) < 2e-5
+    assert (found[:, 5:] == 0).all()
+
+
+def test_positive_products_take_three_products_with_weights():
+    module, calls = linear(40, 30), []
+
+    def counted(kind, f):
+        return lambda x, w: (calls.append(kind), f(x, w))[1]
+
+    plain = Layer.of(module)
+    layer = Layer(plain.weight, plain.bias, counted("forth", plain.forth), counted("back", plain.back))
+    x = draw(5, 40)
+    zplus(layer, x, module(x).detach(), draw(5, 30, seed=1))
+    assert sorted(calls) == ["back", "back", "forth"]
 
 
 def test_ratio_is_zero_at_zero():

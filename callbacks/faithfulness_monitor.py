@@ -61,12 +61,12 @@ class FaithfulnessMonitor(Monitor):
         model: str | None = None,
     ) -> None:
         super().__init__(images, every_n_epochs, model)
-        self.methods = list(["tokentm"] if methods is None else methods)
-        if isinstance(methods, str) or not self.methods:
+        self.methods = list(methods) if isinstance(methods, list | tuple) else ["tokentm"]
+        if not (methods is None or isinstance(methods, list | tuple)) or not self.methods:
             raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
         for name in self.methods:
             lookup("explainer", name)
-        if isinstance(metrics, str):
+        if not (metrics is None or isinstance(metrics, list | tuple)):
             raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
         self.metrics = measures(["deletion", "insertion"] if metrics is None else metrics)
         if removal is not None and removal not in REMOVALS:

@@ -16,7 +16,7 @@ import prunex
 from prunex.callbacks.monitor import parts_of
 from prunex.callbacks.participant import Participant, note, progress
 from prunex.callbacks.token_pruning import TokenPruning, batches_of
-from prunex.checks import check_flag, check_number, check_whole
+from prunex.checks import check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError
 from prunex.pruners.base import accepted
 from prunex.pruners.budget import check_budget
@@ -94,7 +94,7 @@ class MaskPruning(Participant):
             )
         check_budget(budget)
         self.method, self.budget = method, budget
-        self.options = dict(options or {})
+        self.options = check_options(options)
         for name in self.options:
             if name not in accepted(self.make):
                 raise prunex.errors.unknown(f"option of {method}", name, accepted(self.make))

@@ -10,6 +10,7 @@ from torch import nn
 
 import prunex
 from prunex.callbacks.participant import Participant
+from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError
 from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
 from prunex.pruners.xpruner import XPruner
@@ -63,10 +64,11 @@ class RelevancyGuidance(Participant):
         model: str | None = None,
     ) -> None:
         super().__init__()
+        check_whole("every_n_steps", every_n_steps, 1)
         check_guidance(method, weight, judge, loss, temperature, share, every_n_steps, cache)
         self.method, self.weight, self.judge, self.loss = method, weight, judge, loss
         self.temperature, self.share, self.every, self.cache = temperature, share, every_n_steps, cache
-        self.options = dict(options or {})
+        self.options = check_options(options)
         self.model = model
         self._teacher: tuple[nn.Module, ...] = ()
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import prunex
 from prunex.callbacks.monitor import decisions, parts_of
 from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress
-from prunex.checks import check_number
+from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
 from prunex.pruners.budget import check_budget
+from prunex.pruners.units import UnitPruner
 from prunex.vit.anatomy import ViT
 
 
@@ -84,9 +85,15 @@ class TokenPruning(Participant):
         budget: float | str | None = None,
     ) -> None:
         super().__init__()
-        takes = inspect.signature(prunex.registry.lookup("pruner", method).make).parameters
+        make: Any = prunex.registry.lookup("pruner", method).make
+        if issubclass(make, UnitPruner):
+            raise PrunexError(
+                f"{method} prunes attention heads and MLP channels: give it to MaskPruning; TokenPruning takes evit, "
+                "dynamicvit, topk, ..."
+            )
+        takes = inspect.signature(make).parameters
         self.method = method
-        self.options: dict[str, Any] = dict(options or {})
+        self.options = check_options(options)
         if budget is not None:
             check_budget(budget)
             if keep_ratio is not None:

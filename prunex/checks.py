@@ -40,3 +40,14 @@ def check_whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
     return value
+
+
+def check_options(options: Any) -> dict[str, Any]:
+    """A method's options by name; None for none.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
+        raise PrunexError(f"options={options!r} is not allowed: give a dict of options by name, or None")
+    return dict(options or {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
@@ -13,6 +12,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance
 from prunex.registry import lookup
 from prunex.vit.anatomy import check_images, find, read
+from prunex.vit.embedding import over_pixels
 from prunex.vit.trace import TokenTrace
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Explanation:
         trace: What the explained forward did to the patches.
         logits: float [B, classes]; the features where the model has no classifier.
         image_size: Height and width of the images in pixels.
+        covered: Height and width in pixels that the patch grid lies over: the images', unless they are no whole number
+            of patches.
         fine: float [B, H, W], the map at pixel size of a method that is finer than a patch; else None.
         info: What the method found out beside the map, by name: tensors whose first dimension is B, such as ``delta``
             of integrated_gradients. Empty for most.
@@ -48,11 +50,12 @@ class Explanation:
     trace: TokenTrace
     logits: Tensor
     image_size: tuple[int, int]
+    covered: tuple[int, int]
     fine: Tensor | None = None
     info: dict[str, Tensor] = field(default_factory=dict)
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
-        """The maps at pixel size, bilinear: float [B, H, W].
+        """The maps at pixel size, bilinear: float [B, H, W]; 0 at pixels beyond the last whole patch.
 
         Args:
             size: Height and width in pixels; None: the images' own.
@@ -63,7 +66,8 @@ class Explanation:
         size = self.image_size if size is None else size
         if not isinstance(size, tuple | list) or len(size) != 2 or not all(type(s) is int and s > 0 for s in size):
             raise PrunexError(f"size={size!r} is not allowed: give (height, width) in pixels, or None for the images'")
-        return F.interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        height, width = (round(c * s / i) for c, s, i in zip(self.covered, size, self.image_size, strict=True))
+        return over_pixels(self.maps, (size[0], size[1]), (max(1, height), max(1, width)))
 
     @property
     def pixels(self) -> Tensor:
@@ -98,7 +102,8 @@ class Explanation:
             pictures = (shown.permute(0, 2, 3, 1) * 255).round().byte().numpy()
         else:
             pictures = images
-        return overlay(pictures, self.maps.float().cpu().numpy(), signed=self.signed)
+        maps = self.maps if self.covered == self.image_size else self.upsample()
+        return overlay(pictures, maps.float().cpu().numpy(), signed=self.signed)
 
 
 def explain(
@@ -156,6 +161,7 @@ def explain(
         answer.trace,
         answer.logits,
         (images.shape[2], images.shape[3]),
+        (answer.maps.shape[1] * anatomy.patch[0], answer.maps.shape[2] * anatomy.patch[1]),
         answer.pixels,
         answer.info,
     )

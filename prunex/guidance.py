@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.attach import attached
-from prunex.checks import check_number, check_whole
+from prunex.checks import check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.explain import explain
 from prunex.pruners.base import Forward
@@ -99,7 +99,7 @@ class Guidance:
         vit = find(model, path)[1]
         if attached(vit) is None:
             raise PrunexError("guidance needs a token pruner, whose scores it guides: attach one first")
-        self.method, self.options = method, dict(options or {})
+        self.method, self.options = method, check_options(options)
         self.weight, self.judge, self.loss, self.temperature = float(weight), judge, loss, float(temperature)
         self.share, self.every, self.cache = float(share), every, cache
         self.teacher = None if judge == "self" else dense_copy(vit) if teacher is None else teacher

@@ -121,7 +121,10 @@ def held(given: Any, wanted: type[M], kind: str, instead: str = "") -> M | None:
     """
     if given is None:
         more = f"; or use {instead}" if instead else ""
-        raise PrunexError(f"{kind} needs a trained explainer: {how(kind)} and pass explainer=...{more}")
+        raise PrunexError(
+            f"{kind} needs a trained explainer: {how(kind)} and pass explainer=FOLDER "
+            f"(on the command line --option {kind}.explainer=FOLDER){more}"
+        )
     if isinstance(given, nn.Module):
         found = [m for m in given.modules() if isinstance(m, wanted)]
         if len(found) != 1:

@@ -187,7 +187,7 @@ def check_checkpoint(path: str) -> None:
     """Refuse what Lightning would unpickle: with ``--weights_only false`` it does so all the same.
 
     Raises:
-        PrunexError: For an address, or a file that is no checkpoint of plain values.
+        PrunexError: For an address, a file that is not there, or one that is no checkpoint of plain values.
     """
     if "://" in path:
         raise PrunexError(
@@ -195,6 +195,8 @@ def check_checkpoint(path: str) -> None:
         )
     if is_there(Path(path), Path.is_file):
         read_checkpoint(path)
+    elif path not in ("last", "best", "hpc", "registry") and not path.startswith("registry:"):
+        raise PrunexError(f"--ckpt_path {path[:200]}: there is no such file; give a checkpoint, or last")
 
 
 def plain_hyperparameters(path: str) -> dict[str, Any]:
@@ -324,4 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        if os.environ.get(DEBUG):
+            raise
+        print("\nprunex: interrupted", file=sys.stderr)
+        code = 130
     raise SystemExit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,17 +55,21 @@ def explain(arguments: Sequence[str]) -> int:
     for file in files:  # all of them now: a broken one at the end would cost the whole run
         read_image(file)
     output = _Output(out, files, root, list(getattr(vit, "label_names", None) or []) or None)
-    with tqdm(total=len(files) * len(explainers.names), desc="explaining", unit="map") as bar:
-        for batch in batches(len(files), args.batch):
-            pictures, images = map(list, zip(*(prepare(read_image(files[i])) for i in batch), strict=True))
-            found = explainers(vit, torch.stack(images), args.target, bar, left=len(files) - batch.start)
-            try:
+    try:
+        with tqdm(total=len(files) * len(explainers.names), desc="explaining", unit="map") as bar:
+            for batch in batches(len(files), args.batch):
+                pictures, images = map(list, zip(*(prepare(read_image(files[i])) for i in batch), strict=True))
+                found = explainers(vit, torch.stack(images), args.target, bar, left=len(files) - batch.start)
                 output.add(pictures, found, explainers.times())
-            except OSError as error:
-                raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
-            if batch.start == 0 and batch.stop < len(files):
-                for line in explainers.announcements(len(files) - batch.stop):
-                    bar.write(line)
+                if batch.start == 0 and batch.stop < len(files):
+                    for line in explainers.announcements(len(files) - batch.stop):
+                        bar.write(line)
+    except OSError as error:
+        raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
+    except KeyboardInterrupt:
+        told = f"{out} holds {output.done} of {len(files)} images" if output.done else "nothing was written"
+        print(f"\nprunex: interrupted: {told}", file=sys.stderr)
+        return 130
     print(out)
     return 0
 
@@ -168,7 +173,7 @@ class Explainers:
                     e = prunex.explain(name, model, images, target, **self.options.get(name, {}))
             except PrunexError as error:
                 if name in self._required or self.images:
-                    raise PrunexError(f"{name}: {error}") from error
+                    raise PrunexError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
                 self.names.remove(name)
                 self.skipped[name] = str(error)
                 bar.total = max(0, (bar.total or 0) - left)
@@ -181,6 +186,7 @@ class Explainers:
             bar.update(len(images))
         if not found:
             raise PrunexError(f"no explainer can take this model; the last one said: {[*self.skipped.values()][-1]}")
+        check_outputs(next(iter(found.values())).logits)
         self.images += len(images)
         return found
 
@@ -245,7 +251,7 @@ class _Output:
         for place, picture in enumerate(pictures):
             one = slice(place, place + 1)
             sheet = contact_sheet(
-                picture[None],
+                _seen(picture, e.covered)[None],
                 {name: values[one] for name, values in maps.items()},
                 [name for name, each in found.items() if each.signed],
                 kept["kept"][one] if kept else None,
@@ -262,6 +268,12 @@ class _Output:
         whole = {name: np.concatenate(values) for name, values in self.arrays.items()}
         save_npz(self.out / "maps.npz", {"files": files, **whole}, compressed=False)
         write_whole(self.out / "times.csv", times.encode())
+
+
+def _seen(picture: Picture, covered: tuple[int, int]) -> Picture:
+    """What of a picture lies under the patch grid, with what the model pads."""
+    more = [(0, max(0, c - s)) for c, s in zip(covered, picture.shape, strict=False)]
+    return np.pad(picture, (*more, (0, 0)))[: covered[0], : covered[1]]
 
 
 def _told(predicted: int, target: int, shares: NDArray[np.float32], class_names: Sequence[str] | None) -> str:
@@ -388,6 +400,19 @@ def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor
         return picture, normalise(torch.from_numpy(picture).permute(2, 0, 1)[: a.channels])
 
     return prepare
+
+
+def check_outputs(logits: Tensor) -> None:
+    """Refuse a model that says nothing, before it is explained or scored.
+
+    Raises:
+        PrunexError: When an image's outputs are not finite.
+    """
+    if not logits.isfinite().all():
+        raise PrunexError(
+            "the model's outputs are NaN or infinite: its weights hold such values, or grow too large; take those of "
+            "an earlier epoch"
+        )
 
 
 def _check_target(vit: nn.Module, target: int | None) -> None:

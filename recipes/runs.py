@@ -71,6 +71,11 @@ def open_model(where: str | Path) -> nn.Module:
     path = Path(where)
     if is_there(path, Path.is_file):
         run = path.parent.parent
+        if not (run / "config.yaml").is_file():
+            raise PrunexError(
+                f"{path} does not lie in a run: its config.yaml says what to build, so give RUN/checkpoints/x.ckpt as "
+                "prunex fit wrote it, or a run or slim folder"
+            )
         return _from_checkpoint(read_run(run), path)
     if is_there(path / "config.json", Path.is_file):
         return prunex.load(path)

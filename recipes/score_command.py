@@ -23,7 +23,7 @@ from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, by_chance, interval, measures, random_maps, scores, without_pruning
 from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import contestants
-from prunex.recipes.explain_command import MANY, Explainers, batches, read_options
+from prunex.recipes.explain_command import MANY, Explainers, batches, check_outputs, read_options
 from prunex.recipes.report import write_report
 from prunex.recipes.runs import open_data, open_model_or_name, read_run, token_pruning
 from prunex.recipes.score_data import Scenes, from_folder, from_run
@@ -185,7 +185,8 @@ class Scoring:
     def __init__(self, args: Any, out: Path, models: list[Model], notes: list[str]) -> None:
         self.args, self.out, self.models, self.notes = args, out, models, list(notes)
         self.options = read_options(args.option)
-        self.methods = [*Explainers(args.methods, self.options).names, RANDOM]
+        named = [n for n in args.methods.split(",") if n.strip() != RANDOM]  # that row is always there
+        self.methods = [*(Explainers(",".join(named), self.options).names if named else []), RANDOM]
         self.all_methods = args.methods.strip() == "all"
         self.metrics = measures(args.metrics)
         self.skipped: dict[tuple[str, str], str] = {}
@@ -228,13 +229,19 @@ class Scoring:
                 )
 
     def _look(self, m: Model) -> None:
-        """Predictions and kept patches of all images."""
+        """Predictions and kept patches of all images.
+
+        Raises:
+            PrunexError: For outputs that are not finite, or labels that the model does not have.
+        """
         vit: Any = m.model
         handle, predicted, kept = token_pruning(vit), [], []
         with torch.no_grad():
             m.grid = embed(vit, self._images(slice(0, 1)))[1]
             for part in self._parts():
-                predicted.append(vit(self._images(part)).argmax(1).cpu())
+                logits = vit(self._images(part))
+                check_outputs(logits)
+                predicted.append(logits.argmax(1).cpu())
                 trace = None if handle is None else handle.trace
                 if trace is not None and trace.stages and not trace.pooled and not trace.merges():
                     kept.append(trace.kept().cpu())
@@ -258,6 +265,8 @@ class Scoring:
         reasons = {}
         if self.scenes.masks is None:
             reasons["localisation"] = "there are no object masks"
+        elif not self.scenes.masks.any():
+            reasons["localisation"] = "no mask holds an object: object pixels are those above 0"
         if all(m.kept is None for m in self.models):
             reasons["agreement"] = "there is no pruned model that keeps patches beside a dense one"
         if 0 in classes:

@@ -10,6 +10,7 @@ from torch import nn
 import prunex
 from prunex import PrunexError, registry
 from prunex.explainers.base import recording
+from prunex.metrics.occlusion import on_pixels
 from prunex.vit.tape import Tape
 from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, TRAINED, explain
 from tests.vits import images, images_for, relative, tiny
@@ -383,3 +384,32 @@ def test_overlay():
     ):
         with pytest.raises(PrunexError):
             e.overlay(wrong)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"), [(36, {"img_size": 36}), (36, {"dynamic_img_size": True, "dynamic_img_pad": True})]
+)
+def test_maps_lie_where_their_patches_are(size, options):
+    """Images of no whole number of patches: 4 of their pixels are never seen, or padded to a fifth patch."""
+    e = prunex.explain("rollout", tiny(**options), torch.randn(1, 3, size, size))
+    side = e.maps.shape[1]
+    assert e.covered == (8 * side, 8 * side)
+    assert side == (5 if "dynamic_img_size" in options else 4)
+    e.maps = torch.zeros_like(e.maps)
+    e.maps[0, 1, 2] = 1
+    middle = (slice(None), slice(11, 13), slice(19, 21))
+    found = e.upsample()
+    assert found.shape == (1, size, size)
+    assert (found[middle] > 0.87).all()
+    assert found[:, 24:].max() == 0
+    twice = e.upsample((2 * size, 2 * size))
+    assert largest_place(twice[0]) == pytest.approx((24, 40), abs=1)
+    pixels = on_pixels(e.maps, (size, size), (8, 8)).view(1, size, size)
+    assert (pixels - found).abs().max() < 1e-6
+    shown = e.overlay(np.full((1, size, size, 3), 90, dtype=np.uint8))
+    assert shown[0, 11, 19].tolist() != shown[0, 30, 30].tolist()
+
+
+def largest_place(values):
+    """Row and column of the largest value."""
+    return divmod(int(values.argmax()), values.shape[1])

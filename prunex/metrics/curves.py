@@ -117,7 +117,7 @@ def removal_curves(
     kinds = _check_orders(orders)
     asked = Asked(model, images, maps, target, output, removal=removal, selection=selection, mean=mean, std=std,
                    chunk=chunk)  # fmt: skip
-    values = asked.values if units == "patches" else on_pixels(asked.maps, asked.occlusion.size)
+    values = asked.values if units == "patches" else on_pixels(asked.maps, asked.occlusion.size, asked.occlusion.patch)
     total = values.shape[1]
     places, ties = zip(*(ranked(values, order) for order in ("positive", "negative")), strict=True)
     counts = torch.tensor([round(q * total) for q in steps], device=values.device)

@@ -19,7 +19,7 @@ from prunex.explainers.base import check_chunk, choose_target, sequences
 from prunex.explainers.removal import OUTPUTS, Removal, score
 from prunex.vit.anatomy import ViT, check_images, find
 from prunex.vit.decisions import Decision, Pruner, Replay
-from prunex.vit.embedding import embed
+from prunex.vit.embedding import embed, over_pixels
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
@@ -294,14 +294,15 @@ def on_patches(maps: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> T
     return F.avg_pool2d(seen, patch, ceil_mode=True).flatten(1)
 
 
-def on_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """One value a pixel, [B, H * W]: patch maps bilinearly, as an explanation's ``upsample``, but in float64.
+def on_pixels(maps: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """One value a pixel, [B, H * W]: maps of patches bilinearly, as an explanation's ``upsample``, but in float64.
 
     Interpolated values lose their last bits: in a region of equal patches pixels are equal, not ordered by rounding.
     """
     if tuple(maps.shape[1:]) == size:
         return maps.flatten(1)
-    fine = F.interpolate(maps.double()[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    covered = (maps.shape[1] * patch[0], maps.shape[2] * patch[1])
+    fine = over_pixels(maps.double(), size, covered).flatten(1)
     mantissa, exponent = torch.frexp(fine)
     return torch.ldexp((mantissa * BITS).round() / BITS, exponent)
 

@@ -128,7 +128,7 @@ def perturbation(
         raise PrunexError("this model has one output, whose class is always right: give a model of two classes or more")
     labels = _labels(asked.clean, labels)
     dropping = removal == "drop"
-    values = on_patches(maps, asked.grid, asked.patch) if dropping else on_pixels(maps, asked.size)
+    values = on_patches(maps, asked.grid, asked.patch) if dropping else on_pixels(maps, asked.size, asked.patch)
     counts = counted(steps, values.shape[1], dropping)
     place, ties = ranked(values, order)
     limits = torch.tensor(counts, dtype=torch.int32, device=place.device)

@@ -265,8 +265,8 @@ def by_chance(
     """What a map that says nothing scores, as :func:`scores` returns it.
 
     Of localisation that is a constant map, which scores the object's share of the image (:func:`object_share`) on
-    energy, pointing and rank accuracy; of agreement, :func:`chance`. Faithfulness has no closed form: score random
-    maps.
+    energy, pointing and rank accuracy; of agreement, :func:`chance`. Faithfulness has no closed form, and a constant
+    map's segmentation (nothing is object) is one guess and not the level of guessing: score random maps for both.
 
     Args:
         metrics: Names; those without a chance level, or without what they need, are left out.
@@ -283,9 +283,6 @@ def by_chance(
     if masks is not None:
         flat = torch.ones(masks.shape, device=masks.device)
         found |= {m.name: _MASKS[m.name](flat, masks) for m in chosen if m.kind == "mask"}
-        if any(m.kind == "counts" for m in chosen):
-            counts = segmentation_counts(flat, masks)
-            found |= {m.name: counts[:, _COUNTS[m.name]] for m in chosen if m.kind == "counts"}
     if kept is not None and judge is not None:
         told = chance(kept, judge)
         found |= {m.name: told[m.name] for m in chosen if m.kind == "kept"}

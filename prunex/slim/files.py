@@ -135,6 +135,8 @@ def load(folder: str | Path) -> nn.Module:
     Raises:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise PrunexError(f"folder={folder!r} is not allowed: give the path that save was given")
     folder = Path(folder)
     config = read_config(folder)
     weights = folder / WEIGHTS

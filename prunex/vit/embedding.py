@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -106,3 +107,19 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
     return _entering(model, ops.norm(model.norm_pre, x)), grid
+
+
+def over_pixels(maps: Tensor, size: tuple[int, int], covered: tuple[int, int]) -> Tensor:
+    """Maps of the patch grid laid over images, bilinear: float [B, H, W].
+
+    Args:
+        maps: float [B, gh, gw].
+        size: Height and width of the images.
+        covered: Height and width that the grid lies over, from the upper left corner. Pixels beyond it, which the
+            model never sees, get 0; what is beyond the image, as where it was padded to whole patches, is cut off.
+
+    >>> over_pixels(torch.ones(1, 1, 2), (3, 5), (2, 4))[0].int().tolist()
+    [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
+    """
+    fine = F.interpolate(maps[:, None], size=covered, mode="bilinear", align_corners=False)[:, 0]
+    return fine if covered == size else F.pad(fine, (0, size[1] - covered[1], 0, size[0] - covered[0]))

@@ -483,6 +483,13 @@ def test_the_batch_size_is_not_guessed_from_the_batch(tmp_path):
 def test_arguments_are_checked_at_once():
     with pytest.raises(PrunexError, match="dynamicvit"):
         TokenPruning("dynamicvitt")
+    for method in ("random", "xpruner"):
+        with pytest.raises(
+            PrunexError, match=f"{method} prunes attention heads and MLP channels: give it to MaskPruning"
+        ):
+            TokenPruning(method, keep_ratio=0.7)
+    with pytest.raises(PrunexError, match="options='fuse' is not allowed: give a dict"):
+        TokenPruning("evit", options="fuse")
     for bad in (-0.1, 1.1, "much", True, float("nan")):
         with pytest.raises(PrunexError, match=r"backbone_lr_scale=.* give a number in \[0, 1\]"):
             TokenPruning("evit", backbone_lr_scale=bad)

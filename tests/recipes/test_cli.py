@@ -30,6 +30,26 @@ def test_without_a_command_it_tells_what_there_is(capsys):
     assert all(name in out for name in ("fit", "validate", "predict", "digits/dense.yaml"))
 
 
+def test_ctrl_c_ends_in_one_line_and_code_130(monkeypatch, capsys):
+    def stopped(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", stopped)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["explain"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nprunex: interrupted\n"
+    monkeypatch.setenv("PRUNEX_DEBUG", "1")
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["explain"])
+
+
+def test_a_checkpoint_that_is_not_there_leaves_no_run(here):
+    with pytest.raises(PrunexError, match=r"--ckpt_path nope\.ckpt: there is no such file"):
+        cli.run(["fit", "--config", "digits/evit.yaml", "--ckpt_path", "nope.ckpt", *QUICK])
+    assert not any(here.iterdir())
+
+
 def test_version(capsys):
     cli.run(["--version"])
     assert capsys.readouterr().out.startswith("prunex ")

@@ -392,3 +392,55 @@ def test_batches_and_files(photos):
     files = image_files(photos)
     assert len(set(sheet_names(files, photos))) == len(files)
     assert sheet_names([Path("d/a.jpg")], Path("d/a.jpg")) == ["a.png"]
+
+
+def test_ctrl_c_ends_in_one_line_that_says_what_is_there(photos, slim, tmp_path, methods, capsys):
+    calls = []
+
+    def make(model, images, target=None):
+        calls.append(len(images))
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return rollout(model, images, target)
+
+    methods("stopped", make)
+    out = tmp_path / "out"
+    assert run(slim, "--images", photos, "--methods", "stopped", "--batch", 2, "--out", out) == 130
+    assert f"interrupted: {out} holds 3 of 5 images" in capsys.readouterr().err
+    assert len(arrays(out)["stopped"]) == 3
+    assert len(list(out.rglob("*.png"))) == 3
+    calls += [0, 0]
+    assert run(slim, "--images", photos, "--methods", "stopped", "--out", tmp_path / "none") == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_that_says_nothing_is_refused(photos, tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[0] = torch.nan
+    folder = prunex.save(model, tmp_path / "nan")
+    with pytest.raises(PrunexError, match="the model's outputs are NaN or infinite"):
+        run(folder, "--images", photos, "--methods", "rollout", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_outside_a_run_is_told_by_name(photos, tmp_path):
+    stray = tmp_path / "stray.ckpt"
+    torch.save({"state_dict": {}}, stray)
+    with pytest.raises(PrunexError, match=r"stray\.ckpt does not lie in a run: its config\.yaml says what to build"):
+        run(stray, "--images", photos)
+
+
+def test_a_trained_explainer_that_is_missing_is_asked_for_as_the_command_line_takes_it(photos, slim):
+    with pytest.raises(PrunexError, match=r"^vit_shapley needs .*--option vit_shapley\.explainer=FOLDER"):
+        run(slim, "--images", photos, "--methods", "vit_shapley")
+
+
+def test_sheets_show_what_the_patch_grid_covers():
+    picture = np.arange(90 * 90 * 3, dtype=np.uint8).reshape(90, 90, 3)
+    assert np.array_equal(explain_command._seen(picture, (80, 80)), picture[:80, :80])
+    padded = explain_command._seen(picture, (96, 80))
+    assert padded.shape == (96, 80, 3)
+    assert not padded[90:].any()
+    assert np.array_equal(explain_command._seen(picture, (90, 90)), picture)

@@ -130,7 +130,7 @@ def test_the_table_holds_what_the_metrics_say_dense_beside_slim(run, capsys):
         chance = found[name, "chance", "energy_inside"]
         assert float(chance["mean"]) == pytest.approx(float(object_share(scenes.masks).mean()), abs=1e-6)
         assert (name, "random", "deletion") in found
-        assert (name, "chance", "deletion") not in found
+        assert not {(name, "chance", metric) for metric in ("deletion", "mean_iou", "pixel_accuracy")} & set(found)
     assert ("dense", "rollout", "kept_auc") not in found
     assert found["slim", "chance", "kept_auc"]["mean"] == "0.5"
     assert "rollout" in said
@@ -412,3 +412,28 @@ def test_scores_are_the_same_in_batches_and_name_what_they_lack():
         scores(["mass_kept"], model, images, e.maps)
     with pytest.raises(PrunexError, match="max_sensitivity needs"):
         scores(["max_sensitivity"], model, images, e.maps)
+
+
+def test_random_may_be_named_though_it_is_always_there(run):
+    assert score(run, "--methods", "random", "--images", 2, "--metrics", "insertion", "--models", "dense") == 0
+    assert {method for _, method, _ in written(run / "score")} == {"random"}
+
+
+def test_masks_without_an_object_are_told(run, photos, capsys):
+    for mask in (photos / "masks").rglob("*.png"):
+        Image.fromarray(np.zeros((40, 50), dtype=np.uint8)).save(mask)
+    wanted = [run / "slim", "--data", photos, "--methods", "rollout", "--images", 2, "--out", run / "empty"]
+    with pytest.raises(PrunexError, match="energy_inside cannot be measured: no mask holds an object"):
+        score(*wanted, "--metrics", "energy_inside")
+    assert score(*wanted) == 0
+    assert "localisation is left out: no mask holds an object" in capsys.readouterr().out
+
+
+def test_a_model_that_says_nothing_is_refused(run, photos, tmp_path):
+    model = vit()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[0] = torch.nan
+    folder = prunex.save(model, tmp_path / "nan")
+    with pytest.raises(PrunexError, match="the model's outputs are NaN or infinite"):
+        score(folder, "--data", photos, "--methods", "rollout", "--images", 2, "--out", tmp_path / "scored")
+    assert not (tmp_path / "scored").exists()

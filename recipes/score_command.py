@@ -359,7 +359,8 @@ class Scoring:
                         bar.write(f"skipped {method}: {error}")
                     self.skipped[m.name, method] = str(error)
                     bar.total = max(0, bar.total - rounds * len(self.scenes.images))
-        if all((m.name, method) in self.skipped for m in self.models for method in self.methods if method != RANDOM):
+        tried = [(m.name, method) for m in self.models for method in self.methods if method != RANDOM]
+        if tried and all(one in self.skipped for one in tried):
             raise PrunexError(f"no explainer can take this model; the last one said: {[*self.skipped.values()][-1]}")
 
     def _one(self, m: Model, method: str, bar: Any) -> None:

@@ -24,7 +24,7 @@ _SELECTIONS = ("frozen", "adaptive")
 Probability = Callable[[Tensor, Tensor], Tensor]
 
 
-@register("explainer", "vit_cx", "Xie et al., IJCAI 2023, arXiv 2211.03064", "hundreds of forwards an image")
+@register("explainer", "vit_cx", "Xie et al., IJCAI 2023, arXiv 2211.03064", "tens to hundreds of forwards an image")
 def vit_cx(
     model: ViT,
     images: Tensor,

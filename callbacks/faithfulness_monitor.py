@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -23,6 +24,7 @@ from prunex.registry import lookup
 from prunex.vit.anatomy import read
 
 FILE = "faithfulness.csv"
+_WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files that a trainer's monitors share
 COLUMNS = ("epoch", "step", "method", "metric", "mean", "low", "high", "images")
 
 
@@ -75,6 +77,17 @@ class FaithfulnessMonitor(Monitor):
         self.chunk = chunk
         self._warned: set[str] = set()
 
+    @property
+    def state_key(self) -> str:
+        """Lets one trainer hold several, by what they watch and score."""
+        return self._generate_state_key(
+            images=self.images,
+            every_n_epochs=self.every_n_epochs,
+            model=self.model,
+            methods=self.methods,
+            metrics=[m.name for m in self.metrics],
+        )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn before training whether the model can be explained and scored.
 
@@ -86,6 +99,10 @@ class FaithfulnessMonitor(Monitor):
         vit = self.vit(pl_module)
         if read(vit).classes == 0 and any(m.group == "faithfulness" for m in self.metrics):
             raise PrunexError("FaithfulnessMonitor: this ViT has no classifier, so removing patches changes no class")
+        if read(vit).classes == 1 and any(m.kind in ("positive", "negative") for m in self.metrics):
+            raise PrunexError(
+                "FaithfulnessMonitor: this ViT has one output, whose class is always right: no perturbation"
+            )
         size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
         for name in self.methods:
             prunex.explain(name, vit, next(vit.parameters()).new_zeros(size))
@@ -130,7 +147,10 @@ class FaithfulnessMonitor(Monitor):
                 log_share(pl_module, f"prunex/{metric}/{name}", i.mean)
                 rows.append([trainer.current_epoch, trainer.global_step, name, metric, i.mean, i.low, i.high, i.images])
         if trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
-            add_rows((self._folder or run_folder(trainer)) / FILE, trainer.current_epoch, rows)
+            path = (self._folder or run_folder(trainer)) / FILE
+            written = _WRITTEN.setdefault(trainer, set())
+            add_rows(path, trainer.current_epoch, rows, first=path not in written)
+            written.add(path)
 
     def _applies(self, measure: Measure, masks: Tensor | None, kept: Tensor | None) -> bool:
         """Whether the batch and the model bring what a metric is about; a warning the first time they do not."""
@@ -147,21 +167,24 @@ def _chooses(e: prunex.Explanation) -> bool:
     return bool(e.trace.stages) and not e.trace.pooled and not e.trace.merges()
 
 
-def add_rows(path: Path, epoch: int, rows: Sequence[Sequence[Any]]) -> None:
-    """Add an epoch's rows to the file, in place of what it holds of this epoch and later ones (an earlier run's).
+def add_rows(path: Path, epoch: int, rows: Sequence[Sequence[Any]], first: bool = True) -> None:
+    """Add an epoch's rows to the file, in place of the same cells where it holds them.
 
     Args:
         path: The file; it is replaced whole.
         epoch: The epoch of all rows.
+        first: Whether nobody wrote in this training: what is there of this epoch and later ones is an earlier run's.
         rows: As :data:`COLUMNS` says; a number that is NaN becomes an empty cell.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
+    new = {tuple(map(str, row[:4])) for row in rows}
     if path.is_file():
         with open(path, newline="") as file:
             for old in csv.DictReader(file):
-                if str(old.get("epoch")).isdigit() and int(old["epoch"]) < epoch:
+                earlier = str(old.get("epoch")).isdigit() and int(old["epoch"]) < epoch
+                if earlier or (not first and tuple(old.get(name) for name in COLUMNS[:4]) not in new):
                     table.writerow([old.get(name, "") for name in COLUMNS])
     table.writerows([["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows])
     write_whole(path, text.getvalue().encode())

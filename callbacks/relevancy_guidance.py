@@ -71,6 +71,8 @@ class RelevancyGuidance(Participant):
         self.options = check_options(options)
         self.model = model
         self._teacher: tuple[nn.Module, ...] = ()
+        self._guides: list[Guidance | UnitGuidance] = []
+        self._steps: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the dense model, before a checkpoint is read."""
@@ -109,10 +111,22 @@ class RelevancyGuidance(Participant):
         if units is not None and isinstance(units.pruner, XPruner):
             self._join(units._gated.more, UnitGuidance(backbone, self.weight, self.share, self.every))
 
-    def _join(self, losses: list[Callable[..., Any]], guide: Callable[..., Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Steps seen: a run that goes on explains at the steps at which it would have."""
+        return {"steps": [guide.step for guide in self._guides] or self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._steps = [int(step) for step in state_dict["steps"]]
+
+    def _join(self, losses: list[Callable[..., Any]], guide: Guidance | UnitGuidance) -> None:
         losses.append(guide)
+        if len(self._guides) < len(self._steps):
+            guide.step = self._steps[len(self._guides)]
+        self._guides.append(guide)
         self._undo.append(lambda: losses.remove(guide) if guide in losses else None)
 
     def _restore(self) -> None:
         super()._restore()
         self._teacher = ()
+        self._steps, self._guides = [guide.step for guide in self._guides], []

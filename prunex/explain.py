@@ -66,8 +66,7 @@ class Explanation:
         size = self.image_size if size is None else size
         if not isinstance(size, tuple | list) or len(size) != 2 or not all(type(s) is int and s > 0 for s in size):
             raise PrunexError(f"size={size!r} is not allowed: give (height, width) in pixels, or None for the images'")
-        height, width = (round(c * s / i) for c, s, i in zip(self.covered, size, self.image_size, strict=True))
-        return over_pixels(self.maps, (size[0], size[1]), (max(1, height), max(1, width)))
+        return over_pixels(self.maps, self.image_size, self.covered, (size[0], size[1]))
 
     @property
     def pixels(self) -> Tensor:

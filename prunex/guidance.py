@@ -18,7 +18,7 @@ from prunex.pruners.base import Forward
 from prunex.pruners.relevance import Relevance
 from prunex.pruners.xpruner import XPruner
 from prunex.registry import lookup
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import find, read
 from prunex.vit.mount import as_found
 from prunex.vit.trace import TokenTrace
 
@@ -104,7 +104,7 @@ class Guidance:
         self.share, self.every, self.cache = float(share), every, cache
         self.teacher = None if judge == "self" else dense_copy(vit) if teacher is None else teacher
         self.explained = 0  # images, for whoever counts what it costs
-        self._step = 0
+        self.step = 0  # training steps seen
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __call__(self, forward: Forward) -> dict[str, Tensor]:
@@ -113,9 +113,9 @@ class Guidance:
         Args:
             forward: What the pruner's losses are made from.
         """
-        self._step += 1
+        self.step += 1
         ranked = _ranked(forward.trace)
-        if forward.trace is None or not ranked or (self._step - 1) % self.every:
+        if forward.trace is None or not ranked or (self.step - 1) % self.every:
             return {}
         count = max(1, round(self.share * len(forward.images)))
         if not _explainable(forward.images[:count]):
@@ -138,7 +138,7 @@ class Guidance:
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             at = torch.tensor(new, device=images.device)
-            target = None if labels is None else labels[at]
+            target = None if labels is None or read(find(judge)[1]).classes == 1 else labels[at]  # one output: no class
             # Off autocast: a relevancy map in half precision is no target.
             with torch.autocast(images.device.type, enabled=False):
                 e = explain(self.method, judge, images[at].float(), target, **self.options)
@@ -167,8 +167,7 @@ class Guidance:
                 for x in (u, r)
             )
             each = ((log_r.exp() * (log_r - log_u)) * there).sum(1)
-        varies = (r.abs().amax(1) > 0) & (u.detach().abs().amax(1) > 0)
-        return (each * varies).sum() / varies.sum().clamp(min=1)
+        return _mean_where_both_vary(each, u, r)
 
 
 class UnitGuidance:
@@ -179,6 +178,8 @@ class UnitGuidance:
     ``relevance`` criterion)::
 
         L = weight * mean over branches and images of 1 - corr(m, r)
+
+    Rows that are constant, as a mask is at the start, are left out.
 
     The model's weights stand still while masks are learned, so it is its own dense judge: no teacher is kept. Ours.
 
@@ -202,7 +203,7 @@ class UnitGuidance:
         if handle is None or not isinstance(handle.pruner, XPruner):
             raise PrunexError("guidance of units needs xpruner, whose masks it guides: attach it first")
         self.model, self.pruner = handle.model, handle.pruner
-        self.weight, self.share, self.every, self._step = float(weight), float(share), every, 0
+        self.weight, self.share, self.every, self.step = float(weight), float(share), every, 0
         self.judge = Relevance(self.pruner.branches, self.pruner.classes)
         self.judge.prepare(self.model)
 
@@ -213,8 +214,8 @@ class UnitGuidance:
             images: float [B, C, H, W].
             labels: int64 [B].
         """
-        self._step += 1
-        if self.pruner.stage != "masks" or (self._step - 1) % self.every:
+        self.step += 1
+        if self.pruner.stage != "masks" or (self.step - 1) % self.every:
             return {}
         count = max(1, round(self.share * len(images)))
         images, labels = images[:count].detach(), labels[:count]
@@ -228,7 +229,7 @@ class UnitGuidance:
             m = self.pruner.mask(b)[self.pruner.groups[labels]].unflatten(1, (b.units, b.width)).mean(2)
             there = torch.ones_like(m, dtype=torch.bool)
             u, r = _standardised(m, there), _standardised(r.to(m), there)
-            found.append((1 - (u * r).mean(1)).mean())
+            found.append(_mean_where_both_vary(1 - (u * r).mean(1), u, r))
         return {"unit_guidance": self.weight * torch.stack(found).mean()}
 
 
@@ -296,9 +297,17 @@ def _standardised(x: Tensor, there: Tensor) -> Tensor:
     x = x.masked_fill(~there, 0)
     centred = (x - x.sum(1, keepdim=True) / count).masked_fill(~there, 0)
     scale = centred.detach().abs().amax(1, keepdim=True)  # squares of small attentions would be lost
-    centred = centred / scale.clamp(min=torch.finfo(x.dtype).tiny)
+    # Where nothing varies the mean's rounding is left; scaled up it would be a gradient of any size.
+    varies = scale > 32 * torch.finfo(x.dtype).eps * x.detach().abs().amax(1, keepdim=True)
+    centred = centred / scale.where(varies, 1)
     deviation = (centred.square().sum(1, keepdim=True) / count).clamp(min=1e-12).sqrt()
-    return torch.where(scale > 0, centred / deviation, 0 * centred)
+    return torch.where(varies, centred / deviation, 0 * centred)
+
+
+def _mean_where_both_vary(each: Tensor, u: Tensor, r: Tensor) -> Tensor:
+    """Mean of values [B] over the images where neither of two standardised rows [B, P] is constant."""
+    varies = (u.detach().abs().amax(1) > 0) & (r.detach().abs().amax(1) > 0)
+    return (each * varies).sum() / varies.sum().clamp(min=1)
 
 
 def _explainable(images: Tensor) -> bool:

@@ -36,7 +36,7 @@ from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import embed
 from prunex.vit.widths import WidthSpec, widths_of
 
-LAYOUT = 1  # of the npz files; another number and everything is computed anew
+LAYOUT = 2  # of the npz files; another number and everything is computed anew
 RANDOM = "random"
 PAIRS = 2  # antithetic pairs of orders of shap, where all methods are asked for
 
@@ -520,7 +520,8 @@ class Scoring:
 
     def _chance(self, m: Model) -> dict[str, Tensor]:
         judge = None if m.kept is None else random_maps(self.scenes.images, m.grid)
-        return by_chance([x.name for x in self.metrics], self.scenes.masks, m.kept, judge)
+        # How many signs agree by chance depends on the judge's own, and random maps have one sign.
+        return by_chance([x.name for x in self.metrics if x.name != "sign_agreement"], self.scenes.masks, m.kept, judge)
 
     def accuracy(self) -> dict[str, float]:
         """Of each model on these images, where their labels are known."""

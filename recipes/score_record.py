@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunex.metrics.scoring import columns
 from prunex.pictures.arrays import save_npz
 from prunex.recipes.runs import token_pruning
 from prunex.untrusted import read_npz
@@ -54,24 +55,25 @@ class Record:
             arrays = read_npz(self.path)
             told = json.loads(str(arrays.pop("about")))
             if told["key"] == self.key and self._fits(arrays):
-                self.cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
-                self.keys, self.fine = {k: str(v) for k, v in told["keys"].items() if k in arrays}, bool(told["fine"])
-                self.seconds, self.arrays = {k: float(v) for k, v in told["seconds"].items()}, arrays
+                cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
+                keys = {k: str(v) for k, v in told["keys"].items() if k in arrays}
+                seconds, fine = {k: float(v) for k, v in told["seconds"].items()}, bool(told["fine"])
+                self.arrays, self.keys, self.cost, self.seconds, self.fine = arrays, keys, cost, seconds, fine
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
-            self.arrays = {}
+            return
 
     def _fits(self, arrays: Mapping[str, Any]) -> bool:
         """Whether arrays are of these images: a file may come from anywhere."""
         maps, target = arrays["maps"], arrays["target"]
         count = len(maps) if self.images is None else self.images
-        values = [v for k, v in arrays.items() if k not in ("maps", "target")]
+        values = {k: v for k, v in arrays.items() if k not in ("maps", "target")}
         return (
             maps.dtype.kind == "f"
             and maps.ndim == 3
             and (self.grid is None or maps.shape[1:] == self.grid)
             and target.dtype == np.int64
             and target.shape == (count,) == maps.shape[:1]
-            and all(v.dtype.kind in "fbi" and v.ndim in (1, 2) and len(v) == count for v in values)
+            and all(v.dtype.kind in "fbi" and v.shape == (count, *columns(k)) for k, v in values.items())
         )
 
     @property

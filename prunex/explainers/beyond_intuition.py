@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prunex.checks import check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, attention_gradients, check_chunk, recording
+from prunex.explainers.base import Recording, Relevance, attention_gradients, recording
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
@@ -85,7 +86,7 @@ def beyond_intuition(
         raise unknown("feedback", feedback, _FEEDBACKS)
     start = _check_start(start_layer, len(model.blocks))
     _check_steps(steps)
-    check_chunk(chunk)
+    check_whole("chunk", chunk, 1)
     last = len(model.blocks) - 1
     felt = feedback != "none"
     if variant == "head":

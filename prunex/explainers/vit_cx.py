@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_number
+from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, check_chunk, recording
+from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.features import features, features_tape
 from prunex.registry import register
@@ -76,7 +76,7 @@ def vit_cx(
     """
     layer = check_layer(layer, len(model.blocks))
     distance, noise = check_number("distance", distance, 0, 1), check_number("noise", noise, 0)
-    check_chunk(chunk)
+    check_whole("chunk", chunk, 1)
     for name, number, low in (("seed", seed, 0), ("max_masks", max_masks, 1)):
         if number is None and name == "max_masks":
             continue

@@ -128,7 +128,7 @@ def mass_kept(kept: Tensor, maps: Tensor) -> Tensor:
         maps: float [B, gh, gw]; negative relevance counts as 0.
 
     Returns:
-        float64 [B] in 0..1; NaN without positive relevance, or for a constant or not finite map.
+        float64 [B] in 0..1; NaN without positive relevance or kept patches, or for a constant or not finite map.
 
     Raises:
         PrunexError: For other shapes or types.
@@ -138,7 +138,7 @@ def mass_kept(kept: Tensor, maps: Tensor) -> Tensor:
     """
     kept, relevance = check_kept(kept, maps)
     share = _mass(relevance)
-    return (share * kept).sum(1).where(_told(relevance), torch.nan)
+    return (share * kept).sum(1).where(_told(relevance) & kept.any(1), torch.nan)
 
 
 @register("metric", "mass_efficiency", "mass accuracy of arXiv 2003.07258 between chance and the best mask", _MASK)

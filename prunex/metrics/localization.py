@@ -233,7 +233,7 @@ def mean_ap(maps: Tensor, masks: Tensor) -> Tensor:
         masks: bool [B, H, W], or 1, 0 and -1 for ignored, left out of both channels.
 
     Returns:
-        float64 [B] in 0..1; NaN for an image that is all ignored or has NaN in its map.
+        float64 [B] in 0..1; NaN for an image that is all ignored or has NaN or infinity in its map.
 
     Raises:
         PrunexError: For other shapes or types.
@@ -247,7 +247,7 @@ def mean_ap(maps: Tensor, masks: Tensor) -> Tensor:
     # The source divides 0 by 0 on a constant map and then puts 0 into both channels.
     scores = torch.cat([1 - scaled, scaled], 1).masked_fill(high == low, 0)
     found = average_precision(scores, torch.cat([~inside, inside], 1), torch.cat([labelled, labelled], 1))
-    return found.masked_fill(maps.isnan().any(1), torch.nan)
+    return found.masked_fill(~maps.isfinite().all(1), torch.nan)
 
 
 @register("metric", "foreground_f1", _PROTOCOL, _NEEDS)

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_number, check_whole
+from prunex.checks import check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.explain import explain
-from prunex.explainers.base import check_chunk
 from prunex.explainers.coalitions import seeded
 from prunex.metrics.base import MeanOverImages
 from prunex.registry import lookup, register
@@ -67,15 +66,32 @@ def max_sensitivity(
     >>> max_sensitivity("rollout", model, torch.randn(1, 3, 224, 224), samples=2).shape
     torch.Size([1])
     """
+    return sensitivity_of(explainer, model, images, target, options, radius, samples, of, seed, chunk)
+
+
+def sensitivity_of(
+    explainer: Explainer,
+    model: nn.Module,
+    images: Tensor,
+    target: int | Tensor | None,
+    options: dict[str, Any],
+    radius: float = 0.02,
+    samples: int = 10,
+    of: Literal["maps", "raw"] = "maps",
+    seed: int = 0,
+    chunk: int = 64,
+) -> Tensor:
+    """:func:`max_sensitivity` with the explainer's options apart: both have, say, a seed."""
     check_number("radius", radius, 0)
     check_whole("samples", samples, 1)
     check_whole("seed", seed, 0)
-    check_chunk(chunk)
-    if chunk is None:
-        raise PrunexError("chunk=None is not allowed: give how many images are explained at once")
+    check_whole("chunk", chunk, 1)
     if not isinstance(of, str) or of not in ("maps", "raw"):
         raise unknown("of", of, ("maps", "raw"))
+    if callable(explainer):
+        target = explain("raw_attention", model, images, target).target
     clean, chosen = _explained(explainer, model, images, target, of, options)
+    classless = bool((chosen < 0).any())  # a model without a classifier
     images = images.detach()
     noise = torch.empty(samples, *images.shape[1:], dtype=torch.float64).uniform_(
         -radius, radius, generator=seeded(seed)
@@ -88,7 +104,12 @@ def max_sensitivity(
     for part in torch.arange(len(image), device=images.device).split(chunk):
         mine = image[part]
         maps, _ = _explained(
-            explainer, model, images[mine] + noise[draw[part]], chosen[mine.to(chosen.device)], of, options
+            explainer,
+            model,
+            images[mine] + noise[draw[part]],
+            None if classless else chosen[mine.to(chosen.device)],
+            of,
+            options,
         )
         norms.append(_norm(maps - clean[mine.to(clean.device)]))
     size = _norm(clean)
@@ -110,8 +131,7 @@ def _explained(
         return (found.maps if of == "maps" else found.raw).double(), found.target
     if not callable(explainer):
         lookup("explainer", explainer)
-    if not isinstance(target, Tensor):
-        target = explain("raw_attention", model, images, target).target
+    target = torch.full((len(images),), -1, device=images.device) if target is None else torch.as_tensor(target)
     maps = explainer(model, images, target)
     if not isinstance(maps, Tensor) or maps.ndim < 2 or len(maps) != len(images):
         came = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
@@ -154,10 +174,9 @@ class MaxSensitivity(MeanOverImages):
         if not callable(explainer):
             lookup("explainer", explainer)
         self.explainer = explainer
-        self.options: dict[str, Any] = {
-            "radius": radius, "samples": samples, "of": of, "seed": seed, "chunk": chunk, **(options or {})
-        }  # fmt: skip
+        self.options = check_options(options)
+        self.own: dict[str, Any] = {"radius": radius, "samples": samples, "of": of, "seed": seed, "chunk": chunk}
 
     def measure(self, model: nn.Module, images: Tensor, target: int | Tensor | None = None) -> Tensor:
         """See :func:`max_sensitivity`."""
-        return max_sensitivity(self.explainer, model, images, target, **self.options)
+        return sensitivity_of(self.explainer, model, images, target, self.options, **self.own)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.attach import attached
@@ -50,8 +49,9 @@ from prunex.metrics.localization import (
 )
 from prunex.metrics.occlusion import Route
 from prunex.metrics.perturbation import perturbation, perturbation_auc
-from prunex.metrics.robustness import max_sensitivity
-from prunex.vit.anatomy import find
+from prunex.metrics.robustness import sensitivity_of
+from prunex.vit.anatomy import find, read
+from prunex.vit.embedding import over_pixels
 from prunex.vit.units import Backbone
 
 GROUPS = ("faithfulness", "localisation", "agreement", "robustness")
@@ -208,7 +208,7 @@ def scores(
         explainer: The method's name, for "max_sensitivity".
         options: Its options.
         removal: How patches are taken away. None: as published, which is "black" pixels for perturbation and "drop"
-            (tokens) for everything else.
+            (tokens) for everything else but "saco", whose is "mean".
         selection: "free" or "frozen", of a pruned model.
         mean: Of the normalisation, for "black"; None: as the model's ``pretrained_cfg`` says.
         std: Likewise.
@@ -243,7 +243,7 @@ def scores(
         curves = removal_curves(model, images, maps, target, removal=removal or "drop", orders=orders, **painted)
         found |= {m.name: _CURVES[m.name](curves) for m in chosen if m.kind == "curves"}
     if masks is not None and kinds & {"mask", "counts"}:
-        fine = _pixels(maps, pixels, masks)
+        fine = _pixels(model, images, maps, masks) if pixels is None else pixels
         found |= {m.name: _MASKS[m.name](fine, masks) for m in chosen if m.kind == "mask"}
         if "counts" in kinds:
             counts = segmentation_counts(fine, masks)
@@ -252,10 +252,11 @@ def scores(
         found |= {m.name: _KEPT[m.name](kept, judge) for m in chosen if m.kind == "kept"}
     for name, measure in _MODEL.items():
         if name in kinds:
-            values = measure(model, images, maps, target, removal=removal or "drop", **painted)
+            route = {} if removal is None else {"removal": removal}
+            values = measure(model, images, maps, target, **route, **painted)
             found[name] = values if values.ndim == 1 else values.nanmean(1)
     if explainer is not None and "max_sensitivity" in kinds:
-        found["max_sensitivity"] = max_sensitivity(explainer, model, images, target, **dict(options or {}))
+        found["max_sensitivity"] = sensitivity_of(explainer, model, images, target, dict(options or {}))
     return {m.name: found[m.name].detach().double().cpu() for m in chosen}
 
 
@@ -310,6 +311,16 @@ def interval(name: str, values: Tensor, *, draws: int = 1000, level: float = 0.9
     return bootstrap(values, draws=draws, level=level, seed=seed)
 
 
+def columns(name: str) -> tuple[int, ...]:
+    """How many numbers a measure has an image: () for one, (2,) or (4,) for numerators and denominators.
+
+    >>> columns("deletion"), columns("mean_iou")
+    ((), (4,))
+    """
+    part = _COUNTS.get(name)
+    return () if part is None else (part.stop - part.start,)
+
+
 def random_maps(images: Tensor, grid: tuple[int, int], seed: int = 0) -> Tensor:
     """Uniform noise for maps, the same for the same number of images whatever the device: float32 [B, gh, gw]."""
     generator = torch.Generator().manual_seed(seed)
@@ -330,11 +341,12 @@ def without_pruning(model: nn.Module) -> nn.Module:
     return dense.eval()
 
 
-def _pixels(maps: Tensor, pixels: Tensor | None, masks: Tensor) -> Tensor:
-    if pixels is not None:
-        return pixels
-    size = (masks.shape[1], masks.shape[2])
-    return F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+def _pixels(model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
+    """Patch maps over the masks, as an explanation's ``upsample``."""
+    height, width = read(find(model)[1]).patch
+    covered = (maps.shape[1] * height, maps.shape[2] * width)
+    image, size = (images.shape[2], images.shape[3]), (masks.shape[1], masks.shape[2])
+    return over_pixels(maps.float(), image, covered, size)
 
 
 def _check_given(

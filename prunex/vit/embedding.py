@@ -109,17 +109,23 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     return _entering(model, ops.norm(model.norm_pre, x)), grid
 
 
-def over_pixels(maps: Tensor, size: tuple[int, int], covered: tuple[int, int]) -> Tensor:
+def over_pixels(
+    maps: Tensor, image: tuple[int, int], covered: tuple[int, int], size: tuple[int, int] | None = None
+) -> Tensor:
     """Maps of the patch grid laid over images, bilinear: float [B, H, W].
 
     Args:
         maps: float [B, gh, gw].
-        size: Height and width of the images.
-        covered: Height and width that the grid lies over, from the upper left corner. Pixels beyond it, which the
-            model never sees, get 0; what is beyond the image, as where it was padded to whole patches, is cut off.
+        image: Height and width of the images in pixels.
+        covered: Height and width of them that the grid lies over, from the upper left corner. Pixels beyond it, which
+            the model never sees, get 0; what is beyond the image, as where it was padded to whole patches, is cut off.
+        size: Height and width of the result, where the images are looked at in another size.
 
     >>> over_pixels(torch.ones(1, 1, 2), (3, 5), (2, 4))[0].int().tolist()
     [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
     """
+    if size is None:
+        size = image
+    covered = (max(1, round(covered[0] * size[0] / image[0])), max(1, round(covered[1] * size[1] / image[1])))
     fine = F.interpolate(maps[:, None], size=covered, mode="bilinear", align_corners=False)[:, 0]
     return fine if covered == size else F.pad(fine, (0, size[1] - covered[1], 0, size[0] - covered[0]))

@@ -11,6 +11,7 @@ import prunex
 from prunex import PrunexError, registry
 from prunex.explainers.base import recording
 from prunex.metrics.occlusion import on_pixels
+from prunex.metrics.scoring import scores
 from prunex.vit.tape import Tape
 from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, TRAINED, explain
 from tests.vits import images, images_for, relative, tiny
@@ -413,3 +414,19 @@ def test_maps_lie_where_their_patches_are(size, options):
 def largest_place(values):
     """Row and column of the largest value."""
     return divmod(int(values.argmax()), values.shape[1])
+
+
+def test_scores_place_maps_as_explanations_do():
+    """A map hot in one patch of images that are no whole number of patches, against the mask of that patch."""
+    model, x = tiny(img_size=36), torch.randn(1, 3, 36, 36)
+    e = prunex.explain("rollout", model, x)
+    e.maps = torch.zeros_like(e.maps)
+    e.maps[0, 2, 2] = 1
+    masks = torch.zeros(1, 36, 36, dtype=torch.bool)
+    masks[0, 16:24, 16:24] = True
+    names = ["energy_inside", "pointing_game", "mean_iou"]
+    found = scores(names, model, x, e.maps, masks=masks)
+    same = scores(names, model, x, e.maps, masks=masks, pixels=e.pixels)
+    assert float(found["pointing_game"]) == 1
+    for name in names:
+        assert torch.allclose(found[name], same[name])

@@ -202,3 +202,39 @@ def test_a_model_without_scores_is_refused():
         Guidance(tiny())
     with pytest.raises(prunex.PrunexError, match="needs xpruner"):
         UnitGuidance(tiny())
+
+
+@pytest.mark.parametrize("value", [1 / 197, 0.3, 0.98, 1.0])
+def test_constant_scores_are_left_out_to_the_last_bit(value):
+    """Rounding of their mean is no variation: scaled up it would be a gradient of 1e7."""
+    _, _, guide = prepared("evit")
+    there = torch.ones(2, 196, dtype=torch.bool)
+    scores = torch.full((2, 196), value).requires_grad_()
+    maps = torch.rand(2, 196, generator=torch.Generator().manual_seed(0))
+    loss = guide._distance(scores, maps, there)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert loss == 0
+    assert not gradient.any()
+    mixed = torch.stack([scores.detach()[0], maps[1] * 1e-2 + value])
+    assert float(guide._distance(mixed, maps, there)) == pytest.approx(0, abs=1e-4)  # a little variation counts
+
+
+def test_masks_of_units_that_are_constant_are_left_out():
+    model = tiny()
+    pruning = prunex.attach(model, "xpruner")
+    guide = UnitGuidance(model)
+    with torch.no_grad():
+        for b in pruning.pruner.branches:
+            pruning.pruner.mask(b).fill_(0.98)
+    loss = guide(images(3), torch.tensor([0, 1, 1]))["unit_guidance"]
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in pruning.pruner.parameters())
+
+
+def test_one_output_has_no_class_to_explain():
+    model = tiny(num_classes=1).train()
+    pruning = prunex.attach(model, "evit", stages=(1, 2), keep_ratio=0.6)
+    pruning.also(Guidance(model, METHOD))
+    model(images(2))
+    assert torch.isfinite(pruning.losses(torch.tensor([0, 1]))["guidance"])

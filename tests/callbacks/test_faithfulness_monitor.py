@@ -125,3 +125,29 @@ def test_a_model_without_classifier_is_refused_before_training(tmp_path):
     with pytest.raises(PrunexError, match="no classifier"):
         run.fit(module, loader(8), loader(8))
     assert run.global_step == 0
+
+
+def test_two_monitors_share_the_file(tmp_path):
+    both = (
+        FaithfulnessMonitor(["rollout"], ["deletion"], images=3),
+        FaithfulnessMonitor(["dino"], ["insertion"], images=3),
+    )
+    run = trainer(tmp_path, *both, max_epochs=2, logger=csv_logger(tmp_path))
+    run.fit(Plain(), loader(8), loader(8))
+    found = [(r["epoch"], r["method"], r["metric"]) for r in rows(tmp_path / "run" / "version_0")]
+    assert found == [(e, m, k) for e in "01" for m, k in (("rollout", "deletion"), ("dino", "insertion"))]
+
+
+def test_every_validation_of_an_epoch_has_its_rows(tmp_path):
+    watch = FaithfulnessMonitor(["rollout"], ["deletion"], images=3)
+    run = trainer(tmp_path, watch, max_epochs=1, val_check_interval=0.5, logger=csv_logger(tmp_path))
+    run.fit(Plain(), loader(8), loader(8))
+    found = rows(tmp_path / "run" / "version_0")
+    assert len({r["step"] for r in found}) == len(found) == 2
+
+
+def test_one_output_is_refused_before_training(tmp_path):
+    module = Plain()
+    module.vit.reset_classifier(1)
+    with pytest.raises(PrunexError, match="one output"):
+        trainer(tmp_path, FaithfulnessMonitor(metrics=["perturbation"])).fit(module, loader(8), loader(8))

@@ -1,5 +1,7 @@
 """RelevancyGuidance: joins the losses of whoever prunes, in any order, and leaves with the training."""
 
+import copy
+
 import pytest
 import torch
 
@@ -61,3 +63,28 @@ def test_refusals(tmp_path):
         trainer(tmp_path, RelevancyGuidance()).fit(Plain(), loader())
     with pytest.raises(prunex.PrunexError, match="ranks no tokens"):
         trainer(tmp_path, TokenPruning("tome", options={"r": 2}), RelevancyGuidance()).fit(Plain(), loader())
+
+
+@pytest.mark.parametrize("more", [TokenPruning("evit", keep_ratio=0.6), MaskPruning(**OPTIONS)])
+def test_it_goes_on_at_the_step_where_it_was(tmp_path, more):
+    guidance = RelevancyGuidance(every_n_steps=3)
+    run = trainer(tmp_path / "a", copy.deepcopy(more), guidance, max_epochs=1)
+    run.fit(Plain(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    steps = guidance.state_dict()["steps"]
+    assert len(steps) == 1
+    # Masks are learned, and guided, in the first part of a training alone.
+    assert steps[0] == run.global_step if isinstance(more, TokenPruning) else 0 < steps[0] < run.global_step
+
+    class Look(RelevancyGuidance):
+        def on_train_start(self, trainer, pl_module):
+            self.found = [guide.step for guide in self._guides]
+
+        @property
+        def state_key(self):
+            return "RelevancyGuidance"
+
+    look = Look(every_n_steps=3)
+    on = trainer(tmp_path / "b", copy.deepcopy(more), look, max_epochs=2)
+    on.fit(Plain(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert look.found == steps

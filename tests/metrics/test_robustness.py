@@ -6,7 +6,8 @@ import torch
 import prunex
 from prunex import PrunexError
 from prunex.explainers.coalitions import seeded
-from prunex.metrics import MaxSensitivity, max_sensitivity
+from prunex.metrics import MaxSensitivity, max_sensitivity, robustness
+from prunex.metrics.scoring import scores
 from tests.metrics.models import PRUNED, pruned
 from tests.vits import assert_same_state, images, largest, state_of, tiny
 
@@ -161,3 +162,34 @@ def test_refused(change, match):
 def test_refused_by_the_class():
     with pytest.raises(PrunexError, match="unknown explainer"):
         MaxSensitivity("rolout")
+
+
+def test_options_of_the_same_name_reach_the_explainer(monkeypatch):
+    """Of ``scores`` and the class: the draws' own seed and chunk are others."""
+    asked = []
+
+    def seen(name, model, x, target=None, **options):
+        asked.append(options)
+        return prunex.explain(name, model, x, target, **options)
+
+    monkeypatch.setattr(robustness, "explain", seen)
+    model, x = tiny(), images(2)
+    own = {"seed": 7, "chunk": None, "budget": 64}
+    maps = prunex.explain("shap", model, x, **own).maps
+    found = scores(["max_sensitivity"], model, x, maps, explainer="shap", options=own)["max_sensitivity"]
+    metric = MaxSensitivity("shap", options=own)
+    metric.update(model, x)
+    assert asked
+    assert all(options == own for options in asked)
+    assert float(metric.compute()) == pytest.approx(float(found.mean()))
+
+
+def test_a_model_without_a_classifier():
+    model, x = tiny(num_classes=0), images(2)
+    assert torch.isfinite(max_sensitivity("rollout", model, x, samples=2)).all()
+
+
+def test_a_callables_class_is_checked():
+    model, x = tiny(), images(2)
+    with pytest.raises(PrunexError, match="out of range"):
+        max_sensitivity(lambda m, i, t: i.mean(1), model, x, torch.tensor([0, 99]), samples=2)

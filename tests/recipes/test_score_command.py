@@ -224,6 +224,22 @@ def test_damaged_values_are_made_anew(run):
     path.write_bytes(path.read_bytes()[:100])
     score(*wanted)
     assert written(run / "score")["dense", "rollout", "deletion"]["mean"] == expected
+    for change in ({"about": "seconds"}, {"deletion": np.zeros((2, 3))}):
+        arrays = values(run / "score", "dense", "rollout")
+        for name, value in change.items():
+            told = json.loads(str(arrays[name])) if name == "about" else value
+            arrays[name] = np.array(json.dumps({**told, value: []})) if name == "about" else value
+        np.savez(path, **arrays)
+        score(*wanted)
+        assert written(run / "score")["dense", "rollout", "deletion"]["mean"] == expected
+
+
+def test_signs_have_no_level_of_chance(run):
+    score(run, "--methods", "lrp", "--images", 2, "--metrics", "sign_agreement,mass_kept")
+    found = written(run / "score")
+    assert ("slim", "lrp", "sign_agreement") in found
+    assert ("slim", "chance", "mass_kept") in found
+    assert ("slim", "chance", "sign_agreement") not in found
 
 
 def test_a_timm_model_on_a_folder_with_masks_without_a_run(photos, tmp_path, monkeypatch, capsys):

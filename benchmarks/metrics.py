@@ -108,9 +108,8 @@ class Case:
     @torch.no_grad()
     def perturbed(self, single: bool) -> Tensor:
         """Hits of the positive perturbation test with black pixels by a loop, [B, K]."""
-        place = ranked(on_pixels(self.maps, (SIZE, SIZE), (SIZE // self.grid[0],) * 2), "positive")[0].view(
-            -1, 1, SIZE, SIZE
-        )
+        values = on_pixels(self.maps, (SIZE, SIZE), self.model.patch_embed.patch_size)
+        place = ranked(values, "positive")[0].view(-1, 1, SIZE, SIZE)
         columns = []
         for k in range(10):
             gone = place < int(SIZE * SIZE * (k / 10))

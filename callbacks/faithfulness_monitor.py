@@ -8,14 +8,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, log_share, run_folder
+from prunex.callbacks.monitor import Monitor, first_write, log_share, run_folder
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
@@ -24,7 +23,6 @@ from prunex.registry import lookup
 from prunex.vit.anatomy import read
 
 FILE = "faithfulness.csv"
-_WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files that a trainer's monitors share
 COLUMNS = ("epoch", "step", "method", "metric", "mean", "low", "high", "images")
 
 
@@ -148,9 +146,7 @@ class FaithfulnessMonitor(Monitor):
                 rows.append([trainer.current_epoch, trainer.global_step, name, metric, i.mean, i.low, i.high, i.images])
         if trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
             path = (self._folder or run_folder(trainer)) / FILE
-            written = _WRITTEN.setdefault(trainer, set())
-            add_rows(path, trainer.current_epoch, rows, first=path not in written)
-            written.add(path)
+            add_rows(path, trainer.current_epoch, rows, first=first_write(trainer, path))
 
     def _applies(self, measure: Measure, masks: Tensor | None, kept: Tensor | None) -> bool:
         """Whether the batch and the model bring what a metric is about; a warning the first time they do not."""

@@ -23,7 +23,7 @@ from prunex.untrusted import read_npz
 from prunex.vit.anatomy import find
 from prunex.vit.trace import TokenTrace
 
-_WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # npz files that a trainer's monitors share
+_WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files that a trainer's monitors share
 
 
 class Monitor(Callback):
@@ -167,12 +167,18 @@ class Monitor(Callback):
         epoch = trainer.current_epoch
         save_png(folder / f"{name}-epoch={epoch:03d}.png", picture)
         path = folder / f"epoch={epoch:03d}.npz"
-        written = _WRITTEN.setdefault(trainer, set())
-        if path not in written:  # of an earlier run in the same folder
+        if first_write(trainer, path):
             path.unlink(missing_ok=True)
         merge_npz(path, arrays)
-        written.add(path)
         log_picture(trainer, f"prunex/{name}", picture)
+
+
+def first_write(trainer: Trainer, path: Path) -> bool:
+    """Whether no monitor of this trainer has asked for this file yet: what is there is an earlier run's."""
+    written = _WRITTEN.setdefault(trainer, set())
+    first = path not in written
+    written.add(path)
+    return first
 
 
 def parts_of(batch: Any) -> dict[str, Tensor]:

@@ -111,6 +111,11 @@ class RelevancyGuidance(Participant):
         if units is not None and isinstance(units.pruner, XPruner):
             self._join(units._gated.more, UnitGuidance(backbone, self.weight, self.share, self.every))
 
+    @property
+    def state_key(self) -> str:
+        """Lets one trainer hold several, by what they guide with."""
+        return self._generate_state_key(method=self.method, options=self.options, model=self.model)
+
     def state_dict(self) -> dict[str, Any]:
         """Steps seen: a run that goes on explains at the steps at which it would have."""
         return {"steps": [guide.step for guide in self._guides] or self._steps}

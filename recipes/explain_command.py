@@ -60,15 +60,17 @@ def explain(arguments: Sequence[str]) -> int:
             for batch in batches(len(files), args.batch):
                 pictures, images = map(list, zip(*(prepare(read_image(files[i])) for i in batch), strict=True))
                 found = explainers(vit, torch.stack(images), args.target, bar, left=len(files) - batch.start)
-                output.add(pictures, found, explainers.times())
+                try:
+                    output.add(pictures, found, explainers.times())
+                except OSError as error:
+                    raise PrunexError(
+                        f"cannot write to {out}: {error.strerror or error}; choose another --out"
+                    ) from error
                 if batch.start == 0 and batch.stop < len(files):
                     for line in explainers.announcements(len(files) - batch.stop):
                         bar.write(line)
-    except OSError as error:
-        raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     except KeyboardInterrupt:
-        told = f"{out} holds {output.done} of {len(files)} images" if output.done else "nothing was written"
-        print(f"\nprunex: interrupted: {told}", file=sys.stderr)
+        print(f"\nprunex: interrupted: maps of {output.done} of {len(files)} images are in {out}", file=sys.stderr)
         return 130
     print(out)
     return 0

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 import prunex
 from prunex.callbacks import MaskPruning, RelevancyGuidance, TokenPruning
@@ -76,15 +77,19 @@ def test_it_goes_on_at_the_step_where_it_was(tmp_path, more):
     # Masks are learned, and guided, in the first part of a training alone.
     assert steps[0] == run.global_step if isinstance(more, TokenPruning) else 0 < steps[0] < run.global_step
 
-    class Look(RelevancyGuidance):
+    found = []
+
+    class Look(Callback):
         def on_train_start(self, trainer, pl_module):
-            self.found = [guide.step for guide in self._guides]
+            found.extend(guide.step for guide in again._guides)
 
-        @property
-        def state_key(self):
-            return "RelevancyGuidance"
-
-    look = Look(every_n_steps=3)
-    on = trainer(tmp_path / "b", copy.deepcopy(more), look, max_epochs=2)
+    again = RelevancyGuidance(every_n_steps=3)
+    on = trainer(tmp_path / "b", copy.deepcopy(more), again, Look(), max_epochs=2)
     on.fit(Plain(), loader(), ckpt_path=tmp_path / "a.ckpt")
-    assert look.found == steps
+    assert found == steps
+
+
+def test_a_trainer_may_hold_two(tmp_path):
+    both = RelevancyGuidance("tokentm"), RelevancyGuidance("generic_attention", every_n_steps=2)
+    trainer(tmp_path, TokenPruning("evit", keep_ratio=0.6), *both, max_epochs=1).fit(Plain(), loader())
+    assert all(guidance.state_dict()["steps"][0] > 0 for guidance in both)

@@ -406,12 +406,12 @@ def test_ctrl_c_ends_in_one_line_that_says_what_is_there(photos, slim, tmp_path,
     methods("stopped", make)
     out = tmp_path / "out"
     assert run(slim, "--images", photos, "--methods", "stopped", "--batch", 2, "--out", out) == 130
-    assert f"interrupted: {out} holds 3 of 5 images" in capsys.readouterr().err
+    assert f"interrupted: maps of 3 of 5 images are in {out}" in capsys.readouterr().err
     assert len(arrays(out)["stopped"]) == 3
     assert len(list(out.rglob("*.png"))) == 3
     calls += [0, 0]
     assert run(slim, "--images", photos, "--methods", "stopped", "--out", tmp_path / "none") == 130
-    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert "interrupted: maps of 0 of 5 images" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

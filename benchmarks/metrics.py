@@ -21,7 +21,8 @@ from measure import Timing, options, side_by_side, start
 from torch import Tensor
 
 from prunex.explainers.removal import Removal
-from prunex.metrics import faithfulness, perturbation, removal_curves
+from prunex.metrics import curves as curve_metrics
+from prunex.metrics import perturbation, removal_curves
 from prunex.metrics.occlusion import on_pixels, ranked
 
 SIZE, STEPS = 96, tuple(k / 9 for k in range(10))  # four patches a step
@@ -87,7 +88,7 @@ class Case:
                     known[kind] = self.scores(kind, removal, single)
             filler = next(iter(known.values()))
             without = known.get("without", filler)
-            curves = faithfulness.curves_of(without, known.get("only", filler), known.get("least", filler))
+            curves = curve_metrics.curves_of(without, known.get("only", filler), known.get("least", filler))
             curves.clean = without[:, 0] if "without" in known else filler[:, -1]
             values[metric] = self.read(metric, curves)
         return values
@@ -101,7 +102,7 @@ class Case:
 
     def read(self, metric: str, curves: Any) -> Tensor:
         """One metric off its curves, [B]."""
-        function = getattr(faithfulness, metric)
+        function = getattr(curve_metrics, metric)
         takes = metric in ("log_odds", "comprehensiveness", "sufficiency")
         return function(curves, fractions=STEPS[1:-1]) if takes else function(curves)
 
@@ -192,10 +193,10 @@ def main() -> None:
 
     def deletion_alone() -> Tensor:
         more: dict[str, Any] = {"steps": STEPS, "orders": ("without",)}
-        return faithfulness.deletion(removal_curves(case.model, case.images, case.maps, case.target, **more))
+        return curve_metrics.deletion(removal_curves(case.model, case.images, case.maps, case.target, **more))
 
     def deletion_loop(single: bool) -> Tensor:
-        return faithfulness.deletion(faithfulness.curves_of(case.scores("without", "drop", single)))
+        return curve_metrics.deletion(curve_metrics.curves_of(case.scores("without", "drop", single)))
 
     agree("deletion, drop, loop", deletion_loop(True), deletion_alone(), 1e-4)
     calls: list[tuple[str, Callable[[], object]]] = [

@@ -14,12 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, first_write, log_share, run_folder
+from prunex.callbacks.monitor import Monitor, explainers_of, first_write, log_share, run_folder, try_explainers
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
-from prunex.registry import lookup
 from prunex.vit.anatomy import read
 
 FILE = "faithfulness.csv"
@@ -45,9 +44,10 @@ class FaithfulnessMonitor(Monitor):
         removal: How patches are taken away; None: as published, see :func:`prunex.metrics.scores`.
         chunk: Most altered images in one forward; None: what is fastest.
         model: Dotted path of the ViT in the module, when it holds several.
+        options: Options of the explainers, by name and by method: ``{"rollout": {"discard_ratio": 0.9}}``.
 
     Raises:
-        PrunexError: For an unknown explainer, metric or removal, at once.
+        PrunexError: For an unknown explainer, option, metric or removal, at once.
     """
 
     def __init__(
@@ -59,13 +59,10 @@ class FaithfulnessMonitor(Monitor):
         removal: str | None = None,
         chunk: int | None = None,
         model: str | None = None,
+        options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(images, every_n_epochs, model)
-        self.methods = list(methods) if isinstance(methods, list | tuple) else ["tokentm"]
-        if not (methods is None or isinstance(methods, list | tuple)) or not self.methods:
-            raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
-        for name in self.methods:
-            lookup("explainer", name)
+        self.methods, self.options = explainers_of(methods, options)
         if not (metrics is None or isinstance(metrics, list | tuple)):
             raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
         self.metrics = measures(["deletion", "insertion"] if metrics is None else metrics)
@@ -84,6 +81,7 @@ class FaithfulnessMonitor(Monitor):
             model=self.model,
             methods=self.methods,
             metrics=[m.name for m in self.metrics],
+            **({"options": self.options} if self.options else {}),
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,9 +99,7 @@ class FaithfulnessMonitor(Monitor):
             raise PrunexError(
                 "FaithfulnessMonitor: this ViT has one output, whose class is always right: no perturbation"
             )
-        size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
-        for name in self.methods:
-            prunex.explain(name, vit, next(vit.parameters()).new_zeros(size))
+        try_explainers(vit, self.methods, self.options)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain, score, log and write."""
@@ -113,12 +109,13 @@ class FaithfulnessMonitor(Monitor):
         rows: list[list[Any]] = []
         dense: Any = None
         for name in self.methods:
-            e = prunex.explain(name, vit, images)
+            options = self.options.get(name, {})
+            e = prunex.explain(name, vit, images, **options)
             kept, judge = None, None
             if any(m.group == "agreement" for m in self.metrics) and _chooses(e):
                 dense = without_pruning(vit) if dense is None else dense
                 target = e.target if bool((e.target >= 0).all()) else None
-                kept, judge = e.trace.kept(), prunex.explain(name, dense, images, target).maps
+                kept, judge = e.trace.kept(), prunex.explain(name, dense, images, target, **options).maps
             chosen = [m for m in self.metrics if self._applies(m, masks, kept)]
             if not chosen:
                 continue
@@ -135,6 +132,7 @@ class FaithfulnessMonitor(Monitor):
                 kept=kept,
                 judge=judge,
                 explainer=name,
+                options=options,
                 removal=self.removal,  # type: ignore[arg-type]
                 mean=getattr(data, "mean", None),
                 std=getattr(data, "std", None),

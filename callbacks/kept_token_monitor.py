@@ -43,7 +43,7 @@ class KeptTokenMonitor(Monitor):
         tape = Tape()
         with as_found(vit, train=False), torch.no_grad():
             trace = record(vit, images, tape).trace
-        arrays = self.common(trainer, vit, batch)
+        arrays = self.common(trainer, vit, batch, trace.grid)
         made = decisions(trace, pruning.pruner.stages)
         everything = np.ones((len(images), *trace.grid), dtype=bool)
         if not trace.pooled:
@@ -54,8 +54,9 @@ class KeptTokenMonitor(Monitor):
         arrays["share"] = trace.share().float().cpu().numpy()
         if tape.logits is not None and vit.num_classes > 0:  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
-        if "masks" in batch and not trace.pooled:
-            log_share(pl_module, "prunex/object_kept", object_kept(trace.kept().cpu(), batch["masks"]))
+        if "masks" in arrays and not trace.pooled:
+            cover = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))
+            log_share(pl_module, "prunex/object_kept", cover)
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
         title = f"{pruning.method}, epoch {trainer.current_epoch}: "

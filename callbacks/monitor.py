@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,11 +16,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+import prunex
 from prunex.callbacks.participant import check_strategy
-from prunex.errors import PrunexError
-from prunex.pictures import from_tensor, save_npz, save_png
+from prunex.checks import check_options
+from prunex.errors import PrunexError, unknown
+from prunex.pictures import from_tensor, save_npz, save_png, under_grid
+from prunex.registry import lookup
 from prunex.untrusted import read_npz
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import find, read
 from prunex.vit.trace import TokenTrace
 
 _WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files that a trainer's monitors share
@@ -149,13 +152,17 @@ class Monitor(Callback):
         """The ViT being watched."""
         return find(pl_module, self.model)[1]
 
-    def common(self, trainer: Trainer, vit: Any, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """What both monitors write: pictures, labels and masks."""
-        found = {"images": shown(trainer, vit, batch["images"])}
+    def common(
+        self, trainer: Trainer, vit: Any, batch: dict[str, Tensor], grid: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        """What both monitors write: labels, and pictures and masks as far as the patch grid lies over them."""
+        height, width = read(vit).patch
+        covered = (grid[0] * height, grid[1] * width)
+        found = {"images": under_grid(shown(trainer, vit, batch["images"]), covered)}
         if "labels" in batch:
             found["labels"] = batch["labels"].numpy()
         if "masks" in batch:
-            found["masks"] = batch["masks"].numpy()
+            found["masks"] = under_grid(batch["masks"].numpy(), covered)
         return found
 
     def write(self, trainer: Trainer, name: str, arrays: dict[str, np.ndarray], picture: np.ndarray) -> None:
@@ -171,6 +178,47 @@ class Monitor(Callback):
             path.unlink(missing_ok=True)
         merge_npz(path, arrays)
         log_picture(trainer, f"prunex/{name}", picture)
+
+
+def explainers_of(methods: Any, options: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The explainers that a monitor was given, and their options.
+
+    Args:
+        methods: Names; None for ``tokentm``.
+        options: Options by name, by method; None for none.
+
+    Raises:
+        PrunexError: For anything else, unknown names, or options of a method that is not among them.
+
+    >>> explainers_of(["rollout", "dino"], {"rollout": {"discard_ratio": 0.9}})
+    (['rollout', 'dino'], {'rollout': {'discard_ratio': 0.9}})
+    """
+    if not (methods is None or isinstance(methods, list | tuple)) or methods in ([], ()):
+        raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
+    names = ["tokentm"] if methods is None else list(methods)
+    known = {name: lookup("explainer", name).options for name in names}
+    if not (options is None or isinstance(options, dict)):
+        raise PrunexError(f"options={options!r} is not allowed: give options by method, as {{'rollout': {{...}}}}")
+    own = {}
+    for name, given in (options or {}).items():
+        if name not in known:
+            raise PrunexError(f"options were given for {name!r}, which is not among the methods {names}")
+        own[name] = check_options(given)
+        for option in own[name]:
+            if option not in known[name]:
+                raise unknown(f"option of {name}", option, known[name])
+    return names, own
+
+
+def try_explainers(vit: Any, methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Explain one empty image, so that what refuses a model does so before training.
+
+    Raises:
+        PrunexError: What a method says of the model or its options.
+    """
+    size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+    for name in methods:
+        prunex.explain(name, vit, next(vit.parameters()).new_zeros(size), **options.get(name, {}))
 
 
 def first_write(trainer: Trainer, path: Path) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, log_share
-from prunex.errors import PrunexError
+from prunex.callbacks.monitor import Monitor, explainers_of, log_share, try_explainers
 from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
-from prunex.registry import lookup
 
 
 class RelevancyMonitor(Monitor):
@@ -28,9 +28,10 @@ class RelevancyMonitor(Monitor):
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
+        options: Options of the explainers, by name and by method: ``{"rollout": {"discard_ratio": 0.9}}``.
 
     Raises:
-        PrunexError: For an unknown explainer, at once.
+        PrunexError: For an unknown explainer or option, at once.
     """
 
     def __init__(
@@ -39,34 +40,28 @@ class RelevancyMonitor(Monitor):
         images: int = 8,
         every_n_epochs: int = 1,
         model: str | None = None,
+        options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(images, every_n_epochs, model)
-        self.methods = list(["tokentm"] if methods is None else methods)
-        if isinstance(methods, str) or not self.methods:
-            raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
-        for name in self.methods:
-            lookup("explainer", name)
+        self.methods, self.options = explainers_of(methods, options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn before training whether a model without a classifier can be explained by these methods.
+        """Learn before training whether the model can be explained by these methods.
 
         Raises:
-            PrunexError: When a method needs classes and the ViT has none.
+            PrunexError: When a method refuses the ViT or its options.
         """
-        vit = self.vit(pl_module)
-        if vit.num_classes > 0:
-            return
-        size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
-        for name in self.methods:
-            prunex.explain(name, vit, next(vit.parameters()).new_zeros(size))
+        if trainer.is_global_zero:
+            try_explainers(self.vit(pl_module), self.methods, self.options)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain and draw."""
         vit = self.vit(pl_module)
-        arrays = self.common(trainer, vit, batch)
+        arrays: dict[str, np.ndarray] = {}
         kept: Tensor | None = None
         for name in self.methods:
-            e = prunex.explain(name, vit, batch["images"])
+            e = prunex.explain(name, vit, batch["images"], **self.options.get(name, {}))
+            arrays = arrays or self.common(trainer, vit, batch, (e.maps.shape[1], e.maps.shape[2]))
             arrays[f"relevance/{name}"] = e.maps.float().cpu().numpy()
             arrays[f"target/{name}"] = e.target.cpu().numpy()
             if vit.num_classes > 0:  # without a classifier these are features

@@ -98,7 +98,7 @@ class UnitMonitor(Monitor):
             [f"{label}: head {b}.{h}" for b, h, _ in heads[:count]] for label, heads in zip(labels, chosen, strict=True)
         ]
         title = f"epoch {trainer.current_epoch}: heads that matter most for the class"
-        shown = self.common(trainer, vit, batch)["images"]
+        shown = self.common(trainer, vit, batch, (maps.shape[2], maps.shape[3]))["images"]
         return np.asarray(head_attention(shown, np.asarray(own), titles, names=labels, title=title))
 
 

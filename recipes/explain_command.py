@@ -26,7 +26,7 @@ import prunex
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import choose_target
 from prunex.files import write_whole
-from prunex.pictures import contact_sheet, save_npz, save_png
+from prunex.pictures import contact_sheet, save_npz, save_png, under_grid
 from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.arguments import Parser
@@ -253,7 +253,7 @@ class _Output:
         for place, picture in enumerate(pictures):
             one = slice(place, place + 1)
             sheet = contact_sheet(
-                _seen(picture, e.covered)[None],
+                under_grid(picture[None], e.covered),
                 {name: values[one] for name, values in maps.items()},
                 [name for name, each in found.items() if each.signed],
                 kept["kept"][one] if kept else None,
@@ -270,12 +270,6 @@ class _Output:
         whole = {name: np.concatenate(values) for name, values in self.arrays.items()}
         save_npz(self.out / "maps.npz", {"files": files, **whole}, compressed=False)
         write_whole(self.out / "times.csv", times.encode())
-
-
-def _seen(picture: Picture, covered: tuple[int, int]) -> Picture:
-    """What of a picture lies under the patch grid, with what the model pads."""
-    more = [(0, max(0, c - s)) for c, s in zip(covered, picture.shape, strict=False)]
-    return np.pad(picture, (*more, (0, 0)))[: covered[0], : covered[1]]
 
 
 def _told(predicted: int, target: int, shares: NDArray[np.float32], class_names: Sequence[str] | None) -> str:

@@ -1,6 +1,6 @@
 """Overlays, mosaics of kept tokens and curves: drawn from arrays and maps, never from a model."""
 
-from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, save_png
+from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, save_png, under_grid
 from prunex.pictures.bars import bars, bars_svg
 from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
@@ -28,5 +28,6 @@ __all__ = [
     "save_npz",
     "save_png",
     "share_mosaic",
+    "under_grid",
     "unit_widths",
 ]

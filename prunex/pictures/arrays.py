@@ -43,6 +43,24 @@ def from_tensor(images: torch.Tensor, mean: Sequence[float], std: Sequence[float
     return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def under_grid(pictures: NDArray[Any], covered: tuple[int, int]) -> NDArray[Any]:
+    """What of pictures or masks lies under a patch grid, with what the model pads them by.
+
+    Args:
+        pictures: [B, H, W] or [B, H, W, C].
+        covered: Height and width in pixels that the grid lies over, from the upper left corner.
+
+    Returns:
+        The same of ``covered`` size: cut off where the model sees nothing, zeros where it pads.
+
+    >>> under_grid(np.ones((1, 2, 3), int), (3, 2)).tolist()
+    [[[1, 1], [1, 1], [0, 0]]]
+    """
+    more = [(0, max(0, c - s)) for c, s in zip(covered, pictures.shape[1:], strict=False)]
+    padded = np.pad(pictures, [(0, 0), *more, *[(0, 0)] * (pictures.ndim - 3)])
+    return padded[:, : covered[0], : covered[1]]
+
+
 def resized(images: Any, side: int = 160) -> Picture:
     """Pictures at a size at which single patches can be seen.
 

@@ -12,7 +12,7 @@ from prunex.callbacks import FaithfulnessMonitor, TokenPruning
 from prunex.callbacks.faithfulness_monitor import add_rows
 from prunex.metrics import corrected_overlap, energy_inside, perturbation, perturbation_auc, removal_curves
 from prunex.metrics.curves import deletion, insertion
-from prunex.metrics.scoring import without_pruning
+from prunex.metrics.scoring import scores, without_pruning
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, snapshot, trainer
 
 
@@ -151,3 +151,25 @@ def test_one_output_is_refused_before_training(tmp_path):
     module.vit.reset_classifier(1)
     with pytest.raises(PrunexError, match="one output"):
         trainer(tmp_path, FaithfulnessMonitor(metrics=["perturbation"])).fit(module, loader(8), loader(8))
+
+
+def test_options_reach_explainer_judge_and_max_sensitivity(tmp_path):
+    options, wanted = {"discard_ratio": 0.6}, ["deletion", "corrected_overlap", "max_sensitivity"]
+    module = Plain()
+    watch = FaithfulnessMonitor(["rollout"], wanted, images=4, options={"rollout": options})
+    torch.manual_seed(5)
+    run = trainer(tmp_path, TokenPruning("topk", keep_ratio=0.6), watch, logger=csv_logger(tmp_path))
+    run.fit(module, loader(8), loader(8))
+    x = data(8)[0][:4]
+    e = prunex.explain("rollout", module, x, **options)
+    judge = prunex.explain("rollout", without_pruning(module), x, e.target, **options)
+    plain = {"explainer": "rollout", "kept": e.trace.kept()}
+    truth = scores(wanted, module, x, e.maps, e.target, judge=judge.maps, options=options, **plain)
+    without = scores(wanted[2:], module, x, e.maps, e.target, **plain)
+    found = {r["metric"]: float(r["mean"]) for r in rows(tmp_path / "run" / "version_0")}
+    assert list(found) == wanted
+    for name, values in truth.items():
+        assert found[name] == pytest.approx(float(values.mean()), abs=1e-5)
+    assert abs(float((truth["max_sensitivity"] - without["max_sensitivity"]).mean())) > 1e-3
+    same, other = (FaithfulnessMonitor(["rollout"], options=o).state_key for o in (None, {"rollout": options}))
+    assert same != other

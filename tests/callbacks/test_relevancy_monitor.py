@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import prunex
 from prunex import PrunexError
-from prunex.callbacks import RelevancyMonitor, TokenPruning
+from prunex.callbacks import FaithfulnessMonitor, KeptTokenMonitor, RelevancyMonitor, TokenPruning
 from prunex.callbacks.relevancy_monitor import share_inside
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, trainer
 from tests.vits import tiny
@@ -93,3 +94,68 @@ def test_methods_must_be_a_list(bad):
 def test_unknown_methods_are_told_at_once():
     with pytest.raises(PrunexError, match="tokentm"):
         RelevancyMonitor(["rollout", "tokentmm"])
+
+
+def test_options_by_method(tmp_path):
+    names, options = ["rollout", "dino"], {"rollout": {"discard_ratio": 0.6, "head_fusion": "max"}}
+    module = Plain()
+    run = trainer(tmp_path, RelevancyMonitor(names, images=4, options=options))
+    run.fit(module, loader(8), loader(8))
+    with np.load(tmp_path / "maps" / "epoch=000.npz", allow_pickle=False) as found:
+        for name in names:
+            wanted = prunex.explain(name, module, data(8)[0][:4], **options.get(name, {})).maps
+            assert np.abs(found[f"relevance/{name}"] - wanted.numpy()).max() < 1e-6
+        assert np.abs(found["relevance/rollout"] - prunex.explain("rollout", module, data(8)[0][:4]).maps.numpy()).max()
+
+
+@pytest.mark.parametrize("monitor", [RelevancyMonitor, FaithfulnessMonitor])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rollout": {"discard": 0.9}}, "did you mean 'discard_ratio'"),
+        ({"rollout": 0.9}, "give a dict of options"),
+        ([("rollout", {})], "give options by method"),
+        ({"dino": {}}, "'dino', which is not among the methods"),
+    ],
+)
+def test_wrong_options_are_told_at_once(monitor, options, said):
+    with pytest.raises(PrunexError, match=said):
+        monitor(["rollout"], options=options)
+
+
+@pytest.mark.parametrize("monitor", [RelevancyMonitor, FaithfulnessMonitor])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "vit_shapley needs a trained explainer"),
+        ({"vit_shapley": {"explainer": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_a_trained_explainer_that_is_missing_is_told_before_training(tmp_path, monitor, options, said):
+    run = trainer(tmp_path, monitor(["vit_shapley"], options=options))
+    with pytest.raises(PrunexError, match=said):
+        run.fit(Plain(), loader(8), loader(8))
+    assert run.global_step == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True, "dynamic_img_pad": True}])
+def test_pictures_end_where_the_patches_do(tmp_path, options):
+    """Images of 36 pixels under patches of 8: 4 pixels are never seen, or padded to a fifth patch."""
+    images, masks = torch.randn(4, 3, 36, 36), torch.ones(4, 36, 36, dtype=torch.bool)
+    masks[:, :32, :32] = False
+    batches = DataLoader(TensorDataset(images, torch.arange(4), masks), 4)
+    module = Plain(img_size=36, **options)
+    side = 40 if options else 32
+    watch = (KeptTokenMonitor(images=4), RelevancyMonitor(["rollout"], images=4))
+    run = trainer(tmp_path, TokenPruning("topk", keep_ratio=0.6), *watch, logger=csv_logger(tmp_path))
+    run.fit(module, batches, batches)
+    folder = tmp_path / "run" / "version_0"
+    with np.load(folder / "maps" / "epoch=000.npz", allow_pickle=False) as found:
+        shown, objects = found["images"], found["masks"]
+        assert found["kept"].shape[2:] == (side // 8, side // 8)
+    assert shown.shape == (4, side, side, 3)
+    assert objects.shape == (4, side, side)
+    assert ((shown[:, 36:] == 0).all(), (shown[:, :, 36:] == 0).all()) == (True, True)
+    assert shown[:, :32, :32].std() > 10
+    assert objects.any() == bool(options)  # the object lies where only the padded patches are
+    assert ("prunex/object_kept" in metrics(folder)) == bool(options)

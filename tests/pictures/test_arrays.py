@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from prunex import PrunexError
-from prunex.pictures import from_tensor, resized, save_png
+from prunex.pictures import from_tensor, resized, save_png, under_grid
 from prunex.pictures.arrays import as_numpy, on_pixels, save_npz
 
 
@@ -72,3 +72,14 @@ def test_python_objects_are_no_arrays(tmp_path):
     assert not list(tmp_path.iterdir())
     with np.load(save_npz(tmp_path / "x.npz", {"b": np.ones(2)}), allow_pickle=False) as found:
         assert found.files == ["b"]  # and no "allow_pickle" among them, as older NumPy would have it
+
+
+def test_what_lies_under_the_patch_grid():
+    pictures = np.arange(2 * 90 * 90 * 3, dtype=np.uint8).reshape(2, 90, 90, 3)
+    assert np.array_equal(under_grid(pictures, (80, 80)), pictures[:, :80, :80])
+    padded = under_grid(pictures, (96, 80))
+    assert padded.shape == (2, 96, 80, 3)
+    assert np.array_equal(padded[:, :90], pictures[:, :, :80])
+    assert not padded[:, 90:].any()
+    assert np.array_equal(under_grid(pictures, (90, 90)), pictures)
+    assert np.array_equal(under_grid(pictures[..., 0], (64, 96))[:, :, :90], pictures[:, :64, :, 0])

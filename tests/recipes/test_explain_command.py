@@ -435,12 +435,3 @@ def test_a_checkpoint_outside_a_run_is_told_by_name(photos, tmp_path):
 def test_a_trained_explainer_that_is_missing_is_asked_for_as_the_command_line_takes_it(photos, slim):
     with pytest.raises(PrunexError, match=r"^vit_shapley needs .*--option vit_shapley\.explainer=FOLDER"):
         run(slim, "--images", photos, "--methods", "vit_shapley")
-
-
-def test_sheets_show_what_the_patch_grid_covers():
-    picture = np.arange(90 * 90 * 3, dtype=np.uint8).reshape(90, 90, 3)
-    assert np.array_equal(explain_command._seen(picture, (80, 80)), picture[:80, :80])
-    padded = explain_command._seen(picture, (96, 80))
-    assert padded.shape == (96, 80, 3)
-    assert not padded[90:].any()
-    assert np.array_equal(explain_command._seen(picture, (90, 90)), picture)

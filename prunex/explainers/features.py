@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prunex.errors import PrunexError
 from prunex.explainers.base import Recording
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
@@ -109,7 +110,15 @@ def on_patches(recorded: Recording, layer: int, activation: Tensor, gradient: Te
         layer: Block index, 0..depth-1.
         activation: [B, n, D] of the patch tokens entering the block.
         gradient: Likewise, or None.
+
+    Raises:
+        PrunexError: Where pruning left no patch token to enter the block.
     """
+    if activation.shape[1] == 0:
+        raise PrunexError(
+            f"no patch token enters block {layer} of this pruned model, so there are no features to read: give an "
+            "earlier layer, or use generic_attention"
+        )
     steps = recorded.tape.steps
     at = next(i for i, step in enumerate(steps) if isinstance(step, Attended) and step.block == layer)
     trace = replace(recorded.trace, stages=[s for s in steps[:at] if isinstance(s, Stage)])

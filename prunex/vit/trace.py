@@ -71,7 +71,7 @@ class Stage:
             return torch.cat([row[..., :prefix], self._parts(row[..., prefix:]).sum(-1)], -1)
         if row.ndim == 3:
             group, weight = (t.unsqueeze(1).expand(-1, row.shape[1], -1) for t in (group, weight))
-        share = row[..., prefix:].gather(-1, group.clamp(min=0)) * weight
+        share = _take(row[..., prefix:], group) * weight
         return torch.cat([row[..., :prefix], share.masked_fill(group < 0, 0)], -1)
 
     def paint(self, row: Tensor, prefix: int) -> Tensor:
@@ -91,7 +91,7 @@ class Stage:
             body = self._parts(row[..., prefix:]).sum(-1) / total.clamp(min=torch.finfo(row.dtype).tiny)
             return torch.cat([row[..., :prefix], body], -1)
         group = self.group if row.ndim == 2 else self.group.unsqueeze(1).expand(-1, row.shape[1], -1)
-        body = row[..., prefix:].gather(-1, group.clamp(min=0)).masked_fill(group < 0, 0)
+        body = _take(row[..., prefix:], group).masked_fill(group < 0, 0)
         return torch.cat([row[..., :prefix], body], -1)
 
     def push(self, values: Tensor, prefix: int) -> Tensor:
@@ -110,6 +110,8 @@ class Stage:
         if group.ndim == 3:
             moved = moved.unsqueeze(-1).expand_as(weight).flatten(1)
             group, weight = group.flatten(1), weight.flatten(1)
+        if self.n_out == 0:
+            return values[:, :prefix]
         body = values.new_zeros(len(values), self.n_out)
         total = body.scatter_add(1, group, weight)
         body = body.scatter_add(1, group, weight * moved)
@@ -127,6 +129,8 @@ class Stage:
         """
         group = self.group if self.group.ndim == 3 else self.group.unsqueeze(-1)
         b, n, m = group.shape
+        if self.n_out == 0:
+            return values.new_zeros(b, n, values.shape[2]), there.new_zeros(b, n)
         at = group.clamp(min=0).flatten(1)
         found = values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[2])).view(b, n, m, -1)
         used = (group >= 0) & there.gather(1, at).view(b, n, m)
@@ -146,6 +150,8 @@ class Stage:
         Returns:
             float [B, prefix + n_out]; 1 in slots that nobody is left in.
         """
+        if self.n_out == 0:
+            return values[:, :prefix]
         member = (self.group >= 0).to(values.dtype)
         group, body = self.group.clamp(min=0), values.new_zeros(values.shape[0], self.n_out)
         members = body.scatter_add(1, group, member)
@@ -164,8 +170,13 @@ class Stage:
         group, weight = self.group, self.weight
         if body.ndim == 3:
             group, weight = (t.unsqueeze(1).expand(-1, body.shape[1], -1, -1) for t in (group, weight))
-        found = body.gather(-1, group.clamp(min=0).flatten(-2)).view_as(group)
+        found = _take(body, group.flatten(-2)).view_as(group)
         return (found * weight).masked_fill(group < 0, 0)
+
+
+def _take(body: Tensor, group: Tensor) -> Tensor:
+    """What each token gets from its group, zeros where no token was left: a class token may go on alone."""
+    return body.gather(-1, group.clamp(min=0)) if body.shape[-1] else body.new_zeros(group.shape)
 
 
 def _told(value: Any) -> str:

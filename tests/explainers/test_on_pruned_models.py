@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import prunex
+from prunex import PrunexError
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, QUICK_FAMILIES, images, images_for, quick, randomise, relative, tiny
 
@@ -109,6 +110,27 @@ def test_images_that_lose_every_patch_are_explained(pruner, explainer):
         assert relative(explain(explainer, model, images_for(model)).maps, removed.maps) < 1e-11
     assert not removed.trace.kept().any()
     assert torch.isfinite(removed.maps).all()
+
+
+@pytest.mark.parametrize("explainer", EXPLAINERS)
+@pytest.mark.parametrize("family", ["vit", "dinov2_reg"])
+def test_a_class_token_that_goes_on_alone(family, explainer):
+    """Patch Slimming may keep no patch at all: what is read off patch tokens behind that is refused by name."""
+    model = tiny(family).double()
+    x = images_for(model)
+    reads_patches = explainer in ("grad_cam", "r_cut", "vit_cx")
+    with prunex.attach(model, "patch_slimming", keep=[list(range(6)), [], []]) as pruning:
+        if reads_patches:
+            with pytest.raises(PrunexError, match="no patch token enters block 3"):
+                explain(explainer, model, x)
+            return
+        removed = explain(explainer, model, x)
+        assert prunex.metrics.energy_inside(removed.upsample(), torch.ones(3, 32, 32, dtype=torch.bool)).shape == (3,)
+        pruning.masked = True
+        masked = explain(explainer, model, x)
+    assert not removed.trace.kept().any()
+    assert torch.isfinite(removed.maps).all()
+    assert (masked.maps - removed.maps).abs().max() <= in_double(explainer) * (1 + removed.maps.abs().max())
 
 
 def test_a_pruner_that_decides_anew_among_those_that_are_there():

@@ -198,3 +198,22 @@ def test_tokens_equal_the_slow_composition(pruned, mode):
             for patch, token in enumerate(tokens[image].tolist()):
                 if token >= 0:
                     assert composed[token] == ({patch: 1.0}, False)
+
+
+def test_a_stage_that_leaves_nothing():
+    """Every way through it gives zeros in front of it, and prefix tokens alone behind it."""
+    for m in ((), (2,)):
+        gone = torch.full((2, 3, *m), -1)
+        stage = Stage(0, gone, torch.zeros(gone.shape), 0)
+        row, several = torch.randn(2, 1), torch.randn(2, 4, 1)
+        for carry in (stage.lift, stage.paint):
+            assert carry(row, 1).equal(torch.cat([row, torch.zeros(2, 3)], 1))
+            assert carry(several, 1).equal(torch.cat([several, torch.zeros(2, 4, 3)], 2))
+        values, there = stage.back(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.bool))
+        assert values.equal(torch.zeros(2, 3, 5))
+        assert not there.any()
+        assert there.shape == (2, 3)
+    stage = Stage(0, torch.full((2, 3), -1), torch.zeros(2, 3), 0)
+    values = torch.randn(2, 4)
+    assert stage.push(values, 1).equal(values[:, :1])
+    assert stage.total(values, 1).equal(values[:, :1])

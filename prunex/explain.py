@@ -147,8 +147,10 @@ def explain(
             raise unknown(f"option of {method}", name, defaults)
     vit = find(model, path)[1]
     anatomy = read(vit)
-    check_images(anatomy, images, values=True)
     weight = next(vit.parameters())
+    if weight.is_meta:
+        raise PrunexError("the model is on the meta device, where nothing is computed: load its weights first")
+    check_images(anatomy, images, values=True)
     answer: Relevance = make(vit, images.detach().to(weight.device, weight.dtype), target, **options)
     return Explanation(
         method,

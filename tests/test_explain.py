@@ -119,6 +119,7 @@ def test_bad_targets(method, target, says):
 @pytest.mark.parametrize(
     ("x", "says"),
     [
+        (torch.zeros(2, 3, 32, 32, device="meta"), "images are on the meta device"),
         (torch.full((2, 3, 32, 32), float("nan")), r"images \[0, 1\] of the batch hold NaN or infinite"),
         (torch.zeros(2, 3, 32, 32).index_fill(0, torch.tensor([1]), float("inf")), r"images \[1\] of the batch"),
         (torch.zeros(2, 3, 48, 32), r"48 x 32 pixels: this model takes 32 x 32"),
@@ -430,3 +431,8 @@ def test_scores_place_maps_as_explanations_do():
     assert float(found["pointing_game"]) == 1
     for name in names:
         assert torch.allclose(found[name], same[name])
+
+
+def test_a_model_without_weights_is_told():
+    with pytest.raises(PrunexError, match="the model is on the meta device"):
+        prunex.explain("rollout", tiny().to("meta"), images())

@@ -286,6 +286,8 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
     if not torch.compiler.is_compiling():
         if shape[0] == 0:
             raise PrunexError(f"images are an empty batch {shape}: give at least one image")
+        if values and images.is_meta:
+            raise PrunexError("images are on the meta device, which holds no values: give them on the CPU or a GPU")
         if values and not torch.isfinite(images).all():
             bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
             raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")

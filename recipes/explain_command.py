@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -37,6 +39,7 @@ from prunex.untrusted import is_there, readable
 from prunex.vit.anatomy import find, read
 
 MANY = 1000  # forwards an image from which a method's cost is announced
+PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so many times what one took
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -45,6 +48,7 @@ def explain(arguments: Sequence[str]) -> int:
     explainers = Explainers(args.methods, read_options(args.option))
     root, out = Path(args.images), Path(args.out)
     files = image_files(root, besides=out)
+    check_out(out, root, files)
     vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
     try:
         vit.to(torch.device(args.device)).float()  # images are float32; weights may be of several types
@@ -52,7 +56,8 @@ def explain(arguments: Sequence[str]) -> int:
         raise PrunexError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     _check_target(vit, args.target)
     prepare = preparation(vit)
-    for file in files:  # all of them now: a broken one at the end would cost the whole run
+    # All of them now: a broken one at the end would cost the whole run.
+    for file in tqdm(files, desc="reading", unit="image", leave=False, delay=1):
         read_image(file)
     output = _Output(out, files, root, list(getattr(vit, "label_names", None) or []) or None)
     try:
@@ -60,16 +65,17 @@ def explain(arguments: Sequence[str]) -> int:
             for batch in batches(len(files), args.batch):
                 pictures, images = map(list, zip(*(prepare(read_image(files[i])) for i in batch), strict=True))
                 found = explainers(vit, torch.stack(images), args.target, bar, left=len(files) - batch.start)
-                try:
-                    output.add(pictures, found, explainers.times())
-                except OSError as error:
-                    raise PrunexError(
-                        f"cannot write to {out}: {error.strerror or error}; choose another --out"
-                    ) from error
+                output.add(pictures, found, explainers.times())
                 if batch.start == 0 and batch.stop < len(files):
                     for line in explainers.announcements(len(files) - batch.stop):
                         bar.write(line)
+        output.finish()
+    except PrunexError:
+        with suppress(PrunexError):
+            output.finish()
+        raise
     except KeyboardInterrupt:
+        output.finish()
         print(f"\nprunex: interrupted: maps of {output.done} of {len(files)} images are in {out}", file=sys.stderr)
         return 130
     print(out)
@@ -232,7 +238,7 @@ def _forwards(vit: Any) -> Iterator[list[int]]:
 
 
 class _Output:
-    """What is written: a sheet an image, and after every batch the maps and times of all images so far."""
+    """What is written: a sheet an image, and now and then the maps and times of all images so far."""
 
     def __init__(self, out: Path, files: Sequence[Path], root: Path, class_names: Sequence[str] | None) -> None:
         self.out = out
@@ -240,16 +246,27 @@ class _Output:
         self.sheets = sheet_names(files, root)
         self.class_names = class_names
         self.done = 0
-        self.arrays: dict[str, list[NDArray[Any]]] = {}
+        self._parts: list[dict[str, NDArray[Any]]] = []
+        self._times = ""  # of what maps.npz does not hold yet
+        self._written, self._took = -math.inf, 0.0  # when maps.npz was written last, and how long that took
 
     def add(self, pictures: Sequence[Picture], found: Mapping[str, prunex.Explanation], times: str) -> None:
-        """Write the sheets of the next images, and maps.npz and times.csv anew."""
+        """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time.
+
+        Raises:
+            PrunexError: When the folder cannot be written to.
+        """
         e = next(iter(found.values()))
         target = e.target.cpu().numpy()
         predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())  # features have no class
         kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
         maps = {name: each.maps.numpy() for name, each in found.items()}
         shares = e.logits.float().softmax(1).cpu().numpy()
+        first, self.done = self.done, self.done + len(pictures)
+        self._parts.append({"predicted": predicted, "target": target, **maps, **kept})
+        self._times = times
+        if perf_counter() - self._written > PATIENCE * self._took:
+            self.finish()
         for place, picture in enumerate(pictures):
             one = slice(place, place + 1)
             sheet = contact_sheet(
@@ -258,18 +275,34 @@ class _Output:
                 [name for name, each in found.items() if each.signed],
                 kept["kept"][one] if kept else None,
                 heading=[
-                    readable(self.files[self.done + place]),
+                    readable(self.files[first + place]),
                     _told(int(predicted[place]), int(target[place]), shares[place], self.class_names),
                 ],
             )
-            save_png(self.out / self.sheets[self.done + place], sheet)
-        self.done += len(pictures)
-        for name, values in {"predicted": predicted, "target": target, **maps, **kept}.items():
-            self.arrays.setdefault(name, []).append(values)
-        files = np.array(self.files[: self.done])
-        whole = {name: np.concatenate(values) for name, values in self.arrays.items()}
-        save_npz(self.out / "maps.npz", {"files": files, **whole}, compressed=False)
-        write_whole(self.out / "times.csv", times.encode())
+            with self._writing():
+                save_png(self.out / self.sheets[first + place], sheet)
+
+    def finish(self) -> None:
+        """Write the maps and times that are not on disk yet.
+
+        Raises:
+            PrunexError: When the folder cannot be written to.
+        """
+        if not self._times:
+            return
+        began = perf_counter()
+        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        with self._writing():
+            save_npz(self.out / "maps.npz", {"files": np.array(self.files[: self.done]), **whole}, compressed=False)
+            write_whole(self.out / "times.csv", self._times.encode())
+        self._written, self._took, self._times = perf_counter(), perf_counter() - began, ""
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PrunexError(f"cannot write to {self.out}: {error.strerror or error}; choose another --out") from error
 
 
 def _told(predicted: int, target: int, shares: NDArray[np.float32], class_names: Sequence[str] | None) -> str:
@@ -337,6 +370,30 @@ def image_files(path: Path, besides: Path | None = None) -> list[Path]:
     if not files:
         raise PrunexError(f"no images in {path}: give a folder that holds {', '.join(IMG_EXTENSIONS)} files")
     return files
+
+
+def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder in which sheets would replace images, or anything that no earlier call wrote.
+
+    Args:
+        out: Where sheets go.
+        root: The folder of the images, or one image.
+        files: The images.
+
+    Raises:
+        PrunexError: By the file that would be lost, or where nothing can be written.
+    """
+    if out.resolve() == root.resolve():
+        raise PrunexError(f"--out {out} is the folder of the images, among which sheets would lie: give another")
+    ours = (out / "maps.npz").exists()
+    images = {file.resolve() for file in files}
+    for name in sheet_names(files, root):
+        sheet = out / name
+        if sheet.resolve() in images or (sheet.exists() and not ours):
+            raise PrunexError(f"{sheet} is there already and no sheet of an earlier prunex explain: give another --out")
+    there = next(p for p in (out, *out.resolve().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PrunexError(f"cannot write to {out}: {there} is no folder that may be written to; choose another --out")
 
 
 def name_of(file: Path, root: Path) -> str:

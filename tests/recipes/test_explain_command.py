@@ -435,3 +435,45 @@ def test_a_checkpoint_outside_a_run_is_told_by_name(photos, tmp_path):
 def test_a_trained_explainer_that_is_missing_is_asked_for_as_the_command_line_takes_it(photos, slim):
     with pytest.raises(PrunexError, match=r"^vit_shapley needs .*--option vit_shapley\.explainer=FOLDER"):
         run(slim, "--images", photos, "--methods", "vit_shapley")
+
+
+def test_photos_are_never_replaced_by_their_sheets(slim, photos):
+    def everything():
+        return {p: p.read_bytes() for p in photos.rglob("*") if p.is_file()}
+
+    before = everything()
+    for images, out, said in (
+        (photos, photos, "the folder of the images"),
+        (photos, photos / "sub" / "..", "the folder of the images"),
+        (photos / "a.png", photos, "a.png is there already"),
+        (photos / "b.jpg", photos, "b.png is there already"),  # another photo, and its sheet's name
+    ):
+        with pytest.raises(PrunexError, match=said):
+            run(slim, "--images", images, "--out", out, "--methods", "rollout")
+        assert everything() == before
+    assert run(slim, "--images", photos / "c.jpg", "--out", photos, "--methods", "rollout") == 0
+    assert run(slim, "--images", photos / "c.jpg", "--out", photos, "--methods", "rollout") == 0  # its own sheet may go
+    assert {p: everything()[p] for p in before} == before
+    with pytest.raises(PrunexError, match=r"a\.png is there already"):  # though maps.npz is there now
+        run(slim, "--images", photos / "a.png", "--out", photos, "--methods", "rollout")
+
+
+def test_maps_are_written_as_often_as_their_size_allows(slim, photos, tmp_path, monkeypatch):
+    """Between two writings lie many times what one took, and the end writes what is left."""
+    clock, sizes = [0.0], []
+
+    def save(path, found, compressed):
+        sizes.append(len(found["files"]))
+        clock[0] += 1.0  # a second each
+
+    monkeypatch.setattr(explain_command, "save_npz", save)
+    monkeypatch.setattr(explain_command, "perf_counter", lambda: clock[0])
+    output = explain_command._Output(tmp_path, [Path(f"{i}.png") for i in range(60)], Path(), None)
+    found = {"rollout": prunex.explain("rollout", tiny(), torch.randn(1, 3, 32, 32))}
+    for _ in range(60):
+        clock[0] += 1.0
+        output.add([np.zeros((32, 32, 3), np.uint8)], found, "times")
+    output.finish()
+    output.finish()
+    assert sizes == [1, 22, 43, 60]
+    assert len(list(tmp_path.glob("*.png"))) == 60

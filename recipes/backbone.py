@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -103,9 +104,15 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         The tensors by name.
 
     Raises:
-        PrunexError: If there is no such file, or it is not a safetensors file.
+        PrunexError: If there is no such file, or it is not a safetensors file but, perhaps, one of ``torch.save``.
     """
     with _located(weights) as path:
+        if zipfile.is_zipfile(path):
+            raise PrunexError(
+                f"weights={weights!r} is a file of torch.save, which may run code when it is read: convert it once by "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors'); of a Lightning "
+                "checkpoint take what lies in its ['state_dict']"
+            )
         try:
             return read_tensors(path)
         except PrunexError as error:

@@ -256,12 +256,21 @@ class BrokenImage(PrunexError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """One image as RGB, turned as its EXIF data say.
+    """One image as RGB, turned as its EXIF data say; of 16 bits the upper eight.
 
     Raises:
-        PrunexError: For a file that is no whole image; the message names it.
+        PrunexError: For a file that is no whole image, or of numbers without a range; the message names it.
     """
-    return read_file(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+    return read_file(path, _rgb)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    turned = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would cut off at 255
+        return Image.fromarray((np.asarray(turned).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are numbers of no known range; save it with 8 or 16 bits a channel")
+    return turned.convert("RGB")
 
 
 def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:

@@ -212,6 +212,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(PrunexError, match="not a readable safetensors file"):
         small(weights=str(path))
+    torch.save(small().model.state_dict(), path)
+    with pytest.raises(PrunexError, match=r"is a file of torch\.save.*convert it once by safetensors"):
+        small(weights=str(path))
     with pytest.raises(PrunexError, match=r"neither a file nor shipped"):
         small(weights=str(tmp_path / "none.safetensors"))
 

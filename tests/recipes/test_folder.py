@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from prunex import PrunexError
-from prunex.recipes.folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
+from prunex.recipes.folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_image
 
 RENDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "render_scenes.py"
 
@@ -251,6 +251,23 @@ def test_missing_mask(root):
 def test_mask_of_another_size(root):
     Image.new("L", (48, 41)).save(root / "masks" / "val" / "cat" / "0.png")
     refused(root, r"mask '.*val/cat/0.png' is 48 x 41 pixels, its image '0.png' 48 x 40", stage="validate")
+
+
+def test_sixteen_bits_are_read_as_eight_of_them(tmp_path):
+    shades = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    wide = (shades.astype(np.uint16) << 8) + 77
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(wide).save(tmp_path / name)
+        found = np.asarray(read_image(tmp_path / name))
+        assert found.shape == (16, 16, 3)
+        assert all(np.array_equal(found[..., c], shades) for c in range(3))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_no_known_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "odd.tif")
+    with pytest.raises(PrunexError, match=r"odd\.tif' \(its pixels are numbers of no known range; save it with 8"):
+        read_image(tmp_path / "odd.tif")
 
 
 def test_named_mask_folder_must_exist(root):

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.averaging import averaged, averaging, stands_before
 from prunex.callbacks.participant import check_strategy
 from prunex.checks import check_options
 from prunex.errors import PrunexError, unknown
@@ -132,7 +133,10 @@ class Monitor(Callback):
             return
         self._seen = trainer.current_epoch
         keys = set.intersection(*(set(p) for p in self._parts))
-        self.watch(trainer, pl_module, {k: torch.cat([p[k] for p in self._parts]) for k in keys})
+        batch = {k: torch.cat([p[k] for p in self._parts]) for k in keys}
+        # An average's own turn, when this epoch ends, takes its weights out of the model again.
+        with averaged(trainer, pl_module, swapped=not stands_before(trainer, averaging(trainer), self)):
+            self.watch(trainer, pl_module, batch)
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_epochs`` lies between the last watched epoch and this one, or training ends.

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import prunex
+from prunex.callbacks.averaging import averaged, check_swa_order
 from prunex.callbacks.monitor import run_folder
 from prunex.callbacks.participant import check_strategy
 from prunex.errors import PrunexError, unknown
@@ -67,6 +68,8 @@ class SlimExport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder; here, because all processes come by, and asking for it is a broadcast."""
         check_strategy(trainer, self)
+        if stage == "fit":
+            check_swa_order(trainer, self)
         self._run = run_folder(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,8 +135,10 @@ class SlimExport(Callback):
         data = getattr(trainer, "datamodule", None)
         names = getattr(data, "class_names", None)
         fits = names is not None and len(names) == read(vit).classes
+        with averaged(trainer, pl_module):
+            slim = prunex.slim(vit)
         prunex.save(
-            prunex.slim(vit),
+            slim,
             self.path(trainer),
             labels=list(map(str, names)) if names is not None and fits else None,
             mean=getattr(data, "mean", None),

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
+from prunex.callbacks.averaging import averaging, check_order
 from prunex.callbacks.monitor import decisions, parts_of
 from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress
 from prunex.checks import check_number, check_options
@@ -132,6 +133,8 @@ class TokenPruning(Participant):
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
                 "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
             )
+        if stage == "fit":
+            check_order(trainer, self)
         self._when_model_is_there(pl_module, self.model, self._attach, ViT)
         self._guard_loading(pl_module, "pruning", lambda: {} if self.pruning is None else self.pruning.spec)
         if stage == "fit":
@@ -207,6 +210,11 @@ class TokenPruning(Participant):
         """Calibrate if need be, say what will be left, and watch the optimisers where a part of their steps counts."""
         if self.pruning is None:
             return
+        if averaging(trainer) is not None and any(not b.is_floating_point() for b in self.pruning.pruner.buffers()):
+            raise PrunexError(
+                f"{type(averaging(trainer)).__name__} averages buffers, and those of {self.method} are positions of "
+                "patches: train without it, or use another pruner"
+            )
         if self.pruning.pruner.needs_calibration:
             self._calibrate(trainer, pl_module, self.pruning)
         self._tell(pl_module, self.pruning)  # what a checkpoint brought was not known when it was attached

@@ -1,0 +1,86 @@
+"""Beside Lightning's weight averaging: whose weights are in the model when, and what an average does not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from prunex.errors import PrunexError
+
+
+def averaging(trainer: Trainer) -> Callback | None:
+    """The Trainer's ``WeightAveraging`` (``EMAWeightAveraging`` is one); older Lightnings have none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if "WeightAveraging" in _kinds(c)), None)
+
+
+def stands_before(trainer: Trainer, first: Callback | None, second: Callback) -> bool:
+    """Whether one callback's turn comes before another's."""
+    order = [id(c) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    return first is not None and order.index(id(first)) < order.index(id(second))
+
+
+@contextmanager
+def averaged(trainer: Trainer, pl_module: LightningModule, swapped: bool = False) -> Iterator[None]:
+    """The module with the weights that validation sees: the averaged ones where something averages them.
+
+    Args:
+        trainer: Holds the callback that averages.
+        pl_module: Its weights change places with the averaged ones, and back.
+        swapped: Whether they are in place already.
+    """
+    average = None if swapped else getattr(averaging(trainer), "_average_model", None)
+    if average is None:
+        yield
+        return
+    _swap(average.module, pl_module)
+    try:
+        yield
+    finally:
+        _swap(average.module, pl_module)
+
+
+def check_order(trainer: Trainer, callback: Callback) -> None:
+    """Refuse an average that copies the model before this callback has attached what it trains.
+
+    Raises:
+        PrunexError: By name.
+    """
+    other = averaging(trainer)
+    if stands_before(trainer, other, callback):
+        raise PrunexError(
+            f"{type(other).__name__} stands before {type(callback).__name__}, so it copies a model without what is "
+            f"attached here: list {type(callback).__name__} first"
+        )
+
+
+def check_swa_order(trainer: Trainer, callback: Callback) -> None:
+    """Refuse stochastic weight averaging that puts its weights into the model after this callback has used them.
+
+    Raises:
+        PrunexError: By name.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    other = next((c for c in callbacks if "StochasticWeightAveraging" in _kinds(c)), None)
+    if other is not None and not stands_before(trainer, other, callback):
+        raise PrunexError(
+            f"StochasticWeightAveraging puts its weights into the model when its turn comes at the end: list it before "
+            f"{type(callback).__name__}, which would use others"
+        )
+
+
+def _kinds(callback: Any) -> set[str]:
+    return {c.__name__ for c in type(callback).__mro__}
+
+
+def _swap(average: torch.nn.Module, module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        theirs = [*average.parameters(), *average.buffers()]
+        for a, b in zip(theirs, [*module.parameters(), *module.buffers()], strict=True):
+            held = a.detach().clone()
+            a.data.copy_(b.detach())
+            b.data.copy_(held)

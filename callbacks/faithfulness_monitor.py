@@ -151,7 +151,9 @@ class FaithfulnessMonitor(Monitor):
         lacks = {"localisation": masks is None, "agreement": kept is None}.get(measure.group, False)
         if lacks and measure.group not in self._warned:
             self._warned.add(measure.group)
-            what = "object masks" if measure.group == "localisation" else "patches that are kept as themselves"
+            what = "patches that are kept as themselves"
+            if measure.group == "localisation":
+                what = "object masks (bool [B, H, W]) in the validation batches"
             rank_zero_warn(f"FaithfulnessMonitor: there are no {what}, so {measure.group} is left out")
         return not lacks
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, decisions, log_share
+from prunex.callbacks.monitor import Monitor, decisions, log_share, moment
 from prunex.pictures import kept_mosaic, share_mosaic
 from prunex.vit.forward import record
 from prunex.vit.mount import as_found
@@ -27,17 +28,24 @@ class KeptTokenMonitor(Monitor):
     A method that pools (``hvt``) keeps no patch as itself: the picture then shows how large a part each patch has in
     the tokens, and ``kept`` and the logged share are left out.
 
+    In ``trainer.validate`` files are called ``validate`` in place of the epoch.
+
     Args:
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
     """
 
+    _warned = False
+
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Run the images once and draw."""
         vit = self.vit(pl_module)
         pruning = prunex.attached(vit)
         if pruning is None:
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn("KeptTokenMonitor: nothing prunes this model, so nothing is drawn: add TokenPruning")
             return
         images = batch["images"].to(next(vit.parameters()))
         tape = Tape()
@@ -59,7 +67,7 @@ class KeptTokenMonitor(Monitor):
             log_share(pl_module, "prunex/object_kept", cover)
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
-        title = f"{pruning.method}, epoch {trainer.current_epoch}: "
+        title = f"{pruning.method}, {moment(trainer)[1]}: "
         if trace.pooled:
             shares = [everything if i is None else trace.share(i).float().cpu().numpy() for i in made]
             picture = share_mosaic(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -35,8 +36,8 @@ class Monitor(Callback):
 
     Images are taken from the first validation loader: the first that come, but rather of many classes than several of
     one where labels are known, since loaders are often sorted by class. A batch may be a tensor, a sequence or a dict:
-    the first floating [B, C, H, W] in it is the images, the first integer [B] the labels, the first bool [B, H, W]
-    object masks.
+    the first floating [B, C, H, W] in it is the images, the first integer [B] the labels, the first bool [B, H, W] or
+    [B, 1, H, W] object masks.
 
     Args:
         images: How many validation images to watch.
@@ -138,6 +139,14 @@ class Monitor(Callback):
         with averaged(trainer, pl_module, swapped=not stands_before(trainer, averaging(trainer), self)):
             self.watch(trainer, pl_module, batch)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where there was nothing to watch."""
+        if trainer.is_global_zero and not self._parts and self._seen < 0:
+            rank_zero_warn(
+                f"{type(self).__name__} has seen no validation batch and has written nothing: give trainer.fit "
+                "validation data"
+            )
+
     def _due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_epochs`` lies between the last watched epoch and this one, or training ends.
 
@@ -175,9 +184,9 @@ class Monitor(Callback):
             return
         folder = (self._folder or run_folder(trainer)) / "maps"
         folder.mkdir(parents=True, exist_ok=True)
-        epoch = trainer.current_epoch
-        save_png(folder / f"{name}-epoch={epoch:03d}.png", picture)
-        path = folder / f"epoch={epoch:03d}.npz"
+        when = moment(trainer)[0]
+        save_png(folder / f"{name}-{when}.png", picture)
+        path = folder / f"{when}.npz"
         if first_write(trainer, path):
             path.unlink(missing_ok=True)
         merge_npz(path, arrays)
@@ -225,6 +234,17 @@ def try_explainers(vit: Any, methods: Sequence[str], options: Mapping[str, Mappi
         prunex.explain(name, vit, next(vit.parameters()).new_zeros(size), **options.get(name, {}))
 
 
+def moment(trainer: Trainer) -> tuple[str, str]:
+    """What files and titles of a look are called: by the epoch of training, else by what runs ("validate").
+
+    The Trainer of a validation counts from epoch 0 as well, and may have the folder of the training.
+    """
+    if trainer.state.fn == TrainerFn.FITTING:
+        return f"epoch={trainer.current_epoch:03d}", f"epoch {trainer.current_epoch}"
+    fn = str(getattr(trainer.state.fn, "value", trainer.state.fn))
+    return fn, fn
+
+
 def first_write(trainer: Trainer, path: Path) -> bool:
     """Whether no monitor of this trainer has asked for this file yet: what is there is an earlier run's."""
     written = _WRITTEN.setdefault(trainer, set())
@@ -245,8 +265,9 @@ def parts_of(batch: Any) -> dict[str, Tensor]:
         whole = not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
         if t.ndim == 1 and whole and len(t) == len(images) and "labels" not in found:
             found["labels"] = t
-        if t.ndim == 3 and t.dtype == torch.bool and t.shape[1:] == images.shape[2:] and "masks" not in found:
-            found["masks"] = t
+        mask = t[:, 0] if t.ndim == 4 and t.shape[1] == 1 else t
+        if mask.ndim == 3 and t.dtype == torch.bool and mask.shape[1:] == images.shape[2:] and "masks" not in found:
+            found["masks"] = mask
     return found
 
 

@@ -77,6 +77,11 @@ class RelevancyGuidance(Participant):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the dense model, before a checkpoint is read."""
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise PrunexError(
+                "RelevancyGuidance adds to the loss of training_step, and this module optimises by hand: leave it out, "
+                "give prunex.attached(self).also() a prunex.guidance.Guidance, and add sum(losses().values()) yourself"
+            )
         if stage == "fit" and self.judge == "dense":
             self._when_model_is_there(pl_module, self.model, self._copy, Backbone)
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, explainers_of, log_share, try_explainers
+from prunex.callbacks.monitor import Monitor, explainers_of, log_share, moment, try_explainers
 from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
 
@@ -83,7 +83,7 @@ class RelevancyMonitor(Monitor):
             arrays.get("predicted"),
             names,
             arrays.get("masks"),
-            title=f"epoch {trainer.current_epoch}: what the prediction rests on",
+            title=f"{moment(trainer)[1]}: what the prediction rests on",
         )
         self.write(trainer, "relevancy", arrays, picture)
 

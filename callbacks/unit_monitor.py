@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.monitor import Monitor, log_picture, run_folder
+from prunex.callbacks.monitor import Monitor, log_picture, moment, run_folder
 from prunex.explainers.head_maps import head_maps
 from prunex.files import write_whole
 from prunex.pictures import class_heads, head_attention, save_png, unit_widths
@@ -69,9 +70,10 @@ class UnitMonitor(Monitor):
         if not hasattr(pruning.pruner, "relevance"):
             return
         table = pruning.relevance_table()
-        _append(folder / "units.csv", trainer.current_epoch, table)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _append(folder / "units.csv", trainer.current_epoch, table)
         names = _names(trainer, table)
-        self._draw(trainer, folder, "units-classes", _classes(table, names, trainer.current_epoch))
+        self._draw(trainer, folder, "units-classes", _classes(table, names, moment(trainer)[1]))
         vit = self.vit(pl_module)
         if "labels" in batch and not isinstance(vit, SwinTransformer):
             picture = self._look(trainer, vit, batch, table, names)
@@ -79,7 +81,7 @@ class UnitMonitor(Monitor):
                 self._draw(trainer, folder, "units-heads", picture)
 
     def _draw(self, trainer: Trainer, folder: Path, name: str, picture: np.ndarray) -> None:
-        save_png(folder / "maps" / f"{name}-epoch={trainer.current_epoch:03d}.png", picture)
+        save_png(folder / "maps" / f"{name}-{moment(trainer)[0]}.png", picture)
         log_picture(trainer, f"prunex/{name}", picture)
 
     def _look(
@@ -97,7 +99,7 @@ class UnitMonitor(Monitor):
         titles = [
             [f"{label}: head {b}.{h}" for b, h, _ in heads[:count]] for label, heads in zip(labels, chosen, strict=True)
         ]
-        title = f"epoch {trainer.current_epoch}: heads that matter most for the class"
+        title = f"{moment(trainer)[1]}: heads that matter most for the class"
         shown = self.common(trainer, vit, batch, (maps.shape[2], maps.shape[3]))["images"]
         return np.asarray(head_attention(shown, np.asarray(own), titles, names=labels, title=title))
 
@@ -116,13 +118,13 @@ def _widths(pruning: UnitPruning) -> np.ndarray:
     return np.asarray(unit_widths(dense, kept, title=f"{pruning.method}: what each block keeps"))
 
 
-def _classes(table: UnitRelevance, names: list[str], epoch: int) -> np.ndarray:
+def _classes(table: UnitRelevance, names: list[str], when: str) -> np.ndarray:
     every = torch.cat(list(table.heads.values()), 1)
     # A class that is learned slowly has low rows, a head that serves every class a high column: neither is news.
     values = (every - every.mean(0) - every.mean(1, keepdim=True) + every.mean()).numpy()
     heads = [f"{block}.{h}" for block, t in table.heads.items() for h in range(t.shape[1])]
     kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
-    title = f"epoch {epoch}: heads that matter more for a class than on average"
+    title = f"{when}: heads that matter more for a class than on average"
     return np.asarray(class_heads(values, names, heads, kept, title=title))
 
 

@@ -185,6 +185,8 @@ def test_parts_are_told_by_dtype_and_shape():
     assert set(parts_of((x, y, torch.zeros(4, 4, 4, dtype=torch.bool)))) == {"images", "labels"}
     assert parts_of((x.to(torch.uint8), y)) == {}
     assert parts_of("text") == {}
+    mask = torch.rand(4, 1, *x.shape[2:]) > 0.5
+    assert parts_of((x, y, mask))["masks"].equal(mask[:, 0])
     first = {"a": x, "b": x + 1}
     assert parts_of(first)["images"] is x
 
@@ -278,7 +280,29 @@ def test_validation_alone_is_watched(tmp_path):
     module, run = fit(tmp_path / "a", KeptTokenMonitor(images=2, every_n_epochs=5), max_epochs=2)
     other = trainer(tmp_path / "b", TokenPruning("topk", keep_ratio=0.5), KeptTokenMonitor(images=2, every_n_epochs=5))
     other.validate(module, loader(8), verbose=False)
-    assert sorted(os.listdir(tmp_path / "b" / "maps")) == ["epoch=000.npz", "kept_tokens-epoch=000.png"]
+    assert sorted(os.listdir(tmp_path / "b" / "maps")) == ["kept_tokens-validate.png", "validate.npz"]
+
+
+def test_validation_in_the_folder_of_a_training_leaves_its_files(tmp_path):
+    module, _ = fit(tmp_path, KeptTokenMonitor(images=2), RelevancyMonitor(images=2), max_epochs=2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "maps").iterdir()}
+    watch = KeptTokenMonitor(images=2), RelevancyMonitor(images=2)
+    trainer(tmp_path, TokenPruning("topk", keep_ratio=0.5), *watch).validate(module, loader(8), verbose=False)
+    after = {p.name: p.read_bytes() for p in (tmp_path / "maps").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"kept_tokens-validate.png", "relevancy-validate.png", "validate.npz"}
+
+
+@pytest.mark.parametrize("monitor", [KeptTokenMonitor, RelevancyMonitor])
+def test_a_monitor_that_saw_nothing_says_so(tmp_path, monitor):
+    with pytest.warns(UserWarning, match=rf"{monitor.__name__} has seen no validation batch.*give trainer\.fit"):
+        trainer(tmp_path, TokenPruning("topk", keep_ratio=0.5), monitor(images=2)).fit(Plain(), loader(8))
+
+
+def test_kept_tokens_of_a_model_that_nobody_prunes(tmp_path):
+    with pytest.warns(UserWarning, match="KeptTokenMonitor: nothing prunes this model") as told:
+        trainer(tmp_path, KeptTokenMonitor(images=2), max_epochs=3).fit(Plain(), loader(8), loader(8))
+    assert sum("nothing prunes" in str(w.message) for w in told) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ loggers

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 import prunex
+from prunex import PrunexError
 from prunex.callbacks import MaskPruning, RelevancyGuidance, TokenPruning
 from tests.callbacks.modules import Plain, csv_logger, loader, metrics, trainer
 from tests.callbacks.test_mask_pruning import OPTIONS
@@ -93,3 +94,12 @@ def test_a_trainer_may_hold_two(tmp_path):
     both = RelevancyGuidance("tokentm"), RelevancyGuidance("generic_attention", every_n_steps=2)
     trainer(tmp_path, TokenPruning("evit", keep_ratio=0.6), *both, max_epochs=1).fit(Plain(), loader())
     assert all(guidance.state_dict()["steps"][0] > 0 for guidance in both)
+
+
+def test_a_module_that_optimises_by_hand_is_told(tmp_path):
+    module = Plain()
+    module.automatic_optimization = False
+    run = trainer(tmp_path, TokenPruning("evit", keep_ratio=0.6), RelevancyGuidance())
+    with pytest.raises(PrunexError, match="RelevancyGuidance adds to the loss of training_step.*optimises by hand"):
+        run.fit(module, loader(8))
+    assert run.global_step == 0

@@ -13,6 +13,7 @@ from prunex.explainers.base import Relevance
 from prunex.registry import lookup
 from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.embedding import over_pixels
+from prunex.vit.mount import check_methods
 from prunex.vit.trace import TokenTrace
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def explain(
             raise unknown(f"option of {method}", name, defaults)
     vit = find(model, path)[1]
     anatomy = read(vit)
+    check_methods(vit)
     weight = next(vit.parameters())
     if weight.is_meta:
         raise PrunexError("the model is on the meta device, where nothing is computed: load its weights first")

@@ -313,3 +313,13 @@ def start_layer(value: Any, depth: int) -> int:
             f"layer {value!r} does not exist: this model has blocks 0..{depth - 1} (or negative from the end)"
         )
     return value % depth
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """Values of which so many leading bits count: what rounding alone keeps apart becomes equal.
+
+    >>> rounded(torch.tensor([1.0, 1.0001, 3.0]), 8).tolist()
+    [1.0, 1.0, 3.0]
+    """
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)

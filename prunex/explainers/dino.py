@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError
-from prunex.explainers.base import Recording, Relevance, recording, start_layer
+from prunex.explainers.base import Recording, Relevance, recording, rounded, start_layer
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
@@ -99,6 +99,8 @@ def mass_mask(row: Tensor, share: float) -> Tensor:
         row: float [..., P], at least 0.
         share: In [0, 1].
     """
+    # Members of one merged token are equal but for rounding, which other images in the batch may change.
+    row = rounded(row, 16 if row.dtype == torch.float32 else 40)
     order = row.argsort(dim=-1, stable=True)
     rising = row.gather(-1, order)
     tiny = torch.finfo(row.dtype).tiny

@@ -78,7 +78,7 @@ def _weighted(kind: str, seen: Features) -> Tensor:
     """One value a patch token, [B, n]."""
     if kind in ("tokens", "attention"):
         cam = (seen.activation @ seen.weights().unsqueeze(2)).squeeze(2)
-        return cam / seen.activation.shape[2] if kind == "attention" else cam
+        return cam / max(1, seen.activation.shape[2]) if kind == "attention" else cam
     gradient = torch.as_tensor(seen.gradient)
     if kind == "layercam":
         return (gradient.clamp(min=0) * seen.activation).sum(2)

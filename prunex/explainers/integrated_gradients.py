@@ -110,8 +110,10 @@ class _Path:
         self.recorded, self.space, self.chunk = recorded, space, chunk
         with torch.no_grad():
             # New tensors: the caller's may be of an inference mode, which no graph can hold.
-            value = baseline if isinstance(baseline, Tensor) else float(baseline)  # an int may be too long for torch
-            end, start = images.detach().clone(), torch.empty_like(images).copy_(torch.as_tensor(value))
+            value = baseline
+            if not isinstance(value, Tensor):  # an int may be too long for torch
+                value = torch.tensor(float(value), dtype=images.dtype)
+            end, start = images.detach().clone(), torch.empty_like(images).copy_(value)
             if space == "tokens":
                 end, start = (embed_patches(recorded.model, x)[0] for x in (end, start))
             self.dtype, self.end, self.start = end.dtype, promoted(end), promoted(start)

@@ -14,6 +14,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.features import features, features_tape
+from prunex.explainers.removal import score
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.embedding import embed
@@ -99,8 +100,8 @@ def vit_cx(
         merged = [cluster_masks(m, use, there, distance, max_masks) for m, use, there in each]
 
         def of_target(logits: Tensor, own: Tensor) -> Tensor:
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return wide.softmax(1).gather(1, recorded.target[own, None])[:, 0]
+            found = score(logits, "probability").to(torch.promote_types(logits.dtype, torch.float32))
+            return found.gather(1, recorded.target[own, None])[:, 0]
 
         def probability(masked: Tensor, own: Tensor) -> Tensor:
             with torch.autocast(**autocast):

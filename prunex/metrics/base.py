@@ -48,6 +48,9 @@ class MeanOverImages(Metric):
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("undefined", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        # A MetricCollection goes on with only one of the metrics whose states are equal after their first batch, as
+        # those of different measures may be; NaN equals nothing.
+        self.add_state("apart", torch.tensor(torch.nan), dist_reduce_fx="max")
         if keep:
             self.add_state("each", [], dist_reduce_fx="cat")
 
@@ -68,6 +71,12 @@ class MeanOverImages(Metric):
     def compute(self) -> Tensor:
         """The mean, float64 of ``shape``; NaN where no image had a number."""
         return self.total / self.count.where(self.count > 0, torch.nan)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        """Gather; a process that saw no image sends none of the right shape and dtype."""
+        if self.keep and isinstance(self.each, list) and not self.each:
+            self.each = [self.total.new_zeros((0, *self.total.shape))]
+        super()._sync_dist(*args, **kwargs)
 
     def values(self) -> Tensor:
         """Every number of this process so far, float64 [N, *shape], NaN where there was none.

@@ -221,8 +221,9 @@ def saco(
 
     Patches in order of relevance are cut into K groups of (nearly) equal size; s_i is a group's summed relevance and
     d_i the score lost without it. Over pairs i < j, w = s_i - s_j where d_i >= d_j, else -(s_i - s_j); the answer is
-    sum w / sum |w|, NaN where all groups are alike. K = 10 and the image's mean colour in the place of a group are
-    unverified: the published code is a template.
+    sum w / sum |w|, NaN where all groups are alike, or the score is the same without any of them (the formula would
+    give 1, whatever the map). K = 10 and the image's mean colour in the place of a group are unverified: the published
+    code is a template.
 
     Args:
         model: As for :func:`removal_curves`, and so are the options not told here.
@@ -251,9 +252,9 @@ def saco(
     member = torch.arange(groups, device=place.device).repeat_interleave(sizes)[place]
     removed = member[:, None] == torch.arange(groups, device=place.device)[:, None]
     image = torch.arange(batch, device=place.device).repeat_interleave(groups)
-    lost = asked.clean[:, None] - asked.of_sets(image, removed.flatten(0, 1)).view(batch, groups)
+    lost = asked.lost(asked.of_sets(image, removed.flatten(0, 1)).view(batch, groups))
     relevance = (removed * asked.values.double()[:, None]).sum(2)
-    even = asked.values.amax(1) == asked.values.amin(1)
+    even = (asked.values.amax(1) == asked.values.amin(1)) | (lost.amax(1) == lost.amin(1))
     return asked.hide(saco_of(relevance, lost).masked_fill(even, torch.nan))
 
 
@@ -312,7 +313,7 @@ def _taken(asked: Asked, sets: Tensor) -> tuple[Tensor, Tensor]:
     relevance = asked.values.double() @ sets.double().T
     image = torch.arange(batch, device=sets.device).repeat_interleave(count)
     after = asked.of_sets(image, sets.repeat(batch, 1)).view(batch, count)
-    return relevance, asked.clean[:, None] - after
+    return relevance, asked.lost(after)
 
 
 def _still(x: Tensor) -> Tensor:

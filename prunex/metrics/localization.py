@@ -21,6 +21,7 @@ mask by nearest neighbour.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance: float = 0) -> Tenso
 
 def _grown(inside: Tensor, distance: float) -> Tensor:
     """The pixels of [B, H, W] within a Euclidean distance of the object."""
+    distance = min(distance, math.hypot(*inside.shape[1:]))
     reach = int(min(distance, max(inside.shape[1:])))
     if reach < 1:
         return inside
@@ -259,7 +261,7 @@ def foreground_f1(maps: Tensor, masks: Tensor) -> Tensor:
         masks: bool [B, H, W], or 1, 0 and -1 for ignored.
 
     Returns:
-        float64 [B] in 0..1; NaN for an image without an object or with NaN in its map.
+        float64 [B] in 0..1; NaN for an image without an object or with NaN or infinity in its map.
 
     Raises:
         PrunexError: For other shapes or types.
@@ -282,7 +284,7 @@ def segmentation_counts(maps: Tensor, masks: Tensor) -> Tensor:
 
     Returns:
         float64 [B, 6]: pixels right, pixels labelled, intersection and union of the background, intersection and union
-        of the object. All NaN for an image with NaN in its map.
+        of the object. All NaN for an image with NaN or infinity in its map.
 
     Raises:
         PrunexError: For other shapes or types.
@@ -296,7 +298,7 @@ def segmentation_counts(maps: Tensor, masks: Tensor) -> Tensor:
     found = (wide > wide.mean(1, keepdim=True)) & (wide.amin(1, keepdim=True) < wide.amax(1, keepdim=True))
     pairs = [(found == inside, labelled), (~found & ~inside, ~found | ~inside), (found & inside, found | inside)]
     counts = torch.stack([(t & labelled).sum(1) for pair in pairs for t in pair], 1).double()
-    return counts.masked_fill(maps.isnan().any(1, keepdim=True), torch.nan)
+    return counts.masked_fill(~maps.isfinite().all(1, keepdim=True), torch.nan)
 
 
 @register("metric", "pixel_accuracy", _PROTOCOL, _NEEDS)
@@ -311,7 +313,7 @@ def pixel_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
         masks: bool [B, H, W], or 1, 0 and -1 for ignored.
 
     Returns:
-        float64, a single number in 0..1, without the images whose map holds NaN; NaN where nothing is left.
+        float64, a single number in 0..1, without the images whose map holds NaN or infinity; NaN where nothing is left.
 
     Raises:
         PrunexError: For other shapes or types.
@@ -333,8 +335,8 @@ def mean_iou(maps: Tensor, masks: Tensor) -> Tensor:
         masks: bool [B, H, W], or 1, 0 and -1 for ignored.
 
     Returns:
-        float64, a single number in 0..1, without the images whose map holds NaN; NaN where a class is neither in any
-        mask nor in any map (the source would count it 0).
+        float64, a single number in 0..1, without the images whose map holds NaN or infinity; NaN where a class is
+        neither in any mask nor in any map (the source would count it 0).
 
     Raises:
         PrunexError: For other shapes or types.

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import check_chunk, choose_target, sequences
+from prunex.explainers.base import check_chunk, choose_target, rounded, sequences
 from prunex.explainers.removal import OUTPUTS, Removal, score
 from prunex.vit.anatomy import ViT, check_images, find
 from prunex.vit.decisions import Decision, Pruner, Replay
 from prunex.vit.embedding import embed, over_pixels
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
-from prunex.vit.mount import as_found
+from prunex.vit.mount import as_found, check_methods
 from prunex.vit.tape import Tape
 
 Output = Literal["probability", "logit", "log_odds"]
@@ -29,7 +29,7 @@ Route = Literal["drop", "black", "grey", "mean", "blur"]
 REMOVALS = ("drop", "black", "grey", "mean", "blur")
 SELECTIONS = ("free", "frozen")
 KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
-BITS = 2.0**40  # of an interpolated value that count
+BITS = 40  # of an interpolated value that count
 
 
 class Occlusion:
@@ -71,6 +71,7 @@ class Occlusion:
                 raise unknown(name, value, known)
         check_chunk(chunk)
         vit: ViT = find(model)[1]
+        check_methods(vit)
         self.model, self.removal = vit, removal
         anatomy = own_anatomy(vit)
         check_images(anatomy, images, values=True)
@@ -142,6 +143,9 @@ class Occlusion:
         return resume(self.model, embed(self.model, images)[0], self.grid, decides, masked=self.masked).double()
 
 
+ULPS = 32  # by so many units in the last place a score may differ where nothing else does
+
+
 class Asked:
     """The class's score f of altered images, and the maps that say what to alter.
 
@@ -181,6 +185,18 @@ class Asked:
         one, again = code.unique(dim=0, return_inverse=True)
         sets = one[:, 1:].bool()
         return self.of_rows(one[:, 0].long(), lambda part: sets[part], sets.sum(1))[again]
+
+    def lost(self, after: Tensor) -> Tensor:
+        """F(x) less f of altered images [B, K], float64; what the model's rounding alone keeps apart is made equal.
+
+        Else a model that does not depend on what was removed would be judged by its last bits, which other images in
+        the batch may change.
+        """
+        info = torch.finfo(self.occlusion.images.dtype)
+        most = torch.maximum(self.clean.abs(), after.abs().amax(1))[:, None]
+        unit = most * info.eps * (ULPS if info.bits >= 32 else 1)
+        steps = (self.clean[:, None] - after) / unit.where(unit > 0, 1)
+        return torch.where(unit > 0, steps.round() * unit, 0)
 
     def hide(self, values: Tensor) -> Tensor:
         """NaN for images with NaN in their map; values [B] or [B, ...]."""
@@ -303,8 +319,7 @@ def on_pixels(maps: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Te
         return maps.flatten(1)
     covered = (maps.shape[1] * patch[0], maps.shape[2] * patch[1])
     fine = over_pixels(maps.double(), size, covered).flatten(1)
-    mantissa, exponent = torch.frexp(fine)
-    return torch.ldexp((mantissa * BITS).round() / BITS, exponent)
+    return rounded(fine, BITS)
 
 
 def check_steps(steps: Any, first: bool = False) -> tuple[float, ...]:

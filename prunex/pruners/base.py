@@ -264,10 +264,12 @@ def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
 
 
 def top(score: Tensor, k: int, present: Tensor | None) -> Tensor:
-    """Positions of the k best tokens that are there, in rising order: int64 [B, k]."""
+    """Positions of the k best tokens that are there, in rising order: int64 [B, k]; of equal ones the first."""
     if present is not None:
         score = score.masked_fill(present <= 0, float("-inf"))
-    return score.topk(k, dim=1, sorted=False).indices.sort(1).values
+    if torch.compiler.is_exporting():  # ONNX has no stable sort; its TopK breaks ties so too
+        return score.topk(k, dim=1, sorted=False).indices.sort(1).values
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
 
 
 def ceil_share(rate: float, n: int) -> int:

@@ -96,6 +96,27 @@ def uncached_autocast(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
+def check_methods(model: nn.Module) -> None:
+    """Refuse a model with a forward of its own, which what goes through its blocks one by one would not run.
+
+    Raises:
+        PrunexError: By the methods that somebody but prunex, or torch.compile, has set on the object.
+    """
+    mounted = hasattr(model, "prunex")
+    own = [
+        name
+        for name in ("forward", *_METHODS)
+        if name in vars(model)
+        and not (mounted and name in _METHODS)
+        and not hasattr(vars(model)[name], "_torchdynamo_orig_callable")
+    ]
+    if own:
+        raise PrunexError(
+            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
+            "first, or make a subclass and give the plain model"
+        )
+
+
 def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
     """Send one small random input through timm's own forward and through ours.
 
@@ -110,12 +131,7 @@ def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
         PrunexError: By name, for a model whose outputs differ (a new timm, a subclass with something of its own).
     """
     anatomy = read(model)
-    own = [name for name in ("forward", *_METHODS) if name in vars(model)]
-    if own:
-        raise PrunexError(
-            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
-            "first, or subclass and prune the plain model"
-        )
+    check_methods(model)
     weight = next(model.parameters())
     if weight.is_meta:
         return anatomy

@@ -7,10 +7,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torchmetrics import MetricCollection
 
 import prunex
 import prunex.metrics
-from prunex.metrics import EqualAreaIoU, MeanIoU, MeanOverImages, PixelAccuracy, RankAccuracy
+from prunex.metrics import (
+    EnergyInMask,
+    EqualAreaIoU,
+    ForegroundAUC,
+    ForegroundF1,
+    KeptAUC,
+    MassKept,
+    MeanIoU,
+    MeanOverImages,
+    PixelAccuracy,
+    PointingGame,
+    RankAccuracy,
+    TopKOverlap,
+)
 
 
 def data():
@@ -94,3 +108,46 @@ def test_every_metric_is_registered_and_exported():
         assert getattr(prunex.metrics, found.name) is found.make
     for name in prunex.metrics.__all__:
         assert hasattr(prunex.metrics, name)
+
+
+@pytest.mark.parametrize("first", ["nothing kept", "no object", "all hit"])
+def test_metrics_of_a_collection_stay_apart(first):
+    """Equal states after the first batch are no reason to go on with one of the metrics alone."""
+    maps, masks = data()
+    if first == "nothing kept":
+        made, start = [EqualAreaIoU, KeptAUC, MassKept, TopKOverlap], (torch.ones_like(masks), maps)
+        rest = (masks, maps)
+    else:
+        made = [RankAccuracy, ForegroundAUC, ForegroundF1, EnergyInMask, PointingGame]
+        start, rest = (maps, torch.zeros_like(masks)), (maps, masks)
+    if first == "all hit":
+        made, start = [RankAccuracy, ForegroundAUC, PointingGame], (masks.float(), masks)
+    together = MetricCollection([m() for m in made])
+    together.update(*start)
+    together.update(*rest)
+    found = together.compute()
+    for m in made:
+        alone = m()
+        alone.update(*start)
+        alone.update(*rest)
+        assert torch.allclose(found[m.__name__], alone.compute(), equal_nan=True), m.__name__
+
+
+def test_a_process_that_saw_nothing_sends_nothing_of_the_right_kind():
+    """What is gathered has the dtype and the shape that other processes send, or collectives would not match."""
+
+    class Two(MeanOverImages):
+        def measure(self, values):
+            return values
+
+    other = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    sent = []
+
+    def gather(tensor, group=None):
+        sent.append(tensor)
+        return [tensor, other if tensor.shape == (0, 2) else tensor + 1]
+
+    metric = Two(keep=True, shape=(2,))
+    metric._sync_dist(dist_sync_fn=gather)
+    assert [t.dtype for t in sent if t.shape == (0, 2)] == [torch.float64]
+    assert metric.values().equal(other)

@@ -1,5 +1,6 @@
 """Faithfulness metrics against their definitions written out, one forward at a time, and by hand."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -9,6 +10,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torchmetrics import MetricCollection
 
+import prunex
 from prunex import PrunexError, methods
 from prunex.explainers.coalitions import of_sizes, seeded
 from prunex.metrics import (
@@ -42,7 +44,7 @@ from prunex.metrics.curves import curves_of
 from prunex.metrics.faithfulness import ERASER, logarithmic_sizes, saco_of
 from prunex.metrics.occlusion import Occlusion
 from tests.metrics.models import MEAN, PRUNED, STD, constant, linear, pruned, shares, without
-from tests.vits import assert_same_state, images, largest, quick, state_of, tiny
+from tests.vits import assert_same_state, images, largest, quick, randomise, state_of, tiny
 
 STEPS = tuple(k / 10 for k in range(11))
 DRAWN = [sensitivity_n, faithfulness_correlation, infidelity, saco]
@@ -569,3 +571,44 @@ def test_refused_by_readers():
 def test_refused_by_drawn_metrics(metric, options, match):
     with pytest.raises(PrunexError, match=match):
         metric(*case(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_depends_on_nothing_but_its_rounding(dtype):
+    """Every token's value is the same, so attention cannot matter; the last bits of the scores say nothing."""
+    model = tiny(seed=1).to(dtype)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[96:] = 0
+    x, maps = torch.randn(3, 3, 32, 32, dtype=dtype), torch.randn(3, 4, 4)
+    curves = removal_curves(model, x, maps, removal="grey")
+    assert 0 < (curves.without - curves.clean[:, None]).abs().max() < 1e-6
+    assert faithfulness_correlation(model, x, maps).isnan().all()
+    assert sensitivity_n(model, x, maps).isnan().all()
+    assert saco(model, x, maps, removal="grey").isnan().all()
+    live = tiny(seed=2).to(dtype)
+    assert faithfulness_correlation(live, x, maps).isfinite().all()
+    assert saco(live, x, maps, removal="grey").isfinite().all()
+
+
+def test_saco_of_an_image_does_not_depend_on_its_batch():
+    """Patches that a pruner takes out first lose nothing, up to rounding, which other images in the batch change."""
+    model = tiny(img_size=64, seed=3)
+    prunex.attach(model, "ia_red2")
+    randomise(prunex.attached(model).pruner)
+    x, maps = torch.randn(4, 3, 64, 64), torch.rand(4, 8, 8)
+    together = saco(model, x, maps, removal="drop")
+    alone = torch.cat([saco(model, x[i : i + 1], maps[i : i + 1], removal="drop", chunk=3) for i in range(4)])
+    assert (together - alone).abs().max() < 1e-6
+
+
+def test_log_odds_hold_on_to_the_smallest_probabilities():
+    """A probability of 1e-9 is told from one of 1e-12; below that both count as 1e-12."""
+    model = linear(2)
+    x, maps = torch.randn(1, 3, 32, 32, dtype=torch.float64), torch.rand(1, 4, 4)
+    curves = removal_curves(model, x, maps, 1, removal="grey")
+    for low, wanted in ((1e-9, math.log(1e-9)), (1e-15, math.log(1e-12))):
+        altered = dataclasses.replace(
+            curves, clean=torch.ones(1, dtype=torch.float64), without=torch.full_like(curves.without, low)
+        )
+        assert float(log_odds(altered)) == pytest.approx(wanted)

@@ -10,6 +10,7 @@ from torch import nn
 import prunex
 from prunex import PrunexError, registry
 from prunex.explainers.base import recording
+from prunex.metrics import removal_curves
 from prunex.metrics.occlusion import on_pixels
 from prunex.metrics.scoring import scores
 from prunex.vit.tape import Tape
@@ -436,3 +437,21 @@ def test_scores_place_maps_as_explanations_do():
 def test_a_model_without_weights_is_told():
     with pytest.raises(PrunexError, match="the model is on the meta device"):
         prunex.explain("rollout", tiny().to("meta"), images())
+
+
+def test_a_model_with_a_forward_of_its_own_is_refused():
+    """What goes through its blocks one by one would explain and measure another function."""
+    model, x = tiny(), images()
+    maps = torch.rand(len(x), 4, 4)
+    model.forward = lambda x: -type(model).forward(model, x)
+    with pytest.raises(PrunexError, match="has its own forward, set on the object"):
+        prunex.explain("tokentm", model, x)
+    with pytest.raises(PrunexError, match="has its own forward, set on the object"):
+        removal_curves(model, x, maps)
+    wanted = prunex.explain("tokentm", tiny(), x).maps
+    model = tiny()
+    model.forward = torch.compile(model.forward, backend="eager")  # the same function
+    assert prunex.explain("tokentm", model, x).maps.equal(wanted)
+    del model.forward
+    prunex.attach(model, "evit")  # prunex' own
+    assert prunex.explain("tokentm", model, x).maps.shape == wanted.shape

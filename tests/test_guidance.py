@@ -1,6 +1,7 @@
 """Guidance: the loss equals one written out, its gradient goes where it is said to, and what it costs is counted."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -238,3 +239,71 @@ def test_one_output_has_no_class_to_explain():
     pruning.also(Guidance(model, METHOD))
     model(images(2))
     assert torch.isfinite(pruning.losses(torch.tensor([0, 1]))["guidance"])
+
+
+def test_relevance_against_the_class_counts_as_none():
+    model = tiny().train()
+    pruning = prunex.attach(model, "evit", stages=(1,), keep_ratio=0.6)
+    pruning.also(Guidance(model, "lrp", loss="pearson"))
+    x, labels = images(4), torch.tensor([0, 1, 2, 3])
+    found = float(step(model, pruning, x, labels)["guidance"].detach())
+    model(x)
+    scores = pruning._attached.last.trace.stages[0].score.detach()
+    maps = prunex.explain("lrp", tiny(), x, labels).maps.flatten(1)
+    assert (maps < 0).any()
+    told = [
+        1 - float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(scores, m, strict=True)]).mean())
+        for m in (maps.clamp(min=0), maps)
+    ]
+    assert found == pytest.approx(told[0], abs=1e-4)
+    assert abs(found - told[1]) > 1e-3
+
+
+def test_a_map_of_another_class_is_not_taken_from_the_cache():
+    model, pruning, guide = prepared("evit", cache=20)
+    x = images(3)
+    for labels in (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 2])):
+        model(x)
+        forward = dataclasses.replace(pruning._attached.last, labels=labels)
+        wanted = prunex.explain(METHOD, tiny(), x, labels).maps
+        assert torch.allclose(guide.maps(forward, 3), wanted, atol=1e-6)
+    assert guide.explained == 5  # the third image came again with its class
+
+
+def test_units_that_speak_against_the_class_count_as_relevant():
+    model = tiny()
+    pruning = prunex.attach(model, "xpruner", budget=0.6)
+    guide = UnitGuidance(model)
+    x, labels = images(3), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        for m in pruning.pruner.masks():
+            m.copy_(torch.rand(m.shape, generator=torch.Generator().manual_seed(0)))
+    found = float(guide(x, labels)["unit_guidance"].detach())
+    relevance = guide.judge.relevance(model, x, labels)
+    assert any((r.sum(1) < 0).any() for r in relevance.values())
+    each = []
+    for b in pruning.pruner.branches:
+        mask = pruning.pruner.mask(b).detach()[labels].unflatten(1, (b.units, b.width)).mean(2)
+        size = relevance[b.key].abs().sum(1)
+        each += [1 - torch.corrcoef(torch.stack([m, r.to(m)]))[0, 1] for m, r in zip(mask, size, strict=True)]
+    assert found == pytest.approx(float(torch.stack(each).mean()), abs=1e-4)
+
+
+def test_maps_are_made_in_full_precision_under_autocast():
+    model, pruning, guide = prepared("evit")
+    x, labels = images(3), torch.tensor([0, 1, 2])
+    model(x)
+    forward = dataclasses.replace(pruning._attached.last, labels=labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = guide.maps(forward, 3)
+    assert torch.allclose(found, prunex.explain(METHOD, tiny(), x, labels).maps, rtol=1e-5, atol=1e-8)
+
+
+def test_scores_of_any_size_are_followed_alike():
+    """Class attention over many patches may be tiny; squares of 1e-20 are lost in float32."""
+    _, _, guide = prepared("evit")
+    scores, maps = torch.rand(2, 16), torch.rand(2, 16)
+    there = torch.ones(2, 16, dtype=torch.bool)
+    wanted = guide._distance(scores, maps, there)
+    for size in (1e-20, 1e-30, 1e10):
+        assert float(guide._distance(scores * size, maps * size, there)) == pytest.approx(float(wanted), rel=1e-4)

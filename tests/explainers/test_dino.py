@@ -171,3 +171,15 @@ def test_half_precision_models_are_read_in_float32():
 def test_bad_options(options, says):
     with pytest.raises(PrunexError, match=says):
         prunex.explain("dino", tiny(), images(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_of_merged_tokens_do_not_depend_on_the_batch(dtype):
+    """A token's patches are equal but for rounding, and the last of them that fits is found by index, not by that."""
+    for seed in range(3):
+        model = tiny(seed=seed, img_size=64).to(dtype)
+        prunex.attach(model, "tome", r=12)
+        x = torch.randn(6, 3, 64, 64, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+        together = prunex.explain("dino", model, x, threshold=0.6).raw
+        alone = torch.cat([prunex.explain("dino", model, x[i : i + 1], threshold=0.6).raw for i in range(6)])
+        assert together.equal(alone)

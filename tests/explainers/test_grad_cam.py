@@ -326,3 +326,18 @@ def test_classes_differ(kind):
     model = tiny()
     a, b = (explain(model, images(), t, kind=kind).raw for t in (0, 3))
     assert largest(a, b) > 0.05 * float(b.abs().max())
+
+
+@every
+def test_a_block_whose_heads_are_gone(kind):
+    model = tiny(seed=4)
+    pruning = prunex.attach(model, "magnitude", budget=0.3, min_heads=0)
+    pruning.calibrate()
+    slim = prunex.slim(model)
+    x = images(2)
+    for layer in range(len(slim.blocks)):
+        assert explain(slim, x, None, kind=kind, layer=layer).maps.isfinite().all()
+    bare = [i for i, b in enumerate(slim.blocks) if getattr(b.attn, "num_heads", 1) == 0 or not hasattr(b.attn, "qkv")]
+    assert bare  # else this tests nothing
+    if kind == "attention":
+        assert not explain(slim, x, None, kind=kind, layer=bare[0]).maps.any()

@@ -440,3 +440,8 @@ def test_bad_options(options, says):
 def test_a_class_needs_a_head():
     with pytest.raises(PrunexError, match="no classifier"):
         explain(tiny(num_classes=0), images(), None)
+
+
+def test_a_baseline_that_is_a_number_has_the_precision_of_the_images():
+    x = torch.full((1, 3, 32, 32), 0.1, dtype=torch.float64)
+    assert not explain(tiny().double(), x, TARGETS[:1], baseline=0.1, steps=3).maps.any()

@@ -516,3 +516,17 @@ def test_bad_options(options, says):
 def test_a_class_needs_a_head():
     with pytest.raises(PrunexError, match="no classifier"):
         prunex.explain("vit_cx", tiny(num_classes=0), images())
+
+
+def test_one_output_is_a_probability_by_its_sigmoid():
+    """As everywhere else; a softmax of one output would be 1 whatever is masked."""
+    torch.manual_seed(3)
+    one, two = tiny(num_classes=1), tiny(num_classes=2)
+    two.load_state_dict({**two.state_dict(), **{k: v for k, v in one.state_dict().items() if "head." not in k}})
+    with torch.no_grad():  # logits 0 and those of the one: their softmax is its sigmoid
+        two.head.weight.copy_(torch.cat([torch.zeros_like(one.head.weight), one.head.weight]))
+        two.head.bias.copy_(torch.cat([torch.zeros_like(one.head.bias), one.head.bias]))
+    x = images(2)
+    found = prunex.explain("vit_cx", one, x, 0, **FEW).maps
+    assert relative(found, prunex.explain("vit_cx", two, x, 1, **FEW).maps) < 1e-5
+    assert found.std() > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prunex import PrunexError
-from prunex.metrics import energy_inside, pointing_game
+from prunex.metrics import energy_inside, foreground_f1, mean_iou, pixel_accuracy, pointing_game
 
 MASK = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
 
@@ -110,3 +110,26 @@ def test_half_precision_is_summed_in_float32():
 def test_refused(measure, maps, masks, match):
     with pytest.raises(PrunexError, match=match):
         measure(maps, masks)
+
+
+def test_a_tolerance_is_a_disc_and_may_be_of_any_size():
+    generator = torch.Generator().manual_seed(2)
+    masks = torch.rand(6, 9, 13, generator=generator) < 0.05
+    masks[:, 4, 6] = True
+    maps = torch.rand(6, 9, 13, generator=generator)
+    for tolerance in (0, 1, 1.5, 2, 2.9, 4, 1e200):
+        wanted = []
+        for m, mask in zip(maps, masks, strict=True):
+            row, column = divmod(int(m.argmax()), 13)
+            nearest = min(((r - row) ** 2 + (c - column) ** 2) ** 0.5 for r, c in mask.nonzero().tolist())
+            wanted.append(float(nearest <= tolerance))
+        assert pointing_game(maps, masks, tolerance=tolerance).tolist() == wanted
+
+
+def test_infinite_relevance_is_no_segmentation():
+    maps, masks = torch.rand(2, 4, 4), torch.rand(2, 4, 4) < 0.5
+    masks[:, 0, 0] = True
+    whole = [f(maps[:1], masks[:1]) for f in (pixel_accuracy, mean_iou)]
+    maps[1, 1, 1] = torch.inf
+    assert foreground_f1(maps, masks).isnan().tolist() == [False, True]
+    assert [f(maps, masks) for f in (pixel_accuracy, mean_iou)] == whole

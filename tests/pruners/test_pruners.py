@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import prunex
-from prunex.pruners.base import ceil_share, check_stages, floor_share
+from prunex.pruners.base import ceil_share, check_stages, floor_share, top
 from prunex.vit.decisions import Keep, TokenState
 from tests.vits import (
     ALL_FAMILIES,
     QUICK_FAMILIES,
     assert_same_state,
+    images,
     images_for,
     largest,
     quick,
@@ -382,3 +383,31 @@ def test_a_pruner_is_shown_what_is_there():
     assert shown[0] == (16, 16, None)
     assert shown[1][:2] == (11, 17)  # 10 kept and the fused one, in 17 slots
     assert shown[1][2].tolist() == [11, 11, 11]
+
+
+def test_of_equal_scores_the_first_stay():
+    """Many equal scores, so that whichever a selection algorithm meets first would show."""
+    score = torch.zeros(3, 1000)
+    score[1, 500:] = 1
+    score[2, ::2] = 1
+    found = top(score, 300, None)
+    assert found[0].tolist() == list(range(300))
+    assert found[1].tolist() == list(range(500, 800))
+    assert found[2].tolist() == list(range(0, 600, 2))
+    present = torch.ones(3, 1000)
+    present[:, :10] = 0
+    assert top(score, 300, present)[0].tolist() == list(range(10, 310))
+
+
+def test_masked_and_removed_agree_where_predictors_say_the_same_of_all():
+    """New predictors tie in float32: removed and masked forwards must choose alike."""
+    for seed in range(8):
+        model = tiny(seed=seed)
+        pruning = prunex.attach(model, "dynamicvit", keep_ratio=0.6, stages=(1, 2), teacher=False)
+        x = images(4, seed=seed)
+        with torch.no_grad():
+            model(x)
+            removed = pruning.trace.kept()
+            pruning.masked = True
+            model(x)
+        assert pruning.trace.kept().equal(removed)

@@ -438,3 +438,15 @@ def test_bad_models():
         model = tiny()
     with pytest.raises(PrunexError, match="inference_mode"):
         prunex.explain("r_cut", model, images())
+
+
+@pytest.mark.parametrize(("sizes", "open_to_doubt"), [((40, 40, 41), True), ((20, 40, 61), False)])
+def test_eigenvalues_closer_than_a_millionth_leave_the_cut_open(sizes, open_to_doubt):
+    """Three groups of nearly one size: which two of them the second eigenvector tells apart is anybody's guess."""
+    group = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    tokens = torch.eye(3, dtype=torch.float64)[group][None]
+    affinity = torch.where(group[:, None] == group, 1.0, 1e-5).double()
+    root = affinity.sum(1).rsqrt()
+    values = torch.linalg.eigvalsh(torch.eye(len(group)).double() - root[:, None] * affinity * root)
+    assert bool(1e-12 < values[2] - values[1] < 1e-6) == open_to_doubt
+    assert normalised_cut(tokens, everywhere(tokens), 0.2)[1].tolist() == [open_to_doubt]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prunex import PrunexError
-from prunex.metrics import RankAccuracy, bootstrap, compare, segmentation_counts
+from prunex.metrics import RankAccuracy, bootstrap, bootstrap_ratios, compare, segmentation_counts
 
 
 def test_against_a_loop():
@@ -130,3 +130,17 @@ def test_compare_refused():
     for nothing in ({}, torch.ones(3)):
         with pytest.raises(PrunexError, match="no methods by name"):
             compare(nothing)
+
+
+def test_ratios_against_a_loop():
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.rand(30, 4, generator=generator, dtype=torch.float64) * 3
+    counts[5] = torch.nan
+    found = bootstrap_ratios(counts, draws=400, seed=7, level=0.9)
+    generator, means = torch.Generator().manual_seed(7), []
+    for row in torch.randint(30, (400, 30), generator=generator):
+        sums = sum(counts[i] for i in row if i != 5)
+        means.append(float(sums[0] / sums[1] + sums[2] / sums[3]) / 2)
+    means = torch.tensor(means, dtype=torch.float64)
+    assert found.low == pytest.approx(float(means.quantile(0.05)))
+    assert found.high == pytest.approx(float(means.quantile(0.95)))

@@ -138,6 +138,8 @@ def test_chance_is_what_shuffled_maps_stay_below(fakes):
         ]
         passed += max(means) > found.chance
     assert passed <= 8  # expected 2; more has probability below 0.001
+    one = 2.5758 / (3 * 15) ** 0.5  # 99.5 % of a normal distribution lie below 2.5758
+    assert found.chance == pytest.approx(one, rel=1e-4)
 
 
 def test_stages_alone_change_only_their_own_parameters(monkeypatch):
@@ -174,6 +176,12 @@ def test_noise_has_each_parameters_own_mean_and_spread():
             assert float(two.detach().mean()) == pytest.approx(
                 float(one.detach().mean()), abs=0.1 * float(one.detach().std())
             ), name
+    with torch.no_grad():
+        model.norm.weight.copy_(5 + 0.01 * torch.randn(96))
+        model.norm.bias.fill_(3.0)
+    drawn = randomised(model).norm
+    assert float(drawn.weight.detach().mean()) == pytest.approx(5, abs=0.01)
+    assert drawn.bias.equal(model.norm.bias)
     assert torch.equal(randomised(model).head.weight, randomised(model).head.weight)
     assert not torch.equal(randomised(model, seed=1).head.weight, randomised(model).head.weight)
 

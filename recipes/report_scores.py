@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from prunex.pictures import bars_svg
 from prunex.recipes.report_reading import as_number, entries, json_of, text_of
-from prunex.recipes.score_table import BASELINES, Score, best, by_metric, read_scores
+from prunex.recipes.score_table import BASELINES, LEFT, Score, best, by_metric, read_scores
 
 SCORED = 40  # explainers in a chart of scores
 
@@ -88,7 +88,8 @@ def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> M
         if cell.mean not in lines.values():
             named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
             lines[named] = cell.mean
-    title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better"
+    how = LEFT.get(cells[0].removal, cells[0].removal)
+    title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better{f'; {how}' if how else ''}"
     return Markup(bars_svg(rows, title, lines, faint=BASELINES, order=order))  # it escapes names itself
 
 
@@ -98,7 +99,8 @@ def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:
     Agreement does not count: it judges the pruner, not the explainer.
     """
     counts: dict[str, dict[str, int]] = {}
-    for (model, _), method in best([row for row in rows if row.group != "agreement"]).items():
-        counts.setdefault(model, {}).setdefault(method, 0)
-        counts[model][method] += 1
+    for (model, _), tied in best([row for row in rows if row.group != "agreement"]).items():
+        for method in tied:
+            counts.setdefault(model, {}).setdefault(method, 0)
+            counts[model][method] += 1
     return [(m, sorted(c.items(), key=lambda found: (-found[1], found[0]))[:BEST]) for m, c in counts.items()]

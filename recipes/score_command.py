@@ -20,7 +20,16 @@ import prunex
 from prunex.errors import PrunexError, unknown
 from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
-from prunex.metrics.scoring import Measure, by_chance, interval, measures, random_maps, scores, without_pruning
+from prunex.metrics.scoring import (
+    Measure,
+    by_chance,
+    interval,
+    measures,
+    random_maps,
+    removed_by,
+    scores,
+    without_pruning,
+)
 from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import contestants
 from prunex.recipes.explain_command import MANY, Explainers, batches, check_outputs, read_options
@@ -28,7 +37,7 @@ from prunex.recipes.report import write_report
 from prunex.recipes.runs import open_data, open_model_or_name, read_run, token_pruning
 from prunex.recipes.score_data import Scenes, from_folder, from_run
 from prunex.recipes.score_record import Record, digest
-from prunex.recipes.score_table import Score, table, write_scores
+from prunex.recipes.score_table import LEFT, Score, by_removal, table, write_scores
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
 from prunex.untrusted import is_there
@@ -61,6 +70,8 @@ def score(arguments: Sequence[str]) -> int:
         raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     print(table(found, shutil.get_terminal_size((120, 24)).columns))
     print("\n± half of the 95 % interval (bootstrap over images); * best explainer of the model; ↓ less is better")
+    for removal, names in by_removal(found).items():
+        print(f"{LEFT[removal]}: {', '.join(names)}")
     for name, share in scoring.accuracy().items():
         print(f"accuracy on these {len(scoring.scenes.images)} images, {name}: {share:.1%}")
     for note in scoring.notes:
@@ -328,7 +339,7 @@ class Scoring:
         return [
             x
             for x in self.metrics
-            if record.keys.get(x.name) != self._metric_key(m, x)
+            if not record.knows(x.name, self._metric_key(m, x))
             and not (x.group == "agreement" and m.kept is None)
             and not (x.group == "robustness" and method == RANDOM)
         ]
@@ -512,8 +523,18 @@ class Scoring:
                     measure = names[name]
                     found.append(
                         Score(
-                            m.name, method, name, measure.group, measure.higher, i.mean, i.low, i.high, i.images, *cost
-                        )
+                            m.name,
+                            method,
+                            name,
+                            measure.group,
+                            measure.higher,
+                            i.mean,
+                            i.low,
+                            i.high,
+                            i.images,
+                            *cost,
+                            removed_by(measure, self.args.removal),
+                        )  # fmt: skip
                     )
         order = list(names)
         return sorted(found, key=lambda s: order.index(s.metric))

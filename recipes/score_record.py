@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import columns
 from prunex.pictures.arrays import save_npz
 from prunex.recipes.runs import token_pruning
@@ -29,7 +32,7 @@ class Record:
         again: Whether to start anew whatever the file holds.
         images: How many there are; a file of another number is not used. None: any.
         grid: Patch grid, likewise.
-        keys: For each metric a text of what else it depends on.
+        keys: What else each of the values depends on, by the names of their arrays.
         arrays: Maps, the class explained, and values by metric.
         fine: Whether the method's own map is finer than a patch.
         cost: Seconds and forwards an image of the explanation.
@@ -48,19 +51,42 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take what is there; a file that is damaged or of something else counts as none."""
-        if self.again or not self.path.is_file():
+        """Take what is there; a file that is damaged counts as none, one of something else is put aside."""
+        if self.again:
             return
+        if not self._read(self.path) and self._read(self._aside(self.key)):
+            self._put_aside()
+            os.replace(self._aside(self.key), self.path)
+
+    def _aside(self, key: str) -> Path:
+        """Where a file waits while one of another model, data or options has its name."""
+        return self.path.with_name(f"{self.path.stem}-{key[:12]}.npz")
+
+    def _put_aside(self) -> None:
+        """Keep what somebody else computed."""
         try:
-            arrays = read_npz(self.path)
+            key = str(json.loads(str(read_npz(self.path)["about"]))["key"])
+        except (ValueError, KeyError, TypeError, RecursionError):  # none, or damaged
+            return
+        if key != self.key and re.fullmatch("[0-9a-f]{64}", key):
+            os.replace(self.path, self._aside(key))
+
+    def _read(self, path: Path) -> bool:
+        """Whether a file is of this, and then its content is taken."""
+        if not path.is_file():
+            return False
+        try:
+            arrays = read_npz(path)
             told = json.loads(str(arrays.pop("about")))
             if told["key"] == self.key and self._fits(arrays):
                 cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
                 keys = {k: str(v) for k, v in told["keys"].items() if k in arrays}
                 seconds, fine = {k: float(v) for k, v in told["seconds"].items()}, bool(told["fine"])
                 self.arrays, self.keys, self.cost, self.seconds, self.fine = arrays, keys, cost, seconds, fine
+                return True
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
-            return
+            pass
+        return False
 
     def _fits(self, arrays: Mapping[str, Any]) -> bool:
         """Whether arrays are of these images: a file may come from anywhere."""
@@ -73,7 +99,9 @@ class Record:
             and (self.grid is None or maps.shape[1:] == self.grid)
             and target.dtype == np.int64
             and target.shape == (count,) == maps.shape[:1]
-            and all(v.dtype.kind in "fbi" and v.shape == (count, *columns(k)) for k, v in values.items())
+            and all(
+                v.dtype.kind in "fbi" and v.shape == (count, *columns(k.partition("@")[0])) for k, v in values.items()
+            )
         )
 
     @property
@@ -83,7 +111,11 @@ class Record:
 
     def values(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """Values by metric, of those with these keys."""
-        return {name: self.tensor(name) for name, key in keys.items() if self.keys.get(name) == key}
+        return {name: self.tensor(_stored(name, key)) for name, key in keys.items() if self.knows(name, key)}
+
+    def knows(self, name: str, key: str) -> bool:
+        """Whether a metric's values are there that depend on that."""
+        return self.keys.get(_stored(name, key)) == key
 
     def tensor(self, name: str) -> Tensor:
         """One of the arrays."""
@@ -97,10 +129,16 @@ class Record:
 
     def add(self, found: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
         """Take values by metric, and write everything, whole or not at all."""
-        self.arrays |= {name: values.numpy() for name, values in found.items()}
-        self.keys |= keys
+        self.arrays |= {_stored(name, keys[name]): values.numpy() for name, values in found.items()}
+        self.keys |= {_stored(name, key): key for name, key in keys.items()}
+        self._put_aside()
         told = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
         save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(told))}, compressed=False)
+
+
+def _stored(name: str, key: str) -> str:
+    """The array of a metric's values: one each for ways to take patches away that were asked for."""
+    return f"{name}@{key}" if key in REMOVALS else name
 
 
 def digest(model: nn.Module) -> str:

@@ -14,6 +14,13 @@ from prunex.files import write_whole
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made
+LEFT = {  # how patches leave, in words
+    "drop": "tokens dropped",
+    "black": "patches painted black",
+    "grey": "patches painted grey",
+    "mean": "patches painted in the mean colour",
+    "blur": "patches blurred",
+}
 LARGEST = 1e100  # axes cannot have steps between larger numbers
 _LABEL = 24  # most letters of a row's name
 
@@ -34,6 +41,7 @@ class Score:
         images: How many have a number.
         seconds_per_image: What the explanation took; NaN for a baseline.
         forwards_per_image: Likewise.
+        removal: How patches were taken away ("drop", "black", ...); "" where none were.
     """
 
     model: str
@@ -47,6 +55,7 @@ class Score:
     images: int
     seconds_per_image: float = math.nan
     forwards_per_image: float = math.nan
+    removal: str = ""
 
 
 def write_scores(folder: Path, scores: Iterable[Score]) -> Path:
@@ -76,7 +85,8 @@ def read_scores(text: str) -> list[Score]:
         count = 0 if math.isnan(images) else int(images)
         better = str(row.get("higher_is_better")).strip().lower() != "false"
         model, method, metric, group = names
-        found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards))
+        removal = str(row.get("removal") or "")
+        found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards, removal))
     return found
 
 
@@ -88,16 +98,19 @@ def _number(value: Any) -> float:
     return number if abs(number) < LARGEST else math.nan
 
 
-def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:
-    """The best explainer of each model and metric; baselines do not compete."""
-    found: dict[tuple[str, str], Score] = {}
+def best(scores: Sequence[Score]) -> dict[tuple[str, str], list[str]]:
+    """The best explainers of each model and metric, several where they tie; baselines do not compete."""
+    found: dict[tuple[str, str], list[Score]] = {}
     for s in scores:
         if s.method in BASELINES or math.isnan(s.mean):
             continue
-        other = found.get((s.model, s.metric))
-        if other is None or (s.mean > other.mean if s.higher_is_better else s.mean < other.mean):
-            found[s.model, s.metric] = s
-    return {key: s.method for key, s in found.items()}
+        others = found.setdefault((s.model, s.metric), [s])
+        ahead = s.mean - others[0].mean if s.higher_is_better else others[0].mean - s.mean
+        if ahead > 0:
+            found[s.model, s.metric] = [s]
+        elif ahead == 0 and s is not others[0]:
+            others.append(s)
+    return {key: [s.method for s in tied] for key, tied in found.items()}
 
 
 def table(scores: Sequence[Score], width: int = 120) -> str:
@@ -120,7 +133,7 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
         heading = (*metric.split("_", 1), "")[:2]
         arrow = "↑" if s.higher_is_better else "↓"
         shown = {
-            row: _cell(cells[*row, metric], winners.get((row[1], metric)) == row[0])
+            row: _cell(cells[*row, metric], row[0] in winners.get((row[1], metric), ()))
             for row in rows
             if (*row, metric) in cells
         }
@@ -165,10 +178,15 @@ def _costs(scores: Sequence[Score]) -> list[tuple[str, tuple[str, str], dict[tup
 def _cell(score: Score, wins: bool) -> str:
     if math.isnan(score.mean):
         return "–"
-    digits = 3 if abs(score.mean) < 10 else 1
     half = (score.high - score.low) / 2
-    spread = "" if math.isnan(half) else f"±{half:.{digits - 1}f}".replace("±0.", "±.")
-    return f"{score.mean:.{digits}f} {spread}{'*' if wins else ' '}"
+    told = not math.isnan(half) and half > 0  # where all images agree, or there is one, drawing among them says nothing
+    star = "*" if wins else " "
+    if 0 < abs(score.mean) < 0.01:
+        spread = f"±{half:.0e}" if told else ""
+        return f"{score.mean:.1e}{spread}".replace("e-0", "e-") + star
+    digits = 3 if abs(score.mean) < 10 else 1
+    spread = f"±{half:.{digits - 1}f}".replace("±0.", "±.") if told else ""
+    return f"{score.mean:.{digits}f} {spread}{star}"
 
 
 def by_metric(scores: Sequence[Score]) -> Mapping[str, list[Score]]:
@@ -176,4 +194,13 @@ def by_metric(scores: Sequence[Score]) -> Mapping[str, list[Score]]:
     found: dict[str, list[Score]] = {}
     for score in scores:
         found.setdefault(score.metric, []).append(score)
+    return found
+
+
+def by_removal(scores: Sequence[Score]) -> dict[str, list[str]]:
+    """The metrics that took patches away, by how; numbers of different ways do not compare."""
+    found: dict[str, list[str]] = {}
+    for metric, cells in by_metric(scores).items():
+        if cells[0].removal:
+            found.setdefault(cells[0].removal, []).append(metric)
     return found

@@ -260,6 +260,22 @@ def scores(
     return {m.name: found[m.name].detach().double().cpu() for m in chosen}
 
 
+def removed_by(measure: Measure, removal: Route | None = None) -> str:
+    """How :func:`scores` takes patches away for a measure: "drop", "black", "mean", ...; "" where it takes none.
+
+    >>> removed_by(MEASURES["deletion"]), removed_by(MEASURES["perturbation_positive"]), removed_by(MEASURES["mean_ap"])
+    ('drop', 'black', '')
+    """
+    if measure.group != "faithfulness":
+        return ""
+    if removal is not None:
+        return removal
+    if measure.kind in ("positive", "negative"):
+        return "black"
+    function: Any = _MODEL.get(measure.name)
+    return "drop" if function is None else str(function.__kwdefaults__["removal"])
+
+
 def by_chance(
     metrics: Sequence[str], masks: Tensor | None = None, kept: Tensor | None = None, judge: Tensor | None = None
 ) -> dict[str, Tensor]:

@@ -377,9 +377,9 @@ def test_the_terminal_table():
         one("dense", "tokentm", "perturbation_negative", True, 40.0),
     ]
     assert best(found) == {
-        ("dense", "deletion"): "tokentm",
-        ("slim", "deletion"): "rollout",
-        ("dense", "perturbation_negative"): "rollout",
+        ("dense", "deletion"): ["tokentm"],
+        ("slim", "deletion"): ["rollout"],
+        ("dense", "perturbation_negative"): ["rollout"],
     }
     lines = table(found).splitlines()
     assert lines[0].split() == ["deletion", "perturbation", "seconds", "forwards"]
@@ -388,6 +388,72 @@ def test_the_terminal_table():
     assert [line.split()[:2] for line in lines[3:]] == [["rollout", "slim"], ["tokentm", "dense"], ["random", "dense"]]
     assert lines[4].split()[2:4] == ["0.200", "±.10*"]
     assert len(table(found, width=40).split("\n\n")) > 1
+
+
+def test_ties_share_the_star_and_small_numbers_are_told_apart():
+    def one(method, metric, mean, half, images=9):
+        return Score("dense", method, metric, "faithfulness", False, mean, mean - half, mean + half, images)
+
+    found = [
+        one("rollout", "deletion", 0.25, 0.05), one("dino", "deletion", 0.25, 0.05), one("lrp", "deletion", 0.5, 0.0),
+        one("rollout", "infidelity", 0.00123, 0.0004), one("dino", "infidelity", 0.00121, 0.0004),
+        one("lrp", "infidelity", 0.0, 0.0, images=1),
+    ]  # fmt: skip
+    assert best(found) == {("dense", "deletion"): ["rollout", "dino"], ("dense", "infidelity"): ["lrp"]}
+    rows = [line.split() for line in table(found).splitlines()[2:]]
+    assert rows == [
+        ["rollout", "dense", "0.250", "±.05*", "1.2e-3±4e-4"],
+        ["dino", "dense", "0.250", "±.05*", "1.2e-3±4e-4"],
+        ["lrp", "dense", "0.500", "0.000", "*"],  # no ± where all images agree
+    ]
+
+
+def test_how_patches_left_is_told(run, capsys):
+    wanted = [run, "--methods", "rollout", "--images", 3, "--metrics"]
+    assert score(*wanted, "deletion,perturbation_positive,saco,energy_inside") == 0
+    said = capsys.readouterr().out
+    assert "\ntokens dropped: deletion\n" in said
+    assert "\npatches painted black: perturbation_positive\n" in said
+    assert "\npatches painted in the mean colour: saco\n" in said
+    rows = read_scores((run / "score" / "scores.csv").read_text())
+    told = {(s.metric, s.removal) for s in rows}
+    assert told == {
+        ("deletion", "drop"), ("perturbation_positive", "black"), ("saco", "mean"), ("energy_inside", "")
+    }  # fmt: skip
+    assert "less is better; tokens dropped" in (run / "report.html").read_text()
+    assert score(*wanted, "deletion,saco", "--removal", "grey") == 0
+    assert "\npatches painted grey: deletion, saco\n" in capsys.readouterr().out
+
+
+def test_what_was_done_with_another_removal_option_or_model_stays(run, monkeypatch):
+    calls = []
+
+    def counted(names, *args, **kwargs):
+        calls.append(tuple(names))
+        return scores(names, *args, **kwargs)
+
+    monkeypatch.setattr(score_command, "scores", counted)
+    wanted = [run, "--methods", "rollout", "--images", 3, "--metrics", "deletion,energy_inside", "--models", "dense"]
+    changes = [[], ["--removal", "black"], ["--option", "rollout.discard_ratio=0.5"], ["--images", 4]]
+    tables = []
+    for change in changes:
+        before = len(calls)
+        assert score(*wanted, *change) == 0
+        assert len(calls) > before
+        tables.append(written(run / "score"))
+    assert len({str(t) for t in tables}) == 4
+    before = len(calls)
+    for change, told in zip(changes, tables, strict=True):
+        assert score(*wanted, *change) == 0
+        assert written(run / "score") == told
+    assert len(calls) == before  # nothing was computed again
+    assert score(*wanted, "--again") == 0
+    assert len(calls) > before
+    for path in (run / "score" / "values" / "dense").glob("rollout-*.npz"):  # half a file counts as none
+        path.write_bytes(path.read_bytes()[:200])
+    assert score(*wanted, *changes[2]) == 0
+    rows = written(run / "score")
+    assert {k: v["mean"] for k, v in rows.items()} == {k: v["mean"] for k, v in tables[2].items()}
 
 
 def test_the_file_is_read_back_and_its_words_are_escaped(tmp_path):

@@ -33,7 +33,7 @@ from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.arguments import Parser
 from prunex.recipes.folder import read_image
-from prunex.recipes.runs import open_model_or_name
+from prunex.recipes.runs import add_normalisation, open_model_or_name, renormalise
 from prunex.registry import lookup
 from prunex.untrusted import is_there, readable
 from prunex.vit.anatomy import find, read
@@ -50,6 +50,7 @@ def explain(arguments: Sequence[str]) -> int:
     files = image_files(root, besides=out)
     check_out(out, root, files)
     vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
+    renormalise(vit, args.mean, args.std)
     try:
         vit.to(torch.device(args.device)).float()  # images are float32; weights may be of several types
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
@@ -107,6 +108,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     source.add_argument("--weights", help="safetensors file for a timm model name")
     source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
+    add_normalisation(parser)
     args = parser.parse_args(arguments)
     for flag, value in (("--batch", args.batch), ("--img-size", args.img_size)):
         if value is not None and value < 1:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,44 @@ def open_model_or_name(
         f"{where} is neither a path nor a timm model name: give a run folder, such as "
         "runs/digits-dynamicvit/version_0, a slim folder, a checkpoint, or a timm model name with --weights FILE"
     )
+
+
+def add_normalisation(parser: Any) -> None:
+    """The arguments ``--mean`` and ``--std``, for :func:`renormalise`."""
+    for name in ("mean", "std"):
+        what = "standard deviation" if name == "std" else name
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help=f"{what} that the model's images are normalised by, of each channel (0..1); default what it says",
+        )
+
+
+def renormalise(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Say by what a model's images are normalised, where it does not itself: in its ``pretrained_cfg``.
+
+    Args:
+        model: A supported ViT, or a module that holds one.
+        mean: A number a channel, or one for all; None leaves what is there.
+        std: Likewise, above 0.
+
+    Raises:
+        PrunexError: For another number of numbers, or a spread that is none.
+    """
+    vit: Any = find(model)[1]
+    channels = vit.patch_embed.proj.in_channels
+    told = {}
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        if len(values) not in (1, channels) or not all(math.isfinite(v) for v in values):
+            raise PrunexError(f"--{name} {' '.join(map(str, values))} is not allowed: give {channels} numbers, or one")
+        told[name] = tuple(values) * (channels if len(values) == 1 else 1)
+    if min(told.get("std", (1.0,))) <= 0:
+        raise PrunexError(f"--std {' '.join(map(str, told['std']))} is not allowed: give numbers above 0")
+    vit.pretrained_cfg = {**dict(getattr(vit, "pretrained_cfg", None) or {}), **told}
 
 
 def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:

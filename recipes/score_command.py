@@ -34,7 +34,14 @@ from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import contestants
 from prunex.recipes.explain_command import MANY, Explainers, batches, check_outputs, read_options
 from prunex.recipes.report import write_report
-from prunex.recipes.runs import open_data, open_model_or_name, read_run, token_pruning
+from prunex.recipes.runs import (
+    add_normalisation,
+    open_data,
+    open_model_or_name,
+    read_run,
+    renormalise,
+    token_pruning,
+)
 from prunex.recipes.score_data import Scenes, from_folder, from_run
 from prunex.recipes.score_record import Record, digest
 from prunex.recipes.score_table import LEFT, Score, by_removal, table, write_scores
@@ -111,12 +118,15 @@ def _parse(arguments: Sequence[str]) -> Any:
     source.add_argument("--weights", help="safetensors file for a timm model name")
     source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
+    add_normalisation(parser)
     args = parser.parse_args(arguments)
     for flag, value in (("--images", args.images), ("--batch", args.batch), ("--img-size", args.img_size)):
         if value is not None and value < 1:
             raise PrunexError(f"{flag} {value} is not allowed: give a whole number of at least 1")
     if args.masks and not args.data:
         raise PrunexError("--masks goes with --data: a run's own data bring their masks")
+    if (args.mean or args.std) and not args.data:
+        raise PrunexError("--mean and --std go with --data: a run's own data say how they are normalised")
     return args
 
 
@@ -172,6 +182,7 @@ def _models(args: Any) -> tuple[list[Model], list[str]]:
             models = [Model("slim" if widths_of(vit) != WidthSpec() else "dense", vit)]
     for m in models:
         m.model = find(m.model)[1].requires_grad_(False)
+        renormalise(m.model, args.mean, args.std)
     if args.models:
         wanted = [n.strip() for n in args.models.split(",") if n.strip()]
         for name in wanted:
@@ -521,21 +532,9 @@ class Scoring:
                 for name in (n for n in names if n in values):
                     i = interval(name, values[name])
                     measure = names[name]
-                    found.append(
-                        Score(
-                            m.name,
-                            method,
-                            name,
-                            measure.group,
-                            measure.higher,
-                            i.mean,
-                            i.low,
-                            i.high,
-                            i.images,
-                            *cost,
-                            removed_by(measure, self.args.removal),
-                        )  # fmt: skip
-                    )
+                    about = (m.name, method, name, measure.group, measure.higher)
+                    told = (i.mean, i.low, i.high, i.images)
+                    found.append(Score(*about, *told, cost[0], cost[1], removed_by(measure, self.args.removal)))
         order = list(names)
         return sorted(found, key=lambda s: order.index(s.metric))
 

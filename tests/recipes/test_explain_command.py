@@ -477,3 +477,23 @@ def test_maps_are_written_as_often_as_their_size_allows(slim, photos, tmp_path, 
     output.finish()
     assert sizes == [1, 22, 43, 60]
     assert len(list(tmp_path.glob("*.png"))) == 60
+
+
+def test_the_normalisation_can_be_told(slim, photos, tmp_path):
+    """A slim folder of somebody's own script says what its timm model said, whatever that script used."""
+    other = prunex.save(prunex.load(slim), tmp_path / "other", mean=[0.1, 0.2, 0.3], std=[0.5] * 3)
+    told = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5"]
+    assert run(other, "--images", photos, "--out", tmp_path / "a", "--methods", "rollout") == 0
+    assert run(slim, "--images", photos, "--out", tmp_path / "b", "--methods", "rollout", *told) == 0
+    assert run(slim, "--images", photos, "--out", tmp_path / "c", "--methods", "rollout") == 0
+    a, b, c = (arrays(tmp_path / name)["rollout"] for name in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(b, c)
+    for wrong, said in (
+        (["--mean", "0.1", "0.2"], r"--mean 0\.1 0\.2 is not allowed: give 3 numbers, or one"),
+        (["--mean", "nan"], "--mean nan is not allowed"),
+        (["--std", "0"], r"--std 0\.0 0\.0 0\.0 is not allowed: give numbers above 0"),
+    ):
+        with pytest.raises(PrunexError, match=said):
+            run(slim, "--images", photos, "--out", tmp_path / "d", *wrong)
+    assert not (tmp_path / "d").exists()

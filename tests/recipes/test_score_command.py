@@ -519,3 +519,12 @@ def test_a_model_that_says_nothing_is_refused(run, photos, tmp_path):
     with pytest.raises(PrunexError, match="the model's outputs are NaN or infinite"):
         score(folder, "--data", photos, "--methods", "rollout", "--images", 2, "--out", tmp_path / "scored")
     assert not (tmp_path / "scored").exists()
+
+
+def test_the_normalisation_can_be_told(photos, run, tmp_path):
+    wanted = [run / "slim", "--data", photos, "--methods", "rollout", "--metrics", "deletion"]
+    assert score(*wanted, "--out", tmp_path / "a") == 0
+    assert score(*wanted, "--out", tmp_path / "b", "--mean", 0.2, "--std", 0.3, 0.3, 0.3) == 0
+    assert written(tmp_path / "a") != written(tmp_path / "b")
+    with pytest.raises(PrunexError, match="--mean and --std go with --data"):
+        score(run, "--mean", 0.2)

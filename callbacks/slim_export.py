@@ -128,10 +128,10 @@ class SlimExport(Callback):
                 rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
                 continue
             prunex.export(small, folder / f"model.{name}")
-        known: Any = getattr(small, "pretrained_cfg", None) or {}
+        cfg: Any = getattr(small, "pretrained_cfg", None) or {}
         rank_zero_info(
-            f"prunex: the slim model is in {folder}; its images are normalised by mean {known.get('mean')} and std "
-            f"{known.get('std')}"
+            f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "
+            f"{cfg.get('std')}"
         )
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:

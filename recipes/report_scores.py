@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from prunex.pictures import bars_svg
 from prunex.recipes.report_reading import as_number, entries, json_of, text_of
-from prunex.recipes.score_table import BASELINES, LEFT, Score, best, by_metric, read_scores
+from prunex.recipes.score_table import BASELINES, LEFT, Score, best, by_metric, by_removal, read_scores
 
 SCORED = 40  # explainers in a chart of scores
 
@@ -20,11 +20,12 @@ _NO_SCORES = "There is no score/scores.csv in the run folder."
 
 @dataclass
 class Scores:
-    """Charts by group of metrics, on what they were measured, and which explainers are best in most of them."""
+    """Charts by group of metrics, on what they were measured, which explainers are best in most, how patches left."""
 
     conditions: str
     groups: dict[str, list[Markup]] = field(default_factory=dict)
     winners: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
+    removals: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,6 +51,7 @@ def scores_of(folder: Path) -> tuple[Scores | None, str]:
         if any(cell.method != "chance" for cell in cells):
             found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
     found.winners = _winners(rows)
+    found.removals = [(LEFT.get(how, how), ", ".join(names)) for how, names in by_removal(rows).items()]
     found.notes = [str(n) for n in entries(about.get("notes"))]
     if hidden > 0:
         found.notes.append(f"{hidden} more explainers are in score/scores.csv.")
@@ -88,8 +90,7 @@ def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> M
         if cell.mean not in lines.values():
             named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
             lines[named] = cell.mean
-    how = LEFT.get(cells[0].removal, cells[0].removal)
-    title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better{f'; {how}' if how else ''}"
+    title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better"
     return Markup(bars_svg(rows, title, lines, faint=BASELINES, order=order))  # it escapes names itself
 
 

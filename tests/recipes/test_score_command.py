@@ -420,7 +420,7 @@ def test_how_patches_left_is_told(run, capsys):
     assert told == {
         ("deletion", "drop"), ("perturbation_positive", "black"), ("saco", "mean"), ("energy_inside", "")
     }  # fmt: skip
-    assert "less is better; tokens dropped" in (run / "report.html").read_text()
+    assert "<b>patches painted black</b>: perturbation_positive" in (run / "report.html").read_text()
     assert score(*wanted, "deletion,saco", "--removal", "grey") == 0
     assert "\npatches painted grey: deletion, saco\n" in capsys.readouterr().out
 

@@ -54,8 +54,9 @@ TRAINED = {
     "guidance": lambda: [TokenPruning("evit", keep_ratio=0.6), RelevancyGuidance("rollout")],
     "unit_guidance": lambda: [MaskPruning("xpruner", budget=0.6, **UNITS), RelevancyGuidance("rollout")],
 }
-# Losses of these are means over images, so that two batches of two are one of four.
-LINEAR = ("evit", "topk", "diffmask", "xpruner", "guidance", "unit_guidance")
+# Losses of these are means over images, so that two batches of two are one of four. That of unit_guidance is one over
+# the images whose class has a mask that varies by then, which may be other numbers of them.
+LINEAR = ("evit", "topk", "diffmask", "xpruner", "guidance")
 
 
 class Losses(L.Callback):

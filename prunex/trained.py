@@ -150,7 +150,8 @@ def check_fits(theirs: Anatomy, ours: Anatomy, kind: str) -> None:
     ):
         if a != b:
             raise PrunexError(
-                f"this explainer's {what} is {a}, the model's {b}: {how(kind).replace('one', 'one for it')}"
+                f"this explainer's {what} is {a}, the model's {b}: {how(kind).replace('one', 'one for it')} and the "
+                "model's own data, model_args and num_classes"
             )
 
 

@@ -33,9 +33,9 @@ from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.arguments import Parser
 from prunex.recipes.folder import read_image
-from prunex.recipes.runs import add_normalisation, open_model_or_name, renormalise
+from prunex.recipes.runs import add_normalisation, open_model_or_name, renormalise, run_of
 from prunex.registry import lookup
-from prunex.untrusted import is_there, readable
+from prunex.untrusted import is_there, read_json, readable
 from prunex.vit.anatomy import find, read
 
 MANY = 1000  # forwards an image from which a method's cost is announced
@@ -45,7 +45,7 @@ PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so ma
 def explain(arguments: Sequence[str]) -> int:
     """``prunex explain RUN --images DIR``: a contact sheet an image, maps.npz and times.csv."""
     args = _parse(arguments)
-    explainers = Explainers(args.methods, read_options(args.option))
+    explainers = Explainers(args.methods, own_explainer(Path(args.run), args.methods, read_options(args.option)))
     root, out = Path(args.images), Path(args.out)
     files = image_files(root, besides=out)
     check_out(out, root, files)
@@ -136,13 +136,11 @@ class Explainers:
 
     def __init__(self, methods: str | Sequence[str] = "all", options: Mapping[str, Mapping[str, Any]] | None = None):
         self.options = dict(options or {})
-        if methods == "all":
-            self.names = [m.name for m in prunex.methods("explainer")]
-            self._required = set(self.options)
-        else:
-            given = methods.split(",") if isinstance(methods, str) else methods
-            self.names = list(dict.fromkeys(name.strip() for name in given if name.strip()))
-            self._required = set(self.names)
+        given = [name.strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
+        every = [m.name for m in prunex.methods("explainer")] if "all" in given else []
+        named = [name for name in given if name and name != "all"]
+        self.names = list(dict.fromkeys([*every, *named]))
+        self._required = set(named) | (set(self.options) if every else set())
         if not self.names:
             raise PrunexError(f"methods={methods!r} names no explainer: give all, or names with commas between")
         for name in self.names:
@@ -350,6 +348,24 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
             read_as = float(read_as)  # YAML 1.1 reads 1e-3, without a dot, as text
         options.setdefault(method, {})[name] = read_as
+    return options
+
+
+def own_explainer(where: Path, methods: str, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options, with the explainer that a run has trained where its method is asked for and no other is named.
+
+    Args:
+        where: A run folder, or a path in one.
+        methods: As for :class:`Explainers`.
+        options: By method; changed in place.
+    """
+    run = run_of(where)
+    config = None if run is None else run / "explainer" / "config.json"
+    if config is not None and config.is_file():
+        kind = str((read_json(config).get("prunex") or {}).get("kind"))
+        names = [name.strip() for name in methods.split(",")]
+        if kind in names or ("all" in names and kind in [m.name for m in prunex.methods("explainer")]):
+            options.setdefault(kind, {}).setdefault("explainer", str(config.parent))
     return options
 
 

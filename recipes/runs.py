@@ -27,6 +27,7 @@ from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
+from prunex.recipes.explainer_training import ExplainerTraining
 from prunex.recipes.timing import side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find
@@ -87,6 +88,14 @@ def open_model(where: str | Path) -> nn.Module:
     if not found:
         raise PrunexError(f"{path} has neither a slim model nor a checkpoint: train with prunex fit first")
     return _from_checkpoint(config, found[-1])
+
+
+def run_of(where: Path) -> Path | None:
+    """The run folder that a path is, or lies in."""
+    for folder in (where, where.parent, where.parent.parent) if is_there(where) else ():
+        if (folder / "config.yaml").is_file():
+            return folder
+    return None
 
 
 def open_model_or_name(
@@ -174,7 +183,8 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
         ours = {"weights": None, "pretrained": False} | ({} if named is None else {"architecture": named})
         ours = {k: v for k, v in ours.items() if k in inspect.signature(module_class).parameters}
     module = restore(module_class, checkpoint, str(path), **ours)
-    return as_the_data_tell(prunex.slim(module, (told(checkpoint) or {}).get("path")), config["data"])
+    explained = getattr(module, "classifier", module) if isinstance(module, ExplainerTraining) else module
+    return as_the_data_tell(prunex.slim(explained, (told(checkpoint) or {}).get("path")), config["data"])
 
 
 def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:

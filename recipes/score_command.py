@@ -32,7 +32,7 @@ from prunex.metrics.scoring import (
 )
 from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import contestants
-from prunex.recipes.explain_command import MANY, Explainers, batches, check_outputs, read_options
+from prunex.recipes.explain_command import MANY, Explainers, batches, check_outputs, own_explainer, read_options
 from prunex.recipes.report import write_report
 from prunex.recipes.runs import (
     add_normalisation,
@@ -40,6 +40,7 @@ from prunex.recipes.runs import (
     open_model_or_name,
     read_run,
     renormalise,
+    run_of,
     token_pruning,
 )
 from prunex.recipes.score_data import Scenes, from_folder, from_run
@@ -60,7 +61,7 @@ PAIRS = 2  # antithetic pairs of orders of shap, where all methods are asked for
 def score(arguments: Sequence[str]) -> int:
     """``prunex score RUN``: a table of explainers by metrics, scores.csv, and a section of the report."""
     args = _parse(arguments)
-    run = _run_of(Path(args.run))
+    run = run_of(Path(args.run))
     out = Path(args.out) if args.out else (run / "score" if run else Path("score"))
     scoring = Scoring(args, out, *_models(args))
     scoring.show(run)
@@ -155,14 +156,6 @@ class Model:
     judge_digest: str = ""
 
 
-def _run_of(where: Path) -> Path | None:
-    """The run folder that a path is, or lies in."""
-    for folder in (where, where.parent, where.parent.parent) if is_there(where) else ():
-        if (folder / "config.yaml").is_file():
-            return folder
-    return None
-
-
 def _models(args: Any) -> tuple[list[Model], list[str]]:
     """The models asked for, and what is to be said about them."""
     where = Path(args.run)
@@ -206,10 +199,11 @@ class Scoring:
 
     def __init__(self, args: Any, out: Path, models: list[Model], notes: list[str]) -> None:
         self.args, self.out, self.models, self.notes = args, out, models, list(notes)
-        self.options = read_options(args.option)
+        self.options = own_explainer(Path(args.run), args.methods, read_options(args.option))
         named = [n for n in args.methods.split(",") if n.strip() != RANDOM]  # that row is always there
         self.methods = [*(Explainers(",".join(named), self.options).names if named else []), RANDOM]
-        self.all_methods = args.methods.strip() == "all"
+        self.all_methods = "all" in [n.strip() for n in named]
+        self.named = {n.strip() for n in named}  # these must work, as they are
         self.metrics = measures(args.metrics)
         self.skipped: dict[tuple[str, str], str] = {}
         self.scenes = Scenes(torch.zeros(0))
@@ -313,12 +307,12 @@ class Scoring:
         """With all methods asked for, leave out the slow and shorten shap, and say so; who is named is taken as is."""
         if not self.all_methods:
             return
-        for name in [n for n in self.methods if n != RANDOM and n not in self.options]:
+        for name in [n for n in self.methods if n != RANDOM and n not in self.options and n not in self.named]:
             needs = lookup("explainer", name).needs
             if "slow" in needs:
                 self.methods.remove(name)
                 tqdm.write(f"skipped {name}: it is slow ({needs}); name it with --methods to score it")
-        if "shap" in self.methods and "shap" not in self.options:
+        if "shap" in self.methods and "shap" not in self.options and "shap" not in self.named:
             patches = self.models[0].grid[0] * self.models[0].grid[1]
             budget = 2 + PAIRS * 2 * max(1, patches - 1)
             self.options["shap"] = {"budget": budget}
@@ -447,7 +441,8 @@ class Scoring:
             try:
                 e = explainers(model, self._images(part), asked)[method]
             except PrunexError as error:
-                if explainers.images == 0 and self.all_methods and method not in read_options(self.args.option):
+                lenient = self.all_methods and method not in self.named
+                if explainers.images == 0 and lenient and method not in read_options(self.args.option):
                     raise _Refused(str(error).removeprefix(f"{method}: ")) from error
                 raise
             if record is not None:

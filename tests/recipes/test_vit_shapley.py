@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from scipy.stats import chisquare, spearmanr
 
 import prunex
@@ -8,6 +10,8 @@ from prunex import PrunexError
 from prunex.explainers.coalitions import seeded, shapley_coalitions, size_probabilities
 from prunex.explainers.vit_shapley import load_explainer, normalise
 from prunex.recipes import DigitScenes, ImageClassifier, ViTShapley, cli
+from prunex.recipes.explain_command import preparation
+from prunex.recipes.folder import read_image
 from prunex.recipes.vit_shapley import regression_loss
 from tests.explainers import games
 from tests.recipes.test_classifier import ARCHITECTURE, SMALL, loader, trainer
@@ -207,6 +211,19 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     model = ImageClassifier(ARCHITECTURE, 10, CLOSE_UP, weights="digits").model
     e = prunex.explain("vit_shapley", model, torch.randn(1, 3, 32, 32), explainer=str(folder))
     assert e.maps.shape == (1, 4, 4)
+    # The run explains its classifier with what it has trained, and is scored like any other.
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "photo.png")
+    run = str(folder.parent)
+    assert cli.run(["explain", run, "--images", "photo.png", "--methods", "vit_shapley,rollout", "--out", "out"]) == 0
+    with np.load(tmp_path / "out" / "maps.npz", allow_pickle=False) as found:
+        pixels = preparation(model)(read_image(tmp_path / "photo.png"))[1][None]
+        wanted = prunex.explain("vit_shapley", model, pixels, explainer=str(folder)).maps
+        assert np.abs(found["vit_shapley"] - wanted.numpy()).max() < 1e-5
+    arguments = ["score", run, "--methods", "vit_shapley,rollout", "--metrics", "deletion", "--images", "4"]
+    assert cli.run(arguments) == 0
+    scores = (folder.parent / "score" / "scores.csv").read_text()
+    assert "dense,vit_shapley,deletion" in scores
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prunex.errors import PrunexError
 
+SWA = "StochasticWeightAveraging"
 
-def averaging(trainer: Trainer) -> Callback | None:
-    """The Trainer's ``WeightAveraging`` (``EMAWeightAveraging`` is one); older Lightnings have none."""
+
+def averaging(trainer: Trainer, kind: str = "WeightAveraging") -> Callback | None:
+    """The Trainer's ``WeightAveraging`` (``EMAWeightAveraging`` is one) or another kind; old Lightnings have none."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c for c in callbacks if "WeightAveraging" in _kinds(c)), None)
+    return next((c for c in callbacks if kind in {k.__name__ for k in type(c).__mro__}), None)
 
 
 def stands_before(trainer: Trainer, first: Callback | None, second: Callback) -> bool:
@@ -50,12 +51,12 @@ def check_order(trainer: Trainer, callback: Callback) -> None:
     Raises:
         PrunexError: By name.
     """
-    other = averaging(trainer)
-    if stands_before(trainer, other, callback):
-        raise PrunexError(
-            f"{type(other).__name__} stands before {type(callback).__name__}, so it copies a model without what is "
-            f"attached here: list {type(callback).__name__} first"
-        )
+    for other in (averaging(trainer), averaging(trainer, SWA)):
+        if stands_before(trainer, other, callback):
+            raise PrunexError(
+                f"{type(other).__name__} stands before {type(callback).__name__}, so it copies a model without what is "
+                f"attached here: list {type(callback).__name__} first"
+            )
 
 
 def check_swa_order(trainer: Trainer, callback: Callback) -> None:
@@ -64,17 +65,12 @@ def check_swa_order(trainer: Trainer, callback: Callback) -> None:
     Raises:
         PrunexError: By name.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    other = next((c for c in callbacks if "StochasticWeightAveraging" in _kinds(c)), None)
+    other = averaging(trainer, SWA)
     if other is not None and not stands_before(trainer, other, callback):
         raise PrunexError(
             f"StochasticWeightAveraging puts its weights into the model when its turn comes at the end: list it before "
             f"{type(callback).__name__}, which would use others"
         )
-
-
-def _kinds(callback: Any) -> set[str]:
-    return {c.__name__ for c in type(callback).__mro__}
 
 
 def _swap(average: torch.nn.Module, module: torch.nn.Module) -> None:

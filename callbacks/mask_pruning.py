@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 import prunex
-from prunex.callbacks.averaging import averaging
+from prunex.callbacks.averaging import SWA, averaging
 from prunex.callbacks.monitor import parts_of
 from prunex.callbacks.participant import Participant, note, progress
 from prunex.callbacks.token_pruning import TokenPruning, batches_of
@@ -121,11 +121,11 @@ class MaskPruning(Participant):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and averaging(trainer) is not None:
+        average = averaging(trainer) or averaging(trainer, SWA)
+        if stage == "fit" and average is not None:
             raise PrunexError(
                 "MaskPruning chooses and removes units while training, which the copy of the model in "
-                f"{type(averaging(trainer)).__name__} does not follow: prune first, and average while fine-tuning the "
-                "slim model"
+                f"{type(average).__name__} does not follow: prune first, and average while fine-tuning the slim model"
             )
         if stage == "fit" and self.make.trains:
             if not pl_module.automatic_optimization:

@@ -115,6 +115,7 @@ class SlimExport(Callback):
             return
         if self.monitor is None:
             self._save(trainer, pl_module)
+            self._check_schedule(pl_module)
         folder = self.path(trainer)
         if self.monitor is not None and not (folder / CONFIG).is_file():
             rank_zero_warn(
@@ -133,6 +134,17 @@ class SlimExport(Callback):
             f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "
             f"{cfg.get('std')}"
         )
+
+    def _check_schedule(self, pl_module: LightningModule) -> None:
+        """Say so where training ended before a schedule had shrunk the rates to what was asked for."""
+        pruning = prunex.attached(pl_module, self.model)
+        if isinstance(pruning, prunex.Pruning) and pruning.pruner.progress < 1:
+            spent, wanted = prunex.cost(pruning.model).macs, pruning.macs()
+            if spent > 1.01 * wanted:
+                rank_zero_warn(
+                    f"training ended while the schedule of {pruning.method} was still shrinking its rates: the slim "
+                    f"model costs {spent / 1e6:.4g} MMACs, not the {wanted / 1e6:.4g} that were asked for"
+                )
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         vit = find(pl_module, self.model)[1]

@@ -1,7 +1,9 @@
 """Attaching: refused without a trace on the model, found inside other modules, read back from the model."""
 
+import copy
 import gc
 import json
+import pickle
 import weakref
 
 import pytest
@@ -250,3 +252,22 @@ def test_training_a_pruned_model_changes_what_detach_gives_back(method):
     pruning.detach().eval()
     assert torch.equal(model.blocks[0].attn.qkv.weight, learned)
     assert list(model.state_dict()) == list(tiny().state_dict())
+
+
+@pytest.mark.parametrize("method", ["evit", "topk", "dynamicvit", "tome", "ia_red2", "hvt", "patch_slimming"])
+def test_a_pruned_model_is_pickled_whole(method):
+    """As torch.save of a model, and processes that are spawned, do; the copy's methods are its own."""
+    model = tiny()
+    prunex.attach(model, method)
+    x = images()
+    for whole in (model, prunex.slim(model)):
+        again = pickle.loads(pickle.dumps(whole))  # our own bytes
+        with torch.no_grad():
+            assert again(x).equal(whole(x))
+        assert prunex.attached(again) is not prunex.attached(whole)
+        prunex.attached(again).detach()
+        assert prunex.attached(again) is None
+        assert prunex.attached(whole) is not None
+        with torch.no_grad():
+            assert whole(x).equal(copy.deepcopy(whole)(x))
+            assert not again(x).equal(whole(x)) or method == "patch_slimming"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def put_on(model: ViT) -> None:
     ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
     for name, function in zip(_METHODS, ours, strict=True):
         if hasattr(type(model), name):
-            model.__dict__[name] = MethodType(function, model)
+            model.__dict__[name] = partial(function, model)  # pickle would look a bound method up by its name
 
 
 def take_off(model: ViT) -> None:

@@ -109,6 +109,11 @@ def test_slim_models_hold_the_averaged_weights(tmp_path, first, monitor):
     ("order", "said"),
     [
         (lambda: [average(), TokenPruning("evit")], "EMAWeightAveraging stands before TokenPruning"),
+        (
+            lambda: [theirs.StochasticWeightAveraging(1e-2), TokenPruning("evit")],
+            "Averaging stands before TokenPruning",
+        ),
+        (lambda: [MaskPruning("taylor"), theirs.StochasticWeightAveraging(1e-2)], "in StochasticWeightAveraging does"),
         (lambda: [MaskPruning("xpruner"), average()], "in EMAWeightAveraging does not follow"),
         (lambda: [TokenPruning("patch_slimming"), average()], "those of patch_slimming are positions"),
         (

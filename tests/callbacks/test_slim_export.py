@@ -1,10 +1,12 @@
 """SlimExport: when it writes, what it writes, and what it leaves alone."""
 
 import json
+import warnings
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 import prunex
 from prunex import PrunexError
@@ -269,3 +271,20 @@ def test_arguments():
         SlimExport(formats=["onxx"])
     with pytest.raises(PrunexError, match="format"):
         SlimExport(formats="pt2")
+
+
+def test_a_schedule_that_was_cut_short_is_told(tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    for options, warns in (({"schedule": "cosine", "shrink_length": 0.8}, True), ({}, False)):
+        pruning = TokenPruning("evit", keep_ratio=0.5, options=options)
+        run = trainer(tmp_path, pruning, Stop(), SlimExport(tmp_path, formats=[]), max_epochs=10)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run.fit(Plain(), loader(8), loader(8))
+        said = [str(w.message) for w in told if "still shrinking its rates" in str(w.message)]
+        assert bool(said) == warns
+    for method in ("patch_slimming", "hvt", "tome"):
+        trainer(tmp_path, TokenPruning(method), SlimExport(tmp_path, formats=[])).fit(Plain(), loader(8), loader(8))

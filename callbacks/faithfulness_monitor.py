@@ -140,7 +140,7 @@ class FaithfulnessMonitor(Monitor):
             )
             for metric, values in found.items():
                 i = interval(metric, values)
-                log_share(pl_module, f"prunex/{metric}/{name}", i.mean)
+                log_share(pl_module, self.key(f"prunex/{metric}/{name}"), i.mean)
                 rows.append([trainer.current_epoch, trainer.global_step, name, metric, i.mean, i.low, i.high, i.images])
         if trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
             path = (self._folder or run_folder(trainer)) / FILE

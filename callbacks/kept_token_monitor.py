@@ -64,7 +64,7 @@ class KeptTokenMonitor(Monitor):
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
         if "masks" in arrays and not trace.pooled:
             cover = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))
-            log_share(pl_module, "prunex/object_kept", cover)
+            log_share(pl_module, self.key("prunex/object_kept"), cover)
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
         title = f"{pruning.method}, {moment(trainer)[1]}: "

@@ -39,6 +39,8 @@ class Monitor(Callback):
     the first floating [B, C, H, W] in it is the images, the first integer [B] the labels, the first bool [B, H, W] or
     [B, 1, H, W] object masks.
 
+    Monitors of several models in one Trainer write into folders named by the models' paths, in the run folder.
+
     Args:
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
@@ -55,8 +57,10 @@ class Monitor(Callback):
         self.model = model
         self._parts: list[dict[str, Tensor]] = []  # of one image each where labels are known
         self._whole = False
+        self._odd = False
         self._seen = -1
         self._folder: Path | None = None
+        self._several = False  # whether others watch another model
 
     @property
     def collected(self) -> int:
@@ -71,6 +75,14 @@ class Monitor(Callback):
         self._seen = -1
         # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
         self._folder = run_folder(trainer)
+        paths = {c.model for c in trainer.callbacks if isinstance(c, Monitor) and c.model}  # type: ignore[attr-defined]
+        self._several = len(paths) > 1
+        if self._several and self.model:
+            self._folder = self._folder / self.model
+
+    def key(self, name: str) -> str:
+        """What a number or a picture is logged as: with the model's path where several models are watched."""
+        return f"{name}/{self.model}" if self._several and self.model else name
 
     @property
     def state_key(self) -> str:
@@ -104,6 +116,11 @@ class Monitor(Callback):
                 "give batches that hold a float tensor [B, C, H, W]"
             )
         if trainer.sanity_checking:
+            return
+        if self._parts and part["images"].shape[1:] != self._parts[0]["images"].shape[1:]:
+            if not self._odd:
+                self._odd = True
+                rank_zero_warn(f"{type(self).__name__} watches images of the size that came first; others are left out")
             return
         room = self.images - self.collected
         if "labels" in part:
@@ -190,7 +207,7 @@ class Monitor(Callback):
         if first_write(trainer, path):
             path.unlink(missing_ok=True)
         merge_npz(path, arrays)
-        log_picture(trainer, f"prunex/{name}", picture)
+        log_picture(trainer, self.key(f"prunex/{name}"), picture)
 
 
 def explainers_of(methods: Any, options: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:

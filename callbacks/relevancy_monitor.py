@@ -69,10 +69,11 @@ class RelevancyMonitor(Monitor):
             mass = e.maps.clamp(min=0)
             if e.trace.stages and not e.trace.pooled:
                 kept = e.trace.kept()
-                log_share(pl_module, f"prunex/relevancy_kept/{name}", share_inside(mass, kept))
+                log_share(pl_module, self.key(f"prunex/relevancy_kept/{name}"), share_inside(mass, kept))
             if "masks" in batch:
                 pixels = e.upsample().clamp(min=0).cpu()
-                log_share(pl_module, f"prunex/relevancy_on_object/{name}", share_inside(pixels, batch["masks"]))
+                share = share_inside(pixels, batch["masks"])
+                log_share(pl_module, self.key(f"prunex/relevancy_on_object/{name}"), share)
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         picture = relevancy_mosaic(
             arrays["images"],

@@ -63,7 +63,8 @@ class SlimExport(Callback):
     @property
     def state_key(self) -> str:
         """Lets one trainer hold several, by what they watch."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        more = {} if self.model is None else {"model": self.model}
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **more)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder; here, because all processes come by, and asking for it is a broadcast."""

@@ -82,7 +82,7 @@ class UnitMonitor(Monitor):
 
     def _draw(self, trainer: Trainer, folder: Path, name: str, picture: np.ndarray) -> None:
         save_png(folder / "maps" / f"{name}-{moment(trainer)[0]}.png", picture)
-        log_picture(trainer, f"prunex/{name}", picture)
+        log_picture(trainer, self.key(f"prunex/{name}"), picture)
 
     def _look(
         self, trainer: Trainer, vit: Any, batch: dict[str, Tensor], table: UnitRelevance, names: list[str]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunex.callbacks.checkpoints import read_checkpoint
 from prunex.errors import PrunexError, unknown
@@ -326,6 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)
         code = 2
+    except SIGTERMException:  # a SystemExit of code 0, which a scheduler would take for success
+        print("prunex: terminated; the same command with --ckpt_path last goes on", file=sys.stderr)
+        code = 143
     except KeyboardInterrupt:
         if os.environ.get(DEBUG):
             raise

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 import prunex
 from prunex import PrunexError
-from prunex.callbacks import KeptTokenMonitor, RelevancyMonitor, TokenPruning
+from prunex.callbacks import FaithfulnessMonitor, KeptTokenMonitor, RelevancyMonitor, TokenPruning
 from prunex.callbacks.monitor import Monitor, merge_npz, parts_of, run_folder
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, trainer
+from tests.vits import tiny
 
 
 class Epochs(Monitor):
@@ -479,3 +480,54 @@ def test_a_loader_sorted_by_class_is_watched_in_all_of_its_classes(tmp_path):
     for batch in epochs.shown:
         assert batch["labels"].tolist() == [0, 0, 1, 1, 2]
         assert torch.equal(batch["images"], images[[0, 1, 9, 10, 18]])
+
+
+def test_monitors_of_two_models_do_not_share_files(tmp_path):
+    class Two(Plain):
+        def __init__(self):
+            super().__init__()
+            self.other = tiny(seed=4)
+
+        def forward(self, x):
+            return super().forward(x) + self.other(x)
+
+    module, logger = Two(), csv_logger(tmp_path)
+    prunex.attach(module.other, "topk", keep_ratio=0.5, stages=(1,))
+    watch = [
+        monitor(model=path, images=4)
+        for path in ("net", "other")
+        for monitor in (KeptTokenMonitor, RelevancyMonitor, FaithfulnessMonitor)
+    ]
+    trainer(tmp_path, TokenPruning("topk", keep_ratio=0.6, model="net"), *watch, logger=logger).fit(
+        module, loader(8), loader(8, masks=True)
+    )
+    folder = tmp_path / "run" / "version_0"
+    stages = []
+    for path in ("net", "other"):
+        with np.load(folder / path / "maps" / "epoch=000.npz", allow_pickle=False) as found:
+            stages.append(len(found["kept"]))
+        assert (folder / path / "faithfulness.csv").is_file()
+    assert stages == [3, 1]
+    assert not (folder / "maps").exists()
+    told = metrics(folder)
+    assert {"prunex/object_kept/net", "prunex/object_kept/other", "prunex/relevancy_kept/tokentm/net"} <= set(told)
+
+
+class Bare(Plain):
+    """Validates on images alone."""
+
+    def validation_step(self, batch, batch_idx):
+        self(batch)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_of_images_of_several_sizes_the_first_size_is_watched(tmp_path, labels):
+    parts = [torch.randn(2, 3, side, side) for side in (32, 40, 32)]
+    batches = [(x, torch.tensor([0, 1])) for x in parts]
+    module = Plain(dynamic_img_size=True) if labels else Bare(dynamic_img_size=True)
+    watch = KeptTokenMonitor(images=4)
+    with pytest.warns(UserWarning, match="watches images of the size that came first"):
+        trainer(tmp_path, TokenPruning("topk", keep_ratio=0.6), watch).fit(
+            module, loader(8), DataLoader(batches if labels else parts, batch_size=None)
+        )
+    assert maps(tmp_path, 0)["images"].shape == (4, 32, 32, 3)

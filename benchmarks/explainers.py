@@ -18,6 +18,8 @@ import torch
 from measure import Timing, options, side_by_side, start, table
 
 import prunex
+from prunex.explainers.diffmask import DiffMaskExplainer
+from prunex.explainers.vit_shapley import ShapleyExplainer
 
 # Name, explainer, options, passes: F forwards, B activation-only backwards, L backwards of one block, R relevance.
 CHEAP: list[tuple[str, str, dict[str, Any], str]] = [
@@ -36,6 +38,8 @@ CHEAP: list[tuple[str, str, dict[str, Any], str]] = [
     ("lrp, zplus", "lrp", {"rule": "zplus"}, "1F + 1R"),
     ("transformer_attribution", "transformer_attribution", {}, "1F + 1B + 1R"),
     ("transformer_attribution, start 1", "transformer_attribution", {"start_layer": 1}, "1F + 1B + 1R"),
+    ("vit_shapley", "vit_shapley", {"explainer": ShapleyExplainer}, "3F and a head"),
+    ("diffmask", "diffmask", {"explainer": DiffMaskExplainer}, "2F and gates"),
 ]
 DEAR: list[tuple[str, str, dict[str, Any], str]] = [
     ("beyond_intuition, token", "beyond_intuition", {"variant": "token"}, "21F + 20L"),
@@ -43,6 +47,9 @@ DEAR: list[tuple[str, str, dict[str, Any], str]] = [
     ("integrated_gradients, 50 steps", "integrated_gradients", {}, "51F + 50B"),
     ("integrated_gradients, tokens", "integrated_gradients", {"space": "tokens"}, "51F + 50B"),
     ("atman", "atman", {}, "197F"),
+    ("vit_cx", "vit_cx", {}, "(1 + 2K)F, K of the image"),
+    ("shap, 400 coalitions", "shap", {"budget": 400}, "400F of parts of the patches"),
+    ("attention_flow", "attention_flow", {"max_tokens": 1000}, "1F + P maximum flows"),
 ]
 
 
@@ -54,7 +61,11 @@ def main() -> None:
     start(args)
     rows = {"cheap": CHEAP, "dear": DEAR, "all": CHEAP + DEAR}.get(args.methods)
     if rows is None:
-        names = args.methods.split(",")
+        names = [name.strip() for name in args.methods.split(",")]
+        known = sorted({r[1] for r in CHEAP + DEAR})
+        for name in names:
+            if name not in known:
+                parser.error(f"--methods {name} is none of cheap, dear, all, {', '.join(known)}")
         rows = [r for r in CHEAP + DEAR if r[1] in names]
     model = timm.create_model(args.model).eval().to(args.device)
     images = torch.randn(args.batch, 3, *model.patch_embed.img_size, device=args.device)
@@ -67,7 +78,9 @@ def main() -> None:
     timings: list[tuple[str, Timing]] = []
     for group in ([r for r in rows if r in CHEAP], *[[r] for r in rows if r in DEAR]):
         calls: list[tuple[str, Callable[[], object]]] = [("dense forward", dense)]
-        calls += [(name, partial(prunex.explain, method, model, images, **more)) for name, method, more, _ in group]
+        for name, method, more, _ in group:
+            made = {k: v(model) if isinstance(v, type) else v for k, v in more.items()}  # explainers, untrained
+            calls.append((name, partial(prunex.explain, method, model, images, **made)))
         if group:
             passes = {name: p for name, _, _, p in group}
             for timing in side_by_side(calls, args.device, args.repeats, args.seconds, args.clock)[1:]:

@@ -26,6 +26,7 @@ class Scores:
     groups: dict[str, list[Markup]] = field(default_factory=dict)
     winners: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
     removals: list[tuple[str, str]] = field(default_factory=list)
+    judged: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,6 +53,7 @@ def scores_of(folder: Path) -> tuple[Scores | None, str]:
             found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
     found.winners = _winners(rows)
     found.removals = [(LEFT.get(how, how), ", ".join(names)) for how, names in by_removal(rows).items()]
+    found.judged = any(row.judge for row in rows)
     found.notes = [str(n) for n in entries(about.get("notes"))]
     if hidden > 0:
         found.notes.append(f"{hidden} more explainers are in score/scores.csv.")
@@ -95,12 +97,9 @@ def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> M
 
 
 def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """For each model how many metrics each explainer is best in, most first.
-
-    Agreement does not count: it judges the pruner, not the explainer.
-    """
+    """For each model how many metrics each explainer is best in, most first."""
     counts: dict[str, dict[str, int]] = {}
-    for (model, _), tied in best([row for row in rows if row.group != "agreement"]).items():
+    for (model, _), tied in best(rows).items():
         for method in tied:
             counts.setdefault(model, {}).setdefault(method, 0)
             counts[model][method] += 1

@@ -21,6 +21,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import (
+    MEASURES,
     Measure,
     by_chance,
     interval,
@@ -80,6 +81,10 @@ def score(arguments: Sequence[str]) -> int:
     print("\n± half of the 95 % interval (bootstrap over images); * best explainer of the model; ↓ less is better")
     for removal, names in by_removal(found).items():
         print(f"{LEFT[removal]}: {', '.join(names)}")
+    if any(s.judge for s in found):
+        print("agreement: kept patches against the dense model's map of the same explainer; it judges the pruner")
+    if scoring.left_out:
+        print(f"not among --metrics all, by name only: {', '.join(scoring.left_out)}")
     for name, share in scoring.accuracy().items():
         print(f"accuracy on these {len(scoring.scenes.images)} images, {name}: {share:.1%}")
     for note in scoring.notes:
@@ -205,6 +210,8 @@ class Scoring:
         self.all_methods = "all" in [n.strip() for n in named]
         self.named = {n.strip() for n in named}  # these must work, as they are
         self.metrics = measures(args.metrics)
+        everything = "all" in [n.strip() for n in args.metrics.split(",")]
+        self.left_out = [n for n in MEASURES if n not in {m.name for m in self.metrics}] if everything else []
         self.skipped: dict[tuple[str, str], str] = {}
         self.scenes = Scenes(torch.zeros(0))
         self.records: dict[tuple[str, str], Record] = {}
@@ -529,9 +536,16 @@ class Scoring:
                     measure = names[name]
                     about = (m.name, method, name, measure.group, measure.higher)
                     told = (i.mean, i.low, i.high, i.images)
-                    found.append(Score(*about, *told, cost[0], cost[1], removed_by(measure, self.args.removal)))
+                    how = (removed_by(measure, self.args.removal), self._judge_of(method, measure))
+                    found.append(Score(*about, *told, cost[0], cost[1], *how))
         order = list(names)
         return sorted(found, key=lambda s: order.index(s.metric))
+
+    def _judge_of(self, method: str, measure: Measure) -> str:
+        """Whose map kept patches are held against."""
+        if measure.group != "agreement" or method == "chance":
+            return ""
+        return RANDOM if method == RANDOM else f"dense/{method}"
 
     def _chance(self, m: Model) -> dict[str, Tensor]:
         judge = None if m.kept is None else random_maps(self.scenes.images, m.grid)

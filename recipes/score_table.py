@@ -42,6 +42,7 @@ class Score:
         seconds_per_image: What the explanation took; NaN for a baseline.
         forwards_per_image: Likewise.
         removal: How patches were taken away ("drop", "black", ...); "" where none were.
+        judge: Whose map kept patches are held against, "dense/METHOD"; "" where none is.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Score:
     seconds_per_image: float = math.nan
     forwards_per_image: float = math.nan
     removal: str = ""
+    judge: str = ""
 
 
 def write_scores(folder: Path, scores: Iterable[Score]) -> Path:
@@ -85,8 +87,8 @@ def read_scores(text: str) -> list[Score]:
         count = 0 if math.isnan(images) else int(images)
         better = str(row.get("higher_is_better")).strip().lower() != "false"
         model, method, metric, group = names
-        removal = str(row.get("removal") or "")
-        found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards, removal))
+        how = [str(row.get(key) or "") for key in ("removal", "judge")]
+        found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards, *how))
     return found
 
 
@@ -99,10 +101,13 @@ def _number(value: Any) -> float:
 
 
 def best(scores: Sequence[Score]) -> dict[tuple[str, str], list[str]]:
-    """The best explainers of each model and metric, several where they tie; baselines do not compete."""
+    """The best explainers of each model and metric, several where they tie; baselines do not compete.
+
+    Nor does anybody in agreement, which judges the pruner: whoever reads what the pruner ranks by would always win.
+    """
     found: dict[tuple[str, str], list[Score]] = {}
     for s in scores:
-        if s.method in BASELINES or math.isnan(s.mean):
+        if s.method in BASELINES or s.group == "agreement" or math.isnan(s.mean):
             continue
         others = found.setdefault((s.model, s.metric), [s])
         ahead = s.mean - others[0].mean if s.higher_is_better else others[0].mean - s.mean

@@ -71,6 +71,11 @@ def atman(
     Raises:
         PrunexError: For a factor or similarity below 0 or not finite, an unknown rule, a chunk below 1, or a model with
             a single output, whose cross entropy is always 0.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("atman", model, torch.randn(2, 3, 64, 64), factor=0.8).maps.shape
+    torch.Size([2, 4, 4])
     """
     check_number("factor", factor, 0)
     if similarity is not None:

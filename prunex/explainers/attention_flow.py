@@ -78,6 +78,11 @@ def attention_flow(
 
     Raises:
         PrunexError: For more tokens than ``max_tokens``, an option out of range, or without scipy.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("attention_flow", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
     """
     _check_count("scale", scale, 1_000, 1_000_000_000)
     _check_count("max_tokens", max_tokens, 1, None)

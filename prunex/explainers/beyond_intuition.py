@@ -79,6 +79,11 @@ def beyond_intuition(
 
     Raises:
         PrunexError: For an unknown variant or feedback, a block that does not exist, or steps or chunk below 1.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("beyond_intuition", model, torch.randn(2, 3, 64, 64), variant="head", steps=4).maps.shape
+    torch.Size([2, 4, 4])
     """
     if not isinstance(variant, str) or variant not in _VARIANTS:
         raise unknown("variant", variant, _VARIANTS)

@@ -259,6 +259,13 @@ def diffmask(
     Raises:
         PrunexError: Without an explainer, for a folder that holds none, one for another grid or other classes, or a
             layer that does not exist.
+
+    >>> import prunex, timm, torch
+    >>> from prunex.explainers.diffmask import DiffMaskExplainer
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> # untrained here; the recipe trains one
+    >>> prunex.explain("diffmask", model, torch.randn(2, 3, 64, 64), explainer=DiffMaskExplainer(model)).maps.shape
+    torch.Size([2, 4, 4])
     """
     found = held(explainer, DiffMaskExplainer, KIND, "rollout") or load_explainer(str(explainer))
     check_fits(found.anatomy, read(model), KIND)

@@ -54,6 +54,11 @@ def dino(
 
     Raises:
         PrunexError: For a threshold outside [0, 1] or a block that does not exist.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("dino", model, torch.randn(2, 3, 64, 64), threshold=0.6).maps.shape
+    torch.Size([2, 4, 4])
     """
     check_threshold(threshold)
     layer = start_layer(layer, len(model.blocks))

@@ -37,6 +37,11 @@ def generic_attention(
 
     Returns:
         ``maps`` >= 0; ``raw`` is the read-out row [B, prefix + P], or R [B, n_last, prefix + P] with ``full``.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("generic_attention", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
     """
     start = check_layer(start_layer, len(model.blocks))
     blocks = frozenset(range(start, len(model.blocks)))

@@ -58,6 +58,11 @@ def grad_cam(
 
     Raises:
         PrunexError: For an unknown kind or a block that does not exist.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("grad_cam", model, torch.randn(2, 3, 64, 64), kind="layercam").maps.shape
+    torch.Size([2, 4, 4])
     """
     if kind not in _KINDS:
         raise unknown("kind", kind, _KINDS)

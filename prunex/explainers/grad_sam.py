@@ -57,6 +57,11 @@ def grad_sam(
 
     Raises:
         PrunexError: For an unknown axis or lift.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("grad_sam", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
     """
     if not isinstance(axis, str) or axis not in _AXES:
         raise unknown("axis", axis, _AXES)

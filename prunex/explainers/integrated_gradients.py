@@ -75,6 +75,11 @@ def integrated_gradients(
 
     Raises:
         PrunexError: For an option that is none of these, or a baseline that is not finite or does not fit the images.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("integrated_gradients", model, torch.randn(2, 3, 64, 64), steps=8).maps.shape
+    torch.Size([2, 4, 4])
     """
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)

@@ -65,6 +65,11 @@ def lrp(
     Raises:
         PrunexError: For unknown rules, a gamma or rule set that the rule does not have, a gamma below 0, or layers that
             the rules do not know.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("lrp", model, torch.randn(2, 3, 64, 64), rule="attnlrp").maps.shape
+    torch.Size([2, 4, 4])
     """
     if not isinstance(rule, str) or rule not in RULES:
         raise unknown("rule", rule, RULES)

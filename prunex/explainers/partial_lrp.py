@@ -59,6 +59,11 @@ def partial_lrp(
 
     Raises:
         PrunexError: For an unknown rule set, or layers that the rules do not know.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("partial_lrp", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
     """
     if not isinstance(rule_set, str) or rule_set not in RULE_SETS:
         raise unknown("rule_set", rule_set, RULE_SETS)

@@ -68,6 +68,11 @@ def r_cut(
 
     Raises:
         PrunexError: For an option out of range, or the probability of a model with a single class.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("r_cut", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
     """
     layer = check_layer(layer, len(model.blocks))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold < 1:

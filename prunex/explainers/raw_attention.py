@@ -30,6 +30,11 @@ def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P] sums to 1 over all tokens.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("raw_attention", model, torch.randn(2, 3, 64, 64), layer=-2).maps.shape
+    torch.Size([2, 4, 4])
     """
     layer = start_layer(layer, len(model.blocks))
     with recording(model, images, target, Tape(rows=frozenset({layer}), narrow=True)) as recorded, torch.no_grad():

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prunex.checks import check_flag
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, recording
+from prunex.explainers.base import Relevance, attention_gradients, recording
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
@@ -32,6 +33,7 @@ def rollout(
     head_fusion: Literal["mean", "max", "min"] = "mean",
     discard_ratio: float = 0.0,
     start_layer: int = 0,
+    gradient: bool = False,
 ) -> Relevance:
     """Product over blocks of 0.5 A + 0.5 I, rows normalised, read at the head's tokens (arXiv 2005.00928, Sec. 3).
 
@@ -39,32 +41,53 @@ def rollout(
     rows are normalised, every image is treated alike, and prefix columns and the diagonal are never discarded.
     Not class-specific: two target classes rightly give the same map.
 
+    With ``gradient`` a block's matrix is max(0, mean over heads of A * dy/dA) in the place of A, y the class's logit:
+    what that code calls gradient rollout. It has no publication of its own; the code pairs a block's attention with
+    another block's gradient, and takes it before the softmax. Here both are the same block's, after the softmax. The
+    published method of this idea is ``generic_attention``.
+
     Args:
         model: A supported ViT, pruned or dense.
         images: float [B, C, H, W].
-        target: Recorded, not used.
-        head_fusion: "mean" (the paper), "max" or "min" over heads.
+        target: Class for ``gradient``, None: the predicted one; else recorded and not used.
+        head_fusion: "mean" (the paper), "max" or "min" over heads; with ``gradient`` "mean".
         discard_ratio: Share of each fused matrix' smallest entries set to 0, in [0, 1).
         start_layer: First block included.
+        gradient: Attention times its gradient; one more backward pass, and class-specific.
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P] sums to 1 over all tokens, removed ones included.
 
     Raises:
         PrunexError: For an unknown fusion, a ratio outside [0, 1) or a block that does not exist.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("rollout", model, torch.randn(2, 3, 64, 64), head_fusion="max", discard_ratio=0.5).maps.shape
+    torch.Size([2, 4, 4])
     """
     if not isinstance(head_fusion, str) or head_fusion not in _FUSIONS:
         raise unknown("head_fusion", head_fusion, _FUSIONS)
     if isinstance(discard_ratio, bool) or not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
         raise PrunexError(f"discard_ratio={discard_ratio!r} is not allowed: give a number in [0, 1)")
     start = check_layer(start_layer, len(model.blocks))
-    plain = head_fusion == "mean" and discard_ratio == 0
+    if check_flag("gradient", gradient) and head_fusion != "mean":
+        raise PrunexError(f"head_fusion={head_fusion!r} goes without gradient=True: give 'mean'")
+    plain = head_fusion == "mean" and discard_ratio == 0 and not gradient
     tape = Tape(attention=True, reduce=_FUSIONS[head_fusion], narrow=plain)
-    with recording(model, images, target, tape) as recorded, torch.no_grad():
-        prefix = recorded.anatomy.prefix
+    if gradient:
+        blocks = frozenset(range(start, len(model.blocks)))
+        tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start)
+    with recording(model, images, target, tape, needs_class=gradient) as recorded:
+        prefix, by_block = recorded.anatomy.prefix, {}
+        if gradient:
+            steps = tape.attended()[start:]
+            by_block = {s.block: g for s, g in zip(steps, attention_gradients(recorded), strict=True)}
 
         def mix(row: Tensor, step: Attended) -> Tensor:
             fused = torch.as_tensor(step.attention)
+            if gradient:
+                fused = over_heads(fused * by_block[step.block]).clamp(min=0)
             if plain:
                 mixes = fused.flatten(1).any(1, keepdim=True)  # without heads, a block mixes nothing
                 return torch.where(mixes, 0.5 * times(row, fused, step.queries) + 0.5 * row, row)
@@ -72,7 +95,8 @@ def rollout(
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row
 
-        return recorded.answer(propagate(tape, recorded.readout(), prefix, mix, start=start))
+        with torch.no_grad():
+            return recorded.answer(propagate(tape, recorded.readout(), prefix, mix, start=start))
 
 
 def _discard(fused: Tensor, ratio: float, prefix: int, policy: Tensor | None) -> Tensor:

@@ -75,6 +75,11 @@ def shap(
     Raises:
         PrunexError: For options not allowed or that exclude each other, a budget too small for the estimator, or a
             model without a classifier.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("shap", model, torch.randn(2, 3, 64, 64), budget=40).maps.shape
+    torch.Size([2, 4, 4])
     """
     if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise unknown("estimator", estimator, ESTIMATORS)

@@ -58,6 +58,11 @@ def tokentm(
 
     Raises:
         PrunexError: For an unknown variant or scale.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("tokentm", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
     """
     if variant not in _VARIANTS:
         raise unknown("variant", variant, _VARIANTS)

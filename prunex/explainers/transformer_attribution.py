@@ -57,6 +57,11 @@ def transformer_attribution(
 
     Raises:
         PrunexError: For a block that does not exist, or layers that the rules do not know.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("transformer_attribution", model, torch.randn(2, 3, 64, 64), start_layer=1).maps.shape
+    torch.Size([2, 4, 4])
     """
     start = check_layer(start_layer, len(model.blocks))
     gradient = check_flag("gradient", gradient)

@@ -74,6 +74,11 @@ def vit_cx(
 
     Raises:
         PrunexError: For an option out of range.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> prunex.explain("vit_cx", model, torch.randn(2, 3, 64, 64), max_masks=4).maps.shape
+    torch.Size([2, 4, 4])
     """
     layer = check_layer(layer, len(model.blocks))
     distance, noise = check_number("distance", distance, 0, 1), check_number("noise", noise, 0)

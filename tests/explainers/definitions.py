@@ -90,8 +90,8 @@ def reduction(score, prefix, rate, fuse):
     return torch.cat([s, weights]), torch.cat([s, weights / weights.sum()])
 
 
-def rollout(record, fusion="mean", discard=0.0, start=0, prefix=1):
-    """R = S M_l R with M = rows of (fused + I) divided by their sums."""
+def rollout(record, fusion="mean", discard=0.0, start=0, prefix=1, gradient=False):
+    """R = S M_l R with M = rows of (fused + I) divided by their sums; fused of attention, or times its gradient."""
     r = torch.eye(len(record.embedded), dtype=record.embedded.dtype)
     for half in record.halves:
         if half.kind == "reduce":
@@ -99,6 +99,8 @@ def rollout(record, fusion="mean", discard=0.0, start=0, prefix=1):
         elif half.kind == "attention" and half.block >= start:
             a = half.matrix
             f = {"mean": a.mean(0), "max": a.max(0).values, "min": a.min(0).values}[fusion].clone()
+            if gradient:
+                f = (a * half.grad).mean(0).clamp(min=0)
             n = len(f)
             for place in f.flatten().argsort()[: int(discard * n * n)].tolist():
                 row, column = divmod(place, n)

@@ -160,3 +160,46 @@ def test_class_does_not_matter():
 def test_bad_options(options, says):
     with pytest.raises(PrunexError, match=says):
         prunex.explain("rollout", tiny(), images(), **options)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2_reg", "qk_norm"])
+@pytest.mark.parametrize(("discard", "start"), [(0.0, 0), (0.6, 0), (0.0, 2)])
+def test_with_gradients_blocks_have_their_own(family, discard, start):
+    model = tiny(family).double()
+    x, targets = images_for(model), torch.tensor([4, 0, 2])
+    e = prunex.explain("rollout", model, x, targets, discard_ratio=discard, start_layer=start, gradient=True)
+    for i, image in enumerate(x):
+        record = definitions.opened(model, image, targets[i])
+        wanted, _ = definitions.rollout(record, "mean", discard, start, model.num_prefix_tokens, gradient=True)
+        assert relative(e.raw[i], wanted) < 1e-10
+    assert relative(e.raw.sum(1), torch.ones(len(x), dtype=torch.float64)) < 1e-10
+    assert relative(e.maps, prunex.explain("rollout", model, x, targets).maps) > 1e-3
+    other = prunex.explain("rollout", model, x, (targets + 1) % 5, gradient=True).maps
+    assert relative(other, prunex.explain("rollout", model, x, targets, gradient=True).maps) > 1e-3
+
+
+@pytest.mark.parametrize("pruner", ["topk", "evit"])
+def test_with_gradients_on_a_pruned_model(pruner):
+    model = tiny().double()
+    x, targets = images_for(model), torch.tensor([4, 0, 2])
+    with prunex.attach(model, pruner, keep_ratio=0.6, stages=(1, 2)) as pruning:
+        e = prunex.explain("rollout", model, x, targets, gradient=True)
+        alone = torch.cat(
+            [prunex.explain("rollout", model, x[i : i + 1], targets[i : i + 1], gradient=True).raw for i in range(3)]
+        )
+        pruning.masked = True
+        masked = prunex.explain("rollout", model, x, targets, gradient=True)
+    assert relative(alone, e.raw) < 1e-11
+    assert relative(masked.raw, e.raw) < 1e-11
+    for i, image in enumerate(x):
+        record = definitions.opened(model, image, targets[i], (pruner, 0.6, (1, 2)))
+        assert relative(e.raw[i], definitions.rollout(record, gradient=True)[0]) < 1e-10
+
+
+def test_gradients_need_a_class_and_the_mean():
+    with pytest.raises(PrunexError, match="head_fusion='max' goes without gradient=True"):
+        prunex.explain("rollout", tiny(), images(), head_fusion="max", gradient=True)
+    with pytest.raises(PrunexError, match="gradient='yes'"):
+        prunex.explain("rollout", tiny(), images(), gradient="yes")
+    with pytest.raises(PrunexError, match="no classifier"):
+        prunex.explain("rollout", tiny(num_classes=0), images(), gradient=True)

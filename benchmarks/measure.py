@@ -11,7 +11,7 @@ import timm
 import torch
 
 import prunex
-from prunex.recipes.timing import Timing, chip, side_by_side
+from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 
 __all__ = ["GEOMETRY", "Timing", "options", "side_by_side", "start", "table", "told"]
 GEOMETRY = "deit_small_patch16_224"
@@ -59,7 +59,7 @@ def table(rows: Sequence[tuple[str, Timing]], first: str) -> str:
         "|---|---|---|---|---|---|" + "---|" * counted,
     ]
     for key, t in rows:
-        low, middle, high = statistics.quantiles(t.ratios, n=4)
+        low, middle, high = quartiles(t.ratios)
         macs = f" {t.macs:.3f} |" if t.macs is not None else " |" * counted
         fastest = min(t.own) / min(t.reference)
         lines.append(

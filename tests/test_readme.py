@@ -51,3 +51,15 @@ def test_pictures_and_pages_are_there():
     for name in re.findall(r"\]\((docs/[\w.]+)\)|`(docs/[\w.]+)`", TEXT):
         path = name[0] or name[1]
         assert (ROOT / path).is_file(), path
+
+
+def test_the_page_of_explainers_has_all_of_them_with_paper_and_cost():
+    page = (ROOT / "docs" / "explainers.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in page if line.startswith("| `") and line.count("|") > 7]
+    told = {row[0].strip("`"): row for row in rows}
+    assert set(told) == {m.name for m in prunex.methods("explainer")}
+    for m in prunex.methods("explainer"):
+        row = told[m.name]
+        for number in re.findall(r"arXiv (\d{4}\.\d{5})", m.paper):
+            assert number in row[1], m.name
+        assert re.match(r"\d", row[3]), m.name  # what it costs

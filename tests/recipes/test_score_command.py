@@ -408,6 +408,22 @@ def test_ties_share_the_star_and_small_numbers_are_told_apart():
     ]
 
 
+def test_who_judges_agreement_is_told_and_nobody_wins_it(run, capsys):
+    assert score(run, "--methods", FAST, "--images", 4, "--metrics", "kept_auc,deletion") == 0
+    rows = read_scores((run / "score" / "scores.csv").read_text())
+    told = {(s.method, s.metric): s.judge for s in rows if s.model == "slim"}
+    assert told["rollout", "kept_auc"] == "dense/rollout"
+    assert told["random", "kept_auc"] == "random"
+    assert told["rollout", "deletion"] == told["chance", "kept_auc"] == ""
+    assert {metric for _, metric in best(rows)} == {"deletion"}
+    assert "against the dense model's map of the same explainer" in capsys.readouterr().out
+    assert "map of the same explainer: this judges the pruner" in (run / "report.html").read_text()
+    assert score(run, "--methods", "all,rollout", "--images", 2, "--metrics", "all") == 0
+    said = capsys.readouterr()
+    assert "not among --metrics all, by name only: " in said.out
+    assert "sensitivity_n" in said.out
+
+
 def test_how_patches_left_is_told(run, capsys):
     wanted = [run, "--methods", "rollout", "--images", 3, "--metrics"]
     assert score(*wanted, "deletion,perturbation_positive,saco,energy_inside") == 0

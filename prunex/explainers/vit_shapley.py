@@ -169,11 +169,11 @@ def vit_shapley(
         PrunexError: Without an explainer, for a folder that holds none, or one for another grid or other classes.
 
     >>> import prunex, timm, torch
-    >>> from prunex.explainers.vit_shapley import ShapleyExplainer
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
-    >>> # untrained here; the recipe trains one
-    >>> prunex.explain("vit_shapley", model, torch.randn(2, 3, 64, 64), explainer=ShapleyExplainer(model)).maps.shape
-    torch.Size([2, 4, 4])
+    >>> untrained = ShapleyExplainer(model)
+    >>> values = prunex.explain("vit_shapley", model, torch.randn(2, 3, 64, 64), explainer=untrained).raw
+    >>> values.shape  # a patch and class
+    torch.Size([2, 16, 5])
     """
     found = held(explainer, ShapleyExplainer, KIND, "shap") or load_explainer(str(explainer))
     check_fits(read(found.surrogate), read(model), KIND)

@@ -115,6 +115,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument(
         "--removal", choices=REMOVALS, help="how patches leave; default black for perturbation, drop for curves"
     )
+    parser.add_argument(
+        "--target",
+        choices=("predicted", "label"),
+        default="predicted",
+        help="class that is explained and scored: the model's own (default) or the image's",
+    )
     parser.add_argument("--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="as prunex explain")
     parser.add_argument("--out", help="folder to write to; default RUN/score, or score")
     parser.add_argument("--again", action="store_true", help="compute anew what is there already")
@@ -145,6 +151,7 @@ class Model:
         model: The ViT in eval mode.
         judge: The dense ViT that judges which patches it keeps; None for a dense model, or where there is none.
         predicted: int64 [N], or None without a classifier.
+        target: The class that is explained, likewise.
         kept: bool [N, gh, gw], or None where there is no set of kept patches.
         grid: Patch grid.
         digest: A hash of its weights and options.
@@ -155,6 +162,7 @@ class Model:
     model: nn.Module
     judge: nn.Module | None = None
     predicted: Tensor | None = None
+    target: Tensor | None = None
     kept: Tensor | None = None
     grid: tuple[int, int] = (0, 0)
     digest: str = ""
@@ -242,6 +250,8 @@ class Scoring:
         self.notes += self.scenes.notes
         for m in self.models:
             self._look(m)
+        if args.target == "label":
+            self.notes.append("explained and scored is the class of each image's label")
         self._leave_out()
         self._cheapen()
         for m in self.models:
@@ -280,6 +290,11 @@ class Scoring:
         labels, classes = self.scenes.labels, read(vit).classes
         if classes > 0 and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise PrunexError(f"labels from {int(labels.min())} to {int(labels.max())} do not fit {classes} classes")
+        m.target = m.predicted
+        if self.args.target == "label" and m.predicted is not None:
+            if labels is None:
+                raise PrunexError("--target label: these images have no labels; leave it out for the predicted class")
+            m.target = labels.long()
 
     def _leave_out(self) -> None:
         """Leave out metrics that nothing can be said of here; one that was named is refused instead."""
@@ -333,7 +348,9 @@ class Scoring:
         return self.scenes.images[part].to(self.place)
 
     def _key(self, m: Model, method: str) -> str:
-        told = [LAYOUT, m.digest, self.scenes.digest(), method, sorted(self.options.get(method, {}).items())]
+        told: list[Any] = [LAYOUT, m.digest, self.scenes.digest(), method, sorted(self.options.get(method, {}).items())]
+        if self.args.target != "predicted":
+            told.append(self.args.target)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _keys(self, m: Model) -> dict[str, str]:
@@ -404,7 +421,7 @@ class Scoring:
         """Maps of all images, and where they lie (on the finest map, which is not kept)."""
         record, names = self.records[m.name, method], [x.name for x in places]
         maps, found, fine = [], {}, False  # type: ignore[var-annotated]
-        for part, some, pixels in self._explained(m.model, method, m.predicted, m.grid, bar, record):
+        for part, some, pixels in self._explained(m.model, method, m.target, m.grid, bar, record):
             maps.append(some)
             fine = fine or pixels is not None
             if names:
@@ -412,7 +429,7 @@ class Scoring:
                 told = scores(names, m.model, self._images(part), some, masks=masks, pixels=pixels)
                 for name, values in told.items():
                     found.setdefault(name, []).append(values)
-        record.maps(torch.cat(maps), m.predicted, fine, {k: torch.cat(v) for k, v in found.items()})
+        record.maps(torch.cat(maps), m.target, fine, {k: torch.cat(v) for k, v in found.items()})
 
     def _explained(
         self,
@@ -482,7 +499,7 @@ class Scoring:
                 m.model,
                 self._images(part),
                 maps[part].to(self.place),
-                some(m.predicted, part),
+                some(m.target, part),
                 labels=some(self.scenes.labels, part),
                 masks=some(self.scenes.masks, part),
                 kept=some(m.kept, part),
@@ -512,9 +529,9 @@ class Scoring:
             which, maps = torch.arange(len(self.scenes.images)), torch.zeros(0)
         else:
             maps = known.tensor("maps").clone()
-            same = m.predicted is None or known.tensor("target") == m.predicted
+            same = m.target is None or known.tensor("target") == m.target
             which = torch.zeros(0, dtype=torch.int64) if same is True else (~same).nonzero()[:, 0]
-        for part, some, _ in self._explained(m.judge, method, m.predicted, m.grid, bar, which=which):
+        for part, some, _ in self._explained(m.judge, method, m.target, m.grid, bar, which=which):
             if not len(maps):
                 maps = torch.zeros(len(self.scenes.images), *some.shape[1:])
             maps[part] = some
@@ -568,6 +585,7 @@ class Scoring:
             "machine": chip(self.place.type),
             "threads": torch.get_num_threads() if self.place.type == "cpu" else None,
             "removal": self.args.removal,
+            "target": self.args.target,
             "accuracy": self.accuracy(),
             "seconds": {
                 f"{name}/{method}": {"explain": r.cost[0] * len(self.scenes.images), **r.seconds}

@@ -544,3 +544,32 @@ def test_the_normalisation_can_be_told(photos, run, tmp_path):
     assert written(tmp_path / "a") != written(tmp_path / "b")
     with pytest.raises(PrunexError, match="--mean and --std go with --data"):
         score(run, "--mean", 0.2)
+
+
+def test_the_label_may_be_explained_instead_of_the_prediction(run, photos, tmp_path):
+    wanted = [run, "--methods", "generic_attention", "--metrics", "deletion", "--images", 6, "--models", "slim"]
+    assert score(*wanted) == 0
+    assert score(*wanted, "--target", "label", "--out", tmp_path / "label") == 0
+    scenes, slim = from_run(open_data(run), 6), prunex.load(run / "slim")
+    labels = scenes.labels.long()
+    e = prunex.explain("generic_attention", slim, scenes.images, labels)
+    assert not e.target.equal(slim(scenes.images).argmax(1))  # or this would compare nothing
+    found = values(tmp_path / "label", "slim", "generic_attention")
+    assert np.array_equal(found["target"], labels.numpy())
+    assert np.abs(found["maps"] - e.maps.numpy()).max() < 1e-5
+    truth = deletion(removal_curves(slim, scenes.images, e.maps, labels))
+    assert np.abs(found["deletion"] - truth.numpy()).max() < 1e-5
+    assert written(run / "score") != written(tmp_path / "label")
+    assert json.loads((tmp_path / "label" / "about.json").read_text())["target"] == "label"
+    with pytest.raises(PrunexError, match="--target label: these images have no labels"):
+        score(
+            run / "slim",
+            "--data",
+            photos / "val" / "ant",
+            "--target",
+            "label",
+            "--metrics",
+            "deletion",
+            "--methods",
+            "dino",
+        )

@@ -274,7 +274,7 @@ DEFAULTS = {
     "partial_lrp": {"rule_set": "conserving", "gradient": False},
     "r_cut": {"layer": -1, "threshold": 0.2, "orient": "peak", "objective": "probability"},
     "raw_attention": {"layer": -1},
-    "rollout": {"head_fusion": "mean", "discard_ratio": 0.0, "start_layer": 0},
+    "rollout": {"head_fusion": "mean", "discard_ratio": 0.0, "start_layer": 0, "gradient": False},
     "shap": {
         "estimator": "permutation",
         "removal": "drop",
@@ -351,7 +351,7 @@ def test_methods_finer_than_a_patch_and_what_they_found_out(monkeypatch, fine):
 
 def test_options_are_kept():
     e = prunex.explain("rollout", tiny(), images(), head_fusion="max", start_layer=-2)
-    assert e.options == {"head_fusion": "max", "discard_ratio": 0.0, "start_layer": -2}
+    assert e.options == {"head_fusion": "max", "discard_ratio": 0.0, "start_layer": -2, "gradient": False}
 
 
 @pytest.mark.parametrize("size", [7, (7,), (0, 7), (7.0, 7), (7, -1), "7x7"])

@@ -91,7 +91,8 @@ def rollout(
             if plain:
                 mixes = fused.flatten(1).any(1, keepdim=True)  # without heads, a block mixes nothing
                 return torch.where(mixes, 0.5 * times(row, fused, step.queries) + 0.5 * row, row)
-            fused = _discard(fused, discard_ratio, prefix, step.policy)
+            if discard_ratio > 0:
+                fused = _discard(fused, discard_ratio, prefix, step.policy)
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row
 

@@ -33,7 +33,7 @@ class TokenPruning(Participant):
     Losses of the pruner are added to what ``training_step`` returns; schedules follow the trainer's progress. Logged
     every epoch: ``prunex/loss_*`` (each auxiliary loss), ``prunex/keep_ratio_stage*`` (realised in training) and, in
     validation, ``prunex/val_keep_ratio_stage*`` and ``prunex/gmacs`` (per image at inference; with a budget also
-    ``prunex/gmacs_budget``, what it allows).
+    ``prunex/gmacs_budget``, what it allows). Stages count from 1, as in pictures and reports.
 
     A method that looks at images before it decides (``patch_slimming``) is calibrated once, when training starts, on
     the first batches of the training data, unless it was before or a checkpoint brought what it found. Where images
@@ -202,7 +202,7 @@ class TokenPruning(Participant):
             return
         trace = self.pruning.trace
         shares = [ratios.mean() for ratios in trace.keep_ratios()]
-        for s, i in enumerate(decisions(trace, self.pruning.pruner.stages)):
+        for s, i in enumerate(decisions(trace, self.pruning.pruner.stages), 1):  # as pictures number them
             share = torch.ones((), device=module.device) if i is None else shares[i]
             module.log(f"{name}_stage{s}", share, on_step=False, on_epoch=True, sync_dist=True, batch_size=trace.batch)
 

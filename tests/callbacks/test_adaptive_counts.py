@@ -16,7 +16,7 @@ def test_validation_measures_what_counts_and_gmacs_go_by(tmp_path):
     run.fit(module, loader(), loader(seed=5))
     pruning = prunex.attached(module)
     found = metrics(tmp_path / "run" / "version_0")
-    shares = [found[f"prunex/val_keep_ratio_stage{s}"][-1] for s in (0, 1)]
+    shares = [found[f"prunex/val_keep_ratio_stage{s + 1}"][-1] for s in (0, 1)]
     assert pruning.options["expected"] == pytest.approx(shares, abs=1e-6)
     assert pruning.counts() == [round(s * 16) for s in shares]
     assert found["prunex/gmacs"][-1] == pytest.approx(prunex.cost(module.vit).gmacs)

@@ -104,8 +104,8 @@ def test_a_run_logs_and_exports_what_was_found(tmp_path):
     counts = prunex.attached(module).counts()
     logged = metrics(run.log_dir)
     for stage, count in enumerate(counts):
-        assert logged[f"prunex/keep_ratio_stage{stage}"] == pytest.approx([count / 16])
-        assert logged[f"prunex/val_keep_ratio_stage{stage}"] == pytest.approx([count / 16])
+        assert logged[f"prunex/keep_ratio_stage{stage + 1}"] == pytest.approx([count / 16])
+        assert logged[f"prunex/val_keep_ratio_stage{stage + 1}"] == pytest.approx([count / 16])
     small = prunex.load(tmp_path / "run" / "version_0" / "slim")
     assert prunex.attached(small).counts() == counts
     assert logged["prunex/gmacs"] == pytest.approx([prunex.cost(small).gmacs])

@@ -67,7 +67,7 @@ def test_two_processes(tmp_path, method):
     with np.load(run / "maps" / "epoch=001.npz", allow_pickle=False) as maps:
         assert maps["images"].shape == (3, 32, 32, 3)
         assert {"kept", "relevance/tokentm"} <= set(maps.files)
-    assert len(metrics(run)["prunex/keep_ratio_stage0"]) == 2
+    assert len(metrics(run)["prunex/keep_ratio_stage1"]) == 2
     assert len(list((run / "checkpoints").iterdir())) == 1
     small = prunex.load(run / "slim")
     with torch.no_grad():

@@ -134,7 +134,7 @@ def test_a_method_that_pools_keeps_no_patch(tmp_path):
         assert found["share"].shape == (4, 4, 4)
         assert 0 < found["share"].max() < 1
     assert (folder / "maps" / "kept_tokens-epoch=000.png").is_file()
-    assert logged["prunex/val_keep_ratio_stage0"] == pytest.approx([7 / 16])
-    assert logged["prunex/val_keep_ratio_stage1"] == pytest.approx([3 / 16])
+    assert logged["prunex/val_keep_ratio_stage1"] == pytest.approx([7 / 16])
+    assert logged["prunex/val_keep_ratio_stage2"] == pytest.approx([3 / 16])
     assert "prunex/relevancy_on_object/rollout" in logged
     assert not {"prunex/object_kept", "prunex/relevancy_kept/rollout"} & set(logged)

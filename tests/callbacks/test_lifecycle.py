@@ -30,7 +30,7 @@ def test_fit_validate_test_predict_and_fit_again(tmp_path, method):
     teacher = getattr(pruner, "_teacher", None)
     assert untouched(module)
     logged = run.validate(module, loader(8), verbose=False)[0]
-    assert logged["prunex/val_keep_ratio_stage0"] == pytest.approx(
+    assert logged["prunex/val_keep_ratio_stage1"] == pytest.approx(
         prunex.attached(module).trace.keep_ratios()[0].mean()
     )
     assert untouched(module)

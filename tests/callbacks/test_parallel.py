@@ -71,7 +71,7 @@ def check_watched(first, second):
     for epoch in range(4):
         mean = torch.tensor(shares[epoch]).mean(0)
         for stage, wanted in enumerate(mean.tolist()):
-            assert told[f"prunex/val_keep_ratio_stage{stage}"][epoch] == pytest.approx(wanted, abs=1e-6)
+            assert told[f"prunex/val_keep_ratio_stage{stage + 1}"][epoch] == pytest.approx(wanted, abs=1e-6)
     assert first["expected"] == second["expected"] == pytest.approx(torch.tensor(shares[3]).mean(0).tolist())
     # 24 images, 2 epochs of learning masks, every image seen by one of the processes
     assert sum(first["updates"]) == 48
@@ -127,7 +127,7 @@ def test_processes_with_other_numbers_of_images(tmp_path):
     mean = pytest.approx(shares.mean(0).tolist())
     for told in (first, second):
         assert told["expected"] == mean
-        assert [told["logged"][f"prunex/val_keep_ratio_stage{s}"] for s in range(3)] == mean
+        assert [told["logged"][f"prunex/val_keep_ratio_stage{s + 1}"] for s in range(3)] == mean
 
 
 @pytest.mark.slow

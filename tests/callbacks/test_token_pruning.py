@@ -299,7 +299,7 @@ def test_manual_optimisation_with_evit(tmp_path):
     wanted, _ = by_hand("evit", loader(), keep_ratio=0.6, fuse=False)
     same(module, wanted, 1e-7)
     assert watch.progress == [0, 0.25, 0.5, 0.75]
-    assert metrics(run.log_dir)["prunex/keep_ratio_stage2"] == pytest.approx([4 / 16])
+    assert metrics(run.log_dir)["prunex/keep_ratio_stage3"] == pytest.approx([4 / 16])
 
 
 def test_manual_optimisation_with_dynamicvit_is_refused_before_anything_changed(tmp_path):
@@ -402,10 +402,10 @@ def test_evit_schedule_follows_and_is_logged(tmp_path):
     logged = metrics(run.log_dir)
     # rates at validation after each epoch: everything until a quarter, then the cosine, then the base
     rates = [1.0, 0.75, 0.5, 0.5]
-    assert logged["prunex/val_keep_ratio_stage0"] == pytest.approx(rates)
-    assert logged["prunex/val_keep_ratio_stage1"] == pytest.approx([1.0, 9 / 16, 0.25, 0.25])
-    assert logged["prunex/keep_ratio_stage0"][0] == 1.0
-    assert logged["prunex/keep_ratio_stage0"][3] == 0.5
+    assert logged["prunex/val_keep_ratio_stage1"] == pytest.approx(rates)
+    assert logged["prunex/val_keep_ratio_stage2"] == pytest.approx([1.0, 9 / 16, 0.25, 0.25])
+    assert logged["prunex/keep_ratio_stage1"][0] == 1.0
+    assert logged["prunex/keep_ratio_stage1"][3] == 0.5
     assert (
         logged["prunex/gmacs"][0] > logged["prunex/gmacs"][1] > logged["prunex/gmacs"][2] == logged["prunex/gmacs"][3]
     )
@@ -421,9 +421,9 @@ def test_logged_names_and_values(tmp_path):
     run.fit(module, loader(), loader(8))
     logged = metrics(run.log_dir)
     ours = {n for n in logged if n.startswith("prunex/")}
-    stages = {f"prunex/{kind}keep_ratio_stage{s}" for kind in ("", "val_") for s in range(3)}
+    stages = {f"prunex/{kind}keep_ratio_stage{s + 1}" for kind in ("", "val_") for s in range(3)}
     assert ours == stages | {"prunex/loss_ratio", "prunex/loss_distill", "prunex/loss_tokens", "prunex/gmacs"}
-    assert [logged[f"prunex/val_keep_ratio_stage{s}"] for s in range(3)] == [[0.5], [0.25], [0.125]]
+    assert [logged[f"prunex/val_keep_ratio_stage{s + 1}"] for s in range(3)] == [[0.5], [0.25], [0.125]]
     assert logged["prunex/gmacs"] == pytest.approx([prunex.cost(module).gmacs])
     # the same by hand
     hand = Plain()
@@ -445,7 +445,7 @@ def test_logged_names_and_values(tmp_path):
         assert logged[f"prunex/loss_{name}"] == pytest.approx([wanted], rel=1e-4)
     for s in range(3):
         wanted = sum(share[s] for share in shares) / len(shares)
-        assert logged[f"prunex/keep_ratio_stage{s}"] == pytest.approx([wanted], rel=1e-5)
+        assert logged[f"prunex/keep_ratio_stage{s + 1}"] == pytest.approx([wanted], rel=1e-5)
 
 
 def test_a_stage_that_keeps_everything_keeps_its_number(tmp_path):
@@ -455,7 +455,7 @@ def test_a_stage_that_keeps_everything_keeps_its_number(tmp_path):
     run.fit(module, loader(), loader(8))
     logged = metrics(run.log_dir)
     for kind in ("", "val_"):
-        assert [logged[f"prunex/{kind}keep_ratio_stage{s}"] for s in range(3)] == [[1.0], [0.5], [0.5]]
+        assert [logged[f"prunex/{kind}keep_ratio_stage{s + 1}"] for s in range(3)] == [[1.0], [0.5], [0.5]]
     trace = prunex.attached(module).trace
     assert decisions(trace, [1, 2, 3]) == [None, 0, 0]
 
@@ -542,8 +542,8 @@ def test_merging_trains_as_the_same_loop_by_hand_and_logs_tokens_left(tmp_path):
     assert watch.losses == pytest.approx(losses, rel=1e-6)
     logged = metrics(run.log_dir)
     for s, tokens in enumerate((13, 10, 7, 4)):
-        assert logged[f"prunex/val_keep_ratio_stage{s}"] == pytest.approx([tokens / 16])
-        assert logged[f"prunex/keep_ratio_stage{s}"] == pytest.approx([tokens / 16])
+        assert logged[f"prunex/val_keep_ratio_stage{s + 1}"] == pytest.approx([tokens / 16])
+        assert logged[f"prunex/keep_ratio_stage{s + 1}"] == pytest.approx([tokens / 16])
     assert logged["prunex/gmacs"] == pytest.approx([prunex.cost(module).gmacs])
 
 

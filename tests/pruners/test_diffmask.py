@@ -409,7 +409,7 @@ def test_the_callback_fine_tunes_with_gates_from_a_folder(tmp_path, count, remov
     for name, p in gates.items():
         assert p.equal(wanted[name.split(".gates.", 1)[1]])
     assert any(not p.equal(before[n]) for n, p in module.named_parameters() if n in before)
-    assert "prunex/val_keep_ratio_stage0" in run.callback_metrics
+    assert "prunex/val_keep_ratio_stage1" in run.callback_metrics
     run.save_checkpoint(tmp_path / "run.ckpt")
     for file in (tmp_path / "explainer").iterdir():
         file.unlink()

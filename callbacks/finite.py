@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.mount import as_found
 
@@ -37,8 +38,8 @@ class Flag:
         return bool(self.value)
 
 
-@dataclass
-class Step:
+@dataclass(eq=False, repr=False)
+class Step(Brief):
     """One training step whose loss is looked at.
 
     Attributes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
+from prunex.brief import Brief
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import Relevance
 from prunex.registry import lookup
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass
-class Explanation:
+@dataclass(eq=False, repr=False)
+class Explanation(Brief):
     """One map per image, and what it was made from.
 
     Attributes:
@@ -41,6 +42,8 @@ class Explanation:
         info: What the method found out beside the map, by name: tensors whose first dimension is B, such as ``delta``
             of integrated_gradients. Empty for most.
     """
+
+    shown = ("method", "maps", "target", "signed", "image_size")
 
     method: str
     options: dict[str, Any]

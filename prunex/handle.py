@@ -62,5 +62,7 @@ class Handle:
         self.detach()
 
     def __repr__(self) -> str:
+        if not hasattr(self.model, self.child):
+            return f"{type(self).__name__}(detached)"
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         return f"{type(self).__name__}({self.method!r}, {options})"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
@@ -22,8 +23,8 @@ from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 
 
-@dataclass
-class Relevance:
+@dataclass(eq=False, repr=False)
+class Relevance(Brief):
     """What an explainer answers.
 
     Attributes:
@@ -48,8 +49,8 @@ class Relevance:
     info: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Recording:
+@dataclass(eq=False, repr=False)
+class Recording(Brief):
     """One forward of a model under a tape, as explainers use it.
 
     Attributes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 
 Value = Callable[[Tensor], Tensor]
@@ -21,8 +22,8 @@ GROUPS = 10  # disjoint parts that are left out in turn for KernelSHAP's error
 PER_PLAYER = 2  # coalitions KernelSHAP needs at least for every unknown it solves for
 
 
-@dataclass
-class Estimate:
+@dataclass(eq=False, repr=False)
+class Estimate(Brief):
     """Estimated Shapley values of a batch of games.
 
     Attributes:

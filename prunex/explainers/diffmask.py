@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError
 from prunex.explainers.base import Relevance, recording
@@ -37,8 +38,8 @@ from prunex.vit.tape import Tape
 MOST = 200.0  # of a multiplier
 
 
-@dataclass
-class Seen:
+@dataclass(eq=False, repr=False)
+class Seen(Brief):
     """One pass over images.
 
     Attributes:
@@ -54,8 +55,8 @@ class Seen:
     gates: Tensor
 
 
-@dataclass
-class Terms:
+@dataclass(eq=False, repr=False)
+class Terms(Brief):
     """What one training step weighs up.
 
     Attributes:

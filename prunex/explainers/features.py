@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.explainers.base import Recording
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
 
 
-@dataclass
-class Features:
+@dataclass(eq=False, repr=False)
+class Features(Brief):
     """What patch tokens are inside one block, such as at its ``norm1``; prefix tokens are left out.
 
     Attributes:

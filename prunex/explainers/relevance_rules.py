@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
 from prunex.vit.units import let_through
 
@@ -23,8 +24,8 @@ RuleSet = Literal["conserving", "published_baseline"]
 RULE_SETS = get_args(RuleSet)
 
 
-@dataclass(frozen=True)
-class Layer:
+@dataclass(frozen=True, eq=False, repr=False)
+class Layer(Brief):
     """A linear layer or patch convolution: weights, bias, and how they act on inputs and back.
 
     Attributes:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError, unknown
 from prunex.metrics.base import MeanOverImages
 from prunex.metrics.occlusion import Asked, Output, Route, check_steps, on_pixels, ranked
@@ -27,8 +28,8 @@ TINY = 1e-12  # the least probability a logarithm is taken of
 _CURVES = "the curves of removal_curves, one set for all of its kind"
 
 
-@dataclass
-class Curves:
+@dataclass(eq=False, repr=False)
+class Curves(Brief):
     """The class's score f along three nested orders; float64, NaN for an image with NaN in its map.
 
     Attributes:

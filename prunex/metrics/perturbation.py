@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError, unknown
 from prunex.explainers.base import choose_target
 from prunex.metrics.base import MeanOverImages
@@ -29,8 +30,8 @@ ORDERS = ("positive", "negative")
 STEPS = tuple(k / 10 for k in range(10))
 
 
-@dataclass
-class Perturbation:
+@dataclass(eq=False, repr=False)
+class Perturbation(Brief):
     """What is left of each image's prediction after every step; float64 [B, K], NaN for an image with NaN in its map.
 
     Attributes:

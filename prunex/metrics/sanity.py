@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from prunex.brief import Brief
 from prunex.checks import check_number, check_whole
 from prunex.explain import Explanation, explain
 from prunex.metrics.ranks import spearman
@@ -22,8 +23,8 @@ from prunex.vit.anatomy import find, read
 _PAPER = "Adebayo et al., NeurIPS 2018, arXiv 1810.03292"
 
 
-@dataclass
-class ModelRandomisation:
+@dataclass(eq=False, repr=False)
+class ModelRandomisation(Brief):
     """How much of an explainer's maps is left as the model's weights become random.
 
     Attributes:
@@ -162,8 +163,8 @@ def randomised(model: nn.Module, *, path: str | None = None, seed: int = 0) -> n
     return changed
 
 
-@dataclass
-class BatchOrder:
+@dataclass(eq=False, repr=False)
+class BatchOrder(Brief):
     """How much a map depends on the images beside its own; rounding aside, nothing should be.
 
     Attributes:

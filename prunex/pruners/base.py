@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.vit.anatomy import Anatomy, ViT
@@ -18,8 +19,8 @@ from prunex.vit.decisions import Answer, One, TokenState
 from prunex.vit.trace import TokenTrace
 
 
-@dataclass
-class Forward:
+@dataclass(eq=False, repr=False)
+class Forward(Brief):
     """What the losses of one training forward are made from.
 
     Attributes:

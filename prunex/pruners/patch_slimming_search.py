@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, check_images
 from prunex.vit.embedding import embed
@@ -40,8 +41,8 @@ class Candidate:
     relative: float
 
 
-@dataclass(frozen=True)
-class SlimmedBlock:
+@dataclass(frozen=True, eq=False, repr=False)
+class SlimmedBlock(Brief):
     """What the search found for one block.
 
     Attributes:
@@ -59,8 +60,8 @@ class SlimmedBlock:
     score: Tensor
 
 
-@dataclass(frozen=True)
-class Slimming:
+@dataclass(frozen=True, repr=False)
+class Slimming(Brief):
     """The report of a search; printed, it is a table.
 
     Attributes:

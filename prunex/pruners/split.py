@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.attach import CHILD, attach
+from prunex.brief import Brief
 from prunex.checks import check_number, check_whole
 from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.base import TokenPruner
@@ -55,8 +56,8 @@ class Share:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class Split:
+@dataclass(frozen=True, repr=False)
+class Split(Brief):
     """What :func:`search_split` found.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.units import Scores, UnitPruner, _slot
@@ -20,8 +21,8 @@ Stage = Literal["masks", "thresholds", "done"]
 STAGES: tuple[Stage, ...] = ("masks", "thresholds", "done")
 
 
-@dataclass(frozen=True)
-class UnitRelevance:
+@dataclass(frozen=True, eq=False, repr=False)
+class UnitRelevance(Brief):
     """Which unit serves which class: what X-Pruner's masks say.
 
     Attributes:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention
 
 
-@dataclass
-class KeyWeights:
+@dataclass(eq=False, repr=False)
+class KeyWeights(Brief):
     """How much each token counts as an attention key; 1 leaves it as it is.
 
     Attributes:

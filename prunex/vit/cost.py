@@ -9,6 +9,7 @@ from typing import Any
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.layouts import layout_of, linear_macs
@@ -28,8 +29,8 @@ class BlockCost:
     query_tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class Cost:
+@dataclass(frozen=True, repr=False)
+class Cost(Brief):
     """Cost of one image at inference.
 
     Attributes:
@@ -37,6 +38,8 @@ class Cost:
         params: Parameters, those of predictors included.
         blocks: Block by block; a pruner's decision counts to the block it is made at.
     """
+
+    shown = ("macs", "params", "tokens")
 
     macs: int
     params: int

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prunex.brief import Brief
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.attention import KeyWeights
@@ -16,8 +17,8 @@ from prunex.vit.positions import Positions
 from prunex.vit.trace import Stage, TokenTrace
 
 
-@dataclass
-class TokenState:
+@dataclass(eq=False, repr=False)
+class TokenState(Brief):
     """What a pruner is shown.
 
     Attributes:
@@ -83,8 +84,8 @@ class TokenState:
         return None if self.policy is None else self.policy[:, self.anatomy.prefix :]
 
 
-@dataclass
-class Keep:
+@dataclass(eq=False, repr=False)
+class Keep(Brief):
     """A pruner's answer: which patch tokens continue.
 
     Attributes:
@@ -98,16 +99,16 @@ class Keep:
     fuse: Tensor | None = None
 
 
-@dataclass
-class Mask:
+@dataclass(eq=False, repr=False)
+class Mask(Brief):
     """A pruner's answer in training: a (differentiable) policy [B, n] in 0..1 over the patch tokens, and its scores."""
 
     policy: Tensor
     score: Tensor | None = None
 
 
-@dataclass
-class Merge:
+@dataclass(eq=False, repr=False)
+class Merge(Brief):
     """A pruner's answer: which patch tokens become one, their mean weighted by size. Nobody is lost.
 
     Attributes:
@@ -122,8 +123,8 @@ class Merge:
     proportional: bool = True
 
 
-@dataclass
-class Fill:
+@dataclass(eq=False, repr=False)
+class Fill(Brief):
     """A pruner's answer: patch tokens that are replaced where they stand; their number stays as it is.
 
     Attributes:
@@ -137,8 +138,8 @@ class Fill:
     score: Tensor | None = None
 
 
-@dataclass
-class Drop:
+@dataclass(eq=False, repr=False)
+class Drop(Brief):
     """A pruner's answer where images keep as many patch tokens as they like.
 
     Tokens really leave where nothing is masked: each image's own move to its first slots, the slots left over are
@@ -159,8 +160,8 @@ class Drop:
     width: int | None = None
 
 
-@dataclass
-class Pool:
+@dataclass(eq=False, repr=False)
+class Pool(Brief):
     """A pruner's answer: windows of patch tokens continue as their maxima, channel by channel.
 
     Windows are 3 tokens wide and begin 2 apart, so they overlap and a token may be part of several. The maximum is over

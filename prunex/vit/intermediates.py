@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.decisions import TokenState
 
 FORMATS = ("NCHW", "NLC")
 
 
-@dataclass
-class Watch:
+@dataclass(eq=False, repr=False)
+class Watch(Brief):
     """Asks one forward for the tokens after some blocks, as full grids.
 
     Attributes:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunex.brief import Brief
 from prunex.vit.arithmetic import fused_attention
 
 
-@dataclass
-class Packing:
+@dataclass(eq=False, repr=False)
+class Packing(Brief):
     """Which of B x N slots hold a token.
 
     Norms, linear layers and MLPs see the tokens of all images as one sequence [1, S, D] of S tokens and no empty slots;

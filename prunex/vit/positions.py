@@ -16,11 +16,12 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.vit.trace import Stage
 
 
-@dataclass
-class Places:
+@dataclass(eq=False, repr=False)
+class Places(Brief):
     """Which patches of which grid a shortened sequence holds.
 
     Attributes:
@@ -32,8 +33,8 @@ class Places:
     grid: tuple[int, int]
 
 
-@dataclass
-class Positions:
+@dataclass(eq=False, repr=False)
+class Positions(Brief):
     """What the blocks look up, and where the present tokens come from.
 
     Attributes:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from prunex.brief import Brief
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.trace import Stage
 
 
-@dataclass
-class Attended:
+@dataclass(eq=False, repr=False)
+class Attended(Brief):
     """One block's attention half, as it ran.
 
     Attributes:
@@ -43,8 +44,8 @@ class Attended:
     sizes: Tensor | None = None
 
 
-@dataclass
-class Fed:
+@dataclass(eq=False, repr=False)
+class Fed(Brief):
     """One block's MLP half: the stream entering it and what is added to it ([B, n, D] each, off the graph)."""
 
     block: int
@@ -53,8 +54,8 @@ class Fed:
     policy: Tensor | None = None
 
 
-@dataclass
-class Tape:
+@dataclass(eq=False, repr=False)
+class Tape(Brief):
     """A recording of one forward, in the order things happened.
 
     Attributes:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunex.brief import Brief, brief
 from prunex.errors import PrunexError
 
 
-@dataclass
-class Stage:
+@dataclass(eq=False, repr=False)
+class Stage(Brief):
     """One reduction: a sparse, row-stochastic map from the patch tokens before it to the patch tokens after it.
 
     Each token before goes to at most one token after, so the map is two numbers a token instead of a matrix; where
@@ -50,11 +51,11 @@ class Stage:
         """
         group, weight = self.group, self.weight
         if not isinstance(group, Tensor) or group.dtype != torch.int64 or group.ndim not in (2, 3):
-            raise PrunexError(f"group={_told(group)} is not allowed: give int64 [B, n_in] or [B, n_in, m]")
+            raise PrunexError(f"group={brief(group)} is not allowed: give int64 [B, n_in] or [B, n_in, m]")
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.shape != group.shape:
-            raise PrunexError(f"weight={_told(weight)} is not allowed: give floats {list(group.shape)}, as group")
+            raise PrunexError(f"weight={brief(weight)} is not allowed: give floats {list(group.shape)}, as group")
         if self.score is not None and not isinstance(self.score, Tensor):
-            raise PrunexError(f"score={_told(self.score)} is not allowed: give a tensor or None")
+            raise PrunexError(f"score={brief(self.score)} is not allowed: give a tensor or None")
 
     def lift(self, row: Tensor, prefix: int) -> Tensor:
         """Carry row vectors over tokens one stage towards the input: ``row @ S``.
@@ -179,13 +180,8 @@ def _take(body: Tensor, group: Tensor) -> Tensor:
     return body.gather(-1, group.clamp(min=0)) if body.shape[-1] else body.new_zeros(group.shape)
 
 
-def _told(value: Any) -> str:
-    """A value in few words."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-@dataclass
-class TokenTrace:
+@dataclass(eq=False, repr=False)
+class TokenTrace(Brief):
     """What one forward did to the patch tokens of a batch, in the coordinates of the original patch grid.
 
     Kept-token maps, explanations of pruned models, pictures, metrics and export read only this.

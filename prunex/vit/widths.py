@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.arithmetic import fused_attention
@@ -33,8 +34,8 @@ class NarrowAttention(Attention):
         return attention.project(self, out, x)
 
 
-@dataclass(frozen=True)
-class WidthSpec:
+@dataclass(frozen=True, repr=False)
+class WidthSpec(Brief):
     """Which units of a model are kept: the one thing that mask learning, slimming, saving and counting exchange.
 
     All numbers are those of the dense model's units, rising. What is not named is kept whole.
@@ -59,6 +60,9 @@ class WidthSpec:
     value_dims: Mapping[int, tuple[Kept, ...]] = field(default_factory=dict)
     embedding: Kept | None = None
     blocks: Kept | None = None
+
+    def __hash__(self) -> int:
+        return hash(repr(self.plain()))
 
     def plain(self) -> dict[str, Any]:
         """In values that JSON holds; what is kept whole is left out."""

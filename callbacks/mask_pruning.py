@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 import prunex
+from prunex.batches import parts
 from prunex.callbacks.averaging import SWA, averaging
-from prunex.callbacks.monitor import parts_of
 from prunex.callbacks.participant import Participant, note, progress
 from prunex.callbacks.token_pruning import TokenPruning, batches_of
 from prunex.checks import check_flag, check_number, check_options, check_whole
@@ -257,16 +257,16 @@ class MaskPruning(Participant):
     def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pruner, pruning = self._xpruner, self.pruning
         batch = args[0] if args else kwargs.get("batch")
-        parts = parts_of(batch)
+        found = parts(batch)
         vit = None if pruning is None else pruning.model
         if pruner is None or pruning is None or pruner.stage == "done":
-            return self._end_step(module, beneath(*args, **kwargs), {}, parts, model=vit)
-        labels = parts.get("labels")
+            return self._end_step(module, beneath(*args, **kwargs), {}, found, model=vit)
+        labels = found.get("labels")
         if pruner.stage == "masks":
             if labels is None:
                 raise PrunexError(
                     f"{self.method} learns masks by the images' labels, and this training batch "
-                    f"({type(batch).__name__}) holds none: give batches with images and an integer [B]"
+                    f"({found.kind}) holds none: {found.why('labels')}"
                 )
             with pruning.labelled(labels):
                 output = beneath(*args, **kwargs)
@@ -278,8 +278,8 @@ class MaskPruning(Participant):
             removed = pruner.rate().detach()
             module.log("prunex/units_removed", removed, on_step=False, on_epoch=True, batch_size=images)
             module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
-        losses = pruning.losses(parts.get("images"), labels)
-        return self._end_step(module, output, losses, parts, images, model=vit)
+        losses = pruning.losses(found.get("images"), labels)
+        return self._end_step(module, output, losses, found, images, model=vit)
 
     @staticmethod
     def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
@@ -352,10 +352,10 @@ def _some(batches: Any, images: int, model: nn.Module) -> list[tuple[Tensor, Ten
     """The first images of a loader, with labels where there are any, on the model's device."""
     device = next(model.parameters()).device
     taken: list[tuple[Tensor, Tensor] | Tensor] = []
-    for parts in batches:
+    for found in batches:
         room = images
-        own = parts["images"][:room].to(device)
-        taken.append((own, parts["labels"][:room].to(device)) if "labels" in parts else own)
+        own, labels = found["images"][:room].to(device), found.labels("calibration", "the training batch")
+        taken.append(own if labels is None else (own, labels[:room].to(device)))
         images -= len(own)
         if images <= 0:
             break

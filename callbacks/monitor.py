@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
+from prunex.batches import parts
 from prunex.callbacks.averaging import averaged, averaging, stands_before
 from prunex.callbacks.participant import check_strategy
 from prunex.checks import check_options
@@ -35,9 +36,9 @@ class Monitor(Callback):
     """Base of the monitors: collects images once, then calls :meth:`watch` after validation epochs on rank zero.
 
     Images are taken from the first validation loader: the first that come, but rather of many classes than several of
-    one where labels are known, since loaders are often sorted by class. A batch may be a tensor, a sequence or a dict:
-    the first floating [B, C, H, W] in it is the images, the first integer [B] the labels, the first bool [B, H, W] or
-    [B, 1, H, W] object masks.
+    one where labels are known, since loaders are often sorted by class. :func:`prunex.batches.parts` says which tensors
+    of a batch are images, labels and object masks; of several views the first is watched, and labels or masks that may
+    be meant by several tensors are left out, with a warning.
 
     Monitors of several models in one Trainer write into folders named by the models' paths, in the run folder.
 
@@ -57,7 +58,7 @@ class Monitor(Callback):
         self.model = model
         self._parts: list[dict[str, Tensor]] = []  # of one image each where labels are known
         self._whole = False
-        self._odd = False
+        self._warned: set[str] = set()
         self._seen = -1
         self._folder: Path | None = None
         self._several = False  # whether others watch another model
@@ -109,24 +110,29 @@ class Monitor(Callback):
         """Collect images in the first whole validation; the sanity check only tries a batch."""
         if dataloader_idx != 0 or self._whole or not trainer.is_global_zero:
             return
-        part = parts_of(batch)
-        if not part:
-            raise PrunexError(
-                f"{type(self).__name__} found no images in the validation batch ({type(batch).__name__}): "
-                "give batches that hold a float tensor [B, C, H, W]"
-            )
+        part = parts(batch)
+        if "images" not in part:
+            part.need("images", type(self).__name__, "the validation batch")
+        for name, why in part.unclear.items():
+            done = "watches the first of several image tensors" if name == "images" else f"leaves {name} out"
+            self._warn_once(name, f"{type(self).__name__} {done}: {why}")
         if trainer.sanity_checking:
             return
         if self._parts and part["images"].shape[1:] != self._parts[0]["images"].shape[1:]:
-            if not self._odd:
-                self._odd = True
-                rank_zero_warn(f"{type(self).__name__} watches images of the size that came first; others are left out")
+            self._warn_once(
+                "size", f"{type(self).__name__} watches images of the size that came first; others are left out"
+            )
             return
         room = self.images - self.collected
         if "labels" in part:
             self._take(part)
         elif room:
             self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            rank_zero_warn(text)
 
     def _take(self, part: dict[str, Tensor]) -> None:
         """Take images while there is room, then in place of the last one of a class that has two more."""
@@ -271,21 +277,9 @@ def first_write(trainer: Trainer, path: Path) -> bool:
 
 
 def parts_of(batch: Any) -> dict[str, Tensor]:
-    """Images, labels and masks of a batch, by dtype and shape; empty without images."""
-    values = list(batch.values()) if isinstance(batch, dict) else batch if isinstance(batch, Sequence) else [batch]
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    images = next((t for t in tensors if t.ndim == 4 and t.is_floating_point()), None)
-    if images is None:
-        return {}
-    found = {"images": images}
-    for t in tensors:
-        whole = not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
-        if t.ndim == 1 and whole and len(t) == len(images) and "labels" not in found:
-            found["labels"] = t
-        mask = t[:, 0] if t.ndim == 4 and t.shape[1] == 1 else t
-        if mask.ndim == 3 and t.dtype == torch.bool and mask.shape[1:] == images.shape[2:] and "masks" not in found:
-            found["masks"] = mask
-    return found
+    """Images, labels and masks of a batch, see :func:`prunex.batches.parts`; empty without images."""
+    found = parts(batch)
+    return found if "images" in found else {}
 
 
 def shown(trainer: Trainer, vit: Any, images: Tensor) -> np.ndarray:

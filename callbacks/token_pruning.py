@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
+from prunex.batches import Parts, parts
 from prunex.callbacks.averaging import averaging, check_order
-from prunex.callbacks.monitor import decisions, parts_of
+from prunex.callbacks.monitor import decisions
 from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress
 from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError
@@ -41,7 +42,7 @@ class TokenPruning(Participant):
     :meth:`prunex.Pruning.calibrate` does.
 
     A pruner that learns from being right (``ia_red2`` by reward) gets the labels of batches that hold images and an
-    integer [B], see :func:`prunex.callbacks.monitor.parts_of`. One with a curriculum has the parameters whose turn it
+    integer [B], see :func:`prunex.batches.parts`. One with a curriculum has the parameters whose turn it
     is not held still.
 
     The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. The checkpoint
@@ -186,16 +187,17 @@ class TokenPruning(Participant):
         if self.pruning is None:
             return output
         self._log_ratios(module, "prunex/keep_ratio")
-        seen, parts = self.pruning._attached.last, parts_of(batch)
+        seen, found = self.pruning._attached.last, parts(batch)
         if output is None or seen is None:  # optimised by hand, a skipped batch, or a step that did not run the model
             self.pruning.forget()
-            return self._end_step(module, output, {}, parts)
-        labels = parts.get("labels")
+            return self._end_step(module, output, {}, found)
+        reads = self.pruning.pruner.reads_labels or self.pruning._attached.more
+        labels = found.labels(self.method, "the training batch") if reads else found.get("labels")
         labels = labels if labels is not None and len(labels) == len(seen.images) else None
         losses = self.pruning.losses(labels)
         self.pruning.forget()
-        parts = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
-        return self._end_step(module, output, losses, parts, len(seen.images), seen.logits)
+        held = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
+        return self._end_step(module, output, losses, held, len(seen.images), seen.logits)
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
         if self.pruning is None or self.pruning._attached.trace is None:
@@ -250,7 +252,7 @@ class TokenPruning(Participant):
         """Once, on the first batches of the training data; rank zero does it, the others take over what it found."""
         if trainer.is_global_zero:
             with torch.random.fork_rng(devices=[]):  # the training draws the numbers it would have drawn
-                report = pruning.calibrate(parts["images"] for parts in batches_of(trainer.train_dataloader))
+                report = pruning.calibrate(each["images"] for each in batches_of(trainer.train_dataloader))
             rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
         if trainer.world_size > 1:
             state: Any = None
@@ -359,7 +361,7 @@ class TokenPruning(Participant):
         self._before = []
 
 
-def batches_of(loaders: Any) -> Iterator[dict[str, Tensor]]:
+def batches_of(loaders: Any) -> Iterator[Parts]:
     """The parts of a training loader's batches (of the first one, where there are several): images, labels, masks.
 
     Raises:
@@ -368,10 +370,9 @@ def batches_of(loaders: Any) -> Iterator[dict[str, Tensor]]:
     while isinstance(loaders, Mapping | list | tuple):
         loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
     for batch in loaders:
-        found = parts_of(batch)
-        if not found:
-            raise PrunexError(
-                f"calibration found no images in the training batch ({type(batch).__name__}): give batches that hold a "
-                "float tensor [B, C, H, W], or calibrate before fit with prunex.attach(...).calibrate(images)"
-            )
+        found = parts(batch)
+        try:
+            found.need("images", "calibration", "the training batch")
+        except PrunexError as error:
+            raise PrunexError(f"{error}, or calibrate before fit with prunex.attach(...).calibrate(images)") from None
         yield found

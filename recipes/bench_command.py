@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prunex
-from prunex.callbacks.monitor import parts_of
+from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.arguments import Parser
@@ -327,12 +327,12 @@ def _first(batches: Any, limit: int | None) -> Iterator[Any]:
     """Batches up to so many images."""
     seen = 0
     for batch in batches:
-        parts = parts_of(batch)
-        if limit is None or not parts:
+        found = parts(batch)
+        if limit is None or "images" not in found or found.unclear:  # whoever evaluates says what is wrong
             yield batch
             continue
-        yield {name: values[: limit - seen] for name, values in parts.items()}
-        seen += len(parts["images"])
+        yield {name: values[: limit - seen] for name, values in found.items()}
+        seen += len(found["images"])
         if seen >= limit:
             return
 
@@ -344,7 +344,7 @@ def _images(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tensor
         return noise(model, count)
     found: list[Tensor] = []
     for batch in data.val_dataloader():
-        found += list(parts_of(batch).get("images", ()))
+        found += list(parts(batch).get("images", ()))
         if len(found) >= count:
             break
     if not found:

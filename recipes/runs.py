@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.attach import CHILD
+from prunex.batches import parts
 from prunex.callbacks.checkpoints import read_checkpoint, restore, told
 from prunex.callbacks.kept_token_monitor import object_kept
-from prunex.callbacks.monitor import parts_of
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
@@ -254,20 +254,20 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
         for number, batch in enumerate(batches):
             if limit is not None and number >= limit:
                 break
-            parts = parts_of(batch)
-            if "labels" not in parts:
-                raise PrunexError("validation batches have no labels: accuracy needs (images, labels)")
-            predicted = model(parts["images"].to(weight)).argmax(1).cpu()
-            right += int((predicted == parts["labels"].cpu()).sum())
+            found = parts(batch)
+            images = found.need("images", "accuracy", "the validation batch")
+            labels = found.need("labels", "accuracy", "the validation batch")
+            predicted = model(images.to(weight)).argmax(1).cpu()
+            right += int((predicted == labels.cpu()).sum())
             seen += len(predicted)
-            if pruning is not None and "masks" in parts and not pruning.trace.pooled:
-                cover.append((object_kept(pruning.trace.kept().cpu(), parts["masks"].cpu()), len(predicted)))
+            if pruning is not None and "masks" in found and not pruning.trace.pooled:
+                cover.append((object_kept(pruning.trace.kept().cpu(), found["masks"].cpu()), len(predicted)))
     if not seen:
         raise PrunexError("there are no validation images to evaluate on")
-    found = {"accuracy": right / seen}
+    told = {"accuracy": right / seen}
     if cover:
-        found["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
-    return found
+        told["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
+    return told
 
 
 def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float = 1.0) -> list[float]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from prunex.callbacks.monitor import parts_of
+from prunex.batches import Parts, parts
 from prunex.errors import PrunexError
 from prunex.recipes.explain_command import image_files, preparation
 from prunex.recipes.folder import object_pixels, read_file, read_image
@@ -70,7 +70,7 @@ def from_run(data: Any, wanted: int) -> Scenes:
         wanted: How many images.
 
     Raises:
-        PrunexError: When there are no images.
+        PrunexError: When there are no images, or several tensors that may be meant.
     """
     loader = data.val_dataloader()
     loader = loader[0] if isinstance(loader, list | tuple) else loader
@@ -78,20 +78,20 @@ def from_run(data: Any, wanted: int) -> Scenes:
     if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
         some = Subset(dataset, spaced(len(dataset), wanted))
         loader = DataLoader(some, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
-    parts: list[dict[str, Tensor]] = []
+    found: list[Parts] = []
     for batch in loader:
-        part = parts_of(batch)
-        if not part:
-            raise PrunexError(f"validation batches ({type(batch).__name__}) hold no float images [B, C, H, W]")
-        parts.append(part)
-        if sum(len(p["images"]) for p in parts) >= wanted:
+        found.append(parts(batch))
+        found[-1].need("images", "scoring", "the validation batch")
+        if sum(len(p["images"]) for p in found) >= wanted:
             break
-    if not parts:
+    if not found:
         raise PrunexError("there are no validation images to score on")
-    keys = set.intersection(*(set(p) for p in parts))
-    whole = {k: torch.cat([p[k] for p in parts])[:wanted] for k in keys}
+    keys = set.intersection(*(set(p) for p in found))
+    whole = {k: torch.cat([p[k] for p in found])[:wanted] for k in keys}
+    left_out = [name for name in ("labels", "masks") if name not in whole and name in found[0].unclear | found[0].unfit]
+    notes = [f"{name} are unknown: {found[0].why(name)}" for name in left_out]
     mean, std = (None if (v := getattr(data, k, None)) is None else [float(x) for x in v] for k in ("mean", "std"))
-    return Scenes(whole["images"], whole.get("labels"), whole.get("masks"), mean, std)
+    return Scenes(whole["images"], whole.get("labels"), whole.get("masks"), mean, std, notes)
 
 
 def from_folder(root: Path, masks: Path | None, model: nn.Module, wanted: int) -> Scenes:

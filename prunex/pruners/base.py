@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from prunex.batches import parts
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
@@ -70,6 +71,7 @@ class TokenPruner(nn.Module):
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
     curriculum = False  # whether training moves only some parameters at a time, see resting()
     behind = False  # whether it decides after a stage's block
+    reads_labels = False  # whether its losses look at the images' labels
     by_place = False  # whether it decides by place alone, so that absent patches must keep their slots
 
     def __init__(
@@ -235,12 +237,11 @@ def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
     """The first ``limit`` images of a loader (None: all of them), in batches.
 
     Args:
-        source: One float tensor [B, C, H, W], or an iterable of batches: tensors, or sequences or dicts whose first
-            such tensor is the images.
+        source: One float tensor [B, C, H, W], or an iterable of batches as :func:`prunex.batches.parts` reads them.
         limit: Most images taken, or None.
 
     Raises:
-        PrunexError: For something that holds no images.
+        PrunexError: For something that holds no images, or several tensors that may be meant.
     """
     batches: Iterable[Any] = [source] if isinstance(source, Tensor) else source
     if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
@@ -248,13 +249,7 @@ def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
     taken: list[Tensor] = []
     room = limit
     for batch in batches:
-        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
-        images = next((v for v in values if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()), None)
-        if images is None:
-            raise PrunexError(
-                f"calibration found no images in a {type(batch).__name__}: give batches with a float [B, C, H, W]"
-            )
-        taken.append(images[:room])
+        taken.append(parts(batch).need("images", "calibration")[:room])
         if room is not None:
             room -= len(taken[-1])
             if room <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import check_images, read
 from prunex.vit.mount import as_found
@@ -22,17 +23,17 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
     """Batches of images with their labels, checked, on the model's device and in its dtype.
 
     Args:
-        source: A data loader or any iterable of batches: a float tensor [B, C, H, W], or a sequence or dict that holds
-            one and, if there are labels, an integer tensor [B] (the first of either counts). Or one such batch: a
-            tensor, or a pair of tensors.
+        source: A data loader or any iterable of batches as :func:`prunex.batches.parts` reads them: images, and labels
+            if there are any. Or one such batch: a tensor, or a pair of tensors.
         model: A supported backbone with a classifier.
 
     Yields:
-        Images, and int64 [B] or None: all batches have labels, or none has.
+        Images, and int64 [B] or None: all batches have labels, or none has. Labels that are no class indices (scores of
+        classes, as mixing images makes them) count as none, with a warning.
 
     Raises:
         PrunexError: For something that holds no images, images that the model cannot take, labels that do not fit them
-            or run out of the model's classes, or batches with and without labels.
+            or run out of the model's classes, several tensors that may be meant, or batches with and without labels.
     """
     if source is None:
         raise PrunexError("calibration got no images: give calibrate() a data loader, or batches [B, C, H, W]")
@@ -42,20 +43,15 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
         raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
     weight, classes, labelled, seen = next(model.parameters()), _classes(model), None, 0
     for batch in batches:
-        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        images = next((v for v in tensors if v.ndim == 4 and v.is_floating_point()), None)
-        if images is None:
-            raise PrunexError(
-                f"calibration found no images in a {type(batch).__name__}: give batches with a float [B, C, H, W]"
-            )
+        found = parts(batch)
+        images = found.need("images", "calibration")
         _check_images(model, images)
-        labels = next((v for v in tensors if v.ndim == 1 and _is_whole(v)), None)
+        labels = found.labels("calibration")
         if labelled is not None and labelled != (labels is not None):
             raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
         labelled = labels is not None
         if labels is not None:
-            labels = _graphable(_check_labels(labels, len(images), classes).to(weight.device))
+            labels = _graphable(_check_labels(labels, classes).to(weight.device))
         seen += len(images)
         yield _graphable(images.detach().to(weight.device, weight.dtype)), labels
     if seen == 0:
@@ -65,10 +61,6 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
 def _graphable(tensor: Tensor) -> Tensor:
     """The tensor as part of a graph: one that was made in the caller's inference mode cannot be."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _is_pair(source: Any) -> bool:
@@ -84,9 +76,7 @@ def _classes(model: Any) -> int:
     return int(model.num_classes)
 
 
-def _check_labels(labels: Tensor, count: int, classes: int) -> Tensor:
-    if labels.shape != (count,):
-        raise PrunexError(f"calibration has labels {list(labels.shape)} for {count} images: give one class an image")
+def _check_labels(labels: Tensor, classes: int) -> Tensor:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise PrunexError(f"calibration labels run from {low} to {high}: this model has classes 0..{classes - 1}")

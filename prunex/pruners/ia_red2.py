@@ -135,7 +135,7 @@ class IARED2(Adaptive):
             raise PrunexError(f"heads={heads!r} is not allowed: give a number that divides the width {anatomy.width}")
         if not isinstance(train, str) or train not in TRAINS:
             raise unknown("train", train, TRAINS)
-        self.by_reward = train == "reward"
+        self.by_reward = self.reads_labels = train == "reward"
         self.depth = anatomy.depth
         self.targets = cumulative(self.rates)
         self.interpreters = nn.ModuleList(Interpreter(anatomy.width, heads) for _ in self.stages)

@@ -1,0 +1,213 @@
+"""Batches that others collate: which tensor holds the images, which the labels, which the object masks."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+
+IMAGES = ("image", "images", "img", "imgs", "pixel_values", "x", "input", "inputs")
+LABELS = ("label", "labels", "target", "targets", "y")
+MASKS = ("mask", "masks")
+_NAMES = {"images": IMAGES, "labels": LABELS, "masks": MASKS}
+_REMEDY = {
+    "images": "give batches that hold a float tensor [B, C, H, W]",
+    "labels": "give batches with images and an integer [B], one class index an image",
+    "masks": "give batches with a bool tensor [B, H, W], true on the object",
+}
+# Whole numbers that tell samples apart and no classes; "class_id" and the like do.
+_NUMBERS = re.compile(r"(?!class|label|target|categor)(.*_)?(index|indices|idx|ids?|views?)")
+_DEPTH = 3  # containers in containers; what strangers put into a batch may hold anything, itself too
+
+
+class Parts(dict[str, Tensor]):
+    """What a batch holds: "images", "labels" and "masks", as far as they are known.
+
+    Attributes:
+        unclear: By part, which tensors may be meant, or do not fit. Of several image tensors the first stands in the
+            dict all the same, for pictures; labels and masks that are unclear do not.
+        unfit: By part, what is there in a form that is of no use: images in bytes, labels as class scores.
+        kind: The batch's type, for messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.unclear: dict[str, str] = {}
+        self.unfit: dict[str, str] = {}
+
+    def need(self, name: str, who: str, where: str | None = None) -> Tensor:
+        """A part that nothing can be done without.
+
+        Args:
+            name: "images", "labels" or "masks".
+            who: Needs it.
+            where: What the batch is, such as "the training batch".
+
+        Raises:
+            PrunexError: Where the batch has none, or several that may be meant.
+        """
+        if name in self and name not in self.unclear:
+            return self[name]
+        place = f"a {self.kind}" if where is None else f"{where} ({self.kind})"
+        raise PrunexError(f"{who} found no {name} in {place}: {self.why(name)}")
+
+    def labels(self, who: str, where: str | None = None) -> Tensor | None:
+        """Labels for whoever goes by predicted classes without them; with a warning where they are no class indices.
+
+        Raises:
+            PrunexError: Where several tensors may be meant.
+        """
+        if "labels" in self.unclear:
+            self.need("labels", who, where)
+        if "labels" in self.unfit:
+            warnings.warn(f"{who} goes by the predicted classes: {self.unfit['labels']}", stacklevel=2)
+        return self.get("labels")
+
+    def why(self, name: str) -> str:
+        """Why a part is not known, or what a batch must hold for it."""
+        return self.unclear.get(name) or self.unfit.get(name) or _REMEDY[name]
+
+
+def parts(batch: Any) -> Parts:
+    """Images, labels and masks of a batch; what may be meant by several tensors is not guessed.
+
+    A batch is a tensor, a sequence, a mapping, a dataclass or any object with attributes, or nested ones of these.
+    Names win, in any case of letters: ``image``, ``images``, ``img``, ``pixel_values``, ``x``, ``input`` or ``inputs``
+    are images, ``label``, ``labels``, ``target``, ``targets`` or ``y`` labels, ``mask`` or ``masks`` masks. Without
+    such a name a part is the one tensor that looks like it: floating [B, C, H, W]; whole numbers [B], unless they
+    are called an index, an id or a view, or class scores [B, C] lie beside them; bool [B, H, W] or [B, 1, H, W] of the
+    images' size.
+
+    Returns:
+        images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W].
+
+    >>> import torch
+    >>> x, y = torch.zeros(2, 3, 8, 8), torch.tensor([4, 2])
+    >>> parts((x, y))["labels"], parts({"view": torch.tensor([0, 1]), "image": x, "label": y})["labels"]
+    (tensor([4, 2]), tensor([4, 2]))
+    >>> parts((x, y, torch.arange(2))).unclear["labels"]
+    "batch[1] and batch[2] may both be meant: give a dict that holds the right one as 'label'"
+    """
+    found = Parts(type(batch).__name__)
+    leaves = list({id(leaf.value): leaf for leaf in _leaves(batch)}.values())  # one tensor under two names is one
+    pictures = [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()]
+    first = _images(found, pictures)
+    if first is not None:
+        _labels(found, leaves, len(first))
+        _masks(found, leaves, first)
+    return found
+
+
+class _Leaf(NamedTuple):
+    path: str  # as one would write it
+    name: str  # the innermost key, in small letters
+    value: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.path} is {str(self.value.dtype).removeprefix('torch.')} {list(self.value.shape)}"
+
+
+def _leaves(value: Any, path: str = "batch", name: str = "", depth: int = 0) -> Iterator[_Leaf]:
+    if isinstance(value, Tensor):
+        yield _Leaf(path, name.lower(), value)
+    elif depth < _DEPTH:
+        for step, key, inner in _entries(value, depth):
+            yield from _leaves(inner, path + step, name if key is None else key, depth + 1)
+
+
+def _entries(value: Any, depth: int) -> Iterable[tuple[str, str | None, Any]]:
+    """What a container holds: the step that leads to it, its name, and itself."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", key if isinstance(key, str) else "", inner) for key, inner in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{key}", key, inner) for key, inner in zip(value._fields, value, strict=True)]
+    if isinstance(value, str | bytes | nn.Module | type | None):
+        return []
+    if isinstance(value, Sequence):
+        # Several mappings in a list are targets of single images (detection), and no tensor in them is a batch's.
+        single = depth > 0 and len(value) > 1 and isinstance(value[0], Mapping)
+        return [] if single else [(f"[{i}]", None, inner) for i, inner in enumerate(value)]
+    slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
+    names = dict.fromkeys([*getattr(value, "__dict__", {}), *slots, *IMAGES, *LABELS, *MASKS])
+    return [(f".{key}", key, inner) for key in names if (inner := _attribute(value, key)) is not None]
+
+
+def _attribute(value: Any, name: str) -> Any:
+    try:
+        return getattr(value, name, None)
+    except Exception:  # a property of somebody else's class may raise anything
+        return None
+
+
+def _named(leaves: Sequence[_Leaf], part: str) -> list[_Leaf]:
+    return [leaf for leaf in leaves if leaf.name in _NAMES[part]]
+
+
+def _several(leaves: Sequence[_Leaf], part: str) -> str:
+    paths = [leaf.path for leaf in leaves]
+    told = " and ".join(paths) + " may both" if len(paths) == 2 else ", ".join(paths[:4]) + " may all"
+    return f"{told} be meant: give a dict that holds the right one as {_NAMES[part][0]!r}"
+
+
+def _images(found: Parts, pictures: Sequence[_Leaf]) -> Tensor | None:
+    """Find the images; give the tensor that tells how many there are, whatever its dtype."""
+    candidates = _named(pictures, "images") or pictures
+    floating = [leaf for leaf in candidates if leaf.value.is_floating_point()]
+    if floating:
+        found["images"] = floating[0].value
+        if len(floating) > 1:
+            found.unclear["images"] = _several(floating, "images")
+        return floating[0].value
+    raw = [leaf for leaf in candidates if leaf.value.dtype == torch.uint8 or leaf.name in IMAGES]
+    if not raw:
+        return None
+    found.unfit["images"] = f"{raw[0]}: give float images, normalised as for the model, such as x.float() / 255"
+    return raw[0].value
+
+
+def _labels(found: Parts, leaves: Sequence[_Leaf], count: int) -> None:
+    named = _named(leaves, "labels")
+    if named:
+        lists = [leaf for leaf in named if _is_list(leaf.value, column=True)]
+        others = [leaf for leaf in named if not _is_list(leaf.value, column=True)]
+    else:
+        # A sample's number looks just like a class; an unnamed label that stands beside class scores may be one.
+        unnamed = [leaf for leaf in leaves if not _NUMBERS.fullmatch(leaf.name)]
+        lists = [leaf for leaf in unnamed if _is_list(leaf.value)]
+        others = [leaf for leaf in unnamed if leaf.value.ndim == 2 and len(leaf.value) == count]
+    indices = [leaf for leaf in lists if len(leaf.value) == count]
+    if len(indices) == 1 and (named or not others):
+        found["labels"] = indices[0].value.reshape(count)
+    elif indices:
+        found.unclear["labels"] = _several(indices if named else [*indices, *others], "labels")
+    elif others:
+        found.unfit["labels"] = f"{others[0]} and no class index of each image: give those as integers [{count}]"
+    elif lists:
+        shape = list(lists[0].value.shape)
+        found.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
+
+
+def _masks(found: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:
+    fitting = []
+    for leaf in leaves:
+        mask = leaf.value[:, 0] if leaf.value.ndim == 4 and leaf.value.shape[1] == 1 else leaf.value
+        if mask.dtype == torch.bool and mask.ndim == 3 and mask.shape[1:] == images.shape[2:]:
+            fitting.append(leaf._replace(value=mask))
+    candidates = _named(fitting, "masks") or fitting
+    if len(candidates) == 1:
+        found["masks"] = candidates[0].value
+    elif candidates:
+        found.unclear["masks"] = _several(candidates, "masks")
+
+
+def _is_list(tensor: Tensor, column: bool = False) -> bool:
+    """Whether it holds whole numbers, [n] or where columns count [n, 1]."""
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return whole and (tensor.ndim == 1 or (column and tensor.ndim == 2 and tensor.shape[1] == 1))

@@ -28,6 +28,14 @@ class OutOfReach(PrunexError):
     """A budget that this method cannot meet on this model, while another may."""
 
 
+class Unfollowed(PrunexError):
+    """A module does more round its ViT than can be followed, while the ViT itself is known."""
+
+
+class Unreached(PrunexError):
+    """A method needs gradients, and the model lets none through."""
+
+
 def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
     """A ``PrunexError`` for a name that is not known, offering the nearest ones and listing all.
 

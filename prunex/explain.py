@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
 from prunex.brief import Brief
-from prunex.errors import PrunexError, unknown
+from prunex.errors import PrunexError, Unreached, unknown
 from prunex.explainers.base import Relevance
 from prunex.registry import lookup
 from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.embedding import over_pixels
-from prunex.vit.mount import check_methods
+from prunex.vit.mount import as_found, check_methods
+from prunex.vit.surroundings import look
 from prunex.vit.trace import TokenTrace
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ class Explanation(Brief):
         signed: Whether negative values mean "against the class".
         trace: What the explained forward did to the patches.
         logits: float [B, classes]; the features where the model has no classifier.
-        image_size: Height and width of the images in pixels.
+        image_size: Height and width in pixels of what entered the ViT: the images', unless a module resizes or crops.
         covered: Height and width in pixels that the patch grid lies over: the images', unless they are no whole number
             of patches.
         fine: float [B, H, W], the map at pixel size of a method that is finer than a patch; else None.
         info: What the method found out beside the map, by name: tensors whose first dimension is B, such as ``delta``
             of integrated_gradients. Empty for most.
+        entered: float [B, C, h, w], what entered the ViT, where the module round it prepared the images; else None.
+        resized: Whether it has another size than the images, so that the maps lie over it alone.
+        output: Which part of the module's output is explained, such as ``"logits"``; empty where it is one tensor.
     """
 
     shown = ("method", "maps", "target", "signed", "image_size")
@@ -57,12 +61,15 @@ class Explanation(Brief):
     covered: tuple[int, int]
     fine: Tensor | None = None
     info: dict[str, Tensor] = field(default_factory=dict)
+    entered: Tensor | None = None
+    resized: bool = False
+    output: str = ""
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
         """The maps at pixel size, bilinear: float [B, H, W]; 0 at pixels beyond the last whole patch.
 
         Args:
-            size: Height and width in pixels; None: the images' own.
+            size: Height and width in pixels; None: those of what entered the ViT.
 
         Raises:
             PrunexError: For a size that is not two positive integers.
@@ -77,21 +84,24 @@ class Explanation(Brief):
         """The finest map the method has, [B, H, W]; for methods on the patch grid, that grid upsampled."""
         return self.upsample() if self.fine is None else self.fine
 
-    def overlay(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def overlay(self, images: Tensor | NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """The maps over the images, for looking at.
 
         Args:
             images: uint8 [B, H, W, 3], or float [B, C, H, W] of 1 or 3 channels (scaled to 0..1 per image when outside
-                that range).
+                that range). None: what entered the ViT, which is where the maps lie if a module resizes or crops.
 
         Returns:
             uint8 [B, H, W, 3]; colours are scaled per image.
 
         Raises:
-            PrunexError: For images of another shape, number or type.
+            PrunexError: For images of another shape, number or type, or of another size than what entered the ViT.
         """
         from prunex.pictures import overlay
 
+        if images is None and self.entered is None:
+            raise PrunexError("the ViT was given the images as they were: give them to overlay(), too")
+        images = self.entered if images is None else images
         if isinstance(images, Tensor):
             shown = images.detach().float().cpu()
             if shown.ndim != 4 or shown.shape[1] not in (1, 3):
@@ -105,6 +115,12 @@ class Explanation(Brief):
             pictures = (shown.permute(0, 2, 3, 1) * 255).round().byte().numpy()
         else:
             pictures = images
+        size = tuple(getattr(pictures, "shape", ())[1:3])
+        if self.resized and size != self.image_size:
+            raise PrunexError(
+                f"pictures have size {list(size)}, and the maps lie over what the module made of them, "
+                f"{list(self.image_size)}: call overlay() without pictures"
+            )
         maps = self.maps if self.covered == self.image_size else self.upsample()
         return overlay(pictures, maps.float().cpu().numpy(), signed=self.signed)
 
@@ -126,9 +142,11 @@ def explain(
 
     Args:
         method: An explainer's name; :func:`prunex.methods` lists them.
-        model: A supported ViT, or any module that holds exactly one.
+        model: A supported ViT, or any module that holds exactly one and takes images. It is called once as it is: what
+            enters its ViT is explained, and the classes are those that it gives itself, whatever head, softmax or
+            dictionary follows the ViT. One without a forward is explained by its ViT alone, with a warning.
         images: float [B, C, H, W], normalised as the model expects.
-        target: Class index, integer tensor [B], or None for the predicted class.
+        target: Class index, integer tensor [B], or None for the predicted class; of the model's own output.
         path: Dotted path to the ViT when ``model`` holds several.
         **options: The method's own.
 
@@ -136,7 +154,9 @@ def explain(
         The explanation.
 
     Raises:
-        PrunexError: Unknown method or option, images or target the model cannot take, NaN in the images.
+        PrunexError: Unknown method or option, images or target the model cannot take, NaN in the images; a model whose
+            own forward gives something else than what would be explained, or cannot be followed (a ViT called several
+            times, or not as a whole; several outputs); a method that needs gradients where a layer lets none through.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
@@ -155,8 +175,17 @@ def explain(
     weight = next(vit.parameters())
     if weight.is_meta:
         raise PrunexError("the model is on the meta device, where nothing is computed: load its weights first")
-    check_images(anatomy, images, values=True)
-    answer: Relevance = make(vit, images.detach().to(weight.device, weight.dtype), target, **options)
+    if model is vit:
+        check_images(anatomy, images, values=True)
+    with as_found(model, train=False):
+        call = look(model, vit, images, path is not None)
+        check_images(anatomy, call.entered, values=True)
+        try:
+            answer: Relevance = make(call.vit, call.entered, target, **options)
+        except Unreached as error:
+            raise PrunexError(f"{method} needs gradients: {error}") from error
+        call.check(method, answer.logits, answer.trace)
+    size = (call.entered.shape[2], call.entered.shape[3])
     return Explanation(
         method,
         {**defaults, **options},
@@ -166,8 +195,11 @@ def explain(
         answer.signed,
         answer.trace,
         answer.logits,
-        (images.shape[2], images.shape[3]),
+        size,
         (answer.maps.shape[1] * anatomy.patch[0], answer.maps.shape[2] * anatomy.patch[1]),
         answer.pixels,
         answer.info,
+        call.prepared,
+        size != tuple(images.shape[2:]),
+        call.field,
     )

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunex.brief import Brief
-from prunex.errors import PrunexError
+from prunex.errors import PrunexError, Unreached
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import as_found
+from prunex.vit.readout import classifies
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 
@@ -203,8 +204,7 @@ def recording(
         with torch.autocast(images.device.type, enabled=False) if precise else nullcontext():
             state = record(model, images, tape, masked)
         anatomy = own_anatomy(model)
-        # The head itself tells, not num_classes: users put heads on and take them off by assignment.
-        if not isinstance(model.head, nn.Identity):
+        if classifies(model):
             chosen = choose_target(tape.logits, target)
         elif needs_class or target is not None:
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
@@ -252,15 +252,46 @@ def choose_target(logits: Tensor | None, target: Any) -> Tensor:
 
 
 def attention_gradients(recorded: Recording) -> list[Tensor]:
-    """Gradient of each image's target logit for every block's attention, float32 (or 64): a list of [B, H, n, n].
+    """Gradients of each image's target logit for every block's attention, float32 (or 64): a list of [B, H, n, n].
 
-    Only activations are differentiated, never parameters; nothing is accumulated into ``.grad``.
+    Raises:
+        Unreached: Where some block's attention has none.
     """
     maps = [a.attention for a in recorded.tape.attended()]
     score = recorded.logits.gather(1, recorded.target[:, None]).sum()
-    inputs = [m for m in maps if m is not None]
-    found = torch.autograd.grad(score, inputs, allow_unused=True)
-    return [torch.zeros_like(m) if g is None else g for m, g in zip(inputs, found, strict=True)]
+    return gradients(score, [m for m in maps if m is not None])
+
+
+def gradients(
+    output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = None, retain_graph: bool = False
+) -> list[Tensor]:
+    """What ``torch.autograd.grad`` gives. A place that nothing reaches is refused, and not taken for one without worth.
+
+    Only activations are differentiated, never parameters; nothing is accumulated into ``.grad``.
+
+    Args:
+        output: A scalar, or a tensor that ``start`` is shaped as.
+        inputs: Where to differentiate.
+        start: What the backward pass starts from.
+        retain_graph: Whether the graph is walked again.
+
+    Raises:
+        Unreached: Where a layer computes without autograd.
+    """
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if output.requires_grad and all(x.requires_grad for x in inputs):
+        found = torch.autograd.grad(output, inputs, start, retain_graph, allow_unused=True)
+    if any(g is None and x.numel() for g, x in zip(found, inputs, strict=True)):  # a block without heads has no entries
+        raise unreached()
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def unreached() -> Unreached:
+    """The error for a place that no gradient came to."""
+    return Unreached(
+        "no gradient of the class reached all that is differentiated: some layer computes without autograd (quantised "
+        "weights, torch.no_grad, detach); use rollout, or the model as it was before"
+    )
 
 
 def widened(model: ViT, images: Tensor) -> tuple[ViT, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunex.checks import check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, attention_gradients, recording
+from prunex.explainers.base import Recording, Relevance, attention_gradients, gradients, recording
 from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
@@ -216,7 +216,7 @@ def _path_gradients(
             logits = recorded.again(tokens, index, tape=tape)
             score = logits.gather(1, recorded.target[index, None]).sum()
             wanted = [step for step in tape.attended() if step.attention is not None]
-            grads = torch.autograd.grad(score, [torch.as_tensor(step.attention) for step in wanted])
+            grads = gradients(score, [torch.as_tensor(step.attention) for step in wanted])
         for step, grad in zip(wanted, grads, strict=True):
             rows = grad[:, :, readers] if readers and step.queries is None else grad
             if step.block not in total:

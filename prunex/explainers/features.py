@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
-from prunex.explainers.base import Recording
+from prunex.explainers.base import Recording, gradients
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
 
@@ -98,8 +98,7 @@ def features(recorded: Recording, layer: int, score: Tensor | None = None) -> Fe
     normed = torch.as_tensor(recorded.tape.attended()[layer].normed)
     gradient = None
     if score is not None:
-        found = torch.autograd.grad(score.sum(), normed, allow_unused=True)[0]
-        gradient = _wide(torch.zeros_like(normed) if found is None else found, recorded.anatomy.prefix)
+        gradient = _wide(gradients(score.sum(), [normed])[0], recorded.anatomy.prefix)
     return on_patches(recorded, layer, _wide(normed, recorded.anatomy.prefix), gradient)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunex.errors import unknown
-from prunex.explainers.base import Recording, Relevance, recording, start_layer
+from prunex.explainers.base import Recording, Relevance, gradients, recording, start_layer
 from prunex.explainers.features import Features, features, features_tape, on_patches
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
@@ -94,7 +94,7 @@ def _rows(recorded: Recording, layer: int, score: Tensor) -> Features:
     """What the tokens that the head reads pay to each patch token, and its gradient; heads are the channels."""
     step = recorded.tape.attended()[layer]
     attention = torch.as_tensor(step.attention)
-    gradient = promoted(torch.autograd.grad(score.sum(), attention)[0])
+    gradient = promoted(gradients(score.sum(), [attention])[0])
     readers = recorded.anatomy.readout(attention.shape[3], step.policy, attention.detach(), step.sizes)
     if step.queries is not None:
         readers = readers[:, list(step.queries)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunex.errors import unknown
-from prunex.explainers.base import Recording, Relevance, recording
+from prunex.explainers.base import Recording, Relevance, gradients, recording, unreached
 from prunex.explainers.propagation import propagate
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
@@ -92,10 +92,12 @@ def _scores(recorded: Recording, axis: str) -> dict[int, Tensor]:
     handles = [m.register_hook(hook) for m, hook in zip(maps, hooks, strict=True)]
     score = recorded.logits.gather(1, recorded.target[:, None]).sum()
     try:
-        torch.autograd.grad(score, maps[0])
+        gradients(score, maps[:1])
     finally:
         for handle in handles:
             handle.remove()
+    if any(m.numel() and step.block not in scores for m, step in zip(maps, recorded.tape.attended(), strict=True)):
+        raise unreached()
     return scores
 
 

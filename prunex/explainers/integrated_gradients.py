@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, check_chunk, recording, sequences
+from prunex.explainers.base import Recording, Relevance, check_chunk, gradients, recording, sequences
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
@@ -132,7 +132,7 @@ class _Path:
             start = self.start[image]
             point = (start + alpha * (self.end[image] - start)).to(self.dtype).requires_grad_()
             score = self.score(self._output(point, image), image)
-            total.index_add_(0, image, weight * torch.autograd.grad(score.sum(), point)[0])
+            total.index_add_(0, image, weight * gradients(score.sum(), [point])[0])
         return total
 
     def at_start(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, recording, widened
+from prunex.explainers.base import Relevance, gradients, recording, widened
 from prunex.explainers.modified_gradients import ModifiedGradients
 from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
@@ -90,7 +90,7 @@ def lrp(
         one_hot = recorded.one_hot()
         if isinstance(ops, RelevanceRules):
             ops.relevance = True
-        tokens, pixels = torch.autograd.grad(recorded.logits, [recorded.embedded, images], one_hot)
+        tokens, pixels = gradients(recorded.logits, [recorded.embedded, images], one_hot)
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images
         return recorded.answer(tokens.sum(-1), pixels, signed=True, pixels=pixels.sum(1))

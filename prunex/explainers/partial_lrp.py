@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunex.checks import check_flag
 from prunex.errors import unknown
-from prunex.explainers.base import Relevance, recording, widened
+from prunex.explainers.base import Relevance, gradients, recording, widened
 from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
@@ -76,9 +76,9 @@ def partial_lrp(
         step = tape.attended()[-1]
         one_hot = recorded.one_hot()
         attention = torch.as_tensor(step.attention)
-        grad = torch.autograd.grad(recorded.logits, attention, one_hot, retain_graph=True)[0] if gradient else 1
+        grad = gradients(recorded.logits, [attention], one_hot, retain_graph=True)[0] if gradient else 1
         rules.relevance = True
-        found = torch.autograd.grad(recorded.logits, attention, one_hot)[0] * grad
+        found = gradients(recorded.logits, [attention], one_hot)[0] * grad
         with torch.no_grad():
             prefix, heads = recorded.anatomy.prefix, found.shape[1]
             readout = recorded.readout()

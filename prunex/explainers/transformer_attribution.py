@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prunex.checks import check_flag
-from prunex.explainers.base import Relevance, recording, widened
+from prunex.explainers.base import Relevance, gradients, recording, widened
 from prunex.explainers.base import start_layer as check_layer
 from prunex.explainers.propagation import propagate, times
 from prunex.explainers.relevance_rules import RelevanceRules
@@ -73,9 +73,9 @@ def transformer_attribution(
         maps = {a.block: torch.as_tensor(a.attention) for a in tape.attended() if a.block >= start}
         one_hot = recorded.one_hot()
         inputs = list(maps.values())
-        grads = torch.autograd.grad(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
+        grads = gradients(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
         rules.relevance = True
-        found = torch.autograd.grad(recorded.logits, inputs, one_hot)
+        found = gradients(recorded.logits, inputs, one_hot)
         with torch.no_grad():
             if grads is None:
                 weights = [over_heads(r.clamp(min=0)) for r in found]

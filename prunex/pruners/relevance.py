@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunex.checks import check_flag
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import recording
+from prunex.explainers.base import gradients, recording
 from prunex.explainers.modified_gradients import ModifiedGradients
 from prunex.explainers.relevance_rules import RelevanceRules
 from prunex.pruners.calibration import labelled_batches, undisturbed, widened
@@ -140,14 +140,13 @@ class Relevance(UnitPruner):
                 one_hot = recorded.one_hot()
                 if isinstance(ops, RelevanceRules):
                     ops.relevance = True
-                found = torch.autograd.grad(recorded.logits, list(ops.seen.values()), one_hot, allow_unused=True)
+                found = gradients(recorded.logits, list(ops.seen.values()), one_hot)
             seen = {key: x.detach() for key, x in ops.seen.items()}
         finally:
             ops.seen.clear()  # the graph knows the rules: they must not know the graph, or neither is ever let go
         told = {}
         for (key, x), r in zip(seen.items(), found, strict=True):
-            r = torch.zeros_like(x) if r is None else r if self.rule == "zplus" else r * x
-            told[key] = r.detach()
+            told[key] = (r if self.rule == "zplus" else r * x).detach()
         return {b.key: told[b.key].unflatten(2, (b.units, b.width)).sum(3) for b in self.branches}
 
 

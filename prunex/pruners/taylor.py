@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.checks import check_flag
+from prunex.explainers.base import gradients
 from prunex.pruners.calibration import classes_of, labelled_batches, undisturbed, widened
 from prunex.pruners.units import Scores, UnitPruner
 from prunex.registry import register
@@ -106,7 +107,7 @@ class Taylor(UnitPruner):
         try:
             logits = model(images)
             loss = F.cross_entropy(logits, classes_of(logits, labels), reduction="sum")
-            found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+            found = gradients(loss, list(probes.values()))
         finally:
             self._probes = None
-        return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(probes.items(), found, strict=True)}
+        return dict(zip(probes, found, strict=True))

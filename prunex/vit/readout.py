@@ -15,6 +15,8 @@ from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, unknown_layer
 
+TAIL = "prunex_tail"  # on a ViT that stands for a whole module: what the module makes of its ViT's output
+
 
 def head(
     model: ViT,
@@ -25,6 +27,8 @@ def head(
     sizes: Tensor | None = None,
 ) -> Tensor:
     """From the final tokens to the model's output, as timm's ``forward_head`` in eval mode.
+
+    A ViT that stands for the module round it (:mod:`prunex.vit.surroundings`) gives the module's output.
 
     Args:
         model: The ViT.
@@ -37,6 +41,29 @@ def head(
     Returns:
         [B, classes], or the pooled features without a head.
     """
+    out = _own_head(model, x, policy, anatomy, ops, sizes)
+    tail = vars(model).get(TAIL)
+    return out if tail is None else tail(out, ops)
+
+
+def classifies(model: ViT) -> bool:
+    """Whether a model gives classes and no bare features.
+
+    The head itself tells, not num_classes: users put heads on and take them off by assignment.
+    """
+    return not isinstance(model.head, nn.Identity) or TAIL in vars(model)
+
+
+def outputs(model: ViT) -> int:
+    """How many classes a model gives; 0 without a classifier."""
+    tail = vars(model).get(TAIL)
+    return int(model.num_classes) if tail is None else tail.classes
+
+
+def _own_head(
+    model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic, sizes: Tensor | None
+) -> Tensor:
+    """The ViT's own output."""
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
         x = for_heads(model, x, policy, anatomy, ops)

@@ -285,7 +285,56 @@ def _side(model: nn.Module, position: Tensor | None) -> int | None:
 
 
 class Restored:
-    """Mixed into modules that build a timm model from hyperparameters: what they take of them from a checkpoint."""
+    """Mixed into modules that build a timm model from hyperparameters: where its weights come from."""
+
+    _loaded = False  # whether load_state_dict has brought weights
+
+    def setup(self, stage: str) -> None:
+        """Before anything runs: images must have the model's size."""
+        self.check_size(getattr(self.trainer, "datamodule", None))  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Before training, and after a checkpoint was read: weights must come from somewhere."""
+        self.check_start()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch's; weights that come this way are a start."""
+        self._loaded = True
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def check_start(self) -> None:
+        """Refuse to train from random weights unless that was asked for: it looks like training, and learns little.
+
+        Raises:
+            PrunexError: Without ``weights``, ``pretrained`` or ``from_scratch``, where no state dict was loaded.
+        """
+        told: Mapping[str, Any] = self.hparams  # type: ignore[attr-defined]
+        if not (self._loaded or any(told.get(name) for name in ("weights", "pretrained", "from_scratch"))):
+            raise PrunexError(
+                f"{told.get('architecture')} would start from random weights: give weights=FILE (--model.weights FILE, "
+                "a safetensors file), pretrained=True (--model.pretrained true downloads timm's), or from_scratch=True "
+                "(--model.from_scratch true) where that is meant"
+            )
+
+    def check_size(self, data: Any) -> None:
+        """Refuse images of another size than the model's; timm would at the first step.
+
+        Args:
+            data: A data module that says its ``image_size``, or anything else.
+
+        Raises:
+            PrunexError: When the two sizes differ and the model takes only its own.
+        """
+        size = getattr(data, "image_size", None)
+        for vit in (m for m in self.modules() if hasattr(m, "patch_embed")):  # type: ignore[attr-defined]
+            embed: Any = vit.patch_embed
+            side = getattr(embed, "img_size", None)
+            strict = getattr(embed, "strict_img_size", True) and not getattr(vit, "dynamic_img_size", False)
+            if isinstance(size, int) and side is not None and strict and tuple(side) != (size, size):
+                raise PrunexError(
+                    f"the data's images are {size} x {size} pixels (data.image_size), the model takes "
+                    f"{side[0]} x {side[1]} (model_args.img_size): give both the same number"
+                )
 
     @classmethod
     def check_saved(

@@ -50,6 +50,7 @@ class ImageClassifier(Restored, LightningModule):
         model_args: Overrides for timm's constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
         weights: Path of a safetensors file, or the name of weights shipped with prunex (``digits``).
         pretrained: Download timm's weights; needs a network.
+        from_scratch: Train from random weights: without it, and without weights, training is refused.
         learning_rate: Peak learning rate.
         head_lr_scale: The classifier's learning rate, as a multiple of the others'; a new head on pretrained weights
             learns little in few epochs at the rate that suits those.
@@ -92,6 +93,7 @@ class ImageClassifier(Restored, LightningModule):
         patch_label_weight: float = 0.0,
         pruning: dict[str, Any] | None = None,
         unit_pruning: dict[str, Any] | None = None,
+        from_scratch: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is None or num_classes < 1:

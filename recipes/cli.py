@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -18,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from prunex.callbacks.checkpoints import read_checkpoint
 from prunex.errors import PrunexError, unknown
 from prunex.recipes.commands import COMMANDS
-from prunex.recipes.runs import instantiate
+from prunex.recipes.runs import instantiate, run_of
+from prunex.recipes.usage import command_usage, usage
 from prunex.untrusted import is_there
 
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -88,9 +90,15 @@ def run_lightning(arguments: Sequence[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
 
     from prunex.callbacks import ExactResume
+    from prunex.recipes.backbone import Restored
+    from prunex.recipes.callback_options import put_in_config
+    from prunex.recipes.predictions import FILE, PredictionTable
     from prunex.recipes.resuming import SaveConfig, go_on
 
+    if arguments[1:] == ["--help", "all"]:
+        arguments = [arguments[0], "--help"]
     subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
+    out = take_out(rest) if subcommand == "predict" else None
 
     class CLI(LightningCLI):
         """LightningCLI that finds the last run, trusts its configs but no checkpoint, and tells mistakes in one line.
@@ -99,7 +107,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
         """
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            with mistakes():
+            with mistakes(rest):
                 super().parse_arguments(parser, args)
             config = self.config[self.config.subcommand]
             if config.get("ckpt_path") and config.get("weights_only") is None:
@@ -126,8 +134,15 @@ def run_lightning(arguments: Sequence[str]) -> int:
                     self.config = self.parser.parse_object({self.config.subcommand: told}, self.config)
 
         def before_instantiate_classes(self) -> None:
-            if self.config[subcommand].get("ckpt_path") == "last":
-                go_on(self.config[subcommand], training=subcommand == "fit")
+            config, training = self.config[subcommand], subcommand == "fit"
+            if config.get("ckpt_path") == "last":
+                self.save_config_kwargs["resumed"] = go_on(config, training)
+            if not training:
+                keep_out(config, scratch)
+            if subcommand == "predict":
+                config["return_predictions"] = False  # the table is what is wanted
+                run = run_of(Path(config["ckpt_path"])) if config.get("ckpt_path") else None
+                self.trainer_defaults["callbacks"] = [ExactResume(), PredictionTable(out or (run or Path()) / FILE)]
 
         def instantiate_classes(self) -> None:
             config = self.config[self.subcommand] if self.subcommand else self.config
@@ -136,7 +151,12 @@ def run_lightning(arguments: Sequence[str]) -> int:
                 if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
                     data = instantiate(LightningDataModule, config.data.as_dict())
                     arguments["num_classes"] = getattr(data, "num_classes", None)
+                follow_size(config, rest)
                 super().instantiate_classes()
+                if isinstance(self.model, Restored):  # now, before the run has a folder
+                    self.model.check_size(self.datamodule)
+                    if subcommand == "fit" and not config.get("ckpt_path"):
+                        self.model.check_start()
 
     import prunex.callbacks
     import prunex.recipes  # noqa: F401  (imported so that configs may use short class names)
@@ -145,33 +165,94 @@ def run_lightning(arguments: Sequence[str]) -> int:
     # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    CLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"plugins": {"class_path": "prunex.callbacks.SafeCheckpointIO"}, "callbacks": ExactResume()},
-        parser_kwargs={
-            "parser_mode": "omegaconf+",
-            "prog": "prunex",
-            "exit_on_error": False,
-            **{name: {"exit_on_error": False} for name in LIGHTNING},
-        },
-        args=[subcommand, *rest],
-    )
+    with TemporaryDirectory(prefix="prunex-") as scratch:
+        rest = put_in_config(rest, scratch)
+        CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig if subcommand == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "plugins": {"class_path": "prunex.callbacks.SafeCheckpointIO"},
+                "callbacks": ExactResume(),
+            },
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "prog": "prunex",
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in LIGHTNING},
+            },
+            args=[subcommand, *rest],
+        )
     return 0
 
 
+def follow_size(config: Any, arguments: Sequence[str]) -> None:
+    """Where the command line gives one of two sizes, that of the data's images or the model's, the other follows.
+
+    Args:
+        config: Of one subcommand, changed in place.
+        arguments: What was typed.
+    """
+    data, model = ((config.get(part) or {}).get("init_args") or {} for part in ("data", "model"))
+    if "image_size" not in data or "model_args" not in model:
+        return
+    typed = [argument.partition("=")[0] for argument in arguments]
+    by_data = any(name.startswith("--data.") and name.endswith(".image_size") for name in typed)
+    by_model = any(name.startswith("--model.") and name.endswith(".img_size") for name in typed)
+    sizes = dict(model["model_args"] or {})
+    if by_data and not by_model:
+        model["model_args"] = {**sizes, "img_size": data["image_size"]}
+    elif by_model and not by_data and isinstance(sizes.get("img_size"), int):
+        data["image_size"] = sizes["img_size"]
+
+
+def take_out(arguments: list[str]) -> str | None:
+    """Take ``--out FILE`` from the arguments of predict, which Lightning does not know.
+
+    >>> arguments = ["--out", "x.csv", "--data.root", "photos"]
+    >>> take_out(arguments), arguments
+    ('x.csv', ['--data.root', 'photos'])
+    """
+    found = None
+    for place in reversed([i for i, a in enumerate(arguments) if a == "--out" or a.startswith("--out=")]):
+        name, equals, value = arguments[place].partition("=")
+        if not equals and place + 1 == len(arguments):
+            raise PrunexError("--out needs the name of a file, such as predictions.csv")
+        found = value if equals else arguments[place + 1]
+        del arguments[place : place + (1 if equals else 2)]
+    return found
+
+
+def keep_out(config: Any, scratch: str) -> None:
+    """Have a run that is only looked at stay as it is: what loggers and callbacks write goes nowhere.
+
+    Args:
+        config: Of validate, test or predict, changed in place.
+        scratch: A folder that is removed afterwards.
+    """
+    config.trainer["logger"] = False
+    config.trainer["default_root_dir"] = scratch
+    if not config.get("ckpt_path"):
+        print("prunex: without --ckpt_path the model is what the config starts from", file=sys.stderr)
+
+
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """Whatever parsing a config and building its parts raise, as one line: it is what the config says."""
+def mistakes(arguments: Sequence[str] = ()) -> Iterator[None]:
+    """Whatever parsing a config and building its parts raise, as one line: it is what the config says.
+
+    Args:
+        arguments: What was typed; an option among them that nobody knows is named first.
+    """
+    from prunex.recipes.callback_options import near_name
+
     try:
         yield
     except Exception as error:
-        mistake = find_mistake(error) or parse_mistake(error)
+        mistake = find_mistake(error) or near_name(arguments) or parse_mistake(error)
         raise mistake or PrunexError(
             f"the config cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:300]}): "
             f"correct it, or set {DEBUG}=1 to see where"
@@ -224,26 +305,6 @@ def _names_a_class(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(_names_a_class(v) for v in value)
 
 
-def usage() -> str:
-    """The text of ``prunex --help``."""
-    lines = [
-        "usage: prunex COMMAND [options]",
-        "",
-        "Prune Vision Transformers while fine-tuning them, and see why.",
-        "",
-    ]
-    told = {
-        "fit": "train; without --config the embedded demo (digits/dynamicvit.yaml)",
-        "validate": "run the validation set through a checkpoint",
-        "test": "run the test set through a checkpoint",
-        "predict": "write out class probabilities",
-        **{name: text for name, (text, _) in COMMANDS.items()},
-    }
-    lines += [f"  {name:<10} {text}" for name, text in told.items()]
-    lines += ["", f"ready-made configs: {', '.join(sorted(packaged_configs()))}"]
-    return "\n".join(lines)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Dispatch on the first argument.
 
@@ -257,9 +318,12 @@ def run(arguments: Sequence[str]) -> int:
         PrunexError: If the user made a mistake.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(packaged_configs()))
         return 0
     command = arguments[0]
+    if command in LIGHTNING and arguments[1:] in (["-h"], ["--help"]):
+        print(command_usage(command, packaged_configs()))
+        return 0
     for argument in arguments:
         _check_argument(argument)
     if command == "--version":
@@ -314,6 +378,11 @@ def file_mistake(error: BaseException) -> PrunexError | None:
     return PrunexError(f"{str(error.filename or 'a file')[:200]}: {error.strerror}{advice if full else ''}")
 
 
+def misconfigured(error: BaseException) -> PrunexError | None:
+    """What Lightning says about how it is used, such as data without a loader for this command, as one line."""
+    return PrunexError(str(error)[:400]) if type(error).__name__ == "MisconfigurationException" else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback.
 
@@ -322,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception as error:
-        mistake = find_mistake(error) or parse_mistake(error) or file_mistake(error)
+        mistake = find_mistake(error) or parse_mistake(error) or file_mistake(error) or misconfigured(error)
         if mistake is None or os.environ.get(DEBUG):
             raise
         print(f"prunex: error: {mistake}", file=sys.stderr)

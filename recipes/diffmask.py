@@ -51,6 +51,7 @@ class DiffMask(ExplainerTraining):
         model_args: Overrides for timm's constructor.
         weights: The classifier: path of a safetensors file, or the name of weights shipped with prunex.
         pretrained: Download timm's weights; needs a network.
+        from_scratch: Explain a classifier of random weights: without it, and without weights, training is refused.
         eps: Divergence that the masked output is allowed.
         alpha_init: Where the multipliers start, in [0, 200].
         lr: Of the gates.
@@ -92,6 +93,7 @@ class DiffMask(ExplainerTraining):
         weighted_layer_distribution: bool = False,
         slow_steps: int = 6,
         slow_rate: float = 0.5,
+        from_scratch: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is None or num_classes < 1:

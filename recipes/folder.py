@@ -64,7 +64,7 @@ class ImageFolder(LightningDataModule):
     Example::
 
         data = ImageFolder("photos", image_size=224, batch_size=64, num_workers=4)
-        trainer.fit(ImageClassifier("vit_small_patch16_224", num_classes=data.num_classes), datamodule=data)
+        trainer.fit(ImageClassifier("vit_small_patch16_224", data.num_classes, pretrained=True), datamodule=data)
     """
 
     def __init__(

@@ -16,15 +16,19 @@ from prunex.files import remove_drafts, write_whole
 LOGGERS = ("CSVLogger", "TensorBoardLogger")  # whose folders are save_dir/name/version_N
 
 
-def go_on(config: Any, training: bool) -> None:
+def go_on(config: Any, training: bool) -> bool:
     """Put the path of the last run's checkpoint in place of ``ckpt_path: last``, and let training use its folder again.
 
-    The last run is the ``version_N`` of the highest number under the logger's ``save_dir/name``. One that was stopped
-    before its first epoch had ended has no checkpoint yet: training begins again, in the same folder.
+    The last run is the ``version_N`` of the highest number under the logger's ``save_dir/name`` that has a checkpoint:
+    what else made such a folder is no run. Where none has one, the last was stopped before its first epoch had ended,
+    and training begins again in its folder.
 
     Args:
         config: Of one subcommand, changed in place.
         training: Whether runs are continued (fit), or looked at (validate, test, predict).
+
+    Returns:
+        Whether the run's folder was chosen here, and not by the config.
 
     Raises:
         PrunexError: For a logger without such folders; when there is nothing to look at.
@@ -36,35 +40,42 @@ def go_on(config: Any, training: bool) -> None:
             f"the checkpoint instead, as in runs/NAME/version_0/checkpoints/{LAST}"
         )
     root = Path(logger["save_dir"], logger.get("name") or "")
-    run = last_run(root) if logger.get("version") is None else _folder(root, logger["version"])
-    if run is None or not run.is_dir():
+    chosen = logger.get("version") is None
+    found = runs(root) if chosen else [f for f in [_folder(root, logger["version"])] if f.is_dir()]
+    if not found:
         if not training:
             raise PrunexError(f"ckpt_path='last': there is no run in {root}; train first, or give a path")
         rank_zero_info(f"prunex: there is no run in {root} yet, so this is the first")
         config["ckpt_path"] = None
-        return
-    path = run / "checkpoints" / LAST
+        return False
+    run = next((f for f in found if _last(f).is_file()), found[0])
+    if not training and not _last(run).is_file():
+        raise PrunexError(f"ckpt_path='last': there is no {_last(run)}; give the path of a checkpoint")
     if training:
         logger["version"] = run.name
         remove_drafts(run)
-    if path.is_file():
-        config["ckpt_path"] = str(path)
-        rank_zero_info(f"prunex: going on from {path}")
-    elif training:
+    if _last(run).is_file():
+        config["ckpt_path"] = str(_last(run))
+        later = f"; {found[0].name} is newer, but has no checkpoint" if run != found[0] else ""
+        rank_zero_info(f"prunex: going on from {_last(run)}{later}" if training else f"prunex: reading {_last(run)}")
+    else:
         config["ckpt_path"] = None
         rank_zero_info(f"prunex: {run} was stopped before its first checkpoint, so it begins again")
-    else:
-        raise PrunexError(f"ckpt_path='last': there is no {path}; give the path of a checkpoint")
+    return chosen
 
 
-def last_run(root: Path) -> Path | None:
-    """The ``version_N`` folder of the highest number; None where there is none."""
+def runs(root: Path) -> list[Path]:
+    """The ``version_N`` folders, the highest number first."""
     numbered = {
         int(folder.name.removeprefix("version_")): folder
         for folder in (root.iterdir() if root.is_dir() else ())
         if folder.is_dir() and folder.name.removeprefix("version_").isdigit() and folder.name.startswith("version_")
     }
-    return numbered[max(numbered)] if numbered else None
+    return [numbered[n] for n in sorted(numbered, reverse=True)]
+
+
+def _last(run: Path) -> Path:
+    return run / "checkpoints" / LAST
 
 
 def _folder(root: Path, version: int | str) -> Path:
@@ -82,10 +93,16 @@ def _logger(logger: Any) -> Any:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Lightning's callback, writing ``config.yaml`` whole."""
+    """Lightning's callback, writing ``config.yaml`` whole.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        resumed: Whether :func:`go_on` chose the run's folder: the file then says what the run's first start said, so
+            that another ``prunex fit`` with it is another run.
+    """
+
+    def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+        self._resumed = resumed
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,5 +113,9 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called by Lightning on rank zero, once."""
         if self._folder is not None:
-            text = self.parser.dump(self.config, skip_none=False)
+            config = self.config.clone()
+            if self._resumed:
+                config["ckpt_path"] = None
+                _logger(config.trainer.get("logger"))["version"] = None
+            text = self.parser.dump(config, skip_none=False)
             write_whole(self._folder / self.config_filename, text.encode())

@@ -50,6 +50,7 @@ class ViTShapley(ExplainerTraining):
         model_args: Overrides for timm's constructor.
         weights: The classifier: path of a safetensors file, or the name of weights shipped with prunex.
         pretrained: Download timm's weights; needs a network.
+        from_scratch: Explain a classifier of random weights: without it, and without weights, training is refused.
         surrogate_epochs: Epochs of the first stage; 0 takes the classifier itself as the surrogate.
         masks: Coalitions an image and step in the second stage; even.
         surrogate_learning_rate: Peak of the first stage.
@@ -76,6 +77,7 @@ class ViTShapley(ExplainerTraining):
         weight_decay: float = 1e-5,
         warmup: float = 0.05,
         chunk: int = 512,
+        from_scratch: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is None or num_classes < 1:
@@ -122,7 +124,8 @@ class ViTShapley(ExplainerTraining):
         return self.explainer(images)
 
     def on_fit_start(self) -> None:
-        """See that both stages have epochs."""
+        """See that there is something to explain, and that both stages have epochs."""
+        super().on_fit_start()
         epochs, first = self.trainer.max_epochs, self.hparams["surrogate_epochs"]
         fast: Any = self.trainer
         if not fast.fast_dev_run and epochs is not None and 0 <= epochs <= first:

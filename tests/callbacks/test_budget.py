@@ -94,7 +94,7 @@ def test_a_pruned_model_must_meet_the_budget(tmp_path):
 def test_a_module_that_rebuilds_itself_takes_budgets_too(tmp_path):
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
     pruning = {"method": "evit", "budget": 0.75, "stages": [1, 2]}
-    module = ImageClassifier("vit_tiny_patch16_224", 5, args, pruning=pruning)
+    module = ImageClassifier("vit_tiny_patch16_224", 5, args, pruning=pruning, from_scratch=True)
     callback = TokenPruning("evit", budget=0.75, stages=[1, 2])
     x, y = data()
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8)

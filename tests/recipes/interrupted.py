@@ -96,6 +96,7 @@ def write_config(folder, callbacks, epochs=3, train=48, **data):
                     "img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 3, "drop_path_rate": 0.1
                 },
                 "learning_rate": 1e-3,
+                "from_scratch": True,
             },
         },
         "data": {

@@ -20,7 +20,7 @@ SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_hea
 
 
 def small(**arguments):
-    return ImageClassifier(ARCHITECTURE, 10, dict(SMALL), **arguments)
+    return ImageClassifier(ARCHITECTURE, 10, dict(SMALL), **({"from_scratch": "weights" not in arguments} | arguments))
 
 
 def trainer(folder, **arguments):

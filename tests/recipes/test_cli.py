@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch):
 def test_without_a_command_it_tells_what_there_is(capsys):
     assert cli.run([]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("fit", "validate", "predict", "digits/dense.yaml"))
+    assert all(name in out for name in ("fit", "validate", "predict", "digits/", "dynamicvit"))
 
 
 def test_ctrl_c_ends_in_one_line_and_code_130(monkeypatch, capsys):
@@ -70,7 +70,7 @@ def test_further_commands_are_dispatched_by_name(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "bench", ("measure", lambda arguments: seen.append(list(arguments)) or 3))
     assert cli.run(["bench", "RUN", "--fast"]) == 3
     assert seen == [["RUN", "--fast"]]
-    assert "bench" in cli.usage()
+    assert "bench" in cli.usage([])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,11 @@ def test_the_command_runs_from_anywhere(tmp_path):
     [
         (["fit", "--nonsense", "3"], "nonsense"),
         (["fit", "--trainer.max_epochs", "x"], "Given value: x"),
-        (["fit", "--data.rot", "there"], "'rot' is not"),
+        (["fit", "--data.mean_", "0.5"], "unknown option '--data.mean_': did you mean '--data.mean'"),
+        (["fit", "--confg", "x.yaml"], "unknown option '--confg': did you mean '--config'"),
+        (["fit", "--model.weight", "x"], "unknown option '--model.weight': did you mean '--model.weights'"),
+        (["fit", "--trainer.max_epoch_s", "3"], "did you mean '--trainer.max_epochs'"),
+        (["fit", "--config", "imagefolder/evit", "--data.rot", "x"], "did you mean '--data.root'"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, says, capsys):

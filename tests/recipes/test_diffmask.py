@@ -18,7 +18,9 @@ DIGITS = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_hea
 
 
 def small(**arguments):
-    return DiffMask(ARCHITECTURE, 10, dict(SMALL), **({"lr": 1e-3, "warmup_steps": 0} | arguments))
+    return DiffMask(
+        ARCHITECTURE, 10, dict(SMALL), **({"lr": 1e-3, "warmup_steps": 0, "from_scratch": True} | arguments)
+    )
 
 
 def scenes(**arguments):
@@ -352,6 +354,7 @@ def test_it_keeps_the_one_patch_that_tells(tmp_path):
     # The placeholder starts as plain grey and stays: a learned one may come to look like a class, which then need not
     # be shown. The classifier is held from being sure of itself, since a KL of many nats drowns the size of the mask.
     options = {"alpha_init": 5.0, "mul": 10.0, "add": 5.0, "lr": 3e-3, "lr_placeholder": 0.0, "warmup_steps": 20}
+    options["from_scratch"] = True  # trained below, by hand
     module = DiffMask(ARCHITECTURE, 5, size, **options)
     model = module.explainer.model.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -22,7 +22,9 @@ CLOSE_UP_SCENES = {"image_size": 32, "min_digit": 24, "max_digit": 32}
 
 
 def small(**arguments):
-    return ViTShapley(ARCHITECTURE, 10, dict(SMALL), **({"surrogate_epochs": 1, "masks": 4} | arguments))
+    return ViTShapley(
+        ARCHITECTURE, 10, dict(SMALL), **({"surrogate_epochs": 1, "masks": 4, "from_scratch": True} | arguments)
+    )
 
 
 def scenes(**arguments):

@@ -1,0 +1,270 @@
+"""Options of callbacks on the command line, as in ``--pruning.keep_ratio 0.5``, and near names of those that are wrong.
+
+Lightning's command line reaches a callback in a list by replacing the whole list. Here the config's list is taken, the
+options are put into it, and it is given as a further config: interpolations and ``--print_config`` see them as if the
+file had said so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.callbacks
+import yaml
+from lightning.pytorch import Trainer
+from omegaconf import OmegaConf
+
+import prunex.callbacks
+import prunex.recipes
+from prunex.errors import PrunexError, unknown
+from prunex.pruners.base import accepted
+from prunex.registry import lookup
+from prunex.untrusted import is_there
+
+SHORT = {
+    "pruning": "TokenPruning",
+    "masks": "MaskPruning",
+    "guidance": "RelevancyGuidance",
+    "slim": "SlimExport",
+    "kept": "KeptTokenMonitor",
+    "relevancy": "RelevancyMonitor",
+    "units": "UnitMonitor",
+    "faithfulness": "FaithfulnessMonitor",
+    "report": "RunReport",
+    "checkpoint": "ModelCheckpoint",
+}
+_LISTED = "trainer.callbacks"
+_TOP = ("config", "print_config", "seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only", "help")
+_ROOMS = (prunex.callbacks, prunex.recipes, lightning.pytorch.callbacks)
+# Two ways to say one thing: what is typed takes the place of what the config says.
+_INSTEAD = {"budget": "keep_ratio", "keep_ratio": "budget"}
+
+
+def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
+    """Arguments in which options of callbacks have become a config of their own.
+
+    Args:
+        arguments: As Lightning takes them, every ``--config`` a path that exists.
+        folder: Where that config is written.
+
+    Returns:
+        The arguments without these options, the config after the other configs.
+
+    Raises:
+        PrunexError: For an option that the callback does not have or that several have, no such callback in the
+            config, or a value that YAML cannot read.
+    """
+    callbacks, rest, last = _callbacks(arguments), list(arguments), 0
+    own = any(a.partition("=")[0].rstrip("+") == f"--{_LISTED}" for a in arguments)  # jsonargparse's own spelling
+    given: list[tuple[str, str, str]] = []
+    place = 0
+    while place < len(rest):
+        name, equals, value = rest[place].partition("=")
+        known = None if own and name.startswith(f"--{_LISTED}") else _meant(name, callbacks)
+        if name in ("--config", "-c"):
+            last = place + (1 if equals else 2)
+        if known is None:
+            place += 1
+            continue
+        if not equals and place + 1 == len(rest):
+            raise PrunexError(f"{name} needs a value, as in {name}=VALUE")
+        given.append((*known, value if equals else rest[place + 1]))
+        del rest[place : place + (1 if equals else 2)]
+    if not given:
+        return rest
+    for kind in dict.fromkeys(kind for kind, _, _ in given):
+        _set(_one(kind, callbacks), kind, {option: value for k, option, value in given if k == kind})
+    path = Path(folder) / "callbacks.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return [*rest[:last], "--config", str(path), *rest[last:]]
+
+
+def _callbacks(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The callbacks of the last config that has any, as dicts with a class_path and unresolved interpolations."""
+    found: list[dict[str, Any]] = []
+    for name, path in _configs(arguments):
+        if not is_there(Path(path), Path.is_file):
+            continue
+        listed = _tree(path, name).get("trainer")
+        listed = listed.get("callbacks") if isinstance(listed, dict) else None
+        entries = listed if isinstance(listed, list) else [listed]
+        entries = [{"class_path": e} if isinstance(e, str) else e for e in entries]
+        if all(isinstance(e, dict) and isinstance(e.get("class_path"), str) for e in entries):
+            found = entries
+    return found
+
+
+def _configs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    split = [a.partition("=") for a in arguments]
+    after = [*arguments[1:], ""]
+    return [
+        (name, value if equals else follows)
+        for (name, equals, value), follows in zip(split, after, strict=True)
+        if name in ("--config", "-c")
+    ]
+
+
+def _tree(path: str, name: str) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # of YAML and of OmegaConf, about whatever the file holds
+        raise PrunexError(f"{name} {path} is no config: {' '.join(str(error).split())[:200]}") from error
+    return tree if isinstance(tree, dict) else {}  # type: ignore[return-value]
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    return entry["class_path"].rpartition(".")[2]
+
+
+def _meant(name: str, callbacks: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    """Class and option that an argument means; None where it is no callback's. Guesses are told, and told how."""
+    if not name.startswith("--"):
+        return None
+    head, dot, option = name.removeprefix("--").partition(".")
+    if head in SHORT and dot:
+        return SHORT[head], option.removeprefix("init_args.")
+    kinds = [_kind(entry) for entry in callbacks]
+    if dot and (head in kinds or head in SHORT.values()):
+        return _told(name, head, option.removeprefix("init_args."))
+    listed = name.startswith(f"--{_LISTED}.")
+    if not listed and (dot or head in _TOP):
+        return None
+    words = name.removeprefix(f"--{_LISTED}." if listed else "--").replace(".init_args", "").split(".")
+    named = [kind for kind in kinds if kind in words]
+    words = [w for w in words if w != "init_args" and w not in kinds and not w.isdigit()]
+    candidates = [k for k in dict.fromkeys(named or kinds) if words and words[0] in (options_of(k, callbacks) or ())]
+    if len(candidates) > 1:
+        spelt = " or ".join(f"--{spelling(k)}.{'.'.join(words)}" for k in candidates)
+        raise PrunexError(f"{name} may be of {' or '.join(candidates)}: say which with {spelt}")
+    if candidates:
+        return _told(name, candidates[0], ".".join(words))
+    if listed:
+        every = [f"{spelling(k)}.{o}" for k in kinds for o in options_of(k, callbacks) or ()]
+        raise unknown("option of the config's callbacks", ".".join(words), every)
+    return None
+
+
+def _told(name: str, kind: str, option: str) -> tuple[str, str]:
+    right = f"--{spelling(kind)}.{option}"
+    if right != name:
+        print(f"prunex: {name} is taken for {right}", file=sys.stderr)
+    return kind, option
+
+
+def spelling(kind: str) -> str:
+    """What a callback is called on the command line: its short name, else its class's.
+
+    >>> spelling("TokenPruning"), spelling("EarlyStopping")
+    ('pruning', 'EarlyStopping')
+    """
+    return next((short for short, name in SHORT.items() if name == kind), kind)
+
+
+def _one(kind: str, callbacks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The options of the config's one callback of that class."""
+    entries = [entry for entry in callbacks if _kind(entry) == kind]
+    if not entries:
+        held = ", ".join(map(_kind, callbacks)) or "none"
+        raise PrunexError(
+            f"--{spelling(kind)}.*: the config has no callback {kind} (it has {held}): choose a config that has one, "
+            "or write it into yours"
+        )
+    if len(entries) > 1:
+        raise PrunexError(f"--{spelling(kind)}.*: the config has {len(entries)} {kind}: change them in the config")
+    if not isinstance(entries[0].get("init_args"), dict):
+        entries[0]["init_args"] = {}
+    return entries[0]["init_args"]
+
+
+def _set(options: dict[str, Any], kind: str, given: dict[str, str]) -> None:
+    """Put typed options among those of the config."""
+    values = {name: _value(name, text) for name, text in given.items()}
+    if values.get("method", options.get("method")) != options.get("method"):
+        _other_method(options, kind, str(values["method"]))
+    for name, value in values.items():
+        first, *deeper = name.split(".")
+        known = options_of(kind, (), str(values.get("method", options.get("method"))))
+        if known is not None and first not in known and name not in known:
+            raise unknown(f"option of {kind} (--{spelling(kind)}.*)", name, known)
+        if _INSTEAD.get(first) in options and _INSTEAD[first] not in values and kind == "TokenPruning":
+            del options[_INSTEAD[first]]
+        place, key = options, first
+        for word in deeper:
+            place[key] = place[key] if isinstance(place.get(key), dict) else {}
+            place, key = place[key], word
+        place[key] = value
+
+
+def _other_method(options: dict[str, Any], kind: str, method: str) -> None:
+    """Leave out what the config says for its own method and the one that was typed does not take."""
+    try:
+        takes = accepted(lookup("pruner", method).make)
+    except PrunexError:  # an interpolation, or a name that the callback will refuse
+        return
+    odd = [name for name in ("keep_ratio", "stages") if name in options and name not in takes]
+    odd += ["options"] if any(name not in takes for name in options.get("options") or ()) else []
+    for name in odd:
+        print(f"prunex: {name}={options[name]!r} of the config is left out: {method} does not take it", file=sys.stderr)
+        del options[name]
+
+
+def _value(name: str, text: str) -> Any:
+    """A typed value as YAML reads it, as a config's would be."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore
+    except Exception as error:  # of YAML's and OmegaConf's many
+        raise PrunexError(f"{name}={text[:100]!r} is no YAML value: put text into quotes") from error
+
+
+def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str | None = None) -> list[str] | None:
+    """Names of a callback's options, those of its pruning method as ``options.NAME``; None where they are not known.
+
+    Args:
+        kind: A class's name.
+        callbacks: Of the config, in which it may have a longer path.
+        method: The pruning method.
+
+    >>> options_of("SlimExport")
+    ['folder', 'monitor', 'mode', 'formats', 'model']
+    """
+    paths = [entry["class_path"] for entry in callbacks if _kind(entry) == kind] or [kind]
+    names = parameters(paths[0])
+    if names is not None and method and kind in ("TokenPruning", "MaskPruning"):
+        with suppress(PrunexError):  # the callback will refuse the method
+            names = names + [f"options.{name}" for name in accepted(lookup("pruner", method).make)]
+    return names
+
+
+def parameters(path: str) -> list[str] | None:
+    """Names that a class takes, by its path or, of Lightning's and ours, its name; None where that is not known."""
+    room, _, name = path.rpartition(".")
+    rooms = [sys.modules[room]] if room in sys.modules else [] if room else _ROOMS  # nothing is imported for this
+    made = next((getattr(r, name) for r in rooms if inspect.isclass(getattr(r, name, None))), None)
+    if made is None:
+        return None
+    told = inspect.signature(made).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in told.values()) else list(told)
+
+
+def near_name(arguments: Sequence[str]) -> PrunexError | None:
+    """The first option that nobody knows, with near names; None where all are known, or nothing can be said."""
+    trees = [_tree(path, name) for name, path in _configs(arguments) if is_there(Path(path), Path.is_file)]
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        name = argument.removeprefix("--").partition("=")[0].rstrip("+")
+        head, dot, option = name.partition(".")
+        if head not in _TOP and head not in SHORT:
+            return unknown("option", f"--{head}", [f"--{n}" for n in (*_TOP, *(f"{s}.*" for s in SHORT))])
+        paths = [str(tree[head].get("class_path")) for tree in trees if isinstance(tree.get(head), dict)]
+        known = list(inspect.signature(Trainer).parameters) if head == "trainer" else None
+        known = parameters(paths[-1]) if known is None and paths and head in ("model", "data") else known
+        first = option.removeprefix("init_args.").partition(".")[0]
+        if dot and known is not None and first not in (*known, "class_path", "init_args", "dict_kwargs"):
+            return unknown("option", f"--{head}.{first}", [f"--{head}.{n}" for n in known])
+    return None

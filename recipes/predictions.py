@@ -1,0 +1,167 @@
+"""``prunex predict``: a table of what a model says of every image."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+from torch.utils.data import Subset
+
+import prunex
+from prunex.callbacks import TokenPruning
+from prunex.errors import PrunexError
+from prunex.files import write_whole
+from prunex.untrusted import readable
+
+FILE = "predictions.csv"
+
+
+class PredictionTable(BasePredictionWriter):
+    """Write a CSV file with a row an image: path, predicted class, its probability, kept share, all probabilities.
+
+    Images are called by the paths that their dataset lists (``samples`` or ``imgs``, as torchvision's do), else by
+    their number in it. The kept share, 0..1, is what the last stage of a token pruner leaves of the image's patches.
+
+    Args:
+        path: The file.
+
+    Raises:
+        PrunexError: Where ``predict_step`` gives neither logits nor probabilities, see :func:`probabilities`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(write_interval="batch")
+        self.path = Path(path)
+        self._rows: dict[tuple[int, int], tuple[str, list[float], float | None]] = {}
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Take a batch's rows."""
+        shares = probabilities(prediction)
+        loaders: Any = trainer.predict_dataloaders
+        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        if batch_indices is None or len(batch_indices) != len(shares):  # a stream, whose images have no numbers
+            first = sum(number == dataloader_idx for number, _ in self._rows)
+            batch_indices = range(first, first + len(shares))
+        kept = _kept(trainer, pl_module, len(shares))
+        for row, index in enumerate(batch_indices):
+            share = None if kept is None else float(kept[row])
+            name = path_of(getattr(loader, "dataset", None), index)
+            self._rows[dataloader_idx, index] = (name, shares[row].tolist(), share)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file; of several processes the first writes what all have seen."""
+        rows = self._rows
+        if dist.is_available() and dist.is_initialized():
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, rows)
+            rows = {key: row for part in parts for key, row in part.items()}  # samplers repeat some to fill up
+        if not trainer.is_global_zero:
+            return
+        if not rows:
+            raise PrunexError("there was nothing to predict: the data have no images for it")
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)  # type: ignore[attr-defined]
+        ordered = [rows[key] for key in sorted(rows)]
+        write_whole(self.path, _table(ordered, names).encode())
+        print(f"{self.path} ({len(rows):,} images)")
+
+
+def probabilities(prediction: Any) -> Tensor:
+    """Class probabilities of what a ``predict_step`` returned.
+
+    Args:
+        prediction: float [B, C], logits or probabilities, C above 1; or a dict that holds them as "probabilities" or
+            "logits".
+
+    Returns:
+        float [B, C] on the CPU, each row adding up to 1.
+
+    Raises:
+        PrunexError: For anything else: whether it is logits must not be guessed.
+
+    >>> probabilities(torch.tensor([[0.0, 0.0]])).tolist()
+    [[0.5, 0.5]]
+    """
+    if isinstance(prediction, Mapping):
+        prediction = next((prediction[key] for key in ("probabilities", "logits") if key in prediction), prediction)
+    if not (isinstance(prediction, Tensor) and prediction.ndim == 2 and prediction.is_floating_point()):
+        shape = f" {list(prediction.shape)} of {prediction.dtype}" if isinstance(prediction, Tensor) else ""
+        raise PrunexError(
+            f"no table can be made of what predict_step returned ({type(prediction).__name__}{shape}): return logits "
+            "or probabilities [B, classes], or write it yourself with a BasePredictionWriter and trainer.predict"
+        )
+    values = prediction.detach().float().cpu()
+    if not values.isfinite().all():
+        raise PrunexError("predict_step returned NaN or infinite numbers: take the weights of an earlier epoch")
+    within = bool(((values >= 0) & (values <= 1)).all())
+    if within and torch.allclose(values.sum(1), torch.ones(len(values)), atol=1e-3):
+        return values
+    if values.shape[1] == 1 or (within and bool(values.any())):
+        raise PrunexError(
+            f"predict_step returned [B, {values.shape[1]}] numbers that may be logits or probabilities of several "
+            "classes at once: return {'logits': ...} or probabilities that add up to 1"
+        )
+    return values.softmax(1)
+
+
+def path_of(dataset: Any, index: int) -> str:
+    """Where an image of a dataset lies, else its number.
+
+    >>> path_of(None, 3)
+    '3'
+    """
+    if isinstance(dataset, Subset):
+        return path_of(dataset.dataset, int(dataset.indices[index]))
+    listed = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
+    try:
+        entry = listed[index]  # type: ignore[index]
+        where = entry[0] if isinstance(entry, tuple | list) else entry
+    except (TypeError, LookupError):
+        return str(index)
+    return readable(str(where)) if isinstance(where, str | Path) else str(index)
+
+
+def _kept(trainer: Trainer, module: LightningModule, count: int) -> Tensor | None:
+    """The share of patches that each image of the last batch has kept; None without a token pruner that says it."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    pruning = next((c.pruning for c in callbacks if isinstance(c, TokenPruning)), None)
+    if pruning is None:
+        try:
+            pruning = prunex.attached(module)
+        except PrunexError:  # no ViT, or several
+            return None
+    if pruning is None or not pruning.trace.stages or pruning.trace.batch != count:
+        return None
+    return pruning.trace.keep_ratios()[-1].cpu()
+
+
+def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[Any] | None) -> str:
+    """The rows as CSV; classes go by their names where there is one for each, else by their numbers."""
+    classes = len(rows[0][1])
+    names = [readable(str(name)) for name in class_names or ()]
+    names = names if len(names) == classes else [str(i) for i in range(classes)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    pruned = any(kept is not None for _, _, kept in rows)
+    table.writerow(["path", "predicted", "probability", *["kept"] * pruned, *(f"p({name})" for name in names)])
+    for path, shares, kept in rows:
+        best = max(range(classes), key=shares.__getitem__)
+        told = ["" if kept is None else f"{kept:.4f}"] * pruned
+        table.writerow([path, names[best], f"{shares[best]:.6f}", *told, *(f"{share:.6f}" for share in shares)])
+    return text.getvalue()

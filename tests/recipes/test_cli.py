@@ -160,7 +160,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
     [
         (["fit", "--nonsense", "3"], "nonsense"),
         (["fit", "--trainer.max_epochs", "x"], "Given value: x"),
-        (["fit", "--data.mean_", "0.5"], "unknown option '--data.mean_': did you mean '--data.mean'"),
+        (["fit", "--data.train_sizes", "5"], "unknown option '--data.train_sizes': did you mean '--data.train_size'"),
         (["fit", "--confg", "x.yaml"], "unknown option '--confg': did you mean '--config'"),
         (["fit", "--model.weight", "x"], "unknown option '--model.weight': did you mean '--model.weights'"),
         (["fit", "--trainer.max_epoch_s", "3"], "did you mean '--trainer.max_epochs'"),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from prunex.attach import CHILD, UNITS
 from prunex.errors import PrunexError
 
 SWA = "StochasticWeightAveraging"
@@ -57,6 +58,26 @@ def check_order(trainer: Trainer, callback: Callback) -> None:
                 f"{type(other).__name__} stands before {type(callback).__name__}, so it copies a model without what is "
                 f"attached here: list {type(callback).__name__} first"
             )
+
+
+_AVERAGES = {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"}  # torch's, and timm's
+
+
+def check_own_averages(trainer: Trainer, module: LightningModule, callback: Callback) -> None:
+    """Refuse averages that the module or somebody's callback made already, of a model without what is attached here.
+
+    Raises:
+        PrunexError: By where they are.
+    """
+    for holder in (module, *trainer.callbacks):  # type: ignore[attr-defined]
+        found = {**vars(holder), **(dict(holder.named_modules()) if isinstance(holder, torch.nn.Module) else {})}
+        for name, value in found.items():
+            kinds = {k.__name__ for k in type(value).__mro__} & _AVERAGES
+            if kinds and not any(hasattr(m, child) for m in value.modules() for child in (CHILD, UNITS)):
+                raise PrunexError(
+                    f"{type(holder).__name__}.{name} ({kinds.pop()}) averages a model without what "
+                    f"{type(callback).__name__} attaches in setup: make it later, such as in on_fit_start"
+                )
 
 
 def check_swa_order(trainer: Trainer, callback: Callback) -> None:

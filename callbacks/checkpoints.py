@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import prunex
-from prunex.callbacks.participant import CHECKPOINT_KEY, check_version
+from prunex.callbacks.saved import CHECKPOINT_KEY, check_version
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 
@@ -80,7 +80,8 @@ def load_from_checkpoint(
 ) -> LightningModule:
     """A LightningModule from a checkpoint of :class:`TokenPruning` or :class:`MaskPruning`: attach first, load second.
 
-    ``module_class.load_from_checkpoint`` alone does not know the pruner's parameters and ends in "Unexpected key(s)".
+    Checkpoints of weights only will do. ``module_class.load_from_checkpoint`` alone builds a dense model, and ends in
+    "Unexpected key(s)" with the name of this function; with ``strict=False`` it loads the dense weights.
 
     Args:
         module_class: The user's own class.

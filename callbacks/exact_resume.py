@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from prunex.callbacks.checkpoints import LAST
+from prunex.callbacks.layers import Layered
 from prunex.callbacks.monitor import run_folder
-from prunex.callbacks.participant import Layered, guard_loading
+from prunex.callbacks.saved import guard_loading
 from prunex.checks import check_whole
 from prunex.files import remove_drafts
 

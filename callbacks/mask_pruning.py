@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 import prunex
 from prunex.batches import parts
-from prunex.callbacks.averaging import SWA, averaging
-from prunex.callbacks.participant import Participant, note, progress
+from prunex.callbacks.averaging import SWA, averaging, check_own_averages
+from prunex.callbacks.copies import Copies
+from prunex.callbacks.participant import Participant, progress, tell_hparams
+from prunex.callbacks.runs import Runs
 from prunex.callbacks.token_pruning import TokenPruning, batches_of
 from prunex.checks import check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError
@@ -24,6 +26,7 @@ from prunex.pruners.budget import check_budget
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import XPruner
 from prunex.unit_pruning import UnitPruning
+from prunex.vit.optimisers import check_followed
 from prunex.vit.units import Backbone
 
 
@@ -38,8 +41,9 @@ class MaskPruning(Participant):
 
     What is validated is the model that would be exported: dense while masks are learned (they see the labels), with
     hard gates while thresholds are, narrow afterwards. Units are really removed, in the running training, where one
-    process trains: the optimisers' states are cut to the same units. With several processes the gates stay hard to the
-    end, which computes the same; :func:`prunex.slim` and ``SlimExport`` take the units out.
+    process trains: the optimisers' states are cut to the same units. With several processes, or beside an average of
+    the weights that somebody keeps (which would not follow), the gates stay hard to the end, which computes the same;
+    :func:`prunex.slim` and ``SlimExport`` take the units out.
 
     With :class:`TokenPruning` in the same Trainer ``budget`` is what the model may cost with fewer tokens *and* fewer
     units; TokenPruning's own budget says how much of that tokens save.
@@ -63,7 +67,8 @@ class MaskPruning(Participant):
     Raises:
         PrunexError: At once for numbers out of range or fractions that leave nothing for fine-tuning; in ``setup`` for
             an unknown option, a budget out of reach, no ViT or several, manual optimisation or
-            "16-mixed" precision with ``xpruner``; when training starts without an end.
+            "16-mixed" precision with ``xpruner``; when training starts without an end, or with an optimiser whose
+            memory cannot be cut.
 
     >>> from prunex.callbacks import MaskPruning
     >>> MaskPruning("xpruner", budget=0.5, options={"round_to": 8}).budget
@@ -117,6 +122,8 @@ class MaskPruning(Participant):
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._waiting: dict[str, Any] | None = None  # a checkpoint's, until the optimisers are there
         self._resting: list[nn.Parameter] = []
+        self._copies: Copies | None = None
+        self._stays = False  # whether closed units stay in the model to the end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
@@ -127,6 +134,8 @@ class MaskPruning(Participant):
                 "MaskPruning chooses and removes units while training, which the copy of the model in "
                 f"{type(average).__name__} does not follow: prune first, and average while fine-tuning the slim model"
             )
+        if stage == "fit" and self.pruning is None:
+            check_own_averages(trainer, pl_module, self)
         if stage == "fit" and self.make.trains:
             if not pl_module.automatic_optimization:
                 raise PrunexError(
@@ -139,7 +148,9 @@ class MaskPruning(Participant):
                     "'bf16-mixed' or '32-true'"
                 )
         self._when_model_is_there(pl_module, self.model, self._attach, Backbone)
-        self._guard_loading(pl_module, "units", lambda: {} if self.pruning is None else self.pruning.spec)
+        self._guard_checkpoints(
+            pl_module, self.model, "units", lambda: {} if self.pruning is None else self.pruning.spec
+        )
         if stage == "fit":
             self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
 
@@ -159,10 +170,8 @@ class MaskPruning(Participant):
                     f"the model's units are pruned already with {name}={has!r}, not {wanted!r}: detach() them first "
                     f"with prunex.attached(module, units=True).detach(), or ask for {has!r} here"
                 )
-        self.pruning = found
-        if "unit_pruning" in module.hparams and isinstance(module.hparams["unit_pruning"], dict | None):
-            # A module that rebuilds its structure itself needs to know it.
-            module.hparams["unit_pruning"] = found.spec
+        self.pruning, self.runs = found, Runs(found)
+        tell_hparams(module, "unit_pruning", found.spec)
 
     @property
     def _xpruner(self) -> XPruner | None:
@@ -178,6 +187,10 @@ class MaskPruning(Participant):
                 "MaskPruning's stages are fractions of the training, and this one has no end: give max_epochs"
             )
         self.pruning.budget()
+        self._stays = not self.remove or trainer.world_size > 1
+        if not self._stays and not self.pruning.removed:
+            check_followed(trainer.optimizers)
+            self._copies = Copies(trainer, pl_module, self.pruning.model)
         pruner = self._xpruner
         if pruner is not None:
             self._optimizers = {
@@ -218,8 +231,22 @@ class MaskPruning(Participant):
                 self.pruning.conclude()
                 self._say_widths(trainer)
             self._rest(trainer, pruner.stage == "masks")
-        if self.pruning.decided and self.remove and not self.pruning.removed and trainer.world_size == 1:
-            self.pruning.remove(trainer.optimizers)
+        if self.pruning.decided and not self._stays and not self.pruning.removed:
+            self._take_out(trainer, self.pruning)
+
+    def _take_out(self, trainer: Trainer, pruning: UnitPruning) -> None:
+        """Remove the closed units, unless something would not follow that was not there when training began."""
+        average = None if self._copies is None else self._copies.moving()
+        try:
+            check_followed(trainer.optimizers)
+            reason = average and f"{average} holds a copy of the weights, which does not follow removed units"
+        except PrunexError as error:
+            reason = str(error)
+        if reason:
+            self._stays = True
+            rank_zero_warn(f"{reason}: units that {self.method} closed stay in the model, masked, until it is slimmed")
+        else:
+            pruning.remove(trainer.optimizers)
 
     def _rest(self, trainer: Trainer, resting: bool) -> None:
         """Let the ViT's own weights stand still, or move again."""
@@ -255,6 +282,14 @@ class MaskPruning(Participant):
         rank_zero_info(f"prunex: {self.method} keeps " + ", ".join(kept))
 
     def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.runs is None:
+            return beneath(*args, **kwargs)
+        self.runs.begin()
+        output = self._learning_step(module, beneath, *args, **kwargs)
+        self.runs.end_training_step()
+        return output
+
+    def _learning_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pruner, pruning = self._xpruner, self.pruning
         batch = args[0] if args else kwargs.get("batch")
         found = parts(batch)
@@ -323,8 +358,10 @@ class MaskPruning(Participant):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log multiply-adds per image of the model as it would be exported now."""
+        ran = self.runs is not None and self.runs.end_validation(trainer.sanity_checking)
         alone = not any(isinstance(c, TokenPruning) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if self.pruning is not None and not trainer.sanity_checking and alone:
+        known = self.runs is not None and (ran or self.runs.trained)
+        if self.pruning is not None and not trainer.sanity_checking and alone and known:
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,17 +372,12 @@ class MaskPruning(Participant):
         """Go on from there; the stage itself is in the model's state."""
         self._waiting = dict(state_dict["optimizers"])
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write down how the units are pruned, so that a checkpoint can be opened without this callback."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.pruning is not None:
-            note(checkpoint, self.model, units=self.pruning.spec)
-
     def _restore(self) -> None:
         super()._restore()
         for p in self._resting:
             p.requires_grad_(True)
         self._resting = []
+        self._copies = None
 
 
 def _some(batches: Any, images: int, model: nn.Module) -> list[tuple[Tensor, Tensor] | Tensor]:

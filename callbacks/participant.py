@@ -1,8 +1,7 @@
-"""What callbacks that take part in somebody's training share: layers round the module's methods, progress, losses."""
+"""What callbacks that take part in somebody's training share: attaching in time, progress, losses, checkpoints."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,34 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+import prunex
 from prunex.callbacks.finite import LossGuard
+from prunex.callbacks.layers import Layer, Layered, put_round
+from prunex.callbacks.runs import Runs
+from prunex.callbacks.saved import guard_loading, say_when_saved
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import find
-
-CHECKPOINT_KEY = "prunex"
-CHECKPOINT_VERSION = 1
-
-Layer = Callable[..., Any]  # takes the function beneath it, and that one's arguments
-
-
-class Layered(Callback):
-    """Base of the callbacks that put layers round a module's methods, and take them off however a run ends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._undo: list[Callable[[], None]] = []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module's own methods as they were."""
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own methods back; what was attached stays, since a checkpoint may still be saved."""
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
 
 
 class Participant(Layered):
@@ -51,6 +29,7 @@ class Participant(Layered):
     def __init__(self) -> None:
         super().__init__()
         self._guard = LossGuard()
+        self.runs: Runs | None = None  # of what was attached
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy under which nobody has the whole model."""
@@ -64,9 +43,43 @@ class Participant(Layered):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """No process steps by a loss that was not finite in another."""
+        """No process steps by a loss that was not finite in another, and none before something is seen to prune."""
         if self.sees_loss:
             self._guard.agree(trainer)
+        if self.runs is not None and pl_module.automatic_optimization:
+            self.runs.look()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look where the first gradients went."""
+        if self.runs is not None:
+            self.runs.saw_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Of a module that optimises by hand the whole batch counts: another network's turn may come first."""
+        if self.runs is not None and not pl_module.automatic_optimization:
+            self.runs.look()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Whatever ran before was no validation."""
+        if self.runs is not None:
+            self.runs.begin()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """See whether it ran the pruned model."""
+        if self.runs is not None:
+            self.runs.end_validation_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whether every loss of the epoch was finite is known before anything is written."""
@@ -112,9 +125,17 @@ class Participant(Layered):
         """Put a layer round a method of the module until :meth:`_restore`; several callbacks' layers lie in order."""
         self._undo.append(put_round(module, name, layer))
 
-    def _guard_loading(self, module: LightningModule, name: str, spec: Callable[[], dict[str, Any]]) -> None:
-        """Take no checkpoint written with other options, see :func:`guard_loading`."""
-        self._undo += guard_loading(module, {name: spec})
+    def _guard_checkpoints(
+        self,
+        module: LightningModule,
+        path: str | None,
+        name: str,
+        spec: Callable[[], dict[str, Any]],
+        take_over: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        """Say in every checkpoint how the model is pruned, and take none that says otherwise."""
+        say_when_saved(module, path)
+        self._undo += guard_loading(module, {name: spec}, take_over)
 
     def _when_model_is_there(
         self, module: LightningModule, path: str | None, attach: Callable[[LightningModule], None], kinds: Any
@@ -132,109 +153,6 @@ class Participant(Layered):
                 self._put_round(module, "configure_model", configure_model)
                 return
         attach(module)
-
-
-def guard_loading(
-    module: LightningModule, specs: Mapping[str, Callable[[], dict[str, Any]]]
-) -> list[Callable[[], None]]:
-    """Let the module take no checkpoint that was written with other options, and say which they are.
-
-    Args:
-        module: Its ``on_load_checkpoint`` and ``load_state_dict`` get a layer each.
-        specs: How the model is pruned now, by the name under which checkpoints tell it ("pruning", "units").
-
-    Returns:
-        Calls that take the layers off again.
-    """
-    written: dict[str, Any] = {}
-
-    def on_load_checkpoint(beneath: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-        told = checkpoint.get(CHECKPOINT_KEY)
-        if isinstance(told, dict):
-            check_version(told)
-            for name, spec in specs.items():
-                if isinstance(told.get(name), dict):
-                    # What is left open here may have been found out there: counts, a calibrated choice.
-                    found = differences(told[name], {k: v for k, v in spec().items() if v is not None})
-                    if found:
-                        raise PrunexError(f"the checkpoint was written with other options: {found}; {_HOW}")
-        written.update(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
-        return beneath(checkpoint)
-
-    def load_state_dict(beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return beneath(*args, **kwargs)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            found = differences(written, dict(module.hparams)) or " ".join(lines[1:2] or lines)[:200]
-            raise PrunexError(f"the checkpoint's weights do not fit this model: {found}; {_HOW}") from error
-
-    return [
-        put_round(module, "on_load_checkpoint", on_load_checkpoint),
-        put_round(module, "load_state_dict", load_state_dict),
-    ]
-
-
-_HOW = "ask for the options it was written with, or open it with prunex.callbacks.load_from_checkpoint"
-
-
-def check_version(told: Mapping[str, Any]) -> None:
-    """Refuse what a later prunex wrote down in a checkpoint."""
-    version = told.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= CHECKPOINT_VERSION:
-        raise PrunexError(
-            f"the checkpoint has prunex format {version!r}: this prunex reads up to {CHECKPOINT_VERSION}; use the "
-            "prunex that wrote it, or a later one"
-        )
-
-
-def differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between options of a checkpoint and those of this run, in words; "" when nothing does."""
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()}
-    found = [
-        f"{name}={written[name]!r} (now {plain[name]!r})"
-        for name in written
-        if name in plain and written[name] != plain[name] and not name.startswith("_")
-    ]
-    return ", ".join(found)
-
-
-def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], None]:
-    """Put a layer round a method of one module object; the call that is returned takes it off again.
-
-    Layers come off in any order; with the last one the object has its own method back.
-    """
-    before = module.__dict__.get(name)
-    layers: list[Layer] | None = getattr(before, "_prunex_layers", None)
-    if layers is None:
-        layers, original = [], getattr(module, name)
-        inside = layers
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            function = original
-            for each in inside:
-                function = functools.partial(each, function)
-            return function(*args, **kwargs)
-
-        call._prunex_layers = layers  # type: ignore[attr-defined]
-        call._prunex_before = before  # type: ignore[attr-defined]
-        module.__dict__[name] = call
-    layers.append(layer)
-
-    def undo() -> None:
-        if layer in layers:
-            layers.remove(layer)
-        now: Any = module.__dict__.get(name)
-        if layers or getattr(now, "_prunex_layers", None) is not layers:
-            return
-        own = now._prunex_before
-        if own is None:
-            module.__dict__.pop(name, None)
-        else:
-            module.__dict__[name] = own
-
-    return undo
 
 
 def check_strategy(trainer: Trainer, callback: Callback) -> None:
@@ -307,7 +225,13 @@ def progress(trainer: Trainer, batches: int) -> float:
     return min(1.0, max(done, default=1.0))
 
 
-def note(checkpoint: dict[str, Any], path: str | None, **told: Any) -> None:
-    """Write down in a checkpoint how its model is pruned, beside what another callback wrote."""
-    own = checkpoint.setdefault(CHECKPOINT_KEY, {"version": CHECKPOINT_VERSION, "path": path})
-    own.update(told)
+def tell_hparams(module: LightningModule, name: str, spec: dict[str, Any]) -> None:
+    """Tell a module that rebuilds its structure from hyperparameters how it is pruned.
+
+    Such a module says so with ``rebuilds_pruning = True``. Without that a hyperparameter is somebody else's, unless it
+    names one of prunex's methods.
+    """
+    known = module.hparams.get(name)
+    ours = isinstance(known, dict) and known.get("method") in {m.name for m in prunex.methods("pruner")}
+    if name in module.hparams and (ours or (known is None and getattr(module, "rebuilds_pruning", False))):
+        module.hparams[name] = spec

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 import prunex
 from prunex.callbacks.averaging import averaged, check_swa_order
 from prunex.callbacks.monitor import run_folder
-from prunex.callbacks.participant import check_strategy
+from prunex.callbacks.participant import Participant, check_strategy
 from prunex.errors import PrunexError, unknown
+from prunex.pruners.budget import in_words
 from prunex.slim.export import SUFFIXES
 from prunex.slim.files import CONFIG
 from prunex.vit.anatomy import find, read
@@ -99,6 +100,8 @@ class SlimExport(Callback):
         value = trainer.callback_metrics.get(self.monitor)
         if value is None or torch.isnan(torch.as_tensor(value)):
             return
+        if self._in_vain(trainer, pl_module) is not None:
+            return  # its turn may come
         sign = 1 if self.mode == "max" else -1
         if self.best is None or sign * float(value) > sign * self.best:
             self.best = float(value)
@@ -109,6 +112,12 @@ class SlimExport(Callback):
         """Write the model, unless a better one is there, and the graphs."""
         if _only_trying(trainer):
             return
+        pruner = self._in_vain(trainer, pl_module)
+        if pruner is not None:
+            raise PrunexError(
+                f"no training step ran the model that {type(pruner).__name__} prunes, so there is no slim model to "
+                "write: call that model in training_step"
+            )
         if self.monitor is not None and self.best is None:
             known = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
             raise PrunexError(f"SlimExport(monitor={self.monitor!r}): no such metric was logged; there are: {known}")
@@ -136,15 +145,21 @@ class SlimExport(Callback):
             f"{cfg.get('std')}"
         )
 
+    def _in_vain(self, trainer: Trainer, pl_module: LightningModule) -> Participant | None:
+        """A callback that prunes the model, where no training step has run it so far."""
+        vit = find(pl_module, self.model)[1]
+        runs = [(c, c.runs) for c in trainer.callbacks if isinstance(c, Participant)]  # type: ignore[attr-defined]
+        return next((c for c, r in runs if r is not None and r.handle.model is vit and r.in_vain), None)
+
     def _check_schedule(self, pl_module: LightningModule) -> None:
         """Say so where training ended before a schedule had shrunk the rates to what was asked for."""
         pruning = prunex.attached(pl_module, self.model)
         if isinstance(pruning, prunex.Pruning) and pruning.pruner.progress < 1:
-            spent, wanted = prunex.cost(pruning.model).macs, pruning.macs()
+            spent, wanted, dense = prunex.cost(pruning.model).macs, pruning.macs(), pruning.dense_macs()
             if spent > 1.01 * wanted:
                 rank_zero_warn(
                     f"training ended while the schedule of {pruning.method} was still shrinking its rates: the slim "
-                    f"model costs {spent / 1e6:.4g} MMACs, not the {wanted / 1e6:.4g} that were asked for"
+                    f"model costs {in_words(spent, dense)}, not the {in_words(wanted, dense)} asked for"
                 )
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:

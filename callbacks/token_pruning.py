@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.batches import Parts, parts
-from prunex.callbacks.averaging import averaging, check_order
+from prunex.callbacks.averaging import averaging, check_order, check_own_averages
 from prunex.callbacks.monitor import decisions
-from prunex.callbacks.participant import CHECKPOINT_KEY, Participant, note, progress
+from prunex.callbacks.optimisers import check_stepped, learned, stepping
+from prunex.callbacks.participant import Participant, progress, tell_hparams
+from prunex.callbacks.runs import Runs
 from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
-from prunex.pruners.budget import check_budget
+from prunex.pruners.budget import check_budget, in_words
 from prunex.pruners.units import UnitPruner
 from prunex.vit.anatomy import ViT
 
@@ -45,8 +47,9 @@ class TokenPruning(Participant):
     integer [B], see :func:`prunex.batches.parts`. One with a curriculum has the parameters whose turn it
     is not held still.
 
-    The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. The checkpoint
-    says how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`.
+    The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. Checkpoints,
+    of weights only too, say how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`. So does the
+    hyperparameter ``pruning`` of a module with ``rebuilds_pruning = True``; one of another meaning is left alone.
 
     Args:
         method: A pruner's name, such as "evit"; ``prunex methods`` lists them.
@@ -58,15 +61,22 @@ class TokenPruning(Participant):
             multiply-adds, or "2.9GMACs". It is solved when the pruner is attached; checkpoints hold the keep ratio. A
             model that is pruned already, as after a resume, must meet it.
         model: Dotted path of the ViT in the module, when it holds several.
-        backbone_lr_scale: Share of each optimiser step that reaches parameters other than the pruner's own, in
-            [0, 1] (DynamicViT's recipe: 0.01). Any optimiser and schedule; costs a copy of the parameters.
+        backbone_lr_scale: Share of each optimiser step that reaches the ViT's own parameters, its head among them but
+            not the pruner, in [0, 1] (DynamicViT's recipe: 0.01). Any optimiser and schedule; costs a copy of them.
+            What the module has beside the ViT (a decoder, a head of its own) takes whole steps.
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
 
     Raises:
         PrunexError: At once for numbers out of range, a keep ratio or stages that the method does not have, or a budget
             beside a keep ratio; in ``setup`` for an unknown method or option, a budget out of reach, no ViT or several,
-            a second TokenPruning, or manual optimisation
-            with a method that brings losses.
+            a second TokenPruning, or manual optimisation with a method that brings losses; when training starts, for
+            losses whose parameters no optimiser steps, or that were frozen since; before the first step, where the
+            ViT's weights are trained by another forward than the pruned one.
+
+    Warns:
+        UserWarning: Once, where the first training step or a whole validation did not run the pruned ViT (nothing is
+            logged of it then, and ``SlimExport`` writes no model that no step ran), or where no gradient reached what
+            the method learns.
 
     >>> from prunex.callbacks import TokenPruning
     >>> TokenPruning("evit", keep_ratio=0.7, options={"fuse": False}).method
@@ -122,6 +132,8 @@ class TokenPruning(Participant):
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._shares: list[Tensor] = []  # of this validation: kept shares of each stage, summed over images
         self._images = 0
+        self._dense = 0  # multiply-adds of one image before anything was pruned, which a budget is a share of
+        self._learned: dict[str, nn.Parameter] = {}  # what the pruner shall learn
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
@@ -136,8 +148,12 @@ class TokenPruning(Participant):
             )
         if stage == "fit":
             check_order(trainer, self)
+            if self.pruning is None:
+                check_own_averages(trainer, pl_module, self)
         self._when_model_is_there(pl_module, self.model, self._attach, ViT)
-        self._guard_loading(pl_module, "pruning", lambda: {} if self.pruning is None else self.pruning.spec)
+        self._guard_checkpoints(
+            pl_module, self.model, "pruning", lambda: {} if self.pruning is None else self.pruning.spec, self._take_over
+        )
         if stage == "fit":
             self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
 
@@ -151,13 +167,14 @@ class TokenPruning(Participant):
 
     def _attach(self, module: LightningModule) -> None:
         found = prunex.attached(module, self.model)
+        again = found is not None and self.pruning is not None and found.model is self.pruning.model
         if found is None:
             found = prunex.attach(module, self.method, path=self.model, budget=self.budget, **self.options)
         elif found.method != self.method:
             raise PrunexError(
                 f"the model is pruned by {found.method} already: detach() it, or ask for {found.method} here"
             )
-        elif self.budget is not None and not found.meets(self.budget):
+        elif self.budget is not None and not again and not found.meets(self.budget):
             raise PrunexError(
                 f"the model is pruned already with {self._rates(found)}, which does not meet budget={self.budget!r}: "
                 "detach() it first with prunex.attached(module).detach(), or leave the budget out here"
@@ -171,17 +188,19 @@ class TokenPruning(Participant):
                     f"the model is pruned already with {name}={has!r}, not {wanted!r}: detach() it first with "
                     f"prunex.attached(module).detach(), or ask for {has!r} here"
                 )
-        self.pruning = found
-        self._tell(module, found)
-
-    def _tell(self, module: LightningModule, pruning: prunex.Pruning) -> None:
-        if "pruning" in module.hparams and isinstance(module.hparams["pruning"], dict | None):
-            # A module that rebuilds its structure itself needs to know it; an argument that only shares the name stays.
-            module.hparams["pruning"] = pruning.spec
+        if not again:  # units may have been removed since
+            self._dense = found.dense_macs()
+        self.pruning, self.runs, self._learned = found, Runs(found), learned(found)
+        tell_hparams(module, "pruning", found.spec)
 
     def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch = args[0] if args else kwargs.get("batch")
-        return self._with_losses(module, beneath(*args, **kwargs), batch)
+        if self.runs is None:
+            return beneath(*args, **kwargs)
+        self.runs.begin()
+        output = beneath(*args, **kwargs)
+        self.runs.end_training_step()
+        return self._with_losses(module, output, batch)
 
     def _with_losses(self, module: LightningModule, output: STEP_OUTPUT, batch: Any = None) -> STEP_OUTPUT:
         if self.pruning is None:
@@ -200,7 +219,7 @@ class TokenPruning(Participant):
         return self._end_step(module, output, losses, held, len(seen.images), seen.logits)
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
-        if self.pruning is None or self.pruning._attached.trace is None:
+        if self.pruning is None or self.runs is None or not self.runs.now:  # what is left of another step is no news
             return
         trace = self.pruning.trace
         shares = [ratios.mean() for ratios in trace.keep_ratios()]
@@ -217,9 +236,11 @@ class TokenPruning(Participant):
                 f"{type(averaging(trainer)).__name__} averages buffers, and those of {self.method} are positions of "
                 "patches: train without it, or use another pruner"
             )
+        check_stepped(trainer, self.pruning, self._learned)
         if self.pruning.pruner.needs_calibration:
             self._calibrate(trainer, pl_module, self.pruning)
-        self._tell(pl_module, self.pruning)  # what a checkpoint brought was not known when it was attached
+        # What a checkpoint brought was not known when it was attached.
+        tell_hparams(pl_module, "pruning", self.pruning.spec)
         tokens = self.pruning.counts()
         about = "about " if self.pruning.pruner.count == "adaptive" else ""
         rank_zero_info(
@@ -228,8 +249,8 @@ class TokenPruning(Participant):
         if self.budget is not None:
             spent, dense = self.pruning.macs(), self.pruning.dense_macs()
             rank_zero_info(
-                f"prunex: budget {self.budget} gives {self._rates(self.pruning)}: {spent / 1e9:.4g} of "
-                f"{dense / 1e9:.4g} GMACs, {100 * spent / dense:.1f} %"
+                f"prunex: budget {self.budget} gives {self._rates(self.pruning)}: {in_words(spent, dense)} of the "
+                "dense model's"
             )
         if self._brings_losses() and not self.pruning.model.training:
             rank_zero_warn(f"the ViT is in eval mode, so {self.method} learns nothing: call module.train() before fit")
@@ -242,9 +263,10 @@ class TokenPruning(Participant):
             return
         if self.freeze_backbone > 0 and trainer.max_epochs == -1 and trainer.max_steps == -1:
             rank_zero_warn("freeze_backbone is a fraction of the training, and this one has no end: nothing is frozen")
-        for optimizer in trainer.optimizers:
+        for whole in trainer.optimizers:
             # Hooks of the optimiser itself, not of the trainer: they see every step, also several in one batch by hand,
             # and see none that the gradient scaler skips.
+            optimizer = stepping(whole, self.pruning.pruner.curriculum)
             self._undo.append(optimizer.register_step_pre_hook(self._remember).remove)
             self._undo.append(optimizer.register_step_post_hook(self._take_back).remove)
 
@@ -259,7 +281,7 @@ class TokenPruning(Participant):
             if trainer.is_global_zero:
                 state = {k: v.cpu() for k, v in pruning.model.state_dict().items()}
             pruning.model.load_state_dict(trainer.strategy.broadcast(state))
-        self._tell(module, pruning)
+        tell_hparams(module, "pruning", pruning.spec)
 
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Copy what shall not take the whole of a step, with the share that it shall take."""
@@ -267,9 +289,10 @@ class TokenPruning(Participant):
         if self.pruning is None:
             return
         own = {id(p) for p in self.pruning.pruner.parameters()}
+        backbone = {id(p) for p in self.pruning.model.parameters()} - own
         still = {id(p) for p in self.pruning.pruner.resting(self.pruning.model)}
         for p in (p for g in optimizer.param_groups for p in g["params"]):
-            share = 0.0 if id(p) in still else 1.0 if id(p) in own else self._scale()
+            share = 0.0 if id(p) in still else self._scale() if id(p) in backbone else 1.0
             if share < 1:
                 self._before.append((p, p.detach().clone(), share))
 
@@ -294,6 +317,7 @@ class TokenPruning(Participant):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell it again, so that validation after the last batch sees the schedule's end."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.pruning is not None:
             self.pruning.progress = progress(trainer, batch_idx + 1)
 
@@ -312,23 +336,28 @@ class TokenPruning(Participant):
         dataloader_idx: int = 0,
     ) -> None:
         """Log what inference really keeps."""
-        if dataloader_idx == 0 and not trainer.sanity_checking:
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        ran = self.runs is not None and self.runs.now
+        if ran and self.pruning is not None and dataloader_idx == 0 and not trainer.sanity_checking:
             self._log_ratios(pl_module, "prunex/val_keep_ratio")
-            if self.pruning is not None and self.pruning._attached.trace is not None:
-                self._shares.append(realised(self.pruning.trace, self.pruning.pruner.stages).sum(0))
-                self._images += self.pruning.trace.batch
+            self._shares.append(realised(self.pruning.trace, self.pruning.pruner.stages).sum(0))
+            self._images += self.pruning.trace.batch
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log multiply-adds per image at the present rates, or at the counts that this validation had on average."""
-        if self.pruning is not None and not trainer.sanity_checking:
-            if self.pruning.pruner.count == "adaptive":
-                self._expect(trainer, self.pruning)
-                self._tell(pl_module, self.pruning)
-            self._shares, self._images = [], 0
-            pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
-            if self.budget is not None:
-                allowed = check_budget(self.budget, self.pruning.dense_macs()) / 1e9
-                pl_module.log("prunex/gmacs_budget", allowed, rank_zero_only=True)
+        ran = self.runs is not None and self.runs.end_validation(trainer.sanity_checking)
+        if self.pruning is None or self.runs is None or trainer.sanity_checking:
+            return
+        if self.pruning.pruner.count == "adaptive":
+            self._expect(trainer, self.pruning)
+            tell_hparams(pl_module, "pruning", self.pruning.spec)
+        self._shares, self._images = [], 0
+        if not ran and not self.runs.trained:
+            return
+        pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
+        if self.budget is not None:
+            allowed = check_budget(self.budget, self._dense) / 1e9
+            pl_module.log("prunex/gmacs_budget", allowed, rank_zero_only=True)
 
     def _expect(self, trainer: Trainer, pruning: prunex.Pruning) -> None:
         """Tell the pruner the mean shares of all processes' images, however many each of them had."""
@@ -341,16 +370,9 @@ class TokenPruning(Participant):
         if total[stages] > 0:
             pruning.pruner.expect((total[:stages] / total[stages]).tolist())
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write down how the model is pruned, so that a checkpoint can be opened without this callback."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.pruning is not None:
-            note(checkpoint, self.model, pruning=self.pruning.spec, progress=self.pruning.progress)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def _take_over(self, told: Mapping[str, Any]) -> None:
         """Take schedules to where they were, so that validating a checkpoint gives what training saw."""
-        told = checkpoint.get(CHECKPOINT_KEY)
-        if self.pruning is not None and isinstance(told, dict):
+        if self.pruning is not None:
             self.pruning.progress = told.get("progress", 1.0)
             measured = dict(told.get("pruning") or {}).get("expected")
             if measured is not None:

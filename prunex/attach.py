@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
-from prunex.handle import Handle
+from prunex.handle import Handle, drop_mark
 from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.pruners.units import UnitPruner
@@ -48,6 +48,8 @@ class Attached(nn.Module):
         self.policy: Tensor | None = None
         self.sizes: Tensor | None = None
         self.more: list[Callable[[Forward], Mapping[str, Tensor]]] = []
+        self.ran = False  # set by every forward, for whoever wants to know whether one came
+        self.register_load_state_dict_pre_hook(drop_mark)
         self.register_load_state_dict_pre_hook(_accept_dense)
 
     @property
@@ -79,6 +81,7 @@ class Attached(nn.Module):
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
         anatomy = self.current(model)
         tokens, state = run(model, images, anatomy, (pruner,), masked=masked, watch=watch)
+        self.ran = True
         self.policy, self.sizes = state.policy, state.sizes
         self.trace = state.trace.detach()
         self.last = None

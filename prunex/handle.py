@@ -10,6 +10,14 @@ from torch import nn
 
 from prunex.errors import PrunexError
 
+# A key that checkpoints have beside the weights of a pruned model: a dense one refuses it, and so names the way in.
+MARK = "open_with.prunex.callbacks.load_from_checkpoint"
+
+
+def drop_mark(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded into what hangs on a model: a pruned model is what the mark asks for."""
+    state.pop(prefix + MARK, None)
+
 
 class Handle:
     """Base of :class:`prunex.Pruning` and :class:`prunex.unit_pruning.UnitPruning`.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.errors import OutOfReach, PrunexError
-from prunex.handle import Handle
+from prunex.handle import Handle, drop_mark
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.cost import tally, tokens_of
@@ -31,6 +31,8 @@ class Gated(nn.Module):
         self.method = pruner.name
         self.labels: Tensor | None = None
         self.more: list[Callable[[Tensor, Tensor], Mapping[str, Tensor]]] = []
+        self.ran = False  # set by every forward, for whoever wants to know whether one came
+        self.register_load_state_dict_pre_hook(drop_mark)
 
     @property
     def pruner(self) -> UnitPruner:
@@ -44,6 +46,7 @@ class Gated(nn.Module):
         Raises:
             PrunexError: For other images than labels were told for.
         """
+        self.ran = True
         found = self.pruner.gate(key, self.labels)
         if found is not None and found.ndim == 2 and len(found) != batch:
             raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")

@@ -75,6 +75,8 @@ class ImageClassifier(Restored, LightningModule):
     torch.Size([2, 10])
     """
 
+    rebuilds_pruning = True  # pruning callbacks keep the hyperparameters up to date
+
     def __init__(
         self,
         architecture: str = "vit_small_patch16_224",

@@ -97,15 +97,15 @@ class Budget:
         low, high = self._of((1e-9,) * stages), max(self.dense, self._of((1.0,) * stages))
         if self._miss(best, target) > CLOSE and not low <= target <= high:
             raise OutOfReach(
-                f"budget={budget!r} ({_told(target, self.dense)}) is out of reach for {name} at these settings: give "
-                f"one from {_told(low, self.dense)} to {_told(high, self.dense)}"
+                f"budget={budget!r} ({in_words(target, self.dense)}) is out of reach for {name} at these settings: "
+                f"give one from {in_words(low, self.dense)} to {in_words(high, self.dense)}"
             )
         if self._miss(best, target) > CLOSE:
             best = self._apart(shared, target)
         if self._miss(best, target) > CLOSE:
             warnings.warn(
                 f"whole tokens let {name} come no nearer to budget={budget!r} than "
-                f"{_told(self._of(best), self.dense)}, {100 * self._miss(best, target):.1f} % off: this grid of "
+                f"{in_words(self._of(best), self.dense)}, {100 * self._miss(best, target):.1f} % off: this grid of "
                 f"{self.anatomy.grid} patches is small",
                 stacklevel=3,
             )
@@ -138,7 +138,7 @@ class Budget:
         costs = []
         for settings in self.make.settings(self.anatomy):
             try:
-                told = _told(self.macs({**self.options, **settings}), self.dense)
+                told = in_words(self.macs({**self.options, **settings}), self.dense)
             except PrunexError:  # a setting that does not go with the user's other options
                 continue
             costs.append(f"{', '.join(f'{k}={v!r}' for k, v in settings.items())}: {told}")
@@ -210,6 +210,7 @@ def _put(shares: Shares, stage: int, value: float) -> Shares:
     return (*shares[:stage], value, *shares[stage + 1 :])
 
 
-def _told(macs: float, dense: int) -> str:
+def in_words(macs: float, dense: int) -> str:
+    """Multiply-adds in the unit that suits the dense model, and as a share of its own."""
     unit, name = (1e9, "GMACs") if dense >= 1e9 else (1e6, "MMACs")
     return f"{macs / unit:.3g} {name}, {100 * macs / dense:.1f} %"

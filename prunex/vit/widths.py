@@ -17,10 +17,10 @@ from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.arithmetic import fused_attention
+from prunex.vit.optimisers import Slices, check_followed, follow, sliced
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 
 Kept = tuple[int, ...]
-Slices = dict[nn.Parameter, tuple[nn.Parameter, list[tuple[int, Tensor]]]]
 
 
 class NarrowAttention(Attention):
@@ -151,21 +151,22 @@ def narrow(
     Args:
         model: A supported backbone, dense, or narrowed before (numbers stay those of the dense model).
         spec: What is kept.
-        optimizers: Whose parameters and states follow: momenta of what stays are kept.
+        optimizers: Whose parameters and states follow, wrapped ones' too: momenta of what stays are kept.
         remember: Whether :func:`widths_of` shall know.
 
     Returns:
         The model.
 
     Raises:
-        PrunexError: For numbers that the model does not have, or parts whose units cannot be taken out one by one; the
-            model is then unchanged.
+        PrunexError: For numbers that the model does not have, parts whose units cannot be taken out one by one, or an
+            optimiser that cannot follow; the model is then unchanged.
     """
     if not isinstance(model, Backbone):
         raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
     known, spec = widths_of(model), _tuples(spec)
     shape = dense_shape(model) or _shape(model)
-    local = _local(model, spec, known)
+    local, optimizers = _local(model, spec, known), list(optimizers)
+    check_followed(optimizers)
     slices: Slices = {}
     blocks = list(blocks_of(model))
     for number, kept in local.heads.items():
@@ -178,8 +179,7 @@ def narrow(
         _take_embedding(model, local.embedding, slices)
     if local.blocks is not None:
         _take_blocks(model, local.blocks)
-    for optimizer in optimizers:
-        _follow(optimizer, slices)
+    follow(optimizers, slices)
     if remember:
         model.__dict__["prunex_widths"] = _joined(known, spec, shape)
         model.__dict__["prunex_dense"] = shape
@@ -449,30 +449,12 @@ def _swap(module: nn.Module, name: str, cuts: list[tuple[int, Tensor]], slices: 
     old = module._parameters[name]
     if old is None:
         return
-    new = nn.Parameter(_sliced(old.detach(), cuts), requires_grad=old.requires_grad)
+    new = nn.Parameter(sliced(old.detach(), cuts), requires_grad=old.requires_grad)
     if old.grad is not None:
-        new.grad = _sliced(old.grad, cuts)
+        new.grad = sliced(old.grad, cuts)
     setattr(module, name, new)
     first, before = next(((k, c) for k, (p, c) in slices.items() if p is old), (old, []))
     slices[first] = (new, [*before, *cuts])
-
-
-def _sliced(tensor: Tensor, cuts: list[tuple[int, Tensor]]) -> Tensor:
-    for dim, places in cuts:
-        tensor = tensor.index_select(dim, places.to(tensor.device))
-    return tensor.contiguous()
-
-
-def _follow(optimizer: torch.optim.Optimizer, slices: Slices) -> None:
-    """An optimiser's groups and states for the new parameters."""
-    there = {p for group in optimizer.param_groups for p in group["params"]}
-    for group in optimizer.param_groups:
-        group["params"] = [slices[p][0] if p in slices else p for p in group["params"]]
-    for old, (new, cuts) in slices.items():
-        if old in there and old in optimizer.state:
-            state = optimizer.state.pop(old)
-            same = {k: isinstance(v, Tensor) and v.shape == old.shape for k, v in state.items()}
-            optimizer.state[new] = {k: _sliced(v, cuts) if same[k] else v for k, v in state.items()}
 
 
 def leading(spec: WidthSpec) -> WidthSpec:

@@ -32,7 +32,7 @@ from prunex.callbacks import (
     UnitMonitor,
     finite,
 )
-from prunex.callbacks.participant import put_round
+from prunex.callbacks.layers import put_round
 from prunex.unit_pruning import UnitPruning
 from tests.callbacks.modules import Plain, csv_logger, data, trainer
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import prunex
 from prunex.callbacks import MaskPruning, TokenPruning, load_from_checkpoint
-from prunex.callbacks.participant import put_round
+from prunex.callbacks.layers import put_round
 from tests.callbacks.modules import Plain, Seeded, csv_logger, loader, metrics, trainer
 
 OPTIONS = {"budget": 0.6, "masks": 0.25, "thresholds": 0.25, "threshold_lr": 0.6, "options": {"min_channels": 4}}

@@ -1,0 +1,127 @@
+"""Whether training and validation go through what hangs on the model: looked at once, since nothing else would tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from prunex.attach import Pruning
+from prunex.errors import PrunexError
+from prunex.unit_pruning import UnitPruning
+from prunex.vit.units import blocks_of
+
+
+class Runs:
+    """Which steps ran the ViT as it is pruned.
+
+    A module may go through the blocks itself, or run a copy, a traced or a functional one: then nothing is pruned, and
+    what is logged and exported would be about a model that nobody ran. Gradients tell the two apart when the first ones
+    are there: weights that are trained by another way are refused, and a ViT that did not take part is told of, since
+    its turn may come later.
+
+    Args:
+        handle: Of the pruned model.
+    """
+
+    def __init__(self, handle: Pruning | UnitPruning) -> None:
+        self.handle = handle
+        self.steps = 0  # of training
+        self.trained = False  # whether one of them ran it
+        self.batches = 0  # of the present validation
+        self.validated = False
+        self._looked = self._told = False
+        self._moved: bool | None = None  # whether gradients reached the blocks; None where those are frozen
+        self._reached = False  # whether some reached what the pruner learns
+
+    def begin(self) -> None:
+        """A step begins."""
+        holder = self._holder
+        if holder is not None:
+            holder.ran = False
+
+    @property
+    def now(self) -> bool:
+        """Whether this step ran the pruned ViT."""
+        return bool(getattr(self._holder, "ran", False))
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether there was training, and none of it ran the pruned ViT."""
+        return self.steps > 0 and not self.trained
+
+    @property
+    def _holder(self) -> Any:
+        return getattr(self.handle.model, self.handle.child, None)
+
+    @property
+    def _unmarked(self) -> bool:
+        """Whether nothing that hangs on the model could tell: units that were taken out have no gates any more."""
+        return isinstance(self.handle, UnitPruning) and (self._holder is None or self.handle.removed)
+
+    def end_training_step(self) -> None:
+        """Count it."""
+        self.steps += 1
+        self.trained = self.trained or self.now or self._unmarked
+
+    def end_validation_batch(self) -> None:
+        """Count it."""
+        self.batches += 1
+        self.validated = self.validated or self.now or self._unmarked
+
+    def end_validation(self, trying: bool) -> bool:
+        """Say once where a whole validation ran something else; tell whether it ran the pruned ViT.
+
+        Args:
+            trying: Whether this was a sanity check.
+        """
+        ran, missed = self.validated, self.batches > 0 and not self.validated
+        self.batches, self.validated = 0, False
+        if missed and not trying and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"validation did not run the {self._name} that {self.handle.method} prunes, but a copy of it, or none: "
+                "its metrics are not those of the pruned model"
+            )
+        return ran
+
+    def saw_gradients(self) -> None:
+        """Look where the first gradients went."""
+        if self._looked:
+            return
+        model, pruner = self.handle.model, self.handle.pruner
+        weights = [p for _, block in blocks_of(model) for p in block.parameters() if p.requires_grad]
+        if weights and not self._moved:
+            self._moved = any(p.grad is not None for p in weights)
+        self._reached |= any(p.grad is not None and bool(p.grad.any()) for p in pruner.parameters())
+
+    def look(self) -> None:
+        """Before the first step of an optimiser (after it, where the module optimises by hand): is anything pruned?
+
+        Raises:
+            PrunexError: For a ViT that is trained without its pruned forward.
+        """
+        if self._looked or self.steps == 0:
+            return
+        self._looked = True
+        method = self.handle.method
+        if not self.trained and self._moved:
+            raise PrunexError(
+                f"the training step trains the {self._name} without the forward that {method} prunes: it goes through "
+                "the blocks itself, or runs a traced or functional copy; call the model, its forward_features or its "
+                "forward_intermediates"
+            )
+        if not self.trained or (self._unmarked and self._moved is False):
+            rank_zero_warn(
+                f"the first training step did not run the {self._name} that {method} prunes, but a copy of it, or none:"
+                " until a step calls that one, nothing of the training is pruned"
+            )
+        elif not self._reached and any(p.requires_grad for p in self.handle.pruner.parameters()):
+            rank_zero_warn(
+                f"no gradient reached the parameters of {method} in the first training step: it learns nothing where "
+                "the ViT runs under no_grad(), or where the loss does not depend on it"
+            )
+
+    @property
+    def _name(self) -> str:
+        return type(self.handle.model).__name__

@@ -11,6 +11,7 @@ from torch import Tensor
 import prunex
 from prunex.callbacks.monitor import Monitor, decisions, log_share, moment
 from prunex.pictures import kept_mosaic, share_mosaic
+from prunex.vit.anatomy import head_classes
 from prunex.vit.forward import record
 from prunex.vit.mount import as_found
 from prunex.vit.tape import Tape
@@ -60,7 +61,7 @@ class KeptTokenMonitor(Monitor):
             own = torch.arange(everything[0].size).view(trace.grid).expand(everything.shape)
             arrays["groups"] = np.stack([(own if i is None else trace.groups(i).cpu()).numpy() for i in made])
         arrays["share"] = trace.share().float().cpu().numpy()
-        if tape.logits is not None and vit.num_classes > 0:  # without a classifier these are features
+        if tape.logits is not None and head_classes(vit) > 0:  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
         if "masks" in arrays and not trace.pooled:
             cover = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))

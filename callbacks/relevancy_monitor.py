@@ -12,6 +12,7 @@ import prunex
 from prunex.callbacks.monitor import Monitor, explainers_of, log_share, moment, try_explainers
 from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
+from prunex.vit.anatomy import head_classes
 
 
 class RelevancyMonitor(Monitor):
@@ -64,7 +65,7 @@ class RelevancyMonitor(Monitor):
             arrays = arrays or self.common(trainer, vit, batch, (e.maps.shape[1], e.maps.shape[2]))
             arrays[f"relevance/{name}"] = e.maps.float().cpu().numpy()
             arrays[f"target/{name}"] = e.target.cpu().numpy()
-            if vit.num_classes > 0:  # without a classifier these are features
+            if head_classes(vit) > 0:  # without a classifier these are features
                 arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
             mass = e.maps.clamp(min=0)
             if e.trace.stages and not e.trace.pooled:

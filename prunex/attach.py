@@ -16,7 +16,7 @@ from prunex.pruners.budget import Budget
 from prunex.pruners.units import UnitPruner
 from prunex.registry import lookup
 from prunex.unit_pruning import UnitPruning, check_readable, put_units
-from prunex.vit.anatomy import Anatomy, ViT, find, read
+from prunex.vit.anatomy import Anatomy, ViT, find, head_classes, read
 from prunex.vit.forward import run
 from prunex.vit.intermediates import Watch
 from prunex.vit.mount import check_parity, put_on, take_off
@@ -64,7 +64,7 @@ class Attached(nn.Module):
     def current(self, model: ViT) -> Anatomy:
         """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
         embed, known = model.patch_embed, self.dense
-        now = (model.num_classes, model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
+        now = (head_classes(model), model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
         if now != (known.classes, known.pool, known.image, known.patch):
             self.dense = read(model)
             self.anatomy = self.pruner.alter(self.dense)

@@ -13,6 +13,7 @@ from prunex.errors import OutOfReach, PrunexError
 from prunex.handle import Handle, drop_mark
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
+from prunex.vit.anatomy import head_classes
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.units import CHILD, Branch, blocks_of, branches, opens_heads, put_gates, take_gates_off
 from prunex.vit.widths import WidthSpec, narrow, widths_of
@@ -258,8 +259,7 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         raise PrunexError(
             f"units of this {type(model).__name__} are pruned already by {getattr(model, CHILD).method}: detach() first"
         )
-    inner: Any = model
-    pruner: UnitPruner = make(unit_branches(model), int(inner.num_classes), **options)
+    pruner: UnitPruner = make(unit_branches(model), head_classes(model), **options)
     pruner.known = widths_of(model)
     pruner.prepare(model)
     hooked = getattr(model, "prunex", None)

@@ -20,7 +20,7 @@ from prunex.errors import PrunexError
 TEXT_BYTES = 2**26  # of a JSON, CSV or YAML file
 NPZ_BYTES = 2**31  # of all arrays in an npz file, unpacked
 _KINDS = "biufU"  # booleans, numbers, text
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_there(path: Path, what: Callable[[Path], bool] = Path.exists) -> bool:
@@ -66,9 +66,19 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise PrunexError(f"{path} is damaged: {str(error)[:200]}") from error
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says, of numbers that everybody reads alike.
+
+    Raises:
+        ValueError: For anything else.
+        RecursionError: For what is nested beyond all measure.
+    """
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
 
 
 def _no_number(name: str) -> Any:
@@ -95,7 +105,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except Exception as error:  # safetensors has its own error, and older versions stumble over new types
         raise PrunexError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
-    odd = [k for k, v in tensors.items() if v.is_complex() or (v.is_floating_point() and v.dtype not in _FLOATS)]
+    odd = [k for k, v in tensors.items() if v.is_complex() or (v.is_floating_point() and v.dtype not in FLOATS)]
     if odd:
         raise PrunexError(f"{path} holds {tensors[odd[0]].dtype} ({odd[0][:80]}): convert it to float16 or wider")
     return tensors

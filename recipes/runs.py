@@ -30,7 +30,7 @@ from prunex.recipes.backbone import create_model, model_from_weights
 from prunex.recipes.explainer_training import ExplainerTraining
 from prunex.recipes.timing import side_by_side
 from prunex.untrusted import is_there, read_text
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import find, head_classes
 from prunex.vit.units import Backbone
 
 SUMMARY = "summary.json"
@@ -194,7 +194,7 @@ def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
         names = [str(name) for name in getattr(data, "class_names", None) or []]
     except PrunexError:  # the data need not be there any more
         names = []
-    model.label_names = names if len(names) == model.num_classes else []
+    model.label_names = names if len(names) == head_classes(model) else []
     told = {key: list(getattr(data, key)) for key in ("mean", "std") if getattr(data, key, None) is not None}
     model.pretrained_cfg = {**dict(getattr(model, "pretrained_cfg", None) or {}), **told}
     return model

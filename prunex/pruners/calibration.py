@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunex.batches import parts
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import check_images, read
+from prunex.vit.anatomy import check_images, head_classes, read
 from prunex.vit.mount import as_found
 
 Batch = tuple[Tensor, Tensor | None]
@@ -70,10 +70,10 @@ def _is_pair(source: Any) -> bool:
 
 
 def _classes(model: Any) -> int:
-    head = model.head
-    if isinstance(head, nn.Identity) or isinstance(getattr(head, "fc", None), nn.Identity):
+    classes = head_classes(model)
+    if classes == 0:
         raise PrunexError("this model has no classifier (num_classes=0), so units have no class to matter for")
-    return int(model.num_classes)
+    return classes
 
 
 def _check_labels(labels: Tensor, classes: int) -> Tensor:

@@ -23,6 +23,7 @@ from prunex.vit.mount import as_found
 from prunex.vit.positions import positions_of
 
 CRITERIA = ("mean", "relative")
+TOLERANCE = 0.01
 
 
 @register(
@@ -42,8 +43,8 @@ class PatchSlimming(TokenPruner):
 
     Freshly attached, everything is kept. ``pruning.calibrate(loader)`` finds the sets, see
     :class:`~prunex.pruners.patch_slimming_search.Search`: from the last block down, a score says which positions,
-    the tolerance says how many. With ``epochs`` above 0 it fine-tunes blocks as it goes, so ``detach()`` then gives the
-    dense model with these weights, as after any training.
+    the tolerance says how many. With ``epochs`` above 0 it fine-tunes blocks as it goes, frozen parameters excepted, so
+    ``detach()`` then gives the dense model with these weights, as after any training.
 
     There is no public code, and of the paper only abstract and results were read: the score, the search, the slimmed
     block and the defaults 0.01, 10 and 3 are second-hand (unverified). Choices of ours: how many calibration images,
@@ -86,7 +87,7 @@ class PatchSlimming(TokenPruner):
         self,
         anatomy: Anatomy,
         keep: Sequence[Sequence[int]] | None = None,
-        tolerance: float = 0.01,
+        tolerance: float = TOLERANCE,
         step: int = 10,
         epochs: int = 3,
         learning_rate: float = 1e-5,
@@ -218,6 +219,12 @@ class PatchSlimming(TokenPruner):
         if slims and patches != self.patches:
             raise PrunexError(f"the sets of patch_slimming are for {self.patches} patches, not {patches}")
         return [len(s) if slims else patches for s in self.sets]
+
+    def inference_only(self) -> None:
+        """Let go of an infinite tolerance, which plain files cannot hold; what it led to is in the sets."""
+        super().inference_only()
+        if self.options["tolerance"] == math.inf:
+            self.options["tolerance"] = TOLERANCE
 
     @property
     def needs_calibration(self) -> bool:

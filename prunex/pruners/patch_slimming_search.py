@@ -139,7 +139,8 @@ class Search:
 
     What the paper is not known to say, and is a choice of ours: the error held against the tolerance is the mean
     squared one (or the relative one); a block's weights carry over from candidate to candidate; AdamW without decay;
-    everything runs in eval mode and in at least float32; a block that keeps every position gets its dense weights back.
+    everything runs in eval mode and in at least float32; a block that keeps every position gets its dense weights back;
+    parameters that are frozen (``requires_grad=False``) stay as they are, and a block without any other is not tuned.
 
     Args:
         model: A supported ViT.
@@ -177,6 +178,8 @@ class Search:
             blocks = copy.deepcopy(blocks).float()
         self.teacher: Any = blocks
         self.student: Any = copy.deepcopy(blocks).eval().requires_grad_(False)
+        # What is frozen is not ours to move: pretrained weights under an adapter, blocks that a user holds still.
+        self.moving = [{n for n, p in block.named_parameters() if p.requires_grad} for block in model.blocks]
         patches = anatomy.grid[0] * anatomy.grid[1]
         self.kept = torch.ones(anatomy.depth, patches, dtype=torch.bool)
         self.kept[-1] = False
@@ -217,7 +220,7 @@ class Search:
             self.kept[block] = base.clone().index_fill(0, order[:added], True)
             if self.kept[block].all():
                 self.student[block].load_state_dict(self.teacher[block].state_dict())
-            elif self.epochs:
+            elif self.epochs and self.moving[block]:
                 self._tune(block, inputs, wanted)
             tried.append(self._error(block, inputs, wanted))
             if getattr(tried[-1], self.criterion) <= self.tolerance:
@@ -265,7 +268,8 @@ class Search:
 
     def _tune(self, block: int, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         """A little fine-tuning of one block; the next one passes gradients through and gets none."""
-        parameters = list(self.student[block].requires_grad_(True).parameters())
+        named = self.student[block].named_parameters()
+        parameters = [p.requires_grad_(True) for name, p in named if name in self.moving[block]]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=0.0)
         with torch.enable_grad():
             for _ in range(self.epochs):
@@ -290,6 +294,8 @@ class Search:
     def install(self) -> None:
         """Give the model the fine-tuned blocks, in place; without fine-tuning nothing is touched."""
         if self.epochs:
-            own: Any = self.model.blocks
-            for there, found in zip(own.parameters(), self.student.parameters(), strict=True):
-                there.copy_(found)
+            for block, tuned, moving in zip(self.model.blocks, self.student, self.moving, strict=True):
+                found = dict(tuned.named_parameters())
+                for name, there in block.named_parameters():
+                    if name in moving:
+                        there.copy_(found[name])

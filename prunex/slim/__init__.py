@@ -1,7 +1,7 @@
 """Physical removal, save and load, export."""
 
 from prunex.slim.export import export
-from prunex.slim.files import load, read_config, save
+from prunex.slim.files import check_savable, load, read_config, save
 from prunex.slim.slim import slim
 
-__all__ = ["export", "load", "read_config", "save", "slim"]
+__all__ = ["check_savable", "export", "load", "read_config", "save", "slim"]

@@ -16,6 +16,7 @@ import prunex
 from prunex.attach import CHILD, Pruning
 from prunex.errors import PrunexError
 from prunex.files import write_whole
+from prunex.slim.metadata import class_names, known_cfg
 from prunex.slim.slim import slim
 from prunex.vit.anatomy import check_images
 from prunex.vit.forward import own_anatomy, run
@@ -141,15 +142,14 @@ def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, 
 def _told(small: Any) -> dict[str, Any]:
     """What a graph's user has to know: size and normalisation of its images, labels, and how it was pruned."""
     pruning, anatomy = _pruning(small), outline(small)
-    known = getattr(small, "pretrained_cfg", None) or {}
-    known = known.to_dict() if hasattr(known, "to_dict") else known
+    known = known_cfg(small, anatomy.channels)
     return {
         "prunex": prunex.__version__,
         "pruning": None if pruning is None else pruning.spec,
         "input_size": [anatomy.channels, *anatomy.image],
-        "mean": list(known.get("mean") or []) or None,
-        "std": list(known.get("std") or []) or None,
-        "labels": list(getattr(small, "label_names", None) or []) or None,
+        "mean": known.get("mean"),
+        "std": known.get("std"),
+        "labels": class_names(small, anatomy.classes) or None,
     }
 
 

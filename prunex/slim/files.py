@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import prunex
 from prunex.attach import CHILD, UNITS, Pruning, attach
@@ -24,6 +23,7 @@ from prunex.errors import PrunexError
 from prunex.files import DRAFT
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
+from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
 from prunex.slim.slim import slim
 from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors, readable
 from prunex.vit.anatomy import find
@@ -52,8 +52,8 @@ def save(
     folder: str | Path,
     *,
     labels: Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
 ) -> Path:
     """Write a ViT, pruned or dense, as a folder that :func:`load` and any safetensors reader can open.
 
@@ -62,16 +62,17 @@ def save(
     Args:
         model: What :func:`prunex.slim` gave; or any supported ViT or timm Swin.
         folder: Where to; made if missing, its three files replaced if there.
-        labels: Class names, one a class.
-        mean: Per-channel mean the images were normalised with.
-        std: Per-channel standard deviation, likewise.
+        labels: Class names, one a class; None: those that the model was loaded with.
+        mean: What the images were normalised with, one number a channel or one for all; None: as the model's
+            ``pretrained_cfg`` says, where that was made for as many channels.
+        std: Standard deviation, likewise.
 
     Returns:
         The folder.
 
     Raises:
-        PrunexError: For a model plain values cannot describe, labels, mean or std of the wrong number, or a folder that
-            cannot be written.
+        PrunexError: For a model that :func:`check_savable` refuses, labels, mean or std of the wrong number, or a
+            folder that cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -87,11 +88,10 @@ def save(
         raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     made = not folder.exists()
     try:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
-        save_file(tensors, waiting / WEIGHTS, metadata={"format": "pt"})
+        save_file(_tensors(vit), waiting / WEIGHTS, metadata={"format": "pt"})
         config["prunex"]["sha256"] = _sha256(waiting / WEIGHTS)
         (waiting / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (waiting / CARD).write_text(_card(config))
+        (waiting / CARD).write_text(readable(_card(config)), encoding="utf-8")
         folder.mkdir(exist_ok=True)
         _move_in(waiting, folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
@@ -102,6 +102,35 @@ def save(
     finally:
         shutil.rmtree(waiting, ignore_errors=True)
     return folder
+
+
+def check_savable(model: nn.Module, path: str | None = None) -> None:
+    """Refuse a model that :func:`save` would refuse, before a training run is spent on it.
+
+    Args:
+        model: A ViT or timm Swin, or a module that holds exactly one.
+        path: Dotted path to it when there are several.
+
+    Raises:
+        PrunexError: By what cannot be written: a head, block or layer that plain values do not describe, weights that
+            are no plain tensors.
+    """
+    vit = find(model, path, Backbone)[1]
+    outline(vit)
+    check_tensors(vit.state_dict())
+    describe(vit)
+
+
+def _tensors(vit: nn.Module) -> dict[str, Tensor]:
+    """The weights as they are written: whole, and no two in one storage, of which the file knows nothing."""
+    found: dict[str, Tensor] = {}
+    storages = set()
+    for name, value in vit.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        start = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if start in storages else tensor
+        storages.add(start)
+    return found
 
 
 def _move_in(waiting: Path, folder: Path) -> None:
@@ -199,31 +228,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     )
     if not whole or not isinstance(config.get("pretrained_cfg", {}), Mapping):
         raise PrunexError(foreign)
-    _check_told(config, path)
+    check_told(config, f"{path} is damaged")
     return dict(config)
 
 
-def _check_told(config: Mapping[str, Any], path: Path) -> None:
-    """What pictures, tables and graphs show of a model: names are text, and there is a number a channel."""
-    names, cfg = config.get("label_names") or [], config.get("pretrained_cfg", {})
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise PrunexError(f"{path} is damaged: label_names must be a list of texts")
-    size = config["prunex"]["model"].get("args")
-    channels = size.get("in_chans", 3) if isinstance(size, Mapping) else 3
-    for name, low in (("mean", -math.inf), ("std", 0.0)):
-        told = cfg.get(name)
-        numbers = told is None or (
-            isinstance(told, list)
-            and all(isinstance(v, int | float) and not isinstance(v, bool) and low < v < math.inf for v in told)
-        )
-        if not numbers or (told and len(told) not in (1, channels, max(3, channels if type(channels) is int else 3))):
-            raise PrunexError(f"{path} is damaged: {name} must be one number a channel{', above 0' * (low == 0)}")
-    if not isinstance(cfg.get("architecture", ""), str | None):
-        raise PrunexError(f"{path} is damaged: architecture must be a name")
-
-
-def _attach(vit: nn.Module, pruning: Mapping[str, Any]) -> None:
-    """Put a described token pruner on; its options are values, and reach for no other file."""
+def _described(pruning: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A token pruner's name and options; these are values, and reach for no other file."""
     spec = dict(pruning)
     method = lookup("pruner", spec.pop("method"))
     for name in ("path", "budget", "explainer", "model", "method"):
@@ -231,41 +241,40 @@ def _attach(vit: nn.Module, pruning: Mapping[str, Any]) -> None:
             raise PrunexError(f"the pruning entry may not name {name!r}: was the file edited?")
     if not issubclass(method.make, TokenPruner):  # type: ignore[arg-type]
         raise PrunexError(f"{method.name} prunes no tokens: was the file edited?")
+    return method.name, spec
+
+
+def _attach(vit: nn.Module, pruning: Mapping[str, Any]) -> None:
+    """Put a described token pruner on."""
+    method, spec = _described(pruning)
     try:
-        attach(vit, method.name, **spec)
+        attach(vit, method, **spec)
     except PrunexError:
         raise
     except Exception as error:  # options of other types than any that save writes
-        raise PrunexError(f"cannot attach {method.name} as described ({type(error).__name__} {error})") from error
+        raise PrunexError(f"cannot attach {method} as described ({type(error).__name__} {error})") from error
 
 
-def _config(
-    vit: Any, labels: Sequence[str] | None, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> dict[str, Any]:
-    anatomy, model = outline(vit), describe(vit)
+def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict[str, Any]:
+    """The whole of ``config.json`` but for the weights' checksum, checked as :func:`read_config` will check it."""
+    anatomy = outline(vit)
+    check_tensors(vit.state_dict())
+    model = describe(vit)
     windowed = model["class"] == "SwinTransformer"
-    if labels is not None and len(labels) != anatomy.classes:
-        raise PrunexError(f"{len(labels)} labels for {anatomy.classes} classes: give one name a class")
-    known = getattr(vit, "pretrained_cfg", None) or {}
-    known = known.to_dict() if hasattr(known, "to_dict") else dict(known)
-    kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license")
-    cfg: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items() if k in kept}
+    cfg = known_cfg(vit, anatomy.channels, mean, std)
     cfg |= {"input_size": [anatomy.channels, *anatomy.image], "num_classes": anatomy.classes}
     cfg |= {
         "first_conv": "patch_embed.proj",
         "classifier": "head.fc" if windowed else "head",
         "fixed_input_size": not anatomy.dynamic,
     }
-    for name, value in (("mean", mean), ("std", std)):
-        if value is not None:
-            if len(value) != anatomy.channels:
-                raise PrunexError(f"{name} has {len(value)} values for {anatomy.channels} channels: give one a channel")
-            cfg[name] = [float(v) for v in value]
-    pruning = Pruning(vit) if hasattr(vit, CHILD) else None
+    pruning = Pruning(vit).spec if hasattr(vit, CHILD) else None
+    if pruning is not None:
+        _described(pruning)
     count = cost(vit)
-    names = list(labels) if labels is not None else list(getattr(vit, "label_names", []) or [])
-    return {
-        "architecture": known.get("architecture") or _NEAREST.get(model["class"], "vit_small_patch16_224"),
+    names = class_names(vit, anatomy.classes, labels)
+    config = {
+        "architecture": architecture(vit) or _NEAREST.get(model["class"], "vit_small_patch16_224"),
         "num_classes": anatomy.classes,
         "num_features": anatomy.width,
         "global_pool": anatomy.pool,
@@ -276,7 +285,7 @@ def _config(
             "version": 2 if windowed or "widths" in model else 1,
             "model": model,
             "model_sha256": _digest(model),
-            "pruning": None if pruning is None else pruning.spec,
+            "pruning": pruning,
             "macs": count.macs,
             "params": count.params,
             "tokens_per_block": count.tokens,
@@ -284,6 +293,7 @@ def _config(
             "made_with": {"prunex": prunex.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         },
     }
+    return as_read(config)
 
 
 def _widths(vit: Any) -> list[dict[str, int]]:

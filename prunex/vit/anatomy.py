@@ -229,13 +229,22 @@ def read(model: nn.Module) -> Anatomy:
         image=tuple(embed.img_size),
         patch=tuple(embed.patch_size),
         channels=embed.proj.in_channels,
-        classes=inner.num_classes,
+        classes=head_classes(model),
         pool=inner.global_pool,
         dynamic=bool(getattr(inner, "dynamic_img_size", False)),
         readers=readers,
         pool_prefix=bool(getattr(inner, "pool_include_prefix", False)) or attends_all,
         pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
+
+
+def head_classes(model: Any) -> int:
+    """Outputs of a model's head, which tells better than ``num_classes``: heads are put on by assignment."""
+    head = getattr(model.head, "fc", model.head)
+    if isinstance(head, nn.Identity):
+        return 0
+    last = [m.out_features for m in (head, *reversed(list(head.modules()))) if hasattr(m, "out_features")]
+    return int(last[0] if last else model.num_classes)
 
 
 def _reason(model: nn.Module) -> str:

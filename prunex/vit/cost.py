@@ -160,8 +160,7 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
             blocks.append(_slim_block(block, a.width, a.prefix + entering, a.prefix + asking, decision))
     projection = vit.patch_embed.proj
     embedding = patches * projection.weight.numel()
-    heads = [h for h in (vit.head, getattr(vit, "head_dist", None)) if isinstance(h, nn.Linear)]
-    head = sum(h.in_features * h.out_features for h in heads)
+    head = linear_macs(vit.head, getattr(vit, "head_dist", nn.Identity()))
     if a.pool == "map":
         head += _pooling(vit.attn_pool, n + a.prefix * a.pool_prefix)
     params = sum(p.numel() for p in vit.parameters())

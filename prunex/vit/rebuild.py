@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, ViT, read
+from prunex.untrusted import odd_dtypes
+from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
 from prunex.vit.layouts import fused_out
 from prunex.vit.units import Backbone, blocks_of, head_dim
 from prunex.vit.widths import Shape, WidthSpec, dense_shape, narrow, widths_of
@@ -95,7 +96,7 @@ def outline(model: Backbone) -> Anatomy:
         image=tuple(embed.img_size),
         patch=tuple(embed.patch_size),
         channels=embed.proj.in_channels,
-        classes=inner.num_classes,
+        classes=head_classes(model),
         pool=inner.global_pool,
         dynamic=not embed.strict_img_size,
         readers=(),
@@ -214,9 +215,12 @@ def _check(model: Backbone, spec: dict[str, Any]) -> None:
     again = twin.state_dict()
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(("prunex.", "prunex_units."))}
     wrong = [k for k in {**again, **own} if k not in own or k not in again or own[k].shape != again[k].shape]
+    wrong += odd_dtypes(again, own)
     if wrong:
+        hint = "; model.reset_classifier(n) makes a head that it builds" if min(wrong).startswith("head") else ""
         raise PrunexError(
-            f"cannot save this {type(model).__name__}: timm builds it with other parts ({', '.join(sorted(wrong)[:4])})"
+            f"cannot save this {type(model).__name__}: timm builds it with other parts "
+            f"({', '.join(sorted(wrong)[:4])}){hint}"
         )
     inner: Any = model
     if isinstance(model, SwinTransformer):

@@ -185,7 +185,7 @@ def test_labels_and_normalisation_survive_loading_and_saving_again(tmp_path):
 
 
 def test_labels_of_the_wrong_number_are_refused(tmp_path):
-    for wrong in ({"labels": ["a"]}, {"mean": [0.5]}, {"std": [0.5] * 4}):
+    for wrong in ({"labels": ["a"]}, {"mean": [0.5] * 2}, {"std": [0.5] * 4}):
         with pytest.raises(PrunexError, match="give one"):
             prunex.save(tiny(), tmp_path / "slim", **wrong)
     assert not list(tmp_path.iterdir())

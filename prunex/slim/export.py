@@ -24,6 +24,8 @@ from prunex.vit.readout import head
 from prunex.vit.rebuild import outline
 
 SUFFIXES = (".onnx", ".pt2")
+_MORE = 6  # batches of random images beside the example, where none of its images can be compared
+_TRIES, _ROUNDINGS = 8, 8
 _NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
 
 
@@ -154,19 +156,77 @@ def _told(small: Any) -> dict[str, Any]:
 
 
 def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -> None:
-    """Run the written file on one, two and more images and compare logits with the model's."""
+    """Run the written file on one, two and more images and compare logits with the model's.
+
+    Where two scores lie within rounding of each other, file and model may keep other patches, and neither is wrong:
+    such an image is no evidence against the file. Others are drawn until one is evidence for it.
+
+    Raises:
+        PrunexError: For an image that rounding does not explain.
+    """
     if path.suffix == ".onnx" and find_spec("onnxruntime") is None:
         return
-    for batch in (1, len(example), len(example) + 1):
-        images = example.repeat(2, 1, 1, 1)[:batch]
-        wanted = graph(images)
-        wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-        found = _run_onnx(path, images) if path.suffix == ".onnx" else _run_pt2(path, images)
-        gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-        if not gap <= tolerance:
+    images = [example.repeat(2, 1, 1, 1)[:batch] for batch in (1, len(example), len(example) + 1)]
+    generator = torch.Generator().manual_seed(1)
+    images += [torch.randn(example.shape, generator=generator) for _ in range(_MORE)]
+    agreed = 0
+    for tried, batch in enumerate(images):
+        if tried > 2 and agreed:
+            return
+        gap = _gap(path, graph, batch)
+        differ = ~(gap <= tolerance)
+        if differ.any() and not bool(_near_ties(graph, batch[differ]).all()):
             raise PrunexError(
-                f"the exported graph differs from the model by {gap:.1e} at batch {batch}: nothing was written"
+                f"the exported graph differs from the model by {float(gap.max()):.1e} at batch {len(batch)}: nothing "
+                "was written"
             )
+        agreed += int((~differ).sum())
+    if not agreed:
+        warnings.warn(
+            f"{path.name} could not be compared with the model: in all {sum(map(len, images))} images tried two scores "
+            "lie within rounding of each other where one patch is kept and another not, as before training",
+            stacklevel=2,
+        )
+
+
+def _gap(path: Path, graph: Graph, images: Tensor) -> Tensor:
+    """How far each image's logits are from the model's, in units of the largest of these: [B]."""
+    wanted = graph(images)
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    found = _run_onnx(path, images) if path.suffix == ".onnx" else _run_pt2(path, images)
+    return (found - wanted).abs().flatten(1).amax(1) / wanted.abs().max().clamp(min=1e-6)
+
+
+def _near_ties(graph: Graph, images: Tensor) -> Tensor:
+    """Which images are decided about in another way when every module is off by some roundings: bool [B]."""
+    generator = torch.Generator().manual_seed(0)
+
+    def jitter(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        noise = torch.randn(out.shape, generator=generator).to(out)
+        return out * (1 + _ROUNDINGS * torch.finfo(out.dtype).eps * noise)
+
+    clean, differs = _decided(graph, images), torch.zeros(len(images), dtype=torch.bool)
+    handles = [m.register_forward_hook(jitter) for m in graph.model.modules() if m is not graph.model]
+    try:
+        for _ in range(_TRIES):
+            noisy = zip(clean, _decided(graph, images), strict=True)
+            differs |= torch.stack([(a != b).flatten(1).any(1) for a, b in noisy]).any(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return differs
+
+
+def _decided(graph: Graph, images: Tensor) -> list[Tensor]:
+    """Who went where, stage by stage; nobody anywhere in a model that prunes no tokens."""
+    vit: Any = graph.model
+    nothing = [torch.zeros(len(images), 1)]
+    if not hasattr(vit, CHILD):
+        return nothing
+    state = run(vit, images, own_anatomy(vit), (vit.prunex.pruner,))[1]
+    return [stage.group for stage in state.trace.stages] or nothing
 
 
 def _run_onnx(path: Path, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import prunex
 from prunex import PrunexError
 from tests.slim.models import METHODS, model_of, pixels
-from tests.vits import images, tiny
+from tests.vits import images, randomise, tiny
 
 module = importlib.import_module("prunex.slim.export")  # the package also has a function of this name
 needs_onnx = pytest.mark.skipif(
@@ -194,6 +195,38 @@ def test_a_graph_that_disagrees_is_not_written(small, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_run_pt2", lambda path, x: torch.full((len(x), 5), float("nan")))
     refused("differs from the model", small, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("gap", "warns"), [(0.0, True), (1e-7, True), (1e-2, False)])
+def test_a_tie_is_no_wrong_graph(tmp_path, monkeypatch, gap, warns):
+    """Predictors as before training: all scores are alike up to ``gap``, and the file ranks them as it likes."""
+    model = tiny(depth=2, embed_dim=24)
+    randomise(prunex.attach(model, "dynamicvit", keep_ratio=0.5, stages=(1,), teacher=False).pruner)
+    small = prunex.slim(model)
+    last = small.prunex.pruner.predictors[0].score[-1]
+    with torch.no_grad():
+        last.weight.mul_(gap), last.bias.zero_()
+    real = module._run_pt2
+
+    def other(path, x):
+        """As a runtime whose sums are off by a rounding."""
+        noise = torch.Generator().manual_seed(len(x))
+        hook = lambda m, args, out: out + 1e-7 * torch.randn(out.shape, generator=noise)  # noqa: E731
+        handle = last.register_forward_hook(hook)
+        try:
+            return module.Graph(small)(x)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(module, "_run_pt2", other)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        path = prunex.export(small, tmp_path / "model.pt2")
+    assert path.is_file()
+    assert any("could not be compared" in str(w.message) for w in told) == warns
+    if not warns:
+        monkeypatch.setattr(module, "_run_pt2", lambda path, x: real(path, x) + 1)
+        refused("differs from the model", small, tmp_path / "other.pt2")
 
 
 def test_a_target_that_cannot_be_written(small, tmp_path):

@@ -7,6 +7,7 @@ differentiates them in its own way.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from timm.layers import GELUTanh, GluMlp, Mlp, QuickGELU, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.vit.calls import inside
 
 
 def fused_attention(
@@ -123,7 +125,7 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Har
 
 
 def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
-    """A block's MLP; opened only where the arithmetic asks for it.
+    """A block's MLP; opened only where the arithmetic asks for it, within the module's own call.
 
     Args:
         module: timm's ``Mlp``, ``GluMlp`` or ``SwiGLU``.
@@ -135,6 +137,11 @@ def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
     """
     if not ops.opened:
         return module(x)
+    out: Tensor = inside(module, partial(_mlp, module, ops), x)
+    return out
+
+
+def _mlp(module: nn.Module, ops: Arithmetic, x: Tensor) -> Tensor:
     m: Any = module
     if type(module) is SwiGLU:
         hidden = ops.product(ops.activation(m.act, ops.linear(m.fc1_g, x)), ops.linear(m.fc1_x, x))

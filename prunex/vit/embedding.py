@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic, unknown_layer
+from prunex.vit.calls import inside
 
 
 def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
@@ -88,14 +90,9 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
     if isinstance(model, Eva | Beit):
         raise unknown_layer(model, "VisionTransformer")
-    inner: Any = model.patch_embed
-    height, width = inner.patch_size
-    padded = images
-    if inner.dynamic_img_pad:
-        padded = nn.functional.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
-    patches = ops.patches(inner.proj, padded)
-    grid = (patches.shape[2], patches.shape[3])
-    x = ops.norm(inner.norm, patches.flatten(2).transpose(1, 2))
+    x = inside(model.patch_embed, partial(_patches_opened, model, ops), images)
+    grid = grid_of(model, x)
+    x = x.flatten(1, 2) if x.ndim == 4 else x
     with torch.no_grad():
         empty = torch.zeros_like(x)
         added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
@@ -107,6 +104,17 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
     return _entering(model, ops.norm(model.norm_pre, x)), grid
+
+
+def _patches_opened(model: ViT, ops: Arithmetic, images: Tensor) -> Tensor:
+    """What ``patch_embed`` gives, [B, P, D], or [B, gh, gw, D] where images may have any size."""
+    inner: Any = model.patch_embed
+    height, width = inner.patch_size
+    if inner.dynamic_img_pad:
+        images = nn.functional.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
+    patches = ops.patches(inner.proj, images)
+    x = ops.norm(inner.norm, patches.flatten(2).transpose(1, 2))
+    return x.unflatten(1, patches.shape[2:]) if model.dynamic_img_size else x
 
 
 def over_pixels(

@@ -1,6 +1,6 @@
 """How each kind of timm block is laid out: what its halves read, where queries come from, how a branch ends.
 
-A layout opens a block of its kind for :mod:`prunex.vit.forward`; it holds no state. The halves of every kind are the
+A layout opens a block of its kind for :mod:`prunex.vit.halves`; it holds no state. The halves of every kind are the
 same two steps: attention is added to the stream, then an MLP is. Where timm computes both from the same input
 (:class:`Scaling`), "between the halves" means: attention has been added, and the MLP will read the block's *entering*
 stream of the tokens that go on.
@@ -8,6 +8,7 @@ stream of the tokens that go on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
+from prunex.vit.calls import hooked, inside
 from prunex.vit.units import heads_left
 from prunex.vit.widths import NarrowAttention
 
@@ -41,9 +44,26 @@ class Layout:
     opens = True
     parallel = False
 
+    def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
+        """What timm's models call a block with, beside the stream."""
+        return {}
+
     def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
         """The block as timm runs it, [B, N, D]."""
-        return block(x)
+        out: Tensor = block(x, **self.given(rope, shared))
+        return out
+
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        """A function in place of the attention's forward, within the attention's own call; see :meth:`attend`."""
+        branch: Tensor = inside(block.attn, function, y)
+        return branch
+
+    def check_hooks(self, block: Any) -> None:
+        """Refuse hooks that do not fire as timm would fire them where the block is opened.
+
+        Raises:
+            PrunexError: By the module that they are on.
+        """
 
     def attentions(self, block: Any) -> tuple[Any, ...]:
         """The modules that hold heads; the first says scale and dropout."""
@@ -151,6 +171,14 @@ class Things(Layout):
 
     opens = False
 
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        """In none of them: all are opened at once."""
+        return function(y, rope)
+
+    def check_hooks(self, block: Any) -> None:
+        """None on the attentions, which are opened together, nor on the sequences that hold them."""
+        _refuse_hooks(block, [m for part in block.attns for m in (part, part.attn)])
+
     def attentions(self, block: Any) -> tuple[Any, ...]:
         """All that run side by side."""
         return tuple(part.attn for part in block.attns)
@@ -211,6 +239,15 @@ class Scaling(Layout):
 
     opens = False
     parallel = True
+
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        """In none: timm has no module for it."""
+        return function(y, rope)
+
+    def check_hooks(self, block: Any) -> None:
+        """None on what both halves share, and each computes its part of."""
+        shared = (block.in_norm, block.in_proj, fused_out(block), block.ls, block.drop_path)
+        _refuse_hooks(block, [m for m in shared if m is not None])
 
     def attentions(self, block: Any) -> tuple[Any, ...]:
         """The block itself, which holds its heads."""
@@ -289,13 +326,27 @@ class EvaLayout(Layout):
 
     opens = False
 
+    def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
+        """The rotary table."""
+        return {"rope": rope}
+
     def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
         """With its rotary table."""
         if not _rotates_all(block.attn, x, rope):
-            return block(x, rope=rope)
-        y = self.read(block, x, PLAIN)
-        x = x + self.drop(block, self.end(block, self.attend(block, y, rope), PLAIN))
-        return x + self.drop_fed(block, self.feed(block, x, PLAIN))
+            return super().whole(block, x, rope)
+
+        def opened(x: Tensor, rope: Tensor | None = rope) -> Tensor:
+            y = self.read(block, x, PLAIN)
+            x = x + self.drop(block, self.end(block, self.attend(block, y, rope), PLAIN))
+            return x + self.drop_fed(block, self.feed(block, x, PLAIN))
+
+        out: Tensor = inside(block, opened, x, rope=rope)
+        return out
+
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        """With its rotary table."""
+        branch: Tensor = inside(block.attn, function, y, rope=rope)
+        return branch
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
         """The first norm."""
@@ -305,9 +356,13 @@ class EvaLayout(Layout):
         """With its rotary table."""
         if not _rotates_all(block.attn, y, rope):
             return block.attn(y, rope=rope)
-        q, k, v = self.heads(block, y, rope, PLAIN)
-        dropout = block.attn.attn_drop.p if block.training else 0.0
-        return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
+
+        def opened(y: Tensor, rope: Tensor | None = rope) -> Tensor:
+            q, k, v = self.heads(block, y, rope, PLAIN)
+            dropout = block.attn.attn_drop.p if block.training else 0.0
+            return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
+
+        return self.inside(block, opened, y, rope)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated by their places."""
@@ -350,13 +405,21 @@ class EvaPostLayout(EvaLayout):
 class BeitLayout(EvaLayout):
     """timm's BEiT block: plain gammas, and a relative bias on the scores."""
 
+    def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
+        """The shared bias; the block adds its own."""
+        return {"shared_rel_pos_bias": shared}
+
     def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
-        """With the shared bias; it adds its own."""
-        return block(x, shared_rel_pos_bias=shared)
+        """With the shared bias."""
+        return Layout.whole(self, block, x, rope, shared)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
         """Without a bias: where there is one, attention is opened."""
         return block.attn(y)
+
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        """Likewise."""
+        return Layout.inside(self, block, function, y, rope)
 
     def relative(self, block: Any) -> Tensor | None:
         """From its table."""
@@ -367,6 +430,16 @@ class BeitLayout(EvaLayout):
 def _rotates_all(attn: Any, x: Tensor, rope: Tensor | None) -> bool:
     """Whether prefix tokens did not enter: timm's attention would look for them in front of those it rotates."""
     return rope is not None and attn.num_prefix_tokens > 0 and rope.shape[-2] == x.shape[1]
+
+
+def _refuse_hooks(block: nn.Module, modules: list[nn.Module]) -> None:
+    for module in modules:
+        if hooked(module):
+            name = next(n for n, m in block.named_modules() if m is module)
+            raise PrunexError(
+                f"hooks on {name} of a {type(block).__name__} cannot fire where its attention is looked into: remove "
+                "them, or put them on the block"
+            )
 
 
 def _scaled(weight: Tensor, gamma: Tensor | None) -> Tensor:

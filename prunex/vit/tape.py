@@ -105,3 +105,7 @@ class Tape(Brief):
     def wants_matrix(self, block: int) -> bool:
         """Whether a block's attention matrix is asked for."""
         return self.attention and (self.blocks is None or block in self.blocks)
+
+    def looks_into(self, block: int) -> bool:
+        """Whether something is asked for that only the opened attention of a block knows."""
+        return self.streams or self.wants_matrix(block) or block in self.head_rows

@@ -184,7 +184,7 @@ def take_gates_off(model: nn.Module) -> None:
     """Take off what :func:`put_gates` put on."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if _ours(hook):
+            if is_gate(hook):
                 del module._forward_pre_hooks[key]
 
 
@@ -194,7 +194,7 @@ def let_through(module: nn.Module, x: Tensor) -> Tensor:
     At inference gates are 0 or 1, and asking twice is asking once.
     """
     for hook in module._forward_pre_hooks.values():
-        if _ours(hook):
+        if is_gate(hook):
             found = hook(module, (x,))
             x = x if found is None else found[0]
     return x
@@ -207,14 +207,15 @@ def heads_left(projection: nn.Module) -> tuple[int, ...] | None:
     that rankings and maps must not count it.
     """
     for hook in projection._forward_pre_hooks.values():
-        if _ours(hook) and hook.args[1] is not None:  # type: ignore[attr-defined]
+        if is_gate(hook) and hook.args[1] is not None:  # type: ignore[attr-defined]
             found = hook.args[1](hook.args[2])  # type: ignore[attr-defined]
             if found is not None:
                 return tuple(found)
     return None
 
 
-def _ours(hook: Any) -> bool:
+def is_gate(hook: Any) -> bool:
+    """Whether a hook is one of :func:`put_gates`."""
     return isinstance(hook, partial) and hook.func is _through
 
 

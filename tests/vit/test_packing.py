@@ -92,16 +92,20 @@ def test_packed_equals_masked_equals_alone(family, fuse, inside):
             assert largest(alone[0], packed[i]) < 1e-12
 
 
-def test_only_tokens_that_are_there_are_computed():
+def test_only_tokens_that_are_there_are_computed(monkeypatch):
     model = tiny()
-    rows = []
-    model.blocks[3].mlp.register_forward_hook(lambda m, args, out: rows.append(out.shape))
+    rows, last = [], model.blocks[3].mlp
+    plain = last.forward
+    monkeypatch.setattr(last, "forward", lambda x: rows.append(x.shape) or plain(x))
     with torch.no_grad():
         _, state = logits(model, images_for(model), script({1: (16, 2, 5)}))
         assert rows == [(1, 3 + 16 + 2 + 5, 48)]
         assert state.trace.stages[0].counted.tolist() == [16, 2, 5]
         _, state = logits(model, images_for(model), script({1: (5, 5, 5)}))
-    assert rows[1] == (3, 6, 48)  # equal counts are as if they were fixed
+        assert rows[1] == (3, 6, 48)  # equal counts are as if they were fixed
+        last.register_forward_hook(lambda *_: None)
+        logits(model, images_for(model), script({1: (16, 2, 5)}))
+    assert rows[2][0] == 3  # hooks expect images
     assert state.policy is None
 
 

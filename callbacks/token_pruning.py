@@ -206,15 +206,19 @@ class TokenPruning(Participant):
         if self.pruning is None:
             return output
         self._log_ratios(module, "prunex/keep_ratio")
-        seen, found = self.pruning._attached.last, parts(batch)
-        if output is None or seen is None:  # optimised by hand, a skipped batch, or a step that did not run the model
+        forwards, found = list(self.pruning._attached.forwards), parts(batch)
+        if output is None or not forwards:  # optimised by hand, a skipped batch, or a step that did not run the model
             self.pruning.forget()
             return self._end_step(module, output, {}, found)
         reads = self.pruning.pruner.reads_labels or self.pruning._attached.more
         labels = found.labels(self.method, "the training batch") if reads else found.get("labels")
-        labels = labels if labels is not None and len(labels) == len(seen.images) else None
+        if labels is not None and all(len(labels) != len(f.images) for f in forwards):
+            labels = None
         losses = self.pruning.losses(labels)
         self.pruning.forget()
+        seen = forwards[-1]
+        if len(forwards) > 1:  # of several views only the batch says which images a loss that is not finite comes from
+            return self._end_step(module, output, losses, found, len(seen.images))
         held = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
         return self._end_step(module, output, losses, held, len(seen.images), seen.logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
@@ -10,104 +11,22 @@ from torch import Tensor, nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_number
 from prunex.errors import PrunexError, unknown
-from prunex.handle import Handle, drop_mark
+from prunex.handle import Handle
+from prunex.pruners.attachment import MOST, MOST_COMPILED, Attached, give_labels
 from prunex.pruners.base import Forward, TokenPruner, accepted, strip_official
 from prunex.pruners.budget import Budget
 from prunex.pruners.units import UnitPruner
 from prunex.registry import lookup
 from prunex.unit_pruning import UnitPruning, check_readable, put_units
-from prunex.vit.anatomy import Anatomy, ViT, find, head_classes, read
-from prunex.vit.forward import run
-from prunex.vit.intermediates import Watch
+from prunex.vit.anatomy import find
 from prunex.vit.mount import check_parity, put_on, take_off
-from prunex.vit.readout import for_heads, masked_pool
+from prunex.vit.readout import POOLS, over_patches
 from prunex.vit.trace import TokenTrace
 from prunex.vit.units import CHILD as UNITS
 from prunex.vit.units import Backbone
 
 CHILD = "prunex"
 UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
-
-
-class Attached(nn.Module):
-    """What hangs on a pruned model as ``model.prunex``: the pruner's parameters, and what the last forward left.
-
-    Dense parameter names stay as they are; a pruner's own are called ``prunex.<method>.*``. A dense state dict loads
-    strictly into a pruned model: the pruner's parameters keep their values.
-    """
-
-    def __init__(self, pruner: TokenPruner, anatomy: Anatomy) -> None:
-        super().__init__()
-        self.add_module(pruner.name, pruner)
-        self.method = pruner.name
-        self.dense = anatomy
-        self.anatomy = pruner.alter(anatomy)
-        self.masked: bool | None = None
-        self.trace: TokenTrace | None = None
-        self.last: Forward | None = None
-        self.policy: Tensor | None = None
-        self.sizes: Tensor | None = None
-        self.more: list[Callable[[Forward], Mapping[str, Tensor]]] = []
-        self.ran = False  # set by every forward, for whoever wants to know whether one came
-        self.register_load_state_dict_pre_hook(drop_mark)
-        self.register_load_state_dict_pre_hook(_accept_dense)
-
-    @property
-    def pruner(self) -> TokenPruner:
-        """The pruner itself."""
-        return getattr(self, self.method)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies start without the last forward: its tensors belong to a graph and cannot be copied.
-        return self.__dict__ | {"trace": None, "last": None, "policy": None, "sizes": None, "more": []}
-
-    def current(self, model: ViT) -> Anatomy:
-        """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
-        embed, known = model.patch_embed, self.dense
-        now = (head_classes(model), model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
-        if now != (known.classes, known.pool, known.image, known.patch):
-            self.dense = read(model)
-            self.anatomy = self.pruner.alter(self.dense)
-        return self.anatomy
-
-    def refit(self, model: ViT) -> None:
-        """Read the anatomy again, after heads or MLP channels were taken out of the model."""
-        self.dense = read(model)
-        self.anatomy = self.pruner.alter(self.dense)
-
-    def features(self, model: ViT, images: Tensor, watch: Watch | None = None) -> Tensor:
-        """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
-        pruner = self.pruner
-        masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
-        anatomy = self.current(model)
-        tokens, state = run(model, images, anatomy, (pruner,), masked=masked, watch=watch)
-        self.ran = True
-        self.policy, self.sizes = state.policy, state.sizes
-        self.trace = state.trace.detach()
-        self.last = None
-        if model.training:
-            self.last = Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model)
-        return tokens
-
-    def pool(self, model: ViT, x: Tensor, pool_type: str | None) -> Tensor:
-        """The head's pooling, over tokens that are there, by size where some were merged."""
-        return masked_pool(model, x, pool_type, self.policy, self.anatomy, self.sizes)
-
-    def for_heads(self, model: ViT, x: Tensor) -> Tensor:
-        """Final tokens as timm's ``forward_head`` wants them."""
-        return for_heads(model, x, self.policy, self.anatomy)
-
-    def saw_logits(self, logits: Any) -> None:
-        """Remember the logits of a training forward, for losses that need them; a model without a head has none."""
-        if self.last is not None and self.anatomy.classes > 0:
-            if isinstance(logits, tuple):  # a distilled DeiT in distilled training: two heads
-                logits = sum(logits) / len(logits)
-            self.last.logits = logits
-
-
-def _accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if not any(k.startswith(prefix) for k in state):
-        state.update({prefix + k: v for k, v in module.state_dict().items()})
 
 
 class Pruning(Handle):
@@ -159,27 +78,39 @@ class Pruning(Handle):
         self._attached.masked = value
 
     def losses(self, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Weighted auxiliary losses of the last training forward, each a scalar; empty after an eval forward.
+        """Weighted auxiliary losses of this step's training forwards, each a scalar, summed over forwards by name.
+
+        A step's forwards are those in training mode with a graph since the losses were last asked for: two views add
+        twice, as their task losses do, whatever their numbers of images. Forwards in eval mode, without gradients,
+        or run again by a gradient checkpoint add nothing, nor do those that a backward pass went through already.
+        Asked again before the next training forward, the same come out.
 
         Args:
-            labels: int64 [B], the images' classes, for a pruner that learns from being right; others ignore them.
+            labels: int64 [B], the images' classes, for a pruner that learns from being right; others ignore them. They
+                go to every forward of B images, such as several views of one batch.
 
         Raises:
-            PrunexError: For labels that do not fit the images.
+            PrunexError: For labels that fit no forward, or not all of them where the pruner learns from labels.
         """
         attached = self._attached
-        if attached.last is None:
-            return {}
-        if labels is not None:
-            count = len(attached.last.images)
-            if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
-                what = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-                raise PrunexError(f"labels are {what}: give one class index for each of the {count} images")
-        attached.last.labels = labels
-        found = dict(attached.pruner.losses(attached.last))
-        for more in attached.more:
-            found |= more(attached.last)
-        return found
+        if attached.crowded:
+            attached.crowded = False
+            warnings.warn(
+                f"more than {MOST} training forwards ({MOST_COMPILED} compiled ones) ran since losses() was last asked:"
+                " the earlier ones' losses are left out; ask after fewer, call forget(), or run them under no_grad()",
+                stacklevel=2,
+            )
+        forwards = attached.take()
+        if labels is not None and forwards:
+            give_labels(forwards, labels, attached.pruner)
+        total: dict[str, Tensor] = {}
+        for forward in forwards:
+            parts = dict(attached.pruner.losses(forward))
+            for more in attached.more:
+                parts |= more(forward)
+            for name, value in parts.items():
+                total[name] = total[name] + value if name in total else value
+        return total
 
     def also(self, loss: Callable[[Forward], Mapping[str, Tensor]]) -> None:
         """Add a loss to those of the method: :meth:`losses` will hold what it makes of each training forward.
@@ -191,9 +122,41 @@ class Pruning(Handle):
         self._attached.more.append(loss)
 
     def forget(self) -> None:
-        """Let go of the last training forward's graph (after its losses were used)."""
-        self._attached.last = None
-        self._attached.policy = self._attached.sizes = None
+        """Let go of this step's training forwards and their graphs (after their losses were used)."""
+        self._attached.forget()
+
+    def pool(self, tokens: Tensor, kind: Literal["avg", "max", "avgmax"] = "avg") -> Tensor:
+        """Pool the patches that are left, for a head of one's own on ``model.forward_features``.
+
+        While a method trains masked, dropped patches keep their slots in the features, and at inference they are
+        gone: a plain mean over tokens is another feature then. This one is the same in both; where patches were merged
+        a token counts as often as the patches it stands for.
+
+        Args:
+            tokens: [B, prefix + n, D], what ``model.forward_features(images)`` returned, or made of it token by token.
+            kind: "avg", "max", or the mean of both.
+
+        Returns:
+            [B, D], of the patch tokens alone.
+
+        Raises:
+            PrunexError: For another kind, or tokens that are of no forward of this model.
+
+        >>> import prunex, timm, torch
+        >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+        >>> pruning = prunex.attach(model, "dynamicvit", keep_ratio=0.7)
+        >>> pruning.pool(model.train().forward_features(torch.randn(2, 3, 224, 224))).shape
+        torch.Size([2, 192])
+        """
+        if kind not in POOLS:
+            raise unknown("kind", str(kind), POOLS)
+        handed = self._attached.handover.take(tokens)
+        if handed is None:
+            raise PrunexError(
+                f"tokens {list(tokens.shape)} are of no forward of this model: give what "
+                "model.forward_features(images) returned"
+            )
+        return over_patches(tokens, handed.policy, handed.sizes, handed.anatomy.prefix, kind)
 
     def calibrate(self, images: Any, **options: Any) -> Any:
         """Let a method look at some images first; what it found is kept.

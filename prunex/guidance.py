@@ -60,7 +60,7 @@ class Guidance:
         loss: "pearson" or "kl".
         temperature: t of "kl".
         share: Share of each batch's images that are explained, in (0, 1].
-        every: Steps between explanations.
+        every: Training forwards (steps, where each runs the model once) between explanations.
         cache: Maps kept for images that come again; 0 keeps none.
         options: Of the explainer.
         path: Dotted path to the ViT when ``model`` holds several.

@@ -40,7 +40,7 @@ def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
     else:
         out = type(self).forward_head(self, self.prunex.for_heads(self, x), pre_logits=pre_logits)
     if not pre_logits:
-        self.prunex.saw_logits(out)
+        self.prunex.saw_logits(x, out)
     return out
 
 

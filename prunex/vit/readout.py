@@ -14,6 +14,9 @@ from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, unknown_layer
+from prunex.vit.calls import inside
+
+POOLS = ("avg", "max", "avgmax")
 
 TAIL = "prunex_tail"  # on a ViT that stands for a whole module: what the module makes of its ViT's output
 
@@ -135,12 +138,25 @@ def masked_pool(
             return x
     elif anatomy.pool == "map" and not (policy is None and sizes is None):
         start = 0 if anatomy.pool_prefix else anatomy.prefix
-        return attention.latent(inner.attn_pool, x[:, start:], _weights(policy, sizes, start))[0]
+        weights = _weights(policy, sizes, start)
+        return inside(inner.attn_pool, lambda x: attention.latent(inner.attn_pool, x, weights)[0], x[:, start:])
     elif (policy is None and sizes is None) or kind in ("token", "", "map") or not isinstance(kind, str):
         if isinstance(model, Beit):
             return global_pool_nlc(x, kind, anatomy.prefix)
         return type(inner).pool(inner, x, pool_type)
-    start = 0 if anatomy.pool_prefix else anatomy.prefix
+    return over_patches(x, policy, sizes, 0 if anatomy.pool_prefix else anatomy.prefix, kind)
+
+
+def over_patches(x: Tensor, policy: Tensor | None, sizes: Tensor | None, start: int, kind: str) -> Tensor:
+    """Mean, maximum, or the mean of both, over the tokens from a position on that are there, [B, D].
+
+    Args:
+        x: [B, N, D].
+        policy: [B, N] or None: 0 for slots of dropped tokens.
+        sizes: [B, N] or None: how often each token counts in a mean.
+        start: The position.
+        kind: One of ``POOLS``.
+    """
     body = x[:, start:]
     p = (x.new_ones(x.shape[:2]) if policy is None else policy)[:, start:, None].to(x.dtype)
     if sizes is None:

@@ -187,7 +187,7 @@ def test_straight_through_training_follows_the_target():
         optimiser.zero_grad()
         model(x)
         losses = pruning.losses()
-        masks = pruning._attached.last.masks
+        masks = pruning._attached.take()[-1].masks
         assert set(losses) == {"ratio"}
         assert largest(losses["ratio"], 2 * (masks[0].mean() - 0.4) ** 2) < 1e-6  # of the batch, not of each image
         losses["ratio"].backward()
@@ -276,7 +276,7 @@ def test_the_policy_loss_is_its_definition():
     pruning.progress = 0.5  # the second group's turn
     x, labels = images_for(model, 8), torch.arange(8) % 5
     logits = model(x)
-    trace, drawn = pruning.trace, pruning._attached.last.masks[-1]
+    trace, drawn = pruning.trace, pruning._attached.take()[-1].masks[-1]
     loss = pruning.losses(labels)["policy"]
     p, there = trace.stages[1].score, trace.kept(0).flatten(1)
     other = tiny().double()

@@ -380,7 +380,8 @@ def test_pooled_heads_count_patches_not_tokens():
     model = tiny("avg_pool_no_class").double()
     x = images_for(model)
     with prunex.attach(model, "tome", r=5) as pruning, torch.no_grad():
-        features, sizes = model.forward_features(x), pruning._attached.sizes
+        features = model.forward_features(x)
+        sizes = pruning._attached.handover.take(features).sizes
         by_size = (features * sizes.unsqueeze(2)).sum(1) / 16
         assert largest(model.forward_head(features, pre_logits=True), model.fc_norm(by_size)) < 1e-12
         assert largest(by_size, features.mean(1)) > 1e-3
@@ -449,7 +450,8 @@ def test_attention_pooling_counts_by_size():
     pruning = prunex.attach(model, "tome", r=[3, 0, 0, 0])
     with torch.no_grad():
         logits = model(x)
-        tokens, sizes = model.forward_features(x), pruning._attached.sizes
+        tokens = model.forward_features(x)
+        sizes = pruning._attached.handover.take(tokens).sizes
         pruning.masked = True
         assert largest(model(x), logits) < 1e-10
         for i in range(len(x)):

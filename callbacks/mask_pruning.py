@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 import prunex
-from prunex.batches import parts
+from prunex.batches import Parts, parts
 from prunex.callbacks.averaging import SWA, averaging, check_own_averages
 from prunex.callbacks.copies import Copies
 from prunex.callbacks.participant import Participant, progress, tell_hparams
 from prunex.callbacks.runs import Runs
-from prunex.callbacks.token_pruning import TokenPruning, batches_of
+from prunex.callbacks.token_pruning import TokenPruning
+from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError
 from prunex.pruners.base import accepted
@@ -29,6 +30,8 @@ from prunex.unit_pruning import UnitPruning
 from prunex.vit.optimisers import check_followed
 from prunex.vit.units import Backbone
 
+LOOKING = ("images", "labels")  # what criteria may need to look at
+
 
 class MaskPruning(Participant):
     """Attach a unit pruner in ``setup``, let it learn, choose and remove units, and fine-tune what is left.
@@ -36,8 +39,8 @@ class MaskPruning(Participant):
     ``xpruner`` goes through its stages by the training's progress: while masks are learned the ViT's weights stand
     still, while thresholds are learned they train along, and from then on the closed units are gone and the rest is
     fine-tuned. Masks and thresholds have optimisers of their own (Adam, no weight decay), and the multiplier ascends
-    after each step. The other criteria (``magnitude``, ``taylor``, ``relevance``, ``random``) look at the first
-    training batches when training has come to ``start`` and remove units at once.
+    after each step. The other criteria (``magnitude``, ``taylor``, ``relevance``, ``random``) look at what
+    enters the ViT in the first training batches when training has come to ``start`` and remove units at once.
 
     What is validated is the model that would be exported: dense while masks are learned (they see the labels), with
     hard gates while thresholds are, narrow afterwards. Units are really removed, in the running training, where one
@@ -122,6 +125,7 @@ class MaskPruning(Participant):
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._waiting: dict[str, Any] | None = None  # a checkpoint's, until the optimisers are there
         self._resting: list[nn.Parameter] = []
+        self._begun = False
         self._copies: Copies | None = None
         self._stays = False  # whether closed units stay in the model to the end
 
@@ -212,6 +216,9 @@ class MaskPruning(Participant):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next stage where its time has come."""
         if self.pruning is not None:
+            if not self._begun and not self.pruning.decided and self.pruning.pruner.needs in LOOKING:
+                parts(batch).labels("calibration", "the training batch")  # refused now, not when ``start`` has come
+            self._begun = True
             self._advance(trainer, pl_module, progress(trainer, batch_idx))
 
     def _advance(self, trainer: Trainer, module: LightningModule, done: float) -> None:
@@ -221,7 +228,7 @@ class MaskPruning(Participant):
         pruner = self._xpruner
         if pruner is None:
             if not self.pruning.decided and done >= self.start:
-                self._calibrate(trainer, self.pruning)
+                self._calibrate(trainer, module, self.pruning)
                 self._say_widths(trainer)
         else:
             if pruner.stage == "masks" and done >= self.masks:
@@ -263,11 +270,14 @@ class MaskPruning(Participant):
         if not resting:
             self._resting = []
 
-    def _calibrate(self, trainer: Trainer, pruning: UnitPruning) -> None:
+    def _calibrate(self, trainer: Trainer, module: LightningModule, pruning: UnitPruning) -> None:
         """Score on the first training batches; rank zero does it, the others take over what it found."""
         if trainer.is_global_zero:
-            with torch.random.fork_rng(devices=[]):  # the training draws the numbers it would have drawn
-                pruning.calibrate(_some(batches_of(trainer.train_dataloader), self.images, pruning.model))
+            if pruning.pruner.needs in LOOKING:
+                with training_batches(trainer, module, pruning.model) as batches:
+                    pruning.calibrate(_some(batches, self.images))
+            else:
+                pruning.calibrate()
         if trainer.world_size > 1:
             state: Any = None
             if trainer.is_global_zero:
@@ -292,16 +302,16 @@ class MaskPruning(Participant):
     def _learning_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pruner, pruning = self._xpruner, self.pruning
         batch = args[0] if args else kwargs.get("batch")
-        found = parts(batch)
+        known = parts(batch)
         vit = None if pruning is None else pruning.model
         if pruner is None or pruning is None or pruner.stage == "done":
-            return self._end_step(module, beneath(*args, **kwargs), {}, found, model=vit)
-        labels = found.get("labels")
+            return self._end_step(module, beneath(*args, **kwargs), {}, known, model=vit)
+        labels = known.get("labels")
         if pruner.stage == "masks":
             if labels is None:
                 raise PrunexError(
                     f"{self.method} learns masks by the images' labels, and this training batch "
-                    f"({found.kind}) holds none: {found.why('labels')}"
+                    f"({known.kind}) holds none: {known.why('labels')}"
                 )
             with pruning.labelled(labels):
                 output = beneath(*args, **kwargs)
@@ -313,8 +323,8 @@ class MaskPruning(Participant):
             removed = pruner.rate().detach()
             module.log("prunex/units_removed", removed, on_step=False, on_epoch=True, batch_size=images)
             module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
-        losses = pruning.losses(found.get("images"), labels)
-        return self._end_step(module, output, losses, found, images, model=vit)
+        losses = pruning.losses(known.get("images"), labels)
+        return self._end_step(module, output, losses, known, images, model=vit)
 
     @staticmethod
     def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
@@ -380,15 +390,14 @@ class MaskPruning(Participant):
         self._copies = None
 
 
-def _some(batches: Any, images: int, model: nn.Module) -> list[tuple[Tensor, Tensor] | Tensor]:
-    """The first images of a loader, with labels where there are any, on the model's device."""
-    device = next(model.parameters()).device
+def _some(batches: Iterable[Parts], images: int) -> list[tuple[Tensor, Tensor] | Tensor]:
+    """The first images of some batches, with labels where there are any."""
     taken: list[tuple[Tensor, Tensor] | Tensor] = []
-    for found in batches:
+    for known in batches:
         room = images
-        own, labels = found["images"][:room].to(device), found.labels("calibration", "the training batch")
-        taken.append(own if labels is None else (own, labels[:room].to(device)))
-        images -= len(own)
+        some, labels = known["images"][:room], known.labels("calibration", "the training batch")
+        taken.append(some if labels is None else (some, labels[:room]))
+        images -= len(some)
         if images <= 0:
             break
     return taken

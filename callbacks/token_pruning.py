@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
-from prunex.batches import Parts, parts
+from prunex.batches import parts
 from prunex.callbacks.averaging import averaging, check_order, check_own_averages
 from prunex.callbacks.monitor import decisions
 from prunex.callbacks.optimisers import check_stepped, learned, stepping
 from prunex.callbacks.participant import Participant, progress, tell_hparams
 from prunex.callbacks.runs import Runs
+from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
@@ -39,9 +40,9 @@ class TokenPruning(Participant):
     ``prunex/gmacs_budget``, what it allows). Stages count from 1, as in pictures and reports.
 
     A method that looks at images before it decides (``patch_slimming``) is calibrated once, when training starts, on
-    the first batches of the training data, unless it was before or a checkpoint brought what it found. Where images
-    keep their own numbers of patches (``count="adaptive"``) each validation also tells the pruner the mean shares, as
-    :meth:`prunex.Pruning.calibrate` does.
+    what enters the ViT in the first training batches, unless it was before or a checkpoint brought what it found.
+    Where images keep their own numbers of patches (``count="adaptive"``) each validation also tells the pruner the mean
+    shares, as :meth:`prunex.Pruning.calibrate` does.
 
     A pruner that learns from being right (``ia_red2`` by reward) gets the labels of batches that hold images and an
     integer [B], see :func:`prunex.batches.parts`. One with a curriculum has the parameters whose turn it
@@ -206,19 +207,19 @@ class TokenPruning(Participant):
         if self.pruning is None:
             return output
         self._log_ratios(module, "prunex/keep_ratio")
-        forwards, found = list(self.pruning._attached.forwards), parts(batch)
+        forwards, known = list(self.pruning._attached.forwards), parts(batch)
         if output is None or not forwards:  # optimised by hand, a skipped batch, or a step that did not run the model
             self.pruning.forget()
-            return self._end_step(module, output, {}, found)
+            return self._end_step(module, output, {}, known)
         reads = self.pruning.pruner.reads_labels or self.pruning._attached.more
-        labels = found.labels(self.method, "the training batch") if reads else found.get("labels")
+        labels = known.labels(self.method, "the training batch") if reads else known.get("labels")
         if labels is not None and all(len(labels) != len(f.images) for f in forwards):
             labels = None
         losses = self.pruning.losses(labels)
         self.pruning.forget()
         seen = forwards[-1]
         if len(forwards) > 1:  # of several views only the batch says which images a loss that is not finite comes from
-            return self._end_step(module, output, losses, found, len(seen.images))
+            return self._end_step(module, output, losses, known, len(seen.images))
         held = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
         return self._end_step(module, output, losses, held, len(seen.images), seen.logits)
 
@@ -277,8 +278,8 @@ class TokenPruning(Participant):
     def _calibrate(self, trainer: Trainer, module: LightningModule, pruning: prunex.Pruning) -> None:
         """Once, on the first batches of the training data; rank zero does it, the others take over what it found."""
         if trainer.is_global_zero:
-            with torch.random.fork_rng(devices=[]):  # the training draws the numbers it would have drawn
-                report = pruning.calibrate(each["images"] for each in batches_of(trainer.train_dataloader))
+            with training_batches(trainer, module, pruning.model) as batches:
+                report = pruning.calibrate(known["images"] for known in batches)
             rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
         if trainer.world_size > 1:
             state: Any = None
@@ -385,20 +386,3 @@ class TokenPruning(Participant):
     def _restore(self) -> None:
         super()._restore()
         self._before = []
-
-
-def batches_of(loaders: Any) -> Iterator[Parts]:
-    """The parts of a training loader's batches (of the first one, where there are several): images, labels, masks.
-
-    Raises:
-        PrunexError: For a batch without images.
-    """
-    while isinstance(loaders, Mapping | list | tuple):
-        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
-    for batch in loaders:
-        found = parts(batch)
-        try:
-            found.need("images", "calibration", "the training batch")
-        except PrunexError as error:
-            raise PrunexError(f"{error}, or calibrate before fit with prunex.attach(...).calibrate(images)") from None
-        yield found

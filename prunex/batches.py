@@ -70,12 +70,19 @@ class Parts(dict[str, Tensor]):
             warnings.warn(f"{who} goes by the predicted classes: {self.unfit['labels']}", stacklevel=2)
         return self.get("labels")
 
+    def cpu(self) -> Parts:
+        """The same on the CPU."""
+        moved = Parts(self.kind)
+        moved.update({name: tensor.detach().cpu() for name, tensor in self.items()})
+        moved.unclear, moved.unfit = self.unclear, self.unfit
+        return moved
+
     def why(self, name: str) -> str:
         """Why a part is not known, or what a batch must hold for it."""
         return self.unclear.get(name) or self.unfit.get(name) or _REMEDY[name]
 
 
-def parts(batch: Any) -> Parts:
+def parts(batch: Any, images: Tensor | None = None) -> Parts:
     """Images, labels and masks of a batch; what may be meant by several tensors is not guessed.
 
     A batch is a tensor, a sequence, a mapping, a dataclass or any object with attributes, or nested ones of these.
@@ -84,6 +91,10 @@ def parts(batch: Any) -> Parts:
     such a name a part is the one tensor that looks like it: floating [B, C, H, W]; whole numbers [B], unless they
     are called an index, an id or a view, or class scores [B, C] lie beside them; bool [B, H, W] or [B, 1, H, W] of the
     images' size.
+
+    Args:
+        batch: What a loader gives.
+        images: float [B, C, H, W], where they are known already: what a model made of the batch's.
 
     Returns:
         images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W].
@@ -95,14 +106,16 @@ def parts(batch: Any) -> Parts:
     >>> parts((x, y, torch.arange(2))).unclear["labels"]
     "batch[1] and batch[2] may both be meant: give a dict that holds the right one as 'label'"
     """
-    found = Parts(type(batch).__name__)
-    leaves = list({id(leaf.value): leaf for leaf in _leaves(batch)}.values())  # one tensor under two names is one
-    pictures = [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()]
-    first = _images(found, pictures)
+    known = Parts(type(batch).__name__)
+    leaves = list(_leaves(batch))
+    if images is None:
+        first = _images(known, [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()])
+    else:
+        first = known["images"] = images
     if first is not None:
-        _labels(found, leaves, len(first))
-        _masks(found, leaves, first)
-    return found
+        _labels(known, leaves, len(first))
+        _masks(known, leaves, first)
+    return known
 
 
 class _Leaf(NamedTuple):
@@ -128,7 +141,7 @@ def _entries(value: Any, depth: int) -> Iterable[tuple[str, str | None, Any]]:
         return [(f"[{key!r}]", key if isinstance(key, str) else "", inner) for key, inner in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(f".{key}", key, inner) for key, inner in zip(value._fields, value, strict=True)]
-    if isinstance(value, str | bytes | nn.Module | type | None):
+    if isinstance(value, str | bytes | int | float | nn.Module | type | None):
         return []
     if isinstance(value, Sequence):
         # Several mappings in a list are targets of single images (detection), and no tensor in them is a batch's.
@@ -150,29 +163,34 @@ def _named(leaves: Sequence[_Leaf], part: str) -> list[_Leaf]:
     return [leaf for leaf in leaves if leaf.name in _NAMES[part]]
 
 
+def _distinct(leaves: Iterable[_Leaf]) -> list[_Leaf]:
+    """Each tensor once, also where it goes by two names."""
+    return list({id(leaf.value): leaf for leaf in leaves}.values())
+
+
 def _several(leaves: Sequence[_Leaf], part: str) -> str:
     paths = [leaf.path for leaf in leaves]
-    told = " and ".join(paths) + " may both" if len(paths) == 2 else ", ".join(paths[:4]) + " may all"
-    return f"{told} be meant: give a dict that holds the right one as {_NAMES[part][0]!r}"
+    which = " and ".join(paths) + " may both" if len(paths) == 2 else ", ".join(paths[:4]) + " may all"
+    return f"{which} be meant: give a dict that holds the right one as {_NAMES[part][0]!r}"
 
 
-def _images(found: Parts, pictures: Sequence[_Leaf]) -> Tensor | None:
+def _images(known: Parts, pictures: Sequence[_Leaf]) -> Tensor | None:
     """Find the images; give the tensor that tells how many there are, whatever its dtype."""
     candidates = _named(pictures, "images") or pictures
-    floating = [leaf for leaf in candidates if leaf.value.is_floating_point()]
+    floating = _distinct(leaf for leaf in candidates if leaf.value.is_floating_point())
     if floating:
-        found["images"] = floating[0].value
+        known["images"] = floating[0].value
         if len(floating) > 1:
-            found.unclear["images"] = _several(floating, "images")
+            known.unclear["images"] = _several(floating, "images")
         return floating[0].value
     raw = [leaf for leaf in candidates if leaf.value.dtype == torch.uint8 or leaf.name in IMAGES]
     if not raw:
         return None
-    found.unfit["images"] = f"{raw[0]}: give float images, normalised as for the model, such as x.float() / 255"
+    known.unfit["images"] = f"{raw[0]}: give float images, normalised as for the model, such as x.float() / 255"
     return raw[0].value
 
 
-def _labels(found: Parts, leaves: Sequence[_Leaf], count: int) -> None:
+def _labels(known: Parts, leaves: Sequence[_Leaf], count: int) -> None:
     named = _named(leaves, "labels")
     if named:
         lists = [leaf for leaf in named if _is_list(leaf.value, column=True)]
@@ -182,29 +200,29 @@ def _labels(found: Parts, leaves: Sequence[_Leaf], count: int) -> None:
         unnamed = [leaf for leaf in leaves if not _NUMBERS.fullmatch(leaf.name)]
         lists = [leaf for leaf in unnamed if _is_list(leaf.value)]
         others = [leaf for leaf in unnamed if leaf.value.ndim == 2 and len(leaf.value) == count]
-    indices = [leaf for leaf in lists if len(leaf.value) == count]
+    indices = _distinct(leaf for leaf in lists if len(leaf.value) == count)
     if len(indices) == 1 and (named or not others):
-        found["labels"] = indices[0].value.reshape(count)
+        known["labels"] = indices[0].value.reshape(count)
     elif indices:
-        found.unclear["labels"] = _several(indices if named else [*indices, *others], "labels")
+        known.unclear["labels"] = _several(indices if named else [*indices, *others], "labels")
     elif others:
-        found.unfit["labels"] = f"{others[0]} and no class index of each image: give those as integers [{count}]"
+        known.unfit["labels"] = f"{others[0]} and no class index of each image: give those as integers [{count}]"
     elif lists:
         shape = list(lists[0].value.shape)
-        found.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
+        known.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
 
 
-def _masks(found: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:
+def _masks(known: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:
     fitting = []
     for leaf in leaves:
         mask = leaf.value[:, 0] if leaf.value.ndim == 4 and leaf.value.shape[1] == 1 else leaf.value
         if mask.dtype == torch.bool and mask.ndim == 3 and mask.shape[1:] == images.shape[2:]:
             fitting.append(leaf._replace(value=mask))
-    candidates = _named(fitting, "masks") or fitting
+    candidates = _distinct(_named(fitting, "masks") or fitting)
     if len(candidates) == 1:
-        found["masks"] = candidates[0].value
+        known["masks"] = candidates[0].value
     elif candidates:
-        found.unclear["masks"] = _several(candidates, "masks")
+        known.unclear["masks"] = _several(candidates, "masks")
 
 
 def _is_list(tensor: Tensor, column: bool = False) -> bool:

@@ -66,7 +66,7 @@ Pair = namedtuple("Pair", "view img target")
         Derived(X, Y),
         [[X, Y]],  # of a combined loader
         {"labelled": {"image": X, "label": Y}},
-        {"image": X, "label": Y, "target": Y},  # one tensor under two names
+        {"image": X, "label": Y, "target": Y, "copy": X, "index": Y},  # tensors under several names
         ({"image": X, "name": ["a", "b", "c", "d"]}, {"label": Y, "index": INDEX}),
         (X, Y, [{"labels": INDEX}, {"labels": INDEX}, {"labels": INDEX}, {"labels": INDEX}]),
     ],

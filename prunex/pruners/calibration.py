@@ -43,10 +43,10 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
         raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
     weight, classes, labelled, seen = next(model.parameters()), _classes(model), None, 0
     for batch in batches:
-        found = parts(batch)
-        images = found.need("images", "calibration")
+        known = parts(batch)
+        images = known.need("images", "calibration")
         _check_images(model, images)
-        labels = found.labels("calibration")
+        labels = known.labels("calibration")
         if labelled is not None and labelled != (labels is not None):
             raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
         labelled = labels is not None

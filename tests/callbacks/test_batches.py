@@ -107,3 +107,19 @@ def test_a_monitor_refuses_bytes_in_one_line(tmp_path):
     x = rows((IMAGES * 9).to(torch.uint8), LABELS)
     with pytest.raises(PrunexError, match=r"validation batch \(list\): batch\[0\] is uint8 .* x.float\(\) / 255"):
         trainer(tmp_path, TokenPruning("topk"), KeptTokenMonitor()).fit(Bytes(), loader(8), x)
+
+
+def test_labels_for_later_are_refused_at_once(tmp_path):
+    module = First()
+    with pytest.raises(PrunexError, match=r"batch\[1\] and batch\[2\] may both be meant"):
+        trainer(tmp_path, MaskPruning("taylor", budget=0.7, start=0.5)).fit(
+            module, rows(IMAGES, LABELS, torch.arange(8))
+        )
+    assert module.norms == []  # no step was made
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_who_looks_at_no_images_minds_no_batch(tmp_path, method):
+    module = First()
+    trainer(tmp_path, MaskPruning(method, budget=0.7)).fit(module, rows(IMAGES, LABELS, torch.arange(8)))
+    assert prunex.attached(module, units=True).removed

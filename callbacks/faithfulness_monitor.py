@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.described import warn_once
 from prunex.callbacks.monitor import Monitor, explainers_of, first_write, log_share, run_folder, try_explainers
 from prunex.errors import PrunexError
 from prunex.files import write_whole
@@ -60,8 +60,10 @@ class FaithfulnessMonitor(Monitor):
         chunk: int | None = None,
         model: str | None = None,
         options: dict[str, dict[str, Any]] | None = None,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
     ) -> None:
-        super().__init__(images, every_n_epochs, model)
+        super().__init__(images, every_n_epochs, model, mean, std)
         self.methods, self.options = explainers_of(methods, options)
         if not (metrics is None or isinstance(metrics, list | tuple)):
             raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
@@ -70,7 +72,6 @@ class FaithfulnessMonitor(Monitor):
             raise PrunexError(f"removal={removal!r} is not allowed: give one of {', '.join(REMOVALS)}, or None")
         self.removal = removal
         self.chunk = chunk
-        self._warned: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -105,7 +106,7 @@ class FaithfulnessMonitor(Monitor):
         """Explain, score, log and write."""
         vit = self.vit(pl_module)
         images, masks = batch["images"], batch.get("masks")
-        data: Any = getattr(trainer, "datamodule", None)
+        mean, std = self.normalisation(trainer, pl_module)
         rows: list[list[Any]] = []
         dense: Any = None
         for name in self.methods:
@@ -116,7 +117,7 @@ class FaithfulnessMonitor(Monitor):
                 dense = without_pruning(vit) if dense is None else dense
                 target = e.target if bool((e.target >= 0).all()) else None
                 kept, judge = e.trace.kept(), prunex.explain(name, dense, images, target, **options).maps
-            chosen = [m for m in self.metrics if self._applies(m, masks, kept)]
+            chosen = [m for m in self.metrics if _applies(trainer, m, masks, kept)]
             if not chosen:
                 continue
             device = e.maps.device
@@ -134,8 +135,8 @@ class FaithfulnessMonitor(Monitor):
                 explainer=name,
                 options=options,
                 removal=self.removal,  # type: ignore[arg-type]
-                mean=getattr(data, "mean", None),
-                std=getattr(data, "std", None),
+                mean=mean,
+                std=std,
                 chunk=self.chunk,
             )
             for metric, values in found.items():
@@ -146,16 +147,16 @@ class FaithfulnessMonitor(Monitor):
             path = (self._folder or run_folder(trainer)) / FILE
             add_rows(path, trainer.current_epoch, rows, first=first_write(trainer, path))
 
-    def _applies(self, measure: Measure, masks: Tensor | None, kept: Tensor | None) -> bool:
-        """Whether the batch and the model bring what a metric is about; a warning the first time they do not."""
-        lacks = {"localisation": masks is None, "agreement": kept is None}.get(measure.group, False)
-        if lacks and measure.group not in self._warned:
-            self._warned.add(measure.group)
-            what = "patches that are kept as themselves"
-            if measure.group == "localisation":
-                what = "object masks (bool [B, H, W]) in the validation batches"
-            rank_zero_warn(f"FaithfulnessMonitor: there are no {what}, so {measure.group} is left out")
-        return not lacks
+
+def _applies(trainer: Trainer, measure: Measure, masks: Tensor | None, kept: Tensor | None) -> bool:
+    """Whether the batch and the model bring what a metric is about; a warning the first time they do not."""
+    lacks = {"localisation": masks is None, "agreement": kept is None}.get(measure.group, False)
+    if lacks:
+        what = "patches that are kept as themselves"
+        if measure.group == "localisation":
+            what = "object masks (bool [B, H, W]) in the validation batches"
+        warn_once(trainer, f"FaithfulnessMonitor: there are no {what}, so {measure.group} is left out")
+    return not lacks
 
 
 def _chooses(e: prunex.Explanation) -> bool:

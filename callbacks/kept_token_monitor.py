@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.described import names_of, warn_once
 from prunex.callbacks.monitor import Monitor, decisions, log_share, moment
 from prunex.pictures import kept_mosaic, share_mosaic
 from prunex.vit.anatomy import head_classes
@@ -35,18 +35,16 @@ class KeptTokenMonitor(Monitor):
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
+        mean: What the images are normalised by, see :class:`Monitor`.
+        std: Likewise.
     """
-
-    _warned = False
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Run the images once and draw."""
         vit = self.vit(pl_module)
         pruning = prunex.attached(vit)
         if pruning is None:
-            if not self._warned:
-                self._warned = True
-                rank_zero_warn("KeptTokenMonitor: nothing prunes this model, so nothing is drawn: add TokenPruning")
+            warn_once(trainer, "KeptTokenMonitor: nothing prunes this model, so nothing is drawn: add TokenPruning")
             return
         images = batch["images"].to(next(vit.parameters()))
         tape = Tape()
@@ -66,7 +64,7 @@ class KeptTokenMonitor(Monitor):
         if "masks" in arrays and not trace.pooled:
             cover = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))
             log_share(pl_module, self.key("prunex/object_kept"), cover)
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = names_of(trainer, pl_module, head_classes(vit))
         told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
         title = f"{pruning.method}, {moment(trainer)[1]}: "
         if trace.pooled:

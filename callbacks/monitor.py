@@ -14,12 +14,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
+from prunex.attributes import Pair, given_normalisation
 from prunex.batches import parts
 from prunex.callbacks.averaging import averaged, averaging, stands_before
+from prunex.callbacks.described import check_pixels, normalisation, shown_channels, warn_once
 from prunex.callbacks.participant import check_strategy
 from prunex.checks import check_options
 from prunex.errors import PrunexError, unknown
@@ -46,9 +49,19 @@ class Monitor(Callback):
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
+        mean: What the images are normalised by, for pictures of them: a number, or one a channel. None: ``mean`` and
+            ``std`` of the data module or the module, else what the model says.
+        std: Likewise.
     """
 
-    def __init__(self, images: int = 8, every_n_epochs: int = 1, model: str | None = None) -> None:
+    def __init__(
+        self,
+        images: int = 8,
+        every_n_epochs: int = 1,
+        model: str | None = None,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("images", images), ("every_n_epochs", every_n_epochs)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -56,9 +69,11 @@ class Monitor(Callback):
         self.images = images
         self.every_n_epochs = every_n_epochs
         self.model = model
+        given_normalisation(mean, std)
+        self.mean, self.std = mean, std
         self._parts: list[dict[str, Tensor]] = []  # of one image each where labels are known
         self._whole = False
-        self._warned: set[str] = set()
+        self._looked = False  # whether pixels of the images lie where they should
         self._seen = -1
         self._folder: Path | None = None
         self._several = False  # whether others watch another model
@@ -72,7 +87,9 @@ class Monitor(Callback):
         """Start a new set of images for a new run, and learn its folder."""
         check_strategy(trainer, self)
         self._parts = []
-        self._whole = False
+        self._whole = self._looked = False
+        if self.mean is not None and not is_overridden("configure_model", pl_module):
+            self.normalisation(trainer, pl_module)  # as many numbers as the model has channels, or refused
         self._seen = -1
         # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
         self._folder = run_folder(trainer)
@@ -115,24 +132,20 @@ class Monitor(Callback):
             part.need("images", type(self).__name__, "the validation batch")
         for name, why in part.unclear.items():
             done = "watches the first of several image tensors" if name == "images" else f"leaves {name} out"
-            self._warn_once(name, f"{type(self).__name__} {done}: {why}")
+            warn_once(trainer, f"{type(self).__name__} {done}: {why}")
+        if not self._looked:
+            self._looked = True
+            check_pixels(trainer, part["images"], *self.normalisation(trainer, pl_module))
         if trainer.sanity_checking:
             return
         if self._parts and part["images"].shape[1:] != self._parts[0]["images"].shape[1:]:
-            self._warn_once(
-                "size", f"{type(self).__name__} watches images of the size that came first; others are left out"
-            )
+            warn_once(trainer, f"{type(self).__name__} watches images of the size that came first; others are left out")
             return
         room = self.images - self.collected
         if "labels" in part:
             self._take(part)
         elif room:
             self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
-
-    def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._warned:
-            self._warned.add(about)
-            rank_zero_warn(text)
 
     def _take(self, part: dict[str, Tensor]) -> None:
         """Take images while there is room, then in place of the last one of a class that has two more."""
@@ -188,13 +201,19 @@ class Monitor(Callback):
         """The ViT being watched."""
         return find(pl_module, self.model)[1]
 
+    def normalisation(self, trainer: Trainer, pl_module: LightningModule) -> Pair:
+        """Mean and standard deviation of the images' channels, for pixels in 0..1."""
+        return normalisation(trainer, pl_module, self.vit(pl_module), self.mean, self.std)
+
     def common(
         self, trainer: Trainer, vit: Any, batch: dict[str, Tensor], grid: tuple[int, int]
     ) -> dict[str, np.ndarray]:
         """What both monitors write: labels, and pictures and masks as far as the patch grid lies over them."""
         height, width = read(vit).patch
         covered = (grid[0] * height, grid[1] * width)
-        found = {"images": under_grid(shown(trainer, vit, batch["images"]), covered)}
+        mean, std = self.normalisation(trainer, trainer.lightning_module)
+        pictures = from_tensor(*shown_channels(batch["images"].float(), mean, std))
+        found = {"images": under_grid(pictures, covered)}
         if "labels" in batch:
             found["labels"] = batch["labels"].numpy()
         if "masks" in batch:
@@ -280,20 +299,6 @@ def parts_of(batch: Any) -> dict[str, Tensor]:
     """Images, labels and masks of a batch, see :func:`prunex.batches.parts`; empty without images."""
     found = parts(batch)
     return found if "images" in found else {}
-
-
-def shown(trainer: Trainer, vit: Any, images: Tensor) -> np.ndarray:
-    """The images as uint8 [M, H, W, 3], the data module's normalisation undone (or the model's)."""
-    data = getattr(trainer, "datamodule", None)
-    known = getattr(vit, "pretrained_cfg", None) or {}
-    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
-    if mean is None or std is None:
-        mean, std = known.get("mean", (0.5,) * 3), known.get("std", (0.5,) * 3)
-    images = images.float()
-    if images.shape[1] < 3:  # grey, or two channels of no known colour
-        images = images[:, :1].expand(-1, 3, -1, -1)
-        mean, std = [mean[0]] * 3, [std[0]] * 3
-    return np.asarray(from_tensor(images[:, :3], list(mean), list(std)))
 
 
 def decisions(trace: TokenTrace, stages: Sequence[int]) -> list[int | None]:

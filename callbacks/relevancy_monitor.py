@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.described import names_of
 from prunex.callbacks.monitor import Monitor, explainers_of, log_share, moment, try_explainers
 from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
@@ -30,6 +31,8 @@ class RelevancyMonitor(Monitor):
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
         options: Options of the explainers, by name and by method: ``{"rollout": {"discard_ratio": 0.9}}``.
+        mean: What the images are normalised by, see :class:`Monitor`.
+        std: Likewise.
 
     Raises:
         PrunexError: For an unknown explainer or option, at once.
@@ -42,8 +45,10 @@ class RelevancyMonitor(Monitor):
         every_n_epochs: int = 1,
         model: str | None = None,
         options: dict[str, dict[str, Any]] | None = None,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
     ) -> None:
-        super().__init__(images, every_n_epochs, model)
+        super().__init__(images, every_n_epochs, model, mean, std)
         self.methods, self.options = explainers_of(methods, options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,7 +80,7 @@ class RelevancyMonitor(Monitor):
                 pixels = e.upsample().clamp(min=0).cpu()
                 share = share_inside(pixels, batch["masks"])
                 log_share(pl_module, self.key(f"prunex/relevancy_on_object/{name}"), share)
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = names_of(trainer, pl_module, head_classes(vit))
         picture = relevancy_mosaic(
             arrays["images"],
             {n: arrays[f"relevance/{n}"] for n in self.methods},

@@ -8,17 +8,21 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import prunex
+from prunex.attributes import given_normalisation
+from prunex.batches import parts
 from prunex.callbacks.averaging import averaged, check_swa_order
+from prunex.callbacks.described import check_pixels, names_of, normalisation, said_normalisation
 from prunex.callbacks.monitor import run_folder
 from prunex.callbacks.participant import Participant, check_strategy
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.budget import in_words
 from prunex.slim.export import SUFFIXES
 from prunex.slim.files import CONFIG
-from prunex.vit.anatomy import find, read
+from prunex.vit.anatomy import find, head_classes
 
 
 class SlimExport(Callback):
@@ -33,9 +37,13 @@ class SlimExport(Callback):
         formats: Graphs made once, at the end of fit: "pt2" and "onnx". None makes both, and leaves ONNX out with a
             warning where the extra ``prunex-vit[onnx]`` is not installed.
         model: Dotted path of the ViT in the module, when it holds several.
+        mean: What the slim model's images are normalised by: a number, or one a channel. None: ``mean`` and ``std`` of
+            the data module or the module, else what the model says.
+        std: Likewise.
 
     Raises:
-        PrunexError: For an unknown mode or format, at once; for a metric that is never logged, at the end.
+        PrunexError: For an unknown mode or format, or numbers that are no normalisation, at once; for a metric that is
+            never logged, at the end.
     """
 
     def __init__(
@@ -45,6 +53,8 @@ class SlimExport(Callback):
         mode: Literal["min", "max"] = "max",
         formats: list[str] | None = None,
         model: str | None = None,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("min", "max"):
@@ -58,6 +68,9 @@ class SlimExport(Callback):
         self.mode = mode
         self.formats = formats
         self.model = model
+        given_normalisation(mean, std)
+        self.mean, self.std = mean, std
+        self._looked = False  # whether pixels of the images lie where they should
         self.best: float | None = None
         self._run: Path | None = None
 
@@ -70,6 +83,9 @@ class SlimExport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder; here, because all processes come by, and asking for it is a broadcast."""
         check_strategy(trainer, self)
+        self._looked = False
+        if self.mean is not None and not is_overridden("configure_model", pl_module):
+            normalisation(trainer, pl_module, find(pl_module, self.model)[1], self.mean, self.std)
         if stage == "fit":
             check_swa_order(trainer, self)
         self._run = run_folder(trainer)
@@ -85,6 +101,16 @@ class SlimExport(Callback):
     def path(self, trainer: Trainer) -> Path:
         """The slim folder."""
         return (self.folder or self._run or run_folder(trainer)) / "slim"
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the first batch: whether the slim model will say what its images are normalised by."""
+        if self._looked or not trainer.is_global_zero:
+            return
+        self._looked = True
+        vit, images = find(pl_module, self.model)[1], parts(batch).get("images")
+        pair = normalisation(trainer, pl_module, vit, self.mean, self.std)
+        if images is not None and images.shape[1] == len(pair[0]):
+            check_pixels(trainer, images, *pair)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model if the metric improved."""
@@ -164,17 +190,15 @@ class SlimExport(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         vit = find(pl_module, self.model)[1]
-        data = getattr(trainer, "datamodule", None)
-        names = getattr(data, "class_names", None)
-        fits = names is not None and len(names) == read(vit).classes
+        known = said_normalisation(trainer, pl_module, vit, self.mean, self.std)
         with averaged(trainer, pl_module):
             slim = prunex.slim(vit)
         prunex.save(
             slim,
             self.path(trainer),
-            labels=list(map(str, names)) if names is not None and fits else None,
-            mean=getattr(data, "mean", None),
-            std=getattr(data, "std", None),
+            labels=names_of(trainer, pl_module, head_classes(vit)),
+            mean=known and known[0],
+            std=known and known[1],
         )
 
 

@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.described import names_of
 from prunex.callbacks.monitor import Monitor, log_picture, moment, run_folder
 from prunex.explainers.head_maps import head_maps
 from prunex.files import write_whole
@@ -44,13 +45,23 @@ class UnitMonitor(Monitor):
         heads: How many of a class's heads to draw.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
+        mean: What the images are normalised by, see :class:`Monitor`.
+        std: Likewise.
 
     Raises:
         PrunexError: For numbers below 1; in training for a model whose units nobody prunes.
     """
 
-    def __init__(self, images: int = 4, heads: int = 3, every_n_epochs: int = 1, model: str | None = None) -> None:
-        super().__init__(images, every_n_epochs, model)
+    def __init__(
+        self,
+        images: int = 4,
+        heads: int = 3,
+        every_n_epochs: int = 1,
+        model: str | None = None,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
+    ) -> None:
+        super().__init__(images, every_n_epochs, model, mean, std)
         self.heads = prunex.checks.check_whole("heads", heads, 1)
 
     def vit(self, pl_module: LightningModule) -> Any:
@@ -72,7 +83,8 @@ class UnitMonitor(Monitor):
         table = pruning.relevance_table()
         if trainer.state.fn == TrainerFn.FITTING:
             _append(folder / "units.csv", trainer.current_epoch, table)
-        names = _names(trainer, table)
+        count = len(table.updates)
+        names = names_of(trainer, pl_module, count) or [str(c) for c in range(count)]
         self._draw(trainer, folder, "units-classes", _classes(table, names, moment(trainer)[1]))
         vit = self.vit(pl_module)
         if "labels" in batch and not isinstance(vit, SwinTransformer):
@@ -126,12 +138,6 @@ def _classes(table: UnitRelevance, names: list[str], when: str) -> np.ndarray:
     kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
     title = f"{when}: heads that matter more for a class than on average"
     return np.asarray(class_heads(values, names, heads, kept, title=title))
-
-
-def _names(trainer: Trainer, table: UnitRelevance) -> list[str]:
-    count = len(table.updates)
-    names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-    return [str(n) for n in names] if names is not None and len(names) == count else [str(c) for c in range(count)]
 
 
 def _append(path: Path, epoch: int, table: UnitRelevance) -> None:

@@ -1,0 +1,177 @@
+"""What others' data modules, modules and datasets say of normalisation and class names, in whatever form."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+
+CLASS_NAMES = ("class_names", "classes", "label_names")
+Pair = tuple[list[float], list[float]]
+Warn = Callable[[str], Any]
+
+
+def given_normalisation(mean: Any, std: Any, channels: int | None = None) -> Pair | None:
+    """Mean and standard deviation that a user gave as options: numbers, or one for each channel; both or none.
+
+    Args:
+        mean: A number or several; None for none.
+        std: Likewise, above 0.
+        channels: How many the model takes, where that is known.
+
+    Raises:
+        PrunexError: For anything else.
+
+    >>> given_normalisation(0.5, [0.1, 0.2, 0.4], channels=3)
+    ([0.5, 0.5, 0.5], [0.1, 0.2, 0.4])
+    """
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise PrunexError(f"mean={mean!r} and std={std!r} belong together: give both, or neither")
+    try:
+        return _in_unit_range(_numbers("mean", mean, channels), _numbers("std", std, channels))
+    except ValueError as error:
+        raise PrunexError(f"mean={mean!r}, std={std!r} are not allowed ({error}): give one number a channel") from None
+
+
+def read_normalisation(owners: Iterable[Any], channels: int, warn: Warn = warnings.warn) -> Pair | None:
+    """What images are normalised by, from the ``mean`` and ``std`` of the first owner that has both.
+
+    Scalars count for all channels; tensors of any device and array shape, NumPy, sequences, properties and methods are
+    read. Numbers over 2 are those of pixels in 0..255 and are divided by 255.
+
+    Args:
+        owners: A data module, a module, ...; None among them is passed over.
+        channels: How many numbers there must be, if not one.
+        warn: Is told why what is there cannot be used.
+
+    Returns:
+        Mean and standard deviation, ``channels`` numbers each, of pixels in 0..1; None where nobody says it.
+
+    >>> class Data:
+    ...     mean, std = 0, 255
+    >>> read_normalisation([Data()], channels=3)
+    ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+    """
+    for owner in owners:
+        kind = type(owner).__name__
+        try:
+            mean, std = (_value(owner, name) for name in ("mean", "std"))
+            if mean is None and std is None:
+                continue
+            if mean is None or std is None:
+                raise ValueError("one of the two is missing")
+            return _in_unit_range(_numbers("mean", mean, channels), _numbers("std", std, channels))
+        except ValueError as error:
+            warn(
+                f"mean and std of {kind} cannot be used, and the model's are: {error}; give mean= and std= to the "
+                "callbacks, one number a channel"
+            )
+    return None
+
+
+def models_normalisation(vit: Any, channels: int) -> Pair:
+    """What a model's ``pretrained_cfg`` says its images are normalised by, 0.5 where it says nothing."""
+    known = getattr(vit, "pretrained_cfg", None) or {}
+    mean, std = (np.ravel([] if known.get(name) is None else known[name]).tolist() for name in ("mean", "std"))
+    # timm leaves the three numbers of RGB to models of other channels.
+    return ((mean or [0.5]) * channels)[:channels], ((std or [0.5]) * channels)[:channels]
+
+
+def class_names(owners: Iterable[Any], count: int, warn: Warn = warnings.warn) -> list[str] | None:
+    """Names of a model's classes, from the first owner that has as many.
+
+    ``class_names``, ``classes`` or ``label_names``: a sequence of names (or of tuples of synonyms), a mapping from
+    numbers to names or from names to numbers, a property or a method.
+
+    Args:
+        owners: A data module, a module, datasets, ...; None among them is passed over.
+        count: The model's classes.
+        warn: Is told why what is there cannot be used.
+
+    Returns:
+        ``count`` names, or None: classes are then numbers.
+
+    >>> class Data:
+    ...     classes = {1: "dog", 0: "cat"}
+    >>> class_names([None, Data()], 2)
+    ['cat', 'dog']
+    """
+    why = ""
+    for owner in owners:
+        for name in CLASS_NAMES:
+            try:
+                value = _value(owner, name)
+                if value is None or isinstance(value, int):  # how many there are
+                    continue
+                return _names(value, count)
+            except ValueError as error:
+                why = why or f"{type(owner).__name__}.{name} {error}"
+    if why:
+        warn(f"classes are shown as numbers: {why}; give the data module class_names, a list of {count} names")
+    return None
+
+
+def _value(owner: Any, name: str) -> Any:
+    """An attribute's value; None where there is none, or a layer or a metric of that name.
+
+    Raises:
+        ValueError: With what a property or method raised.
+    """
+    try:
+        value = getattr(owner, name, None)
+        if isinstance(value, nn.Module | type):
+            return None
+        return value() if callable(value) else value
+    except Exception as error:  # whatever somebody else's code raises
+        raise ValueError(f"{name} raises {type(error).__name__} ({' '.join(str(error).split())[:80]})") from error
+
+
+def _numbers(name: str, value: Any, channels: int | None) -> list[float]:
+    try:
+        if isinstance(value, Tensor):
+            value = value.detach().double().cpu().numpy()
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            value = [float(v) for v in value]  # tensors of any device among them
+        array = np.asarray(value, dtype=float)
+    except Exception:
+        raise ValueError(f"{name} is a {type(value).__name__} and no numbers") from None
+    if array.squeeze().ndim > 1:
+        raise ValueError(f"{name} has shape {list(array.shape)}")
+    numbers: list[float] = array.reshape(-1).tolist()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} is {numbers}")
+    if channels is not None and len(numbers) not in (1, channels):
+        raise ValueError(f"{name} has {len(numbers)} numbers for {channels} channels")
+    if name == "std" and min(numbers) <= 0:
+        raise ValueError(f"std is {numbers}, which must be above 0")
+    return numbers * (channels or 1) if len(numbers) == 1 else numbers
+
+
+def _in_unit_range(mean: list[float], std: list[float]) -> Pair:
+    scale = 255 if max(*map(abs, mean), *std) > 2 else 1
+    return [v / scale for v in mean], [v / scale for v in std]
+
+
+def _names(value: Any, count: int) -> list[str]:
+    if isinstance(value, Mapping):
+        by_name = not all(str(key).isdigit() for key in value)
+        numbered = {str(n): name for name, n in value.items()} if by_name else {str(n): v for n, v in value.items()}
+        if set(numbered) != set(map(str, range(count))):
+            raise ValueError(f"does not number {count} classes from 0 on")
+        value = [numbered[str(i)] for i in range(count)]
+    if isinstance(value, str | set | frozenset) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+        raise ValueError(f"is a {type(value).__name__}, and no list of names")
+    if len(value) != count:
+        raise ValueError(f"has {len(value)} names for {count} classes")
+    first = [name[0] if isinstance(name, tuple | list) and name else name for name in value]
+    if not all(isinstance(name, str | int | np.integer) for name in first):
+        raise ValueError("holds other things than names")
+    return [str(name) for name in first]

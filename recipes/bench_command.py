@@ -327,12 +327,12 @@ def _first(batches: Any, limit: int | None) -> Iterator[Any]:
     """Batches up to so many images."""
     seen = 0
     for batch in batches:
-        found = parts(batch)
-        if limit is None or "images" not in found or found.unclear:  # whoever evaluates says what is wrong
+        known = parts(batch)
+        if limit is None or "images" not in known or known.unclear:  # whoever evaluates says what is wrong
             yield batch
             continue
-        yield {name: values[: limit - seen] for name, values in found.items()}
-        seen += len(found["images"])
+        yield {name: values[: limit - seen] for name, values in known.items()}
+        seen += len(known["images"])
         if seen >= limit:
             return
 

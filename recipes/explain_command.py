@@ -32,8 +32,8 @@ from prunex.pictures import contact_sheet, save_npz, save_png, under_grid
 from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.arguments import Parser
-from prunex.recipes.folder import read_image
-from prunex.recipes.runs import add_normalisation, open_model_or_name, renormalise, run_of
+from prunex.recipes.images import choose_range, read_image
+from prunex.recipes.runs import add_normalisation, add_range, open_model_or_name, renormalise, run_of
 from prunex.registry import lookup
 from prunex.untrusted import is_there, read_json, readable
 from prunex.vit.anatomy import find, read
@@ -58,13 +58,13 @@ def explain(arguments: Sequence[str]) -> int:
     _check_target(vit, args.target)
     prepare = preparation(vit)
     # All of them now: a broken one at the end would cost the whole run.
-    for file in tqdm(files, desc="reading", unit="image", leave=False, delay=1):
-        read_image(file)
+    value_range = choose_range(tqdm(files, desc="reading", unit="image", leave=False, delay=1), args.range)
     output = _Output(out, files, root, list(getattr(vit, "label_names", None) or []) or None)
     try:
         with tqdm(total=len(files) * len(explainers.names), desc="explaining", unit="map") as bar:
             for batch in batches(len(files), args.batch):
-                pictures, images = map(list, zip(*(prepare(read_image(files[i])) for i in batch), strict=True))
+                opened = [read_image(files[i], value_range) for i in batch]
+                pictures, images = map(list, zip(*map(prepare, opened), strict=True))
                 found = explainers(vit, torch.stack(images), args.target, bar, left=len(files) - batch.start)
                 output.add(pictures, found, explainers.times())
                 if batch.start == 0 and batch.stop < len(files):
@@ -109,6 +109,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
     add_normalisation(parser)
+    add_range(parser)
     args = parser.parse_args(arguments)
     for flag, value in (("--batch", args.batch), ("--img-size", args.img_size)):
         if value is not None and value < 1:

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, tv_tensors
@@ -17,14 +18,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from prunex.errors import PrunexError
+from prunex.recipes.images import BrokenImage as BrokenImage
+from prunex.recipes.images import check_range, choose_range, object_pixels, read_file, read_image
 from prunex.untrusted import readable
 
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
-LONGEST_SIDE = 2**16
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 _LAYOUT = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image>"
 
@@ -53,6 +53,9 @@ class ImageFolder(LightningDataModule):
         interpolation: How images are resized. Masks are always resized to the nearest pixel.
         masks: Folder of masks below `root`; pixels other than 0 are object. ``None`` ignores masks. A split without
             a folder in it has no masks.
+        value_range: Largest value that pixels of files with 16 bits can have, such as 4095 where a camera fills 12 of
+            them; it becomes white. ``None`` takes the smallest of 8, 10, 12, 14 and 16 bits that holds all images of
+            both splits (without `verify` 256 of each), and says so. All images are scaled alike.
         verify: Decode every image once in `setup`, so that a broken one is reported before training starts and not
             in the middle of it (below a millisecond for a small JPEG; turn it off for millions of images).
 
@@ -82,6 +85,7 @@ class ImageFolder(LightningDataModule):
         interpolation: Literal["bilinear", "bicubic"] = "bicubic",
         masks: str | None = "masks",
         verify: bool = True,
+        value_range: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -116,6 +120,7 @@ class ImageFolder(LightningDataModule):
         self.interpolation = interpolation
         self.masks = masks
         self.verify = verify
+        self.value_range = check_range(value_range)
         self._class_names: list[str] | None = None
         self._splits: dict[str, FolderSplit] = {}
 
@@ -141,7 +146,8 @@ class ImageFolder(LightningDataModule):
             samples = _samples(self.root / split)
             masks = self._masks_of(split, samples)
             _check_files(samples, masks, decode=self.verify)
-            self._splits[split] = FolderSplit(samples, masks, self._transform(split == "train" and self.augment))
+            transform = self._transform(split == "train" and self.augment)
+            self._splits[split] = FolderSplit(samples, masks, transform, self._range)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of ``train``."""
@@ -193,6 +199,14 @@ class ImageFolder(LightningDataModule):
             [*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         )
 
+    @cached_property
+    def _range(self) -> int | None:
+        """Both splits count, whichever is read: validation alone must see what training saw."""
+        splits = [[path for path, _ in _samples(self.root / split)] for split in SPLITS]
+        steps = [1 if self.verify else max(1, len(paths) // 256) for paths in splits]
+        some = [path for paths, step in zip(splits, steps, strict=True) for path in paths[::step]]
+        return choose_range(some, self.value_range, "value_range", whole=False, say=rank_zero_info)
+
     def _masks_of(self, split: str, samples: list[tuple[Path, int]]) -> list[Path] | None:
         """The mask file of every image, or None when this split has none."""
         if self.masks is None:
@@ -222,83 +236,32 @@ class FolderSplit(Dataset):
         samples: Image file and label, one pair an image.
         masks: The mask file of each image, or None.
         transform: Takes a PIL image, or an image and a `torchvision.tv_tensors.Mask` that must move with it.
+        value_range: See :func:`~prunex.recipes.images.read_image`.
     """
 
     def __init__(
-        self, samples: list[tuple[Path, int]], masks: list[Path] | None, transform: Callable[..., Any]
+        self,
+        samples: list[tuple[Path, int]],
+        masks: list[Path] | None,
+        transform: Callable[..., Any],
+        value_range: int | None = None,
     ) -> None:
         self.samples = samples
         self.masks = masks
         self.transform = transform
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, Tensor]:
         path, label = self.samples[index]
-        image = read_image(path)
+        image = read_image(path, self.value_range)
         if self.masks is None:
             return self.transform(image).as_subclass(Tensor), label
         mask = tv_tensors.Mask(read_file(self.masks[index], object_pixels))
         image, mask = self.transform(image, mask)
         return image.as_subclass(Tensor), label, mask.as_subclass(Tensor).bool()
-
-
-class BrokenImage(PrunexError):
-    """A file that cannot be read as an image; the same one line whether a worker met it or the main process.
-
-    A `DataLoader` carries an exception out of a worker by making a new one of its class, with the worker's whole
-    traceback as the message. The last line of that is the message that was meant.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
-
-
-def read_image(path: Path) -> Image.Image:
-    """One image as RGB, turned as its EXIF data say; of 16 bits the upper eight.
-
-    Raises:
-        PrunexError: For a file that is no whole image, or of numbers without a range; the message names it.
-    """
-    return read_file(path, _rgb)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    turned = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would cut off at 255
-        return Image.fromarray((np.asarray(turned).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels are numbers of no known range; save it with 8 or 16 bits a channel")
-    return turned.convert("RGB")
-
-
-def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
-    """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
-        with Image.open(path, formats=_formats()) as image:
-            if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
-                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
-            return use(image)
-    except Exception as error:  # Pillow's readers stumble over broken files in many ways
-        reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
-        raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
-
-
-@cache
-def _formats() -> list[str]:
-    """Those that this Pillow was built with."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def object_pixels(image: Image.Image) -> Tensor:
-    """Mask file to uint8 [H, W], 1 on the object: whatever is not 0, so that 0/1 and 0/255 and palettes all work."""
-    if image.mode not in ("1", "L", "P", "I", "I;16"):
-        image = image.convert("L")
-    return torch.from_numpy((np.asarray(image) != 0).astype(np.uint8))
 
 
 def _visible(path: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from prunex.errors import PrunexError
 from prunex.pictures.mosaic import class_name
-from prunex.recipes.folder import read_image
+from prunex.recipes.images import read_image
 from prunex.recipes.report_gallery import Tile, data_uri
 from prunex.recipes.report_reading import as_number, reason_of
 from prunex.untrusted import read_text

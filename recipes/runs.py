@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.attach import CHILD
+from prunex.attributes import class_names, read_normalisation
 from prunex.batches import parts
 from prunex.callbacks.checkpoints import read_checkpoint, restore, told
 from prunex.callbacks.kept_token_monitor import object_kept
@@ -149,6 +150,16 @@ def add_normalisation(parser: Any) -> None:
         )
 
 
+def add_range(parser: Any) -> None:
+    """The argument ``--range``, for :func:`~prunex.recipes.images.choose_range`."""
+    parser.add_argument(
+        "--range",
+        type=int,
+        metavar="MAX",
+        help="largest value of pixels of 16 bits, such as 4095 for 12; default the smallest that holds all images",
+    )
+
+
 def renormalise(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Say by what a model's images are normalised, where it does not itself: in its ``pretrained_cfg``.
 
@@ -190,14 +201,15 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
 def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
     """The model with its data's class names and normalisation, which a slim folder holds and a checkpoint does not."""
     data = instantiate(LightningDataModule, spec)
-    try:
-        names = [str(name) for name in getattr(data, "class_names", None) or []]
-    except PrunexError:  # the data need not be there any more
-        names = []
-    model.label_names = names if len(names) == head_classes(model) else []
-    told = {key: list(getattr(data, key)) for key in ("mean", "std") if getattr(data, key, None) is not None}
-    model.pretrained_cfg = {**dict(getattr(model, "pretrained_cfg", None) or {}), **told}
+    model.label_names = class_names([data], head_classes(model), warn=_silent) or []
+    pair = read_normalisation([data], model.patch_embed.proj.in_channels)
+    said = {} if pair is None else {"mean": pair[0], "std": pair[1]}
+    model.pretrained_cfg = {**dict(getattr(model, "pretrained_cfg", None) or {}), **said}
     return model
+
+
+def _silent(text: str) -> None:
+    """The data need not be there any more, and then tell no names; training has warned of others that do not fit."""
 
 
 def instantiate(base: type, spec: dict[str, Any]) -> Any:
@@ -254,20 +266,20 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
         for number, batch in enumerate(batches):
             if limit is not None and number >= limit:
                 break
-            found = parts(batch)
-            images = found.need("images", "accuracy", "the validation batch")
-            labels = found.need("labels", "accuracy", "the validation batch")
+            known = parts(batch)
+            images = known.need("images", "accuracy", "the validation batch")
+            labels = known.need("labels", "accuracy", "the validation batch")
             predicted = model(images.to(weight)).argmax(1).cpu()
             right += int((predicted == labels.cpu()).sum())
             seen += len(predicted)
-            if pruning is not None and "masks" in found and not pruning.trace.pooled:
-                cover.append((object_kept(pruning.trace.kept().cpu(), found["masks"].cpu()), len(predicted)))
+            if pruning is not None and "masks" in known and not pruning.trace.pooled:
+                cover.append((object_kept(pruning.trace.kept().cpu(), known["masks"].cpu()), len(predicted)))
     if not seen:
         raise PrunexError("there are no validation images to evaluate on")
-    told = {"accuracy": right / seen}
+    measured = {"accuracy": right / seen}
     if cover:
-        told["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
-    return told
+        measured["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
+    return measured
 
 
 def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float = 1.0) -> list[float]:

@@ -37,6 +37,7 @@ from prunex.recipes.explain_command import MANY, Explainers, batches, check_outp
 from prunex.recipes.report import write_report
 from prunex.recipes.runs import (
     add_normalisation,
+    add_range,
     open_data,
     open_model_or_name,
     read_run,
@@ -131,6 +132,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
     add_normalisation(parser)
+    add_range(parser)
     args = parser.parse_args(arguments)
     for flag, value in (("--images", args.images), ("--batch", args.batch), ("--img-size", args.img_size)):
         if value is not None and value < 1:
@@ -139,6 +141,8 @@ def _parse(arguments: Sequence[str]) -> Any:
         raise PrunexError("--masks goes with --data: a run's own data bring their masks")
     if (args.mean or args.std) and not args.data:
         raise PrunexError("--mean and --std go with --data: a run's own data say how they are normalised")
+    if args.range is not None and not args.data:
+        raise PrunexError("--range goes with --data: a run's own data say what their pixels are")
     return args
 
 
@@ -242,7 +246,7 @@ class Scoring:
             raise PrunexError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
         if args.data:
             masks = Path(args.masks) if args.masks else None
-            self.scenes = from_folder(Path(args.data), masks, self.models[-1].model, args.images)
+            self.scenes = from_folder(Path(args.data), masks, self.models[-1].model, args.images, args.range)
         elif run is not None:
             self.scenes = from_run(open_data(run), args.images)
         else:

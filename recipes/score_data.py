@@ -14,10 +14,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from prunex.attributes import read_normalisation
 from prunex.batches import Parts, parts
 from prunex.errors import PrunexError
 from prunex.recipes.explain_command import image_files, preparation
-from prunex.recipes.folder import object_pixels, read_file, read_image
+from prunex.recipes.images import choose_range, object_pixels, read_file, read_image
 from prunex.untrusted import readable
 from prunex.vit.anatomy import read
 
@@ -78,23 +79,25 @@ def from_run(data: Any, wanted: int) -> Scenes:
     if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
         some = Subset(dataset, spaced(len(dataset), wanted))
         loader = DataLoader(some, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
-    found: list[Parts] = []
+    seen: list[Parts] = []
     for batch in loader:
-        found.append(parts(batch))
-        found[-1].need("images", "scoring", "the validation batch")
-        if sum(len(p["images"]) for p in found) >= wanted:
+        seen.append(parts(batch))
+        seen[-1].need("images", "scoring", "the validation batch")
+        if sum(len(p["images"]) for p in seen) >= wanted:
             break
-    if not found:
+    if not seen:
         raise PrunexError("there are no validation images to score on")
-    keys = set.intersection(*(set(p) for p in found))
-    whole = {k: torch.cat([p[k] for p in found])[:wanted] for k in keys}
-    left_out = [name for name in ("labels", "masks") if name not in whole and name in found[0].unclear | found[0].unfit]
-    notes = [f"{name} are unknown: {found[0].why(name)}" for name in left_out]
-    mean, std = (None if (v := getattr(data, k, None)) is None else [float(x) for x in v] for k in ("mean", "std"))
+    keys = set.intersection(*(set(p) for p in seen))
+    whole = {k: torch.cat([p[k] for p in seen])[:wanted] for k in keys}
+    left_out = [name for name in ("labels", "masks") if name not in whole and name in seen[0].unclear | seen[0].unfit]
+    notes = [f"{name} are unknown: {seen[0].why(name)}" for name in left_out]
+    mean, std = read_normalisation([data], whole["images"].shape[1]) or (None, None)
     return Scenes(whole["images"], whole.get("labels"), whole.get("masks"), mean, std, notes)
 
 
-def from_folder(root: Path, masks: Path | None, model: nn.Module, wanted: int) -> Scenes:
+def from_folder(
+    root: Path, masks: Path | None, model: nn.Module, wanted: int, value_range: int | None = None
+) -> Scenes:
     """Images of a folder, evenly spaced, prepared as the model expects.
 
     Layouts: ``root/val/<class>/<image>``, ``root/<class>/<image>``, or images alone. A class folder is a label where
@@ -106,6 +109,7 @@ def from_folder(root: Path, masks: Path | None, model: nn.Module, wanted: int) -
         masks: Folder of masks; None: ``root/masks`` where that is there.
         model: The ViT.
         wanted: How many images.
+        value_range: Largest value of pixels of 16 bits; None: the smallest that holds all of these images.
 
     Raises:
         PrunexError: For no images, a broken one, or masks that are missing or of another size than their image.
@@ -121,8 +125,9 @@ def from_folder(root: Path, masks: Path | None, model: nn.Module, wanted: int) -
     shapes = (named / "val" if (named / "val").is_dir() else named) if named.is_dir() else None
     prepare, size = preparation(model), read(model).image
     images, found = [], []
+    value_range = choose_range(files, value_range)
     for file in files:
-        image = read_image(file)
+        image = read_image(file, value_range)
         images.append(prepare(image)[1])
         if shapes is not None:
             found.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))

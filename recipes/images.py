@@ -1,0 +1,176 @@
+"""Image files as RGB of eight bits, whatever number of bits they hold, and whatever their names end in."""
+
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from prunex.errors import PrunexError
+
+# What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+LONGEST_SIDE = 2**16
+FULL_RANGE = 2**16 - 1
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners fill of a container of 16
+
+
+class BrokenImage(PrunexError):
+    """A file that cannot be read as an image; the same one line whether a worker met it or the main process.
+
+    A `DataLoader` carries an exception out of a worker by making a new one of its class, with the worker's whole
+    traceback as the message. The last line of that is the message that was meant.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def check_range(value: Any, name: str = "value_range") -> int | None:
+    """The largest value of pixels of 16 bits, as a user gave it: a whole number in [255, 65535], or None.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 255 <= value <= FULL_RANGE):
+        raise PrunexError(
+            f"{name}={value!r} is not allowed: give the largest value that pixels can have, such as 4095 for 12 bits"
+        )
+    return value
+
+
+def choose_range(
+    paths: Iterable[Path],
+    given: int | None = None,
+    name: str = "--range",
+    whole: bool = True,
+    say: Callable[[str], Any] | None = None,
+) -> int | None:
+    """The largest value that pixels of some images of 16 bits can have: as given, or from what all of them use.
+
+    The files say 16 bits whatever a camera filled of them. The smallest of 8, 10, 12, 14 and 16 bits that holds every
+    pixel is taken for all images, so that a dark image stays darker than a bright one.
+
+    Args:
+        paths: Image files; all of them are read.
+        given: What a user says, which every pixel must keep to.
+        name: Of the option that says it.
+        whole: Read images of 8 bits too, so that broken ones are found.
+        say: Is told what was found; None: standard error.
+
+    Returns:
+        ``given``, or 255, 1023, 4095, 16383 or 65535; None where all images have 8 bits.
+
+    Raises:
+        PrunexError: For a file that is no whole image, or pixels beyond ``given``.
+    """
+    check_range(given, name)
+
+    def peak(image: Image.Image) -> int:
+        if _is_deep(image):
+            return int(_deep(image, FULL_RANGE if given is None else given).max())
+        if whole:
+            _rgb(image, FULL_RANGE)
+        return -1
+
+    with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes outside the interpreter's lock
+        highest = max(pool.map(lambda path: read_file(path, peak), paths), default=-1)
+    if given is not None or highest < 0:
+        return given
+    value_range: int = next(2**bits - 1 for bits in DEPTHS if highest < 2**bits)
+    text = f"prunex: images of 16 bits are scaled by {value_range}, which holds all of them; {name} says otherwise"
+    if say is None:
+        print(text, file=sys.stderr)
+    else:
+        say(text)
+    return value_range
+
+
+def read_image(path: Path, value_range: int | None = None) -> Image.Image:
+    """One image as RGB, turned as its EXIF data say.
+
+    Args:
+        path: The file.
+        value_range: Largest value that pixels of 16 bits can have, which becomes 255; None: 65535. See
+            :func:`choose_range`; an image by itself does not tell.
+
+    Raises:
+        PrunexError: For a file that is no whole image, of numbers without a range, or beyond it; the message names it.
+    """
+    return read_file(path, lambda image: _rgb(image, FULL_RANGE if value_range is None else value_range))
+
+
+def _rgb(image: Image.Image, value_range: int) -> Image.Image:
+    if not _is_deep(image):
+        turned = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers of no known range; save it with 8 or 16 bits a channel")
+        return turned.convert("RGB")
+    pixels = _deep(image, value_range)
+    # For a whole number of bits these are the upper eight of them.
+    picture = Image.fromarray((pixels * 256 // (value_range + 1)).astype(np.uint8))
+    picture.getexif()[_TURN] = image.getexif().get(_TURN, 1)
+    return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+_TURN = 0x0112  # EXIF's orientation
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it holds 16 bits a channel; of several channels Pillow would read the upper eight."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return True
+    modes = [str(tile[3]) for tile in image.tile] if image.format == "PNG" else []
+    if "LA;16B" in modes:
+        raise ValueError("it is grey of 16 bits with an alpha channel; save it without that channel")
+    return any("16B" in mode for mode in modes)
+
+
+def _deep(image: Image.Image, value_range: int) -> NDArray[np.int64]:
+    """Its pixels, [H, W] or [H, W, 3], none of them beyond the range."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+    else:
+        with Image.open(image.filename, formats=["PNG"]) as low:
+            # Read as if the bytes of each number were exchanged, so that Pillow keeps the lower one.
+            low.tile = [tile._replace(args=str(tile[3]).replace("16B", "16L")) for tile in low.tile]
+            lower = np.asarray(low).astype(np.int64)
+        pixels = (np.asarray(image).astype(np.int64) * 256 + lower)[..., :3]  # without the alpha channel
+    if pixels.max() > value_range:
+        raise ValueError(f"its pixels go up to {pixels.max()}, over the range {value_range}; give a larger one")
+    return pixels
+
+
+def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
+    """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        with Image.open(path, formats=_formats()) as image:
+            if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
+            return use(image)
+    except Exception as error:  # Pillow's readers stumble over broken files in many ways
+        reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
+        raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def object_pixels(image: Image.Image) -> Tensor:
+    """Mask file to uint8 [H, W], 1 on the object: whatever is not 0, so that 0/1 and 0/255 and palettes all work."""
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        image = image.convert("L")
+    return torch.from_numpy((np.asarray(image) != 0).astype(np.uint8))

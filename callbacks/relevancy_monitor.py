@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -69,7 +70,8 @@ class RelevancyMonitor(Monitor):
             e = prunex.explain(name, vit, batch["images"], **self.options.get(name, {}))
             arrays = arrays or self.common(trainer, vit, batch, (e.maps.shape[1], e.maps.shape[2]))
             arrays[f"relevance/{name}"] = e.maps.float().cpu().numpy()
-            arrays[f"target/{name}"] = e.target.cpu().numpy()
+            target = e.target if e.class_specific else torch.full_like(e.target, -1)  # -1: of no class
+            arrays[f"target/{name}"] = target.cpu().numpy()
             if head_classes(vit) > 0:  # without a classifier these are features
                 arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
             mass = e.maps.clamp(min=0)

@@ -1,5 +1,8 @@
 """Explainable pruning of Vision Transformers while they are fine-tuned."""
 
+import importlib as _importlib
+import sys as _sys
+import typing as _typing
 from pathlib import Path as _Path
 
 _root = _Path(__file__).resolve().parent.parent
@@ -33,3 +36,20 @@ __all__ = [
     "save",
     "slim",
 ]
+
+# Rooms with public names of their own. What needs Lightning, torchmetrics or matplotlib is imported when it is used.
+_ROOMS = ("callbacks", "configs", "explainers", "metrics", "pictures", "pruners", "recipes")
+
+if _typing.TYPE_CHECKING:
+    from prunex import callbacks as callbacks, configs as configs, explainers as explainers, metrics as metrics
+    from prunex import pictures as pictures, pruners as pruners, recipes as recipes
+else:
+
+    def __getattr__(name):
+        if name in _ROOMS:
+            return _importlib.import_module(f"prunex.{name}")
+        raise AttributeError(f"module 'prunex' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__doc__", "__file__", "__path__", "__version__"])

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
-from prunex.checks import check_number
+from prunex.checks import called_as, check_flag, check_number
 from prunex.errors import PrunexError, unknown
 from prunex.handle import Handle
 from prunex.pruners.attachment import MOST, MOST_COMPILED, Attached, give_labels
@@ -75,7 +75,7 @@ class Pruning(Handle):
 
     @masked.setter
     def masked(self, value: bool | None) -> None:
-        self._attached.masked = value
+        self._attached.masked = None if value is None else check_flag("masked", value)
 
     def losses(self, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Weighted auxiliary losses of this step's training forwards, each a scalar, summed over forwards by name.
@@ -280,6 +280,7 @@ def attach(
 ) -> Pruning: ...
 
 
+@called_as('prunex.attach(model, "evit", keep_ratio=0.7)', method=str)
 def attach(
     model: nn.Module, method: str, *, path: str | None = None, budget: float | str | None = None, **options: Any
 ) -> Pruning | UnitPruning:
@@ -350,6 +351,7 @@ def attached(model: nn.Module, path: str | None = ..., units: Literal[False] = .
 def attached(model: nn.Module, path: str | None = ..., *, units: Literal[True]) -> UnitPruning | None: ...
 
 
+@called_as("prunex.attached(model)")
 def attached(model: nn.Module, path: str | None = None, units: bool = False) -> Pruning | UnitPruning | None:
     """The handle on a model that is pruned, or None when it is dense.
 

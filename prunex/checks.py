@@ -1,11 +1,53 @@
-"""Options as users give them: checked, or refused in one line."""
+"""Calls and options as users give them: checked, or refused in one line."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
+from prunex.brief import brief
 from prunex.errors import PrunexError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def called_as(example: str, **kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a public function: arguments forgotten, too many or in another's place are told in one line.
+
+    Args:
+        example: How it is called.
+        **kinds: By parameter, what it must be; only what could be mistaken for another.
+
+    >>> @called_as("double(2)", number=int)
+    ... def double(number):
+    ...     return 2 * number
+    >>> double("two")
+    Traceback (most recent call last):
+    ...
+    prunex.errors.PrunexError: number='two' is not allowed: call it as double(2)
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise PrunexError(f"{function.__name__}: {error}; call it as {example}") from None
+            for name, kind in kinds.items():
+                if not isinstance(given[name], kind):
+                    raise PrunexError(f"{name}={brief(given[name])} is not allowed: call it as {example}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:

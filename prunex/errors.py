@@ -49,8 +49,12 @@ def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
 
     >>> print(unknown("pruner", "evitt", ["evit", "topk"]))
     unknown pruner 'evitt': did you mean 'evit'? Known: evit, topk
+    >>> print(unknown("option", "Keep-Ratio", ["keep_ratio", "stages"]))
+    unknown option 'Keep-Ratio': did you mean 'keep_ratio'? Known: keep_ratio, stages
     """
     names = sorted(allowed)
-    near = get_close_matches(str(received), names, n=2, cutoff=0.5)
+    plain = {name.lower().replace("-", "_"): name for name in names}
+    came = str(received)[:80].lower().replace("-", "_")  # no name is longer, while a model's text fills pages
+    near = [plain[name] for name in ([came] if came in plain else get_close_matches(came, plain, n=2, cutoff=0.5))]
     hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
     return PrunexError(f"unknown {what} {received!r}:{hint} Known: {', '.join(names) or 'none'}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
 from prunex.brief import Brief
+from prunex.checks import called_as
 from prunex.errors import PrunexError, Unreached, unknown
 from prunex.explainers.base import Relevance
 from prunex.registry import lookup
@@ -45,6 +46,8 @@ class Explanation(Brief):
         entered: float [B, C, h, w], what entered the ViT, where the module round it prepared the images; else None.
         resized: Whether it has another size than the images, so that the maps lie over it alone.
         output: Which part of the module's output is explained, such as ``"logits"``; empty where it is one tensor.
+        class_specific: Whether the maps are those of ``target``; a method without a class, such as rollout, has the
+            same map for all of them.
     """
 
     shown = ("method", "maps", "target", "signed", "image_size")
@@ -64,6 +67,7 @@ class Explanation(Brief):
     entered: Tensor | None = None
     resized: bool = False
     output: str = ""
+    class_specific: bool = True
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
         """The maps at pixel size, bilinear: float [B, H, W]; 0 at pixels beyond the last whole patch.
@@ -125,6 +129,7 @@ class Explanation(Brief):
         return overlay(pictures, maps.float().cpu().numpy(), signed=self.signed)
 
 
+@called_as('prunex.explain("tokentm", model, images)', method=str, model=nn.Module)
 def explain(
     method: str,
     model: nn.Module,
@@ -202,4 +207,5 @@ def explain(
         call.prepared,
         size != tuple(images.shape[2:]),
         call.field,
+        answer.class_specific,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prunex.errors import unknown
+from prunex.errors import PrunexError, unknown
 
 T = TypeVar("T")
 
@@ -34,14 +34,27 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """An explainer's own options with their defaults.
+        """The method's own options with their defaults, a pruner's schedule included; ``budget`` is for any pruner.
 
         >>> import prunex
         >>> lookup("explainer", "generic_attention").options
         {'start_layer': 0, 'full': False}
+        >>> lookup("pruner", "evit").options["keep_ratio"]
+        0.7
         """
-        found = inspect.signature(self.make).parameters.items()
-        return {name: p.default for name, p in found if p.kind is p.KEYWORD_ONLY}
+        return options_of(self.make)
+
+
+def options_of(make: Callable[..., Any]) -> dict[str, Any]:
+    """Options with their defaults: a function's keyword-only ones, or what a class can be built without.
+
+    A class that hands ``**options`` on to what it is made from has their defaults as ``handed_on``.
+    """
+    parameters = inspect.signature(make).parameters.values()
+    if not inspect.isclass(make):
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    handed_on = dict(make.handed_on) if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | handed_on
 
 
 _METHODS: dict[tuple[str, str], Method] = {}
@@ -65,6 +78,9 @@ def lookup(kind: str, name: str) -> Method:
     """
     known = [n for k, n in _METHODS if k == kind]
     if not isinstance(name, str) or name not in known:
+        other = [k for k, n in _METHODS if n == name]
+        if other:
+            raise PrunexError(f"unknown {kind} {name!r}: it is of kind {other[0]!r}. Known: {', '.join(sorted(known))}")
         raise unknown(kind, name, known)
     return _METHODS[kind, name]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import prunex
+from prunex.errors import unknown
 from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import bench
 from prunex.recipes.explain_command import explain
@@ -15,10 +16,18 @@ from prunex.recipes.score_command import score
 
 
 def methods(arguments: Sequence[str]) -> int:
-    """``prunex methods``: every method, its paper and what it needs."""
-    Parser("prunex methods", description="Every method by name.").parse_args(arguments)
-    for m in prunex.methods():
-        print(f"{m.kind:<10} {m.name:<18} {m.paper:<52} {m.needs}")
+    """``prunex methods``: every method, its paper and what it needs; of those named also the options."""
+    parser = Parser("prunex methods", description="Every method by name, or the options of some with their defaults.")
+    parser.add_argument("name", nargs="*", help="methods whose options are wanted")
+    names, known = parser.parse_args(arguments).name, prunex.methods()
+    for name in names:
+        if name not in {m.name for m in known}:
+            raise unknown("method", name, {m.name for m in known})
+    for m in known:
+        if not names or m.name in names:
+            print(f"{m.kind:<10} {m.name:<18} {m.paper:<52} {m.needs}")
+            for option, default in m.options.items() if names else ():
+                print(f"{'':<10} {option:<18} {default!r}")
     return 0
 
 

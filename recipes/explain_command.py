@@ -277,7 +277,7 @@ class _Output:
                 kept["kept"][one] if kept else None,
                 heading=[
                     readable(self.files[first + place]),
-                    _told(int(predicted[place]), int(target[place]), shares[place], self.class_names),
+                    _told(int(predicted[place]), int(target[place]), shares[place], self.class_names, found),
                 ],
             )
             with self._writing():
@@ -306,8 +306,14 @@ class _Output:
             raise PrunexError(f"cannot write to {self.out}: {error.strerror or error}; choose another --out") from error
 
 
-def _told(predicted: int, target: int, shares: NDArray[np.float32], class_names: Sequence[str] | None) -> str:
-    """Which class was predicted and which explained, in words."""
+def _told(
+    predicted: int,
+    target: int,
+    shares: NDArray[np.float32],
+    class_names: Sequence[str] | None,
+    found: Mapping[str, prunex.Explanation],
+) -> str:
+    """Which class was predicted and which explained, in words, and which methods know none."""
     if target < 0:
         return "no classifier: what the features rest on"
 
@@ -315,9 +321,13 @@ def _told(predicted: int, target: int, shares: NDArray[np.float32], class_names:
         share = "below 1%" if shares[number] < 0.005 else f"{shares[number]:.0%}"
         return f"{class_name(number, class_names)} ({share})"
 
+    classless = [name for name, e in found.items() if not e.class_specific]
+    if len(classless) == len(found):
+        return f"predicted: {named(predicted)} · maps of no class"
+    end = f" · of no class: {', '.join(classless)}" if classless else ""
     if target == predicted:
-        return f"predicted and explained: {named(predicted)}"
-    return f"predicted: {named(predicted)} · explained: {named(target)}"
+        return f"predicted and explained: {named(predicted)}{end}"
+    return f"predicted: {named(predicted)} · explained: {named(target)}{end}"
 
 
 def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,19 +1,19 @@
 """One self-contained ``report.html`` from what a run folder holds."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
+import prunex
 from prunex.errors import PrunexError
 from prunex.files import write_whole
-from prunex.pictures import curves_svg
 from prunex.pictures.mosaic import tokens_left
+from prunex.recipes.report_curves import curves_of, macs_unit
 from prunex.recipes.report_gallery import epoch_gallery, stage_gallery
 from prunex.recipes.report_reading import Arrays, as_number, entries, json_of, maps_of, metrics_of, objects, text_of
 from prunex.recipes.report_scores import scores_of
@@ -80,19 +80,23 @@ def write_report(run: str | Path) -> Path:
     maps, map_notes = maps_of(folder / "maps")
     metrics, metrics_note = metrics_of(folder / "metrics.csv")
     config, config_note = text_of(folder / "config.yaml", _NO_CONFIG)
-    rows = objects(summary.get("rows"))
     bench, bench_note = json_of(folder / "bench.json", _NO_BENCH)
-    measured = objects(bench.get("rows"))
+    rows, measured = objects(summary.get("rows")), objects(bench.get("rows"))
+    unit = macs_unit([row.get("gmacs") for row in (*rows, *measured)] or metrics.get("prunex/gmacs", ([], []))[1])
+    rows, measured = _in_unit(rows, unit[0]), _in_unit(measured, unit[0])
+    curves = curves_of(metrics, unit)
     scored, scored_note = scores_of(folder / "score")
     named = names if isinstance(names, list) else None
     page = _template().render(
         title=_title(folder.resolve()),
         architecture=str(slim.get("architecture") or ""),
         machine=str(summary.get("machine") or ""),
-        cards=_cards(rows or measured, maps),
-        table=_table(rows),
+        written=f"{datetime.now():%d %B %Y, %H:%M}",
+        version=prunex.__version__,
+        cards=_cards(rows or measured, maps, unit[1]),
+        table=_table(rows, unit[1]),
         table_note=_table_note(summary_note, rows, measured),
-        bench=_table(measured),
+        bench=_table(measured, unit[1]),
         bench_speed=_speed(bench),
         bench_machine=_conditions(bench),
         bench_notes=[str(note) for note in entries(bench.get("notes"))],
@@ -103,7 +107,7 @@ def write_report(run: str | Path) -> Path:
         epochs=epoch_gallery(maps, named),
         stages=stage_gallery(maps, named),
         map_notes=map_notes or ([] if maps else [_NO_MAPS]),
-        charts=[_chart(title, lines) for title, lines in _charts(metrics)],
+        curves=curves,
         charts_note=metrics_note or ("" if metrics else "metrics.csv holds no numbers, so there are no curves."),
         slim_path=repr((folder / "slim").as_posix()),
         slim_files=_files(folder / "slim") if not slim_note else [],
@@ -155,7 +159,13 @@ def _title(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
 
 
-def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays]) -> list[tuple[str, str, str]]:
+def _in_unit(rows: Sequence[Mapping[str, Any]], factor: float) -> list[dict[str, Any]]:
+    """Rows with multiply-adds in the page's unit."""
+    counted = [(row, as_number(row.get("gmacs"))) for row in rows]
+    return [{**row} if gmacs is None else {**row, "gmacs": gmacs * factor} for row, gmacs in counted]
+
+
+def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays], unit: str) -> list[tuple[str, str, str]]:
     """The result at a glance: (value, what it is, compared with what)."""
     dense = _dense(rows)
     pruned = next((r for r in rows if r is not dense and "untrained" not in str(r.get("model", "")).lower()), {})
@@ -163,9 +173,9 @@ def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays]) -> lis
     if (accuracy := as_number(pruned.get("accuracy"))) is not None:
         points = _points(pruned, dense)
         cards.append((f"{accuracy:.1%}", "accuracy", f"{points} to dense" if points else ""))
-    for key, what, unit in (("gmacs", "compute", "GMACs an image"), ("images_per_s", "speed", "images/s")):
+    for key, what, each in (("gmacs", "compute", f"{unit} an image"), ("images_per_s", "speed", "images/s")):
         if (ratio := _ratio(pruned, dense, key)) is not None:
-            cards.append((f"{ratio:.2f}×", what, f"{_short(dense[key])} → {_short(pruned[key])} {unit}"))
+            cards.append((f"{ratio:.2f}×", what, f"{_short(dense[key])} → {_short(pruned[key])} {each}"))
     kept = [arrays for arrays in maps.values() if "kept" in arrays]
     if kept:
         if "groups" in kept[-1]:
@@ -175,12 +185,12 @@ def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays]) -> lis
     return cards
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+def _table(rows: Sequence[Mapping[str, Any]], unit: str) -> tuple[list[str], list[list[Cell]]]:
     """Headings and rows; a column nobody has a number for is left out."""
     dense = _dense(rows)
     columns = [
         ("accuracy", "accuracy", "{:.1%}"),
-        ("gmacs", "GMACs / image", "{:.3g}"),
+        ("gmacs", f"{unit} / image", "{:.3g}"),
         ("params_m", "parameters (M)", "{:.3g}"),
         ("file_mb", "file (MB)", "{:.3g}"),
         ("images_per_s", "images / s", "{:,.0f}"),
@@ -265,51 +275,6 @@ def _conditions(bench: Mapping[str, Any]) -> str:
         f"torch {torch}" if torch else None,
     ]
     return ", ".join(str(part) for part in parts if part)
-
-
-# Heads and MLP channels.
-
-
-# The pictures.
-
-
-# Explainers by metrics.
-
-
-# The curves.
-
-
-def _charts(
-    metrics: Mapping[str, tuple[list[float], list[float]]],
-) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
-    """Metrics that belong in one chart, by their names; what fits nowhere gets a chart for each quantity."""
-    groups: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    first = ("Loss", "Accuracy", "Patches kept", "Parts of the loss")
-    for name in metrics:
-        low = name.lower()
-        if re.fullmatch(r"(train|val|test)?[/_]?loss(_step|_epoch)?", low):
-            group = first[0]
-        elif "loss" in low:
-            group = first[3]
-        elif "acc" in low:
-            group = first[1]
-        elif re.search(r"keep|kept", low) and not re.search(r"cover|mass|relevan|inside", low):
-            group = first[2]
-        else:
-            group = re.sub(r"^(train|val|test)[/_]|(_step|_epoch)$", "", name)
-        groups.setdefault(group, {})[name] = metrics[name]
-    order = [*(name for name in first if name in groups), *sorted(set(groups) - set(first))]
-    return [(name, groups[name]) for name in order]
-
-
-def _chart(title: str, lines: Mapping[str, tuple[list[float], list[float]]]) -> Markup:
-    steps, epochs = {n for n in lines if n.endswith("_step")}, {n for n in lines if n.endswith("_epoch")}
-    # Lightning logs one quantity twice when asked for both; the curve of steps says what the epochs' would.
-    twice = {name for name in epochs if name.removesuffix("_epoch") + "_step" in steps}
-    shown = {name: line for name, line in lines.items() if name not in twice}
-    values = [value for _, line in shown.values() for value in line]
-    percent = title in ("Accuracy", "Patches kept") and all(0 <= value <= 1 for value in values)
-    return Markup(curves_svg(shown, title=title, percent=percent, size=(520, 300)))  # it escapes names itself
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
 from prunex.recipes.report_reading import Arrays
 
-IMAGES, EPOCHS, STAGED = 6, 4, 3  # images, epochs, and images shown stage by stage, that fit on a screen
+IMAGES, EPOCHS, STAGED = 6, 4, 4  # images, epochs, and images shown stage by stage, that fit on a screen
 
 _PNG_BYTES = 30_000  # a tile larger than this is a photo, which JPEG holds in a tenth of the space
 
@@ -44,10 +44,11 @@ def epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Ga
     if not maps:
         return None
     last = maps[max(maps)]
-    gallery, cells = _gallery(last, names)
+    rows = _chosen(last, IMAGES)
+    gallery, cells = _gallery(last, names, rows)
     kept = {epoch: arrays["kept"][-1] for epoch, arrays in maps.items() if "kept" in arrays}
     for epoch in spaced(sorted(kept), EPOCHS):
-        _add(gallery, f"epoch {epoch}", *_stage_shown(maps[epoch], -1, last, cells))
+        _add(gallery, f"epoch {epoch}", *_stage_shown(maps[epoch], -1, last, cells, rows))
     if not kept and "share" in last:
         gallery.notes.append("Tokens are pooled, so no patch is kept as itself; maps/ shows each patch's part in them.")
     elif not kept:
@@ -55,9 +56,9 @@ def epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Ga
     methods = [key.removeprefix("relevance/") for key in last if key.startswith("relevance/")]
     for method in methods:
         values = last[f"relevance/{method}"]
-        drawn = overlay(cells, values[: len(cells)], signed=bool((values < 0).any()))
+        drawn = overlay(cells, values[rows], signed=bool((values < 0).any()))
         if kept and max(kept) == max(maps):
-            drawn = outline(drawn, kept[max(kept)][: len(cells)], thick=1)
+            drawn = outline(drawn, kept[max(kept)][rows], thick=1)
         _add(gallery, method, _explained(last.get(f"target/{method}"), last), drawn)
     if not methods:
         gallery.notes.append("No relevancy was recorded: train with the callback RelevancyMonitor to see it.")
@@ -72,33 +73,41 @@ def stage_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Ga
     kept = [arrays for arrays in maps.values() if "kept" in arrays]
     if not kept or len(kept[-1]["kept"]) < 2:
         return None
-    gallery, cells = _gallery(kept[-1], names, STAGED)
+    rows = _chosen(kept[-1], STAGED)
+    gallery, cells = _gallery(kept[-1], names, rows)
     for number in range(len(kept[-1]["kept"])):
-        _add(gallery, f"stage {number + 1}", *_stage_shown(kept[-1], number, kept[-1], cells))
+        _add(gallery, f"stage {number + 1}", *_stage_shown(kept[-1], number, kept[-1], cells, rows))
     return gallery
 
 
-def _stage_shown(arrays: Arrays, stage: int, shown: Arrays, cells: Picture) -> tuple[str, Picture]:
+def _chosen(arrays: Arrays, most: int) -> list[int]:
+    """Which images are shown: the first of each class, then the second of each, as many as there is room for."""
+    labels = arrays["labels"].tolist() if "labels" in arrays else [0] * len(arrays["images"])
+    turn = [labels[:place].count(label) for place, label in enumerate(labels)]
+    return sorted(sorted(range(len(labels)), key=lambda place: turn[place])[:most])
+
+
+def _stage_shown(arrays: Arrays, stage: int, shown: Arrays, cells: Picture, rows: list[int]) -> tuple[str, Picture]:
     """What is left after a stage, in words and drawn on the images."""
     if "groups" in arrays:
         groups = arrays["groups"][stage]
-        return f"{tokens_left(groups):.0%} of tokens", paint_groups(cells, groups[: len(cells)])
+        return f"{tokens_left(groups):.0%} of tokens", paint_groups(cells, groups[rows])
     kept = arrays["kept"][stage]
-    return _kept_words(kept, shown), dim_dropped(cells, kept[: len(cells)])
+    return _kept_words(kept, shown), dim_dropped(cells, kept[rows])
 
 
-def _gallery(arrays: Arrays, names: Sequence[str] | None, most: int = IMAGES) -> tuple[Gallery, Picture]:
-    """A gallery with the images themselves as first column, and the images enlarged."""
-    cells = resized(arrays["images"][:most])
+def _gallery(arrays: Arrays, names: Sequence[str] | None, chosen: list[int]) -> tuple[Gallery, Picture]:
+    """A gallery with the chosen images themselves as first column, and these images enlarged."""
+    cells = resized(arrays["images"][chosen])
     rows: list[tuple[str, str, bool, list[Tile]]] = []
-    for index in range(len(cells)):
+    for index in chosen:
         label, guess = (int(arrays[key][index]) if key in arrays else None for key in ("labels", "predicted"))
         name = f"image {index}" if label is None else class_name(label, names)
         right = label is None or label == guess
         verdict = "" if guess is None else "predicted" if label == guess else class_name(guess, names)
         rows.append((name, verdict, right, []))
     gallery = Gallery([], rows)
-    first = outline(cells, arrays["masks"][:most], OBJECT) if "masks" in arrays else cells
+    first = outline(cells, arrays["masks"][chosen], OBJECT) if "masks" in arrays else cells
     _add(gallery, "input", "object outlined" if "masks" in arrays else "", first)
     return gallery, cells
 
@@ -116,6 +125,8 @@ def _kept_words(kept: NDArray[Any], arrays: Arrays) -> str:
 
 
 def _explained(target: NDArray[Any] | None, arrays: Arrays) -> str:
+    if target is not None and (target < 0).all():
+        return "of no class"
     for key, words in (("predicted", "for the predicted class"), ("labels", "for the true class")):
         if target is not None and key in arrays and np.array_equal(target, arrays[key]):
             return words

@@ -38,6 +38,7 @@ class Relevance(Brief):
         logits: float [B, classes] of the explained forward; the features where the model has no classifier.
         pixels: float32 (or 64) [B, H, W], for methods that are finer than a patch; else None.
         info: What the method found out beside the map, by name: tensors whose first dimension is B.
+        class_specific: Whether the maps are those of ``target``; else they are the same for every class.
     """
 
     maps: Tensor
@@ -48,6 +49,7 @@ class Relevance(Brief):
     logits: Tensor
     pixels: Tensor | None = None
     info: dict[str, Tensor] = field(default_factory=dict)
+    class_specific: bool = True
 
 
 @dataclass(eq=False, repr=False)
@@ -61,6 +63,7 @@ class Recording(Brief):
         state: How the forward ended: the trace, and the decisions that made it.
         target: int64 [B], the class explained.
         autocast: Whether the forward ran under the caller's autocast, and its dtype.
+        class_specific: Whether the method explains a class, as it said when it asked for the forward.
     """
 
     model: ViT
@@ -69,6 +72,7 @@ class Recording(Brief):
     state: TokenState
     target: Tensor
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
+    class_specific: bool = True
 
     @property
     def trace(self) -> TokenTrace:
@@ -163,7 +167,8 @@ class Recording(Brief):
         whole = row if raw is None else raw.detach()
         pixels = None if pixels is None else pixels.detach()
         found = {name: value.detach() for name, value in (info or {}).items()}
-        return Relevance(maps, whole, self.target, signed, self.trace.detach(), self.logits.detach(), pixels, found)
+        trace, logits = self.trace.detach(), self.logits.detach()
+        return Relevance(maps, whole, self.target, signed, trace, logits, pixels, found, self.class_specific)
 
 
 @contextmanager
@@ -213,7 +218,7 @@ def recording(
         kind = images.device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            yield Recording(model, anatomy, tape, state, chosen, autocast)
+            yield Recording(model, anatomy, tape, state, chosen, autocast, needs_class)
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:

@@ -19,6 +19,7 @@ from prunex.pictures.arrays import Floats, Picture, as_numpy
 # Told apart by people with any colour vision, and legible on white as on near black.
 COLORS = ("#0a7bd6", "#e5730f", "#119a6d", "#c2478f", "#8d6bd1", "#b08900", "#5b8a99")
 _INK = "#123456"  # stands for the text colour in SVG until it is replaced by currentColor
+_LEAST = 0.05  # of the value axis: 5 points where values are per cent, else this share of the largest value
 _MANY = 60  # points from which a noisy line is also drawn smoothed
 _DPI = 96
 
@@ -33,7 +34,8 @@ def curves(
 ) -> Picture:
     """Lines of numbers over steps, in one chart.
 
-    A line of many points is drawn faintly, with a running mean over it. Values that are not finite are left out.
+    A line of many points is drawn faintly, with a running mean over it. Values that are not finite are left out. The
+    value axis spans at least 5 points of per cent, or 5 % of the largest value: what is smaller looks small.
 
     Args:
         metrics: For each name its steps [N] and values [N].
@@ -134,6 +136,7 @@ def _draw(
         if bands and name in bands:
             low, high = (_band(name, steps, end) for end in bands[name])
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set_ylim(*_span(*axes.dataLim.intervaly, percent))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if percent:
@@ -151,6 +154,16 @@ def _draw(
     figure.legend(
         loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink, fontsize=9, handlelength=1.4
     )
+
+
+def _span(low: float, high: float, percent: bool) -> tuple[float, float]:
+    """Ends of the value axis: never zoomed into a difference that means nothing, nor past what a share can be."""
+    least = _LEAST if percent else _LEAST * max(abs(low), abs(high)) or 1.0
+    wide = max(high - low, least) * 1.1
+    bottom = (low + high - wide) / 2
+    if percent and 0 <= low <= high <= 1:
+        bottom = min(max(bottom, 0.0), max(1.01 - wide, 0.0))
+    return bottom, bottom + wide
 
 
 def _line(name: str, steps: Any, values: Any) -> tuple[Floats, Floats] | None:

@@ -182,7 +182,7 @@ def relevancy_mosaic(
         images: uint8 [M, H, W, 3].
         maps: Relevancy, numbers [M, gh, gw] for each method; each map has its own scale, see `overlay`.
         kept_last: Booleans [M, gh, gw]: patches left after the last stage, whose boundary is drawn.
-        targets: The class that was explained, integers [M] for each method.
+        targets: The class that was explained, integers [M] for each method; -1 where the method knows no class.
         labels: True classes, integers [M].
         predicted: Predicted classes, integers [M].
         class_names: Names of the classes; numbers are shown without them.
@@ -389,6 +389,8 @@ def _explained(targets: list[int] | None, labels: Any, predicted: Any) -> tuple[
     """Which classes a column explains: a subtitle, and the classes themselves where no word says it all."""
     if targets is None:
         return "", None
+    if all(target < 0 for target in targets):
+        return "of no class", None
     if targets == _numbers(predicted, len(targets)):
         return "for the predicted class", None
     if targets == _numbers(labels, len(targets)):

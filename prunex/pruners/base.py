@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from prunex.batches import parts
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
+from prunex.registry import options_of
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Answer, One, TokenState
 from prunex.vit.trace import TokenTrace
@@ -73,6 +73,7 @@ class TokenPruner(nn.Module):
     behind = False  # whether it decides after a stage's block
     reads_labels = False  # whether its losses look at the images' labels
     by_place = False  # whether it decides by place alone, so that absent patches must keep their slots
+    handed_on = Schedule().options  # what **schedule stands for
 
     def __init__(
         self,
@@ -217,9 +218,6 @@ class TokenPruner(nn.Module):
         self.options |= {"keep_ratio": self.rates[0] if even else list(self.rates), **self.shrink.options}
 
 
-GIVEN = ("anatomy", "branches", "classes")  # what attaching gives a pruner, and no option
-
-
 def accepted(make: Callable[..., Any]) -> list[str]:
     """Names of the options that a pruner's constructor takes, those that it hands on as ``**schedule`` included.
 
@@ -227,10 +225,7 @@ def accepted(make: Callable[..., Any]) -> list[str]:
     >>> accepted(EViT)[:3], accepted(EViT)[-3:]
     (['keep_ratio', 'stages', 'fuse'], ['schedule', 'shrink_start', 'shrink_length'])
     """
-    parameters = inspect.signature(make).parameters.values()
-    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in GIVEN]
-    handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return names + list(ScheduleOptions.__annotations__) * handed_on
+    return list(options_of(make))
 
 
 def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.attach import CHILD, Pruning
+from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.slim.metadata import class_names, known_cfg
@@ -51,6 +52,7 @@ class Graph(nn.Module):
         return (logits, state.trace.kept()) if self.kept else logits
 
 
+@called_as('prunex.export(model, "model.onnx")', model=nn.Module)
 def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *, kept: bool = False) -> Path:
     """Write the model as a graph, and check the graph against the model before the file appears.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.attach import CHILD, UNITS, Pruning, attach
+from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import DRAFT
 from prunex.pruners.base import TokenPruner
@@ -47,6 +48,7 @@ _ONLY_OURS = (
 )  # constructor arguments that timm's JSON cannot carry
 
 
+@called_as('prunex.save(model, "out/slim")', model=nn.Module)
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -152,6 +154,7 @@ def _move_in(waiting: Path, folder: Path) -> None:
         raise
 
 
+@called_as('prunex.load("out/slim")')
 def load(folder: str | Path) -> nn.Module:
     """A saved model again: rebuilt from its description, pruned if it was, in eval mode.
 

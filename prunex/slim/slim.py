@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 from torch import nn
 
 from prunex.attach import CHILD, attached
+from prunex.checks import called_as
 from prunex.vit.anatomy import find
 from prunex.vit.rebuild import outline
 from prunex.vit.units import Backbone
 from prunex.vit.widths import WidthSpec, narrow
 
 
-def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = None) -> Any:
+@called_as("prunex.slim(model)")
+def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = None) -> nn.Module:
     """The pruned ViT as it is used: tokens really leave, closed heads and channels are gone, eval mode, same logits.
 
     Heads and MLP channels that a unit pruner closed are taken out, gates and masks with them: what is left are timm's

@@ -276,12 +276,17 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
     a = anatomy
     want = f"[B, {a.channels}, " + ("H, W]" if a.dynamic else f"{a.image[0]}, {a.image[1]}]")
     if not isinstance(images, Tensor):
-        raise PrunexError(f"images are a {type(images).__name__}: give a float tensor {want}")
+        hint = "timm.data.create_transform(**timm.data.resolve_model_data_config(model)) makes one of a picture"
+        if isinstance(images, list | tuple):
+            hint = "torch.stack(images) makes one of tensors"
+        raise PrunexError(f"images are a {type(images).__name__}: give a float tensor {want}; {hint}")
     if not images.is_floating_point():
         raise PrunexError(f"images have dtype {images.dtype}: give normalised floats {want}, as in x.float() / 255")
     shape = list(images.shape)
     if images.ndim != 4 or shape[1] != a.channels:
         hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
+        if images.ndim == 4 and shape[3] == a.channels:
+            hint = "; channels go first: images.permute(0, 3, 1, 2)"
         raise PrunexError(f"images have shape {shape}: this model takes {want}{hint}")
     if min(shape[2:]) < min(a.patch):
         raise PrunexError(f"images are {shape[2]} x {shape[3]} pixels: the smallest that has a patch is {a.patch}")

@@ -10,6 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from prunex.brief import Brief
+from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.layouts import layout_of, linear_macs
@@ -56,6 +57,7 @@ class Cost(Brief):
         return self.macs / 1e9
 
 
+@called_as("prunex.cost(model)")
 def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     """Count multiply-adds, parameters and tokens of a ViT, dense or pruned, without running it.
 

@@ -212,7 +212,7 @@ class TokenTrace(Brief):
             share, where = self.composition(stage).max(-1)
             return where.masked_fill(share <= 0, -1), share, torch.zeros_like(share, dtype=torch.bool)
         count = len(self.stages)
-        if count and not -count <= stage < count:
+        if count and (not isinstance(stage, int) or not -count <= stage < count):
             raise PrunexError(
                 f"stage={stage} does not exist: this trace has stages 0..{count - 1} (or -1 for the last)"
             )
@@ -274,7 +274,7 @@ class TokenTrace(Brief):
 
     def _pooled_by(self, stage: int) -> bool:
         count = len(self.stages)
-        known = -count <= stage < count
+        known = isinstance(stage, int) and -count <= stage < count
         return known and any(s.group.ndim == 3 for s in self.stages[: stage % count + 1])
 
     def composition(self, stage: int = -1) -> Tensor:

@@ -182,3 +182,13 @@ def test_options_inside_a_dict_are_numbers(here, capsys):
     assert stop.value.code == 0
     told = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["model_args"]
     assert (told["depth"], told["patch_size"]) == (2, 8)
+
+
+def test_methods_prints_the_options_of_those_named(capsys):
+    assert cli.run(["methods", "evit", "rollout"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["keep_ratio", "0.7"] in lines
+    assert ["shrink_length", "0.0"] in lines
+    assert ["head_fusion", "'mean'"] in lines
+    with pytest.raises(PrunexError, match="unknown method 'EViT': did you mean 'evit'"):
+        cli.run(["methods", "EViT"])

@@ -181,6 +181,8 @@ class Pruning(Handle):
     def counts(self, patches: int | None = None) -> list[int]:
         """Patch tokens left after each stage at inference; ``patches`` defaults to the model's own grid.
 
+        EViT's fused token is one of them, though no patch: shares in pictures and logs leave it out.
+
         With ``count="adaptive"`` they depend on the image, and these are the expected ones: see :meth:`calibrate`.
         """
         gh, gw = self._attached.current(self.model).grid

@@ -119,7 +119,11 @@ class Explanation(Brief):
             pictures = (shown.permute(0, 2, 3, 1) * 255).round().byte().numpy()
         else:
             pictures = images
-        size = tuple(getattr(pictures, "shape", ())[1:3])
+        shape = tuple(getattr(pictures, "shape", ()))
+        if not shape or shape[0] != len(self.maps):
+            came = f"of shape {list(shape)}" if shape else f"a {type(pictures).__name__}"
+            raise PrunexError(f"images are {came}: give those that were explained, {len(self.maps)} of them")
+        size = shape[1:3]
         if self.resized and size != self.image_size:
             raise PrunexError(
                 f"pictures have size {list(size)}, and the maps lie over what the module made of them, "

@@ -16,7 +16,7 @@ from tests.vits import assert_same_state, images, images_for, largest, randomise
 NAN = float("nan")
 BAD_OPTIONS = {
     "unknown method": ("evitt", {}, "unknown pruner 'evitt': did you mean 'evit'.*Known: .*dynamicvit, evit, .*topk"),
-    "method none": (None, {}, "unknown pruner None"),
+    "method none": (None, {}, "method=None is not allowed"),
     "explainer as pruner": ("rollout", {}, "unknown pruner 'rollout'"),
     "unknown option": ("evit", {"keep_ration": 0.5}, "option of evit 'keep_ration': did you mean 'keep_ratio'"),
     "another's option": ("topk", {"teacher": True}, "option of topk 'teacher'.*Known: .*keep_ratio, .*stages"),

@@ -142,7 +142,7 @@ def test_bad_images(method, x, says):
     [
         ("rolout", {}, "unknown explainer 'rolout': did you mean 'rollout'"),
         ("evit", {}, "unknown explainer 'evit'"),
-        (None, {}, "unknown explainer None"),
+        (None, {}, "method=None is not allowed"),
         ("rollout", {"head_fuson": "max"}, "unknown option of rollout 'head_fuson': did you mean 'head_fusion'"),
         ("raw_attention", {"start_layer": 1}, "unknown option of raw_attention 'start_layer'.*Known: layer"),
         ("tokentm", {"varient": "x"}, "did you mean 'variant'"),
@@ -250,7 +250,7 @@ def test_a_module_that_holds_two_or_none():
     for nothing in (nn.Linear(2, 2), Lit()):
         with pytest.raises(PrunexError, match="no supported ViT"):
             prunex.explain("rollout", nothing, images())
-    with pytest.raises(PrunexError, match="expected a torch.nn.Module"):
+    with pytest.raises(PrunexError, match="model=.vit. is not allowed"):
         prunex.explain("rollout", "vit", images())
 
 

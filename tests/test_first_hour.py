@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import prunex
@@ -113,6 +114,23 @@ def test_precisions_of_images_and_models_that_differ(dtype):
     with torch.no_grad():
         assert prunex.explain("tokentm", tiny().to(dtype), images()).maps.isfinite().all()
         assert prunex.explain("tokentm", tiny(), images(dtype=dtype)).maps.isfinite().all()
+
+
+def test_other_images_than_those_explained():
+    e = prunex.explain("rollout", tiny(), images())
+    assert e.overlay(images()).shape == (3, 32, 32, 3)
+    assert "give those that were explained, 3 of them" in refused(lambda: e.overlay(images(1)))
+    assert "images are a Image: give those" in refused(lambda: e.overlay(Image.new("RGB", (32, 32))))
+
+
+@pytest.mark.parametrize("method", [m.name for m in prunex.methods("explainer")])
+def test_explainers_say_whether_their_maps_are_of_a_class(method):
+    if method in ("diffmask", "vit_shapley"):
+        pytest.skip("needs a trained explainer")
+    e = prunex.explain(method, tiny(), images(1))
+    assert e.class_specific == (method not in ("attention_flow", "dino", "raw_attention", "rollout"))
+    if method == "rollout":
+        assert prunex.explain(method, tiny(), images(1), gradient=True).class_specific
 
 
 def test_a_handle_out_of_turn():

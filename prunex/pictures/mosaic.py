@@ -1,5 +1,6 @@
 """One picture for many images: what each stage kept, what it kept epoch by epoch, what each method points at."""
 
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from prunex.pictures.overlay import OBJECT, dim_dropped, outline, overlay, paint
 INK, FAINT, RIGHT, WRONG = "#1b1f24", "#5f6872", "#1a7f37", "#c62828"
 _DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pixels that were asked for
 GAP = 8
+_WIDE, _NARROW = 0.64, 0.53  # mean width of a letter per size, in bold and plain
 
 
 def kept_mosaic(
@@ -264,8 +266,10 @@ def compose(
     lines = [fitted(column.title, cell_width) for column in columns]
     title_lines = max(text.count("\n") + 1 for text in lines)
     top = GAP + (24 if title else 0) + 17 * title_lines + 4
-    width = left + len(columns) * (cell_width + GAP)
-    height = top + count * (cell_height + GAP) + (20 if key else 0)
+    # A picture of one method is narrow: the title may widen it, the key goes on in further lines.
+    width = max(left + len(columns) * (cell_width + GAP), GAP + round(len(title or "") * 15 * _WIDE))
+    key_lines = textwrap.wrap(" · ".join(key), max(20, int((width - left) / (11 * _NARROW))))
+    height = top + count * (cell_height + GAP) + 16 * len(key_lines) + (4 if key else 0)
     canvas = np.full((height, width, 3), 255, dtype=np.uint8)
     texts = [Text(GAP, 20, fitted(title, width, 15), size=15, bold=True)] if title else []
     for number, column in enumerate(columns):
@@ -283,8 +287,8 @@ def compose(
         for index, (line, color) in enumerate(words):
             y = middle + 18 * (index - (len(words) - 1) / 2)
             texts.append(Text(left - GAP, y, fitted(line, left - GAP), color=color, bold=not index, anchor="right"))
-    if key:
-        texts.append(Text(left, height - 7, fitted(" · ".join(key), width - left, 11, 0.53), size=11, color=FAINT))
+    for number, line in enumerate(reversed(key_lines)):
+        texts.append(Text(left, height - 7 - 16 * number, line, size=11, color=FAINT))
     return written(canvas, texts)
 
 
@@ -398,7 +402,7 @@ def _explained(targets: list[int] | None, labels: Any, predicted: Any) -> tuple[
     return "for the class named", targets
 
 
-def fitted(text: str, width: float, size: float = 13, letter: float = 0.64) -> str:
+def fitted(text: str, width: float, size: float = 13, letter: float = _WIDE) -> str:
     """Cut each line to what a width holds; `letter` is the mean width of a letter, here of a bold one, per size."""
     most = max(4, int(width / (letter * size)))
     return "\n".join(line if len(line) <= most else line[: most - 1] + "…" for line in text.split("\n"))

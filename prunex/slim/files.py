@@ -331,7 +331,7 @@ def _card(config: Mapping[str, Any]) -> str:
     ours, cfg = config["prunex"], config["pretrained_cfg"]
     size = " x ".join(map(str, cfg["input_size"]))
     pruning = ours["pruning"]
-    kept = "\nkept = prunex.attached(model).trace.kept()  # after a forward: which patches were used"
+    kept = "\npruning = prunex.attached(model)  # after a forward pruning.trace.kept() says which patches were used"
     narrowed = "widths" in ours["model"]
     kind = ("narrowed" if narrowed else "dense") if pruning is None else "pruned with " + pruning["method"]
     told = (

@@ -131,7 +131,9 @@ def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[
         PrunexError: When there is none, more than one, or ``path`` leads nowhere.
     """
     if not isinstance(module, nn.Module):
-        raise PrunexError(f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}")
+        raise PrunexError(
+            f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}: build it first"
+        )
     found = [(name, m) for name, m in module.named_modules() if isinstance(m, kinds)]
     if path is not None:
         target = dict(module.named_modules()).get(path)

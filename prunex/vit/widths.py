@@ -54,8 +54,8 @@ class WidthSpec(Brief):
     True
     """
 
-    heads: Mapping[int, Kept] = field(default_factory=dict)
-    channels: Mapping[int, Kept] = field(default_factory=dict)
+    heads: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    channels: Mapping[int, Sequence[int]] = field(default_factory=dict)
     query_dims: Mapping[int, tuple[Kept, ...]] = field(default_factory=dict)
     value_dims: Mapping[int, tuple[Kept, ...]] = field(default_factory=dict)
     embedding: Kept | None = None

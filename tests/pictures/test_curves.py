@@ -7,7 +7,7 @@ import pytest
 
 from prunex import PrunexError
 from prunex.pictures import curves, curves_svg
-from prunex.pictures.curves import COLORS, _running_mean
+from prunex.pictures.curves import COLORS, _running_mean, _span
 
 LINES = {"train/loss": (np.arange(200), np.linspace(2, 1, 200)), "_val <loss> $x$": ([0, 100], [1.5, float("nan")])}
 
@@ -18,6 +18,24 @@ def test_picture_has_the_size_and_the_colours():
     assert picture.dtype == np.uint8
     color = [int(COLORS[0][i : i + 2], 16) for i in (1, 3, 5)]
     assert (picture == color).all(-1).sum() > 50
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "ends"),
+    [
+        ([0.9680, 0.9681], True, (0.94, 1.01)),  # noise of a hundredth of a point is no cliff
+        ([0.2, 0.9], True, (0.0, 1.01)),
+        ([0.0, 0.001], True, (0.0, 0.06)),
+        ([100.0, 100.1], False, (97.0, 103.0)),
+        ([1e-5, 1e-4], False, (0.0, 1.1e-4)),
+        ([0.0, 0.0], False, (-0.6, 0.6)),
+        ([-3.0, 5.0], False, (-3.5, 5.5)),
+    ],
+)
+def test_axes_are_not_zoomed_into_noise(values, percent, ends):
+    low, high = _span(min(values), max(values), percent)
+    assert ends[0] <= low <= min(values) <= max(values) <= high <= ends[1]
+    assert high - low >= (0.05 if percent else 0.05 * max(map(abs, values)))
 
 
 def test_svg_is_sound_and_follows_the_page():

@@ -12,9 +12,11 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
+import prunex
 from prunex import PrunexError
 from prunex.pictures import save_png
 from prunex.recipes.report import write_report
+from prunex.recipes.report_curves import curves_of
 
 SUMMARY = {
     "machine": "2 CPU cores",
@@ -127,16 +129,17 @@ def test_the_whole_run_is_on_the_page(run):
         "version_0", "vit_small_patch14", "2 CPU cores",
         "93.1%", "−0.4 points to dense", "0.58×", "1.62×", "95.4%", "topk (untrained)",
         "epoch 0", "epoch 2", "stage 3", "tokentm", "rollout", "for the predicted class",
-        "train_loss_step", "val_accuracy", "keep_ratio/stage_3", "prunex/ratio_loss", "lr",
+        "training", "validation", "keep ratio, stage 3", "ratio loss", "Learning rate | 0.001",
         "prunex.load(", "model.safetensors (0.3 MB)", "vit <small> & co", "dog & co", "$cat$",
         "2 more images are in maps/.",
     ):  # fmt: skip
         assert wanted in words, wanted
-    assert "train_loss_epoch" not in words  # the steps of the same loss are drawn
+    assert "train_loss" not in words
+    assert f"by prunex {prunex.__version__}" in words
     assert "could not be read" not in words
-    # 6 images: input, 3 epochs, 2 methods; and 3 of them: input, 3 stages
-    assert len(page.all("img")) == 6 * (1 + 3 + 2) + 3 * (1 + 3)
-    assert len(page.all("svg")) == 5
+    # 6 images: input, 3 epochs, 2 methods; and 4 of them: input, 3 stages
+    assert len(page.all("img")) == 6 * (1 + 3 + 2) + 4 * (1 + 3)
+    assert len(page.all("svg")) == 4  # a learning rate that never changed is a number
 
 
 def test_nothing_comes_from_outside_and_names_are_escaped(run):
@@ -244,6 +247,55 @@ def test_refused(tmp_path, run):
     with pytest.raises(PrunexError, match="is not a folder"):
         write_report(run / "config.yaml")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_images_of_several_classes_are_shown(tmp_path):
+    run = write_run(tmp_path / "run", *draw_scenes(count=8), names=["ant", "bee", "cat"])
+    for path in (run / "maps").iterdir():
+        with np.load(path) as file:
+            arrays = {key: file[key] for key in file.files}
+        arrays["labels"] = np.array([0, 0, 0, 0, 0, 0, 1, 2])  # a folder's first files are of its first class
+        arrays["target/rollout"] = np.full(8, -1)
+        np.savez(path, **arrays)
+    words = read(run)[1]
+    stages = words[words.index("Stage by stage") : words.index("Curves")]
+    assert [name for name in stages.split(" | ") if name in ("ant", "bee", "cat")] == ["ant", "ant", "bee", "cat"]
+    assert "rollout | of no class" in words
+
+
+def test_one_unit_of_multiply_adds(small_run):
+    rows = [{"model": "dense", "gmacs": 0.0492}, {"model": "evit", "gmacs": 0.0327}]
+    (small_run / "summary.json").write_text(json.dumps({"rows": rows}))
+    metrics = ["step,prunex/gmacs,prunex/gmacs_budget", "1,0.0327,0.033", "2,0.0327,0.033"]
+    (small_run / "metrics.csv").write_text("\n".join(metrics))
+    words = read(small_run)[1]
+    assert "MMACs / image" in words
+    assert "49.2 → 32.7 MMACs an image" in words
+    assert "Compute (MMACs an image) | 32.7 | as it is | 33 | allowed" in words
+    assert "GMACs" not in words
+
+
+def test_what_never_changes_is_a_number():
+    steps = [1.0, 2.0, 3.0]
+    metrics = {
+        "val_accuracy": (steps, [0.968, 0.9681, 0.968]),
+        "prunex/keep_ratio_stage1": (steps, [0.7, 0.7, 0.7]),
+        "prunex/val_keep_ratio_stage1": ([3.0], [0.71]),
+        "prunex/relevancy_kept/grad_cam": (steps, [0.5, 0.6, 0.7]),
+        "val_my_own": (steps, [3.0, 4.0, 5.0]),
+        "train_loss_step": (steps, [3.0, 2.0, 1.0]),
+        "train_loss_epoch": (steps, [2.0, 2.0, 2.0]),
+        "prunex/loss_distill": (steps, [0.0, 0.0, 0.0]),
+    }
+    found = curves_of(metrics, (1.0, "GMACs"))
+    assert found.numbers == [
+        ("Accuracy", [("validation", "96.8%")]),
+        ("Patches kept", [("stage 1, training", "70.0%"), ("stage 1, validation", "71.0%")]),
+        ("Parts of the loss", [("distill", "0")]),
+    ]
+    words = " ".join(found.charts)
+    assert len(found.charts) == 3
+    assert all(word in words for word in ("Relevance on kept patches", "grad cam", "My own", "validation", "Loss"))
 
 
 # ---------------------------------------------------------------------------------------------------- bench and units

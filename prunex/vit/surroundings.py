@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic
@@ -28,8 +29,8 @@ Forward = Callable[..., Tensor]
 ROWS = 64  # unit vectors that go through a tail at once
 
 
-@dataclass
-class Call:
+@dataclass(eq=False, repr=False)
+class Call(Brief):
     """What a model's own forward made of some images, and the ViT by which it is explained.
 
     Attributes:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +87,7 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, logger):
     in_lightning, afterwards, by_hand, units = snippets(ROOT / "README.md")
     batch = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     short = 'max_epochs=1, accelerator="cpu", enable_progress_bar=False, logger=your_logger'
-    scenes = list(zip(*batch, strict=True))
+    scenes = TensorDataset(*batch)
     here = {
         "your_module": YourModule(),
         "your_data": LightningDataModule.from_datasets(scenes, scenes, batch_size=4),

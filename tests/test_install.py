@@ -1,0 +1,31 @@
+"""What pip makes of a clone works, wherever Python is started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("how", ["build_editable", "build_wheel"])
+def test_python_is_started_beside_a_clone_called_prunex(tmp_path, how):
+    pytest.importorskip("setuptools")
+    clone, site = tmp_path / "prunex", tmp_path / "site"
+    clone.mkdir()
+    for part in ("prunex", "callbacks", "recipes", "configs", "pyproject.toml", "README.md", "LICENSE"):
+        (clone / part).symlink_to(ROOT / part)
+    build = f"from setuptools import build_meta; print(build_meta.{how}({str(tmp_path)!r}))"
+    built = subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, text=True, check=True)
+    with ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
+        wheel.extractall(site)
+    # addsitedir reads .pth files, as Python does with site-packages when it starts.
+    script = f"import site; site.addsitedir({str(site)!r}); import prunex.callbacks; print(prunex.attach.__name__)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert found.stdout == "attach\n", found.stderr

@@ -21,7 +21,7 @@ from prunex.callbacks.participant import Participant, check_strategy
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.budget import in_words
 from prunex.slim.export import SUFFIXES
-from prunex.slim.files import CONFIG
+from prunex.slim.files import CONFIG, check_savable
 from prunex.vit.anatomy import find, head_classes
 
 
@@ -42,8 +42,10 @@ class SlimExport(Callback):
         std: Likewise.
 
     Raises:
-        PrunexError: For an unknown mode or format, or numbers that are no normalisation, at once; for a metric that is
-            never logged, at the end.
+        PrunexError: For an unknown mode or format, or numbers that are no normalisation, at once; before training, for
+            a model that plain values do not describe (a head that is no linear layer, adapters, layers of somebody's
+            own) or a format that was named and is not installed; at the end, for a metric that is never logged, or a
+            model that no training step ran.
     """
 
     def __init__(
@@ -88,7 +90,13 @@ class SlimExport(Callback):
             normalisation(trainer, pl_module, find(pl_module, self.model)[1], self.mean, self.std)
         if stage == "fit":
             check_swa_order(trainer, self)
+            if "onnx" in (self.formats or ()) and not _onnx_is_there():
+                raise PrunexError("formats=['onnx'] needs packages: pip install 'prunex-vit[onnx]', or leave it out")
         self._run = run_folder(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a model that could not be written when training has ended; its own setup has had its say by now."""
+        check_savable(pl_module, self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -161,7 +169,7 @@ class SlimExport(Callback):
             return
         small = prunex.load(folder)
         for name in self.formats if self.formats is not None else ("pt2", "onnx"):
-            if self.formats is None and name == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
+            if self.formats is None and name == "onnx" and not _onnx_is_there():
                 rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
                 continue
             prunex.export(small, folder / f"model.{name}")
@@ -200,6 +208,10 @@ class SlimExport(Callback):
             mean=known and known[0],
             std=known and known[1],
         )
+
+
+def _onnx_is_there() -> bool:
+    return find_spec("onnx") is not None and find_spec("onnxscript") is not None
 
 
 def _only_trying(trainer: Trainer) -> bool:

@@ -49,7 +49,7 @@ def own_norm(vit):
 def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path, change):
     module = Steps()
     change(module.vit)
-    with pytest.raises(PrunexError, match="save|head"):
+    with pytest.raises(PrunexError):
         trainer(tmp_path, TokenPruning("evit"), SlimExport(str(tmp_path), formats=[])).fit(module, loader())
     assert module.steps == 0
     assert not (tmp_path / "slim").exists()

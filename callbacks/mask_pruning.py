@@ -27,7 +27,6 @@ from prunex.pruners.budget import check_budget
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import XPruner
 from prunex.unit_pruning import UnitPruning
-from prunex.vit.optimisers import check_followed
 from prunex.vit.units import Backbone
 
 LOOKING = ("images", "labels")  # what criteria may need to look at
@@ -193,7 +192,7 @@ class MaskPruning(Participant):
         self.pruning.budget()
         self._stays = not self.remove or trainer.world_size > 1
         if not self._stays and not self.pruning.removed:
-            check_followed(trainer.optimizers)
+            self.pruning.check_removable(trainer.optimizers)
             self._copies = Copies(trainer, pl_module, self.pruning.model)
         pruner = self._xpruner
         if pruner is not None:
@@ -245,7 +244,7 @@ class MaskPruning(Participant):
         """Remove the closed units, unless something would not follow that was not there when training began."""
         average = None if self._copies is None else self._copies.moving()
         try:
-            check_followed(trainer.optimizers)
+            pruning.check_removable(trainer.optimizers)
             reason = average and f"{average} holds a copy of the weights, which does not follow removed units"
         except PrunexError as error:
             reason = str(error)

@@ -15,7 +15,20 @@ from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.anatomy import head_classes
 from prunex.vit.cost import tally, tokens_of
-from prunex.vit.units import CHILD, Branch, blocks_of, branches, opens_heads, put_gates, take_gates_off
+from prunex.vit.cuts import check_cuts
+from prunex.vit.optimisers import check_followed
+from prunex.vit.units import (
+    CHILD,
+    KINDS,
+    Branch,
+    Kind,
+    blocks_of,
+    branches,
+    check_gates,
+    opens_heads,
+    put_gates,
+    take_gates_off,
+)
 from prunex.vit.widths import WidthSpec, narrow, widths_of
 
 
@@ -178,6 +191,8 @@ class UnitPruning(Handle):
             PrunexError: For a budget out of reach.
         """
         pruner = self.pruner
+        if not self.removed:
+            check_gates(self.model)
         with _schedule_done(self.model):
             if not self.removed:
                 pruner.price(unit_branches(self.model))
@@ -214,10 +229,29 @@ class UnitPruning(Handle):
 
         Returns:
             The model.
+
+        Raises:
+            PrunexError: Where :meth:`check_removable` does; model, gates and optimisers are then as they were.
         """
         if not self.removed:
             self._take_out(self.widths, optimizers)
         return self.model
+
+    def check_removable(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Refuse what :meth:`remove` would refuse, before anything is spent on it.
+
+        Args:
+            optimizers: Those that :meth:`remove` will be given.
+
+        Raises:
+            PrunexError: By name, for a layer that is adapted, reparametrised, quantised or shares its weights, or an
+                optimiser that cannot follow.
+        """
+        every: dict[Kind, dict[int, tuple[int, ...]]] = {kind: {} for kind in KINDS}
+        for b in self.pruner.branches:
+            every[b.kind][b.block] = ()
+        check_cuts(self.model, WidthSpec(**every))
+        check_followed(optimizers)
 
     def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         """Narrow the model to a spec (None: to the units that are open), without asking whether that was decided."""

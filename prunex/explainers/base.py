@@ -22,6 +22,7 @@ from prunex.vit.mount import as_found
 from prunex.vit.readout import classifies
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
+from prunex.vit.weights import by_name, check_gradients
 
 
 @dataclass(eq=False, repr=False)
@@ -196,14 +197,21 @@ def recording(
 
     Raises:
         PrunexError: For a target out of range, a headless model where a class is needed or asked for, or weights that
-            cannot be differentiated through.
+            cannot be read or differentiated through.
     """
     if tape.gradients and any(p.is_inference() for p in model.parameters()):
         raise PrunexError(
             "the model's weights were made under torch.inference_mode, and nothing can be differentiated through them: "
             "build or load the model outside of it, or use rollout"
         )
-    with as_found(model, train=False), torch.inference_mode(False), torch.set_grad_enabled(tape.gradients):
+    if tape.gradients:
+        check_gradients(model, "rollout")
+    with (
+        as_found(model, train=False),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(tape.gradients),
+        by_name(model),
+    ):
         if images.is_inference():
             images = images.clone()
         with torch.autocast(images.device.type, enabled=False) if precise else nullcontext():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
 from prunex.vit.units import let_through
+from prunex.vit.weights import effective, is_linear
 
 LinearRule = Literal["zplus", "epsilon", "gamma"]
 RuleSet = Literal["conserving", "published_baseline"]
@@ -45,17 +46,17 @@ class Layer(Brief):
         """The layer behind a module.
 
         Raises:
-            PrunexError: For anything but ``nn.Linear`` or a patch convolution, such as a subclass that computes
-                something else.
+            PrunexError: For anything that is neither linear nor a patch convolution.
         """
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            bias = None if module.bias is None else module.bias.detach()
-            return cls(module.weight.detach(), bias, lambda x, w: x @ w.T, lambda s, w: s @ w)
+        if is_linear(module):
+            weight, bias = effective(module)
+            return cls(weight, bias, lambda x, w: x @ w.T, lambda s, w: s @ w)
         if _is_patch_convolution(module):
             stride: Any = module.stride
+            weight, bias = effective(module)
             return cls(
-                module.weight.detach(),
-                None if module.bias is None else module.bias.detach()[:, None, None],
+                weight,
+                None if bias is None else bias[:, None, None],
                 lambda x, w: F.conv2d(x, w, stride=stride),
                 lambda s, w: F.conv_transpose2d(s, w, stride=stride),
             )

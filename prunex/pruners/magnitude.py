@@ -13,6 +13,7 @@ from prunex.errors import unknown
 from prunex.pruners.units import Scores, UnitPruner
 from prunex.registry import register
 from prunex.vit.units import Branch, last_layer
+from prunex.vit.weights import by_name, effective, scale_of
 
 Weights = Literal["all", "out"]
 WEIGHTS: tuple[Weights, ...] = ("all", "out")
@@ -25,7 +26,8 @@ class Magnitude(UnitPruner):
     Weights of a head: its rows of queries, keys and values (and of the output gate, where attention has one), and its
     columns of ``proj``. Of an MLP channel: its row of ``fc1`` (of both halves where the MLP is gated), and its column
     of ``fc2``. The columns are what the unit writes into the stream, so LayerScale, which multiplies them, is taken in.
-    Biases, norms and relative position biases do not count.
+    Biases, norms and relative position biases do not count. Weights are those that the layers compute with, adapters
+    and masks taken in.
 
     The paper sums absolute weights of a convolution's filter, one layer at a time; L2, and the columns behind the
     unit, are common for groups of weights. How large weights are says nothing across layers, so a branch's scores are
@@ -68,11 +70,11 @@ class Magnitude(UnitPruner):
 
     def scores(self, model: nn.Module, batches: Any = None) -> Scores:
         """The norms, float64 [units] a branch; what images there are is not looked at."""
-        with torch.no_grad():
+        with torch.no_grad(), by_name(model):
             return {b.key: self._norms(b, model.get_submodule(b.path)) for b in self.branches}
 
     def _norms(self, branch: Branch, block: Any) -> Tensor:
-        columns = _wide(last_layer(block, branch.kind).weight)
+        columns = _wide(effective(last_layer(block, branch.kind))[0])
         gamma = layer_scale(block, branch)
         if gamma is not None:
             columns = columns * _wide(gamma)[:, None]
@@ -87,18 +89,18 @@ def layer_scale(block: Any, branch: Branch) -> Tensor | None:
     first = branch.kind == "heads"
     scale = getattr(block, "ls1" if first else "ls2", None)
     own = getattr(block, "gamma_1" if first else "gamma_2", None)
-    return own if scale is None else getattr(scale, "gamma", None)
+    return own if scale is None else scale_of(scale)
 
 
 def _rows(branch: Branch, block: Any) -> list[Tensor]:
     """The weights whose rows are a branch's inputs to the layer behind it: each [units * width, D]."""
     if branch.kind == "heads":
         gate = getattr(block.attn, "gate", None)
-        return [*block.attn.qkv.weight.chunk(3), *(() if gate is None else (gate.weight,))]
+        return [*effective(block.attn.qkv)[0].chunk(3), *(() if gate is None else (effective(gate)[0],))]
     mlp = block.mlp
     if type(mlp) is GluMlp:
-        return list(mlp.fc1.weight.chunk(2))
-    return [getattr(mlp, n).weight for n in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, n)]
+        return list(effective(mlp.fc1)[0].chunk(2))
+    return [effective(getattr(mlp, n))[0] for n in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, n)]
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from prunex.pruners.calibration import classes_of, labelled_batches, undisturbed
 from prunex.pruners.units import Scores, UnitPruner
 from prunex.registry import register
 from prunex.vit.units import CHILD, Branch
+from prunex.vit.weights import check_gradients
 
 
 @register("pruner", "taylor", "Molchanov et al., CVPR 2019, arXiv 1906.10771", "images, and labels if there are any")
@@ -71,6 +72,10 @@ class Taylor(UnitPruner):
         self.within = check_flag("within", within)
         self.options["within"] = within
         self._probes: dict[str, Tensor] | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Refuse by name what gradients do not pass."""
+        check_gradients(model, "magnitude")
 
     def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """While scores are taken, an open gate that can be differentiated; else what was decided."""

@@ -15,6 +15,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.pruners.units import Scores, UnitPruner, _slot
 from prunex.registry import register
 from prunex.vit.units import Branch
+from prunex.vit.weights import check_gradients
 from prunex.vit.widths import WidthSpec
 
 Stage = Literal["masks", "thresholds", "done"]
@@ -170,6 +171,10 @@ class XPruner(UnitPruner):
         self.register_buffer("multiplier", torch.zeros(()))
         self.register_buffer("updates", torch.zeros(classes, dtype=torch.long))
         self.register_buffer("groups", torch.tensor(groups), persistent=False)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Refuse by name what gradients do not pass."""
+        check_gradients(model, "magnitude")
 
     @property
     def stage(self) -> Stage:

@@ -31,6 +31,7 @@ from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
 from prunex.vit.rebuild import build_like, describe, outline
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
+from prunex.vit.weights import copy_of, fold, wrapped_layers
 
 VERSION = 2  # 2 knows widths and Swin; whatever needs neither is written as 1, which older versions read
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -80,8 +81,8 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise PrunexError(f"{folder} is a file: give a folder to save to")
     vit = find(model, kinds=Backbone)[1]
-    if hasattr(vit, CHILD) or hasattr(vit, UNITS):
-        vit = slim(vit)  # no teacher, no gates, and a schedule's present rates as they are now
+    if hasattr(vit, CHILD) or hasattr(vit, UNITS) or next(wrapped_layers(vit), None):
+        vit = slim(vit)  # no teacher, gates or adapters, and a schedule's present rates as they are now
     config = _config(vit, labels, mean, std)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,8 @@ def check_savable(model: nn.Module, path: str | None = None) -> None:
     """
     vit = find(model, path, Backbone)[1]
     outline(vit)
+    if next(wrapped_layers(vit), None):
+        vit = fold(copy_of(vit))
     check_tensors(vit.state_dict())
     describe(vit)
 

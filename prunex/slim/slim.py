@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 from torch import nn
@@ -12,6 +11,7 @@ from prunex.checks import called_as
 from prunex.vit.anatomy import find
 from prunex.vit.rebuild import outline
 from prunex.vit.units import Backbone
+from prunex.vit.weights import copy_of, fold
 from prunex.vit.widths import WidthSpec, narrow
 
 
@@ -21,7 +21,8 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
 
     Heads and MLP channels that a unit pruner closed are taken out, gates and masks with them: what is left are timm's
     own blocks, each of its own width. A unit pruner that has not chosen yet leaves all units that an evaluation has
-    open now, with a warning; so a training run may slim before its end. Teachers and schedules are left out too.
+    open now, with a warning; so a training run may slim before its end. Teachers and schedules are left out too, and
+    adapters, masks and reparametrisations of linear layers are folded into their weights.
 
     Args:
         model: A pruned (or dense) ViT or timm Swin, or a module that holds exactly one.
@@ -33,7 +34,8 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
         A copy of the ViT itself. Its parameters are its own; further training of ``model`` does not reach it.
 
     Raises:
-        PrunexError: When there is no supported ViT, or for widths that it does not have.
+        PrunexError: When there is no supported ViT, for widths that it does not have, or for layers that are quantised,
+            or wrapped in something that is not linear.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
@@ -52,10 +54,11 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
     if hooked is not None:  # a teacher is as large as the model: keep it out of the copy
         teacher, hooked.pruner._teacher = getattr(hooked.pruner, "_teacher", ()), ()
     try:
-        small = copy.deepcopy(vit)
+        small = copy_of(vit)
     finally:
         if hooked is not None:
             hooked.pruner._teacher = teacher
+    fold(small)
     small.eval()
     small.zero_grad(set_to_none=True)
     if hooked is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention
+from prunex.vit.weights import is_plain, sizes
 
 
 @dataclass(eq=False, repr=False)
@@ -87,7 +88,7 @@ def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor,
         can be computed apart (an adapter in its place, or somebody's hook on it).
     """
     qkv = attn.qkv
-    if type(qkv) is not nn.Linear or qkv._forward_hooks or qkv._forward_pre_hooks or qkv._backward_hooks:
+    if not is_plain(qkv):
         return None
     width = qkv.out_features // 3
     bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
@@ -115,7 +116,7 @@ def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Ten
             [B, H, N - prefix, 2d]; None: nothing is rotated.
     """
     if attn.qkv is None:
-        each = attn.q_proj.out_features // attn.num_heads  # timm 1.0.20 does not keep head_dim
+        each = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
         q, k, v = (p(x).unflatten(2, (-1, each)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     else:
         q_bias = getattr(attn, "q_bias", None)
@@ -123,8 +124,7 @@ def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Ten
             qkv = attn.qkv(x)
         else:
             bias = torch.cat((q_bias, attn.k_bias, attn.v_bias))
-            separate = attn.qkv_bias_separate or type(attn.qkv) is not nn.Linear
-            qkv = attn.qkv(x) + bias if separate else F.linear(x, attn.qkv.weight, bias)
+            qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from prunex.vit.units import is_gate
+from prunex.vit.weights import OwnHook
 
 _WORK: ContextVar[list[tuple[nn.Module, Callable[..., Any]]]] = ContextVar("prunex_work")
 _LOCK = threading.Lock()
@@ -31,7 +31,7 @@ def hooked(module: nn.Module) -> bool:
 
 def hooked_within(module: nn.Module) -> bool:
     """Whether somebody's hooks are on a module or one inside it; gates of a unit pruner are none."""
-    return any(not is_gate(h) for m in module.modules() for name in _OWN for h in getattr(m, name).values())
+    return any(not isinstance(h, OwnHook) for m in module.modules() for name in _OWN for h in getattr(m, name).values())
 
 
 def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

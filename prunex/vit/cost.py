@@ -67,7 +67,8 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     keeps its own number of tokens (``count="adaptive"``), this is the cost at the expected counts
     (:meth:`prunex.Pruning.calibrate`), not a mean of costs. A pass that a pruner makes over all patches only to
     decide counts to the block it decides at. A pooling head with attention of its own counts its projections over the
-    pooled tokens. Units whose gates were closed by a unit pruner count as taken out, as they will be.
+    pooled tokens. Units whose gates were closed by a unit pruner count as taken out, as they will be. A linear layer
+    with an adapter counts as when that is merged; parameters are those that are there.
 
     Args:
         model: A supported ViT or timm Swin, or a module that holds exactly one.

@@ -8,6 +8,7 @@ stream of the tokens that go on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from prunex.vit import attention
 from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
 from prunex.vit.calls import hooked, inside
 from prunex.vit.units import heads_left
+from prunex.vit.weights import effective, is_linear, scale_of, sizes, stands_for_linear
 from prunex.vit.widths import NarrowAttention
 
 
@@ -120,11 +122,11 @@ class Layout:
 
     def output(self, block: Any) -> Tensor:
         """From the heads' outputs, side by side, to the stream: [D, H * d], LayerScale taken in, bias left out."""
-        return _scaled(self._mixing(block), getattr(block.ls1, "gamma", None))
+        return _scaled(self._mixing(block), scale_of(block.ls1))
 
     def _mixing(self, block: Any) -> Tensor:
         """The projection's weight, the columns of open heads alone."""
-        weight, left = block.attn.proj.weight, heads_left(block.attn.proj)
+        weight, left = effective(block.attn.proj)[0], heads_left(block.attn.proj)
         if left is None:
             return weight
         return attention.some(weight.unflatten(1, (block.attn.num_heads, -1)), left).flatten(1)
@@ -132,11 +134,11 @@ class Layout:
     def hidden(self, block: Any) -> int:
         """What the MLP's second linear layer reads; 0 where there is none."""
         last = [getattr(m, "fc2", None) for m in self.mlps(block)]
-        return sum(m.in_features if isinstance(m, nn.Linear) else 0 for m in last)
+        return sum(sizes(m)[0] if is_linear(m) else 0 for m in last)
 
     def width(self, block: Any) -> int:
         """Heads times head width."""
-        return sum(a.proj.in_features for a in self.attentions(block))
+        return sum(sizes(a.proj)[0] for a in self.attentions(block))
 
     def macs(self, block: Any) -> tuple[int, int]:
         """Multiply-adds a token of the linear layers of either half."""
@@ -226,7 +228,7 @@ class Things(Layout):
 
     def output(self, block: Any) -> Tensor:
         """[D, parts * H * d]."""
-        return torch.cat([_scaled(p.attn.proj.weight, getattr(p.ls, "gamma", None)) for p in block.attns], 1)
+        return torch.cat([_scaled(effective(p.attn.proj)[0], scale_of(p.ls)) for p in block.attns], 1)
 
 
 class Scaling(Layout):
@@ -304,8 +306,8 @@ class Scaling(Layout):
     def output(self, block: Any) -> Tensor:
         """Attention's part."""
         if fused_out(block) is None:
-            return _scaled(block.attn_out_proj.weight, getattr(block.ls, "gamma", None))
-        return _scaled(block.out_proj.weight[:, : self.width(block)], getattr(block.ls, "gamma", None))
+            return _scaled(effective(block.attn_out_proj)[0], scale_of(block.ls))
+        return _scaled(block.out_proj.weight[:, : self.width(block)], scale_of(block.ls))
 
     def hidden(self, block: Any) -> int:
         """Width of the MLP."""
@@ -379,7 +381,7 @@ class EvaLayout(Layout):
 
     def output(self, block: Any) -> Tensor:
         """LayerScale taken in."""
-        return _scaled(block.attn.proj.weight, block.gamma_1)
+        return _scaled(effective(block.attn.proj)[0], block.gamma_1)
 
 
 class EvaPostLayout(EvaLayout):
@@ -399,7 +401,7 @@ class EvaPostLayout(EvaLayout):
 
     def output(self, block: Any) -> Tensor:
         """Without the norm behind it."""
-        return block.attn.proj.weight
+        return effective(block.attn.proj)[0]
 
 
 class BeitLayout(EvaLayout):
@@ -452,8 +454,14 @@ def _rows(linear: Any, first: int, last: int | None) -> tuple[Tensor, Tensor | N
 
 
 def linear_macs(*modules: nn.Module) -> int:
-    """Multiply-adds a token of all linear layers in some modules."""
-    return sum(m.in_features * m.out_features for part in modules for m in part.modules() if isinstance(m, nn.Linear))
+    """Multiply-adds a token of all linear layers in some modules; one with an adapter counts as when it is merged."""
+    return sum(_linear_macs(part, "") for part in modules)
+
+
+def _linear_macs(module: nn.Module, name: str) -> int:
+    if stands_for_linear(module, name):
+        return math.prod(sizes(module))
+    return sum(_linear_macs(child, name) for name, child in module.named_children())
 
 
 LAYOUTS: dict[type[nn.Module], Layout] = {
@@ -505,6 +513,12 @@ def unknown_part(block: nn.Module) -> str | None:
     for attn in LAYOUTS[kind].attentions(block):
         if not any(type(attn).forward is known.forward for known in ATTENTIONS):
             return type(attn).__name__
+        reads = getattr(attn, "q_bias", None) is not None and attn.qkv is not None and not attn.qkv_bias_separate
+        if reads and type(attn.qkv).forward is not nn.Linear.forward:
+            return (
+                f"{type(attn).__name__} around a {type(attn.qkv).__name__}, which it passes by (it reads qkv.weight "
+                "itself unless built with qkv_bias_separate=True),"
+            )
     return None
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, read
+from prunex.vit.aside import as_found
 from prunex.vit.forward import run
 from prunex.vit.intermediates import intermediates
 from prunex.vit.tape import Tape
@@ -68,32 +68,6 @@ def take_off(model: ViT) -> None:
     """Give the model its class's own methods back."""
     for name in _METHODS:
         model.__dict__.pop(name, None)
-
-
-@contextmanager
-def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
-    """Run something aside with every module in train or eval mode, and give each its own flag back, whatever is raised.
-
-    Under the caller's autocast it casts weights for itself: torch 2.9 takes one cast without a graph from its cache for
-    a forward that needs the graph, which then loses the weight's gradient.
-    """
-    flags = [(m, m.training) for m in model.modules()]
-    try:
-        if train is not None:
-            model.train(train)
-        with uncached_autocast(model):
-            yield
-    finally:
-        for m, flag in flags:
-            m.training = flag
-
-
-def uncached_autocast(model: nn.Module) -> AbstractContextManager[Any]:
-    """The autocast that is on where a model lies, without its cache of cast weights."""
-    kind = next((p.device.type for p in model.parameters()), "cpu")
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def check_methods(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit import attention
-from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.anatomy import Anatomy, ViT, head_classes
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, unknown_layer
 from prunex.vit.calls import inside
 
@@ -60,7 +60,7 @@ def classifies(model: ViT) -> bool:
 def outputs(model: ViT) -> int:
     """How many classes a model gives; 0 without a classifier."""
     tail = vars(model).get(TAIL)
-    return int(model.num_classes) if tail is None else tail.classes
+    return head_classes(model) if tail is None else tail.classes
 
 
 def _own_head(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -20,6 +19,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.vit.weights import OwnHook, is_linear, sizes
 
 Kind = Literal["heads", "channels"]
 Backbone = VisionTransformer | Eva | Beit | SwinTransformer
@@ -77,17 +77,17 @@ def opens_channels(block: Any) -> bool:
     """Whether a block's MLP channels can be; not where a norm between the layers reads all of them."""
     mlp: Any = getattr(block, "mlp", None)
     known = type(mlp) in (Mlp, GluMlp, SwiGLU)
-    return known and isinstance(getattr(mlp, "norm", None), nn.Identity | None) and type(mlp.fc2) is nn.Linear
+    return known and isinstance(getattr(mlp, "norm", None), nn.Identity | None) and is_linear(mlp.fc2)
 
 
-def last_layer(block: Any, kind: Kind) -> nn.Linear:
+def last_layer(block: Any, kind: Kind) -> nn.Module:
     """The layer that mixes the units into the stream."""
     return block.attn.proj if kind == "heads" else block.mlp.fc2
 
 
 def head_dim(attn: Any) -> int:
     """Width of one head; of an attention without any, what it had."""
-    return attn.qkv.out_features // (3 * attn.num_heads) if attn.num_heads else int(attn.head_dim)
+    return sizes(attn.qkv)[1] // (3 * attn.num_heads) if attn.num_heads else int(attn.head_dim)
 
 
 def branches(model: nn.Module, tokens: Sequence[tuple[int, int, int]] | None = None) -> list[Branch]:
@@ -116,14 +116,15 @@ def branches(model: nn.Module, tokens: Sequence[tuple[int, int, int]] | None = N
             keys = attending
         if opens_heads(block):
             attn = block.attn
-            width, d = attn.qkv.in_features, head_dim(attn)
+            width, d = sizes(attn.qkv)[0], head_dim(attn)
             macs = 2 * (attending + asking) * width * d + 2 * asking * keys * d
             found.append(Branch(f"{number}.heads", number, path, "heads", attn.num_heads, d, macs))
         if opens_channels(block):
             mlp = block.mlp
             layers = 2 if type(mlp) is Mlp else 3
-            macs = layers * feeding * mlp.fc2.out_features
-            found.append(Branch(f"{number}.channels", number, path, "channels", mlp.fc2.in_features, 1, macs))
+            hidden, width = sizes(mlp.fc2)
+            macs = layers * feeding * width
+            found.append(Branch(f"{number}.channels", number, path, "channels", hidden, 1, macs))
     if not found:
         raise PrunexError(
             f"{type(model).__name__} with {type(next(blocks_of(model))[1]).__name__} has no units that are known; "
@@ -140,13 +141,13 @@ def unit_params(model: nn.Module, branch: Branch) -> int:
         table = getattr(attn, "relative_position_bias_table", None)
         gate = getattr(attn, "gate", None)
         before = [(attn.qkv, 3 * d), *(((gate, d),) if gate is not None else ())]
-        rest = d * attn.proj.out_features + (0 if table is None else table.shape[0])
+        rest = d * sizes(attn.proj)[1] + (0 if table is None else table.shape[0])
     else:
         mlp = block.mlp
         before = [(getattr(mlp, n), 1) for n in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, n)]
         before = [(layer, 2 * n if type(mlp) is GluMlp else n) for layer, n in before]
-        rest = mlp.fc2.out_features
-    return rest + sum(rows * (layer.in_features + (layer.bias is not None)) for layer, rows in before)
+        rest = sizes(mlp.fc2)[1]
+    return rest + sum(rows * (sizes(layer)[0] + (getattr(layer, "bias", None) is not None)) for layer, rows in before)
 
 
 def _tokens(model: Any, path: str, block: Any) -> tuple[int, int, int]:
@@ -176,15 +177,31 @@ def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
         if branch.kind == "heads" and isinstance(model, SwinTransformer):
             padded, _, keys = _tokens(model, branch.path, block)
             windows = padded // keys
-        hook = partial(_through, gate, left, branch.key, windows)
+        hook = OwnHook(_through, gate, left, branch.key, windows)
         last_layer(block, branch.kind).register_forward_pre_hook(hook)
+
+
+def check_gates(model: nn.Module) -> None:
+    """See that nobody put other layers in the place of those that :func:`put_gates` put gates in front of.
+
+    Raises:
+        PrunexError: By layer.
+    """
+    for branch in branches(model):
+        layer = last_layer(model.get_submodule(branch.path), branch.kind)
+        if not any(isinstance(hook, OwnHook) for hook in layer._forward_pre_hooks.values()):
+            name = next(name for name, m in model.named_modules() if m is layer)
+            raise PrunexError(
+                f"{name} was replaced or wrapped after its units were gated, so that nothing gates it now: detach(), "
+                "and attach again once the model is as it shall be"
+            )
 
 
 def take_gates_off(model: nn.Module) -> None:
     """Take off what :func:`put_gates` put on."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if is_gate(hook):
+            if isinstance(hook, OwnHook):
                 del module._forward_pre_hooks[key]
 
 
@@ -194,7 +211,7 @@ def let_through(module: nn.Module, x: Tensor) -> Tensor:
     At inference gates are 0 or 1, and asking twice is asking once.
     """
     for hook in module._forward_pre_hooks.values():
-        if is_gate(hook):
+        if isinstance(hook, OwnHook):
             found = hook(module, (x,))
             x = x if found is None else found[0]
     return x
@@ -207,16 +224,11 @@ def heads_left(projection: nn.Module) -> tuple[int, ...] | None:
     that rankings and maps must not count it.
     """
     for hook in projection._forward_pre_hooks.values():
-        if is_gate(hook) and hook.args[1] is not None:  # type: ignore[attr-defined]
-            found = hook.args[1](hook.args[2])  # type: ignore[attr-defined]
+        if isinstance(hook, OwnHook) and hook.args[1] is not None:
+            found = hook.args[1](hook.args[2])
             if found is not None:
                 return tuple(found)
     return None
-
-
-def is_gate(hook: Any) -> bool:
-    """Whether a hook is one of :func:`put_gates`."""
-    return isinstance(hook, partial) and hook.func is _through
 
 
 def _through(

@@ -17,8 +17,10 @@ from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.arithmetic import fused_attention
+from prunex.vit.cuts import check_cuts, whole_or_not
 from prunex.vit.optimisers import Slices, check_followed, follow, sliced
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
+from prunex.vit.weights import sizes
 
 Kept = tuple[int, ...]
 
@@ -130,7 +132,7 @@ def dense_shape(model: nn.Module) -> Shape | None:
 def _shape(model: Any) -> Shape:
     found = [b for _, b in blocks_of(model)]
     heads = tuple((b.attn.num_heads, head_dim(b.attn)) if opens_heads(b) else None for b in found)
-    hidden = tuple(b.mlp.fc2.in_features if opens_channels(b) else None for b in found)
+    hidden = tuple(sizes(b.mlp.fc2)[0] if opens_channels(b) else None for b in found)
     return Shape(heads, hidden, int(model.embed_dim))
 
 
@@ -158,15 +160,27 @@ def narrow(
         The model.
 
     Raises:
-        PrunexError: For numbers that the model does not have, parts whose units cannot be taken out one by one, or an
-            optimiser that cannot follow; the model is then unchanged.
+        PrunexError: For numbers that the model does not have, parts whose units cannot be taken out one by one, layers
+            that are adapted, reparametrised, quantised or shared, or an optimiser that cannot follow. Model and
+            optimisers are then unchanged, whatever was raised.
     """
     if not isinstance(model, Backbone):
         raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
     known, spec = widths_of(model), _tuples(spec)
     shape = dense_shape(model) or _shape(model)
     local, optimizers = _local(model, spec, known), list(optimizers)
+    check_cuts(model, local)
     check_followed(optimizers)
+    with whole_or_not(model, optimizers):
+        follow(optimizers, _cut_all(model, local))
+    if remember:
+        model.__dict__["prunex_widths"] = _joined(known, spec, shape)
+        model.__dict__["prunex_dense"] = shape
+    return model
+
+
+def _cut_all(model: Any, local: WidthSpec) -> Slices:
+    """Take the units out that a spec in the model's present numbers does not keep."""
     slices: Slices = {}
     blocks = list(blocks_of(model))
     for number, kept in local.heads.items():
@@ -179,11 +193,7 @@ def narrow(
         _take_embedding(model, local.embedding, slices)
     if local.blocks is not None:
         _take_blocks(model, local.blocks)
-    follow(optimizers, slices)
-    if remember:
-        model.__dict__["prunex_widths"] = _joined(known, spec, shape)
-        model.__dict__["prunex_dense"] = shape
-    return model
+    return slices
 
 
 def _tuples(spec: Any) -> WidthSpec:
@@ -251,7 +261,7 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
         part = block(number, "channels")
         if not opens_channels(part):
             raise PrunexError(f"MLP channels of block {number} ({type(part).__name__}) cannot be taken out one by one")
-        had = part.mlp.fc2.in_features
+        had = sizes(part.mlp.fc2)[0]
         channels[place[number]] = _renamed(kept, known.channels.get(number), had, f"channels of block {number}")
     if set(spec.query_dims) != set(spec.value_dims):
         raise PrunexError("query_dims and value_dims name different blocks: timm's layers have one width for both")
@@ -269,6 +279,12 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
             type(getattr(b, "attn", None)) not in plain or type(b.mlp) not in (Mlp, GluMlp, SwiGLU) for _, b in found
         ):
             raise PrunexError(f"the embedding of {type(found[0][1]).__name__} blocks cannot be made narrower")
+        heads_on = [h for h in (model.head, getattr(model, "head_dist", None)) if not isinstance(h, nn.Identity | None)]
+        if not all(isinstance(h, nn.Linear) for h in heads_on):
+            raise PrunexError(
+                f"the embedding of a {type(model).__name__} whose head is a {type(heads_on[0]).__name__} cannot be "
+                "made narrower: put a linear one on with model.reset_classifier(classes)"
+            )
         if getattr(model, "prunex", None) is not None:
             raise PrunexError("the embedding cannot be made narrower while tokens are pruned by it: detach() first")
         embedding = _renamed(embedding, known.embedding, int(model.embed_dim), "channels of the embedding")
@@ -423,8 +439,7 @@ def _take_embedding(model: Any, kept: Kept, slices: Slices) -> None:
         if isinstance(head, nn.Linear):
             _cut(head, places, 1, slices)
     model.embed_dim = model.num_features = model.head_hidden_size = len(kept)
-    for entry in getattr(model, "feature_info", []):
-        entry["num_chs"] = len(kept)
+    model.feature_info = [dict(entry, num_chs=len(kept)) for entry in getattr(model, "feature_info", [])]
 
 
 def _take_blocks(model: Any, kept: Kept) -> None:

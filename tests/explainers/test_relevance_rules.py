@@ -284,7 +284,9 @@ def test_layers_that_are_not_known():
         def forward(self, x):
             return nn.functional.linear(nn.functional.normalize(x, dim=-1), self.weight)
 
-    for module in (Cosine(4, 3), nn.Bilinear(4, 4, 3), nn.Conv2d(4, 4, 2, 2, groups=2), nn.Conv2d(4, 4, 3, 3, 1)):
+    with pytest.raises(prunex.PrunexError, match="Cosine.* is not linear.*rollout"):
+        Layer.of(Cosine(4, 3))
+    for module in (nn.Bilinear(4, 4, 3), nn.Conv2d(4, 4, 2, 2, groups=2), nn.Conv2d(4, 4, 3, 3, 1)):
         with pytest.raises(prunex.PrunexError, match=f"do not know {type(module).__name__}: known are.*rollout"):
             Layer.of(module)
     with pytest.raises(prunex.PrunexError, match="do not know Softmax"):

@@ -1,0 +1,381 @@
+"""What a layer computes with, whatever was put on it: adapters, masks, reparametrised and quantised weights.
+
+``layer.weight`` is what a linear layer computes with only where nothing else takes part in its forward. Of any other
+layer that is linear all the same, the weight is f(1) - f(0), 1 the identity and f the layer in eval mode: that needs no
+knowledge of who wrapped it. Nothing is remembered from one reading to the next, since adapters are switched, scaled and
+merged by attributes that nobody can watch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.vit.aside import as_found
+
+# Under which names timm's ViTs and Swins hold linear layers.
+_SLOTS = (
+    "qkv", "q_proj", "k_proj", "v_proj", "proj", "gate", "fc1", "fc1_g", "fc1_x", "fc2", "in_proj", "out_proj",
+    "attn_out_proj", "mlp_out_proj", "q", "kv", "head", "head_dist", "fc", "reduction",
+)  # fmt: skip
+_HEADS = ("head", "head_dist")  # which may also hold several layers, and are called as they are
+_OURS = ("prunex", "prunex_units")  # what hangs on a pruned model, whose layers are not the model's
+
+
+class OwnHook(partial[Any]):
+    """A forward hook of prunex itself: it takes part in what a layer computes, and is no part of its weights."""
+
+
+class Unread(PrunexError):
+    """A layer whose weights cannot be told; :func:`by_name` adds the name that it has in its model."""
+
+    def __init__(self, layer: nn.Module, why: str, name: str = "") -> None:
+        super().__init__(f"{name or 'a layer'} ({_kind(layer)}) {why}")
+        self.layer, self.why = layer, why
+
+    def __reduce__(self) -> Any:
+        return PrunexError, (str(self),)  # to another process goes the message alone
+
+
+@contextmanager
+def by_name(model: nn.Module) -> Iterator[None]:
+    """Let an :class:`Unread` that is raised inside say which of a model's layers it is."""
+    try:
+        yield
+    except Unread as error:
+        name = next((n for n, m in model.named_modules() if m is error.layer), "")
+        raise (Unread(error.layer, error.why, name) if name else error) from error.__cause__
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a module stands where a linear layer does: one itself, or what somebody put round one."""
+    known = isinstance(layer, nn.Module) and not isinstance(layer, nn.Conv2d)
+    return known and (_tells_sizes(layer) or _inner(layer) is not None)
+
+
+def stands_for_linear(layer: Any, name: str) -> bool:
+    """Whether a module stands, under its name in timm's models, where a linear layer does; not a head of several."""
+    return is_linear(layer) and (_tells_sizes(layer) or (name in _SLOTS and name not in _HEADS))
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, also of a wrapper that does not tell them itself."""
+    if _tells_sizes(layer):
+        return layer.in_features, layer.out_features
+    inner = _inner(layer)
+    if inner is None:
+        raise Unread(layer, "is no linear layer")
+    return inner.in_features, inner.out_features
+
+
+def _tells_sizes(layer: Any) -> bool:
+    return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+
+
+def _inner(layer: nn.Module) -> nn.Linear | None:
+    """The first linear layer in a wrapper: by all customs the one that was there before."""
+    return next((m for m in layer.modules() if isinstance(m, nn.Linear)), None)
+
+
+def forwards_plainly(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer's forward is torch's own, with no hooks around it but those of prunex."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        isinstance(layer, kind)
+        and type(layer).forward is kind.forward
+        and "forward" not in vars(layer)
+        and all(isinstance(hook, OwnHook) for some in hooks for hook in some.values())
+    )
+
+
+def is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes with its own weight and bias, and with nothing else."""
+    return isinstance(layer, kind) and forwards_plainly(layer, kind) and _holds_plain(layer)
+
+
+def _holds_plain(layer: nn.Module) -> bool:
+    """Whether weight and bias are parameters of ordinary numbers, not computed from others and not packed."""
+    own = layer._parameters
+    return own.get("weight") is not None and "bias" in own and all(p is None or _ordinary(p) for p in own.values())
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that a linear layer or patch convolution computes with in eval mode, detached.
+
+    Args:
+        layer: An ``nn.Linear``, an ``nn.Conv2d`` whose stride is its kernel, or whatever stands in one's place: peft's
+            adapters, ``torch.nn.utils.parametrize`` and ``prune``, quantised tensors that have a ``dequantize()``,
+            modules of one's own.
+
+    Returns:
+        [out, in] (or [out, C, h, w]), and [out] or None.
+
+    Raises:
+        Unread: A layer that is not linear, or whose forward does not run on its own.
+    """
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    if is_plain(layer, kind):
+        return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    run = _bare(layer)
+    with _aside(layer):
+        try:
+            weight, bias = _unpacked(layer) or _probed(layer, run)
+            gap = _gap(layer, run, weight, bias)
+        except Unread:
+            raise
+        except Exception as error:  # whatever somebody's forward stumbles over
+            raise Unread(layer, f"cannot be run on its own ({type(error).__name__}: {error})") from error
+        if not gap <= _tolerance(layer):
+            raise Unread(
+                layer,
+                f"is not linear (its outputs differ by {gap:.1e} of their size from what a weight would make of the "
+                "same inputs), so it has no weights to read; use a method that needs none, such as taylor or rollout",
+            )
+        if _holds_plain(layer) and isinstance(layer, kind):  # hooks that only watch change nothing, not even rounding
+            own = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+            return own if _equal(own, (weight, bias), _tolerance(layer)) else (weight, bias)
+    return weight, bias
+
+
+def _unpacked(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Of a plain forward over a packed weight, such as torchao's: the weight unpacked."""
+    weight = getattr(layer, "weight", None)
+    if not forwards_plainly(layer) or not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
+        return None
+    return weight.dequantize().detach(), None if layer.bias is None else layer.bias.detach()
+
+
+def _probed(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    shape, like = _input_shape(layer), _numbers(layer)
+    count = math.prod(shape)
+    bias = run(_arranged(torch.zeros(1, *shape, **like))).reshape(-1)
+    rows = run(_arranged(torch.eye(count, **like).view(count, *shape))).reshape(count, -1)
+    base = layer if isinstance(layer, nn.Conv2d) else _inner(layer)
+    has_bias = getattr(base, "bias", None) is not None or bool(bias.any())
+    return (rows - bias).T.reshape(-1, *shape), bias if has_bias else None
+
+
+def _gap(layer: nn.Module, run: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> float:
+    """How far a layer's outputs for three random inputs are from those of a weight, as a share of the largest."""
+    x = _random(layer, *_input_shape(layer))
+    out = run(_arranged(x)).reshape(3, -1)
+    wanted = x.flatten(1) @ weight.flatten(1).to(x).T + (0 if bias is None else bias.to(x))
+    return float((out - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def _random(layer: nn.Module, *shape: int) -> Tensor:
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(**_numbers(layer))
+
+
+def _arranged(x: Tensor) -> Tensor:
+    """Vectors as the tokens of one image [1, n, in], which all adapters take; patches as they are."""
+    return x[None] if x.ndim == 2 else x
+
+
+def _input_shape(layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, nn.Conv2d):
+        kernel: Any = layer.kernel_size
+        return (layer.in_channels, *kernel)
+    return (sizes(layer)[0],)
+
+
+def _bare(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer without prunex's own hooks: its twin, which shares all else with it, since others may be using it."""
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    hooks = layer._forward_pre_hooks
+    twin.__dict__["_forward_pre_hooks"] = type(hooks)((k, h) for k, h in hooks.items() if not isinstance(h, OwnHook))
+    return twin
+
+
+@contextmanager
+def _aside(layer: nn.Module, graph: bool = False) -> Iterator[None]:
+    device = _numbers(layer)["device"].type
+    with (
+        as_found(layer, train=False),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(graph),
+        torch.autocast(device, enabled=False),
+    ):
+        yield
+
+
+def _numbers(layer: nn.Module) -> dict[str, Any]:
+    """Type and device of the numbers that a layer computes with: those of ordinary weights, if it has any."""
+    held = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point() and t.element_size() > 1]
+    first = next((t for t in held if _ordinary(t)), held[0] if held else torch.empty(0))
+    return {"dtype": first.dtype, "device": first.device}
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer's weights are quantised, sharded or otherwise no numbers that arithmetic is done with."""
+    held = list(layer.parameters())
+    return not held or not all(_ordinary(p) for p in held) or any(b.dtype in _SMALL for b in layer.buffers())
+
+
+_SMALL = (torch.int8, torch.uint8)
+
+
+def _tolerance(layer: nn.Module) -> float:
+    """What rounding may do to a linear layer's outputs; inputs that are quantised too cost one part in a hundred."""
+    kind = _numbers(layer)["dtype"]
+    if is_packed(layer) or kind in (torch.float16, torch.bfloat16):
+        return 5e-2
+    return 1e-8 if kind == torch.float64 else 1e-3
+
+
+def _equal(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None], tolerance: float) -> bool:
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    same = (a[1] is None) == (b[1] is None)
+    return same and all(
+        float((x - y).abs().max()) <= tolerance * float(x.abs().max().clamp(min=1e-12)) for x, y in pairs
+    )
+
+
+def scale_of(module: nn.Module) -> Tensor | None:
+    """What LayerScale, or whatever stands in its place, multiplies each channel by, [D]; None for an identity.
+
+    Raises:
+        Unread: For a module that does something else.
+    """
+    if isinstance(module, nn.Identity):
+        return None
+    if type(module) is LayerScale and forwards_plainly(module, LayerScale):
+        return module.gamma.detach()
+    run, width = _bare(module), max((p.shape[-1] for p in module.parameters()), default=1)
+    with _aside(module):
+        x = _random(module, width)
+        x[0] = 1
+        try:
+            scale, *others = run(x[None])[0]
+        except Exception as error:
+            raise Unread(module, f"cannot be run on its own ({type(error).__name__}: {error})") from error
+        if not torch.allclose(torch.stack(others), scale * x[1:], rtol=_tolerance(module), atol=1e-6):
+            raise Unread(module, "does more than to scale channels, and what it does cannot be read")
+    return scale
+
+
+def wrapped_layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Layers of a timm model that stand where linear ones do and are not plain: path, parent, name there, layer."""
+    for name, child in model.named_children():
+        if stands_for_linear(child, name):
+            if not is_plain(child):
+                yield path + name, model, name, child
+        elif name not in _OURS:
+            yield from wrapped_layers(child, f"{path}{name}.")
+
+
+def what_is_on(layer: nn.Module) -> str:
+    """What keeps a layer from being a plain linear one, and how to make it one; empty where nothing does."""
+    own: Any = layer
+    held = next(layer.parameters(), None) is not None
+    if is_plain(layer) or (not held and not is_linear(layer)):
+        return ""
+    if hasattr(own, "parametrizations"):
+        return "is reparametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+    if hasattr(own, "weight_mask"):
+        return "has a pruning mask: call torch.nn.utils.prune.remove(layer, 'weight') first"
+    if is_packed(layer):
+        return "holds quantised or sharded weights: do this before the model is quantised"
+    if not is_linear(layer):
+        return ""
+    if isinstance(layer, nn.Linear) and _holds_plain(layer):
+        alike = effective(layer)[0].data_ptr() == layer.weight.data_ptr()
+        return "" if alike else "computes with more than its weight, such as a hook: take that off first"
+    return (
+        "is no plain nn.Linear: merge the adapter into it first (peft: model = model.merge_and_unload()), or let "
+        "prunex.slim(model) do so in a copy (MaskPruning: remove=False)"
+    )
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Put plain linear layers in the place of all wrapped ones, in place, each with its effective weights.
+
+    Raises:
+        PrunexError: By name, for a layer that is quantised or not linear; the model is then unchanged.
+    """
+    made = []
+    with by_name(model):
+        for path, parent, name, layer in wrapped_layers(model):
+            what = what_is_on(layer)
+            if is_packed(layer):
+                raise Unread(layer, what, path)
+            if what:
+                made.append((parent, name, _plain(layer)))
+    for parent, name, layer in made:
+        setattr(parent, name, layer)
+    return model
+
+
+def copy_of(model: nn.Module) -> Any:
+    """A deep copy, also where hooks left tensors of the last forward's graph on layers, as pruning masks do."""
+    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(v): v.detach().clone() for v in left})
+
+
+def _plain(layer: nn.Module) -> nn.Linear:
+    weight, bias = effective(layer)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    free = any(p.requires_grad for p in layer.parameters())
+    linear.weight = nn.Parameter(weight.clone(), free)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone(), free)
+    return linear.train(layer.training)
+
+
+def check_gradients(model: nn.Module, instead: str) -> None:
+    """Refuse layers that gradients do not pass, or do not pass whole: what reaches earlier layers would be wrong.
+
+    Args:
+        model: A timm model; only what was put round its layers, or into them, is looked at.
+        instead: What else to use, for the message.
+
+    Raises:
+        PrunexError: By name.
+    """
+    for path, _, _, layer in wrapped_layers(model):
+        if type(layer).forward is nn.Linear.forward and _holds_plain(layer) and "forward" not in vars(layer):
+            continue  # it has hooks, which shall see nothing but what the model is given
+        inputs, outputs = sizes(layer)
+        with _aside(layer, graph=True):
+            run, r = _bare(layer), _random(layer, outputs)
+            x = _random(layer, inputs)
+            x[2] = x[0] + x[1]
+            try:
+                zero, out = run(torch.zeros_like(x)[None])[0], run(x.requires_grad_()[None])[0]
+            except Exception:  # noqa: S112  (one that does not run on its own says nothing of its gradient)
+                continue
+            found = torch.autograd.grad(out, x, r, allow_unused=True)[0] if out.requires_grad else None
+        with torch.no_grad():
+            moved = out - zero
+            near = _tolerance(layer) * moved.abs().max()
+            linear = bool(((moved[2] - moved[0] - moved[1]).abs() <= near).all())
+            # Of a linear layer <r, f(x) - f(0)> is <gradient, x>: an equation that needs no weights.
+            whole = found is not None and bool(
+                (((r * moved).sum(1) - (found * x).sum(1)).abs() <= _tolerance(layer) * (r * moved).abs().sum(1)).all()
+            )
+        if found is None or (linear and not whole):
+            how = "lets no gradient through" if found is None else "lets only a part of the gradient through"
+            raise Unread(
+                layer, f"{how}: use the model as it was before it was quantised or wrapped, or {instead}", path
+            )
+
+
+def _kind(layer: nn.Module) -> str:
+    """A layer's class, with the package it comes from and what its weight is, where that is telling."""
+    package, weight = type(layer).__module__.split(".")[0], getattr(layer, "weight", None)
+    packed = isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter)
+    return f"{package}.{type(layer).__name__}" + (f" of {type(weight).__name__}" if packed else "")

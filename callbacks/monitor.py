@@ -24,6 +24,7 @@ from prunex.batches import parts
 from prunex.callbacks.averaging import averaged, averaging, stands_before
 from prunex.callbacks.described import check_pixels, normalisation, shown_channels, warn_once
 from prunex.callbacks.participant import check_strategy
+from prunex.callbacks.record import record_metrics
 from prunex.checks import check_options
 from prunex.errors import PrunexError, unknown
 from prunex.pictures import from_tensor, save_npz, save_png, under_grid
@@ -76,6 +77,7 @@ class Monitor(Callback):
         self._looked = False  # whether pixels of the images lie where they should
         self._seen = -1
         self._folder: Path | None = None
+        self._run: Path | None = None
         self._several = False  # whether others watch another model
 
     @property
@@ -92,7 +94,7 @@ class Monitor(Callback):
             self.normalisation(trainer, pl_module)  # as many numbers as the model has channels, or refused
         self._seen = -1
         # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
-        self._folder = run_folder(trainer)
+        self._run = self._folder = run_folder(trainer)
         paths = {c.model for c in trainer.callbacks if isinstance(c, Monitor) and c.model}  # type: ignore[attr-defined]
         self._several = len(paths) > 1
         if self._several and self.model:
@@ -174,6 +176,11 @@ class Monitor(Callback):
         # An average's own turn, when this epoch ends, takes its weights out of the model again.
         with averaged(trainer, pl_module, swapped=not stands_before(trainer, averaging(trainer), self)):
             self.watch(trainer, pl_module, batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the metrics down where no CSVLogger does, for the report."""
+        if trainer.is_global_zero and self._run is not None:
+            record_metrics(trainer, self._run)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where there was nothing to watch."""

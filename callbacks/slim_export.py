@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from prunex.callbacks.averaging import averaged, check_swa_order
 from prunex.callbacks.described import check_pixels, names_of, normalisation, said_normalisation
 from prunex.callbacks.monitor import run_folder
 from prunex.callbacks.participant import Participant, check_strategy
+from prunex.callbacks.record import record_metrics, record_slim
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.budget import in_words
 from prunex.slim.export import SUFFIXES
@@ -125,8 +127,10 @@ class SlimExport(Callback):
         self._improved(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for metrics of training, which are whole only now."""
+        """The same for metrics of training, which are whole only now; without a CSVLogger they are written down."""
         self._improved(trainer, pl_module)
+        if trainer.is_global_zero and self._run is not None:
+            record_metrics(trainer, self._run)
 
     def _improved(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or _only_trying(trainer):
@@ -167,12 +171,16 @@ class SlimExport(Callback):
                 "the run that was resumed; its own slim folder holds that model"
             )
             return
+        record_slim(self._run or folder.parent, folder)
         small = prunex.load(folder)
         for name in self.formats if self.formats is not None else ("pt2", "onnx"):
             if self.formats is None and name == "onnx" and not _onnx_is_there():
                 rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
                 continue
+            rank_zero_info(f"prunex: writing {folder / f'model.{name}'} and checking it against the model ...")
+            began = perf_counter()
             prunex.export(small, folder / f"model.{name}")
+            rank_zero_info(f"prunex: model.{name} took {perf_counter() - began:.1f} s")
         cfg: Any = getattr(small, "pretrained_cfg", None) or {}
         rank_zero_info(
             f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,20 @@ from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.arguments import Parser
 from prunex.recipes.backbone import load_weights
-from prunex.recipes.runs import evaluate, forward, instantiate, noise, open_data, open_model, read_run, token_pruning
+from prunex.recipes.runs import (
+    config_of,
+    evaluate,
+    forward,
+    home,
+    instantiate,
+    macs_column,
+    noise,
+    open_data,
+    open_model,
+    slim_folder,
+    token_pruning,
+)
+from prunex.recipes.score_data import spread
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find
@@ -84,17 +98,18 @@ class Bench:
 def bench(arguments: Sequence[str]) -> int:
     """``prunex bench RUN``: accuracy, cost and measured speed, dense beside slim."""
     args = _parse(arguments)
+    run = home(args.run)
     found = measure(
-        args.run, args.batches, args.threads, args.seconds, args.device, not args.no_accuracy, args.limit, tell=True
+        run, args.batches, args.threads, args.seconds, args.device, not args.no_accuracy, args.limit, tell=True
     )
     print(table(found))
-    print(write_whole(Path(args.run) / BENCH, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()))
+    print(write_whole(run / BENCH, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()))
     return 0
 
 
 def _parse(arguments: Sequence[str]) -> Any:
     parser = Parser("prunex bench", description="Accuracy, MACs, parameters and images/s, dense beside slim.")
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", help="run folder, log folder of your own script, or slim folder")
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes to time; default 1 8 32"
     )
@@ -102,7 +117,9 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each batch size and runtime; default 5")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
     parser.add_argument("--no-accuracy", action="store_true", help="do not evaluate, time alone")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="evaluate on the first N images alone")
+    parser.add_argument(
+        "--limit", type=int, default=None, metavar="N", help="evaluate on N images alone, evenly spaced"
+    )
     args = parser.parse_args(arguments)
     for flag, value in [
         *(("--batches", b) for b in args.batches),
@@ -138,13 +155,14 @@ def measure(
     where onnxruntime is installed.
 
     Args:
-        run: A run folder that ``prunex fit`` wrote.
+        run: A run folder; of a run that ``prunex fit`` did not write, and of a slim folder, the data are not known, so
+            that its models are timed on random images and not evaluated.
         batches: Batch sizes to time.
         threads: Of the processor; None: as many as torch takes.
         seconds: For each batch size and runtime, at least 5 rounds.
         device: "cpu", "cuda" or "cuda:1".
         accuracy: Whether to evaluate on the validation data.
-        limit: Images to evaluate on; None: all.
+        limit: Images to evaluate on, evenly spaced over the validation data; None: all.
         tell: Whether to show progress on stderr.
 
     Returns:
@@ -154,7 +172,7 @@ def measure(
     Raises:
         PrunexError: For a folder that is no whole run, a device that is not there, or data that cannot be opened.
     """
-    config = read_run(run)
+    config = config_of(run)
     place = _device(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -164,16 +182,18 @@ def measure(
             contestant.model.to(place).requires_grad_(False)
         found = Bench(chip(device), notes=notes)
         found.rows = [_row(c) for c in models]
-        data = _data(run, accuracy, notes)
-        if accuracy:
-            _evaluate(models, found.rows, data, limit, tell)
+        data = _data(run, accuracy, notes) if config else None
+        if not config:
+            notes.append("prunex fit did not write this run, so its data are not known: timed on random images")
+        if accuracy and data is not None:
+            _evaluate(models, found.rows, data, limit, tell, notes)
         images = _images(models[0].model, data, max(batches), notes)
         kinds = ["torch", *_runtimes(device, notes)]
         with tqdm(total=len(kinds) * len(batches), unit="batch size", disable=not tell) as bar:
             for kind in kinds:
                 bar.set_description(RUNTIMES[kind])
                 try:
-                    with _calls(kind, models, torch.get_num_threads()) as calls:
+                    with _calls(kind, models, torch.get_num_threads(), tell) as calls:
                         for batch in batches:
                             bar.set_postfix_str(f"batch {batch}")
                             some = [
@@ -203,7 +223,8 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
     slim = find(open_model(run), kinds=Backbone)[1].eval()
     pruning, narrow = token_pruning(slim), widths_of(slim) != WidthSpec()
     gates = prunex.attached(slim, units=True)
-    file, graph = run / "slim" / WEIGHTS, run / "slim" / "model.onnx"
+    folder = slim_folder(run) or run / "slim"
+    file, graph = folder / WEIGHTS, folder / "model.onnx"
     fresh = graph.is_file() and file.is_file() and graph.stat().st_mtime >= file.stat().st_mtime
     size = file.stat().st_size if file.is_file() else _bytes(slim)
     if not file.is_file():
@@ -217,20 +238,24 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
     ]
     if gates is not None and not gates.removed:
         notes.append(f"units closed by {gates.method} are still in the model: its MACs count them as taken out")
+    name = f"slim: {' + '.join(parts)}"
+    if narrow and not config:
+        notes.append("the dense model is not known: its weights are gone with the units that were taken out")
+        return [Contestant(name, slim, True, size, graph if fresh else None)], notes
     if narrow:
         dense, known = _dense_shape(config, notes)
     else:
         dense, known = _detached(slim), True
-    name = "dense (start)" if narrow else f"dense ({parts[0]} taken off)"
+    whole = "dense (start)" if narrow else f"dense ({parts[0]} taken off)"
     return [
-        Contestant(name, dense, known, _bytes(dense)),
-        Contestant(f"slim: {' + '.join(parts)}", slim, True, size, graph if fresh else None),
+        Contestant(whole, dense, known, _bytes(dense)),
+        Contestant(name, slim, True, size, graph if fresh else None),
     ], notes
 
 
 def _unit_method(config: dict[str, Any]) -> str:
     """Which method took units out, as far as the config tells: the model itself knows what is left, not why."""
-    told = (config["model"].get("init_args") or {}).get("unit_pruning")
+    told = ((config.get("model") or {}).get("init_args") or {}).get("unit_pruning")
     callbacks = (config.get("trainer") or {}).get("callbacks")
     for callback in callbacks if isinstance(callbacks, list) else []:
         if isinstance(callback, dict) and str(callback.get("class_path")).endswith("MaskPruning"):
@@ -312,13 +337,21 @@ def _data(run: str | Path, needed: bool, notes: list[str]) -> Any:
 
 
 def _evaluate(
-    models: Sequence[Contestant], rows: list[dict[str, Any]], data: Any, limit: int | None, tell: bool
+    models: Sequence[Contestant],
+    rows: list[dict[str, Any]],
+    data: Any,
+    limit: int | None,
+    tell: bool,
+    notes: list[str],
 ) -> None:
     for contestant, row in zip(models, rows, strict=True):
         if not contestant.known:
             continue
         loader = data.val_dataloader()
-        total = len(loader) if limit is None and hasattr(loader, "__len__") else None
+        if limit is not None:
+            loader, which = spread(loader, limit)
+            notes += [f"accuracy on some {which}"] if f"accuracy on some {which}" not in notes else []
+        total = len(loader) if hasattr(loader, "__len__") else None
         batches = tqdm(_first(loader, limit), f"accuracy, {contestant.name}", total, unit="batch", disable=not tell)
         row |= evaluate(contestant.model, batches)
 
@@ -366,13 +399,19 @@ def _runtimes(device: str, notes: list[str]) -> list[str]:
 
 
 @contextmanager
-def _calls(kind: str, models: Sequence[Contestant], threads: int) -> Iterator[list[Callable[[Tensor], Any]]]:
+def _calls(
+    kind: str, models: Sequence[Contestant], threads: int, tell: bool
+) -> Iterator[list[Callable[[Tensor], Any]]]:
     """For each model what runs it on images."""
     if kind == "torch":
         yield [partial(forward, c.model) for c in models]
         return
     with tempfile.TemporaryDirectory() as folder:
-        graphs = [c.graph or prunex.export(c.model, Path(folder) / f"{i}.onnx") for i, c in enumerate(models)]
+        graphs = []
+        for number, contestant in enumerate(models):
+            if contestant.graph is None and tell:
+                tqdm.write(f"making the graph of {contestant.name} ...", file=sys.stderr)
+            graphs.append(contestant.graph or prunex.export(contestant.model, Path(folder) / f"{number}.onnx"))
         yield [session(graph, threads) for graph in graphs]
 
 
@@ -419,16 +458,15 @@ def table(found: dict[str, Any]) -> str:
     names = [row["model"] for row in found["rows"]]
     width = max(map(len, names))
     covered = any("kept_digit_cover" in row for row in found["rows"])
+    unit, costs = macs_column([row["gmacs"] for row in found["rows"]])
     lines = [
-        f"{'':<{width}} {'accuracy':>10} {'GMACs':>10} {'params (M)':>12} {'file (MB)':>11}"
-        + "   object kept" * covered
+        f"{'':<{width}} {'accuracy':>10} {unit:>10} {'params (M)':>12} {'file (MB)':>11}" + "   object kept" * covered
     ]
-    for row in found["rows"]:
+    for row, macs in zip(found["rows"], costs, strict=True):
         right = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else "unknown"
         cover = f"{100 * row['kept_digit_cover']:>12.1f} %" if "kept_digit_cover" in row else ""
         lines.append(
-            f"{row['model']:<{width}} {right:>10} {row['gmacs']:>10.4g} {row['params_m']:>12.3f} "
-            f"{row['file_mb']:>11.2f}{cover}"
+            f"{row['model']:<{width}} {right:>10} {macs:>10} {row['params_m']:>12.3f} {row['file_mb']:>11.2f}{cover}"
         )
     lines += ["", "images/s: median (quartiles), and how many times the first model's, round by round"]
     for measured in found["speed"]:

@@ -26,6 +26,7 @@ from prunex.untrusted import is_there
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEFAULT_CONFIG = "digits/dynamicvit.yaml"
 DEBUG = "PRUNEX_DEBUG"
+EVERYTHING = ["--help", "all"]
 
 
 def packaged_configs() -> dict[str, Traversable]:
@@ -95,7 +96,7 @@ def run_lightning(arguments: Sequence[str]) -> int:
     from prunex.recipes.predictions import FILE, PredictionTable
     from prunex.recipes.resuming import SaveConfig, go_on
 
-    if arguments[1:] == ["--help", "all"]:
+    if arguments[1:] == EVERYTHING:
         arguments = [arguments[0], "--help"]
     subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
     out = take_out(rest) if subcommand == "predict" else None
@@ -321,7 +322,7 @@ def run(arguments: Sequence[str]) -> int:
         print(usage(packaged_configs()))
         return 0
     command = arguments[0]
-    if command in LIGHTNING and arguments[1:] in (["-h"], ["--help"]):
+    if command in LIGHTNING and {"-h", "--help"} & set(arguments) and arguments[1:] != EVERYTHING:
         print(command_usage(command, packaged_configs()))
         return 0
     for argument in arguments:

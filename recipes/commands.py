@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 
 import prunex
 from prunex.errors import unknown
@@ -11,7 +13,7 @@ from prunex.recipes.arguments import Parser
 from prunex.recipes.bench_command import bench
 from prunex.recipes.explain_command import explain
 from prunex.recipes.report import write_report
-from prunex.recipes.runs import open_model
+from prunex.recipes.runs import open_model, slim_folder
 from prunex.recipes.score_command import score
 
 
@@ -47,12 +49,13 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", help="file to write; default model.<format> beside the slim model")
     parser.add_argument("--kept", action="store_true", help="also return the kept-token map")
     args = parser.parse_args(arguments)
-    model = open_model(args.run)
-    where = Path(args.run)
-    folder = (
-        where if (where / "config.json").is_file() else (where.parent.parent if where.is_file() else where) / "slim"
-    )
-    print(prunex.export(model, args.out or folder / f"model.{args.format}", kept=args.kept))
+    model, where = open_model(args.run), Path(args.run)
+    folder = slim_folder(where) or (where.parent.parent if where.is_file() else where) / "slim"
+    path, began = Path(args.out or folder / f"model.{args.format}"), perf_counter()
+    print(f"writing {path} and checking it against the model ...", file=sys.stderr)
+    prunex.export(model, path, kept=args.kept)
+    print(f"it took {perf_counter() - began:.1f} s", file=sys.stderr)
+    print(path)
     return 0
 
 

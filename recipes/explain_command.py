@@ -46,8 +46,8 @@ def explain(arguments: Sequence[str]) -> int:
     """``prunex explain RUN --images DIR``: a contact sheet an image, maps.npz and times.csv."""
     args = _parse(arguments)
     explainers = Explainers(args.methods, own_explainer(Path(args.run), args.methods, read_options(args.option)))
-    root, out = Path(args.images), Path(args.out)
-    files = image_files(root, besides=out)
+    root, out = Path(args.images), Path(args.out or Path("explained", name_of_model(args.run)))
+    files = image_files(root, besides=out if args.out else Path("explained"))
     check_out(out, root, files)
     vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
     renormalise(vit, args.mean, args.std)
@@ -101,7 +101,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         help="an option of a method, such as rollout.head_fusion=max; may be repeated",
     )
     parser.add_argument("--target", type=int, default=None, help="class index; default the predicted class")
-    parser.add_argument("--out", default="explained", help="folder to write to; default explained")
+    parser.add_argument("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL")
     parser.add_argument("--batch", type=int, default=8, help="images explained at once; default 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     source = parser.add_mutually_exclusive_group()
@@ -423,6 +423,19 @@ def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
     there = next(p for p in (out, *out.resolve().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise PrunexError(f"cannot write to {out}: {there} is no folder that may be written to; choose another --out")
+
+
+def name_of_model(where: str) -> str:
+    """What a model's own folder is called: by its run, its path or its timm name.
+
+    >>> name_of_model("runs/digits-evit/version_0"), name_of_model("out/slim"), name_of_model("deit_tiny_patch16_224")
+    ('digits-evit-version_0', 'out-slim', 'deit_tiny_patch16_224')
+    >>> name_of_model("runs/digits-evit/version_0/checkpoints/epoch=1.ckpt")
+    'digits-evit-version_0-epoch=1'
+    """
+    parts = Path(where).with_suffix("") if where.endswith(".ckpt") else Path(where)
+    kept = [part for part in parts.parts if part not in ("/", "..", ".", "checkpoints")]
+    return "-".join(kept[-3 if where.endswith(".ckpt") else -2 :]) or Path(where).resolve().name
 
 
 def name_of(file: Path, root: Path) -> str:

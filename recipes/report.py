@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 import prunex
+from prunex.callbacks.record import RECORD
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.pictures.mosaic import tokens_left
@@ -18,6 +19,7 @@ from prunex.recipes.report_gallery import epoch_gallery, stage_gallery
 from prunex.recipes.report_reading import Arrays, as_number, entries, json_of, maps_of, metrics_of, objects, text_of
 from prunex.recipes.report_scores import scores_of
 from prunex.recipes.report_units import units_of
+from prunex.recipes.runs import home, slim_folder
 from prunex.untrusted import is_there
 
 _NO_MAPS = (
@@ -60,22 +62,25 @@ def write_report(run: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        PrunexError: `run` is no folder, or holds neither ``metrics.csv`` nor ``config.yaml``.
+        PrunexError: `run` is no folder, or holds nothing that a run or its callbacks write.
 
     Example::
 
         write_report("runs/version_0")
     """
-    folder = Path(run).expanduser()
-    if not is_there(folder, Path.is_dir):
+    if not is_there(Path(run).expanduser(), Path.is_dir):
         raise PrunexError(f"run='{run}' is not a folder: give the folder that a training run wrote")
-    if not any((folder / name).is_file() for name in ("metrics.csv", "config.yaml")):
+    folder = home(Path(run).expanduser())
+    slim_path = slim_folder(folder)
+    known = any((folder / name).exists() for name in ("metrics.csv", "config.yaml", RECORD, "maps"))
+    if not known and slim_path is None:
         raise PrunexError(
-            f"run='{run}' is not a run folder (it has neither metrics.csv nor config.yaml): "
-            "give the folder that a training run wrote, such as runs/version_0"
+            f"run='{run}' is not a run folder (it has neither metrics.csv, config.yaml nor {RECORD}, maps/ or slim/): "
+            "give the folder that a training run wrote, such as runs/version_0 or lightning_logs/version_0"
         )
     summary, summary_note = json_of(folder / "summary.json", _NO_SUMMARY)
-    slim, slim_note = json_of(folder / "slim" / "config.json", _NO_SLIM)
+    slim_path = slim_path or folder / "slim"
+    slim, slim_note = json_of(slim_path / "config.json", _NO_SLIM)
     names = slim.get("label_names")
     maps, map_notes = maps_of(folder / "maps")
     metrics, metrics_note = metrics_of(folder / "metrics.csv")
@@ -109,8 +114,8 @@ def write_report(run: str | Path) -> Path:
         map_notes=map_notes or ([] if maps else [_NO_MAPS]),
         curves=curves,
         charts_note=metrics_note or ("" if metrics else "metrics.csv holds no numbers, so there are no curves."),
-        slim_path=repr((folder / "slim").as_posix()),
-        slim_files=_files(folder / "slim") if not slim_note else [],
+        slim_path=repr(slim_path.as_posix()),
+        slim_files=_files(slim_path) if not slim_note else [],
         slim_note=slim_note,
         config=config,
         config_note=config_note,
@@ -211,6 +216,9 @@ def _table(rows: Sequence[Mapping[str, Any]], unit: str) -> tuple[list[str], lis
             if key in ("gmacs", "params_m", "file_mb", "images_per_s") and ratio is not None:
                 note = f"{ratio:.2f}×"
             bar = value / most[key] if key in ("gmacs", "images_per_s") and most[key] > 0 else None
+            if key == "images_per_s" and as_number(row.get("images_per_s_low")) is not None:
+                spread = _spread(row, key, f"{key}_low", f"{key}_high", ("{:,.0f}", "{:,.1f}")).note
+                note = f"{note}, {spread}" if note else spread
             line.append(Cell(form.format(value), note, bar))
         lines.append(line)
     for column in zip(*lines, strict=True):

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunex.callbacks.record import read_record
 from prunex.errors import PrunexError
 from prunex.recipes.score_table import LARGEST
 from prunex.untrusted import read_npz, read_text
 
-NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger."
+NO_METRICS = (
+    "There are no metrics in the run folder, so there are no curves: train with a CSVLogger, SlimExport or a monitor."
+)
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -48,11 +51,15 @@ def json_of(path: Path, missing: str) -> tuple[dict[str, Any], str]:
 
 
 def metrics_of(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
-    """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged."""
-    text, note = text_of(path, NO_METRICS)
+    """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged.
+
+    Where there is no such file, the metrics that callbacks have written down, a row an epoch.
+    """
     lines: dict[str, tuple[list[float], list[float]]] = {}
+    rows = objects(read_record(path.parent).get("metrics")) if not path.is_file() else []
+    text, note = ("", "") if rows else text_of(path, NO_METRICS)
     try:
-        rows = list(csv.DictReader(io.StringIO(text)))
+        rows = rows or list(csv.DictReader(io.StringIO(text)))
     except csv.Error as error:
         return {}, f"{path.name} could not be read ({error}) and is left out."
     for number, row in enumerate(rows):

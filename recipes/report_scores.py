@@ -97,10 +97,9 @@ def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> M
 
 
 def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """For each model how many metrics each explainer is best in, most first."""
+    """For each model how many metrics each explainer is best in, beyond the intervals, most first."""
     counts: dict[str, dict[str, int]] = {}
-    for (model, _), tied in best(rows).items():
-        for method in tied:
-            counts.setdefault(model, {}).setdefault(method, 0)
-            counts[model][method] += 1
+    for (model, _), method in best(rows).items():
+        counts.setdefault(model, {}).setdefault(method, 0)
+        counts[model][method] += 1
     return [(m, sorted(c.items(), key=lambda found: (-found[1], found[0]))[:BEST]) for m, c in counts.items()]

@@ -14,7 +14,7 @@ from prunex.attach import CHILD, UNITS
 from prunex.callbacks.monitor import run_folder
 from prunex.errors import PrunexError
 from prunex.recipes.report import write_report
-from prunex.recipes.runs import SUMMARY, compare, table, token_pruning, write_summary
+from prunex.recipes.runs import SUMMARY, compare, slim_folder, table, token_pruning, write_summary
 from prunex.untrusted import read_json
 from prunex.vit.anatomy import find
 from prunex.vit.units import Backbone
@@ -88,8 +88,8 @@ class RunReport(Callback):
         write_summary(run, summary)
         print(f"\n{table(summary['rows'])}\n({summary['machine']})\n")
         print(f"report: {write_report(run)}")
-        slim = run / "slim"
-        if slim.is_dir():
+        slim = slim_folder(run)
+        if slim is not None:
             print(f"slim model: {slim}")
 
 

@@ -25,11 +25,12 @@ from prunex.attributes import class_names, read_normalisation
 from prunex.batches import parts
 from prunex.callbacks.checkpoints import read_checkpoint, restore, told
 from prunex.callbacks.kept_token_monitor import object_kept
+from prunex.callbacks.record import RECORD, read_record
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
 from prunex.recipes.explainer_training import ExplainerTraining
-from prunex.recipes.timing import side_by_side
+from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find, head_classes
 from prunex.vit.units import Backbone
@@ -43,20 +44,50 @@ def read_run(run: str | Path) -> dict[str, Any]:
     Raises:
         PrunexError: When it is no folder of a run, or the file is damaged.
     """
+    config = config_of(run)
+    if not config:
+        what = "model and data in its" if (Path(run) / "config.yaml").is_file() else ""
+        raise PrunexError(f"{run} has no {f'{what} config.yaml'.strip()}: give a run folder that prunex fit wrote")
+    return config
+
+
+def config_of(run: str | Path) -> dict[str, Any]:
+    """What :func:`read_run` gives, and nothing for a run of one's own script.
+
+    Raises:
+        PrunexError: When it is no folder, or its config.yaml is damaged.
+    """
     folder = Path(run)
     path = folder / "config.yaml"
     if not is_there(folder, Path.is_dir):
         raise PrunexError(f"{run} is no folder: give a run folder, such as runs/digits-dynamicvit/version_0")
     if not path.is_file():
-        raise PrunexError(f"{run} has no config.yaml: give a run folder that prunex fit wrote")
+        return {}
     try:
         config = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that YAML reads and Python cannot
         raise PrunexError(f"{path} is damaged: {error}") from error
-    parts = [config.get(key) for key in ("model", "data")] if isinstance(config, dict) else []
-    if not parts or not all(isinstance(part, dict) and isinstance(part.get("class_path"), str) for part in parts):
-        raise PrunexError(f"{path} has no model and data: give a run folder that prunex fit wrote")
-    return config
+    parts = [config.get(key) for key in ("model", "data")] if isinstance(config, dict) else [None]
+    whole = all(isinstance(part, dict) and isinstance(part.get("class_path"), str) for part in parts)
+    return config if whole else {}
+
+
+def home(where: str | Path) -> Path:
+    """The folder of a run's results: that of the run which a slim model says it is of, else the folder itself."""
+    folder = Path(where)
+    around = folder.parent if folder.name == "slim" else folder
+    told = read_record(around).get("run")
+    if isinstance(told, str) and is_there(Path(told), Path.is_dir):
+        return Path(told)
+    inside = any((around / name).is_file() for name in ("config.yaml", "metrics.csv", RECORD))
+    return around if inside else folder
+
+
+def slim_folder(where: Path) -> Path | None:
+    """Where the slim model of a run lies: the folder itself, its slim/, or where SlimExport says; None: nowhere."""
+    told = read_record(where).get("slim")
+    known = [where, where / "slim", *([Path(told)] if isinstance(told, str) else [])]
+    return next((folder for folder in known if is_there(folder / "config.json", Path.is_file)), None)
 
 
 def open_model(where: str | Path) -> nn.Module:
@@ -80,10 +111,9 @@ def open_model(where: str | Path) -> nn.Module:
                 "prunex fit wrote it, or a run or slim folder"
             )
         return _from_checkpoint(read_run(run), path)
-    if is_there(path / "config.json", Path.is_file):
-        return prunex.load(path)
-    if (path / "slim" / "config.json").is_file():
-        return prunex.load(path / "slim")
+    slim = slim_folder(path)
+    if slim is not None:
+        return prunex.load(slim)
     config = read_run(path)
     found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
@@ -282,21 +312,23 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
     return measured
 
 
-def images_per_second(models: list[nn.Module], batch: int = 32, seconds: float = 1.0) -> list[float]:
-    """Throughput of models side by side in one process, by the median time of a forward.
+def images_per_second(
+    models: list[nn.Module], batch: int = 32, seconds: float = 1.0
+) -> list[tuple[float, float, float]]:
+    """Throughput of models that take turns in one process, round after round.
 
     Args:
         models: Backbones taking the same images.
         batch: Images in one forward.
-        seconds: Measured time for each model, at least three forwards.
+        seconds: Measured time for each model, at least five rounds.
 
     Returns:
-        Images a second, one number a model.
+        For each model the lower quartile, the median and the upper quartile of images a second over the rounds.
     """
     images = noise(models[0], batch)
     calls = [(str(i), partial(forward, model, images)) for i, model in enumerate(models)]
-    timings = side_by_side(calls, images.device.type, 0, seconds * len(models), least=3)
-    return [1e3 * batch / t.median for t in timings]
+    timings = side_by_side(calls, images.device.type, 0, seconds * len(models), least=5)
+    return [quartiles([1e3 * batch / ms for ms in t.own]) for t in timings]
 
 
 def noise(model: nn.Module, batch: int) -> Tensor:
@@ -329,9 +361,10 @@ def compare(
     """
     speeds = images_per_second(list(models.values()))
     rows = []
-    for (name, model), speed in zip(models.items(), speeds, strict=True):
+    for (name, model), (low, speed, high) in zip(models.items(), speeds, strict=True):
         cost = prunex.cost(model)
-        row: dict[str, Any] = {"model": name, "gmacs": cost.gmacs, "params_m": cost.params / 1e6, "images_per_s": speed}
+        row: dict[str, Any] = {"model": name, "gmacs": cost.gmacs, "params_m": cost.params / 1e6}
+        row |= {"images_per_s": speed, "images_per_s_low": low, "images_per_s_high": high}
         if accuracy is True or (isinstance(accuracy, set) and name in accuracy):
             row |= evaluate(model, batches, limit)
         rows.append(row)
@@ -352,15 +385,29 @@ def write_summary(run: str | Path, summary: dict[str, Any]) -> Path:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The cost table as text.
+    """The cost table as text; images a second with their quartiles.
 
     >>> print(table([{"model": "dense", "accuracy": 0.9, "gmacs": 0.05, "params_m": 0.7, "images_per_s": 900.0}]))
     model                  accuracy   object kept      MMACs   params (M)   images/s
     dense                    90.0 %                     50.0         0.70        900
     """
-    lines = [f"{'model':<20} {'accuracy':>10} {'object kept':>13} {'MMACs':>10} {'params (M)':>12} {'images/s':>10}"]
-    for r in rows:
+    unit, macs = macs_column([r["gmacs"] for r in rows])
+    lines = [f"{'model':<20} {'accuracy':>10} {'object kept':>13} {unit:>10} {'params (M)':>12} {'images/s':>10}"]
+    for r, cost in zip(rows, macs, strict=True):
         shown = {k: f"{100 * r[k]:.1f} %" if r.get(k) is not None else "" for k in ("accuracy", "kept_digit_cover")}
-        numbers = f"{1000 * r['gmacs']:>10.1f} {r['params_m']:>12.2f} {r['images_per_s']:>10.0f}"
+        low, high = (r.get(f"images_per_s_{end}") for end in ("low", "high"))
+        spread = "" if low is None or high is None else f"  ({low:.0f} to {high:.0f})"
+        numbers = f"{cost:>10} {r['params_m']:>12.2f} {r['images_per_s']:>10.0f}{spread}"
         lines.append(f"{r['model']:<20} {shown['accuracy']:>10} {shown['kept_digit_cover']:>13} {numbers}")
     return "\n".join(lines)
+
+
+def macs_column(gmacs: Sequence[float]) -> tuple[str, list[str]]:
+    """Multiply-adds of a table in one unit, and that unit.
+
+    >>> macs_column([4.608, 2.99]), macs_column([0.0492])
+    (('GMACs', ['4.61', '2.99']), ('MMACs', ['49.2']))
+    """
+    if max(gmacs, default=0) < 1:
+        return "MMACs", [f"{1000 * g:,.1f}" for g in gmacs]
+    return "GMACs", [f"{g:,.2f}" for g in gmacs]

@@ -63,6 +63,28 @@ def spaced(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
+def spread(loader: Any, wanted: int) -> tuple[Any, str]:
+    """Batches of so many images out of all of a loader's, evenly spaced: datasets are often sorted by class.
+
+    Args:
+        loader: Of validation, or several, of which the first counts.
+        wanted: How many images.
+
+    Returns:
+        The batches, and which images they hold in words; those of a stream are its first ones, and may be more.
+    """
+    loader = loader[0] if isinstance(loader, list | tuple) else loader
+    dataset: Any = getattr(loader, "dataset", None)
+    indexed = (
+        isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+    )
+    if not indexed:
+        return loader, f"images: the first {wanted:,}, since the validation data cannot be indexed"
+    places = spaced(len(dataset), wanted)
+    some = DataLoader(Subset(dataset, places), batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
+    return some, f"images: {len(places):,} of {len(dataset):,}, evenly spaced over the validation data"
+
+
 def from_run(data: Any, wanted: int) -> Scenes:
     """Validation images of a data module, evenly spaced where the data can be indexed, else the first ones.
 
@@ -73,12 +95,7 @@ def from_run(data: Any, wanted: int) -> Scenes:
     Raises:
         PrunexError: When there are no images, or several tensors that may be meant.
     """
-    loader = data.val_dataloader()
-    loader = loader[0] if isinstance(loader, list | tuple) else loader
-    dataset: Any = getattr(loader, "dataset", None)
-    if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
-        some = Subset(dataset, spaced(len(dataset), wanted))
-        loader = DataLoader(some, batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
+    loader, which = spread(data.val_dataloader(), wanted)
     seen: list[Parts] = []
     for batch in loader:
         seen.append(parts(batch))
@@ -90,7 +107,7 @@ def from_run(data: Any, wanted: int) -> Scenes:
     keys = set.intersection(*(set(p) for p in seen))
     whole = {k: torch.cat([p[k] for p in seen])[:wanted] for k in keys}
     left_out = [name for name in ("labels", "masks") if name not in whole and name in seen[0].unclear | seen[0].unfit]
-    notes = [f"{name} are unknown: {seen[0].why(name)}" for name in left_out]
+    notes = [which, *(f"{name} are unknown: {seen[0].why(name)}" for name in left_out)]
     mean, std = read_normalisation([data], whole["images"].shape[1]) or (None, None)
     return Scenes(whole["images"], whole.get("labels"), whole.get("masks"), mean, std, notes)
 

@@ -21,7 +21,22 @@ LEFT = {  # how patches leave, in words
     "mean": "patches painted in the mean colour",
     "blur": "patches blurred",
 }
+_PROBABILITY = ("deletion", "insertion", "aopc", "comprehensiveness", "sufficiency", "srg")
+_CORRELATION = ("faithfulness_correlation", "sensitivity_n")
+# What a number is measured in, or between which it lies; a share, 0..1, where nothing else is said.
+UNITS = {
+    **dict.fromkeys(("perturbation_positive", "perturbation_negative"), "0..90"),
+    **dict.fromkeys(_PROBABILITY, "probability"),
+    **dict.fromkeys(_CORRELATION, "correlation"),
+    **dict.fromkeys(("kept_auc", "foreground_auc"), "AUC"),
+    **dict.fromkeys(("corrected_overlap", "mass_efficiency"), "up to 1"),
+    "log_odds": "nats",
+    "infidelity": "squared",
+    "saco": "-1..1",
+    "max_sensitivity": "relative",
+}
 LARGEST = 1e100  # axes cannot have steps between larger numbers
+Column = tuple[str, tuple[str, str, str], dict[tuple[str, str], str]]  # group, three lines of heading, cells by row
 _LABEL = 24  # most letters of a row's name
 
 
@@ -100,22 +115,24 @@ def _number(value: Any) -> float:
     return number if abs(number) < LARGEST else math.nan
 
 
-def best(scores: Sequence[Score]) -> dict[tuple[str, str], list[str]]:
-    """The best explainers of each model and metric, several where they tie; baselines do not compete.
+def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:
+    """The best explainer of each model and metric, where it is best: its interval meets no other explainer's.
 
-    Nor does anybody in agreement, which judges the pruner: whoever reads what the pruner ranks by would always win.
+    Baselines do not compete, nor does anybody in agreement, which judges the pruner: whoever reads what the pruner
+    ranks by would always win. One explainer alone, or one without an interval, has won nothing.
     """
-    found: dict[tuple[str, str], list[Score]] = {}
+    rivals: dict[tuple[str, str], list[Score]] = {}
     for s in scores:
-        if s.method in BASELINES or s.group == "agreement" or math.isnan(s.mean):
-            continue
-        others = found.setdefault((s.model, s.metric), [s])
-        ahead = s.mean - others[0].mean if s.higher_is_better else others[0].mean - s.mean
-        if ahead > 0:
-            found[s.model, s.metric] = [s]
-        elif ahead == 0 and s is not others[0]:
-            others.append(s)
-    return {key: [s.method for s in tied] for key, tied in found.items()}
+        if s.method not in BASELINES and s.group != "agreement" and not math.isnan(s.mean):
+            rivals.setdefault((s.model, s.metric), []).append(s)
+    found = {}
+    for key, row in rivals.items():
+        first, *others = sorted(row, key=lambda s: s.mean, reverse=row[0].higher_is_better)
+        # A NaN end compares as false: without intervals nobody is ahead.
+        ahead = [first.low > s.high if first.higher_is_better else first.high < s.low for s in others]
+        if others and all(ahead):
+            found[key] = first.method
+    return found
 
 
 def table(scores: Sequence[Score], width: int = 120) -> str:
@@ -125,24 +142,26 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
     >>> print(table([one]))
                       deletion      seconds     forwards
                              ↓     an image     an image
-    rollout dense  0.250 ±.05*       0.0100            1
+                   probability
+    rollout dense  0.250 ±.05        0.0100            1
     """
     rows = list(dict.fromkeys((s.method, s.model) for s in scores))
     methods = list(dict.fromkeys(method for method, _ in rows))
     order = {m: (m in BASELINES and BASELINES.index(m) + 1, methods.index(m)) for m in methods}
     rows.sort(key=lambda row: order[row[0]])
     cells = {(s.method, s.model, s.metric): s for s in scores}
-    columns: list[tuple[str, tuple[str, str], dict[tuple[str, str], str]]] = []
+    columns: list[Column] = []
     winners = best(scores)
     for metric, s in {s.metric: s for s in scores}.items():
         heading = (*metric.split("_", 1), "")[:2]
         arrow = "↑" if s.higher_is_better else "↓"
         shown = {
-            row: _cell(cells[*row, metric], row[0] in winners.get((row[1], metric), ()))
+            row: _cell(cells[*row, metric], row[0] == winners.get((row[1], metric)))
             for row in rows
             if (*row, metric) in cells
         }
-        columns.append((s.group, (heading[0], f"{heading[1]} {arrow}".strip()), shown))
+        told = (heading[0], f"{heading[1]} {arrow}".strip(), UNITS.get(metric, "0..1"))
+        columns.append((s.group, told, shown))
     columns += _costs(scores)
     names = [method[:_LABEL] for method, _ in rows]
     first, second = max(map(len, names), default=0), max((len(model) for _, model in rows), default=0)
@@ -157,8 +176,9 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
 
 def _block(block: Sequence[Any], rows: Sequence[tuple[str, str]], first: int, second: int) -> str:
     lines = [
-        f"{'':<{first}} {'':<{second}}" + "".join(f"{heading[i][:12]:>13}" for _, heading, _ in block) for i in (0, 1)
+        f"{'':<{first}} {'':<{second}}" + "".join(f"{heading[i][:12]:>13}" for _, heading, _ in block) for i in range(3)
     ]
+    lines = [line for line in lines if line.strip()]
     for method, model in rows:
         shown = [cells.get((method, model)) for *_, cells in block]
         if any(shown):
@@ -169,14 +189,14 @@ def _block(block: Sequence[Any], rows: Sequence[tuple[str, str]], first: int, se
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _costs(scores: Sequence[Score]) -> list[tuple[str, tuple[str, str], dict[tuple[str, str], str]]]:
+def _costs(scores: Sequence[Score]) -> list[Column]:
     seconds = {
         (s.method, s.model): f"{s.seconds_per_image:#.3g}" for s in scores if not math.isnan(s.seconds_per_image)
     }
     forwards = {
         (s.method, s.model): f"{s.forwards_per_image:,.0f}" for s in scores if not math.isnan(s.forwards_per_image)
     }
-    pairs = ((("seconds", "an image"), seconds), (("forwards", "an image"), forwards))
+    pairs = ((("seconds", "an image", ""), seconds), (("forwards", "an image", ""), forwards))
     return [("cost", heading, cells) for heading, cells in pairs if cells]
 
 

@@ -25,6 +25,7 @@ from prunex.vit.readout import head
 from prunex.vit.rebuild import outline
 
 SUFFIXES = (".onnx", ".pt2")
+BATCH = "batch"
 _MORE = 6  # batches of random images beside the example, where none of its images can be compared
 _TRIES, _ROUNDINGS = 8, 8
 _NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
@@ -93,7 +94,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
 
     def draft(waiting: Path) -> None:
         with torch.no_grad():
-            program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},))
             _write(program, waiting, small, kept)
             _check(waiting, graph, example)
 
@@ -139,8 +140,19 @@ def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, 
         )
     if onnx is None:
         raise PrunexError("torch gave no ONNX program: upgrade torch or onnxscript, or export to .pt2")
+    _name_batch(onnx.model.graph)
     onnx.model.metadata_props["prunex"] = spec
     onnx.save(str(path), external_data=False)
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the free axis "batch" throughout a graph: torch numbers it by where it was first seen, as in "s34"."""
+    given = str(graph.inputs[0].shape[0])
+    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+    for shape in (value.shape for value in values if value.shape is not None):
+        for axis, size in enumerate(shape):
+            if str(size) == given:
+                shape[axis] = BATCH
 
 
 def _told(small: Any) -> dict[str, Any]:

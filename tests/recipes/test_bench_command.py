@@ -7,12 +7,14 @@ import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
 
 import prunex
 from prunex import PrunexError
 from prunex.recipes import bench_command, cli
 from prunex.recipes.bench_command import measure, table
 from prunex.recipes.runs import evaluate, open_data
+from prunex.recipes.score_data import spread
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.vit.units import branches
 from prunex.vit.widths import WidthSpec, narrow
@@ -237,9 +239,32 @@ def test_few_images_and_none(tmp_path, without_onnx, monkeypatch):
     )
     bench(run, "--limit", 7)
     assert sizes == [5, 2]
+    assert written(run)["notes"][-1] == "accuracy on some images: 7 of 12, evenly spaced over the validation data"
     bench(run, "--no-accuracy")
     assert sizes == [5, 2]
     assert "unknown" in table(written(run))
+
+
+def test_some_images_are_of_all_classes():
+    images, labels = torch.arange(20.0).view(20, 1, 1, 1), torch.arange(20) // 5
+    loader, which = spread(DataLoader(TensorDataset(images, labels), 3), 8)
+    assert torch.cat([y for _, y in loader]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert which == "images: 8 of 20, evenly spaced over the validation data"
+    _, which = spread([DataLoader(TensorDataset(images), 3), "another"], 40)
+    assert which.startswith("images: 20 of 20,")
+    stream = [(images[:4], labels[:4])]
+    assert spread(iter(stream), 8)[1] == "images: the first 8, since the validation data cannot be indexed"
+
+
+def test_a_table_has_one_unit():
+    def lines(*gmacs):
+        rows = [{"model": "m", "gmacs": g, "params_m": 1.0, "file_mb": 1.0} for g in gmacs]
+        return table({"rows": rows, "speed": [], "notes": [], "machine": "x"}).splitlines()[:3]
+
+    assert [line.split()[1] for line in lines(4.608, 0.2)] == ["GMACs", "unknown", "unknown"]
+    assert [line.split()[2] for line in lines(4.608, 0.2)[1:]] == ["4.61", "0.20"]
+    assert [line.split()[2] for line in lines(0.04915, 0.0308)[1:]] == ["49.1", "30.8"]
+    assert "MMACs" in lines(0.04915)[0]
 
 
 def test_timed_on_validation_images_or_where_there_are_none_on_noise(tmp_path, without_onnx, monkeypatch):
@@ -297,8 +322,6 @@ def test_what_is_no_whole_run(tmp_path):
     with pytest.raises(PrunexError, match="has neither a slim model nor a checkpoint"):
         bench(run_folder(tmp_path / "empty"))
     run = run_folder(tmp_path / "run", vit())
-    with pytest.raises(PrunexError, match=r"has no config.yaml: give a run folder"):
-        bench(run / "slim")
     before = {"rows": "of an earlier call"}
     (run / "bench.json").write_text(json.dumps(before))
     file = run / "slim" / "model.safetensors"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -376,35 +377,35 @@ def test_the_terminal_table():
         one("dense", "rollout", "perturbation_negative", True, 50.0),
         one("dense", "tokentm", "perturbation_negative", True, 40.0),
     ]
-    assert best(found) == {
-        ("dense", "deletion"): ["tokentm"],
-        ("slim", "deletion"): ["rollout"],
-        ("dense", "perturbation_negative"): ["rollout"],
-    }
+    # 0.2 ± 0.1 and 0.3 ± 0.1 are the same to within noise, and one explainer alone beats nobody.
+    assert best(found) == {("dense", "perturbation_negative"): "rollout"}
     lines = table(found).splitlines()
     assert lines[0].split() == ["deletion", "perturbation", "seconds", "forwards"]
     assert lines[1].split() == ["↓", "negative", "↑", "an", "image", "an", "image"]
-    assert lines[2].split()[:4] == ["rollout", "dense", "0.300", "±.10"]
-    assert [line.split()[:2] for line in lines[3:]] == [["rollout", "slim"], ["tokentm", "dense"], ["random", "dense"]]
-    assert lines[4].split()[2:4] == ["0.200", "±.10*"]
+    assert lines[2].split() == ["probability", "0..90"]
+    assert lines[3].split()[:6] == ["rollout", "dense", "0.300", "±.10", "50.0", "±.1*"]
+    assert [line.split()[:2] for line in lines[4:]] == [["rollout", "slim"], ["tokentm", "dense"], ["random", "dense"]]
+    assert lines[5].split()[2:4] == ["0.200", "±.10"]
     assert len(table(found, width=40).split("\n\n")) > 1
 
 
-def test_ties_share_the_star_and_small_numbers_are_told_apart():
+def test_nobody_wins_within_the_noise_and_small_numbers_are_told_apart():
     def one(method, metric, mean, half, images=9):
         return Score("dense", method, metric, "faithfulness", False, mean, mean - half, mean + half, images)
 
     found = [
         one("rollout", "deletion", 0.25, 0.05), one("dino", "deletion", 0.25, 0.05), one("lrp", "deletion", 0.5, 0.0),
         one("rollout", "infidelity", 0.00123, 0.0004), one("dino", "infidelity", 0.00121, 0.0004),
-        one("lrp", "infidelity", 0.0, 0.0, images=1),
+        one("lrp", "infidelity", 0.0001, 0.00002),
+        one("rollout", "log_odds", -3.0, math.nan, images=1), one("dino", "log_odds", -1.0, math.nan, images=1),
+        one("rollout", "sufficiency", 0.25, 0.01), one("dino", "sufficiency", 0.27, 0.01),
     ]  # fmt: skip
-    assert best(found) == {("dense", "deletion"): ["rollout", "dino"], ("dense", "infidelity"): ["lrp"]}
-    rows = [line.split() for line in table(found).splitlines()[2:]]
+    assert best(found) == {("dense", "infidelity"): "lrp"}
+    rows = [line.split() for line in table(found[:6]).splitlines()[3:]]
     assert rows == [
-        ["rollout", "dense", "0.250", "±.05*", "1.2e-3±4e-4"],
-        ["dino", "dense", "0.250", "±.05*", "1.2e-3±4e-4"],
-        ["lrp", "dense", "0.500", "0.000", "*"],  # no ± where all images agree
+        ["rollout", "dense", "0.250", "±.05", "1.2e-3±4e-4"],
+        ["dino", "dense", "0.250", "±.05", "1.2e-3±4e-4"],
+        ["lrp", "dense", "0.500", "1.0e-4±2e-5*"],  # no ± where all images agree
     ]
 
 
@@ -415,7 +416,7 @@ def test_who_judges_agreement_is_told_and_nobody_wins_it(run, capsys):
     assert told["rollout", "kept_auc"] == "dense/rollout"
     assert told["random", "kept_auc"] == "random"
     assert told["rollout", "deletion"] == told["chance", "kept_auc"] == ""
-    assert {metric for _, metric in best(rows)} == {"deletion"}
+    assert {metric for _, metric in best(rows)} <= {"deletion"}
     assert "against the dense model's map of the same explainer" in capsys.readouterr().out
     assert "map of the same explainer: this judges the pruner" in (run / "report.html").read_text()
     assert score(run, "--methods", "all,rollout", "--images", 2, "--metrics", "all") == 0

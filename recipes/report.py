@@ -75,7 +75,7 @@ def write_report(run: str | Path) -> Path:
     known = any((folder / name).exists() for name in ("metrics.csv", "config.yaml", RECORD, "maps"))
     if not known and slim_path is None:
         raise PrunexError(
-            f"run='{run}' is not a run folder (it has neither metrics.csv, config.yaml nor {RECORD}, maps/ or slim/): "
+            f"run='{run}' is not a run folder (it has neither metrics.csv nor config.yaml, no maps/ and no slim/): "
             "give the folder that a training run wrote, such as runs/version_0 or lightning_logs/version_0"
         )
     summary, summary_note = json_of(folder / "summary.json", _NO_SUMMARY)

@@ -16,9 +16,7 @@ from prunex.errors import PrunexError
 from prunex.recipes.score_table import LARGEST
 from prunex.untrusted import read_npz, read_text
 
-NO_METRICS = (
-    "There are no metrics in the run folder, so there are no curves: train with a CSVLogger, SlimExport or a monitor."
-)
+NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger or a monitor."
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -47,9 +47,9 @@ what the config's callbacks do
   --NAME.OPTION X               any other callback of the config, by its class: --EarlyStopping.patience 5
 """
 _READ = """\
-  --config NAME|FILE            the config that was trained, or RUN/config.yaml
+  --config RUN/config.yaml      the config that was trained, with the options that were typed
   --ckpt_path last|FILE         the last run that has a checkpoint, or a checkpoint
-  --data.root DIR               as for fit
+  --data.root DIR               other images than those of the config
   --trainer.accelerator NAME    cpu, gpu, auto
 """
 
@@ -78,11 +78,10 @@ def command_usage(command: str, configs: Iterable[str]) -> str:
         command: "fit", "validate", "test" or "predict".
         configs: Names of the ready-made configs.
     """
-    example = f"prunex {command} --config imagefolder/evit --data.root photos"
     if command == "fit":
-        body, more = _FIT, "--model.pretrained true --pruning.keep_ratio 0.5"
+        body, more = _FIT, "imagefolder/evit --data.root photos --model.pretrained true --pruning.keep_ratio 0.5"
     else:
-        body, more = f"{_READ}{'  --out FILE' * (command == 'predict')}", "--ckpt_path last"
+        body, more = f"{_READ}{'  --out FILE' * (command == 'predict')}", "RUN/config.yaml --ckpt_path last"
     return "\n".join(
         [
             f"usage: prunex {command} [--config NAME] [--OPTION VALUE ...]",
@@ -93,7 +92,7 @@ def command_usage(command: str, configs: Iterable[str]) -> str:
             "",
             *_ready_made(configs),
             "",
-            f"example: {example} {more}",
+            f"example: prunex {command} --config {more}",
             f"every option: prunex {command} --help all; what a config says: add --print_config",
         ]
     )

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 
 import prunex
 from prunex.callbacks import TokenPruning
+from prunex.callbacks.described import names_of
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.untrusted import readable
@@ -76,8 +77,8 @@ class PredictionTable(BasePredictionWriter):
             return
         if not rows:
             raise PrunexError("there was nothing to predict: the data have no images for it")
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)  # type: ignore[attr-defined]
         ordered = [rows[key] for key in sorted(rows)]
+        names = names_of(trainer, pl_module, len(ordered[0][1]))
         write_whole(self.path, _table(ordered, names).encode())
         print(f"{self.path} ({len(rows):,} images)")
 
@@ -151,11 +152,10 @@ def _kept(trainer: Trainer, module: LightningModule, count: int) -> Tensor | Non
     return pruning.trace.keep_ratios()[-1].cpu()
 
 
-def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[Any] | None) -> str:
-    """The rows as CSV; classes go by their names where there is one for each, else by their numbers."""
+def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[str] | None) -> str:
+    """The rows as CSV; classes go by their names where these are known, else by their numbers."""
     classes = len(rows[0][1])
-    names = [readable(str(name)) for name in class_names or ()]
-    names = names if len(names) == classes else [str(i) for i in range(classes)]
+    names = [readable(name) for name in class_names or map(str, range(classes))]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     pruned = any(kept is not None for _, _, kept in rows)

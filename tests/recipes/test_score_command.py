@@ -383,7 +383,7 @@ def test_the_terminal_table():
     assert lines[0].split() == ["deletion", "perturbation", "seconds", "forwards"]
     assert lines[1].split() == ["↓", "negative", "↑", "an", "image", "an", "image"]
     assert lines[2].split() == ["probability", "0..90"]
-    assert lines[3].split()[:6] == ["rollout", "dense", "0.300", "±.10", "50.0", "±.1*"]
+    assert lines[3].split()[:6] == ["rollout", "dense", "0.300", "±.10", "50.0", "±0*"]
     assert [line.split()[:2] for line in lines[4:]] == [["rollout", "slim"], ["tokentm", "dense"], ["random", "dense"]]
     assert lines[5].split()[2:4] == ["0.200", "±.10"]
     assert len(table(found, width=40).split("\n\n")) > 1

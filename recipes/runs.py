@@ -30,6 +30,7 @@ from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.recipes.backbone import create_model, model_from_weights
 from prunex.recipes.explainer_training import ExplainerTraining
+from prunex.recipes.report_curves import macs_unit
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find, head_classes
@@ -408,6 +409,5 @@ def macs_column(gmacs: Sequence[float]) -> tuple[str, list[str]]:
     >>> macs_column([4.608, 2.99]), macs_column([0.0492])
     (('GMACs', ['4.61', '2.99']), ('MMACs', ['49.2']))
     """
-    if max(gmacs, default=0) < 1:
-        return "MMACs", [f"{1000 * g:,.1f}" for g in gmacs]
-    return "GMACs", [f"{g:,.2f}" for g in gmacs]
+    factor, unit = macs_unit(gmacs)
+    return unit, [f"{factor * g:,.1f}" if unit == "MMACs" else f"{factor * g:,.2f}" for g in gmacs]

@@ -140,10 +140,10 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
 
     >>> one = Score("dense", "rollout", "deletion", "faithfulness", False, 0.25, 0.2, 0.3, 9, 0.01, 1)
     >>> print(table([one]))
-                      deletion      seconds     forwards
-                             ↓     an image     an image
-                   probability
-    rollout dense  0.250 ±.05        0.0100            1
+                       deletion       seconds      forwards
+                              ↓      an image      an image
+                    probability
+    rollout dense   0.250 ±.05         0.0100             1
     """
     rows = list(dict.fromkeys((s.method, s.model) for s in scores))
     methods = list(dict.fromkeys(method for method, _ in rows))
@@ -165,7 +165,7 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
     columns += _costs(scores)
     names = [method[:_LABEL] for method, _ in rows]
     first, second = max(map(len, names), default=0), max((len(model) for _, model in rows), default=0)
-    room = max(1, (width - first - second - 2) // 13)
+    room = max(1, (width - first - second - 2) // 14)
     blocks: list[list[Any]] = []
     for column in columns:
         if not blocks or len(blocks[-1]) >= room or (column[0] not in ("cost", blocks[-1][-1][0])):
@@ -176,7 +176,7 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
 
 def _block(block: Sequence[Any], rows: Sequence[tuple[str, str]], first: int, second: int) -> str:
     lines = [
-        f"{'':<{first}} {'':<{second}}" + "".join(f"{heading[i][:12]:>13}" for _, heading, _ in block) for i in range(3)
+        f"{'':<{first}} {'':<{second}}" + "".join(f"{heading[i][:13]:>14}" for _, heading, _ in block) for i in range(3)
     ]
     lines = [line for line in lines if line.strip()]
     for method, model in rows:
@@ -184,7 +184,7 @@ def _block(block: Sequence[Any], rows: Sequence[tuple[str, str]], first: int, se
         if any(shown):
             lines.append(
                 f"{method[:_LABEL]:<{first}} {model:<{second}}"
-                + "".join(f"{cell if cell is not None else '–':>13}" for cell in shown)
+                + "".join(f"{cell if cell is not None else '–':>14}" for cell in shown)
             )
     return "\n".join(line.rstrip() for line in lines)
 

@@ -79,9 +79,7 @@ def score(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     print(table(found, shutil.get_terminal_size((120, 24)).columns))
-    print(
-        "\n± half of the 95 % interval (bootstrap over images); ↓ less is better; 0..1 and probability are shares of 1"
-    )
+    print("\n± half of the 95 % interval (bootstrap over images); ↓ less is better")
     print("* best explainer of the model, where its interval meets no other's")
     for removal, names in by_removal(found).items():
         print(f"{LEFT[removal]}: {', '.join(names)}")

@@ -79,11 +79,7 @@ class Photos:
 
     def start(self, method: str) -> tuple[ImageClassifier, dict[str, Any]]:
         """As for `Digits`."""
-        module = ImageClassifier.load_from_checkpoint(self.checkpoint, weights=None)
-        if method != "dynamicvit":
-            return module, {}
-        module.hparams["learning_rate"] *= 30  # of the predictors alone: about that of digit scenes
-        return module, {"backbone_lr_scale": 1 / 30}
+        return ImageClassifier.load_from_checkpoint(self.checkpoint, weights=None), {}
 
     def training(self, seed: int, args: argparse.Namespace) -> LightningDataModule | DataLoader[Any]:
         """What is trained on."""

@@ -132,7 +132,8 @@ def train(method: str, setting: Setting, seed: int, args: argparse.Namespace) ->
         callbacks = unit_callbacks(method, options["budget"], args.token_budget)
     elif method != DENSE:
         own = {k: options.pop(k) for k in ("keep_ratio", "stages", "budget") if k in options}
-        callbacks.append(TokenPruning(method, options=options, backbone_lr_scale=scale, **own))
+        # All at the rate that was tuned for the model: what methods bring gets no other one.
+        callbacks.append(TokenPruning(method, options=options, backbone_lr_scale=scale, lr_scale=1.0, **own))
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         callbacks=callbacks,

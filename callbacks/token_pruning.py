@@ -21,6 +21,7 @@ from prunex.callbacks.averaging import averaging, check_order, check_own_average
 from prunex.callbacks.monitor import decisions
 from prunex.callbacks.optimisers import check_stepped, learned, stepping
 from prunex.callbacks.participant import Participant, progress, tell_hparams
+from prunex.callbacks.rates import give_rates
 from prunex.callbacks.runs import Runs
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_number, check_options
@@ -66,6 +67,9 @@ class TokenPruning(Participant):
             not the pruner, in [0, 1] (DynamicViT's recipe: 0.01). Any optimiser and schedule; costs a copy of them.
             What the module has beside the ViT (a decoder, a head of its own) takes whole steps.
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
+        lr_scale: Learning rate of the pruner's parameters as a multiple of what the module gives them, at least 0.
+            None: the method's own rate (``lr`` of its class: DynamicViT's is 9e-4), where the module's is lower. Any
+            optimiser and schedule; checkpoints and loggers show the module's rate.
 
     Raises:
         PrunexError: At once for numbers out of range, a keep ratio or stages that the method does not have, or a budget
@@ -96,6 +100,7 @@ class TokenPruning(Participant):
         backbone_lr_scale: float = 1.0,
         freeze_backbone: float = 0.0,
         budget: float | str | None = None,
+        lr_scale: float | None = None,
     ) -> None:
         super().__init__()
         make: Any = prunex.registry.lookup("pruner", method).make
@@ -129,6 +134,7 @@ class TokenPruning(Participant):
         self.model = model
         self.backbone_lr_scale = check_number("backbone_lr_scale", backbone_lr_scale, 0, 1)
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)
+        self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
         self.pruning: prunex.Pruning | None = None
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._shares: list[Tensor] = []  # of this validation: kept shares of each stage, summed over images
@@ -231,6 +237,11 @@ class TokenPruning(Participant):
         for s, i in enumerate(decisions(trace, self.pruning.pruner.stages), 1):  # as pictures number them
             share = torch.ones((), device=module.device) if i is None else shares[i]
             module.log(f"{name}_stage{s}", share, on_step=False, on_epoch=True, sync_dist=True, batch_size=trace.batch)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give what the method brings its learning rate: optimisers are there, and have read no checkpoint yet."""
+        if self.pruning is not None:
+            self._undo += give_rates(trainer, self.pruning.pruner, self.lr_scale)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate if need be, say what will be left, and watch the optimisers where a part of their steps counts."""

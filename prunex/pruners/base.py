@@ -72,6 +72,7 @@ class TokenPruner(nn.Module):
     curriculum = False  # whether training moves only some parameters at a time, see resting()
     behind = False  # whether it decides after a stage's block
     reads_labels = False  # whether its losses look at the images' labels
+    lr: float | None = None  # the peak rate at which Adam teaches what it brings; None: it brings nothing that learns
     by_place = False  # whether it decides by place alone, so that absent patches must keep their slots
     handed_on = Schedule().options  # what **schedule stands for
 

@@ -84,6 +84,7 @@ class HVT(TokenPruner):
     name = "hvt"
     behind = True
     by_place = True
+    lr = 3e-4  # from 0 to as wide as a ViT's positions (0.02) in some 130 steps; not searched
 
     def __init__(
         self,

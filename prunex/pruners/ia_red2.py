@@ -111,6 +111,7 @@ class IARED2(Adaptive):
 
     name = "ia_red2"
     trains_masked = True
+    lr = 9e-4  # dynamicvit's, whose predictors are as new; not searched
 
     def __init__(
         self,

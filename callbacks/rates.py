@@ -1,0 +1,188 @@
+"""The rate of what a pruner brings: new parameters among pretrained ones, under any optimiser and schedule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from prunex.pruners.base import TokenPruner
+from prunex.vit.optimisers import chain
+
+PEAKS = ("lr", "initial_lr", "max_lr")  # of a group: now, and what schedules note down there about their highest
+REACH = 0.02  # how far a parameter must be able to go: as wide as what is new is drawn, and as positions of ViTs are
+
+Group = dict[str, Any]
+
+
+def give_rates(trainer: Trainer, pruner: TokenPruner, scale: float | None) -> list[Callable[[], None]]:
+    """Give what a pruner brings its rate in each of the trainer's optimisers, and say where it cannot learn.
+
+    Args:
+        trainer: Its optimisers are there and have read no checkpoint: a resumed training has the rates of the first.
+        pruner: The one in training.
+        scale: As for :class:`PrunerRate`.
+
+    Returns:
+        Calls that leave the optimisers as they were.
+    """
+    if scale is not None and scale != 1 and not any(p.requires_grad for p in pruner.parameters()):
+        rank_zero_warn(f"lr_scale={scale:g} has no effect: {pruner.name} brings no parameters that learn; leave it out")
+    undo = []
+    for optimizer in trainer.optimizers:
+        watched = PrunerRate(optimizer, pruner, scale)
+        changed = [(base, rate) for base, rate in watched.rates() if rate != base]
+        if not watched.reachable:
+            if changed or scale not in (None, 1):
+                rank_zero_warn(
+                    f"{type(watched.optimizer).__name__} does not step by the rates of its groups, so {pruner.name}'s "
+                    "parameters have the rate of all others: use AdamW, or lr_scale=1"
+                )
+            continue
+        if changed:
+            base, rate = changed[0]
+            rank_zero_info(f"prunex: {pruner.name}'s parameters learn at {rate:.2g}, the module's rate is {base:.2g}")
+            undo.append(watched.watch())
+        _check_reach(trainer, watched)
+    return undo
+
+
+def _check_reach(trainer: Trainer, watched: PrunerRate) -> None:
+    """Warn of a rate below the method's own at which the training is over before new parameters are anywhere."""
+    target = watched.pruner.lr or 0.0
+    slow = [(base, rate) for base, rate in watched.rates() if rate < target]
+    if not slow or is_plain(watched.optimizer):
+        return
+    base, rate = slow[0]
+    # Each step of Adam goes about as far as its rate, and over warm-up and decay rates are half their peak.
+    reach = rate * trainer.estimated_stepping_batches / 2
+    if reach < REACH:
+        remedy = "leave lr_scale out" + (f", or give {target / base:.2g}" if base > 0 else "")
+        rank_zero_warn(
+            f"at a rate of {rate:.2g} {watched.pruner.name}'s new parameters move by {reach:.1g} at most in this "
+            f"training, and learn little below {REACH:g}: {remedy}"
+        )
+
+
+class PrunerRate:
+    """Steps a pruner's parameters at another rate than the others of their group, in one optimiser.
+
+    While the optimiser's step runs, and not longer, each of its groups that holds such parameters is two, which differ
+    by their rate. Any optimiser that goes by its groups' rates is right with that, its own slow weights and moments
+    included, while schedules, checkpoints, resumes and loggers meet the user's groups alone. Steps that a gradient
+    scaler skips are skipped here too.
+
+    Args:
+        optimizer: Anybody's. One that wraps another is looked through: whoever really steps is watched.
+        pruner: Whose parameters are meant.
+        scale: Times their group's rate. None: the pruner's ``lr`` at the schedule's peak, where their group
+            has less; never above it, and never below the group's own.
+    """
+
+    def __init__(self, optimizer: Optimizer, pruner: TokenPruner, scale: float | None = None) -> None:
+        *_, self.optimizer = chain(optimizer)
+        self.pruner = pruner
+        self.scale = scale
+        self._whole: list[tuple[Group, list[nn.Parameter], Any]] = []  # while they are parted
+        self._count = 0
+        # By place: reading a checkpoint makes new groups, and what it brings is no peak.
+        self._peaks = [peak(group) for group in self.optimizer.param_groups]
+
+    def watch(self) -> Callable[[], None]:
+        """Take part in every step from now on, until the call that is returned."""
+        before = self.optimizer.register_step_pre_hook(self._before)
+        after = self.optimizer.register_step_post_hook(self._join)
+
+        def undo() -> None:
+            before.remove()
+            after.remove()
+            self._join()
+
+        return undo
+
+    def rates(self) -> list[tuple[float, float]]:
+        """Rates at the schedule's peak of each group that holds such parameters: the group's, and theirs."""
+        groups = enumerate(self.optimizer.param_groups)
+        return [(self._peak(i), float(self._rate(i, self._peak(i)))) for i, g in groups if self._brought(g)]
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the optimiser steps by its groups' rates: some have none, and L-BFGS reads those of the first."""
+        groups = [g for g in self.optimizer.param_groups if self._brought(g)]
+        return all(g.get("lr") is not None for g in groups) and not isinstance(self.optimizer, torch.optim.LBFGS)
+
+    def _brought(self, group: Group) -> list[nn.Parameter]:
+        own = {id(p) for p in self.pruner.parameters()}
+        return [p for p in group["params"] if id(p) in own]
+
+    def _peak(self, number: int) -> float:
+        while number >= len(self._peaks):  # a group that somebody added on the way
+            self._peaks.append(peak(self.optimizer.param_groups[len(self._peaks)]))
+        return self._peaks[number]
+
+    def _rate(self, number: int, now: Any) -> Any:
+        """The rate of what the pruner brings, where that of its group is ``now``."""
+        if self.scale is not None:
+            return self.scale * now
+        top, target = self._peak(number), self.pruner.lr
+        if target is None or top <= 0 or is_plain(self.optimizer):
+            return now
+        return max(now, min(target / top * now, target))
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Part the groups behind a closure, which is the user's whole training step and may look at them."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._part()
+            return None
+
+        @functools.wraps(closure)
+        def between() -> Any:
+            self._join()
+            result = closure()
+            self._part()
+            return result
+
+        if len(args) > 1:
+            return (args[0], between, *args[2:]), kwargs
+        return args, {**kwargs, "closure": between}
+
+    def _part(self) -> None:
+        self._join()
+        groups = self.optimizer.param_groups
+        self._count = len(groups)
+        for i, group in enumerate(list(groups)):
+            brought = self._brought(group)
+            if not brought or (rate := self._rate(i, group["lr"])) is group["lr"]:
+                continue
+            self._whole.append((group, group["params"], group["lr"]))
+            if len(brought) < len(group["params"]):
+                chosen = {id(p) for p in brought}
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+                group = {**group, "params": brought}
+                groups.append(group)
+            group["lr"] = rate
+
+    def _join(self, *_: Any) -> None:
+        """Make the user's groups whole again; harmless where they are."""
+        if self._whole:
+            del self.optimizer.param_groups[self._count :]
+        for group, params, rate in self._whole:
+            group["params"], group["lr"] = params, rate
+        self._whole = []
+
+
+def peak(group: Group) -> float:
+    """The highest rate of a parameter group, as far as it is known when training starts."""
+    return max((float(group[name]) for name in PEAKS if group.get(name) is not None), default=0.0)
+
+
+def is_plain(optimizer: Optimizer) -> bool:
+    """Whether steps are as long as gradients are: the SGDs. All others go about as far as their rate says."""
+    return any("SGD" in kind.__name__ for kind in type(optimizer).__mro__)

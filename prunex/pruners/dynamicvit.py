@@ -98,7 +98,7 @@ class DynamicViT(Adaptive):
 
     name = "dynamicvit"
     trains_masked = True
-    lr = 9e-4  # searched on real weights, see docs/pruners.md
+    lr = 9e-4  # measured on real weights, see docs/pruners.md
 
     def __init__(
         self,

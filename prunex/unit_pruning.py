@@ -250,7 +250,7 @@ class UnitPruning(Handle):
         every: dict[Kind, dict[int, tuple[int, ...]]] = {kind: {} for kind in KINDS}
         for b in self.pruner.branches:
             every[b.kind][b.block] = ()
-        check_cuts(self.model, WidthSpec(**every))
+        check_cuts(self.model, WidthSpec(heads=every["heads"], channels=every["channels"]))
         check_followed(optimizers)
 
     def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:

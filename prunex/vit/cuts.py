@@ -77,12 +77,17 @@ def whole_or_not(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] =
     except BaseException:
         for m, kind, attributes, parameters, children in modules:
             m.__class__ = kind
-            for now, before in ((vars(m), attributes), (m._parameters, parameters), (m._modules, children)):
-                now.clear()
-                now.update(before)
+            _refill(vars(m), attributes)
+            _refill(m._parameters, parameters)
+            _refill(m._modules, children)
         for optimizer, groups, state in states:
             for group, params in zip(optimizer.param_groups, groups, strict=True):
                 group["params"][:] = params
             optimizer.state.clear()
             optimizer.state.update(state)
         raise
+
+
+def _refill(now: dict[str, Any], before: dict[str, Any]) -> None:
+    now.clear()
+    now.update(before)

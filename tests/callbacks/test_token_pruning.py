@@ -263,6 +263,8 @@ def test_the_optimiser_gets_the_predictors_and_not_the_teacher(tmp_path):
 
 def test_hyperparameters_called_pruning(tmp_path):
     class Rebuilds(Plain):
+        rebuilds_pruning = True
+
         def __init__(self, pruning=None):
             super().__init__()
             self.save_hyperparameters()

@@ -14,12 +14,20 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.described import warn_once
-from prunex.callbacks.monitor import Monitor, explainers_of, first_write, log_share, run_folder, try_explainers
+from prunex.callbacks.monitor import (
+    Monitor,
+    explainers_of,
+    first_write,
+    log_share,
+    run_folder,
+    try_explainers,
+)
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
-from prunex.vit.anatomy import read
+from prunex.vit.readout import classifies, outputs
+from prunex.vit.surroundings import answering
 
 FILE = "faithfulness.csv"
 COLUMNS = ("epoch", "step", "method", "metric", "mean", "low", "high", "images")
@@ -93,10 +101,10 @@ class FaithfulnessMonitor(Monitor):
         """
         if not trainer.is_global_zero:
             return
-        vit = self.vit(pl_module)
-        if read(vit).classes == 0 and any(m.group == "faithfulness" for m in self.metrics):
+        vit = answering(pl_module, self.vit(pl_module))
+        if not classifies(vit) and any(m.group == "faithfulness" for m in self.metrics):
             raise PrunexError("FaithfulnessMonitor: this ViT has no classifier, so removing patches changes no class")
-        if read(vit).classes == 1 and any(m.kind in ("positive", "negative") for m in self.metrics):
+        if outputs(vit) == 1 and any(m.kind in ("positive", "negative") for m in self.metrics):
             raise PrunexError(
                 "FaithfulnessMonitor: this ViT has one output, whose class is always right: no perturbation"
             )
@@ -104,8 +112,8 @@ class FaithfulnessMonitor(Monitor):
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain, score, log and write."""
-        vit = self.vit(pl_module)
-        images, masks = batch["images"], batch.get("masks")
+        call = self.answered(trainer, pl_module, batch)
+        vit, images, masks = call.vit, call.entered, batch.get("masks")
         mean, std = self.normalisation(trainer, pl_module)
         rows: list[list[Any]] = []
         dense: Any = None

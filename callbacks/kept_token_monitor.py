@@ -11,9 +11,9 @@ import prunex
 from prunex.callbacks.described import names_of, warn_once
 from prunex.callbacks.monitor import Monitor, decisions, log_share, moment
 from prunex.pictures import kept_mosaic, share_mosaic
-from prunex.vit.anatomy import head_classes
 from prunex.vit.forward import record
 from prunex.vit.mount import as_found
+from prunex.vit.readout import classifies, outputs
 from prunex.vit.tape import Tape
 
 
@@ -46,10 +46,10 @@ class KeptTokenMonitor(Monitor):
         if pruning is None:
             warn_once(trainer, "KeptTokenMonitor: nothing prunes this model, so nothing is drawn: add TokenPruning")
             return
-        images = batch["images"].to(next(vit.parameters()))
-        tape = Tape()
-        with as_found(vit, train=False), torch.no_grad():
-            trace = record(vit, images, tape).trace
+        call, tape = self.answered(trainer, pl_module, batch), Tape()
+        images = call.entered
+        with as_found(call.vit, train=False), torch.no_grad():
+            trace = record(call.vit, images, tape).trace
         arrays = self.common(trainer, vit, batch, trace.grid)
         made = decisions(trace, pruning.pruner.stages)
         everything = np.ones((len(images), *trace.grid), dtype=bool)
@@ -59,12 +59,12 @@ class KeptTokenMonitor(Monitor):
             own = torch.arange(everything[0].size).view(trace.grid).expand(everything.shape)
             arrays["groups"] = np.stack([(own if i is None else trace.groups(i).cpu()).numpy() for i in made])
         arrays["share"] = trace.share().float().cpu().numpy()
-        if tape.logits is not None and head_classes(vit) > 0:  # without a classifier these are features
+        if tape.logits is not None and classifies(call.vit):  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
         if "masks" in arrays and not trace.pooled:
             cover = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))
             log_share(pl_module, self.key("prunex/object_kept"), cover)
-        names = names_of(trainer, pl_module, head_classes(vit))
+        names = names_of(trainer, pl_module, outputs(call.vit))
         told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
         title = f"{pruning.method}, {moment(trainer)[1]}: "
         if trace.pooled:

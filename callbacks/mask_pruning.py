@@ -27,6 +27,7 @@ from prunex.pruners.budget import check_budget
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import XPruner
 from prunex.unit_pruning import UnitPruning
+from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone
 
 LOOKING = ("images", "labels")  # what criteria may need to look at
@@ -196,6 +197,7 @@ class MaskPruning(Participant):
             self._copies = Copies(trainer, pl_module, self.pruning.model)
         pruner = self._xpruner
         if pruner is not None:
+            check_own_classes(pl_module, self.pruning.model, self.method, pruner.classes)
             self._optimizers = {
                 "masks": torch.optim.Adam(pruner.masks(), self.mask_lr),
                 # Far from the scores the gates' gradient is tiny, and all that counts of it is its sign.
@@ -274,7 +276,7 @@ class MaskPruning(Participant):
         if trainer.is_global_zero:
             if pruning.pruner.needs in LOOKING:
                 with training_batches(trainer, module, pruning.model) as batches:
-                    pruning.calibrate(_some(batches, self.images))
+                    pruning.calibrate(_some(batches, self.images), module, entered=True)
             else:
                 pruning.calibrate()
         if trainer.world_size > 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,17 +22,20 @@ from torch import Tensor
 
 import prunex
 from prunex.attributes import Pair, given_normalisation
-from prunex.batches import parts
+from prunex.batches import Parts, parts
 from prunex.callbacks.averaging import averaged, averaging, stands_before
 from prunex.callbacks.described import check_pixels, normalisation, shown_channels, warn_once
 from prunex.callbacks.participant import check_strategy
 from prunex.callbacks.record import record_metrics
+from prunex.callbacks.step_watch import StepWatch, input_kind
 from prunex.checks import check_options
 from prunex.errors import PrunexError, unknown
 from prunex.pictures import from_tensor, save_npz, save_png, under_grid
 from prunex.registry import lookup
 from prunex.untrusted import read_npz
 from prunex.vit.anatomy import find, read
+from prunex.vit.mount import as_found
+from prunex.vit.surroundings import Call, follow, look
 from prunex.vit.trace import TokenTrace
 
 _WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files that a trainer's monitors share
@@ -39,10 +44,15 @@ _WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files t
 class Monitor(Callback):
     """Base of the monitors: collects images once, then calls :meth:`watch` after validation epochs on rank zero.
 
-    Images are taken from the first validation loader: the first that come, but rather of many classes than several of
-    one where labels are known, since loaders are often sorted by class. :func:`prunex.batches.parts` says which tensors
-    of a batch are images, labels and object masks; of several views the first is watched, and labels or masks that may
-    be meant by several tensors are left out, with a warning.
+    Images are what enters the ViT in the steps of the first validation loader, whatever the module does to a batch
+    before: the first that come, but rather of many classes than several of one where labels are known, since loaders
+    are often sorted by class. Logits and classes are those of the module's forward, or of the outermost module round
+    the ViT that a step calls, as :func:`prunex.explain` has them. Where a step runs the ViT several times (views,
+    crops) the first time is watched, where it does not run it the batch's images are, with a warning.
+    :func:`prunex.batches.parts` says which tensors of a batch are labels and object masks; what may be meant by several
+    tensors is left out, with a warning, as are labels and masks that do not fit what entered the ViT.
+
+    When the ViT's input size, channels or classes change, images are collected anew.
 
     Monitors of several models in one Trainer write into folders named by the models' paths, in the run folder.
 
@@ -75,6 +85,9 @@ class Monitor(Callback):
         self._parts: list[dict[str, Tensor]] = []  # of one image each where labels are known
         self._whole = False
         self._looked = False  # whether pixels of the images lie where they should
+        self._step: StepWatch | None = None
+        self._through: str | None = None  # path of the module by which is explained; None: the ViT alone
+        self._kind: tuple[Any, ...] = ()
         self._seen = -1
         self._folder: Path | None = None
         self._run: Path | None = None
@@ -117,6 +130,23 @@ class Monitor(Callback):
         """Go on from there."""
         self._seen = int(state_dict["seen"])
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look on while images are collected; from the start where the ViT takes other images than before."""
+        if dataloader_idx != 0 or not trainer.is_global_zero:
+            return
+        kind = input_kind(self.vit(pl_module))
+        if batch_idx == 0 and kind != self._kind:
+            self._kind, self._parts, self._whole = kind, [], False
+        if not self._whole:
+            self._step = StepWatch(pl_module, self.model)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook on the module."""
+        if self._step is not None:
+            self._step.close()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -127,20 +157,18 @@ class Monitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect images in the first whole validation; the sanity check only tries a batch."""
-        if dataloader_idx != 0 or self._whole or not trainer.is_global_zero:
+        step, self._step = self._step, None
+        if step is None:
             return
-        part = parts(batch)
-        if "images" not in part:
-            part.need("images", type(self).__name__, "the validation batch")
-        for name, why in part.unclear.items():
-            done = "watches the first of several image tensors" if name == "images" else f"leaves {name} out"
-            warn_once(trainer, f"{type(self).__name__} {done}: {why}")
+        step.close()
+        part = self._part(trainer, step, parts(batch))
         if not self._looked:
             self._looked = True
             check_pixels(trainer, part["images"], *self.normalisation(trainer, pl_module))
         if trainer.sanity_checking:
             return
-        if self._parts and part["images"].shape[1:] != self._parts[0]["images"].shape[1:]:
+        first = self._parts[0] if self._parts else part
+        if any(part[name].shape[1:] != first[name].shape[1:] for name in part if name in first):
             warn_once(trainer, f"{type(self).__name__} watches images of the size that came first; others are left out")
             return
         room = self.images - self.collected
@@ -148,6 +176,74 @@ class Monitor(Callback):
             self._take(part)
         elif room:
             self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
+
+    def _part(self, trainer: Trainer, step: StepWatch, found: Parts) -> dict[str, Tensor]:
+        """What a step is watched by: the images that entered the ViT, what they were made from, labels and masks."""
+        who, kind = type(self).__name__, type(step.vit).__name__
+        outermost = step.outermost()
+        if len(step.entered) == 1 and outermost is not None and len(outermost[1]) == len(step.entered[0]):
+            self._through, given = outermost
+            images = step.entered[0]
+        elif step.entered:
+            self._through, images = None, step.entered[0]
+            given = images
+            if len(step.entered) > 1:
+                warn_once(
+                    trainer,
+                    f"{who}: a validation step runs the {kind} {len(step.entered)} times (views, crops): the images of "
+                    "the first time are watched, and its own output",
+                )
+        else:
+            images = given = found.need("images", who, "the validation batch")
+            self._through = ""
+            warn_once(
+                trainer,
+                f"{who}: the validation step does not run the {kind} (or is compiled, or runs a copy): the images of "
+                "the batch are watched",
+            )
+        for name, why in found.unclear.items():
+            if name != "images":
+                warn_once(trainer, f"{who} leaves {name} out: {why}")
+        part = {"images": images} if given is images else {"images": images, "given": given}
+        if self._through and len(found.get("images", ())) == len(images):
+            part["batch"] = found["images"]  # for a forward that was called as such, which no hook sees
+        for name in ("labels", "masks"):
+            if name not in found:
+                continue
+            own = found[name]
+            if len(own) == len(images) and (name == "labels" or own.shape[1:] == images.shape[2:]):
+                part[name] = own
+            else:
+                warn_once(
+                    trainer, f"{who} leaves {name} {list(own.shape)} out: {list(images.shape)} entered the {kind}"
+                )
+        return part
+
+    def answered(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> Call:
+        """What the module made of the collected images, and the ViT by which it is explained."""
+        vit = self.vit(pl_module)
+        module = vit if self._through is None else pl_module.get_submodule(self._through)
+        with as_found(pl_module, train=False), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            call = self._by_forward(pl_module, vit, batch) if self._through else None
+            if call is None:
+                given = batch.get("given", batch["images"])
+                call = follow(module, vit, given, type(self).__name__, named=True)
+            if call.output is None and module is not vit:  # it could not be followed: what entered the ViT is known
+                call = follow(vit, vit, batch["images"], type(self).__name__)
+        for warning in told:
+            warn_once(trainer, str(warning.message))
+        return call
+
+    def _by_forward(self, pl_module: LightningModule, vit: Any, batch: dict[str, Tensor]) -> Call | None:
+        """The whole module's own call, where its forward gives the ViT what the step gave it."""
+        for given in (batch[name] for name in ("batch", "given", "images") if name in batch):
+            with suppress(PrunexError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call = look(pl_module, vit, given, named=True)
+                if call.output is not None and _same(call.entered, batch["images"]):
+                    return call
+        return None
 
     def _take(self, part: dict[str, Tensor]) -> None:
         """Take images while there is room, then in place of the last one of a class that has two more."""
@@ -242,6 +338,10 @@ class Monitor(Callback):
         log_picture(trainer, self.key(f"prunex/{name}"), picture)
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-4)
+
+
 def explainers_of(methods: Any, options: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """The explainers that a monitor was given, and their options.
 
@@ -275,12 +375,21 @@ def explainers_of(methods: Any, options: Any) -> tuple[list[str], dict[str, dict
 def try_explainers(vit: Any, methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
     """Explain one empty image, so that what refuses a model does so before training.
 
+    Args:
+        vit: As :func:`answering` gives it.
+        methods: Names.
+        options: By method.
+
     Raises:
         PrunexError: What a method says of the model or its options.
     """
-    size = (1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
     for name in methods:
-        prunex.explain(name, vit, next(vit.parameters()).new_zeros(size), **options.get(name, {}))
+        prunex.explain(name, vit, blank(vit), **options.get(name, {}))
+
+
+def blank(vit: Any) -> Tensor:
+    """One empty image of a ViT's size."""
+    return next(vit.parameters()).new_zeros(1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
 
 
 def moment(trainer: Trainer) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from prunex.errors import PrunexError
 from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
 from prunex.pruners.xpruner import XPruner
 from prunex.vit.anatomy import find
+from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone
 
 
@@ -92,7 +93,7 @@ class RelevancyGuidance(Participant):
         """Join the pruners' losses, now that every callback has attached its own.
 
         Raises:
-            PrunexError: Where there is nothing to guide.
+            PrunexError: Where there is nothing to guide, or labels are no classes of the ViT itself.
         """
         backbone = find(pl_module, self.model, Backbone)[1]
         tokens: Any = prunex.attached(pl_module, self.model) if hasattr(backbone, "prunex") else None
@@ -102,6 +103,7 @@ class RelevancyGuidance(Participant):
                 "RelevancyGuidance guides token scores or xpruner's masks, and this model has neither: add "
                 "TokenPruning or MaskPruning('xpruner') to the callbacks"
             )
+        check_own_classes(pl_module, backbone, "RelevancyGuidance")
         if tokens is not None:
             if tokens.pruner.by_place or tokens.pruner.fixed or tokens.method == "tome":
                 raise PrunexError(

@@ -14,7 +14,8 @@ from prunex.callbacks.described import names_of
 from prunex.callbacks.monitor import Monitor, explainers_of, log_share, moment, try_explainers
 from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
-from prunex.vit.anatomy import head_classes
+from prunex.vit.readout import classifies, outputs
+from prunex.vit.surroundings import answering
 
 
 class RelevancyMonitor(Monitor):
@@ -59,20 +60,20 @@ class RelevancyMonitor(Monitor):
             PrunexError: When a method refuses the ViT or its options.
         """
         if trainer.is_global_zero:
-            try_explainers(self.vit(pl_module), self.methods, self.options)
+            try_explainers(answering(pl_module, self.vit(pl_module)), self.methods, self.options)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain and draw."""
-        vit = self.vit(pl_module)
+        call = self.answered(trainer, pl_module, batch)
         arrays: dict[str, np.ndarray] = {}
         kept: Tensor | None = None
         for name in self.methods:
-            e = prunex.explain(name, vit, batch["images"], **self.options.get(name, {}))
-            arrays = arrays or self.common(trainer, vit, batch, (e.maps.shape[1], e.maps.shape[2]))
+            e = prunex.explain(name, call.vit, call.entered, **self.options.get(name, {}))
+            arrays = arrays or self.common(trainer, call.vit, batch, (e.maps.shape[1], e.maps.shape[2]))
             arrays[f"relevance/{name}"] = e.maps.float().cpu().numpy()
             target = e.target if e.class_specific else torch.full_like(e.target, -1)  # -1: of no class
             arrays[f"target/{name}"] = target.cpu().numpy()
-            if head_classes(vit) > 0:  # without a classifier these are features
+            if classifies(call.vit):  # without a classifier these are features
                 arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
             mass = e.maps.clamp(min=0)
             if e.trace.stages and not e.trace.pooled:
@@ -82,7 +83,7 @@ class RelevancyMonitor(Monitor):
                 pixels = e.upsample().clamp(min=0).cpu()
                 share = share_inside(pixels, batch["masks"])
                 log_share(pl_module, self.key(f"prunex/relevancy_on_object/{name}"), share)
-        names = names_of(trainer, pl_module, head_classes(vit))
+        names = names_of(trainer, pl_module, outputs(call.vit))
         picture = relevancy_mosaic(
             arrays["images"],
             {n: arrays[f"relevance/{n}"] for n in self.methods},

@@ -30,6 +30,7 @@ from prunex.pruners.adaptive import realised
 from prunex.pruners.budget import check_budget, in_words
 from prunex.pruners.units import UnitPruner
 from prunex.vit.anatomy import ViT
+from prunex.vit.surroundings import check_own_classes
 
 
 class TokenPruning(Participant):
@@ -253,6 +254,8 @@ class TokenPruning(Participant):
                 "patches: train without it, or use another pruner"
             )
         check_stepped(trainer, self.pruning, self._learned)
+        if getattr(self.pruning.pruner, "by_reward", False):
+            check_own_classes(pl_module, self.pruning.model, self.method)
         if self.pruning.pruner.needs_calibration:
             self._calibrate(trainer, pl_module, self.pruning)
         # What a checkpoint brought was not known when it was attached.

@@ -18,8 +18,9 @@ from prunex.pruners.base import Forward
 from prunex.pruners.relevance import Relevance
 from prunex.pruners.xpruner import XPruner
 from prunex.registry import lookup
-from prunex.vit.anatomy import find, read
+from prunex.vit.anatomy import find, head_classes, read
 from prunex.vit.mount import as_found
+from prunex.vit.surroundings import check_own_classes
 from prunex.vit.trace import TokenTrace
 
 JUDGES = ("dense", "self")
@@ -99,6 +100,8 @@ class Guidance:
         vit = find(model, path)[1]
         if attached(vit) is None:
             raise PrunexError("guidance needs a token pruner, whose scores it guides: attach one first")
+        if model is not vit:
+            check_own_classes(model, vit, "guidance")
         self.method, self.options = method, check_options(options)
         self.weight, self.judge, self.loss, self.temperature = float(weight), judge, loss, float(temperature)
         self.share, self.every, self.cache = float(share), every, cache
@@ -131,9 +134,7 @@ class Guidance:
         """Relevancy of the first images of a batch, float32 [count, gh, gw], from the cache where they are known."""
         images = forward.images[:count].detach()
         labels = None if forward.labels is None else forward.labels[:count]
-        judge: Any = forward.model if self.teacher is None else self.teacher
-        if self.teacher is not None:
-            self.teacher.to(images.device)
+        judge = self._judge(forward, labels is not None)
         keys = _keys(images, labels) if self.cache and self.judge == "dense" else [b""] * count
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
@@ -154,6 +155,23 @@ class Guidance:
         while len(self._known) > self.cache:
             self._known.popitem(last=False)
         return found
+
+    def _judge(self, forward: Forward, labelled: bool) -> nn.Module:
+        """Who is asked; the dense one at the size of images that the model takes now."""
+        model: Any = forward.model
+        if self.teacher is None:
+            return model
+        teacher, vit = self.teacher.to(forward.images.device), find(self.teacher)[1]
+        theirs, own = head_classes(model), head_classes(vit)
+        if labelled and theirs != own:
+            raise PrunexError(
+                f"the model has {theirs} classes, and the dense judge of guidance {own}: give the model its head "
+                "(reset_classifier) before guidance is made, or judge='self'"
+            )
+        sizes, kept = ((tuple(m.patch_embed.img_size), tuple(m.patch_embed.patch_size)) for m in (model, vit))
+        if sizes != kept and not vit.dynamic_img_size:
+            vit.set_input_size(img_size=sizes[0], patch_size=sizes[1])
+        return teacher
 
     def _distance(self, scores: Tensor, maps: Tensor, there: Tensor) -> Tensor:
         """Mean over images of the distance between scores and maps [B, P] among the patches that are there."""
@@ -202,6 +220,8 @@ class UnitGuidance:
         handle = attached(model, path, units=True)
         if handle is None or not isinstance(handle.pruner, XPruner):
             raise PrunexError("guidance of units needs xpruner, whose masks it guides: attach it first")
+        if model is not handle.model:
+            check_own_classes(model, handle.model, "guidance")
         self.model, self.pruner = handle.model, handle.pruner
         self.weight, self.share, self.every, self.step = float(weight), float(share), every, 0
         self.judge = Relevance(self.pruner.branches, self.pruner.classes)

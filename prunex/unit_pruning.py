@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from prunex.errors import OutOfReach, PrunexError
 from prunex.handle import Handle, drop_mark
+from prunex.pruners.calibration import as_they_enter
 from prunex.pruners.units import UnitPruner
 from prunex.pruners.xpruner import UnitRelevance, XPruner
 from prunex.vit.anatomy import head_classes
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.cuts import check_cuts
 from prunex.vit.optimisers import check_followed
+from prunex.vit.surroundings import answering
 from prunex.vit.units import (
     CHILD,
     KINDS,
@@ -160,12 +162,15 @@ class UnitPruning(Handle):
         """
         self._gated.more.append(loss)
 
-    def calibrate(self, batches: Any = None) -> WidthSpec:
+    def calibrate(self, batches: Any = None, module: nn.Module | None = None, *, entered: bool = False) -> WidthSpec:
         """Score the units and choose those that the budget allows.
 
         Args:
             batches: Batches of images, or of images and labels, as the criterion needs them; ``magnitude`` and
                 ``random`` need none.
+            module: The module round the model, where batches are what that takes and labels are classes that it gives:
+                it normalises or resizes, or has a head of its own.
+            entered: Whether batches are what enters the model already, and only the classes are the module's.
 
         Raises:
             PrunexError: For a method that learns its scores in training, batches that do not hold what it needs, or
@@ -176,7 +181,13 @@ class UnitPruning(Handle):
         if self.pruner.trains:
             raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
         self.budget()
-        self.pruner.calibrate(self.model, batches)
+        model: nn.Module = self.model
+        if module is not None and batches is not None and self.pruner.needs in ("images", "labels"):
+            if entered:
+                model = answering(module, model)
+            else:
+                model, batches = as_they_enter(batches, module, model)
+        self.pruner.calibrate(model, batches)
         return self.widths
 
     def budget(self) -> float:

@@ -34,6 +34,7 @@ from prunex.recipes.report_curves import macs_unit
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find, head_classes
+from prunex.vit.surroundings import warn_of_the_rest
 from prunex.vit.units import Backbone
 
 SUMMARY = "summary.json"
@@ -226,7 +227,9 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
         ours = {k: v for k, v in ours.items() if k in inspect.signature(module_class).parameters}
     module = restore(module_class, checkpoint, str(path), **ours)
     explained = getattr(module, "classifier", module) if isinstance(module, ExplainerTraining) else module
-    return as_the_data_tell(prunex.slim(explained, (told(checkpoint) or {}).get("path")), config["data"])
+    where = (told(checkpoint) or {}).get("path")
+    warn_of_the_rest(explained, find(explained, where, Backbone)[1], "what a run is opened for")
+    return as_the_data_tell(prunex.slim(explained, where), config["data"])
 
 
 def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:

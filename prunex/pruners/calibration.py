@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from prunex.batches import parts
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import check_images, head_classes, read
+from prunex.vit.anatomy import check_images, read
 from prunex.vit.mount import as_found
+from prunex.vit.readout import outputs
+from prunex.vit.surroundings import follow
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -35,14 +37,8 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
         PrunexError: For something that holds no images, images that the model cannot take, labels that do not fit them
             or run out of the model's classes, several tensors that may be meant, or batches with and without labels.
     """
-    if source is None:
-        raise PrunexError("calibration got no images: give calibrate() a data loader, or batches [B, C, H, W]")
-    single = isinstance(source, Tensor) or _is_pair(source)
-    batches: Any = [source] if single else source
-    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
-        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
     weight, classes, labelled, seen = next(model.parameters()), _classes(model), None, 0
-    for batch in batches:
+    for batch in _batches(source):
         known = parts(batch)
         images = known.need("images", "calibration")
         _check_images(model, images)
@@ -58,6 +54,41 @@ def labelled_batches(source: Any, model: nn.Module) -> Iterator[Batch]:
         raise PrunexError("calibration got no images: give a loader with at least one")
 
 
+def as_they_enter(source: Any, module: nn.Module, model: Any) -> tuple[Any, list[Any]]:
+    """Batches as they enter a module's backbone, and the backbone as the module answers.
+
+    Args:
+        source: What the module takes, as for :func:`labelled_batches`.
+        module: The module; it is called once for each batch.
+        model: The backbone in it.
+
+    Returns:
+        The backbone, ending in what follows it in the module, and what entered it with the labels.
+
+    Raises:
+        PrunexError: For batches that hold no images.
+    """
+    answering, entered = model, []
+    with as_found(module, train=False):
+        for batch in _batches(source):
+            found = parts(batch)
+            call = follow(module, model, found.need("images", "calibration"), "calibration", named=True)
+            answering = call.vit
+            labels = found.labels("calibration")
+            entered.append(call.entered if labels is None else (call.entered, labels))
+    return answering, entered
+
+
+def _batches(source: Any) -> Iterable[Any]:
+    """A source of batches, or one batch alone, as batches."""
+    if source is None:
+        raise PrunexError("calibration got no images: give calibrate() a data loader, or batches [B, C, H, W]")
+    batches: Any = [source] if isinstance(source, Tensor) or _is_pair(source) else source
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
+        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
+    return batches
+
+
 def _graphable(tensor: Tensor) -> Tensor:
     """The tensor as part of a graph: one that was made in the caller's inference mode cannot be."""
     return tensor.clone() if tensor.is_inference() else tensor
@@ -70,7 +101,7 @@ def _is_pair(source: Any) -> bool:
 
 
 def _classes(model: Any) -> int:
-    classes = head_classes(model)
+    classes = outputs(model)
     if classes == 0:
         raise PrunexError("this model has no classifier (num_classes=0), so units have no class to matter for")
     return classes

@@ -14,6 +14,7 @@ from prunex.explainers.base import gradients
 from prunex.pruners.calibration import classes_of, labelled_batches, undisturbed, widened
 from prunex.pruners.units import Scores, UnitPruner
 from prunex.registry import register
+from prunex.vit.surroundings import own_output
 from prunex.vit.units import CHILD, Branch
 from prunex.vit.weights import check_gradients
 
@@ -105,12 +106,12 @@ class Taylor(UnitPruner):
                     count += len(images)
         return {key: total / count for key, total in totals.items()}
 
-    def _gradients(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def _gradients(self, model: Any, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """dL/dg of each image: [B, units] a branch."""
         probes = {b.key: images.new_ones(len(images), b.units, requires_grad=True) for b in self.branches}
         self._probes = probes
         try:
-            logits = model(images)
+            logits = own_output(model, images)[0]
             loss = F.cross_entropy(logits, classes_of(logits, labels), reduction="sum")
             found = gradients(loss, list(probes.values()))
         finally:

@@ -7,9 +7,7 @@ altered, so that several threads may look at it. What follows the ViT is a funct
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,15 +17,13 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
-from prunex.vit.anatomy import ViT
-from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.anatomy import ViT, head_classes
 from prunex.vit.forward import own_anatomy, own_pruners, run
+from prunex.vit.mount import as_found
 from prunex.vit.readout import TAIL, head
+from prunex.vit.tail import Tail, alike, cannot, fields, fits, kind, precise, rows_of, shallow, stand_in, with_another
 from prunex.vit.trace import TokenTrace
 from prunex.vit.weights import is_packed, wrapped_layers
-
-Forward = Callable[..., Tensor]
-ROWS = 64  # unit vectors that go through a tail at once
 
 
 @dataclass(eq=False, repr=False)
@@ -84,8 +80,8 @@ class Call(Brief):
         if output.ndim != 2:
             return  # tokens, of which an explainer may need some alone
         # Quantised layers round their inputs, too, and fall on the other side wherever these differ in the last bit.
-        precise = _precise(self.entered) and not any(is_packed(layer) for *_, layer in wrapped_layers(self.vit))
-        if alike(logits[: len(output)], output, precise):
+        exact = precise(self.entered) and not any(is_packed(layer) for *_, layer in wrapped_layers(self.vit))
+        if alike(logits[: len(output)], output, exact):
             if state is not None:
                 known = _CHECKED.get(self.vit)
                 methods = known[1] if known is not None and known[0] == state else frozenset()
@@ -96,10 +92,10 @@ class Call(Brief):
         hooked = [name for name, m in self.vit.named_modules() if m._forward_hooks and name]
         why = f"are there hooks or layers that change what it computes{', such as on ' * bool(hooked)}"
         text = (
-            f"{method} would explain another model: its logits are not those of {_name(self.model)}'s own forward; "
+            f"{method} would explain another model: its logits are not those of {kind(self.model)}'s own forward; "
             f"{why}{', '.join(hooked[:3])}? Take them off first, or use rollout"
         )
-        if precise:
+        if exact:
             raise PrunexError(text)
         warnings.warn(f"{text} (in low precision this may be rounding)", stacklevel=3)
 
@@ -116,14 +112,6 @@ def _state(vit: nn.Module) -> int:
         (id(t), type(t), -1 if t.is_inference() else t._version) for t in (*vit.parameters(), *vit.buffers())
     ]  # fmt: skip
     return hash((tuple(layers), tuple(tensors)))
-
-
-def _precise(images: Tensor) -> bool:
-    """Whether a model computes with them to at least float32, so that two ways of doing it agree."""
-    kind = images.device.type
-    if images.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(kind):
-        return False
-    return kind != "cuda" or not torch.backends.cuda.matmul.allow_tf32
 
 
 def look(model: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Call:
@@ -152,7 +140,7 @@ def look(model: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Cal
         call = watch(model, vit, images, named)
     if call is None:
         warnings.warn(
-            f"{_name(model)} has no forward that calls its {_name(vit)}, so the images are explained as they are: "
+            f"{kind(model)} has no forward that calls its {kind(vit)}, so images are taken to enter it as they are: "
             "normalise and resize them as the ViT expects",
             stacklevel=3,
         )
@@ -196,40 +184,40 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
 
     def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
         if any(value is not None and value is not False for value in (*more, *named.values())):
-            raise _cannot(module, f"calls its {_name(vit)} with more than images")
+            raise cannot(module, f"calls its {kind(vit)} with more than images")
         out, trace = own_output(vit, x)
         calls.append((x, out.clone(), out, trace))  # the module may write into it
         return out
 
     with torch.no_grad():
         try:
-            answer = _with(module, vit, _answering(vit, forward))(images)
+            answer = with_another(module, vit, stand_in(vit, forward))(images)
         except NotImplementedError as error:
             if calls:
-                raise _cannot(module, f"raised {type(error).__name__} ({error})") from error
+                raise cannot(module, f"raised {type(error).__name__} ({error})") from error
             return None
         except (PrunexError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a stranger's forward raises
             if module is vit:
                 raise
-            raise _cannot(module, f"raised {type(error).__name__} when called on the images ({error})") from error
+            raise cannot(module, f"raised {type(error).__name__} when called on the images ({error})") from error
         if named and not calls:
             return None
         if not calls:
-            raise _cannot(
-                module, f"never calls its {_name(vit)} as a whole (does it use forward_features, or the blocks?)"
+            raise cannot(
+                module, f"never calls its {kind(vit)} as a whole (does it use forward_features, or the blocks?)"
             )
         if len(calls) > 1:
-            raise _cannot(module, f"calls its {_name(vit)} {len(calls)} times for one batch")
+            raise cannot(module, f"calls its {kind(vit)} {len(calls)} times for one batch")
         entered, out, handed, trace = calls[0]
         if not isinstance(entered, Tensor) or len(entered) != len(images):
             what = len(entered) if isinstance(entered, Tensor) else type(entered).__name__
-            raise _cannot(module, f"gives its {_name(vit)} {what} images for {len(images)}")
+            raise cannot(module, f"gives its {kind(vit)} {what} images for {len(images)}")
         if answer is handed and torch.equal(answer, out):
             return Call(module, vit, images, entered, out, "", trace)
         field, output = _chosen(module, answer, len(images))
-        seen = _shallow(vit)
+        seen = shallow(vit)
         seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output)
         return Call(module, seen, images, entered, output, field, trace)
 
@@ -247,8 +235,69 @@ def follow(model: nn.Module, vit: ViT, images: Tensor, who: str, named: bool = F
     try:
         return look(model, vit, images, named)
     except Unfollowed as error:
-        warnings.warn(f"{who} goes by the {_name(vit)} alone: {error}", stacklevel=2)
+        warnings.warn(f"{who} goes by the {kind(vit)} alone: {error}", stacklevel=2)
         return Call(model, vit, images, images)
+
+
+def check_own_classes(model: nn.Module, vit: Any, who: str, classes: int | None = None) -> None:
+    """See that a model's classes are those of its ViT, for who compares the ViT's own logits with labels.
+
+    Args:
+        model: The model, on one empty image of the ViT's size.
+        vit: Its ViT, or another backbone.
+        who: Compares.
+        classes: Where their number alone matters: the ViT's.
+
+    Raises:
+        PrunexError: Where the model makes something else of the ViT's output.
+    """
+    try:
+        call = _tried(model, vit)
+    except PrunexError as error:
+        warnings.warn(f"{who} takes labels for classes of the {kind(vit)} itself: {error}", stacklevel=2)
+        return
+    tail = vars(call.vit).get(TAIL)
+    if tail is not None and tail.classes != classes:
+        raise PrunexError(
+            f"{who} goes by the {kind(vit)}'s own {head_classes(vit)} classes, and {kind(model)} makes {tail.classes} "
+            f"others of them: give the ViT itself that head, or leave {who} out"
+        )
+
+
+def warn_of_the_rest(model: nn.Module, vit: Any, who: str) -> None:
+    """Say what a model does round its ViT, for who takes the ViT alone out of it.
+
+    Args:
+        model: The model, on one image of the ViT's size.
+        vit: Its ViT, or another backbone.
+        who: Goes by the ViT alone.
+    """
+    try:
+        call = _tried(model, vit)
+    except PrunexError:  # nothing is known of it
+        return
+    tail = vars(call.vit).get(TAIL)
+    done = [] if call.prepared is None else [f"prepares images before its {kind(vit)}"]
+    done += [] if tail is None else [f"makes {tail.classes} outputs of that one's {tail.given.shape[1]}"]
+    if done:
+        warnings.warn(f"{who} goes by the {kind(vit)} alone, and {kind(model)} {' and '.join(done)}", stacklevel=2)
+
+
+def answering(model: nn.Module, vit: Any) -> Any:
+    """The ViT ending in what follows it in a model, as far as one call tells; else the ViT itself."""
+    try:
+        return _tried(model, vit).vit
+    except PrunexError:
+        return vit
+
+
+def _tried(model: nn.Module, vit: Any) -> Call:
+    """A call on one image of the ViT's size."""
+    weight, embed = next(vit.parameters()), vit.patch_embed
+    image = torch.rand(1, embed.proj.in_channels, *embed.img_size, generator=torch.Generator().manual_seed(0))
+    with as_found(model, train=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return look(model, vit, image.to(weight), named=True)
 
 
 def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
@@ -265,175 +314,13 @@ def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
     return head(vit, tokens, state.policy, anatomy, sizes=state.sizes), state.trace
 
 
-class Tail:
-    """What a module makes of its ViT's output: rows [R, D] to rows [R, classes], each by itself.
-
-    Args:
-        module: The module, in eval mode.
-        vit: Its ViT.
-        blank: [1, ...], an image without content, which the module is called on when its ViT's answer is known.
-        field: Which part of the module's output is taken.
-        given: [B, D], what the ViT gave in a real call.
-        output: [B, classes], what the module gave then.
-
-    Raises:
-        PrunexError: Where images and batch have a part in the module's output beside the ViT's.
-    """
-
-    def __init__(self, module: nn.Module, vit: ViT, blank: Tensor, field: str, given: Tensor, output: Tensor) -> None:
-        self.module, self.vit, self.blank, self.field, self.given = module, vit, blank, field, given
-        self.classes = output.shape[1]
-        try:
-            # The same rows again, on blank images and among others.
-            again = self._run(torch.cat([given, -given]))
-        except PrunexError:
-            raise
-        except Exception as error:  # whatever a stranger's forward raises
-            raise _cannot(module, f"raised {type(error).__name__} on other images ({error})") from error
-        if not alike(again[: len(given)], output, _precise(given)):
-            raise _cannot(
-                module,
-                f"answers by more than its {_name(vit)}'s output for each image (by the image itself, by other images "
-                "of the batch, or by chance)",
-            )
-        self._answers = torch.cat([output, again[len(given) :]])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tail:
-        # A copy of the ViT, such as a wider one, is followed by the same module.
-        return self
-
-    def __call__(self, out: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
-        """The module's output for a ViT's output; by an arithmetic's own rule where that opens every layer."""
-        if ops.opened:
-            return ops.linear(self.linear().to(out), out)
-        answer = self._run(out.to(self.given.dtype))
-        return answer if out.dtype == self.given.dtype else answer.to(out.dtype)
-
-    def linear(self) -> nn.Linear:
-        """The tail as one linear layer.
-
-        Raises:
-            PrunexError: Where it is more than that.
-        """
-        given, width = self.given, self.given.shape[1]
-        with torch.no_grad():
-            rows = torch.cat([given.new_zeros(1, width), torch.eye(width, dtype=given.dtype, device=given.device)])
-            answers = torch.cat([self._run(part) for part in rows.split(ROWS)])
-            layer = nn.Linear(width, answers.shape[1], device=given.device, dtype=answers.dtype).requires_grad_(False)
-            layer.bias.copy_(answers[0])
-            layer.weight.copy_((answers[1:] - answers[0]).T)
-            both = layer(torch.cat([given, -given]).to(answers.dtype))
-        if not alike(both, self._answers, _precise(given)):
-            raise PrunexError(
-                f"relevance rules know linear layers behind a ViT, and {_name(self.module)} does more: use "
-                "generic_attention or rollout, or explain the ViT itself by what enters it"
-            )
-        return layer
-
-    def _run(self, out: Tensor) -> Tensor:
-        answered = []
-
-        def forward(*_: Any, **__: Any) -> Tensor:
-            answered.append(True)
-            # The module may write into it, and may call its ViT without a graph where it trains its head alone.
-            with torch.set_grad_enabled(out.requires_grad):
-                return out.clone()
-
-        whole = _with(self.module, self.vit, _answering(self.vit, forward))
-        output = whole(self.blank.expand(len(out), *self.blank.shape[1:]))
-        if len(answered) != 1:
-            raise _cannot(self.module, f"calls its {_name(self.vit)} {len(answered)} times on other images")
-        return _rows(_parts(output).get(self.field), len(out))
-
-
-def alike(a: Tensor, b: Tensor, precise: bool = True) -> bool:
-    """Whether two outputs are the same up to rounding, in relation to the largest of them.
-
-    Args:
-        a: [B, C].
-        b: Likewise.
-        precise: Whether both were computed in at least float32.
-    """
-    if a.shape != b.shape:
-        return False
-    a, b = a.detach().double(), b.detach().double()
-    both = torch.isfinite(a) | torch.isfinite(b)  # what is no number in both is alike
-    scale = torch.where(torch.isfinite(b), b.abs(), 0).max().clamp(min=1e-6)
-    return bool(((a - b).abs()[both] <= (1e-3 if precise else 0.15) * scale).all())
-
-
-def _with(module: nn.Module, vit: nn.Module, other: nn.Module) -> nn.Module:
-    """A module that shares all with this one, but for another ViT in the place of its own."""
-    compiled = module._modules.get("_orig_mod")
-    if compiled is not None:
-        return _with(compiled, vit, other)
-    if module is vit:
-        return other
-    if not any(m is vit for m in module.modules()):
-        return module
-    copied = _shallow(module)
-    children = {name: None if m is None else _with(m, vit, other) for name, m in module._modules.items()}
-    copied.__dict__["_modules"] = children
-    if hasattr(copied.__dict__.get("forward"), "_torchdynamo_orig_callable"):
-        del copied.__dict__["forward"]  # compiled for the module that this is a copy of
-    return copied
-
-
-def _answering(vit: ViT, forward: Forward) -> ViT:
-    """The ViT with another forward; hooks on it stay."""
-    copied = _shallow(vit)
-    copied.__dict__["forward"] = forward
-    return copied
-
-
-def _shallow(module: Any) -> Any:
-    """A module of its own that shares parameters, children and hooks with another."""
-    copied = object.__new__(type(module))
-    copied.__dict__.update(module.__dict__)
-    copied.__dict__["_compiled_call_impl"] = None
-    return copied
-
-
 def _chosen(module: nn.Module, answer: Any, count: int) -> tuple[str, Tensor]:
     """The one [B, classes] in a module's output, and where it is."""
-    parts = _parts(answer)
-    fitting = [name for name, value in parts.items() if _fits(value, count)]
+    parts = fields(answer)
+    fitting = [name for name, value in parts.items() if fits(value, count)]
     if "logits" in fitting:
         fitting = ["logits"]
     if len(fitting) != 1:
         what = f"several tensors [B, classes] ({', '.join(fitting)})" if fitting else "no tensor [B, classes]"
-        raise _cannot(module, f"gives {what} in its {type(answer).__name__}", "wrap it so that it gives logits alone")
-    return fitting[0], _rows(parts[fitting[0]], count)
-
-
-def _parts(answer: Any) -> dict[str, Any]:
-    """The parts of an output by name; a tensor is its own only one, named ""."""
-    if isinstance(answer, Mapping):
-        return {str(name): value for name, value in answer.items()}
-    if isinstance(answer, tuple | list):
-        return {f"[{i}]": value for i, value in enumerate(answer)}
-    if dataclasses.is_dataclass(answer):
-        return dict(vars(answer))
-    return {"": answer[:, None] if isinstance(answer, Tensor) and answer.ndim == 1 else answer}
-
-
-def _fits(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 2 and len(value) == count
-
-
-def _rows(value: Any, count: int) -> Tensor:
-    if not _fits(value, count):
-        raise Unfollowed(f"what follows the ViT gave no tensor [{count}, classes] for {count} images")
-    return value
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def _cannot(module: nn.Module, what: str, instead: str = "") -> Unfollowed:
-    """The error for a module that cannot be explained as a whole."""
-    return Unfollowed(
-        f"{_name(module)} {what}, so it cannot be explained as a whole: {instead and instead + ', or '}explain the ViT "
-        "itself (module.model or as it is called there) by the tensor that enters it"
-    )
+        raise cannot(module, f"gives {what} in its {type(answer).__name__}", "wrap it so that it gives logits alone")
+    return fitting[0], rows_of(parts[fitting[0]], count)

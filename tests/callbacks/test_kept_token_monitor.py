@@ -88,7 +88,13 @@ def test_features_are_no_predictions(tmp_path):
             self.net = torch.nn.Sequential(tiny(num_classes=0).train(), torch.nn.Linear(48, 5))
 
         def forward(self, x):
-            return self.net(x)
+            return self.net[0](x)
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.net[1](self(batch[0])), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.net[1](self(batch[0]))
 
     run = trainer(tmp_path, TokenPruning("topk"), KeptTokenMonitor(images=4))
     run.fit(Headless(), loader(8), loader(8))

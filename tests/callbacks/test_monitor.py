@@ -226,9 +226,15 @@ def test_batches_without_images_are_told(tmp_path):
         def validation_step(self, batch, batch_idx):
             self(batch[0].float())
 
+    class Elsewhere(Plain):
+        def validation_step(self, batch, batch_idx):
+            return None
+
     x = DataLoader(list(zip((data(4)[0] * 9).to(torch.uint8), data(4)[1], strict=True)), 2)
     with pytest.raises(PrunexError, match=r"KeptTokenMonitor found no images in the validation batch \(list\)"):
-        fit(tmp_path, KeptTokenMonitor(), module=Bytes(), validate=x)
+        fit(tmp_path, KeptTokenMonitor(), module=Elsewhere(), validate=x)
+    fit(tmp_path, KeptTokenMonitor(), module=Bytes(), validate=x)  # what its step makes of them entered the ViT
+    assert maps(tmp_path, 0)["images"].shape == (4, 32, 32, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])

@@ -63,14 +63,37 @@ class Headless(Plain):
         return self.net(x)
 
 
+class Features(Headless):
+    """The same, whose head is reached from its steps alone."""
+
+    def forward(self, x):
+        return self.net[0](x)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net[1](self(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.net[1](self(batch[0]))
+
+
+def test_a_head_behind_a_vit_without_one_gives_the_classes(tmp_path):
+    module = Headless()
+    run = trainer(tmp_path, TokenPruning("topk"), RelevancyMonitor(["rollout", "tokentm"], images=4))
+    run.fit(module, loader(8), loader(8))
+    module.eval()
+    with np.load(tmp_path / "maps" / "epoch=000.npz", allow_pickle=False) as found:
+        assert found["target/tokentm"].tolist() == module(data(8)[0][:4]).argmax(1).tolist()
+        assert found["predicted"].tolist() == found["target/tokentm"].tolist()
+
+
 def test_a_model_without_classifier(tmp_path):
     """Methods that need no class draw; one that does says so before training, not after the first epoch."""
     run = trainer(tmp_path, TokenPruning("topk"), RelevancyMonitor(["rollout"], images=4))
-    run.fit(Headless(), loader(8), loader(8))
+    run.fit(Features(), loader(8), loader(8))
     with np.load(tmp_path / "maps" / "epoch=000.npz", allow_pickle=False) as found:
         assert "predicted" not in found.files
         assert (found["target/rollout"] == -1).all()
-    module = Headless()
+    module = Features()
     run = trainer(tmp_path, TokenPruning("topk"), RelevancyMonitor(["rollout", "tokentm"], images=4))
     with pytest.raises(PrunexError, match="classifier"):
         run.fit(module, loader(8), loader(8))

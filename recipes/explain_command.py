@@ -37,6 +37,7 @@ from prunex.recipes.runs import add_normalisation, add_range, open_model_or_name
 from prunex.registry import lookup
 from prunex.untrusted import is_there, read_json, readable
 from prunex.vit.anatomy import find, read
+from prunex.vit.surroundings import ASKING
 
 MANY = 1000  # forwards an image from which a method's cost is announced
 PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so many times what one took
@@ -229,9 +230,14 @@ class Explainers:
 
 @contextmanager
 def _forwards(vit: Any) -> Iterator[list[int]]:
-    """Collect the batch sizes of all that goes through the last block."""
+    """Collect the batch sizes of all that goes through the last block for an explanation."""
     sizes: list[int] = []
-    handle = vit.blocks[-1].norm1.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        if not ASKING.get():
+            sizes.append(len(inputs[0]))
+
+    handle = vit.blocks[-1].norm1.register_forward_pre_hook(count)
     try:
         yield sizes
     finally:

@@ -8,6 +8,7 @@ altered, so that several threads may look at it. What follows the ViT is a funct
 from __future__ import annotations
 
 import warnings
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -75,8 +76,12 @@ class Call(Brief):
             known = _CHECKED.get(self.vit)
             if known is not None and known[0] == state and method in known[1]:
                 return
-            with torch.no_grad():
-                output, own = own_output(self.vit, self.entered[:1])
+            running = ASKING.set(True)
+            try:
+                with torch.no_grad():
+                    output, own = own_output(self.vit, self.entered[:1])
+            finally:
+                ASKING.reset(running)
         if output.ndim != 2:
             return  # tokens, of which an explainer may need some alone
         # Quantised layers round their inputs, too, and fall on the other side wherever these differ in the last bit.
@@ -100,13 +105,24 @@ class Call(Brief):
         warnings.warn(f"{text} (in low precision this may be rounding)", stacklevel=3)
 
 
+ASKING: ContextVar[bool] = ContextVar("asking", default=False)  # whether a check runs, for who counts forwards
 _CHECKED: WeakKeyDictionary[nn.Module, tuple[int, frozenset[str]]] = WeakKeyDictionary()
 
 
 def _state(vit: nn.Module) -> int:
-    """A number that changes with a ViT's weights, layers and hooks."""
+    """A number that changes with a ViT's weights, layers and hooks; prunex's own are known."""
     layers = [
-        (id(m), type(m), tuple(m._forward_hooks), tuple(m._forward_pre_hooks), tuple(vars(m))) for m in vit.modules()
+        (
+            id(m),
+            type(m),
+            tuple(vars(m)),
+            *(
+                id(hook)
+                for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+                if not str(getattr(hook, "__module__", "")).startswith("prunex.")
+            ),
+        )
+        for m in vit.modules()
     ]
     tensors = [
         (id(t), type(t), -1 if t.is_inference() else t._version) for t in (*vit.parameters(), *vit.buffers())

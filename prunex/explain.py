@@ -106,6 +106,7 @@ class Explanation(Brief):
         if images is None and self.entered is None:
             raise PrunexError("the ViT was given the images as they were: give them to overlay(), too")
         images = self.entered if images is None else images
+        pictures: Any
         if isinstance(images, Tensor):
             shown = images.detach().float().cpu()
             if shown.ndim != 4 or shown.shape[1] not in (1, 3):

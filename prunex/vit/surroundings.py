@@ -325,7 +325,8 @@ def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
         inner: Any = vit
         out, tail = type(inner).forward(inner, images), vars(vit).get(TAIL)
         return out if tail is None else tail(out), None
-    anatomy, attached = own_anatomy(vit), vit.prunex
+    attached: Any = vit.prunex
+    anatomy = own_anatomy(vit)
     tokens, state = run(vit, images, anatomy, own_pruners(vit), masked=bool(attached.masked))
     return head(vit, tokens, state.policy, anatomy, sizes=state.sizes), state.trace
 

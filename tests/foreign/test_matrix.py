@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import prunex
 from prunex import PrunexError
@@ -107,7 +108,7 @@ UNITS = [
 LOUD = [
     Case(m.WalksBlocks, "evit", "forward", callbacks=export),
     Case(m.WalksBlocks, "dynamicvit", "forward"),
-    Case(m.RunsAnother, "topk", "forward"),
+    Case(m.RunsAnother, "topk", "did not run"),
     Case(m.Hidden, "evit", "ViT"),
     Case(m.Ambiguous, "evit", "ViTs"),
     Case(m.Subclassed, "evit", "OwnForward"),
@@ -291,16 +292,16 @@ def test_pruned_units_are_right(case, tmp_path):
 @pytest.mark.parametrize("case", LOUD, ids=str)
 def test_what_cannot_be_right_is_said(case, tmp_path):
     torch.manual_seed(0)
-    steps = []
-    original = torch.optim.AdamW.step
+    module = case.module()
+    stepped = []
+    hook = register_optimizer_step_post_hook(lambda *_: stepped.append(1))
     try:
-        torch.optim.AdamW.step = lambda self, *a, **k: (steps.append(1), original(self, *a, **k))[1]
-        _, _, said, _ = fit(case, tmp_path)
+        said = fit(case, tmp_path, module)[2]
     except PrunexError as error:
         said = [str(error)]
-        assert not steps or case.module is m.OwnAverage, "refused only after training had begun"
+        assert not stepped, "refused only after training had begun"
     finally:
-        torch.optim.AdamW.step = original
+        hook.remove()
     words = case.ends.split("|")
     assert any(word in line for line in said for word in words), said
 

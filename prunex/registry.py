@@ -45,7 +45,7 @@ class Method:
         return options_of(self.make)
 
 
-def options_of(make: Callable[..., Any]) -> dict[str, Any]:
+def options_of(make: Any) -> dict[str, Any]:
     """Options with their defaults: a function's keyword-only ones, or what a class can be built without.
 
     A class that hands ``**options`` on to what it is made from has their defaults as ``handed_on``.

@@ -123,7 +123,7 @@ def _rgb(image: Image.Image, value_range: int) -> Image.Image:
 _TURN = 0x0112  # EXIF's orientation
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: Any) -> bool:
     """Whether it holds 16 bits a channel; of several channels Pillow would read the upper eight."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return True
@@ -133,7 +133,7 @@ def _is_deep(image: Image.Image) -> bool:
     return any("16B" in mode for mode in modes)
 
 
-def _deep(image: Image.Image, value_range: int) -> NDArray[np.int64]:
+def _deep(image: Any, value_range: int) -> NDArray[np.int64]:
     """Its pixels, [H, W] or [H, W, 3], none of them beyond the range."""
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)

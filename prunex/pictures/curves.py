@@ -136,7 +136,8 @@ def _draw(
         if bands and name in bands:
             low, high = (_band(name, steps, end) for end in bands[name])
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    axes.set_ylim(*_span(*axes.dataLim.intervaly, percent))
+    bottom, top = axes.dataLim.intervaly
+    axes.set_ylim(*_span(bottom, top, percent))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if percent:

@@ -45,12 +45,13 @@ def record_slim(run: Path, slim: Path) -> None:
 
 
 def record_metrics(trainer: Trainer, folder: Path) -> None:
-    """Note this epoch's metrics, for a run without a ``CSVLogger``; the same epoch once, however many callbacks ask.
+    """Note this epoch's metrics where the run's folder is no ``CSVLogger``'s; the same epoch once, whoever asks.
 
     Call it on rank zero, when a training epoch ends. A metric that stayed as it was is noted only in epochs that were
     validated: else it is the last validation's, which the Trainer still holds.
     """
-    if any(isinstance(logger, CSVLogger) for logger in trainer.loggers) or getattr(trainer, "fast_dev_run", False):
+    # The first logger's folder is the run's: a CSVLogger behind it writes into another one.
+    if isinstance(trainer.logger, CSVLogger) or getattr(trainer, "fast_dev_run", False):
         return
     epoch = trainer.current_epoch
     if trainer not in _ROWS:

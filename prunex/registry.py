@@ -51,7 +51,8 @@ def options_of(make: Any) -> dict[str, Any]:
     A class that hands ``**options`` on to what it is made from has their defaults as ``handed_on``.
     """
     parameters = inspect.signature(make).parameters.values()
-    if not inspect.isclass(make):
+    is_function = not inspect.isclass(make)  # named, since asking in place would make a bare type of it
+    if is_function:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     handed_on = dict(make.handed_on) if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
     return {p.name: p.default for p in parameters if p.default is not p.empty} | handed_on

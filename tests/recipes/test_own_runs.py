@@ -25,6 +25,7 @@ def without_onnx(monkeypatch):
 LOGGERS = {
     "tensorboard": (lambda folder: TensorBoardLogger(str(folder)), "lightning_logs/version_0"),
     "csv": (csv_logger, "run/version_0"),
+    "both": (lambda folder: [TensorBoardLogger(str(folder)), csv_logger(folder)], "lightning_logs/version_0"),
     "none": (lambda folder: False, "."),
     "service": (lambda folder: WandbLogger(str(folder)), None),
 }

@@ -45,7 +45,7 @@ def own_norm(vit):
     vit.norm = Mine()
 
 
-@pytest.mark.parametrize("change", [sequential, parametrized, adapter, own_norm])
+@pytest.mark.parametrize("change", [sequential, adapter, own_norm])
 def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path, change):
     module = Steps()
     change(module.vit)
@@ -64,6 +64,18 @@ def test_a_head_by_assignment(tmp_path):
     module.eval()
     with torch.no_grad():
         assert small(x).shape == (2, 5)
+        assert torch.allclose(small(x), module(x), atol=1e-6)
+
+
+def test_a_reparametrised_layer_is_written_as_a_plain_one(tmp_path):
+    module = Plain()
+    parametrized(module.vit)
+    trainer(tmp_path, TokenPruning("evit"), SlimExport(str(tmp_path), formats=[])).fit(module, loader())
+    small, x = prunex.load(tmp_path / "slim"), torch.randn(2, 3, 32, 32)
+    module.eval()
+    assert type(small.blocks[0].mlp.fc1) is nn.Linear
+    assert not nn.utils.parametrize.is_parametrized(small.blocks[0].mlp.fc1)
+    with torch.no_grad():
         assert torch.allclose(small(x), module(x), atol=1e-6)
 
 

@@ -101,7 +101,7 @@ def _callbacks(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 def _configs(arguments: Sequence[str]) -> list[tuple[str, str]]:
     split = [a.partition("=") for a in arguments]
-    after = [*arguments[1:], ""]
+    after = [*arguments, ""][1:]  # of none there is none
     return [
         (name, value if equals else follows)
         for (name, equals, value), follows in zip(split, after, strict=True)

@@ -230,7 +230,7 @@ def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str 
         method: The pruning method.
 
     >>> options_of("SlimExport")
-    ['folder', 'monitor', 'mode', 'formats', 'model']
+    ['folder', 'monitor', 'mode', 'formats', 'model', 'mean', 'std']
     """
     paths = [entry["class_path"] for entry in callbacks if _kind(entry) == kind] or [kind]
     names = parameters(paths[0])

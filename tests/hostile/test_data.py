@@ -270,6 +270,7 @@ model:
     architecture: vit_tiny_patch16_224
     num_classes: null
     model_args: {img_size: 32, patch_size: 8, embed_dim: 48, depth: 4, num_heads: 3}
+    from_scratch: true
 data:
   class_path: prunex.recipes.ImageFolder
   init_args: {root: photos, image_size: 32, batch_size: 8}

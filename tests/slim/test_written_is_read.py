@@ -204,9 +204,9 @@ def test_another_head_is_refused_by_name_before_training(tmp_path, head):
 def test_weights_that_nobody_computes_with_are_refused(tmp_path, dtype):
     model = tiny(depth=1)
     model.blocks[0].mlp.fc1.weight = nn.Parameter(model.blocks[0].mlp.fc1.weight.to(dtype), requires_grad=False)
-    with pytest.raises(PrunexError, match=r"blocks\.0\.mlp\.fc1\.weight"):
+    with pytest.raises(PrunexError, match=r"blocks\.0\.mlp\.fc1 "):
         check_savable(model)
-    with pytest.raises(PrunexError, match=r"blocks\.0\.mlp\.fc1\.weight"):
+    with pytest.raises(PrunexError, match=r"blocks\.0\.mlp\.fc1 "):
         prunex.save(model, tmp_path / "slim")
     assert not any(tmp_path.iterdir())
 
@@ -214,7 +214,7 @@ def test_weights_that_nobody_computes_with_are_refused(tmp_path, dtype):
 def test_a_head_that_has_not_seen_its_input_is_refused():
     model = tiny(depth=1)
     model.head = nn.LazyLinear(3)
-    with pytest.raises(PrunexError, match=r"head\.weight, which is a UninitializedParameter"):
+    with pytest.raises(PrunexError, match=r"head .*UninitializedParameter"):
         check_savable(model)
 
 

@@ -391,13 +391,6 @@ def test_limit_of_masks():
     handle.remove()
     # 48 channels are at most 48 masks; the single image is compared with the model's own forward, once for each model.
     assert counts == [2, 12, 1, 2, 50, 46]
-        2,
-        12,
-        1,
-        2,
-        50,
-        46,
-    ]  # 48 channels are at most 48 masks; 1 is compared with the model's own forward
 
 
 def ranks(values):

@@ -71,7 +71,7 @@ def _held(holder: Any, where: str, seen: set[int], deep: int) -> Iterator[tuple[
     if isinstance(holder, nn.Module) and not any(id(m) in seen for m in holder.modules() if m is not holder):
         yield where, list(holder.parameters())
         return
-    parts = holder.items() if isinstance(holder, Mapping) else None
+    parts: Any = holder.items() if isinstance(holder, Mapping) else None
     if parts is None:
         parts = enumerate(holder) if isinstance(holder, list | tuple) else getattr(holder, "__dict__", {}).items()
     parts = list(islice(parts, _MOST))

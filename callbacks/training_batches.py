@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,12 +56,12 @@ def training_batches(trainer: Trainer, module: LightningModule, vit: Any) -> Ite
             walk.close()
 
 
-def _walk(trainer: Trainer, module: LightningModule, vit: Any) -> Iterator[Any]:
+def _walk(trainer: Trainer, module: LightningModule, vit: Any) -> Generator[Any, None, None]:
     step = _bare_step(module)
     moved = "dataloader_iter" not in inspect.signature(step).parameters  # else the step fetches batches itself
     follow = moved
     # The loaders' own objects are busy: their iterators were made when the fit began, and persistent ones are shared.
-    mode = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
+    mode: Any = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
     loaders = CombinedLoader(trainer.train_dataloader, mode)
     loaders.flattened = [_apart(loader) for loader in loaders.flattened]
     for batch, index, _ in loaders:

@@ -92,7 +92,7 @@ def _callbacks(arguments: Sequence[str]) -> list[dict[str, Any]]:
             continue
         listed = _tree(path, name).get("trainer")
         listed = listed.get("callbacks") if isinstance(listed, dict) else None
-        entries = listed if isinstance(listed, list) else [listed]
+        entries: list[Any] = listed if isinstance(listed, list) else [listed]
         entries = [{"class_path": e} if isinstance(e, str) else e for e in entries]
         if all(isinstance(e, dict) and isinstance(e.get("class_path"), str) for e in entries):
             found = entries
@@ -206,7 +206,7 @@ def _other_method(options: dict[str, Any], kind: str, method: str) -> None:
         takes = accepted(lookup("pruner", method).make)
     except PrunexError:  # an interpolation, or a name that the callback will refuse
         return
-    odd = [name for name in ("keep_ratio", "stages") if name in options and name not in takes]
+    odd: list[str] = [name for name in ("keep_ratio", "stages") if name in options and name not in takes]
     odd += ["options"] if any(name not in takes for name in options.get("options") or ()) else []
     for name in odd:
         print(f"prunex: {name}={options[name]!r} of the config is left out: {method} does not take it", file=sys.stderr)

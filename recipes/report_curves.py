@@ -113,8 +113,8 @@ def _named(key: str, values: Sequence[float]) -> tuple[str, str, str]:
         return _LAST, name, ""
     if re.search(r"keep|kept", rest, re.IGNORECASE) and all(0 <= value <= 1 for value in values):
         return "Patches kept", name, "share"
-    words = _words(rest)
-    return words[:1].upper() + words[1:], _words(part) or words, ""
+    title = _words(rest)
+    return title[:1].upper() + title[1:], _words(part) or title, ""
 
 
 def _words(text: str) -> str:

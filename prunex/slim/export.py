@@ -80,7 +80,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
         for module, package in _NEEDS.items():
             if find_spec(module) is None:
                 raise PrunexError(f"ONNX export needs {package}: pip install 'prunex-vit[onnx]', or export to .pt2")
-    small = slim(model).float().cpu()
+    small: Any = slim(model).float().cpu()
     anatomy = outline(small)
     if kept and isinstance(small, SwinTransformer):
         raise PrunexError("kept=True: a Swin's tokens are not pruned, so there is no kept map; leave it out")

@@ -184,11 +184,11 @@ def _cut_all(model: Any, local: WidthSpec) -> Slices:
     slices: Slices = {}
     blocks = list(blocks_of(model))
     for number, kept in local.heads.items():
-        _take_heads(blocks[number][1].attn, kept, slices)
+        _take_heads(blocks[number][1].attn, tuple(kept), slices)
     for number in local.query_dims:
         _take_dims(blocks[number][1].attn, local.query_dims[number], local.value_dims[number], slices)
     for number, kept in local.channels.items():
-        _take_channels(blocks[number][1].mlp, kept, slices)
+        _take_channels(blocks[number][1].mlp, tuple(kept), slices)
     if local.embedding is not None:
         _take_embedding(model, local.embedding, slices)
     if local.blocks is not None:

@@ -18,8 +18,8 @@ import torch
 from measure import Timing, options, side_by_side, start, table
 
 import prunex
-from prunex.explainers.diffmask import DiffMaskExplainer
-from prunex.explainers.vit_shapley import ShapleyExplainer
+from prunex.learned.diffmask import DiffMaskExplainer
+from prunex.learned.vit_shapley import ShapleyExplainer
 
 # Name, explainer, options, passes: F forwards, B activation-only backwards, L backwards of one block, R relevance.
 CHEAP: list[tuple[str, str, dict[str, Any], str]] = [

@@ -36,8 +36,8 @@ import prunex
 from prunex.callbacks import RelevancyGuidance, TokenPruning
 from prunex.metrics import agreement, energy_inside, perturbation, perturbation_auc
 from prunex.recipes import DigitScenes, ImageClassifier
+from prunex.recipes.commands.score_data import spaced
 from prunex.recipes.runs import evaluate, instantiate, read_run
-from prunex.recipes.score_data import spaced
 
 HELD_OUT_EVERY = 5  # of the training images of a folder, with --tune
 KEY = ("method", "keep_ratio", "weight", "seed", "epochs", "train_size")

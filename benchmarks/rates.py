@@ -31,7 +31,7 @@ import prunex
 from prunex.callbacks import TokenPruning
 from prunex.pruners.base import accepted
 from prunex.recipes import ImageClassifier, ImageFolder
-from prunex.recipes.backbone import SaveWeights
+from prunex.recipes.modules.backbone import SaveWeights
 from prunex.recipes.runs import evaluate
 from prunex.registry import lookup
 

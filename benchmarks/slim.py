@@ -25,7 +25,7 @@ from measure import Timing, options, side_by_side, start, told
 from torch import Tensor, nn
 
 import prunex
-from prunex.recipes.bench_command import session
+from prunex.recipes.commands.bench import session
 from prunex.recipes.timing import quartiles
 from prunex.vit.units import branches
 from prunex.vit.widths import WidthSpec, narrow

@@ -32,10 +32,10 @@ from prunex.callbacks import MaskPruning, TokenPruning
 from prunex.errors import PrunexError
 from prunex.pictures import curves, save_png
 from prunex.pruners.base import accepted
-from prunex.pruners.units import UnitPruner
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.runs import evaluate
 from prunex.registry import lookup
+from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import read
 
 ARCHITECTURE = "vit_tiny_patch16_224"

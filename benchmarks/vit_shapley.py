@@ -20,10 +20,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import prunex
-from prunex.explainers.removal import Removal
 from prunex.explainers.shap import estimate
-from prunex.explainers.vit_shapley import load_explainer
+from prunex.learned.vit_shapley import load_explainer
 from prunex.recipes.runs import instantiate, read_run
+from prunex.removal.game import Removal
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prunex.attach import CHILD, UNITS
+from prunex.attach import UNITS
 from prunex.errors import PrunexError
+from prunex.handles.tokens import CHILD
 
 SWA = "StochasticWeightAveraging"
 

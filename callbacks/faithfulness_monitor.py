@@ -24,8 +24,8 @@ from prunex.callbacks.monitor import (
 )
 from prunex.errors import PrunexError
 from prunex.files import write_whole
-from prunex.metrics.occlusion import REMOVALS
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
+from prunex.removal.occlusion import REMOVALS
 from prunex.vit.readout import classifies, outputs
 from prunex.vit.surroundings import answering
 

@@ -20,13 +20,12 @@ from prunex.callbacks.participant import Participant, progress, tell_hparams
 from prunex.callbacks.runs import Runs
 from prunex.callbacks.token_pruning import TokenPruning
 from prunex.callbacks.training_batches import training_batches
-from prunex.checks import check_flag, check_number, check_options, check_whole
+from prunex.checks import check_budget, check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError
+from prunex.handles.units import UnitPruning
 from prunex.pruners.base import accepted
-from prunex.pruners.budget import check_budget
-from prunex.pruners.units import UnitPruner
-from prunex.pruners.xpruner import XPruner
-from prunex.unit_pruning import UnitPruning
+from prunex.units.base import UnitPruner
+from prunex.units.xpruner import XPruner
 from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone
 

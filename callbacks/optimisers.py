@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from prunex.attach import Pruning
 from prunex.errors import PrunexError
+from prunex.handles.tokens import Pruning
 from prunex.vit.optimisers import chain
 
 

@@ -13,7 +13,7 @@ from prunex.callbacks.participant import Participant
 from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError
 from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
-from prunex.pruners.xpruner import XPruner
+from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find
 from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone

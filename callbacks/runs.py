@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from prunex.attach import Pruning
 from prunex.errors import PrunexError
-from prunex.unit_pruning import UnitPruning
+from prunex.handles.tokens import Pruning
+from prunex.handles.units import UnitPruning
 from prunex.vit.units import blocks_of
 
 

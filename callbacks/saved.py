@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from prunex.attach import CHILD, UNITS, Pruning
+from prunex.attach import UNITS
 from prunex.callbacks.layers import put_round
 from prunex.errors import PrunexError
-from prunex.handle import MARK
-from prunex.unit_pruning import UnitPruning
+from prunex.handles.base import MARK
+from prunex.handles.tokens import CHILD, Pruning
+from prunex.handles.units import UnitPruning
 
 CHECKPOINT_KEY = "prunex"
 CHECKPOINT_VERSION = 1

@@ -24,11 +24,11 @@ from prunex.callbacks.participant import Participant, progress, tell_hparams
 from prunex.callbacks.rates import give_rates
 from prunex.callbacks.runs import Runs
 from prunex.callbacks.training_batches import training_batches
-from prunex.checks import check_number, check_options
+from prunex.checks import check_budget, check_number, check_options
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
-from prunex.pruners.budget import check_budget, in_words
-from prunex.pruners.units import UnitPruner
+from prunex.pruners.budget import in_words
+from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import ViT
 from prunex.vit.surroundings import check_own_classes
 

@@ -19,9 +19,9 @@ from prunex.callbacks.described import names_of
 from prunex.callbacks.monitor import Monitor, log_picture, moment, run_folder
 from prunex.explainers.head_maps import head_maps
 from prunex.files import write_whole
+from prunex.handles.units import UnitPruning
 from prunex.pictures import class_heads, head_attention, save_png, unit_widths
-from prunex.pruners.xpruner import UnitRelevance
-from prunex.unit_pruning import UnitPruning
+from prunex.units.xpruner import UnitRelevance
 from prunex.vit.anatomy import find
 from prunex.vit.units import Backbone
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from prunex.errors import PrunexError
 from prunex.pictures.mosaic import spaced
 from prunex.recipes import ImageFolder
-from prunex.recipes.explain_command import Explainers, read_options
-from prunex.recipes.folder import IMAGENET_MEAN, IMAGENET_STD
+from prunex.recipes.commands.explain import Explainers, read_options
+from prunex.recipes.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from prunex.recipes.runs import open_model
 from prunex.vit.anatomy import find, read
 

@@ -2,6 +2,7 @@
 
 import importlib as _importlib
 import sys as _sys
+import types as _types
 import typing as _typing
 from pathlib import Path as _Path
 
@@ -10,15 +11,28 @@ if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir() and s
     # In a checkout, callbacks/, recipes/ and configs/ lie beside this folder; an installed wheel has them inside it.
     __path__.append(str(_root))
 
-__version__ = "0.1.0"
+from prunex.version import __version__ as __version__
 
-from prunex.errors import PrunexError
-from prunex.attach import Pruning, attach, attached
-from prunex.explain import Explanation, explain
-from prunex.registry import methods
-from prunex.vit.cost import Cost, cost
-from prunex.slim import export, load, save, slim
-from prunex.vit.widths import WidthSpec
+# Where public names live. Nothing of it is imported before it is used: `prunex --help` needs no torch.
+_PLACES = {
+    "Cost": "vit.cost",
+    "Explanation": "explain",
+    "PrunexError": "errors",
+    "Pruning": "handles.tokens",
+    "WidthSpec": "vit.widths",
+    "attach": "attach",
+    "attached": "attach",
+    "cost": "vit.cost",
+    "explain": "explain",
+    "export": "slim",
+    "load": "slim",
+    "methods": "catalogue",
+    "save": "slim",
+    "slim": "slim",
+}
+
+# Rooms with public names of their own.
+_ROOMS = ("callbacks", "configs", "explainers", "metrics", "pictures", "pruners", "recipes")
 
 __all__ = [
     "Cost",
@@ -37,18 +51,36 @@ __all__ = [
     "slim",
 ]
 
-# Rooms with public names of their own. What needs Lightning, torchmetrics or matplotlib is imported when it is used.
-_ROOMS = ("callbacks", "configs", "explainers", "metrics", "pictures", "pruners", "recipes")
-
 if _typing.TYPE_CHECKING:
     from prunex import callbacks as callbacks, configs as configs, explainers as explainers, metrics as metrics
     from prunex import pictures as pictures, pruners as pruners, recipes as recipes
+    from prunex.attach import attach as attach, attached as attached
+    from prunex.handles.tokens import Pruning as Pruning
+    from prunex.catalogue import methods as methods
+    from prunex.errors import PrunexError as PrunexError
+    from prunex.explain import Explanation as Explanation, explain as explain
+    from prunex.slim import export as export, load as load, save as save, slim as slim
+    from prunex.vit.cost import Cost as Cost, cost as cost
+    from prunex.vit.widths import WidthSpec as WidthSpec
 else:
 
     def __getattr__(name):
         if name in _ROOMS:
             return _importlib.import_module(f"prunex.{name}")
-        raise AttributeError(f"module 'prunex' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
+        if name not in _PLACES:
+            raise AttributeError(f"module 'prunex' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
+        value = getattr(_importlib.import_module(f"prunex.{_PLACES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    class _Package(_types.ModuleType):
+        """Importing prunex/attach.py would bind that file to ``prunex.attach``, which is the function."""
+
+        def __setattr__(self, name, value):
+            if not (name in _PLACES and isinstance(value, _types.ModuleType)):
+                super().__setattr__(name, value)
+
+    _sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -93,3 +94,34 @@ def check_options(options: Any) -> dict[str, Any]:
     if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
         raise PrunexError(f"options={options!r} is not allowed: give a dict of options by name, or None")
     return dict(options or {})
+
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+_WRITTEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)macs?\s*", re.IGNORECASE)
+
+
+def check_budget(budget: Any, dense: int = 1) -> float:
+    """Multiply-adds of one image that a budget allows.
+
+    Args:
+        budget: Share of the dense model's in (0, 1], or a number of them such as "2.9GMACs" or "400MMACs".
+        dense: Multiply-adds of the dense model; of no matter where only the form is checked.
+
+    Raises:
+        PrunexError: For anything else.
+
+    >>> check_budget(0.5, 1000), check_budget("2.9GMACs", 4_600_000_000)
+    (500.0, 2900000000.0)
+    """
+    if isinstance(budget, str) and (written := _WRITTEN.fullmatch(budget)):
+        macs = float(written[1]) * _UNITS[written[2].lower()]
+        if macs > 0:
+            return macs
+    elif isinstance(budget, int | float) and not isinstance(budget, bool) and 0 < budget <= 1:
+        return float(budget) * dense
+    raise PrunexError(
+        f"budget={budget!r} is not allowed: give a share of the dense model's multiply-adds in (0, 1], such as 0.65, "
+        "or their number for one image, such as '2.9GMACs' or '400MMACs'"
+    )

@@ -15,9 +15,9 @@ from prunex.checks import check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.explain import explain
 from prunex.pruners.base import Forward
-from prunex.pruners.relevance import Relevance
-from prunex.pruners.xpruner import XPruner
 from prunex.registry import lookup
+from prunex.units.relevance import Relevance
+from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find, head_classes, read
 from prunex.vit.mount import as_found
 from prunex.vit.surroundings import check_own_classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,14 +57,14 @@ def options_of(make: Any) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | handed_on
 
 
-_METHODS: dict[tuple[str, str], Method] = {}
+METHODS: dict[tuple[str, str], Method] = {}
 
 
 def register(kind: str, name: str, paper: str, needs: str) -> Callable[[T], T]:
     """Class or function decorator that makes a method known under its name."""
 
     def add(make: T) -> T:
-        _METHODS[kind, name] = Method(name, kind, paper, needs, make)  # type: ignore[arg-type]
+        METHODS[kind, name] = Method(name, kind, paper, needs, make)  # type: ignore[arg-type]
         return make
 
     return add
@@ -77,27 +76,10 @@ def lookup(kind: str, name: str) -> Method:
     Raises:
         PrunexError: When there is none; near names are offered and all are listed.
     """
-    known = [n for k, n in _METHODS if k == kind]
+    known = [n for k, n in METHODS if k == kind]
     if not isinstance(name, str) or name not in known:
-        other = [k for k, n in _METHODS if n == name]
+        other = [k for k, n in METHODS if n == name]
         if other:
             raise PrunexError(f"unknown {kind} {name!r}: it is of kind {other[0]!r}. Known: {', '.join(sorted(known))}")
         raise unknown(kind, name, known)
-    return _METHODS[kind, name]
-
-
-def methods(kind: str | None = None) -> list[Method]:
-    """Every pruner, explainer and metric, sorted by kind and name.
-
-    Args:
-        kind: Only this kind, or all.
-
-    >>> import prunex
-    >>> [m.name for m in prunex.methods("pruner")][:4]
-    ['diffmask', 'dynamicvit', 'evit', 'hvt']
-    """
-    importlib.import_module("prunex.metrics")  # only now: torchmetrics takes a second to import
-    kinds = {k for k, _ in _METHODS}
-    if kind is not None and kind not in kinds:
-        raise unknown("kind of method", kind, kinds)
-    return sorted((m for (k, _), m in _METHODS.items() if kind in (None, k)), key=lambda m: (m.kind, m.name))
+    return METHODS[kind, name]

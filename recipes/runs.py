@@ -20,7 +20,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 import prunex
-from prunex.attach import CHILD
 from prunex.attributes import class_names, read_normalisation
 from prunex.batches import parts
 from prunex.callbacks.checkpoints import read_checkpoint, restore, told
@@ -28,9 +27,10 @@ from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.record import RECORD, read_record
 from prunex.errors import PrunexError
 from prunex.files import write_whole
-from prunex.recipes.backbone import create_model, model_from_weights
-from prunex.recipes.explainer_training import ExplainerTraining
-from prunex.recipes.report_curves import macs_unit
+from prunex.handles.tokens import CHILD
+from prunex.recipes.modules.backbone import create_model, model_from_weights
+from prunex.recipes.modules.explainer_training import ExplainerTraining
+from prunex.recipes.report.curves import macs_unit
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find, head_classes
@@ -183,7 +183,7 @@ def add_normalisation(parser: Any) -> None:
 
 
 def add_range(parser: Any) -> None:
-    """The argument ``--range``, for :func:`~prunex.recipes.images.choose_range`."""
+    """The argument ``--range``, for :func:`~prunex.recipes.data.images.choose_range`."""
     parser.add_argument(
         "--range",
         type=int,
@@ -352,7 +352,7 @@ def forward(model: nn.Module, images: Tensor) -> Any:
 def compare(
     models: dict[str, nn.Module], batches: Iterable[Any], accuracy: bool | set[str] = True, limit: int | None = None
 ) -> dict[str, Any]:
-    """What :func:`prunex.recipes.report.write_report` shows in its cost table.
+    """What :func:`prunex.recipes.report.page.write_report` shows in its cost table.
 
     Args:
         models: ViTs by the name to show.

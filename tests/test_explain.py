@@ -9,10 +9,10 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError, registry
-from prunex.explainers.base import recording
 from prunex.metrics import removal_curves
-from prunex.metrics.occlusion import on_pixels
 from prunex.metrics.scoring import scores
+from prunex.removal.occlusion import on_pixels
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, TRAINED, explain
 from tests.vits import images, images_for, relative, tiny
@@ -337,7 +337,7 @@ def test_methods_finer_than_a_patch_and_what_they_found_out(monkeypatch, fine):
             extra = {"pixels": found, "info": {"total": found.sum((1, 2))}} if fine else {}
             return recorded.answer(row, raw=x, signed=True, **extra)
 
-    monkeypatch.setitem(registry._METHODS, ("explainer", "toy"), registry.Method("toy", "explainer", "", "", toy))
+    monkeypatch.setitem(registry.METHODS, ("explainer", "toy"), registry.Method("toy", "explainer", "", "", toy))
     x = images().requires_grad_()
     e = prunex.explain("toy", tiny(), x)
     assert e.raw.equal(x)

@@ -5,7 +5,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import prunex
-from prunex.vit.attention import under_policy
+from prunex.vit.policy import under_policy
 from tests.explainers.quick import EXPLAINERS, explain
 from tests.vits import MORE_FAMILIES, images_for, tiny
 

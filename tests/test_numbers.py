@@ -10,10 +10,11 @@ from torch.func import functional_call
 
 import prunex
 from prunex import pictures
+from prunex.learned.diffmask import log_keep, log_votes, sample
 from prunex.metrics.localization import foreground_auc, mean_ap
 from prunex.metrics.scoring import MEASURES, interval, scores
-from prunex.pruners.diffmask import log_keep, log_votes, sample
-from prunex.vit.attention import KeyWeights, fused, latent, rows, under_policy
+from prunex.vit.attention import KeyWeights, fused, latent, rows
+from prunex.vit.policy import under_policy
 from tests.explainers.quick import EXPLAINERS, explain
 from tests.vits import images, quick, tiny
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import prunex
 import prunex.callbacks
-from prunex.recipes.cli import LIGHTNING, packaged_configs
-from prunex.recipes.commands import COMMANDS
+from prunex.recipes.commands.cli import LIGHTNING, packaged_configs
+from prunex.recipes.commands.own import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

@@ -5,7 +5,8 @@ import re
 import pytest
 
 import prunex
-from prunex.registry import lookup, methods
+from prunex.catalogue import methods
+from prunex.registry import lookup
 
 
 def test_every_method_says_what_it_is():

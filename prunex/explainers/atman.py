@@ -11,12 +11,12 @@ from torch import Tensor
 
 from prunex.checks import check_flag, check_number
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, check_chunk, recording, sequences
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
 from prunex.vit.embedding import patch_vectors
+from prunex.vit.recording import Recording, Relevance, check_chunk, recording, sequences
 from prunex.vit.tape import Tape
 
 _RULES = ("log", "shift", "scale")

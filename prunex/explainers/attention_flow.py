@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunex.errors import PrunexError
-from prunex.explainers.base import Relevance, recording
-from prunex.explainers.base import start_layer as check_layer
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import over_heads
 from prunex.vit.forward import own_anatomy
+from prunex.vit.recording import Relevance, recording
+from prunex.vit.recording import start_layer as check_layer
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from prunex.checks import check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, attention_gradients, gradients, recording
-from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
+from prunex.vit.recording import Recording, Relevance, attention_gradients, gradients, recording
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
 

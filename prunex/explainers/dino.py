@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError
-from prunex.explainers.base import Recording, Relevance, recording, rounded, start_layer
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
+from prunex.vit.recording import Recording, Relevance, recording, rounded, start_layer
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunex.explainers.base import Relevance, attention_gradients, recording
-from prunex.explainers.base import start_layer as check_layer
-from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
+from prunex.vit.recording import Relevance, attention_gradients, recording
+from prunex.vit.recording import start_layer as check_layer
 from prunex.vit.tape import Attended, Tape
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from prunex.errors import unknown
-from prunex.explainers.base import Recording, Relevance, gradients, recording, start_layer
-from prunex.explainers.features import Features, features, features_tape, on_patches
 from prunex.registry import register
+from prunex.relevance.features import Features, features, features_tape, on_patches
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
+from prunex.vit.recording import Recording, Relevance, gradients, recording, start_layer
 from prunex.vit.tape import Tape
 
 _KINDS = ("tokens", "attention", "layercam", "elementwise")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from prunex.errors import unknown
-from prunex.explainers.base import Recording, Relevance, gradients, recording, unreached
-from prunex.explainers.propagation import propagate
 from prunex.registry import register
+from prunex.relevance.walk import propagate
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import over_heads
+from prunex.vit.recording import Recording, Relevance, gradients, recording, unreached
 from prunex.vit.tape import Attended, Tape
 
 _AXES = ("key", "query", "cls")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.explainers.base import recording
 from prunex.explainers.dino import on_patches
 from prunex.vit.anatomy import check_images, find, read
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from prunex.vit.units import heads_left
 from prunex.vit.widths import widths_of

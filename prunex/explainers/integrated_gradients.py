@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Recording, Relevance, check_chunk, gradients, recording, sequences
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.embedding import embed, embed_patches, place
+from prunex.vit.recording import Recording, Relevance, check_chunk, gradients, recording, sequences
 from prunex.vit.tape import Tape
 
 _SPACES = ("pixels", "tokens")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, gradients, recording, widened
-from prunex.explainers.modified_gradients import ModifiedGradients
-from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
+from prunex.relevance.gradients import ModifiedGradients
+from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.vit.anatomy import ViT
+from prunex.vit.recording import Relevance, gradients, recording, widened
 from prunex.vit.tape import Tape
 
 RULES = ("zplus", "epsilon", "gamma", "attnlrp", "cplrp")

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from prunex.checks import check_flag
 from prunex.errors import unknown
-from prunex.explainers.base import Relevance, gradients, recording, widened
-from prunex.explainers.propagation import propagate, times
-from prunex.explainers.relevance_rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.registry import register
+from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
+from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
+from prunex.vit.recording import Relevance, gradients, recording, widened
 from prunex.vit.tape import Attended, Tape
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, recording
-from prunex.explainers.base import start_layer as check_layer
-from prunex.explainers.features import features, features_tape, log_odds
 from prunex.registry import register
+from prunex.relevance.features import features, features_tape, log_odds
 from prunex.vit.anatomy import ViT
+from prunex.vit.recording import Relevance, recording
+from prunex.vit.recording import start_layer as check_layer
 
 _ORIENTS = ("peak", "grad_cam")
 _OBJECTIVES = ("probability", "logit")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunex.explainers.base import Relevance, recording, start_layer
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
+from prunex.vit.recording import Relevance, recording, start_layer
 from prunex.vit.tape import Attended, Tape
 from prunex.vit.trace import Stage
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from prunex.checks import check_flag
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, attention_gradients, recording
-from prunex.explainers.base import start_layer as check_layer
-from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
+from prunex.vit.recording import Relevance, attention_gradients, recording
+from prunex.vit.recording import start_layer as check_layer
 from prunex.vit.tape import Attended, Tape
 
 _FUSIONS = {

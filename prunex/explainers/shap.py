@@ -9,11 +9,11 @@ from torch import Tensor
 
 from prunex.checks import check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, recording
-from prunex.explainers.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
-from prunex.explainers.removal import Removal, answer_for
 from prunex.registry import register
+from prunex.removal.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
+from prunex.removal.game import Removal, answer_for
 from prunex.vit.anatomy import ViT
+from prunex.vit.recording import Relevance, recording
 from prunex.vit.tape import Tape
 
 ESTIMATORS = ("permutation", "kernel")
@@ -42,7 +42,7 @@ def shap(
     """Shapley values phi of the patches in the game v(S) = the class's probability with only the patches S there.
 
     They sum to v(all) - v(none) at every budget, for every class. All classes share the forwards. Absent patches are
-    taken out before the first block (see ``prunex.explainers.removal``), never painted over: baseline games, where
+    taken out before the first block (see ``prunex.removal.game``), never painted over: baseline games, where
     grey patches keep their positions, give other numbers and should not stand in one table with these.
 
     - "permutation": phi_i = mean over orders of v(earlier ones and i) - v(earlier ones), in antithetic pairs (an order
@@ -50,7 +50,7 @@ def shap(
     - "kernel": weighted least squares (arXiv 1705.07874, Thm. 2) on coalitions drawn by size with their complements
       (Covert & Lee, arXiv 2012.01536), constraint exact, no l1 selection of patches. Often less noisy.
 
-    Error falls as 1 / sqrt(budget); ``prunex.explainers.coalitions`` gives standard errors. Models that never saw
+    Error falls as 1 / sqrt(budget); ``prunex.removal.coalitions`` gives standard errors. Models that never saw
     missing patches are off their training distribution where few are there. Some hundred evaluations an image are a
     sketch; the paper behind ``vit_shapley`` reports about 10^5 to converge on ViT-B (unverified).
 

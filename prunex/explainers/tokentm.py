@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from prunex.errors import unknown
-from prunex.explainers.base import Relevance, attention_gradients, recording
-from prunex.explainers.propagation import propagate, times
 from prunex.registry import register
+from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
+from prunex.vit.recording import Relevance, attention_gradients, recording
 from prunex.vit.tape import Attended, Fed, Tape
 
 _VARIANTS = ("per_head", "libragrad")

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from prunex.checks import check_flag
-from prunex.explainers.base import Relevance, gradients, recording, widened
-from prunex.explainers.base import start_layer as check_layer
-from prunex.explainers.propagation import propagate, times
-from prunex.explainers.relevance_rules import RelevanceRules
 from prunex.registry import register
+from prunex.relevance.rules import RelevanceRules
+from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
+from prunex.vit.recording import Relevance, gradients, recording, widened
+from prunex.vit.recording import start_layer as check_layer
 from prunex.vit.tape import Attended, Tape
 
 

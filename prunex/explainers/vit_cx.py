@@ -11,14 +11,14 @@ from torch import Tensor
 
 from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import Relevance, recording
-from prunex.explainers.base import start_layer as check_layer
-from prunex.explainers.features import features, features_tape
-from prunex.explainers.removal import score
 from prunex.registry import register
+from prunex.relevance.features import features, features_tape
+from prunex.removal.game import score
 from prunex.vit.anatomy import ViT
 from prunex.vit.embedding import embed
 from prunex.vit.forward import record
+from prunex.vit.recording import Relevance, recording
+from prunex.vit.recording import start_layer as check_layer
 from prunex.vit.tape import Tape
 
 _SELECTIONS = ("frozen", "adaptive")

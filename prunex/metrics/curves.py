@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.errors import PrunexError, unknown
 from prunex.metrics.base import MeanOverImages
-from prunex.metrics.occlusion import Asked, Output, Route, check_steps, on_pixels, ranked
 from prunex.registry import register
+from prunex.removal.occlusion import Asked, Output, Route, check_steps, on_pixels, ranked
 
 Order = Literal["without", "only", "least"]
 ORDERS: tuple[Order, ...] = ("without", "only", "least")

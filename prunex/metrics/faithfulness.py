@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from prunex.checks import check_flag, check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.coalitions import of_sizes, seeded
 from prunex.metrics.base import MeanOverImages
-from prunex.metrics.occlusion import Asked, Output, Route, ranked
 from prunex.metrics.ranks import average_ranks
 from prunex.registry import register
+from prunex.removal.coalitions import of_sizes, seeded
+from prunex.removal.occlusion import Asked, Output, Route, ranked
 
 ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
 TINY = 1e-12  # of the largest value: what rounding alone may make of nothing

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError, unknown
-from prunex.explainers.base import choose_target
 from prunex.metrics.base import MeanOverImages
-from prunex.metrics.occlusion import (
+from prunex.registry import register
+from prunex.removal.occlusion import (
     REMOVALS,
     SELECTIONS,
     Occlusion,
@@ -24,7 +24,7 @@ from prunex.metrics.occlusion import (
     on_pixels,
     ranked,
 )
-from prunex.registry import register
+from prunex.vit.recording import choose_target
 
 ORDERS = ("positive", "negative")
 STEPS = tuple(k / 10 for k in range(10))

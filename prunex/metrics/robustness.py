@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from prunex.checks import check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.explain import explain
-from prunex.explainers.coalitions import seeded
 from prunex.metrics.base import MeanOverImages
 from prunex.registry import lookup, register
+from prunex.removal.coalitions import seeded
 
 Explainer = str | Callable[[nn.Module, Tensor, Tensor], Tensor]
 

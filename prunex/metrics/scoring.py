@@ -47,9 +47,9 @@ from prunex.metrics.localization import (
     rank_accuracy,
     segmentation_counts,
 )
-from prunex.metrics.occlusion import Route
 from prunex.metrics.perturbation import perturbation, perturbation_auc
 from prunex.metrics.robustness import sensitivity_of
+from prunex.removal.occlusion import Route
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import over_pixels
 from prunex.vit.units import Backbone

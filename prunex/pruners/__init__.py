@@ -5,14 +5,14 @@ from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
 from prunex.pruners.hvt import HVT
 from prunex.pruners.ia_red2 import IARED2
-from prunex.pruners.magnitude import Magnitude
 from prunex.pruners.patch_slimming import PatchSlimming
-from prunex.pruners.random import Random
-from prunex.pruners.relevance import Relevance
-from prunex.pruners.taylor import Taylor
 from prunex.pruners.tome import ToMe
 from prunex.pruners.topk import TopK
-from prunex.pruners.xpruner import XPruner
+from prunex.units.magnitude import Magnitude
+from prunex.units.random import Random
+from prunex.units.relevance import Relevance
+from prunex.units.taylor import Taylor
+from prunex.units.xpruner import XPruner
 
 __all__ = [
     "HVT",

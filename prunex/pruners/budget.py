@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,41 +10,15 @@ from typing import Any
 
 import torch
 
+from prunex.checks import check_budget
 from prunex.errors import OutOfReach, PrunexError
 from prunex.pruners.base import accepted
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.cost import count
 
 CLOSE = 0.01  # how far from the budget, as a share of it, a model may lie
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_WRITTEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)macs?\s*", re.IGNORECASE)
 
 Shares = tuple[float, ...]
-
-
-def check_budget(budget: Any, dense: int = 1) -> float:
-    """Multiply-adds of one image that a budget allows.
-
-    Args:
-        budget: Share of the dense model's in (0, 1], or a number of them such as "2.9GMACs" or "400MMACs".
-        dense: Multiply-adds of the dense model; of no matter where only the form is checked.
-
-    Raises:
-        PrunexError: For anything else.
-
-    >>> check_budget(0.5, 1000), check_budget("2.9GMACs", 4_600_000_000)
-    (500.0, 2900000000.0)
-    """
-    if isinstance(budget, str) and (written := _WRITTEN.fullmatch(budget)):
-        macs = float(written[1]) * _UNITS[written[2].lower()]
-        if macs > 0:
-            return macs
-    elif isinstance(budget, int | float) and not isinstance(budget, bool) and 0 < budget <= 1:
-        return float(budget) * dense
-    raise PrunexError(
-        f"budget={budget!r} is not allowed: give a share of the dense model's multiply-adds in (0, 1], such as 0.65, "
-        "or their number for one image, such as '2.9GMACs' or '400MMACs'"
-    )
 
 
 class Budget:

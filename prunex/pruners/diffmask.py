@@ -4,167 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
-from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError, unknown
+from prunex.learned.diffmask import (
+    KIND,
+    MaskGates,
+    blocks_before,
+    build_gates,
+    check_layer,
+    gate_tensors,
+    hidden_states,
+    log_keep,
+)
+from prunex.learned.folder import held, how, load_into, read_folder
 from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
-from prunex.trained import CONFIG, WEIGHTS, held, how, load_into, quietly, read_folder
-from prunex.vit.anatomy import Anatomy, ViT
-from prunex.vit.attention import KeyWeights
+from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Drop, Fill, Keep, TokenState
-from prunex.vit.embedding import place, unplace
-from prunex.vit.forward import look_ahead
+from prunex.vit.embedding import place
 from prunex.vit.mount import as_found
-from prunex.vit.positions import Places, positions_of
 
-KIND = "diffmask"
 REMOVALS = ("drop", "placeholder")
-TEMPERATURE, LOW, HIGH = 0.2, -0.2, 1.0  # of the hard concrete distribution: stretched to (LOW, HIGH), cut to 0..1
-
-
-class Gate(nn.Module):
-    """A vote on each patch: logits [B, n] from its embedding [B, n, D] and one hidden state [B, n, D].
-
-    mul * tanh(w2 . tanh(W1 [h_0, h_i] + b1) + b2) + add, hidden width D / 4, both layers under weight norm, ``add``
-    learned.
-    """
-
-    def __init__(self, width: int, mul: float, add: float) -> None:
-        super().__init__()
-        self.hidden = weight_norm(nn.Linear(2 * width, max(1, width // 4)))
-        self.vote = weight_norm(nn.Linear(max(1, width // 4), 1))
-        self.add = nn.Parameter(torch.tensor(float(add)))
-        self.mul = mul
-
-    def forward(self, first: Tensor, state: Tensor) -> Tensor:
-        """Logits [B, n]."""
-        vote = self.vote(torch.tanh(self.hidden(torch.cat([first, state], -1))))
-        return self.mul * torch.tanh(vote)[..., 0] + self.add
-
-
-class MaskGates(nn.Module):
-    """One gate for every hidden state h_0 .. h_{L+1}, and what stands in the place of a masked patch.
-
-    h_0 are the patch embeddings before positions are added, h_1 .. h_L what enters the L blocks, h_{L+1} what leaves
-    the last one before the final norm; see :func:`hidden_states`.
-
-    Args:
-        width: D.
-        depth: L.
-        mul: Half the range of a gate's logits.
-        add: Where they start; everything is kept at first.
-        no_placeholder: Masked patches become zeros instead of one learned vector.
-    """
-
-    def __init__(
-        self, width: int, depth: int, mul: float = 15.0, add: float = 8.0, no_placeholder: bool = False
-    ) -> None:
-        super().__init__()
-        self.mul, self.add = check_number("mul", mul, 0), check_number("add", add, -math.inf)
-        self.no_placeholder = check_flag("no_placeholder", no_placeholder)
-        self.width, self.depth = width, depth
-        self.gates = nn.ModuleList(Gate(width, self.mul, self.add) for _ in range(depth + 2))
-        vector = torch.zeros(1, 1, width)
-        if self.no_placeholder:
-            self.register_buffer("placeholder", vector)
-        else:
-            self.placeholder = nn.Parameter(nn.init.xavier_normal_(vector))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Arguments that make gates of this kind, in plain values."""
-        return {
-            "width": self.width,
-            "depth": self.depth,
-            "mul": self.mul,
-            "add": self.add,
-            "no_placeholder": self.no_placeholder,
-        }
-
-    def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Logits of the first K gates, float32 (or 64) [B, K, n], for K hidden states [B, n, D]."""
-        found = [gate(states[0], h) for gate, h in zip(self.gates, states, strict=False)]
-        return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in found], 1)
-
-
-def log_keep(logits: Tensor) -> Tensor:
-    """Log-probability that a hard concrete variable is not 0: -softplus(-(logit - t log(-l / r)))."""
-    return F.logsigmoid(logits - TEMPERATURE * math.log(-LOW / HIGH))
-
-
-def log_votes(logits: Tensor) -> Tensor:
-    """c_k: the log-probability that none of the gates 0..k is 0; [B, K, n] to [B, K, n], falling along K."""
-    return log_keep(logits).cumsum(1)
-
-
-def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Hard concrete variables in 0..1, differentiable: clamp(s (r - l) + l) of a binary concrete s at temperature t."""
-    u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-    u = u.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
-    s = torch.sigmoid((u.log() - torch.log1p(-u) + logits) / TEMPERATURE)
-    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
-
-
-def check_layer(layer: Any, depth: int) -> int:
-    """The number of a hidden state in 0..depth + 1, counted from the end when negative.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    count = depth + 2
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
-        raise PrunexError(
-            f"layer={layer!r} does not exist: hidden states are 0 (patch embeddings), 1..{depth} (what enters a "
-            f"block) and {depth + 1} (the last block's output), or negative from the end"
-        )
-    return layer % count
-
-
-def blocks_before(layer: int) -> int:
-    """How many blocks are run to know the hidden states 0..layer."""
-    return max(0, layer - 1)
-
-
-def hidden_states(
-    model: ViT,
-    x: Tensor,
-    grid: tuple[int, int],
-    anatomy: Anatomy,
-    layer: int,
-    index: Tensor | None = None,
-    policy: Tensor | None = None,
-    keys: KeyWeights | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """The patches' rows of h_0 .. h_layer for tokens entering the first block: layer + 1 of [B, n, D].
-
-    Returned beside them: the whole stream [B, N, D] where the pass ended.
-
-    Args:
-        model: A supported ViT in eval mode; a pruner on it is not asked.
-        x: [B, prefix + n, D].
-        grid: The whole patch grid.
-        anatomy: Of the model.
-        layer: 0..L + 1.
-        index: int64 [B, n], the patches that these are; None: all of them.
-        policy: [B, prefix + n] or None: 0 for slots of tokens that are not there.
-        keys: Weights of the tokens as keys, or None.
-    """
-    places = None if index is None else Places(index, grid)
-    positions = positions_of(model, anatomy.prefix, grid, places)
-    streams = look_ahead(model, x, anatomy, blocks_before(layer), policy, keys, positions)
-    states = [unplace(model, x, grid, index), *(h[:, anatomy.prefix :] for h in streams[:layer])]
-    return states, streams[-1]
 
 
 @register(
@@ -353,31 +221,3 @@ def _trained_gates(explainer: Any, anatomy: Anatomy) -> MaskGates:
             + how(KIND).replace("one", "one for it")
         )
     return gates
-
-
-def gate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the gates among a saved explainer's."""
-    return {k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")}
-
-
-def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> MaskGates:
-    """Gates from the description in a folder, with fresh weights.
-
-    Raises:
-        PrunexError: For a description that does not build any, or other ones than the folder's weights are of.
-    """
-    try:
-        if check_whole("depth", settings["depth"], 1) > len(tensors):
-            raise ValueError("its weights are of fewer gates")
-        check_whole("width", settings["width"], 1)
-        with quietly():
-            with torch.device("meta"):  # nothing is allocated before it fits
-                shapes = {k: v.shape for k, v in MaskGates(**settings).state_dict().items()}
-            if shapes != {k: v.shape for k, v in tensors.items()}:
-                raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (gates): save the explainer again")
-            return MaskGates(**settings)
-    except PrunexError:
-        raise
-    except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        told = str(settings)[:120]
-        raise PrunexError(f"{folder / CONFIG} is damaged: gates={told} ({error}); save the explainer again") from error

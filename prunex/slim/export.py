@@ -12,17 +12,17 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-import prunex
-from prunex.attach import CHILD, Pruning
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import write_whole
+from prunex.handles.tokens import CHILD, Pruning
 from prunex.slim.metadata import class_names, known_cfg
 from prunex.slim.slim import slim
+from prunex.version import __version__
 from prunex.vit.anatomy import check_images
+from prunex.vit.describe import outline
 from prunex.vit.forward import own_anatomy, run
 from prunex.vit.readout import head
-from prunex.vit.rebuild import outline
 
 SUFFIXES = (".onnx", ".pt2")
 BATCH = "batch"
@@ -160,7 +160,7 @@ def _told(small: Any) -> dict[str, Any]:
     pruning, anatomy = _pruning(small), outline(small)
     known = known_cfg(small, anatomy.channels)
     return {
-        "prunex": prunex.__version__,
+        "prunex": __version__,
         "pruning": None if pruning is None else pruning.spec,
         "input_size": [anatomy.channels, *anatomy.image],
         "mean": known.get("mean"),

@@ -17,19 +17,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import prunex
-from prunex.attach import CHILD, UNITS, Pruning, attach
+from prunex.attach import UNITS, attach
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import DRAFT
+from prunex.handles.tokens import CHILD, Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
 from prunex.slim.slim import slim
 from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors, readable
+from prunex.version import __version__
 from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
-from prunex.vit.rebuild import build_like, describe, outline
+from prunex.vit.describe import build_like, describe, outline
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 from prunex.vit.weights import copy_of, fold, wrapped_layers
 
@@ -296,7 +297,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
             "params": count.params,
             "tokens_per_block": count.tokens,
             "widths_per_block": _widths(vit),
-            "made_with": {"prunex": prunex.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+            "made_with": {"prunex": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
         },
     }
     return as_read(config)

@@ -6,10 +6,11 @@ import warnings
 
 from torch import nn
 
-from prunex.attach import CHILD, attached
+from prunex.attach import attached
 from prunex.checks import called_as
+from prunex.handles.tokens import CHILD
 from prunex.vit.anatomy import find
-from prunex.vit.rebuild import outline
+from prunex.vit.describe import outline
 from prunex.vit.units import Backbone
 from prunex.vit.weights import copy_of, fold
 from prunex.vit.widths import WidthSpec, narrow

@@ -17,6 +17,7 @@ from prunex.vit.arithmetic import PLAIN, promoted, unknown_layer
 from prunex.vit.attention import KeyWeights
 from prunex.vit.layouts import layout_of
 from prunex.vit.packing import Packing
+from prunex.vit.policy import under_policy
 from prunex.vit.tape import Attended, Fed, Tape
 
 
@@ -146,7 +147,7 @@ def _look(
         more: dict[str, Tensor | None] = {} if keys is None else {"sizes": keys.sizes}
         if relative is not None:
             more["relative"] = relative
-        out = attention.under_policy(q, k, v, policy, attn.scale, dropout, **more)
+        out = under_policy(q, k, v, policy, attn.scale, dropout, **more)
         out = out if queries is None else attention.some(out, queries, 2)
     elif ops.opened:
         out = ops.attention(asking, k, v)

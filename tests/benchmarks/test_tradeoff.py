@@ -43,11 +43,11 @@ class Halves(TopK):
 
 @pytest.fixture
 def halves():
-    known = dict(registry._METHODS)
+    known = dict(registry.METHODS)
     registry.register("pruner", "halves", "none", "nothing")(Halves)
     yield "halves"
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
+    registry.METHODS.clear()
+    registry.METHODS.update(known)
 
 
 def rows(path):

@@ -33,7 +33,7 @@ from prunex.callbacks import (
     finite,
 )
 from prunex.callbacks.layers import put_round
-from prunex.unit_pruning import UnitPruning
+from prunex.handles.units import UnitPruning
 from tests.callbacks.modules import Plain, csv_logger, data, trainer
 
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import prunex
-from prunex.explainers.base import recording
 from prunex.vit import attention
 from prunex.vit.attention import KeyWeights
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage
 from tests.vits import images, images_for, largest, randomise, relative, tiny

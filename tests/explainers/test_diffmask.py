@@ -9,8 +9,16 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.diffmask import DiffMaskExplainer, Terms, divergence, load_explainer
-from prunex.pruners.diffmask import MaskGates, log_keep, log_votes, sample
+from prunex.learned.diffmask import (
+    DiffMaskExplainer,
+    MaskGates,
+    Terms,
+    divergence,
+    load_explainer,
+    log_keep,
+    log_votes,
+    sample,
+)
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, relative, state_of, tiny
 
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "clip", "not_square", "no_embed_class"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import prunex
-from prunex.explainers.base import attention_gradients, recording
+from prunex.vit.recording import attention_gradients, recording
 from prunex.vit.tape import Tape
 from tests.explainers import definitions
 from tests.vits import images, images_for, relative, tiny

@@ -3,8 +3,8 @@ import torch
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.base import attention_gradients, recording
 from prunex.explainers.grad_sam import block_scores, grad_sam  # noqa: F401  (registers it)
+from prunex.vit.recording import attention_gradients, recording
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage
 from tests.explainers import definitions

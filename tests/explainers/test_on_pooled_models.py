@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import prunex
-from prunex.explainers.modified_gradients import ModifiedGradients
-from prunex.explainers.relevance_rules import RelevanceRules
-from prunex.explainers.removal import Removal
+from prunex.relevance.gradients import ModifiedGradients
+from prunex.relevance.rules import RelevanceRules
+from prunex.removal.game import Removal
 from prunex.vit.decisions import Pool, TokenState, apply
 from prunex.vit.forward import record
 from prunex.vit.tape import Tape

@@ -7,8 +7,8 @@ import torch
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.base import Recording
 from prunex.vit import attention, surroundings
+from prunex.vit.recording import Recording
 from prunex.vit.tape import Attended
 from prunex.vit.trace import Stage, TokenTrace
 from tests.explainers import definitions

@@ -3,11 +3,12 @@ import torch
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers import coalitions, removal
-from prunex.explainers.removal import Removal, score
 from prunex.explainers.shap import estimate
+from prunex.removal import coalitions
+from prunex.removal import game as removal
+from prunex.removal.game import Removal, score
 from prunex.vit.embedding import embed
-from tests.explainers import games
+from tests.removal import games
 from tests.vits import FAMILIES, images, images_for, largest, randomise, relative, tiny
 
 PRUNERS = ["topk", "evit", "dynamicvit"]

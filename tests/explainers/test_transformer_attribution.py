@@ -7,7 +7,7 @@ from torch import nn
 
 import prunex
 from prunex.vit.tape import Tape
-from tests.explainers import relevance
+from tests.relevance import definitions as relevance
 from tests.vits import gated, images, images_for, lively, randomise, relative, tiny
 
 TARGETS = torch.tensor([4, 0, 2])

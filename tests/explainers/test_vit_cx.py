@@ -10,7 +10,7 @@ import prunex
 from prunex import PrunexError
 from prunex.explainers.vit_cx import causal_saliency, channel_masks, cluster_masks, clusters, enlarged
 from prunex.recipes import DigitScenes
-from prunex.recipes.backbone import create_model, load_weights
+from prunex.recipes.modules.backbone import create_model, load_weights
 from tests.explainers import definitions
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, randomise, relative, state_of, tiny
 

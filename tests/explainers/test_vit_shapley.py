@@ -7,8 +7,8 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.removal import Removal, masked
-from prunex.explainers.vit_shapley import ShapleyExplainer, load_explainer, normalise
+from prunex.learned.vit_shapley import ShapleyExplainer, load_explainer, normalise
+from prunex.removal.game import Removal, masked
 from prunex.vit.embedding import embed
 from prunex.vit.forward import resume
 from tests.vits import FAMILIES, images, images_for, largest, lively, relative, tiny

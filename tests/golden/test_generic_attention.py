@@ -32,7 +32,7 @@ def test_the_predicted_class_is_the_default(seed):
 
 @pytest.mark.parametrize("which", ["pred", "fixed"])
 def test_gradients_of_attention(seed, which):
-    from prunex.explainers.base import attention_gradients, recording
+    from prunex.vit.recording import attention_gradients, recording
     from prunex.vit.tape import Tape
 
     model, images, stored = model_and_images(seed)

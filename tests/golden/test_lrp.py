@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import prunex
-from prunex.explainers.base import recording
-from prunex.explainers.modified_gradients import ModifiedGradients
+from prunex.relevance.gradients import ModifiedGradients
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from tests.explainers.reference import SEEDS, arrays, model_and_images, present
 from tests.vits import relative

@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save_file
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import load_from_checkpoint
-from prunex.explainers.diffmask import load_explainer as load_diffmask
-from prunex.explainers.vit_shapley import load_explainer as load_shapley
-from prunex.recipes import ImageClassifier, ImageFolder, cli, write_report
-from prunex.recipes.explain_command import image_files, read_options, sheet_names
-from prunex.recipes.folder import object_pixels, read_file, read_image
+from prunex.learned.diffmask import load_explainer as load_diffmask
+from prunex.learned.vit_shapley import load_explainer as load_shapley
+from prunex.recipes import ImageClassifier, ImageFolder, write_report
+from prunex.recipes.commands import cli
+from prunex.recipes.commands.explain import image_files, read_options, sheet_names
+from prunex.recipes.commands.score_data import from_folder
+from prunex.recipes.data.folder import object_pixels, read_file, read_image
 from prunex.recipes.runs import model_from_weights, open_model
-from prunex.recipes.score_data import from_folder
 from prunex.vit.trace import Stage, TokenTrace
 from tests.hostile.room import Canary, Room
 

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.diffmask import DiffMaskExplainer
-from prunex.explainers.vit_shapley import ShapleyExplainer
-from prunex.recipes import ImageClassifier, cli
+from prunex.learned.diffmask import DiffMaskExplainer
+from prunex.learned.vit_shapley import ShapleyExplainer
+from prunex.recipes import ImageClassifier
+from prunex.recipes.commands import cli
 from tests.vits import tiny
 
 LABELS = ["ant", "<script>alert(1)</script>", "../../up", "{{ 7*7 }}", "${oc.env:HOME}"]

@@ -13,8 +13,8 @@ from lightning.pytorch.cli import LightningCLI
 
 import prunex
 from prunex import PrunexError
-from prunex.recipes import cli
-from prunex.recipes.explain_command import read_options
+from prunex.recipes.commands import cli
+from prunex.recipes.commands.explain import read_options
 from prunex.recipes.runs import open_model, read_run
 from tests.hostile.kinds import _NoTraining
 from tests.hostile.room import Canary

@@ -16,8 +16,8 @@ import prunex
 from prunex import PrunexError
 from prunex.callbacks import load_from_checkpoint
 from prunex.recipes import ImageClassifier
-from prunex.recipes.backbone import create_model, load_weights, model_from_weights
-from prunex.recipes.score_record import Record
+from prunex.recipes.commands.score_record import Record
+from prunex.recipes.modules.backbone import create_model, load_weights, model_from_weights
 from prunex.untrusted import read_npz, readable
 from prunex.vit.trace import Stage, TokenTrace
 from tests.hostile.room import SMALL, Canary

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.diffmask import load_explainer as load_diffmask
-from prunex.explainers.vit_shapley import load_explainer as load_shapley
-from prunex.vit import rebuild
+from prunex.learned.diffmask import load_explainer as load_diffmask
+from prunex.learned.vit_shapley import load_explainer as load_shapley
+from prunex.vit import describe as rebuild
 from tests.hostile.kinds import signed
 from tests.vits import tiny
 

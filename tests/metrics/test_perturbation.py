@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import prunex
 from prunex import PrunexError
 from prunex.metrics import PerturbationAUC, perturbation, perturbation_auc, perturbation_maximum
-from prunex.metrics.occlusion import Occlusion
+from prunex.removal.occlusion import Occlusion
 from tests.metrics.models import MEAN, PRUNED, STD, dropped, painted, pruned, sighted
 from tests.vits import assert_same_state, images, largest, state_of, tiny
 

@@ -5,9 +5,9 @@ import torch
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.coalitions import seeded
 from prunex.metrics import MaxSensitivity, max_sensitivity, robustness
 from prunex.metrics.scoring import scores
+from prunex.removal.coalitions import seeded
 from tests.metrics.models import PRUNED, pruned
 from tests.vits import assert_same_state, images, largest, state_of, tiny
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.base import Relevance
 from prunex.metrics import batch_order, model_randomisation, randomised
-from prunex.registry import _METHODS, register
+from prunex.registry import METHODS, register
+from prunex.vit.recording import Relevance
 from prunex.vit.trace import TokenTrace
 from tests.vits import assert_same_state, images, state_of, tiny
 
@@ -27,7 +27,7 @@ def answer(model, pictures, maps):
 @pytest.fixture
 def fakes():
     """Explainers that look at the images alone, at nothing, and at the whole batch."""
-    before = dict(_METHODS)
+    before = dict(METHODS)
 
     @register("explainer", "edges", "none", "nothing")
     def edges(model, pictures, target=None):
@@ -49,8 +49,8 @@ def fakes():
         return answer(model, pictures, maps * model.head.weight[0, 0].sign().detach())
 
     yield
-    _METHODS.clear()
-    _METHODS.update(before)
+    METHODS.clear()
+    METHODS.update(before)
 
 
 def big(**kwargs):

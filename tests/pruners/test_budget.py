@@ -9,7 +9,8 @@ import torch
 
 import prunex
 from prunex import PrunexError
-from prunex.pruners.budget import Budget, check_budget
+from prunex.checks import check_budget
+from prunex.pruners.budget import Budget
 from prunex.pruners.topk import TopK
 from prunex.registry import lookup, register
 from prunex.vit.anatomy import read
@@ -236,12 +237,12 @@ class Removes(TopK):
 def _registered():
     from prunex import registry
 
-    known = dict(registry._METHODS)
+    known = dict(registry.METHODS)
     register("pruner", "halves", "none", "nothing")(Halves)
     register("pruner", "removes", "none", "nothing")(Removes)
     yield
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
+    registry.METHODS.clear()
+    registry.METHODS.update(known)
 
 
 def test_a_method_without_a_rate_tells_what_its_settings_cost():

@@ -9,13 +9,12 @@ from torch import nn
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import TokenPruning, load_from_checkpoint
-from prunex.explainers.base import recording
-from prunex.explainers.diffmask import DiffMaskExplainer, load_explainer
-from prunex.explainers.removal import Removal
-from prunex.pruners.diffmask import MaskGates
+from prunex.learned.diffmask import DiffMaskExplainer, MaskGates, load_explainer
+from prunex.removal.game import Removal
 from prunex.vit.decisions import Absent, Fill
 from prunex.vit.embedding import embed, embed_patches, place, unplace
 from prunex.vit.forward import look_ahead, resume
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from tests.callbacks.modules import Plain, trainer
 from tests.callbacks.modules import loader as module_loader

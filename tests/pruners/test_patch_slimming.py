@@ -11,9 +11,9 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.removal import Removal
 from prunex.pruners.base import calibration_images
 from prunex.pruners.patch_slimming_search import Search, impact
+from prunex.removal.game import Removal
 from prunex.vit.anatomy import read
 from prunex.vit.decisions import Absent, Replay
 from prunex.vit.embedding import embed

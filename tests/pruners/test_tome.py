@@ -7,13 +7,14 @@ import torch
 
 import prunex
 from prunex import PrunexError
-from prunex.explainers.removal import Removal
 from prunex.pruners.tome import match, match_present, schedule
+from prunex.removal.game import Removal
 from prunex.vit import attention, forward
 from prunex.vit.anatomy import read
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Absent, Merge, TokenState, apply
 from prunex.vit.forward import resume
+from prunex.vit.policy import under_policy
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 from tests.vit.test_cost import counted
@@ -190,7 +191,7 @@ def test_a_token_of_size_k_is_k_tokens():
     policy = torch.ones(2, 7, dtype=torch.float64)
     policy[0, 3:5] = 0
     policy.requires_grad_()
-    masked = attention.under_policy(q, k, v, policy, scale, sizes=sizes)
+    masked = under_policy(q, k, v, policy, scale, sizes=sizes)
     whole = attention.matrix(q, k, scale, policy, keys) @ v
     assert largest(masked, whole) < 1e-10
     scores = (q * scale) @ k.mT + sizes.log()[:, None, None]

@@ -11,7 +11,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from prunex.recipes.cli import main
+from prunex.recipes.commands.cli import main
 
 WHEN = "PRUNEX_TEST_INTERRUPT"  # "12 kill": at the twelfth hook; "0 none": count them
 HOOKS = (

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from prunex.recipes import cli
+from prunex.recipes.commands import cli
 from tests.vits import quick
 
 SMALL = {"img_size": 28, "depth": 4, "embed_dim": 48, "num_heads": 3}

@@ -9,12 +9,13 @@ import prunex
 from prunex import PrunexError
 from prunex.callbacks import KeptTokenMonitor, MaskPruning, SlimExport, TokenPruning
 from prunex.callbacks.record import read_record
-from prunex.recipes import bench_command, cli
-from prunex.recipes.report_reading import metrics_of
+from prunex.recipes.commands import bench as bench_command
+from prunex.recipes.commands import cli
+from prunex.recipes.report.reading import metrics_of
 from prunex.recipes.runs import home, open_model, slim_folder
 from tests.callbacks.modules import Plain, csv_logger, loader, trainer
 from tests.callbacks.test_monitor import WandbLogger
-from tests.recipes.test_bench_command import QUICK
+from tests.recipes.commands.test_bench import QUICK
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import yaml
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from prunex import PrunexError
-from prunex.recipes import cli
-from prunex.recipes.predictions import path_of, probabilities
+from prunex.recipes.commands import cli
+from prunex.recipes.commands.predictions import path_of, probabilities
 from tests.recipes.interrupted import callback
 
 MONITORS = [

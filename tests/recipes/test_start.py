@@ -6,8 +6,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from prunex import PrunexError
-from prunex.recipes import DiffMask, ImageClassifier, ViTShapley, cli
-from tests.recipes.test_classifier import ARCHITECTURE, SMALL, scenes, trainer
+from prunex.recipes import DiffMask, ImageClassifier, ViTShapley
+from prunex.recipes.commands import cli
+from tests.recipes.modules.test_classifier import ARCHITECTURE, SMALL, scenes, trainer
 from tests.recipes.test_imagefolder_configs import root  # noqa: F401
 from tests.recipes.test_reading import QUICK, config_of
 

@@ -15,7 +15,7 @@ from torch import nn
 import prunex
 from prunex import PrunexError, WidthSpec
 from prunex.slim.files import CARD, CONFIG, WEIGHTS
-from prunex.vit.rebuild import build, describe
+from prunex.vit.describe import build, describe
 from prunex.vit.widths import widths_of
 from tests.vit.narrowed import SWIN, hard, tiny_of, tiny_swin
 from tests.vits import assert_same_state, images, images_for, state_of, tiny
@@ -61,7 +61,7 @@ def test_units_that_were_closed_are_gone_and_the_logits_stay(family):
 
 
 def pruning_dense(model):
-    from prunex.unit_pruning import dense_macs
+    from prunex.handles.units import dense_macs
 
     return dense_macs(model)
 

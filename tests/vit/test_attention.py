@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunex.vit import attention
-from prunex.vit.attention import matrix, rows, under_policy
+from prunex.vit.attention import matrix, rows
+from prunex.vit.policy import under_policy
 from tests.vits import largest, relative, tiny
 
 SCALE = 0.25

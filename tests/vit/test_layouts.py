@@ -12,6 +12,7 @@ from prunex.vit.anatomy import read
 from prunex.vit.arithmetic import PLAIN
 from prunex.vit.decisions import Keep
 from prunex.vit.layouts import LAYOUTS, layout_of
+from prunex.vit.policy import under_policy
 from prunex.vit.readout import pool_attention
 from tests.vits import MORE_FAMILIES, OLD_TIMM, SIZES, images_for, largest, lively, tiny
 
@@ -180,7 +181,7 @@ def test_a_relative_bias_is_added_to_the_scores_everywhere(policy, queries):
             largest(attention.fused(q[:, :, rows], k, v, relative=bias[:, :, rows]), (wanted @ v)[:, :, rows]) < 1e-12
         )
     elif queries is None:
-        assert largest(attention.under_policy(q, k, v, p, 8**-0.5, relative=bias), wanted @ v) < 1e-12
+        assert largest(under_policy(q, k, v, p, 8**-0.5, relative=bias), wanted @ v) < 1e-12
     only = scores[:, :, :2] if p is None else (q @ k.transpose(2, 3) * 8**-0.5 + bias)[:, :, :2]
     only = only if p is None else only.masked_fill(~(p > 0)[:, None, None, :], float("-inf"))
     found = attention.rows(q[:, :, :2], k, 8**-0.5, p, chunk=1, relative=bias[:, :, :2])
@@ -199,9 +200,7 @@ def test_a_policys_gradient_under_a_relative_bias():
         return (weight / weight.sum(-1, keepdim=True)) @ v
 
     mix = torch.randn(1, 2, 5, 4, generator=generator, dtype=torch.float64)
-    found = torch.autograd.grad(
-        (attention.under_policy(q, k, v, policy, 0.5, relative=bias) * mix).sum(), [policy, bias]
-    )
+    found = torch.autograd.grad((under_policy(q, k, v, policy, 0.5, relative=bias) * mix).sum(), [policy, bias])
     wanted = torch.autograd.grad((slow(policy, bias) * mix).sum(), [policy, bias])
     assert largest(found[0], wanted[0]) < 1e-10
     assert largest(found[1], wanted[1]) < 1e-10

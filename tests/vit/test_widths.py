@@ -10,7 +10,7 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError, WidthSpec
-from prunex.vit.rebuild import build, describe
+from prunex.vit.describe import build, describe
 from prunex.vit.widths import dense_shape, leading, narrow, widths_of
 from tests.vit.narrowed import masked, tiny_of, tiny_swin
 from tests.vits import assert_same_state, gated, images, images_for, state_of, tiny

@@ -1,0 +1,1 @@
+"""What attach gives back: the handle on a pruned model."""

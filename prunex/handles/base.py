@@ -1,0 +1,76 @@
+"""What the handles on pruned models share: method and options in plain values, and leaving a ``with`` block."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+from prunex.errors import PrunexError
+
+# A key that checkpoints have beside the weights of a pruned model: a dense one refuses it, and so names the way in.
+MARK = "open_with.prunex.callbacks.load_from_checkpoint"
+
+
+def drop_mark(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded into what hangs on a model: a pruned model is what the mark asks for."""
+    state.pop(prefix + MARK, None)
+
+
+class Handle:
+    """Base of :class:`prunex.Pruning` and :class:`prunex.handles.units.UnitPruning`.
+
+    Attributes:
+        model: The backbone it is on.
+    """
+
+    child = ""  # the name under which what was attached hangs on the model
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def _holder(self) -> Any:
+        """What hangs on the model.
+
+        Raises:
+            PrunexError: After :meth:`detach`.
+        """
+        found = getattr(self.model, self.child, None)
+        if found is None:
+            raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
+        return found
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self._holder().method)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options in force, in plain values."""
+        return dict(self._holder().pruner.options)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Method and options, in plain values: ``prunex.attach(model, **spec)`` makes the same pruning."""
+        return {"method": self.method, **self.options}
+
+    @abstractmethod
+    def detach(self) -> nn.Module:
+        """Give the model back without what was attached."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        if not hasattr(self.model, self.child):
+            return f"{type(self).__name__}(detached)"
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"{type(self).__name__}({self.method!r}, {options})"

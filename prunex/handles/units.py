@@ -1,0 +1,398 @@
+"""Putting unit gates on a model in place: the handle that tells scores and widths, removes units, and detaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunex.errors import OutOfReach, PrunexError
+from prunex.handles.base import Handle, drop_mark
+from prunex.units.base import UnitPruner
+from prunex.units.batches import as_they_enter
+from prunex.units.xpruner import UnitRelevance, XPruner
+from prunex.vit.anatomy import head_classes
+from prunex.vit.cost import tally, tokens_of
+from prunex.vit.cuts import check_cuts
+from prunex.vit.optimisers import check_followed
+from prunex.vit.surroundings import answering
+from prunex.vit.units import (
+    CHILD,
+    KINDS,
+    Branch,
+    Kind,
+    blocks_of,
+    branches,
+    check_gates,
+    opens_heads,
+    put_gates,
+    take_gates_off,
+)
+from prunex.vit.widths import WidthSpec, narrow, widths_of
+
+
+class Gated(nn.Module):
+    """What hangs on a model with gated units as ``model.prunex_units``: the unit pruner, and the labels of the moment.
+
+    Dense parameter names stay as they are; what the pruner holds is called ``prunex_units.<method>.*``. A dense state
+    dict loads strictly. One that was saved after units were removed narrows the model before it is loaded.
+    """
+
+    def __init__(self, pruner: UnitPruner) -> None:
+        super().__init__()
+        self.add_module(pruner.name, pruner)
+        self.method = pruner.name
+        self.labels: Tensor | None = None
+        self.more: list[Callable[[Tensor, Tensor], Mapping[str, Tensor]]] = []
+        self.ran = False  # set by every forward, for whoever wants to know whether one came
+        self.register_load_state_dict_pre_hook(drop_mark)
+
+    @property
+    def pruner(self) -> UnitPruner:
+        """The pruner itself."""
+        found: Any = getattr(self, self.method)
+        return found
+
+    def gate(self, key: str, batch: int) -> Tensor | None:
+        """What the layer behind a branch's units shall have its input multiplied by.
+
+        Raises:
+            PrunexError: For other images than labels were told for.
+        """
+        self.ran = True
+        found = self.pruner.gate(key, self.labels)
+        if found is not None and found.ndim == 2 and len(found) != batch:
+            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
+        return found
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
+        return self.pruner.left(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"labels": None, "more": []}
+
+
+class UnitPruning(Handle):
+    """The handle on a model whose heads and MLP channels are gated; also a context manager that detaches.
+
+    Attributes:
+        model: The backbone it is on.
+    """
+
+    child = CHILD
+
+    @property
+    def _gated(self) -> Gated:
+        found: Gated = self._holder()
+        return found
+
+    @property
+    def pruner(self) -> UnitPruner:
+        """The module that decides."""
+        return self._gated.pruner
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known which units stay."""
+        return bool(self.pruner.decided)
+
+    @property
+    def removed(self) -> bool:
+        """Whether the others were taken out for good."""
+        return bool(self.pruner.removed)
+
+    @property
+    def widths(self) -> WidthSpec:
+        """The units that are kept, in the dense model's numbers.
+
+        Raises:
+            PrunexError: Before that is known.
+        """
+        if not self.decided:
+            raise PrunexError(f"{self.method} has not chosen units yet: train with it, or call calibrate(...)")
+        return self.pruner.widths()
+
+    @contextmanager
+    def labelled(self, labels: Tensor) -> Iterator[None]:
+        """Tell the images' classes to the training forwards inside, for masks that have a row a class.
+
+        Args:
+            labels: int64 [B], in 0..classes - 1.
+
+        Raises:
+            PrunexError: For anything else.
+        """
+        count, gated = self.pruner.classes, self._gated
+        whole = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+        if not whole or labels.dtype == torch.bool or len(labels) == 0:
+            what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise PrunexError(f"labels are {what}: give one class index an image, int64 [B]")
+        if not torch.compiler.is_compiling() and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+            raise PrunexError(
+                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {count} classes"
+            )
+        gated.labels = labels
+        try:
+            yield
+        finally:
+            gated.labels = None
+
+    def losses(self, images: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned.
+
+        Args:
+            images: float [B, C, H, W], what the training forward was given, for losses that :meth:`also` added.
+            labels: int64 [B], their classes, likewise.
+        """
+        found = dict(self.pruner.losses())
+        if images is not None and labels is not None:
+            for more in self._gated.more:
+                found |= more(images, labels)
+        return found
+
+    def also(self, loss: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> None:
+        """Add a loss to those of the method: from images and labels to named scalars, weighted.
+
+        Args:
+            loss: Called by :meth:`losses`. Copies of the model, such as slim ones, do not have it.
+        """
+        self._gated.more.append(loss)
+
+    def calibrate(self, batches: Any = None, module: nn.Module | None = None, *, entered: bool = False) -> WidthSpec:
+        """Score the units and choose those that the budget allows.
+
+        Args:
+            batches: Batches of images, or of images and labels, as the criterion needs them; ``magnitude`` and
+                ``random`` need none.
+            module: The module round the model, where batches are what that takes and labels are classes that it gives:
+                it normalises or resizes, or has a head of its own.
+            entered: Whether batches are what enters the model already, and only the classes are the module's.
+
+        Raises:
+            PrunexError: For a method that learns its scores in training, batches that do not hold what it needs, or
+                units that were removed already.
+        """
+        if self.removed:
+            raise PrunexError("units were removed for good already: detach() and attach again to take out more")
+        if self.pruner.trains:
+            raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
+        self.budget()
+        model: nn.Module = self.model
+        if module is not None and batches is not None and self.pruner.needs in ("images", "labels"):
+            if entered:
+                model = answering(module, model)
+            else:
+                model, batches = as_they_enter(batches, module, model)
+        self.pruner.calibrate(model, batches)
+        return self.widths
+
+    def budget(self) -> float:
+        """Tell the pruner what units cost and may cost, with as many tokens as are left at the schedule's end.
+
+        Called before units are chosen, since tokens may have been pruned after the units were gated.
+
+        Returns:
+            Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: For a budget out of reach.
+        """
+        pruner = self.pruner
+        if not self.removed:
+            check_gates(self.model)
+        with _schedule_done(self.model):
+            if not self.removed:
+                pruner.price(unit_branches(self.model))
+            allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
+        pruner.may_spend(allowed)
+        return allowed
+
+    def conclude(self) -> WidthSpec:
+        """End ``xpruner``'s search: choose the units that the budget allows, by its scores and thresholds.
+
+        Raises:
+            PrunexError: For another method, or a budget out of reach.
+        """
+        if not isinstance(self.pruner, XPruner):
+            raise PrunexError(f"{self.method} does not search: call calibrate(...)")
+        self.budget()
+        self.pruner.conclude()
+        return self.widths
+
+    def relevance_table(self) -> UnitRelevance:
+        """Which unit serves which class; of methods whose scores have a class axis.
+
+        Raises:
+            PrunexError: For the others.
+        """
+        if not isinstance(self.pruner, XPruner):
+            raise PrunexError(f"{self.method} scores units without a class axis: attach xpruner for a relevance table")
+        return self.pruner.relevance()
+
+    def remove(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> nn.Module:
+        """Take the closed units out of the model for good; training can go on with these optimisers.
+
+        The model computes what it did with hard gates. This cannot be undone: ``detach`` then leaves the narrow model.
+
+        Returns:
+            The model.
+
+        Raises:
+            PrunexError: Where :meth:`check_removable` does; model, gates and optimisers are then as they were.
+        """
+        if not self.removed:
+            self._take_out(self.widths, optimizers)
+        return self.model
+
+    def check_removable(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Refuse what :meth:`remove` would refuse, before anything is spent on it.
+
+        Args:
+            optimizers: Those that :meth:`remove` will be given.
+
+        Raises:
+            PrunexError: By name, for a layer that is adapted, reparametrised, quantised or shares its weights, or an
+                optimiser that cannot follow.
+        """
+        every: dict[Kind, dict[int, tuple[int, ...]]] = {kind: {} for kind in KINDS}
+        for b in self.pruner.branches:
+            every[b.kind][b.block] = ()
+        check_cuts(self.model, WidthSpec(heads=every["heads"], channels=every["channels"]))
+        check_followed(optimizers)
+
+    def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Narrow the model to a spec (None: to the units that are open), without asking whether that was decided."""
+        narrow(self.model, self.pruner.widths() if spec is None else spec, optimizers)
+        take_gates_off(self.model)
+        self.pruner.remove()
+        tokens: Any = getattr(self.model, "prunex", None)
+        if tokens is not None:
+            tokens.refit(self.model)
+
+    def detach(self) -> nn.Module:
+        """Take the gates off: the dense model bit for bit (or the narrow one, after :meth:`remove`); harmless twice.
+
+        Returns:
+            The model.
+        """
+        take_gates_off(self.model)
+        if CHILD in self.model._modules:
+            del self.model._modules[CHILD]
+            for hook_id, hook in list(self.model._load_state_dict_pre_hooks.items()):
+                if getattr(hook, "hook", hook) is _narrow_first:
+                    del self.model._load_state_dict_pre_hooks[hook_id]
+        return self.model
+
+
+def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruning:
+    """Gate the units of a backbone by a unit pruner made for it.
+
+    Args:
+        model: The backbone, without gates.
+        make: The method's class.
+        options: Its options.
+
+    Raises:
+        PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
+            asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
+    """
+    if hasattr(model, CHILD):
+        raise PrunexError(
+            f"units of this {type(model).__name__} are pruned already by {getattr(model, CHILD).method}: detach() first"
+        )
+    pruner: UnitPruner = make(unit_branches(model), head_classes(model), **options)
+    pruner.known = widths_of(model)
+    pruner.prepare(model)
+    hooked = getattr(model, "prunex", None)
+    if hooked is not None:
+        check_readable(model, hooked.pruner, pruner)
+    with suppress(PrunexError):
+        pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
+    weight = next(model.parameters())
+    gated = Gated(pruner)
+    gated.to(weight.device)
+    gated.train(model.training)
+    model.add_module(CHILD, gated)
+    put_gates(model, gated.gate, gated.left)
+    model.register_load_state_dict_pre_hook(_narrow_first)
+    pruning = UnitPruning(model)
+    with suppress(OutOfReach):  # told when units are chosen
+        pruning.budget()
+    return pruning
+
+
+@contextmanager
+def _schedule_done(model: nn.Module) -> Iterator[None]:
+    """The token pruner's rates as they are when its schedule has ended."""
+    attached: Any = getattr(model, "prunex", None)
+    if attached is None:
+        yield
+        return
+    before, attached.pruner.progress = attached.pruner.progress, 1.0
+    try:
+        yield
+    finally:
+        attached.pruner.progress = before
+
+
+def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
+    """Refuse to rank tokens by the attention of blocks that have no heads, or may lose all of them.
+
+    Args:
+        model: A backbone.
+        tokens: The token pruner.
+        units: The unit pruner, or what holds it, or None.
+
+    Raises:
+        PrunexError: By block.
+    """
+    read = sorted(tokens.rows() | tokens.key_means())
+    blocks: list[Any] = [block for _, block in blocks_of(model)]
+    bare = [b for b in read if opens_heads(blocks[b]) and blocks[b].attn.num_heads == 0]
+    if bare:
+        raise PrunexError(
+            f"{tokens.name} ranks tokens by the attention of block {bare[0]}, which has no heads: choose other stages"
+        )
+    units = units.pruner if isinstance(units, Gated) else units
+    if read and units is not None and units.least["heads"] == 0:
+        raise PrunexError(
+            f"min_heads=0 could leave no heads in blocks {read}, by whose attention {tokens.name} ranks tokens: give "
+            "min_heads=1"
+        )
+
+
+def unit_branches(model: nn.Module) -> list[Branch]:
+    """The branches of a model with what a unit costs at the tokens that are there."""
+    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
+
+
+def whole_macs(model: nn.Module) -> int:
+    """Multiply-adds with all units that are there, tokens pruned or not."""
+    return tally(model, gates=False).macs
+
+
+def dense_macs(model: nn.Module) -> int:
+    """Multiply-adds with all units and all tokens."""
+    return tally(model, gates=False, tokens=False).macs
+
+
+def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict from after the removal: take the same units out before its weights are loaded."""
+    gated = getattr(model, CHILD, None)
+    if gated is None:
+        return
+    own = f"{prefix}{CHILD}.{gated.method}."
+    found = {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
+    if not found:  # a dense state dict
+        state.update({f"{prefix}{CHILD}.{k}": v for k, v in gated.state_dict().items()})
+        return
+    if bool(found.get("removed", False)) and not bool(gated.pruner.removed):
+        for name, value in found.items():
+            known = gated.pruner._buffers.get(name)
+            if name.startswith("open_") and known is not None and known.shape == value.shape:
+                known.copy_(value)
+        UnitPruning(model)._take_out()

@@ -1,0 +1,1 @@
+"""Explainers that are trained, as modules that are saved and read again."""

@@ -1,0 +1,376 @@
+"""The explainer of Vision DiffMask: gates that vote on patches beside a frozen ViT, trained, saved and read again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from prunex.brief import Brief
+from prunex.checks import check_flag, check_number, check_whole
+from prunex.errors import PrunexError
+from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_folder, write
+from prunex.vit.anatomy import Anatomy, ViT, read
+from prunex.vit.attention import KeyWeights
+from prunex.vit.describe import build_like, describe
+from prunex.vit.embedding import embed_patches, place, unplace
+from prunex.vit.forward import look_ahead, resume
+from prunex.vit.positions import Places, positions_of
+from prunex.vit.readout import head
+
+KIND = "diffmask"
+
+
+TEMPERATURE, LOW, HIGH = 0.2, -0.2, 1.0  # of the hard concrete distribution: stretched to (LOW, HIGH), cut to 0..1
+
+
+class Gate(nn.Module):
+    """A vote on each patch: logits [B, n] from its embedding [B, n, D] and one hidden state [B, n, D].
+
+    mul * tanh(w2 . tanh(W1 [h_0, h_i] + b1) + b2) + add, hidden width D / 4, both layers under weight norm, ``add``
+    learned.
+    """
+
+    def __init__(self, width: int, mul: float, add: float) -> None:
+        super().__init__()
+        self.hidden = weight_norm(nn.Linear(2 * width, max(1, width // 4)))
+        self.vote = weight_norm(nn.Linear(max(1, width // 4), 1))
+        self.add = nn.Parameter(torch.tensor(float(add)))
+        self.mul = mul
+
+    def forward(self, first: Tensor, state: Tensor) -> Tensor:
+        """Logits [B, n]."""
+        vote = self.vote(torch.tanh(self.hidden(torch.cat([first, state], -1))))
+        return self.mul * torch.tanh(vote)[..., 0] + self.add
+
+
+class MaskGates(nn.Module):
+    """One gate for every hidden state h_0 .. h_{L+1}, and what stands in the place of a masked patch.
+
+    h_0 are the patch embeddings before positions are added, h_1 .. h_L what enters the L blocks, h_{L+1} what leaves
+    the last one before the final norm; see :func:`hidden_states`.
+
+    Args:
+        width: D.
+        depth: L.
+        mul: Half the range of a gate's logits.
+        add: Where they start; everything is kept at first.
+        no_placeholder: Masked patches become zeros instead of one learned vector.
+    """
+
+    def __init__(
+        self, width: int, depth: int, mul: float = 15.0, add: float = 8.0, no_placeholder: bool = False
+    ) -> None:
+        super().__init__()
+        self.mul, self.add = check_number("mul", mul, 0), check_number("add", add, -math.inf)
+        self.no_placeholder = check_flag("no_placeholder", no_placeholder)
+        self.width, self.depth = width, depth
+        self.gates = nn.ModuleList(Gate(width, self.mul, self.add) for _ in range(depth + 2))
+        vector = torch.zeros(1, 1, width)
+        if self.no_placeholder:
+            self.register_buffer("placeholder", vector)
+        else:
+            self.placeholder = nn.Parameter(nn.init.xavier_normal_(vector))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments that make gates of this kind, in plain values."""
+        return {
+            "width": self.width,
+            "depth": self.depth,
+            "mul": self.mul,
+            "add": self.add,
+            "no_placeholder": self.no_placeholder,
+        }
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Logits of the first K gates, float32 (or 64) [B, K, n], for K hidden states [B, n, D]."""
+        found = [gate(states[0], h) for gate, h in zip(self.gates, states, strict=False)]
+        return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in found], 1)
+
+
+def log_keep(logits: Tensor) -> Tensor:
+    """Log-probability that a hard concrete variable is not 0: -softplus(-(logit - t log(-l / r)))."""
+    return F.logsigmoid(logits - TEMPERATURE * math.log(-LOW / HIGH))
+
+
+def log_votes(logits: Tensor) -> Tensor:
+    """c_k: the log-probability that none of the gates 0..k is 0; [B, K, n] to [B, K, n], falling along K."""
+    return log_keep(logits).cumsum(1)
+
+
+def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Hard concrete variables in 0..1, differentiable: clamp(s (r - l) + l) of a binary concrete s at temperature t."""
+    u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    u = u.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+    s = torch.sigmoid((u.log() - torch.log1p(-u) + logits) / TEMPERATURE)
+    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def check_layer(layer: Any, depth: int) -> int:
+    """The number of a hidden state in 0..depth + 1, counted from the end when negative.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    count = depth + 2
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
+        raise PrunexError(
+            f"layer={layer!r} does not exist: hidden states are 0 (patch embeddings), 1..{depth} (what enters a "
+            f"block) and {depth + 1} (the last block's output), or negative from the end"
+        )
+    return layer % count
+
+
+def blocks_before(layer: int) -> int:
+    """How many blocks are run to know the hidden states 0..layer."""
+    return max(0, layer - 1)
+
+
+def hidden_states(
+    model: ViT,
+    x: Tensor,
+    grid: tuple[int, int],
+    anatomy: Anatomy,
+    layer: int,
+    index: Tensor | None = None,
+    policy: Tensor | None = None,
+    keys: KeyWeights | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The patches' rows of h_0 .. h_layer for tokens entering the first block: layer + 1 of [B, n, D].
+
+    Returned beside them: the whole stream [B, N, D] where the pass ended.
+
+    Args:
+        model: A supported ViT in eval mode; a pruner on it is not asked.
+        x: [B, prefix + n, D].
+        grid: The whole patch grid.
+        anatomy: Of the model.
+        layer: 0..L + 1.
+        index: int64 [B, n], the patches that these are; None: all of them.
+        policy: [B, prefix + n] or None: 0 for slots of tokens that are not there.
+        keys: Weights of the tokens as keys, or None.
+    """
+    places = None if index is None else Places(index, grid)
+    positions = positions_of(model, anatomy.prefix, grid, places)
+    streams = look_ahead(model, x, anatomy, blocks_before(layer), policy, keys, positions)
+    states = [unplace(model, x, grid, index), *(h[:, anatomy.prefix :] for h in streams[:layer])]
+    return states, streams[-1]
+
+
+def gate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the gates among a saved explainer's."""
+    return {k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")}
+
+
+def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> MaskGates:
+    """Gates from the description in a folder, with fresh weights.
+
+    Raises:
+        PrunexError: For a description that does not build any, or other ones than the folder's weights are of.
+    """
+    try:
+        if check_whole("depth", settings["depth"], 1) > len(tensors):
+            raise ValueError("its weights are of fewer gates")
+        check_whole("width", settings["width"], 1)
+        with quietly():
+            with torch.device("meta"):  # nothing is allocated before it fits
+                shapes = {k: v.shape for k, v in MaskGates(**settings).state_dict().items()}
+            if shapes != {k: v.shape for k, v in tensors.items()}:
+                raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (gates): save the explainer again")
+            return MaskGates(**settings)
+    except PrunexError:
+        raise
+    except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        told = str(settings)[:120]
+        raise PrunexError(f"{folder / CONFIG} is damaged: gates={told} ({error}); save the explainer again") from error
+
+
+MOST = 200.0  # of a multiplier
+
+
+@dataclass(eq=False, repr=False)
+class Seen(Brief):
+    """One pass over images.
+
+    Attributes:
+        patches: [B, P, D], embedded, before positions are added.
+        grid: Patch grid.
+        logits: [B, classes] of the ViT.
+        gates: [B, K, P], logits of the first K gates.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+    logits: Tensor
+    gates: Tensor
+
+
+@dataclass(eq=False, repr=False)
+class Terms(Brief):
+    """What one training step weighs up.
+
+    Attributes:
+        divergence: [B], KL(softmax wanted || softmax told) for one sample of the votes, on the graph.
+        log_keep: [B, P], c_k, on the graph.
+        wanted: [B, classes], logits of the whole images.
+        told: [B, classes], of the masked ones.
+    """
+
+    divergence: Tensor
+    log_keep: Tensor
+    wanted: Tensor
+    told: Tensor
+
+    def loss(self, alpha: Tensor, eps: float) -> Tensor:
+        """mean_b[alpha (KL - eps)] + mean_{b,p} c_k: gates and placeholder descend on it, alpha ascends."""
+        return (alpha * (self.divergence - eps)).mean() + self.log_keep.mean()
+
+
+class DiffMaskExplainer(nn.Module):
+    """Gates, a placeholder and multipliers beside the ViT that they explain, which never changes (arXiv 2304.06391).
+
+    Training minimises, over gates and placeholder, a_k (KL(softmax z || softmax z') - eps) + mean_p c_k(p), with z' the
+    output for the input masked by one sample of the votes 0..k; the multipliers a_0 .. a_{L+1} maximise it.
+
+    The ViT is part of the module, frozen and in eval mode, so that a saved explainer explains by itself.
+
+    Args:
+        model: A supported ViT with a classifier; copied.
+        mul: Half the range of a gate's logits (the authors' command line: 15, their class: 10).
+        add: Where they start (8; 5).
+        no_placeholder: Masked patches become zeros instead of one learned vector.
+        alpha_init: Where the multipliers start, in [0, 200] (20; 1).
+
+    Raises:
+        PrunexError: For a model without a classifier, or a pruned one.
+    """
+
+    def __init__(
+        self,
+        model: ViT,
+        mul: float = 15.0,
+        add: float = 8.0,
+        no_placeholder: bool = False,
+        alpha_init: float = 20.0,
+    ) -> None:
+        super().__init__()
+        anatomy = read(model)
+        if anatomy.classes < 1:
+            raise PrunexError("the model has no classifier (num_classes=0): give one that does")
+        if hasattr(model, "prunex"):
+            raise PrunexError("the model is pruned: detach() it first, the gates read all its patch tokens")
+        alpha_init = check_number("alpha_init", alpha_init, 0, MOST)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.anatomy = anatomy
+        self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)
+        # One parameter a layer: a step on one must leave the others' optimiser state alone.
+        self.alpha = nn.ParameterList(torch.tensor(alpha_init) for _ in range(anatomy.depth + 2))
+        weight = next(model.parameters())
+        self.to(device=weight.device, dtype=weight.dtype)
+
+    def train(self, mode: bool = True) -> DiffMaskExplainer:
+        """Train or eval mode; the explained ViT stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @property
+    def layers(self) -> int:
+        """Number of hidden states, L + 2."""
+        return self.anatomy.depth + 2
+
+    def observe(self, images: Tensor, layer: int = -1) -> Seen:
+        """One pass of the explained ViT without gradients, and the logits of the gates 0..layer, on the graph.
+
+        Args:
+            images: float [B, C, H, W].
+            layer: k in 0..L + 1, or negative from the end.
+        """
+        layer = check_layer(layer, self.anatomy.depth)
+        with torch.no_grad():
+            patches, grid = embed_patches(self.model, images)
+            x = place(self.model, patches, grid)
+            states, last = hidden_states(self.model, x, grid, self.anatomy, self.layers - 1)
+            logits = head(self.model, self.model.norm(last), None, self.anatomy)
+        return Seen(patches, grid, logits, self.gates(states[: layer + 1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities c_k of getting every vote up to a layer: [B, L + 2, P], falling along the layers.
+
+        Args:
+            images: float [B, C, H, W].
+        """
+        return log_votes(self.observe(images).gates)
+
+    def masked(self, seen: Seen, kept: Tensor) -> Tensor:
+        """The ViT's output [B, classes] for h'_0 = v h_0 + (1 - v) placeholder; positions are added after.
+
+        Args:
+            seen: What :meth:`observe` gave for the images.
+            kept: [B, P], v in 0..1 (or bool).
+        """
+        v = kept.to(seen.patches.dtype).unsqueeze(-1)
+        mixed = v * seen.patches + (1 - v) * self.gates.placeholder.to(seen.patches.dtype)
+        return resume(self.model, place(self.model, mixed, seen.grid), seen.grid)
+
+    def terms(self, images: Tensor, layer: int, generator: torch.Generator | None = None) -> Terms:
+        """What the loss is made of, for the votes 0..layer.
+
+        Args:
+            images: float [B, C, H, W].
+            layer: k in 0..L + 1.
+            generator: Of the sampled votes; None: torch's own.
+        """
+        seen = self.observe(images, layer)
+        told = self.masked(seen, sample(seen.gates, generator).prod(1))
+        return Terms(divergence(seen.logits, told), log_keep(seen.gates).sum(1), seen.logits, told)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``model.safetensors`` and ``config.json``, which :func:`load_explainer` reads.
+
+        Args:
+            folder: Made if missing; the two files are replaced.
+
+        Raises:
+            PrunexError: For a folder that cannot be written, or a model that plain values cannot describe.
+        """
+        return write(folder, KIND, {"model": describe(self.model), "gates": self.gates.settings}, self)
+
+
+def divergence(wanted: Tensor, told: Tensor) -> Tensor:
+    """KL(wanted || told) of class distributions from logits [B, C], in at least float32; of two outcomes for one logit.
+
+    Returns:
+        [B].
+    """
+    if wanted.shape[1] == 1:
+        wanted, told = (torch.cat([x, torch.zeros_like(x)], 1) for x in (wanted, told))
+    wide = torch.promote_types(told.dtype, torch.float32)
+    told, wanted = told.to(wide).log_softmax(1), wanted.to(wide).log_softmax(1)
+    return F.kl_div(told, wanted, reduction="none", log_target=True).sum(1)
+
+
+def load_explainer(path: str | Path) -> DiffMaskExplainer:
+    """A saved explainer again, in eval mode.
+
+    Args:
+        path: The folder given to :meth:`DiffMaskExplainer.save`, or the ``model.safetensors`` in it.
+
+    Raises:
+        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
+    """
+    spec, tensors, folder = read_folder(path, KIND, "model")
+    gates = build_gates(spec.get("gates"), folder, gate_tensors(tensors))
+    with quietly():
+        explainer = DiffMaskExplainer(build_like(spec["model"], tensors, "model."))
+    explainer.gates = gates
+    return load_into(explainer, tensors, folder)

@@ -1,0 +1,157 @@
+"""AttnLRP and CP-LRP as gradients: relevance = activation times a gradient whose rules were changed.
+
+The forward's values stay bit for bit; only backward passes change. Relevance of a signal x is x times its gradient, so
+ordinary backward passes of linear layers, skips and products *are* their LRP-0 rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import RmsNorm
+from torch import Tensor, nn
+
+from prunex.relevance.rules import Layer, gamma_rule
+from prunex.vit.arithmetic import Arithmetic, fused_attention, unknown_layer
+from prunex.vit.units import let_through
+
+
+class ModifiedGradients(Arithmetic):
+    """The forward with AttnLRP's or CP-LRP's backward passes.
+
+    - element-wise f: the gradient is f(x) / x;
+    - norms: the deviation (or root mean square) is a constant;
+    - attention: "attnlrp" divides the gradients of q and k by 4 and of v by 2; "cplrp" takes q and k as constants;
+    - products in gated MLPs: half each; gates of gated attention are constants;
+    - linear layers and the patch convolution: as they are, or the gamma rule.
+
+    Args:
+        kind: Which of the two.
+        gamma: Of the gamma rule, for the patch convolution and for linear layers; None: plain (LRP-0).
+    """
+
+    opened = True
+
+    def __init__(self, kind: Literal["attnlrp", "cplrp"], gamma: tuple[float, float] | None = None) -> None:
+        self.kind, self.gamma = kind, gamma
+
+    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        """As it is, or by the gamma rule."""
+        return self._by_rule(module, x, 1)
+
+    def patches(self, module: nn.Module, images: Tensor) -> Tensor:
+        """The patch convolution, likewise."""
+        return self._by_rule(module, images, 0)
+
+    def _by_rule(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
+        layer = Layer.of(module)
+        if self.gamma is None:
+            return module(x)
+        x = let_through(module, x)
+        return _Gamma.apply(x, module(x), layer, self.gamma[which])
+
+    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A norm with its deviation held constant."""
+        if isinstance(module, nn.Identity):
+            return x
+        return _Norm.apply(x, module(x), module)
+
+    def activation(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An element-wise f with gradient f(x) / x."""
+        return x if isinstance(module, nn.Identity) else _Quotient.apply(x, module(x))
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Half each."""
+        return _Scaled.apply(a, 0.5) * _Scaled.apply(b, 0.5)
+
+    def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
+        """The openness is a constant."""
+        return signal * openness.detach()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Fused attention; queries, keys and values get their share of the gradient."""
+        return fused_attention(*self._asked(q, k), self._gathered(v))
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The products, for masked attention."""
+        q, k = self._asked(q, k)
+        return (q * scale) @ k.transpose(-2, -1)
+
+    def gather(self, attention: Tensor, values: Tensor) -> Tensor:
+        """What is gathered, for masked attention."""
+        return attention.to(values.dtype) @ self._gathered(values)
+
+    def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
+        """A fused token; its weights are constants."""
+        return weights.detach() @ tokens
+
+    def _asked(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "cplrp":
+            return q.detach(), k.detach()
+        return _Scaled.apply(q, 0.25), _Scaled.apply(k, 0.25)
+
+    def _gathered(self, v: Tensor) -> Tensor:
+        return v if self.kind == "cplrp" else _Scaled.apply(v, 0.5)
+
+
+class _Scaled(torch.autograd.Function):
+    """The value itself, with its gradient multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.factor, None
+
+
+class _Quotient(torch.autograd.Function):
+    """f(x), differentiated as f(x) / x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(x, out)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, out = ctx.saved_tensors
+        return grads[0] * (out / (x + 1e-10)), None
+
+
+class _Norm(torch.autograd.Function):
+    """A layer or RMS norm, differentiated with its deviation (or root mean square) held constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor, module: Any) -> Tensor:
+        ctx.centred = isinstance(module, nn.LayerNorm)
+        if not ctx.centred and not isinstance(module, RmsNorm | nn.RMSNorm):
+            raise unknown_layer(module, "LayerNorm and RmsNorm")
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        spread = x.var(-1, unbiased=False, keepdim=True) if ctx.centred else x.square().mean(-1, keepdim=True)
+        ctx.save_for_backward((spread + eps).rsqrt(), module.weight)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, weight = ctx.saved_tensors
+        scaled = grads[0] * inverse if weight is None else grads[0] * weight * inverse
+        return scaled - scaled.mean(-1, keepdim=True) if ctx.centred else scaled, None, None
+
+
+class _Gamma(torch.autograd.Function):
+    """A linear layer by the gamma rule: relevance = gradient times output goes in, relevance over input comes out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor, layer: Layer, gamma: float) -> Tensor:
+        ctx.layer, ctx.gamma = layer, gamma
+        ctx.save_for_backward(x, out)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, out = ctx.saved_tensors
+        return gamma_rule(ctx.layer, x, out, grads[0] * out, ctx.gamma) / (x + 1e-10), None, None, None

@@ -1,0 +1,1 @@
+"""Games of leaving patches out, which explainers and metrics play."""

@@ -1,0 +1,321 @@
+"""What a ViT makes of an image of which only some patches are there: the value function of removal games.
+
+Prefix tokens are always there. An absent patch is gone before the first block, by one of two routes with equal results:
+*drop* takes its token out, so that the cost falls with the number of patches; *mask* keeps all slots and hides absent
+ones from every query of every block, so that coalitions of any size share a batch (Covert, Kim, Lee, arXiv 2206.05282).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunex.errors import PrunexError, unknown
+from prunex.vit.anatomy import ViT
+from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
+from prunex.vit.embedding import embed
+from prunex.vit.forward import own_anatomy, record, resume
+from prunex.vit.positions import Places
+from prunex.vit.recording import Recording, Relevance, check_chunk, sequences
+from prunex.vit.tape import Tape
+
+REMOVALS = ("drop", "mask")
+SELECTIONS = ("frozen", "adaptive")
+OUTPUTS = ("probability", "logit", "log_odds")
+
+
+class Removal:
+    """The values of coalitions of patches, for a batch of images; a ``Value`` of ``prunex.removal.coalitions``.
+
+    Images are embedded once. Call it with the model in eval mode; gradients are off.
+
+    A pruned model plays one of two games. *Frozen*: what the clean run of all patches decided is decided again, among
+    those that are there; a fused token takes what is there with the clean run's weights, and does not exist where
+    nothing was left to fuse. *Adaptive*: the pruner decides anew among the patches that are there (by its own counting:
+    a share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``).
+
+    A pruner that decides by place alone (``hvt``) plays one game: both selections are the same, and absent patches keep
+    their slots by either route.
+
+    A model that only pools patches gives its head zeros when no patch is there.
+
+    Args:
+        model: A supported ViT, pruned or dense.
+        images: float [B, C, H, W].
+        removal: "drop" or "mask".
+        selection: "frozen" or "adaptive"; adaptive needs drop.
+        output: "probability" (softmax; sigmoid for a single output), "logit", or "log_odds" log(p / (1 - p)).
+        chunk: Most token sequences in one forward. It bounds memory and changes no result. None: what is fastest.
+
+    Raises:
+        PrunexError: For an unknown route, selection or output, a chunk below 1, or decisions that cannot be repeated.
+    """
+
+    def __init__(
+        self,
+        model: ViT,
+        images: Tensor,
+        *,
+        removal: Literal["drop", "mask"] = "drop",
+        selection: Literal["frozen", "adaptive"] = "frozen",
+        output: Literal["probability", "logit", "log_odds"] = "probability",
+        chunk: int | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("removal", removal, REMOVALS),
+            ("selection", selection, SELECTIONS),
+            ("output", output, OUTPUTS),
+        ):
+            if not isinstance(value, str) or value not in known:
+                raise unknown(name, value, known)
+        if selection == "adaptive" and removal == "mask":
+            raise PrunexError(
+                "selection='adaptive' needs removal='drop': a pruner that decides anew counts tokens that are there"
+            )
+        check_chunk(chunk)
+        self.model, self.removal, self.output = model, removal, output
+        attached = getattr(model, "prunex", None)
+        if attached is not None and attached.pruner.by_place:
+            self.removal, selection = "mask", "frozen"
+        self.anatomy = own_anatomy(model)
+        self.adaptive: Pruner | None = None
+        self.decisions: list[Decision] = []
+        with torch.no_grad():
+            self.tokens, self.grid = embed(model, images)
+            # A pruner of fixed positions decides the same among fewer patches: anew is once more.
+            if attached is not None and selection == "adaptive" and not attached.pruner.fixed:
+                self.adaptive = attached.pruner
+            elif attached is not None:
+                self.decisions = record(model, images, Tape(), masked=True).decisions
+        self.chunk = sequences(chunk, self.tokens, 128)
+        self.players = self.grid[0] * self.grid[1]
+
+    @torch.no_grad()
+    def __call__(self, coalitions: Tensor) -> Tensor:
+        """Values of M coalitions of each image: bool [B, M, P], true for present patches, to float64 [B, M, C].
+
+        Raises:
+            PrunexError: For coalitions of another shape or type.
+        """
+        b, m, p = (*coalitions.shape, 0, 0, 0)[:3]
+        if coalitions.ndim != 3 or coalitions.dtype != torch.bool or (b, p) != (len(self.tokens), self.players):
+            raise PrunexError(
+                f"coalitions are {coalitions.dtype} {list(coalitions.shape)}: give bool "
+                f"[{len(self.tokens)}, M, {self.players}], images, coalitions, patches"
+            )
+        present = coalitions.to(self.tokens.device).reshape(b * m, p)
+        return self.rows(torch.arange(b, device=present.device).repeat_interleave(m), present).unflatten(0, (b, m))
+
+    @torch.no_grad()
+    def rows(self, image: Tensor, present: Tensor) -> Tensor:
+        """Values of coalitions of any images: float64 [R, C] for image int64 [R] and present bool [R, P].
+
+        Raises:
+            PrunexError: Where nothing is asked.
+        """
+        values: Tensor | None = None
+        for rows in self._groups(present.sum(1)):
+            answer = score(self._logits(image[rows], present[rows]), self.output)
+            values = answer.new_empty(len(image), answer.shape[1]) if values is None else values
+            values[rows] = answer
+        if values is None:
+            raise PrunexError("no coalitions were given: ask for at least one")
+        return values
+
+    def _groups(self, sizes: Tensor) -> list[Tensor]:
+        """Rows that share a forward: of one size where tokens leave, and never more than ``chunk``."""
+        if self.removal == "mask":
+            return list(torch.arange(len(sizes), device=sizes.device).split(self.chunk))
+        order = sizes.argsort(stable=True)
+        counts = sizes.bincount()
+        return [part for group in order.split(counts[counts > 0].tolist()) for part in group.split(self.chunk)]
+
+    def _logits(self, image: Tensor, present: Tensor) -> Tensor:
+        """One forward of R sequences: [R, classes] for present bool [R, P], of equal sizes where tokens leave."""
+        if self.removal == "mask":
+            return masked(self.model, self.tokens[image], self.grid, present, self.decisions, image)
+        prefix, count = self.anatomy.prefix, int(present[0].sum())
+        if self.adaptive is not None and count:
+            return resume(self.model, self.tokens[image], self.grid, (Absent(present), self.adaptive))
+        # Decisions meant for all patches, and a head with nothing to pool, need one absent patch's slot to point to.
+        spare = int(count < self.players and (bool(self.decisions) or (count == 0 and not self.anatomy.readers)))
+        slots = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count + spare]
+        kept = self.tokens[image[:, None], prefix + slots]
+        x = torch.cat([self.tokens[image, :prefix], kept], 1)
+        grid, places = (1, slots.shape[1]), Places(slots, self.grid)
+        if not self.decisions and not spare:
+            return resume(self.model, x, grid, places=places)
+        there = torch.arange(slots.shape[1], device=x.device).expand(len(x), -1) < count
+        place = torch.full_like(present, count, dtype=torch.long).scatter(
+            1, slots, torch.arange(slots.shape[1], device=x.device).expand(len(x), -1)
+        )
+        return masked(self.model, x, grid, there, self.decisions, image, place, places)
+
+
+def masked(
+    model: ViT,
+    x: Tensor,
+    grid: tuple[int, int],
+    present: Tensor,
+    decisions: Sequence[Decision] = (),
+    image: Tensor | None = None,
+    place: Tensor | None = None,
+    places: Places | None = None,
+) -> Tensor:
+    """Logits of token sequences some of whose slots nobody may read; differentiable, for training with missing patches.
+
+    Args:
+        model: A supported ViT; a pruner on it is not asked.
+        x: [R, prefix + n, D], embedded tokens.
+        grid: Patch grid of the n slots.
+        present: bool [R, n].
+        decisions: Of a clean masked run, repeated among those that are there.
+        image: int64 [R], the image of that run each sequence belongs to; None: the same.
+        place: int64 [R, P], the slot of each patch of the clean run; None: they are the same.
+        places: Which patches the n slots hold, where they are not those of ``grid`` in order; or None.
+
+    Returns:
+        [R, classes].
+    """
+    if not decisions and bool(present.all()):
+        return resume(model, x, grid, places=places)
+    return resume(model, x, grid, (_Frozen(present, decisions, image, place),), masked=True, places=places)
+
+
+class _Frozen:
+    """Hides absent slots, then repeats a clean run's decisions among the others."""
+
+    def __init__(
+        self, present: Tensor, decisions: Sequence[Decision], image: Tensor | None, place: Tensor | None
+    ) -> None:
+        self.present, self.decisions, self.image, self.place = present, decisions, image, place
+        self.width = present.shape[1]  # slots of these sequences, without those of fused tokens
+        for d in decisions:
+            if not isinstance(d.answer, One):
+                raise PrunexError(
+                    f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
+                    "let the pruner decide anew with selection='adaptive' ('free' in metrics)"
+                )
+
+    def rows(self) -> frozenset[int]:
+        return frozenset()
+
+    def key_means(self) -> frozenset[int]:
+        return frozenset()
+
+    def acts_between(self, block: int) -> bool:
+        return any(d.inside and d.block == block for d in self.decisions)
+
+    def acts_after(self, block: int) -> bool:
+        return any(d.after and d.block == block for d in self.decisions)
+
+    def before(self, block: int, state: TokenState) -> list[One]:
+        whole = self.present.to(torch.promote_types(state.tokens.dtype, torch.float32))
+        hidden: list[One] = [] if block else [Mask(whole)]
+        there = self.present if block == 0 else None
+        return hidden + self._again(block, False, state, there)
+
+    def between(self, block: int, state: TokenState) -> list[One]:
+        return self._again(block, True, state, None)
+
+    def after(self, block: int, state: TokenState) -> list[One]:
+        return self._again(block, False, state, None, after=True)
+
+    def _again(
+        self, block: int, inside: bool, state: TokenState, there: Tensor | None, after: bool = False
+    ) -> list[One]:
+        answers: list[One] = []
+        for d in self.decisions:
+            if (d.block, d.inside, d.after) != (block, inside, after):
+                continue
+            if there is None:
+                there = torch.as_tensor(state.present) > 0
+            more, there = self._one(d.answer, there)
+            answers += more
+        return answers
+
+    def _one(self, answer: One, there: Tensor) -> tuple[list[One], Tensor]:
+        """One decision in the slots of these sequences, and which of them hold a token afterwards."""
+        if isinstance(answer, Pool):
+            members = answer.layout(there.shape[1], there.device)[0]
+            return [answer], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
+        if isinstance(answer, Mask):
+            left = self._mine(answer.policy) * there
+            return [Mask(left)], left > 0
+        if isinstance(answer, Merge):
+            return self._merged(answer, there)
+        if isinstance(answer, Fill):  # a replaced patch is still there; its filler leaves with it
+            return [Fill(self._mine(answer.present), self._mine(answer.filler))], there
+        if isinstance(answer, Drop):
+            stays = (self._mine(answer.present.float()) > 0) & there
+            if answer.fuse is None:
+                return [Drop(stays)], stays
+            # A Drop makes its fused token in the images that dropped something, and nowhere else.
+            after = torch.cat([stays, (there & ~stays).any(1, keepdim=True)], 1)
+            return [Drop(stays, fuse=self._mine(answer.fuse))], after
+        picked = answer.index if self.image is None else answer.index[self.image]
+        index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
+        left = torch.zeros_like(there).scatter(1, index, True) & there
+        if answer.fuse is None:
+            return [Keep(index)], left
+        fused = (there & ~left).any(1, keepdim=True)
+        after = torch.cat([left, fused], 1)
+        return [Keep(index, fuse=self._mine(answer.fuse)), Mask(after.to(answer.fuse.dtype))], after
+
+    def _merged(self, answer: Merge, there: Tensor) -> tuple[list[One], Tensor]:
+        """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
+        group = self._mine(answer.group + 1) - 1  # -1 for slots that are no token of the clean run
+        group = group.masked_fill(~there, -1)
+        count, slots = answer.count, max(answer.count, there.shape[1])
+        left = there.new_zeros(len(there), slots + 1).scatter(1, group.masked_fill(group < 0, slots), True)[:, :slots]
+        if self.place is not None:  # from here on tokens have the clean run's slots; those it emptied are nowhere here
+            place = torch.arange(answer.group.shape[1], device=there.device)
+            self.place, self.width = place.masked_fill(place >= count, -1).expand(len(there), -1), slots
+        return [Merge(group, count, answer.proportional)], left
+
+    def _slots(self, count: int) -> Tensor:
+        """Where each of the clean run's slots is here: patches by their place, fused ones behind them; -1: nowhere."""
+        place = torch.as_tensor(self.place)
+        fused = torch.arange(self.width, count, device=place.device)
+        return torch.cat([place, fused.expand(len(place), -1)], 1)
+
+    def _mine(self, values: Tensor) -> Tensor:
+        """One number (or vector) a slot of the clean run, in these sequences' slots; whatever where no patch is."""
+        values = values.detach() if self.image is None else values.detach()[self.image]
+        if self.place is None:
+            return values
+        fused = values.shape[1] - self.place.shape[1]
+        slots = self._slots(self.width + fused)
+        here = values.new_zeros(len(values), self.width + fused + 1, *values.shape[2:])
+        slots = slots % here.shape[1]
+        if values.ndim == 3:
+            slots = slots.unsqueeze(-1).expand_as(values)
+        return here.scatter(1, slots, values)[:, :-1]
+
+
+def score(logits: Tensor, output: str) -> Tensor:
+    """The unit of the game, float64 [R, C] from logits: "probability", "logit" or "log_odds"."""
+    logits = logits.detach().double()
+    if output == "logit":
+        return logits
+    if logits.shape[1] == 1:
+        return logits.sigmoid() if output == "probability" else logits
+    logp = logits.log_softmax(1)
+    if output == "probability":
+        return logp.exp()
+    odds = logp - torch.log1p(-logp.exp())
+    # Where p rounds to 1, log(1 - p) is summed from the others instead.
+    best = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, best, -torch.inf).logsumexp(1, keepdim=True)
+    return odds.scatter(1, best, logits.gather(1, best) - others)
+
+
+def answer_for(recorded: Recording, values: Tensor) -> Relevance:
+    """From one value a patch and class, [B, P, C], to the answer: ``maps`` of the target class, ``raw`` all of them."""
+    values = values.to(torch.promote_types(recorded.logits.dtype, torch.float32))
+    mine = values.gather(2, recorded.target[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
+    row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
+    return recorded.answer(row, raw=values, signed=True)

@@ -1,0 +1,279 @@
+"""One budget for tokens and units together: how much of the saving either takes, tried out on calibration images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import isnan
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunex.attach import attach
+from prunex.brief import Brief
+from prunex.checks import check_budget, check_number, check_whole
+from prunex.errors import OutOfReach, PrunexError
+from prunex.handles.tokens import CHILD
+from prunex.pruners.base import TokenPruner
+from prunex.registry import lookup
+from prunex.units.base import UnitPruner
+from prunex.units.batches import labelled_batches, undisturbed
+from prunex.vit.anatomy import ViT, find
+from prunex.vit.cost import tally
+from prunex.vit.units import CHILD as UNITS
+from prunex.vit.units import branches
+
+
+@dataclass(frozen=True)
+class Share:
+    """One way to split a budget, and what it did to the model at once, without training.
+
+    Attributes:
+        tokens: Share of the saving that tokens take, in [0, 1]; units take the rest.
+        token_pruning: For ``prunex.attach(model, **token_pruning)``; None where tokens take nothing.
+        unit_pruning: Likewise, of the unit criterion; None where units take nothing.
+        macs: Multiply-adds of one image.
+        heads: Heads left in all blocks together.
+        channels: MLP channels left in all blocks together.
+        loss: Mean over images: cross-entropy with the labels; without labels, KL divergence from the dense model's
+            prediction to this one's. In nats.
+        agreement: Share of images whose predicted class is the label's (the dense model's, without labels).
+        why_not: Why this split was not possible; empty where it was. Numbers are NaN or 0 then.
+    """
+
+    tokens: float
+    token_pruning: dict[str, Any] | None = None
+    unit_pruning: dict[str, Any] | None = None
+    macs: int = 0
+    heads: int = 0
+    channels: int = 0
+    loss: float = float("nan")
+    agreement: float = float("nan")
+    why_not: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Split(Brief):
+    """What :func:`search_split` found.
+
+    Attributes:
+        rows: One for each share, in the order given.
+        dense_macs: Multiply-adds of the dense model.
+        dense_loss: Its loss: 0 without labels.
+        labels: Whether losses are those of labels.
+        images: How many images were looked at.
+    """
+
+    rows: tuple[Share, ...]
+    dense_macs: int
+    dense_loss: float
+    labels: bool
+    images: int
+
+    @property
+    def best(self) -> Share:
+        """The row of the least loss; of equal ones the first."""
+        return min((r for r in self.rows if not r.why_not), key=lambda r: float("inf") if isnan(r.loss) else r.loss)
+
+    def table(self) -> list[dict[str, Any]]:
+        """The rows in plain values, for a table or a file."""
+        return [
+            {
+                "tokens": row.tokens,
+                "macs": row.macs,
+                "share_of_dense": round(row.macs / self.dense_macs, 4),
+                "heads": row.heads,
+                "channels": row.channels,
+                "loss": row.loss,
+                "agreement": row.agreement,
+                "best": row is self.best,
+                "why_not": row.why_not,
+            }
+            for row in self.rows
+        ]
+
+
+def search_split(
+    model: nn.Module,
+    token_method: str,
+    unit_method: str,
+    budget: float | str,
+    batches: Any,
+    shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    token_options: Mapping[str, Any] | None = None,
+    unit_options: Mapping[str, Any] | None = None,
+    images: int = 512,
+    path: str | None = None,
+) -> Split:
+    """How one budget is best shared between pruning tokens and pruning units, by trying splits without training.
+
+    For each share s in ``shares`` the token pruner is attached with the budget 1 - s (1 - budget), and the unit
+    criterion, calibrated on the same images behind it, brings the model to the whole budget. With s = 0 units save all,
+    with s = 1 tokens do. What is measured is the loss right after pruning, which fine-tuning will lower for every
+    split; that the best split before is the best after is a guess, and no result of a paper.
+
+    Args:
+        model: A dense ViT, or a module that holds exactly one.
+        token_method: A token pruner that decides without training, such as "evit", "topk", "tome".
+        unit_method: A unit criterion that needs no training: "magnitude", "taylor", "relevance", "random".
+        budget: What tokens and units together shall leave: a share of the dense multiply-adds, or "2.4GMACs".
+        batches: Calibration images, with labels or without: a loader, an iterable of batches, or one batch.
+        shares: Shares of the saving that tokens take, in [0, 1].
+        token_options: Further options of the token pruner.
+        unit_options: Further options of the unit criterion.
+        images: Most images that are looked at; all of them are held in memory.
+        path: Dotted path to the ViT when ``model`` holds several.
+
+    Returns:
+        The table and the best split. The model is left exactly as it was.
+
+    Raises:
+        PrunexError: For a model that is pruned already, methods that have to be trained first, shares or options out of
+            range, batches that do not fit, or a budget that no share reaches.
+
+    >>> import prunex, timm, torch
+    >>> from prunex.split import search_split
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=4, img_size=64)
+    >>> found = search_split(model, "evit", "magnitude", 0.6, torch.randn(4, 3, 64, 64), (0, 0.5))
+    >>> [row.tokens for row in found.rows], found.best.unit_pruning["method"]
+    ([0.0, 0.5], 'magnitude')
+    """
+    vit: ViT = find(model, path)[1]
+    for name in (CHILD, UNITS):
+        if hasattr(vit, name):
+            raise PrunexError(
+                f"{type(vit).__name__} is pruned already by {getattr(vit, name).method}: detach() it first"
+            )
+    _check_methods(token_method, unit_method)
+    tokens, units = dict(token_options or {}), dict(unit_options or {})
+    for options, whose in ((tokens, "token_options"), (units, "unit_options")):
+        if "budget" in options:
+            raise PrunexError(f"budget in {whose} is not allowed: give one budget for both, and shares")
+    wanted = _check_shares(shares)
+    dense = tally(vit).macs
+    allowed = check_budget(budget, dense)
+    if allowed > dense:
+        raise PrunexError(f"budget={budget!r} is more than the dense model costs ({dense / 1e9:.3g} GMACs)")
+    limit = check_whole("images", images, 1)
+    with undisturbed(vit), torch.no_grad():
+        data = list(_limited(labelled_batches(batches, vit), limit))
+        said = [vit(x) for x, _ in data]
+        loss, agreement = _measured(vit, data, said)
+        rows = []
+        for share in wanted:
+            target = 1 - share * (1 - allowed / dense)
+            try:
+                rows.append(_tried(vit, token_method, tokens, unit_method, units, share, target, budget, data, said))
+            except OutOfReach as error:
+                rows.append(Share(share, why_not=str(error)))
+    found = Split(tuple(rows), dense, loss, data[0][1] is not None, sum(len(x) for x, _ in data))
+    if all(row.why_not for row in rows):
+        raise PrunexError(f"budget={budget!r} is out of reach for every share in {wanted}: {rows[0].why_not}")
+    return found
+
+
+def _tried(
+    vit: Any,
+    token_method: str,
+    token_options: Mapping[str, Any],
+    unit_method: str,
+    unit_options: Mapping[str, Any],
+    share: float,
+    target: float,
+    budget: float | str,
+    data: list[tuple[Tensor, Tensor | None]],
+    said: list[Tensor],
+) -> Share:
+    """One split, attached, measured, and taken off again."""
+    token_spec = unit_spec = None
+    with ExitStack() as stack:
+        if share > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # whole tokens come near a budget as they can: the table says how near
+                pruning = stack.enter_context(attach(vit, token_method, budget=target, **token_options))
+            _check_ready(pruning.pruner)
+            token_spec = pruning.spec
+        if share < 1:
+            gated = attach(vit, unit_method, budget=budget, **unit_options)
+            stack.callback(gated.detach)
+            gated.calibrate(data)
+            unit_spec = gated.spec
+        loss, agreement = _measured(vit, data, said)
+        heads, channels = _left(vit)
+        return Share(share, token_spec, unit_spec, tally(vit).macs, heads, channels, loss, agreement)
+
+
+def _check_ready(pruner: TokenPruner) -> None:
+    """Refuse what cannot be tried at once.
+
+    Raises:
+        PrunexError: For predictors without training, sets that were not found yet, counts that no budget fixes.
+    """
+    if any(True for _ in pruner.parameters()) or pruner.needs_calibration:
+        raise PrunexError(f"{pruner.name} has to be trained or calibrated first: search with evit, topk or tome")
+    if pruner.count != "fixed":
+        raise PrunexError(f"count={pruner.count!r} of {pruner.name} leaves open what images cost: search with 'fixed'")
+
+
+def _left(vit: Any) -> tuple[int, int]:
+    """Heads and MLP channels that are open, in all blocks together."""
+    gated = getattr(vit, UNITS, None)
+    closed = {} if gated is None else gated.pruner.closed()
+    counts = {"heads": 0, "channels": 0}
+    for b in branches(vit):
+        counts[b.kind] += b.units - closed.get(b.key, 0)
+    return counts["heads"], counts["channels"]
+
+
+def _measured(vit: Any, data: list[tuple[Tensor, Tensor | None]], said: list[Tensor]) -> tuple[float, float]:
+    """Mean loss and agreement over all images, in float64."""
+    loss = right = count = 0.0
+    for (x, labels), dense in zip(data, said, strict=True):
+        logits, dense = vit(x).double(), dense.double()
+        if labels is None:
+            parts = F.kl_div(logits.log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True)
+            labels = dense.argmax(1)
+        else:
+            parts = F.cross_entropy(logits, labels, reduction="sum")
+        loss += float(parts)
+        right += int((logits.argmax(1) == labels).sum())
+        count += len(x)
+    return loss / count, right / count
+
+
+def _limited(data: Iterator[tuple[Tensor, Tensor | None]], limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The first images of some batches."""
+    for x, labels in data:
+        yield x[:limit], None if labels is None else labels[:limit]
+        limit -= len(x)
+        if limit <= 0:
+            return
+
+
+def _check_shares(shares: Any) -> tuple[float, ...]:
+    if not isinstance(shares, Sequence) or isinstance(shares, str) or len(shares) == 0:
+        raise PrunexError(f"shares={shares!r} is not allowed: give shares of the saving in [0, 1], as in (0, 0.5, 1)")
+    return tuple(check_number("shares", s, 0, 1) for s in shares)
+
+
+def _check_methods(token_method: str, unit_method: str) -> None:
+    """Both exist, are of their kind, and decide without training.
+
+    Raises:
+        PrunexError: Otherwise.
+    """
+    tokens: Any = lookup("pruner", token_method).make
+    units: Any = lookup("pruner", unit_method).make
+    if not issubclass(tokens, TokenPruner):
+        raise PrunexError(f"token_method={token_method!r} prunes units: give a token pruner, such as 'evit'")
+    if not issubclass(units, UnitPruner):
+        raise PrunexError(f"unit_method={unit_method!r} prunes tokens: give a unit criterion, such as 'taylor'")
+    if units.trains:
+        raise PrunexError(
+            f"unit_method={unit_method!r} learns in training: search with taylor or relevance, and train with the split"
+        )

@@ -1,0 +1,1 @@
+"""One criterion for heads and MLP channels a file, and what they share."""

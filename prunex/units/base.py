@@ -1,0 +1,300 @@
+"""What unit pruners share: a score for each head and MLP channel, and the choice of units that meets a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prunex.checks import check_budget, check_whole
+from prunex.errors import OutOfReach, PrunexError
+from prunex.vit.units import Branch
+from prunex.vit.widths import WidthSpec
+
+Scores = dict[str, Tensor]
+
+
+class UnitPruner(nn.Module):
+    """A module that says which heads and MLP channels are worth their multiply-adds; it never touches them itself.
+
+    Whatever the criterion, it ends in one boolean a unit, ``open``, chosen so that the model costs what the budget
+    allows; :meth:`widths` tells them as a :class:`~prunex.vit.widths.WidthSpec`. Until then all units are open and the
+    model computes what the dense one does.
+
+    Args:
+        branches: Of the model, with what each unit costs.
+        classes: Outputs of the head.
+        budget: What the slim model may cost: a share of the dense multiply-adds in (0, 1], or "2.4GMACs".
+        min_heads: Heads left in every block at least.
+        min_channels: MLP channels left in every block at least (or all, where there are fewer).
+        round_to: Kept MLP channels are rounded up to a multiple, 8 or 16 for hardware that likes such widths.
+    """
+
+    name = ""
+    needs: ClassVar[str | None] = None  # what calibrate() has to be given: None, "model", "images" or "labels"
+    trains = False  # whether it learns in training, by itself
+    within = True  # whether scores compare within a branch alone, so that each branch's mean is made 1
+
+    decided: Tensor
+    removed: Tensor
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        classes: int,
+        budget: float | str = 0.5,
+        min_heads: int = 1,
+        min_channels: int = 8,
+        round_to: int = 1,
+    ) -> None:
+        super().__init__()
+        check_budget(budget)
+        self.branches = tuple(branches)
+        self.classes = classes
+        self.least = {
+            "heads": check_whole("min_heads", min_heads, 0),
+            "channels": check_whole("min_channels", min_channels, 0),
+        }
+        self.round_to = check_whole("round_to", round_to, 1)
+        self.options: dict[str, Any] = {
+            "budget": budget,
+            "min_heads": min_heads,
+            "min_channels": min_channels,
+            "round_to": round_to,
+        }
+        for b in self.branches:
+            self.register_buffer(_slot("open", b.key), torch.ones(b.units, dtype=torch.bool))
+        self.register_buffer("decided", torch.tensor(False))
+        self.register_buffer("removed", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
+        gone = not bool(self.decided) or bool(self.removed)
+        self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
+        self._left = {key: tuple(self.open(key).nonzero().flatten().tolist()) for key in self._closed}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Called once with the model, before anything is put on it; refuses what the criterion cannot score."""
+
+    def price(self, branches: Sequence[Branch]) -> None:
+        """Be told anew what units cost, where tokens came to be pruned, or no longer are."""
+        costs = {b.key: b for b in branches}
+        self.branches = tuple(costs[b.key] for b in self.branches)
+
+    @contextmanager
+    def all_open(self) -> Iterator[None]:
+        """Let every unit through for a while, whatever was decided: a criterion looks at the whole model."""
+        closed, self._closed, left, self._left = self._closed, set(), self._left, {}
+        try:
+            yield
+        finally:
+            self._closed, self._left = closed, left
+
+    def open(self, key: str) -> Tensor:
+        """Which units of a branch are kept: bool [units]."""
+        return self.get_buffer(_slot("open", key))
+
+    def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
+        """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
+
+        None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
+        """
+        if key not in self._closed:
+            return None
+        return self.open(key).float().repeat_interleave(self.branch(key).width)
+
+    def branch(self, key: str) -> Branch:
+        """A branch by its key."""
+        return next(b for b in self.branches if b.key == key)
+
+    def left(self, key: str) -> tuple[int, ...] | None:
+        """The open units, where gates are 0 or 1 in the coming forward; None where they are not, or all are open."""
+        return self._left.get(key)
+
+    def calibrate(self, model: nn.Module, batches: Any = None) -> None:
+        """Look at the model (and at images and labels, where the method needs them), and decide."""
+        self.decide(self.scores(model, batches))
+
+    def scores(self, model: nn.Module, batches: Any = None) -> Scores:
+        """How much each unit matters, by branch: float [units], at least 0."""
+        raise NotImplementedError
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted auxiliary losses (scalars) of the last training forward."""
+        return {}
+
+    def closed(self) -> dict[str, int]:
+        """How many units of each branch are closed, and still in the model."""
+        return {b.key: b.units - int(self.open(b.key).sum()) for b in self.branches if b.key in self._closed}
+
+    def remove(self) -> None:
+        """Be told that what is closed was taken out of the model for good."""
+        self.removed.fill_(True)
+        self.refresh()
+
+    def widths(self) -> WidthSpec:
+        """The units that are kept, in the dense model's numbers."""
+        return self._spec({b.key: self.open(b.key) for b in self.branches})
+
+    def present(self) -> WidthSpec:
+        """The units that an evaluation has open at this moment: all of them, until something was decided."""
+        return self.widths()
+
+    def _spec(self, opened: Mapping[str, Tensor]) -> WidthSpec:
+        kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
+        blocks = self.known.blocks
+        for b in self.branches:
+            found = opened[b.key]
+            if not bool(found.all()):
+                number = b.block if blocks is None else blocks[b.block]
+                names = getattr(self.known, b.kind).get(number, range(b.units))
+                kept[b.kind][number] = tuple(names[u] for u in found.nonzero().flatten().tolist())
+        return WidthSpec(heads=kept["heads"], channels=kept["channels"])
+
+    def prunable(self) -> int:
+        """Multiply-adds of all units together."""
+        return sum(b.units * b.macs for b in self.branches)
+
+    def spent(self) -> int:
+        """Multiply-adds of the units that are open."""
+        return sum(int(self.open(b.key).sum()) * b.macs for b in self.branches)
+
+    def aim(self, whole: int, dense: int) -> float:
+        """Multiply-adds that the units may spend.
+
+        Args:
+            whole: What the model costs with all units, tokens pruned or not.
+            dense: What the dense model costs, which a share counts of.
+
+        Raises:
+            PrunexError: Where the budget is out of reach even with the fewest units.
+        """
+        rest = whole - self.prunable()
+        budget = self.options["budget"]
+        allowed = check_budget(budget, dense)
+        least = rest + sum(b.macs * self._least(b) for b in self.branches)
+        if allowed < least:
+            raise OutOfReach(
+                f"budget={budget!r} ({allowed / dense:.1%} of the dense multiply-adds) is out of reach for "
+                f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
+                f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"
+            )
+        return min(float(self.prunable()), allowed - rest)
+
+    def decide(self, scores: Mapping[str, Tensor], allowed: float | None = None) -> None:
+        """Open the units of the highest scores, as many as the budget allows.
+
+        One threshold counts for all units. Methods whose scores say nothing across branches have each branch's mean
+        made 1 first; those of the others are loss per unit and are divided by what the unit costs. Ties go to the
+        lower number.
+
+        Args:
+            scores: By branch, float [units].
+            allowed: Multiply-adds for the units; None: those told before.
+
+        Raises:
+            PrunexError: For scores that are not finite, or before the allowance is known.
+        """
+        allowed = self.allowed if allowed is None else allowed
+        for b in self.branches:
+            if not bool(torch.isfinite(scores[b.key]).all()):
+                raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
+        levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
+        every = torch.cat([levels[b.key] for b in self.branches]).unique()
+        low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all
+        while low < high:
+            middle = (low + high) // 2
+            threshold = float("-inf") if middle < 0 else float(every[middle])
+            if self._cost({k: v > threshold for k, v in levels.items()}, levels) <= allowed:
+                high = middle
+            else:
+                low = middle + 1
+        threshold = float("-inf") if low < 0 else float(every[low])
+        wanted = {k: v > threshold for k, v in levels.items()}
+        self._fill(wanted, levels, allowed)
+        self.keep(wanted, levels)
+
+    def _fill(self, wanted: dict[str, Tensor], levels: Mapping[str, Tensor], allowed: float) -> None:
+        """Where a head, or equal scores, did not fit any more: the next best units that do.
+
+        Channels come in whole multiples of ``round_to``.
+        """
+        room = allowed - self._cost(wanted, levels)
+        steps = []
+        for i, b in enumerate(self.branches):
+            wanted[b.key] = self._rounded(b, wanted[b.key], levels[b.key])
+            closed = (~wanted[b.key]).nonzero().flatten()
+            closed = closed[torch.sort(levels[b.key][closed], descending=True, stable=True).indices]
+            parts = closed.split(self.round_to if b.kind == "channels" else 1)
+            steps += [(-float(levels[b.key][p[0]]), i, n, p) for n, p in enumerate(parts) if len(p)]
+        full: set[int] = set()
+        for _, i, _, units in sorted(steps, key=lambda s: s[:3]):
+            b = self.branches[i]
+            if i not in full and len(units) * b.macs <= room:
+                wanted[b.key][units] = True
+                room -= len(units) * b.macs
+            else:
+                full.add(i)
+
+    @property
+    def allowed(self) -> float:
+        """Multiply-adds that all units together may cost.
+
+        Raises:
+            PrunexError: Before that is known.
+        """
+        if self._allowed is None:
+            raise PrunexError(f"what {self.name}'s units may cost is not known yet: call budget() on its handle first")
+        return self._allowed
+
+    _allowed: float | None = None
+    known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
+
+    def may_spend(self, allowed: float) -> None:
+        """Be told how many multiply-adds the units may cost together."""
+        self._allowed = allowed
+
+    def level(self, branch: Branch, score: Tensor) -> Tensor:
+        """Scores as they compare across branches, float64 on the CPU."""
+        score = score.detach().cpu().double()
+        if not self.within:
+            return score / branch.macs
+        mean = score.mean()
+        return score / mean if mean > 0 else score
+
+    def keep(self, wanted: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> None:
+        """Open these units, the fewest that each branch must have and whole multiples of ``round_to``."""
+        for b in self.branches:
+            self.open(b.key).copy_(self._rounded(b, wanted[b.key], levels[b.key]))
+        self.decided.fill_(True)
+        self.refresh()
+
+    def _cost(self, wanted: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> int:
+        return sum(int(self._rounded(b, wanted[b.key], levels[b.key]).sum()) * b.macs for b in self.branches)
+
+    def _least(self, branch: Branch) -> int:
+        least = min(self.least[branch.kind], branch.units)
+        if branch.kind == "channels":
+            least = min(branch.units, -(-least // self.round_to) * self.round_to)
+        return least
+
+    def _rounded(self, branch: Branch, wanted: Tensor, level: Tensor) -> Tensor:
+        count = max(int(wanted.sum()), self._least(branch))
+        if branch.kind == "channels":
+            count = min(branch.units, -(-count // self.round_to) * self.round_to)
+        best = torch.sort(level, descending=True, stable=True).indices[:count]
+        return torch.zeros(branch.units, dtype=torch.bool, device=level.device).index_fill(0, best, True)
+
+
+def _slot(what: str, key: str) -> str:
+    """The name of a branch's buffer."""
+    return f"{what}_{key.replace('.', '_')}"
+
+
+def _after_loading(module: UnitPruner, _: Any) -> None:
+    module.refresh()

@@ -1,0 +1,176 @@
+"""Relevance: units that layer-wise relevance propagation finds nothing at go first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunex.checks import check_flag
+from prunex.errors import PrunexError, unknown
+from prunex.registry import register
+from prunex.relevance.gradients import ModifiedGradients
+from prunex.relevance.rules import RelevanceRules
+from prunex.units.base import Scores, UnitPruner
+from prunex.units.batches import labelled_batches, undisturbed, widened
+from prunex.vit.anatomy import ViT, read
+from prunex.vit.arithmetic import Arithmetic
+from prunex.vit.layouts import layout_of
+from prunex.vit.recording import gradients, recording
+from prunex.vit.tape import Tape
+from prunex.vit.units import CHILD, Branch, blocks_of, last_layer
+
+Rule = Literal["zplus", "attnlrp"]
+RULES: tuple[Rule, ...] = ("zplus", "attnlrp")
+
+
+@register(
+    "pruner",
+    "relevance",
+    "Yeom et al., Pattern Recognition 2021, arXiv 1912.08881; ViTs: Hatefi et al., 2024, arXiv 2408.12568",
+    "images, and labels if there are any; layers that lrp knows",
+)
+class Relevance(UnitPruner):
+    r"""Pruning by explaining: a unit matters as much as its relevance for the images' own classes.
+
+    The logit of an image's label (without labels, of the predicted class) is led back through the layers by the rules
+    of the ``lrp`` explainer, and read where units are still apart: at the input of ``proj`` and of ``fc2``. With R its
+    value there and n the tokens::
+
+        score(unit) = mean over images of sum_n |sum over the unit's channels of R[n, channel]|
+
+    A head's channels are summed before the absolute value is taken: rules conserve relevance by sums. The papers sum
+    over positions signed; here a unit that speaks against the class at some tokens matters there too.
+
+    Under "zplus" each image starts from 1, so relevance of different branches and images compares; "attnlrp" starts
+    from the logit, so images of larger logits count more. Scores compare across branches: relevance per multiply-add.
+
+    Args:
+        branches: Of the model.
+        classes: Outputs of the head.
+        budget: What the slim model may cost: a share of the dense multiply-adds, or "2.4GMACs".
+        min_heads: Heads left in every block at least.
+        min_channels: MLP channels left in every block at least.
+        round_to: Kept MLP channels are rounded up to a multiple.
+        rule: "zplus" or "attnlrp", see :func:`prunex.explainers.lrp`.
+        within: Compare within branches alone: each branch's mean score is made 1, and multiply-adds do not count.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32)
+    >>> dense = prunex.cost(model).macs
+    >>> widths = prunex.attach(model, "relevance", budget=0.6).calibrate([torch.randn(4, 3, 32, 32)])
+    >>> round(prunex.cost(model).macs / dense, 1)
+    0.6
+    """
+
+    name = "relevance"
+    needs = "images"
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        classes: int,
+        budget: float | str = 0.5,
+        min_heads: int = 1,
+        min_channels: int = 8,
+        round_to: int = 1,
+        rule: Rule = "zplus",
+        within: bool = False,
+    ) -> None:
+        super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
+        if rule not in RULES:
+            raise unknown("rule", rule, RULES)
+        self.rule = rule
+        self.within = check_flag("within", within)
+        self.options |= {"rule": rule, "within": within}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Refuse by name what relevance cannot be led through."""
+        closed = [block for _, block in blocks_of(model) if not isinstance(model, ViT) or not layout_of(block).opens]
+        if closed:
+            raise PrunexError(
+                f"relevance cannot be led through {type(model).__name__} with {type(closed[0]).__name__}: lrp knows "
+                "timm's Block and ResPostBlock; use taylor or magnitude"
+            )
+        read(model)
+
+    def scores(self, model: nn.Module, batches: Any = None) -> Scores:
+        """Mean absolute relevance, float64 [units] a branch.
+
+        Args:
+            model: The backbone.
+            batches: See :func:`~prunex.units.batches.labelled_batches`.
+
+        Raises:
+            PrunexError: For batches that do not fit the model, a model without a classifier, or layers that the rules
+                do not know.
+        """
+        count = 0
+        with undisturbed(model):
+            totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
+            working = widened(model)
+            gated = getattr(working, CHILD)
+            with gated.pruner.all_open():
+                for images, labels in labelled_batches(batches, working):
+                    for key, found in self.relevance(working, images, labels).items():
+                        totals[key] += found.abs().sum((0, 1)).cpu().double()
+                    count += len(images)
+        return {key: total / count for key, total in totals.items()}
+
+    def relevance(self, model: Any, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Signed relevance of each unit at each token, by branch: float [B, n, units].
+
+        In the last block only tokens that the head reads have any; where those are known beforehand, n counts them
+        alone.
+
+        Args:
+            model: The backbone, with gates or without.
+            images: float [B, C, H, W].
+            target: int64 [B], or None for the predicted classes.
+        """
+        watched: dict[nn.Module, str] = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
+        ops = _Rules(watched) if self.rule == "zplus" else _Gradients(watched)
+        with torch.inference_mode(False):
+            images = images.clone().requires_grad_()  # so that everything is part of the graph, weights frozen or not
+        tape = Tape(gradients=True, narrow=True, ops=ops)
+        try:
+            with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
+                one_hot = recorded.one_hot()
+                if isinstance(ops, RelevanceRules):
+                    ops.relevance = True
+                found = gradients(recorded.logits, list(ops.seen.values()), one_hot)
+            seen = {key: x.detach() for key, x in ops.seen.items()}
+        finally:
+            ops.seen.clear()  # the graph knows the rules: they must not know the graph, or neither is ever let go
+        told = {}
+        for (key, x), r in zip(seen.items(), found, strict=True):
+            told[key] = (r if self.rule == "zplus" else r * x).detach()
+        return {b.key: told[b.key].unflatten(2, (b.units, b.width)).sum(3) for b in self.branches}
+
+
+class _Watching(Arithmetic):
+    """Arithmetic that remembers what enters some layers, as places to differentiate at."""
+
+    watched: Mapping[nn.Module, str]
+    seen: dict[str, Tensor]
+
+    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        """As it is; the input of a watched layer is kept."""
+        if module in self.watched:
+            x = x.view_as(x)
+            self.seen[self.watched[module]] = x
+        return super().linear(module, x)
+
+
+class _Rules(_Watching, RelevanceRules):
+    def __init__(self, watched: Mapping[nn.Module, str]) -> None:
+        super().__init__("zplus")
+        self.watched, self.seen = watched, {}
+
+
+class _Gradients(_Watching, ModifiedGradients):
+    def __init__(self, watched: Mapping[nn.Module, str]) -> None:
+        super().__init__("attnlrp")
+        self.watched, self.seen = watched, {}

@@ -1,0 +1,490 @@
+"""prunex bench: accuracy, cost and measured speed of a run's model, dense beside slim."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch import LightningModule
+from safetensors.torch import save as tensors_as_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import prunex
+from prunex.batches import parts
+from prunex.errors import PrunexError
+from prunex.files import write_whole
+from prunex.recipes.commands.arguments import Parser
+from prunex.recipes.commands.score_data import spread
+from prunex.recipes.modules.backbone import load_weights
+from prunex.recipes.runs import (
+    config_of,
+    evaluate,
+    forward,
+    home,
+    instantiate,
+    macs_column,
+    noise,
+    open_data,
+    open_model,
+    slim_folder,
+    token_pruning,
+)
+from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
+from prunex.slim.files import WEIGHTS
+from prunex.vit.anatomy import find
+from prunex.vit.units import CHILD as UNITS
+from prunex.vit.units import Backbone
+from prunex.vit.widths import WidthSpec, widths_of
+
+BENCH = "bench.json"
+LEAST = 5  # rounds of a batch size, however long they take
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+
+
+@dataclass
+class Contestant:
+    """One of the models beside each other.
+
+    Attributes:
+        name: What the tables call it.
+        model: In eval mode.
+        known: Whether its weights are worth evaluating.
+        size: Bytes of its weights as a safetensors file.
+        graph: Its exported ONNX graph, where there is one already.
+    """
+
+    name: str
+    model: nn.Module
+    known: bool
+    size: int
+    graph: Path | None = None
+
+
+@dataclass
+class Bench:
+    """What was measured, in plain values; ``notes`` say what a reader would otherwise have to guess."""
+
+    machine: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As ``bench.json`` holds it."""
+        return {
+            "machine": self.machine,
+            **self.conditions,
+            "rows": self.rows,
+            "speed": self.speed,
+            "notes": self.notes,
+        }
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """``prunex bench RUN``: accuracy, cost and measured speed, dense beside slim."""
+    args = _parse(arguments)
+    run = home(args.run)
+    found = measure(
+        run, args.batches, args.threads, args.seconds, args.device, not args.no_accuracy, args.limit, tell=True
+    )
+    print(table(found))
+    print(write_whole(run / BENCH, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()))
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    parser = Parser("prunex bench", description="Accuracy, MACs, parameters and images/s, dense beside slim.")
+    parser.add_argument("run", help="run folder, log folder of your own script, or slim folder")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes to time; default 1 8 32"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="of the processor; default what torch takes")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each batch size and runtime; default 5")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
+    parser.add_argument("--no-accuracy", action="store_true", help="do not evaluate, time alone")
+    parser.add_argument(
+        "--limit", type=int, default=None, metavar="N", help="evaluate on N images alone, evenly spaced"
+    )
+    args = parser.parse_args(arguments)
+    for flag, value in [
+        *(("--batches", b) for b in args.batches),
+        ("--threads", args.threads),
+        ("--limit", args.limit),
+    ]:
+        if value is not None and value < 1:
+            raise PrunexError(f"{flag} {value} is not allowed: give a whole number of at least 1")
+    if not (math.isfinite(args.seconds) and args.seconds >= 0):
+        raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
+    if args.no_accuracy and args.limit is not None:
+        raise PrunexError("--limit goes with evaluating, which --no-accuracy leaves out: give one of them")
+    return args
+
+
+def measure(
+    run: str | Path,
+    batches: Sequence[int] = (1, 8, 32),
+    threads: int | None = None,
+    seconds: float = 5.0,
+    device: str = "cpu",
+    accuracy: bool = True,
+    limit: int | None = None,
+    tell: bool = False,
+) -> dict[str, Any]:
+    """Evaluate and time a run's model beside its dense one.
+
+    Where tokens are pruned, the dense model is the run's own with the pruner taken off: the same weights. Where units
+    were taken out, the dense weights are gone; the dense model then has the weights that the config starts from, or
+    (where it names none) those of chance, and its accuracy is left unknown. A run that pruned nothing has one row.
+
+    Models are timed in turn, round after round, on the first validation images; on a processor exported graphs too,
+    where onnxruntime is installed.
+
+    Args:
+        run: A run folder; of a run that ``prunex fit`` did not write, and of a slim folder, the data are not known, so
+            that its models are timed on random images and not evaluated.
+        batches: Batch sizes to time.
+        threads: Of the processor; None: as many as torch takes.
+        seconds: For each batch size and runtime, at least 5 rounds.
+        device: "cpu", "cuda" or "cuda:1".
+        accuracy: Whether to evaluate on the validation data.
+        limit: Images to evaluate on, evenly spaced over the validation data; None: all.
+        tell: Whether to show progress on stderr.
+
+    Returns:
+        ``machine``, the conditions, ``rows`` (model, accuracy 0..1, gmacs, params_m, file_mb), ``speed`` (runtime,
+        batch, and for each model the quartiles of images a second and of the ratio to the first model's) and ``notes``.
+
+    Raises:
+        PrunexError: For a folder that is no whole run, a device that is not there, or data that cannot be opened.
+    """
+    config = config_of(run)
+    place = _device(device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        models, notes = contestants(Path(run), config)
+        for contestant in models:
+            contestant.model.to(place).requires_grad_(False)
+        found = Bench(chip(device), notes=notes)
+        found.rows = [_row(c) for c in models]
+        data = _data(run, accuracy, notes) if config else None
+        if not config:
+            notes.append("prunex fit did not write this run, so its data are not known: timed on random images")
+        if accuracy and data is not None:
+            _evaluate(models, found.rows, data, limit, tell, notes)
+        images = _images(models[0].model, data, max(batches), notes)
+        kinds = ["torch", *_runtimes(device, notes)]
+        with tqdm(total=len(kinds) * len(batches), unit="batch size", disable=not tell) as bar:
+            for kind in kinds:
+                bar.set_description(RUNTIMES[kind])
+                try:
+                    with _calls(kind, models, torch.get_num_threads(), tell) as calls:
+                        for batch in batches:
+                            bar.set_postfix_str(f"batch {batch}")
+                            some = [
+                                (c.name, partial(call, images[:batch])) for c, call in zip(models, calls, strict=True)
+                            ]
+                            timings = side_by_side(some, device, 0, seconds, least=LEAST)
+                            found.speed.append(_speed(kind, batch, timings))
+                            bar.update()
+                except PrunexError as error:
+                    if kind == "torch":
+                        raise
+                    notes.append(f"{RUNTIMES[kind]} is left out: {error}")
+        found.conditions = {
+            "device": device,
+            "threads": torch.get_num_threads() if place.type == "cpu" else None,
+            "dtype": str(images.dtype).removeprefix("torch."),
+            "versions": {"prunex": prunex.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        }
+        return found.plain()
+    finally:
+        torch.set_num_threads(before)
+
+
+def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], list[str]]:
+    """The dense model first, then the slim one; and what is to be said about them."""
+    notes: list[str] = []
+    slim = find(open_model(run), kinds=Backbone)[1].eval()
+    pruning, narrow = token_pruning(slim), widths_of(slim) != WidthSpec()
+    gates = prunex.attached(slim, units=True)
+    folder = slim_folder(run) or run / "slim"
+    file, graph = folder / WEIGHTS, folder / "model.onnx"
+    fresh = graph.is_file() and file.is_file() and graph.stat().st_mtime >= file.stat().st_mtime
+    size = file.stat().st_size if file.is_file() else _bytes(slim)
+    if not file.is_file():
+        notes.append("there is no slim/ in the run folder: its newest checkpoint was taken")
+    if pruning is None and gates is None and not narrow:
+        notes.append("this run pruned nothing, so there is no slim model beside the dense one")
+        return [Contestant("dense, trained", slim, True, size, graph if fresh else None)], notes
+    parts = [
+        *([pruning.method] if pruning else []),
+        *([gates.method] if gates else [_unit_method(config)] if narrow else []),
+    ]
+    if gates is not None and not gates.removed:
+        notes.append(f"units closed by {gates.method} are still in the model: its MACs count them as taken out")
+    name = f"slim: {' + '.join(parts)}"
+    if narrow and not config:
+        notes.append("the dense model is not known: its weights are gone with the units that were taken out")
+        return [Contestant(name, slim, True, size, graph if fresh else None)], notes
+    if narrow:
+        dense, known = _dense_shape(config, notes)
+    else:
+        dense, known = _detached(slim), True
+    whole = "dense (start)" if narrow else f"dense ({parts[0]} taken off)"
+    return [
+        Contestant(whole, dense, known, _bytes(dense)),
+        Contestant(name, slim, True, size, graph if fresh else None),
+    ], notes
+
+
+def _unit_method(config: dict[str, Any]) -> str:
+    """Which method took units out, as far as the config tells: the model itself knows what is left, not why."""
+    told = ((config.get("model") or {}).get("init_args") or {}).get("unit_pruning")
+    callbacks = (config.get("trainer") or {}).get("callbacks")
+    for callback in callbacks if isinstance(callbacks, list) else []:
+        if isinstance(callback, dict) and str(callback.get("class_path")).endswith("MaskPruning"):
+            told = {"method": "xpruner", **(callback.get("init_args") or {})}
+    return str(told["method"]) if isinstance(told, dict) and "method" in told else "narrow"
+
+
+def _detached(model: nn.Module) -> nn.Module:
+    """A copy without pruners: the dense model of the same weights."""
+    dense = copy.deepcopy(model)
+    pruning, gates = token_pruning(dense), prunex.attached(dense, units=True)
+    for handle in (pruning, gates):
+        if handle is not None:
+            handle.detach()
+    return dense.eval()
+
+
+def _dense_shape(config: dict[str, Any], notes: list[str]) -> tuple[nn.Module, bool]:
+    """The backbone as the config builds it, with the weights the run started from; and whether these are all there."""
+    spec = copy.deepcopy(config["model"])
+    options = spec.get("init_args") or {}
+    start = options.get("weights")
+    for name, nothing in (("weights", None), ("pretrained", False)):  # a benchmark downloads nothing
+        if name in options:
+            options[name] = nothing
+    dense = _detached(find(instantiate(LightningModule, spec), kinds=Backbone)[1])
+    unknown = "the dense weights are gone with the units that were taken out, and"
+    if not isinstance(start, str):
+        notes.append(f"{unknown} the config names no file of those it started from: dense accuracy is unknown")
+        return dense, False
+    try:
+        missing = load_weights(dense, start)
+    except PrunexError as error:
+        notes.append(f"{unknown} those it started from cannot be read ({error}): dense accuracy is unknown")
+        return dense, False
+    if missing:
+        notes.append(f"the weights {start!r} have no classifier for these classes: dense accuracy is unknown")
+        return dense, False
+    notes.append(f"the dense model has the weights {start!r} that the run started from, not fine-tuned ones")
+    return dense, True
+
+
+def _bytes(model: nn.Module) -> int:
+    """Size of the weights as a safetensors file; what a unit pruner's gates hold is no part of it."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith(f"{UNITS}.")}
+    return len(tensors_as_bytes(state))
+
+
+def _row(contestant: Contestant) -> dict[str, Any]:
+    cost = prunex.cost(contestant.model)
+    return {
+        "model": contestant.name,
+        "gmacs": cost.gmacs,
+        "params_m": cost.params / 1e6,
+        "file_mb": contestant.size / 1e6,
+    }
+
+
+def _device(name: str) -> torch.device:
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise PrunexError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): give cpu or cuda") from error
+    if place.type not in ("cpu", "cuda"):
+        raise PrunexError(f"--device {name} is not allowed: give cpu or cuda")
+    return place
+
+
+def _data(run: str | Path, needed: bool, notes: list[str]) -> Any:
+    """The run's data; None where they are not there any more and only images to time are wanted."""
+    try:
+        return open_data(run)
+    except PrunexError as error:
+        if needed:
+            raise PrunexError(f"{error} (--no-accuracy times the models without data)") from error
+        notes.append(f"timed on random images, since the run's data cannot be opened: {error}")
+        return None
+
+
+def _evaluate(
+    models: Sequence[Contestant],
+    rows: list[dict[str, Any]],
+    data: Any,
+    limit: int | None,
+    tell: bool,
+    notes: list[str],
+) -> None:
+    for contestant, row in zip(models, rows, strict=True):
+        if not contestant.known:
+            continue
+        loader = data.val_dataloader()
+        if limit is not None:
+            loader, which = spread(loader, limit)
+            notes += [f"accuracy on some {which}"] if f"accuracy on some {which}" not in notes else []
+        total = len(loader) if hasattr(loader, "__len__") else None
+        batches = tqdm(_first(loader, limit), f"accuracy, {contestant.name}", total, unit="batch", disable=not tell)
+        row |= evaluate(contestant.model, batches)
+
+
+def _first(batches: Any, limit: int | None) -> Iterator[Any]:
+    """Batches up to so many images."""
+    seen = 0
+    for batch in batches:
+        known = parts(batch)
+        if limit is None or "images" not in known or known.unclear:  # whoever evaluates says what is wrong
+            yield batch
+            continue
+        yield {name: values[: limit - seen] for name, values in known.items()}
+        seen += len(known["images"])
+        if seen >= limit:
+            return
+
+
+def _images(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tensor:
+    """Validation images to time with, repeated where there are fewer: how many tokens stay may depend on them."""
+    weight = next(model.parameters())
+    if data is None:
+        return noise(model, count)
+    found: list[Tensor] = []
+    for batch in data.val_dataloader():
+        found += list(parts(batch).get("images", ()))
+        if len(found) >= count:
+            break
+    if not found:
+        notes.append("timed on random images, since the validation data hold none")
+        return noise(model, count)
+    return torch.stack(list(islice(cycle(found), count))).to(weight)
+
+
+def _runtimes(device: str, notes: list[str]) -> list[str]:
+    """Runtimes beside torch that can be used here."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        notes.append(f"ONNX Runtime is left out: {', '.join(missing)} not installed (pip install 'prunex-vit[onnx]')")
+        return []
+    if device != "cpu":
+        notes.append("ONNX Runtime is left out: it is timed on the processor alone")
+        return []
+    return ["onnxruntime"]
+
+
+@contextmanager
+def _calls(
+    kind: str, models: Sequence[Contestant], threads: int, tell: bool
+) -> Iterator[list[Callable[[Tensor], Any]]]:
+    """For each model what runs it on images."""
+    if kind == "torch":
+        yield [partial(forward, c.model) for c in models]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = []
+        for number, contestant in enumerate(models):
+            if contestant.graph is None and tell:
+                tqdm.write(f"making the graph of {contestant.name} ...", file=sys.stderr)
+            graphs.append(contestant.graph or prunex.export(contestant.model, Path(folder) / f"{number}.onnx"))
+        yield [session(graph, threads) for graph in graphs]
+
+
+def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
+    """What runs an exported graph on images, on the processor.
+
+    Raises:
+        PrunexError: For a graph that cannot be run.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Threads that wait by spinning would take the processor from the model whose turn it is.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class of its own for each thing that may be wrong
+        raise PrunexError(
+            f"{graph} cannot be run ({str(error).splitlines()[0]}): write it anew by prunex export"
+        ) from error
+    return lambda images: session.run(["logits"], {"images": images.float().numpy()})
+
+
+def _speed(kind: str, batch: int, timings: Sequence[Timing]) -> dict[str, Any]:
+    """Quartiles of images a second, and of the ratio to the first model's, round by round."""
+    models = []
+    for t in timings:
+        low, middle, high = quartiles([1e3 * batch / ms for ms in t.own])
+        slower, ratio, faster = quartiles([1 / r for r in t.ratios])
+        models.append(
+            {"model": t.name, "images_per_s": middle, "low": low, "high": high}
+            | {"ratio": ratio, "ratio_low": slower, "ratio_high": faster}
+        )
+    return {"runtime": kind, "batch": batch, "rounds": len(timings[0].own), "models": models}
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was measured, as text.
+
+    Args:
+        found: What :func:`measure` returned.
+    """
+    names = [row["model"] for row in found["rows"]]
+    width = max(map(len, names))
+    covered = any("kept_digit_cover" in row for row in found["rows"])
+    unit, costs = macs_column([row["gmacs"] for row in found["rows"]])
+    lines = [
+        f"{'':<{width}} {'accuracy':>10} {unit:>10} {'params (M)':>12} {'file (MB)':>11}" + "   object kept" * covered
+    ]
+    for row, macs in zip(found["rows"], costs, strict=True):
+        right = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else "unknown"
+        cover = f"{100 * row['kept_digit_cover']:>12.1f} %" if "kept_digit_cover" in row else ""
+        lines.append(
+            f"{row['model']:<{width}} {right:>10} {macs:>10} {row['params_m']:>12.3f} {row['file_mb']:>11.2f}{cover}"
+        )
+    lines += ["", "images/s: median (quartiles), and how many times the first model's, round by round"]
+    for measured in found["speed"]:
+        lines.append(f"{RUNTIMES[measured['runtime']]}, batch {measured['batch']}, {measured['rounds']} rounds")
+        for m in measured["models"]:
+            spread = f"({m['low']:,.1f} to {m['high']:,.1f})"
+            ratio = (
+                ""
+                if m["model"] == names[0]
+                else f"  x {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})"
+            )
+            lines.append(f"  {m['model']:<{width}} {m['images_per_s']:>10,.1f} {spread:<24}{ratio}".rstrip())
+    lines += [""] + [f"note: {note}" for note in found["notes"]] + [f"({conditions(found)})"]
+    return "\n".join(lines)
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Where and how it was measured, in one line."""
+    threads = f", {found['threads']} threads" if found.get("threads") else ""
+    versions = found.get("versions") or {}
+    return f"{found['machine']}{threads}, {found.get('dtype', '?')}, torch {versions.get('torch', '?')}"

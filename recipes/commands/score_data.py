@@ -1,0 +1,188 @@
+"""The images that explainers are scored on: a run's validation images, or a folder with masks of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from prunex.attributes import read_normalisation
+from prunex.batches import Parts, parts
+from prunex.errors import PrunexError
+from prunex.recipes.commands.explain import image_files, preparation
+from prunex.recipes.data.images import choose_range, object_pixels, read_file, read_image
+from prunex.untrusted import readable
+from prunex.vit.anatomy import read
+
+
+@dataclass
+class Scenes:
+    """Images to score on.
+
+    Attributes:
+        images: float [N, C, H, W], normalised.
+        labels: int64 [N], or None where they are not known.
+        masks: bool [N, H, W], or None.
+        mean: Of the normalisation, or None: as the model says.
+        std: Likewise.
+        notes: What a reader would otherwise have to guess.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    masks: Tensor | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """A hash of all that the scores depend on."""
+        told = hashlib.sha256(repr((self.mean, self.std)).encode())
+        for part in (self.images, self.labels, self.masks):
+            told.update(b"none" if part is None else repr((part.dtype, tuple(part.shape))).encode())
+            if part is not None:
+                told.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
+        return told.hexdigest()
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+    """So many places out of all, evenly spaced: files lie in the order of their classes.
+
+    >>> spaced(10, 4), spaced(2, 4)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def spread(loader: Any, wanted: int) -> tuple[Any, str]:
+    """Batches of so many images out of all of a loader's, evenly spaced: datasets are often sorted by class.
+
+    Args:
+        loader: Of validation, or several, of which the first counts.
+        wanted: How many images.
+
+    Returns:
+        The batches, and which images they hold in words; those of a stream are its first ones, and may be more.
+    """
+    loader = loader[0] if isinstance(loader, list | tuple) else loader
+    dataset: Any = getattr(loader, "dataset", None)
+    indexed = (
+        isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+    )
+    if not indexed:
+        return loader, f"images: the first {wanted:,}, since the validation data cannot be indexed"
+    places = spaced(len(dataset), wanted)
+    some = DataLoader(Subset(dataset, places), batch_size=loader.batch_size or 1, collate_fn=loader.collate_fn)
+    return some, f"images: {len(places):,} of {len(dataset):,}, evenly spaced over the validation data"
+
+
+def from_run(data: Any, wanted: int) -> Scenes:
+    """Validation images of a data module, evenly spaced where the data can be indexed, else the first ones.
+
+    Args:
+        data: A Lightning data module, set up for validation.
+        wanted: How many images.
+
+    Raises:
+        PrunexError: When there are no images, or several tensors that may be meant.
+    """
+    loader, which = spread(data.val_dataloader(), wanted)
+    seen: list[Parts] = []
+    for batch in loader:
+        seen.append(parts(batch))
+        seen[-1].need("images", "scoring", "the validation batch")
+        if sum(len(p["images"]) for p in seen) >= wanted:
+            break
+    if not seen:
+        raise PrunexError("there are no validation images to score on")
+    keys = set.intersection(*(set(p) for p in seen))
+    whole = {k: torch.cat([p[k] for p in seen])[:wanted] for k in keys}
+    left_out = [name for name in ("labels", "masks") if name not in whole and name in seen[0].unclear | seen[0].unfit]
+    notes = [which, *(f"{name} are unknown: {seen[0].why(name)}" for name in left_out)]
+    mean, std = read_normalisation([data], whole["images"].shape[1]) or (None, None)
+    return Scenes(whole["images"], whole.get("labels"), whole.get("masks"), mean, std, notes)
+
+
+def from_folder(
+    root: Path, masks: Path | None, model: nn.Module, wanted: int, value_range: int | None = None
+) -> Scenes:
+    """Images of a folder, evenly spaced, prepared as the model expects.
+
+    Layouts: ``root/val/<class>/<image>``, ``root/<class>/<image>``, or images alone. A class folder is a label where
+    its name is one of the model's class names, or where there are as many folders as classes (in alphabetical order).
+    The mask of ``a/b.jpg`` is ``a/b.png`` below the masks' folder, or below its ``val``.
+
+    Args:
+        root: The folder.
+        masks: Folder of masks; None: ``root/masks`` where that is there.
+        model: The ViT.
+        wanted: How many images.
+        value_range: Largest value of pixels of 16 bits; None: the smallest that holds all of these images.
+
+    Raises:
+        PrunexError: For no images, a broken one, or masks that are missing or of another size than their image.
+    """
+    if not root.is_dir():
+        raise PrunexError(f"--data {root} is not a folder: give one that holds val/<class>/<image>, or <class>/<image>")
+    top = root / "val" if (root / "val").is_dir() else root
+    named = root / "masks" if masks is None else masks
+    if masks is not None and not masks.is_dir():
+        raise PrunexError(f"--masks {masks} is not a folder: give one that holds <class>/<image's stem>.png")
+    files = image_files(top, besides=named)
+    files = [files[i] for i in spaced(len(files), wanted)]
+    shapes = (named / "val" if (named / "val").is_dir() else named) if named.is_dir() else None
+    prepare, size = preparation(model), read(model).image
+    images, found = [], []
+    value_range = choose_range(files, value_range)
+    for file in files:
+        image = read_image(file, value_range)
+        images.append(prepare(image)[1])
+        if shapes is not None:
+            found.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))
+    labels, notes = _labels(files, top, model)
+    known = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (list(known[k]) if known.get(k) else [0.5] * images[0].shape[0] for k in ("mean", "std"))
+    return Scenes(torch.stack(images), labels, torch.stack(found) if found else None, mean, std, notes)
+
+
+def _mask(path: Path, image: Path, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """A mask cropped and resized as :func:`preparation` does with its image: bool [H, W]."""
+    if not path.is_file():
+        raise PrunexError(f"there is no mask '{path}' for '{image}': add it, or point --masks to whole masks")
+    pixels = read_file(path, object_pixels)
+    if (pixels.shape[1], pixels.shape[0]) != size:
+        raise PrunexError(
+            f"mask '{path}' is {pixels.shape[1]} x {pixels.shape[0]} pixels, its image '{image.name}' "
+            f"{size[0]} x {size[1]}: a mask must have its image's size"
+        )
+    shown = Image.fromarray(pixels.numpy() * 255)
+    return torch.from_numpy(np.array(ImageOps.fit(shown, wanted[::-1], Image.Resampling.NEAREST)) > 127)
+
+
+def _labels(files: Sequence[Path], top: Path, model: Any) -> tuple[Tensor | None, list[str]]:
+    """The images' classes as far as folders tell them, and why not."""
+    folders = sorted(
+        readable(p.name) for p in top.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "masks"
+    )
+    names, classes = [str(n) for n in getattr(model, "label_names", None) or []], read(model).classes
+    if classes == 0:  # nothing could be right
+        return None, []
+    if folders and set(folders) <= set(names):
+        order = {name: names.index(name) for name in folders}
+    elif folders and len(folders) == classes:
+        order = {name: place for place, name in enumerate(folders)}
+    else:
+        told = f"{len(folders)} class folders do not fit {classes} classes" if folders else "there are no class folders"
+        return None, [f"labels are unknown ({told}): the class predicted for the whole image counts as right"]
+    if any(len(f.relative_to(top).parts) < 2 for f in files):
+        return None, ["some images lie in no class folder: the class predicted for the whole image counts as right"]
+    return torch.tensor([order[readable(f.relative_to(top).parts[0])] for f in files]), []

@@ -1,0 +1,414 @@
+"""Building a timm model by name, and its weights as safetensors files: reading, fitting, writing.
+
+The weights that ship with the package are written by ``SaveWeights`` at the end of ``prunex fit``; their metadata
+holds the architecture, the command and the accuracy.
+"""
+
+import json
+import logging
+import math
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import safe_open
+from safetensors.torch import save
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from prunex.attach import UNITS
+from prunex.errors import PrunexError
+from prunex.handles.tokens import CHILD
+from prunex.pictures.arrays import write_whole
+from prunex.untrusted import is_there, read_tensors
+from prunex.vit.describe import Still
+
+log = logging.getLogger(__name__)
+
+SHIPPED = files("prunex.recipes") / "weights"
+# Arguments of timm.create_model that read files, download or place: none of a model's own.
+_NOT_THE_MODELS = (
+    "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit",
+    "device", "dtype",
+)  # fmt: skip
+_ROOM, _TIMES, _DEEP, _PIXELS = 2**30, 64, 1000, 2**26  # bytes of a model beside its weights', blocks, pixels
+
+
+def create_model(
+    architecture: str, num_classes: int | None, model_args: Mapping[str, Any] | None = None, pretrained: bool = False
+) -> nn.Module:
+    """A timm model by name, with errors that say what to change.
+
+    Args:
+        architecture: A name known to ``timm.list_models()``.
+        num_classes: Width of the classifier; None: timm's own for this name.
+        model_args: Overrides for the constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
+        pretrained: Download timm's weights; needs a network.
+
+    Returns:
+        The model.
+
+    Raises:
+        PrunexError: If the name or an argument is not known, or the download fails.
+
+    >>> create_model("vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 2}).num_classes
+    10
+    """
+    foreign = [name for name in model_args or {} if name in _NOT_THE_MODELS]
+    if foreign:
+        raise PrunexError(f"model_args={foreign[0]} is not allowed: give arguments of the model; weights= takes a file")
+    if ":" not in architecture and not timm.is_model(architecture.split(".")[0]):
+        near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
+        raise PrunexError(
+            f"unknown architecture {architecture!r}: did you mean {' or '.join(near) or 'a ViT'}? "
+            "timm.list_models('*vit*') lists what there is"
+        )
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **dict(model_args or {}))
+    except Exception as error:  # timm passes on whatever its constructors and the download raise
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        if pretrained:
+            raise PrunexError(
+                f"pretrained=True for {architecture!r} failed ({reason}): timm's weights could not be downloaded or do "
+                "not fit; give a local safetensors file as weights=, or pretrained=False"
+            ) from error
+        raise PrunexError(
+            f"architecture {architecture!r} does not accept model_args={dict(model_args or {})!r} ({reason})"
+        ) from error
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights that come with the package.
+
+    >>> "digits" in shipped_weights()
+    True
+    """
+    return sorted(f.name.removesuffix(".safetensors") for f in SHIPPED.iterdir() if f.name.endswith(".safetensors"))
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Args:
+        weights: Path of a file, or the name of shipped weights.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        PrunexError: If there is no such file, or it is not a safetensors file but, perhaps, one of ``torch.save``.
+    """
+    with _located(weights) as path:
+        if zipfile.is_zipfile(path):
+            raise PrunexError(
+                f"weights={weights!r} is a file of torch.save, which may run code when it is read: convert it once by "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors'); of a Lightning "
+                "checkpoint take what lies in its ['state_dict']"
+            )
+        try:
+            return read_tensors(path)
+        except PrunexError as error:
+            raise PrunexError(
+                f"weights={weights!r} is not a readable safetensors file ({error}): save it again"
+            ) from error
+
+
+@contextmanager
+def _located(weights: str) -> Iterator[Path]:
+    """The file of that path, or the shipped one of that name."""
+    path = Path(weights).expanduser()
+    if is_there(path, Path.is_file):
+        yield path
+    elif weights in shipped_weights():
+        with as_file(SHIPPED / f"{weights}.safetensors") as shipped:
+            yield shipped
+    else:
+        raise PrunexError(
+            f"weights={weights!r} is neither a file nor shipped: give the path of a safetensors file or one of "
+            f"{', '.join(shipped_weights()) or 'none'}"
+        )
+
+
+def load_weights(model: nn.Module, weights: str) -> list[str]:
+    """Load a safetensors file into a timm ViT.
+
+    Position embeddings of another patch grid are resampled. A classifier head of another width is left as it is
+    (and logged); so is a missing one.
+
+    Args:
+        model: A timm ViT.
+        weights: Path of a safetensors file, or the name of shipped weights.
+
+    Returns:
+        Names of the model's parameters that the file did not set.
+
+    Raises:
+        PrunexError: If the file cannot be read or does not belong to this architecture.
+    """
+    state, own = read_weights(weights), model.state_dict()
+    if not any(name in own for name in state) and any(name.removeprefix("model.") in own for name in state):
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    position = state.get("pos_embed")
+    same_kind = position is not None and "pos_embed" in own and position.ndim == own["pos_embed"].ndim == 3
+    if position is not None and same_kind and position.shape[1] != own["pos_embed"].shape[1]:
+        embed: nn.Module = model.patch_embed  # type: ignore[assignment]
+        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+        try:
+            resampled = resample_abs_pos_embed(position, embed.grid_size, num_prefix_tokens=prefix)
+        except (RuntimeError, ValueError, TypeError, ZeroDivisionError, AssertionError) as error:
+            raise PrunexError(
+                f"weights={weights!r}: position embeddings {list(position.shape)} cannot be resampled to the grid "
+                f"{embed.grid_size} with {prefix} prefix tokens: give weights of this architecture"
+            ) from error
+        log.info("Resampled position embeddings from %d to %d tokens.", position.shape[1], resampled.shape[1])
+        state["pos_embed"] = resampled
+    heads = ("head.", "head_dist.")
+    for name in [n for n in state if n.startswith(heads) and n in own and state[n].shape != own[n].shape]:
+        log.warning(
+            "Classifier %s of %s has shape %s, the model needs %s: it starts untrained.",
+            name, weights, list(state[name].shape), list(own[name].shape),
+        )  # fmt: skip
+        del state[name]
+    wrong = [
+        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
+        for n, t in state.items()
+        if n in own and t.shape != own[n].shape
+    ]
+    missing = [name for name in own if name not in state]
+    foreign = [name for name in state if name not in own and not name.startswith(heads) and name != "mask_token"]
+    lacking = [name for name in missing if not name.startswith(heads)]
+    if wrong or foreign or lacking:
+        said = [
+            f"{label}: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+            for label, names in (("wrong shape", wrong), ("unknown", foreign), ("missing", lacking))
+            if names
+        ]
+        raise PrunexError(
+            f"weights={weights!r} do not fit the model ({'; '.join(said)}): check architecture and model_args"
+        )
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    return missing
+
+
+def model_from_weights(architecture: str, weights: str, image_size: int | None = None) -> nn.Module:
+    """A timm ViT with the weights of a safetensors file, as wide and (where it tells) as large as these.
+
+    The classifier has as many outputs as the file's, none where the file has no classifier. Constructor arguments come
+    from the file's metadata where ``SaveWeights`` wrote them for this architecture.
+
+    Args:
+        architecture: A name known to ``timm.list_models()``.
+        weights: Path of a safetensors file, or the name of shipped weights.
+        image_size: Side of the square images in pixels; None: what the file's position embeddings were trained for.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        PrunexError: If the name is not known, or the file cannot be read or does not belong to the architecture.
+
+    >>> model_from_weights("vit_tiny_patch16_224", "digits").num_classes
+    10
+    """
+    state, args = read_weights(weights), _model_args(architecture, weights)
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    head = state.get("head.weight")
+    classes = 0 if head is None or head.ndim == 0 else len(head)
+    if image_size is not None:
+        args["img_size"] = image_size
+    _check_size(architecture, classes, args, state)
+    model = create_model(architecture, classes, args)
+    side = None if "img_size" in args else _side(model, state.get("pos_embed"))
+    if side is not None:
+        model = create_model(architecture, classes, {**args, "img_size": side})
+    load_weights(model, weights)
+    return model.eval()
+
+
+def _model_args(architecture: str, weights: str) -> dict[str, Any]:
+    """Constructor arguments that the file's metadata tell for this architecture."""
+    with _located(weights) as path, safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+    if told.get("architecture") != architecture:
+        return {}
+    try:
+        return dict(json.loads(told.get("model_args", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PrunexError(f"weights={weights!r}: its metadata are damaged ({error}); save it again") from error
+
+
+def _check_size(architecture: str, classes: int | None, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Refuse a model that a file's metadata describe and that is far larger than its tensors, before it is built."""
+    held = sum(t.numel() * t.element_size() for t in state.values())
+    numbers = [n for name in ("depth", "depths") for n in _flat(args.get(name))]
+    if any(not isinstance(n, int) or n > max(_DEEP, len(state)) for n in numbers):
+        raise PrunexError(f"model_args={str(args)[:120]} describe more blocks than the file has tensors")
+    try:
+        with torch.device("meta"), Still():
+            twin = create_model(architecture, classes, args)
+    except PrunexError as error:
+        if "meta tensor" in str(error):  # older versions of timm read values while they build
+            return
+        raise
+    embed: Any = getattr(twin, "patch_embed", None)
+    height, width = getattr(embed, "img_size", None) or (0, 0)
+    if height * width * args.get("in_chans", 3) > _PIXELS:
+        raise PrunexError(f"model_args={str(args)[:120]} describe images of {height} x {width} pixels")
+    size = sum(t.numel() * t.element_size() for t in (*twin.parameters(), *twin.buffers()))
+    if size > _ROOM + _TIMES * held:
+        raise PrunexError(f"model_args={str(args)[:120]} describe {size:,} bytes, the file holds {held:,}")
+
+
+def _flat(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _side(model: nn.Module, position: Tensor | None) -> int | None:
+    """The square image, in pixels, that position embeddings belong to; None where it is the model's own or unknown."""
+    embed: Any = getattr(model, "patch_embed", None)
+    own: Any = getattr(model, "pos_embed", None)
+    if position is None or embed is None or own is None or position.ndim != 3:
+        return None
+    grid, patch = embed.grid_size, embed.patch_size
+    patches = position.shape[1] - (own.shape[1] - grid[0] * grid[1])
+    side = math.isqrt(max(patches, 0))
+    square = side > 0 and side * side == patches and patch[0] == patch[1]
+    return side * patch[0] if square and (side, side) != tuple(grid) else None
+
+
+class Restored:
+    """Mixed into modules that build a timm model from hyperparameters: where its weights come from."""
+
+    _loaded = False  # whether load_state_dict has brought weights
+
+    def setup(self, stage: str) -> None:
+        """Before anything runs: images must have the model's size."""
+        self.check_size(getattr(self.trainer, "datamodule", None))  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Before training, and after a checkpoint was read: weights must come from somewhere."""
+        self.check_start()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch's; weights that come this way are a start."""
+        self._loaded = True
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def check_start(self) -> None:
+        """Refuse to train from random weights unless that was asked for: it looks like training, and learns little.
+
+        Raises:
+            PrunexError: Without ``weights``, ``pretrained`` or ``from_scratch``, where no state dict was loaded.
+        """
+        told: Mapping[str, Any] = self.hparams  # type: ignore[attr-defined]
+        if not (self._loaded or any(told.get(name) for name in ("weights", "pretrained", "from_scratch"))):
+            raise PrunexError(
+                f"{told.get('architecture')} would start from random weights: give weights=FILE (--model.weights FILE, "
+                "a safetensors file), pretrained=True (--model.pretrained true downloads timm's), or from_scratch=True "
+                "(--model.from_scratch true) where that is meant"
+            )
+
+    def check_size(self, data: Any) -> None:
+        """Refuse images of another size than the model's; timm would at the first step.
+
+        Args:
+            data: A data module that says its ``image_size``, or anything else.
+
+        Raises:
+            PrunexError: When the two sizes differ and the model takes only its own.
+        """
+        size = getattr(data, "image_size", None)
+        for vit in (m for m in self.modules() if hasattr(m, "patch_embed")):  # type: ignore[attr-defined]
+            embed: Any = vit.patch_embed
+            side = getattr(embed, "img_size", None)
+            strict = getattr(embed, "strict_img_size", True) and not getattr(vit, "dynamic_img_size", False)
+            if isinstance(size, int) and side is not None and strict and tuple(side) != (size, size):
+                raise PrunexError(
+                    f"the data's images are {size} x {size} pixels (data.image_size), the model takes "
+                    f"{side[0]} x {side[1]} (model_args.img_size): give both the same number"
+                )
+
+    @classmethod
+    def check_saved(
+        cls, saved: Mapping[str, Any], given: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A checkpoint's hyperparameters without files, downloads and models far larger than its weights.
+
+        Args:
+            saved: What the file says.
+            given: What the caller says instead.
+            state: The file's state dict, which holds all weights.
+
+        Raises:
+            PrunexError: For an architecture that would be looked up in a network, or a model that cannot be the file's.
+        """
+        chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
+        told = {**chosen, **given}
+        architecture, args = told.get("architecture"), told.get("model_args")
+        if not isinstance(architecture, str) or not isinstance(args, dict | None):
+            return chosen
+        if ":" in architecture and "architecture" not in given:
+            raise PrunexError(
+                f"the checkpoint names the architecture {architecture[:100]!r}, which would be looked up elsewhere: "
+                "give architecture= yourself"
+            )
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        _check_size(architecture, told.get("num_classes"), dict(args or {}), tensors)
+        return chosen
+
+
+class SaveWeights(Callback):
+    """Writes the classifier's weights as one safetensors file when training ends.
+
+    The metadata tells how to build the model (``architecture``, ``model_args``, ``num_classes`` as JSON), which
+    command made it, how much it was trained, and every validation metric.
+
+    Args:
+        path: File to write, ending in ``.safetensors``.
+
+    Raises:
+        PrunexError: If the path has another suffix.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not path.endswith(".safetensors"):
+            raise PrunexError(f"path={path!r} is not allowed: give a file name ending in .safetensors")
+        self.path = path
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        model: nn.Module = pl_module.model  # type: ignore[assignment]
+        state = {
+            name: tensor.detach().float().cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+            if not name.startswith((f"{CHILD}.", f"{UNITS}."))  # a pruner's own are not the classifier's
+        }
+        hparams = pl_module.hparams
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        metadata = {
+            "architecture": str(hparams["architecture"]),
+            "num_classes": str(hparams["num_classes"]),
+            "model_args": json.dumps(hparams["model_args"] or {}),
+            "command": " ".join(["prunex", *sys.argv[1:]]),
+            "epochs": str(trainer.current_epoch),
+            "batches": str(batches),
+            **{
+                name: f"{float(value):.4f}"
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val_")
+            },
+        }
+        write_whole(Path(self.path), save(state, metadata=metadata))  # with the user's file mode, unlike save_file
+        log.info(
+            "Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_"))
+        )

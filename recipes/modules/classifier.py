@@ -1,0 +1,256 @@
+"""The ready-made LightningModule: a timm classifier, its optimiser, and an optional loss on the patch tokens."""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from timm.data import Mixup
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+import prunex
+from prunex.errors import PrunexError
+from prunex.recipes.modules.backbone import Restored, create_model, load_weights
+
+NOT_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token")
+PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the patch to be labelled with its class
+
+
+def patch_labels(masks: Tensor, labels: Tensor, grid: tuple[int, int], background: int) -> Tensor:
+    """The class each patch shows: the image's label where the mask touches it, else ``background``.
+
+    Args:
+        masks: bool ``[B, H, W]``, true on the object.
+        labels: int64 ``[B]``.
+        grid: Patches down and across.
+        background: The label of the other patches.
+
+    Returns:
+        int64 ``[B, gh * gw]`` in raster order.
+
+    >>> masks = torch.zeros(1, 4, 4, dtype=torch.bool); masks[0, 0, 3] = True
+    >>> patch_labels(masks, torch.tensor([7]), (2, 2), 10).tolist()
+    [[10, 7, 10, 10]]
+    """
+    covered = F.adaptive_avg_pool2d(masks.float()[:, None], grid).flatten(1)
+    return torch.where(covered > PATCH_IS_DIGIT, labels[:, None], background)
+
+
+class ImageClassifier(Restored, LightningModule):
+    """A timm classifier that trains with AdamW, warm-up and cosine, and saves nothing but plain values.
+
+    Batches are ``(images [B, 3, H, W], labels [B])`` or ``(images, labels, masks bool [B, H, W])``.
+
+    Args:
+        architecture: Name of a timm model.
+        num_classes: Number of classes; on the command line, None takes it from the data module.
+        model_args: Overrides for timm's constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
+        weights: Path of a safetensors file, or the name of weights shipped with prunex (``digits``).
+        pretrained: Download timm's weights; needs a network.
+        from_scratch: Train from random weights: without it, and without weights, training is refused.
+        learning_rate: Peak learning rate.
+        head_lr_scale: The classifier's learning rate, as a multiple of the others'; a new head on pretrained weights
+            learns little in few epochs at the rate that suits those.
+        weight_decay: Not applied to biases, norms, position embeddings and class tokens.
+        warmup: Share (0..1) of all steps over which the learning rate rises linearly; a cosine takes it to
+            ``final_learning_rate`` times the peak afterwards.
+        final_learning_rate: Learning rate of the last step, as a share (0..1) of the peak.
+        label_smoothing: Of the classification loss, 0..1.
+        mixup: Alpha of timm's Mixup; 0 is off. Masks are not mixed: batches that were mixed skip the patch loss.
+        cutmix: Alpha of CutMix, likewise.
+        patch_label_weight: Weight of an auxiliary loss in which a linear head on the final patch tokens names the
+            class that each patch shows, or background; 0 is off. Needs masks, and serves training only.
+        pruning: ``method`` and its options, as for ``prunex.attach``. Checkpoints carry it, also where the model was
+            pruned by the callback ``TokenPruning``, so that ``load_from_checkpoint`` alone rebuilds a pruned model.
+        unit_pruning: The same for heads and MLP channels, and the callback ``MaskPruning``.
+
+    Raises:
+        PrunexError: If an argument is outside its range, or the weights cannot be loaded.
+
+    >>> module = ImageClassifier("vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 2})
+    >>> module(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    rebuilds_pruning = True  # pruning callbacks keep the hyperparameters up to date
+
+    def __init__(
+        self,
+        architecture: str = "vit_small_patch16_224",
+        num_classes: int | None = None,
+        model_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        pretrained: bool = False,
+        learning_rate: float = 1e-3,
+        head_lr_scale: float = 1.0,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        final_learning_rate: float = 0.01,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        patch_label_weight: float = 0.0,
+        pruning: dict[str, Any] | None = None,
+        unit_pruning: dict[str, Any] | None = None,
+        from_scratch: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes is None or num_classes < 1:
+            raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
+        for name, value, most in (
+            ("learning_rate", learning_rate, math.inf),
+            ("head_lr_scale", head_lr_scale, math.inf),
+            ("weight_decay", weight_decay, math.inf),
+            ("warmup", warmup, 1.0),
+            ("final_learning_rate", final_learning_rate, 1.0),
+            ("label_smoothing", label_smoothing, 1.0),
+            ("mixup", mixup, math.inf),
+            ("cutmix", cutmix, math.inf),
+            ("patch_label_weight", patch_label_weight, math.inf),
+        ):
+            if not 0 <= value <= most:
+                bound = "0 or more" if most == math.inf else f"0 to {most:g}"
+                raise PrunexError(f"{name}={value!r} is not allowed: give a number of {bound}")
+        self.save_hyperparameters()
+        self.model = cast(Any, create_model(architecture, num_classes, model_args, pretrained))
+        if weights:
+            load_weights(self.model, weights)
+        self.num_classes = num_classes
+        self.patch_head: nn.Linear | None = None
+        if patch_label_weight > 0:
+            if not hasattr(self.model, "patch_embed") or not hasattr(self.model, "num_prefix_tokens"):
+                raise PrunexError(f"patch_label_weight needs a ViT, not {architecture!r}: set it to 0")
+            self.patch_head = nn.Linear(int(self.model.num_features), num_classes + 1)
+        self.mix = (
+            Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+            if mixup or cutmix
+            else None
+        )
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
+        return self.model(images)
+
+    def configure_model(self) -> None:
+        """Put on the pruners that the hyperparameters tell of; a model that is pruned already stays as it is."""
+        for name, units in (("pruning", False), ("unit_pruning", True)):
+            spec = dict(self.hparams.get(name) or {})
+            if not spec:
+                continue
+            known: Any = prunex.attached(self.model, units=True) if units else prunex.attached(self.model)
+            if known is not None:
+                continue
+            if "method" not in spec:
+                raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
+            prunex.attach(self.model, **spec)
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Classification loss, with the patch loss where it is on."""
+        if len(batch) < 2:
+            raise PrunexError("a training batch has one part: give (images, labels) or (images, labels, masks)")
+        images, labels, masks = batch[0], batch[1], batch[2] if len(batch) > 2 else None
+        self._check_labels(labels)
+        if self.mix is not None and len(images) % 2 == 0:  # Mixup pairs the images of a batch
+            images, targets = self.mix(images, labels)
+            loss = -(targets * F.log_softmax(self(images).float(), 1)).sum(1).mean()
+        else:
+            logits, tokens = self._logits_and_tokens(images) if self.patch_head is not None else (self(images), None)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
+            self.train_accuracy(logits, labels)
+            self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+            if tokens is not None and self.patch_head is not None:
+                patch_loss = self._patch_loss(self.patch_head, tokens, labels, masks)
+                self.log("train_patch_loss", patch_loss, on_step=False, on_epoch=True)
+                loss = loss + self.hparams["patch_label_weight"] * patch_loss
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Logs ``val_loss`` and ``val_accuracy``."""
+        self._evaluate("val", self.val_accuracy, batch)
+
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Logs ``test_loss`` and ``test_accuracy``."""
+        self._evaluate("test", self.test_accuracy, batch)
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Class probabilities ``[B, num_classes]``."""
+        return self(batch if isinstance(batch, Tensor) else batch[0]).float().softmax(1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, weights decayed and others not, head and rest apart; warm-up and cosine, stepped every batch."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
+                groups.setdefault((decayed, name.startswith(("model.head.", "model.head_dist."))), []).append(parameter)
+        rate, decay, scale = (self.hparams[k] for k in ("learning_rate", "weight_decay", "head_lr_scale"))
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": found, "weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
+                for (decayed, head), found in groups.items()
+            ],
+            lr=rate,
+        )
+        total = self.trainer.estimated_stepping_batches
+        warm, floor = self.hparams["warmup"] * total, self.hparams["final_learning_rate"]
+
+        def factor(step: int) -> float:
+            if math.isinf(total):  # an open-ended run has no cosine
+                return 1.0
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            done = min(1.0, (step - warm) / max(1.0, total - warm))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A checkpoint holds its weights, so reading it back must not ask for the file or download they began from."""
+        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}), weights=None, pretrained=False)
+
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, ...]) -> None:
+        images, labels = batch[:2]
+        self._check_labels(labels)
+        logits = self(images)
+        accuracy(logits, labels)
+        self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_accuracy", accuracy, batch_size=len(labels), prog_bar=True)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise PrunexError(
+                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {self.num_classes} "
+                "classes: set num_classes to the number of classes in the data"
+            )
+
+    def _logits_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, num_classes]`` and the final patch tokens ``[B, gh * gw, D]`` of one forward."""
+        final: list[Tensor] = []
+        handle = self.model.norm.register_forward_hook(lambda module, inputs, output: final.append(output))
+        try:
+            logits = self(images)
+        finally:
+            handle.remove()
+        return logits, final[0][:, self.model.num_prefix_tokens :]
+
+    def _patch_loss(self, head: nn.Linear, tokens: Tensor, labels: Tensor, masks: Tensor | None) -> Tensor:
+        if masks is None:
+            raise PrunexError(
+                "patch_label_weight is set but the batch has no masks: give (images, labels, masks) or set 0"
+            )
+        height, width = self.model.patch_embed.grid_size
+        if tokens.shape[1] != height * width:
+            raise PrunexError(
+                f"patch_label_weight needs all {height * width} patch tokens, {tokens.shape[1]} are left: "
+                "set it to 0 while tokens are pruned"
+            )
+        targets = patch_labels(masks, labels, (height, width), background=self.num_classes)
+        return F.cross_entropy(head(tokens).float().flatten(0, 1), targets.flatten())

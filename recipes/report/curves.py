@@ -1,0 +1,131 @@
+"""Curves in a report: which metrics share a chart, what they are called, and numbers where there is nothing to draw."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from prunex.pictures import curves_svg
+from prunex.recipes.report.reading import as_number
+
+Lines = dict[str, tuple[list[float], list[float]]]
+
+_PARTS = {"train": "training", "val": "validation", "test": "test"}
+_SPLIT = r"(?:(?P<part>train|val|test)[/_])?"
+_LAST = "Parts of the loss"
+# What prunex and its recipes log: the key, the chart it belongs to, its line there, and what its numbers are.
+_KNOWN = (
+    (rf"{_SPLIT}loss(?:_step|_epoch)?", "Loss", "{part}", ""),
+    (rf"{_SPLIT}acc(?:uracy)?(?:_step|_epoch)?", "Accuracy", "{part}", "share"),
+    (r"prunex/keep_ratio_(?P<name>stage\d+)", "Patches kept", "{name}, training", "share"),
+    (r"prunex/val_keep_ratio_(?P<name>stage\d+)", "Patches kept", "{name}, validation", "share"),
+    (r"prunex/object_kept", "Patches of the object kept", "after the last stage", "share"),
+    (r"prunex/relevancy_kept/(?P<name>.+)", "Relevance on kept patches", "{name}", "share"),
+    (r"prunex/relevancy_on_object/(?P<name>.+)", "Relevance on the object", "{name}", "share"),
+    (r"prunex/units_removed", "Cost of heads and channels removed", "removed", "share"),
+    (r"prunex/units_target", "Cost of heads and channels removed", "aimed at", "share"),
+    (r"prunex/gmacs", "Compute", "as it is", "macs"),
+    (r"prunex/gmacs_budget", "Compute", "allowed", "macs"),
+    (r"prunex/loss_(?P<name>.+)", _LAST, "{name}", ""),
+    (r"lr(?:-(?P<name>.+))?", "Learning rate", "{name}", ""),
+)
+_FIRST = ("Loss", "Accuracy", "Patches kept", "Compute")
+_STILL = 1e-3  # a change below this share of the value is none
+
+
+@dataclass
+class Chart:
+    """Lines that share a chart, and what their numbers are: "share", "macs" or "" for all else."""
+
+    kind: str
+    lines: Lines = field(default_factory=dict)
+
+
+@dataclass
+class Curves:
+    """Charts as SVG; for what never changed or was logged once: (what, [(line, number)])."""
+
+    charts: list[Markup] = field(default_factory=list)
+    numbers: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+
+
+def macs_unit(gmacs: Sequence[Any]) -> tuple[float, str]:
+    """The one unit of multiply-adds on a page: what billions are multiplied by, and its name.
+
+    >>> macs_unit([0.049, 0.033]), macs_unit([4.6, None])
+    ((1000.0, 'MMACs'), (1.0, 'GMACs'))
+    """
+    largest = max((value for value in map(as_number, gmacs) if value is not None), default=1.0)
+    return (1e3, "MMACs") if largest < 1 else (1.0, "GMACs")
+
+
+def curves_of(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple[float, str]) -> Curves:
+    """What was logged, as charts and numbers.
+
+    Args:
+        metrics: By key, steps and values.
+        unit: As :func:`macs_unit` gives it.
+    """
+    found, grouped = Curves(), _grouped(metrics, unit)
+    order = [*(name for name in _FIRST if name in grouped), *sorted({*grouped} - {*_FIRST, _LAST})]
+    for title in [*order, *([_LAST] if _LAST in grouped else [])]:
+        lines, kind = grouped[title].lines, grouped[title].kind
+        heading = f"{title} ({unit[1]} an image)" if kind == "macs" else title
+        if any(_moves(values) for _, values in lines.values()):
+            svg = curves_svg(lines, title=heading, percent=kind == "share", size=(520, 300))
+            found.charts.append(Markup(svg))  # it escapes names itself
+        else:
+            found.numbers.append((heading, [(name, _told(values[-1], kind)) for name, (_, values) in lines.items()]))
+    return found
+
+
+def _grouped(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple[float, str]) -> dict[str, Chart]:
+    """The charts by title, their lines by name."""
+    # Lightning logs one quantity twice when asked for both; the curve of steps says what the epochs' would.
+    twice = {key for key in metrics if key.endswith("_epoch") and key.removesuffix("_epoch") + "_step" in metrics}
+    grouped: dict[str, Chart] = {}
+    for key, (steps, values) in metrics.items():
+        if key in twice:
+            continue
+        title, name, kind = _named(key, values)
+        if kind == "macs":
+            values = [value * unit[0] for value in values]
+        chart = grouped.setdefault(title, Chart(kind))
+        if kind != chart.kind:  # shares and other numbers have no axis in common
+            chart.kind = ""
+        chart.lines[key if name in chart.lines else name] = (steps, values)
+    return grouped
+
+
+def _named(key: str, values: Sequence[float]) -> tuple[str, str, str]:
+    """A key's chart, its line there, and what its numbers are."""
+    for pattern, title, line, kind in _KNOWN:
+        if match := re.fullmatch(pattern, key, re.IGNORECASE):
+            words = {group: _words(text) for group, text in match.groupdict(default="").items()}
+            shares = all(0 <= value <= 1 for value in values)
+            return title, line.format(**words) or title.lower(), kind if shares or kind != "share" else ""
+    match = re.fullmatch(rf"(?:prunex/)?{_SPLIT}(?P<rest>.+?)(?:_step|_epoch)?", key, re.IGNORECASE)
+    part, rest = ("", key) if match is None else (match["part"] or "", match["rest"])
+    name = ", ".join(word for word in (_words(rest), _words(part)) if word)
+    if "loss" in key.lower():
+        return _LAST, name, ""
+    if re.search(r"keep|kept", rest, re.IGNORECASE) and all(0 <= value <= 1 for value in values):
+        return "Patches kept", name, "share"
+    title = _words(rest)
+    return title[:1].upper() + title[1:], _words(part) or title, ""
+
+
+def _words(text: str) -> str:
+    """A key as words: ``stage2`` is "stage 2"."""
+    text = _PARTS.get(text.lower(), text)
+    return re.sub(r"(?<=stage)(?=\d)", " ", text.replace("/", ", ").replace("_", " ").strip())
+
+
+def _moves(values: Sequence[float]) -> bool:
+    return max(values) - min(values) > _STILL * max(map(abs, values))
+
+
+def _told(value: float, kind: str) -> str:
+    return f"{value:.1%}" if kind == "share" else f"{value:.4g}"

@@ -1,0 +1,134 @@
+"""What a run folder holds, read for its report: each gives what it found, and a sentence where nothing can be shown."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunex.callbacks.record import read_record
+from prunex.errors import PrunexError
+from prunex.recipes.report.score_table import LARGEST
+from prunex.untrusted import read_npz, read_text
+
+NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger or a monitor."
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def text_of(path: Path, missing: str) -> tuple[str, str]:
+    """A file's text; ``missing`` is the sentence where there is none."""
+    if not path.is_file():
+        return "", missing
+    try:
+        return read_text(path), ""
+    except PrunexError as error:
+        return "", f"{path.name} could not be read ({reason_of(error)}) and is left out."
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read, without its path: the page says its name."""
+    return str(error).split(" is damaged: ", 1)[-1]
+
+
+def json_of(path: Path, missing: str) -> tuple[dict[str, Any], str]:
+    """A JSON object, as :func:`text_of`."""
+    text, note = text_of(path, missing)
+    if note:
+        return {}, note
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return {}, f"{path.name} could not be read ({error}) and is left out."
+    return (content, "") if isinstance(content, dict) else ({}, f"{path.name} is not a JSON object and is left out.")
+
+
+def metrics_of(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
+    """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged.
+
+    Where there is no such file, the metrics that callbacks have written down, a row an epoch.
+    """
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    rows = objects(read_record(path.parent).get("metrics")) if not path.is_file() else []
+    text, note = ("", "") if rows else text_of(path, NO_METRICS)
+    try:
+        rows = rows or list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        return {}, f"{path.name} could not be read ({error}) and is left out."
+    for number, row in enumerate(rows):
+        step = as_number(row.get("step"))
+        for name, cell in row.items():
+            value = as_number(cell)
+            if name not in (None, "step", "epoch") and value is not None:
+                steps, values = lines.setdefault(name, ([], []))
+                steps.append(number if step is None else step)
+                values.append(value)
+    return lines, note
+
+
+def maps_of(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
+    """The arrays of every epoch that draws the same images as the last one."""
+    found: dict[int, Arrays] = {}
+    notes: list[str] = []
+    paths = {
+        int(m[1]): path for path in folder.glob("epoch=*.npz") if (m := re.fullmatch(r"epoch=(\d+)\.npz", path.name))
+    }
+    for epoch in sorted(paths, reverse=True):
+        try:
+            arrays = read_npz(paths[epoch])
+            _check(arrays)
+        except (ValueError, KeyError) as error:  # a PrunexError is a ValueError
+            notes.append(f"maps/{paths[epoch].name} could not be read ({reason_of(error)}) and is left out.")
+            continue
+        if found and not np.array_equal(arrays["images"], next(iter(found.values()))["images"]):
+            notes.append(f"maps/{paths[epoch].name} shows other images than the last epoch and is left out.")
+            continue
+        found[epoch] = arrays
+    return dict(sorted(found.items())), notes
+
+
+def _check(arrays: Arrays) -> None:
+    """Raise ValueError where arrays do not belong together."""
+    images = arrays["images"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 [M, H, W, 3]")
+    count = len(images)
+    for key, values in arrays.items():
+        grid, one = key.startswith("relevance/"), key in ("labels", "predicted") or key.startswith("target/")
+        plain = "iu" if one else "biu" if key in ("masks", "kept") else "iu" if key == "groups" else "biuf"
+        if values.dtype.kind not in plain:
+            raise ValueError(f"{key} is {values.dtype}")
+        wrong = (
+            (one and values.shape != (count,))
+            or (grid and (values.ndim != 3 or len(values) != count))
+            or (key in ("kept", "groups") and (values.ndim != 4 or values.shape[1] != count or not len(values)))
+            or (key == "masks" and values.shape != images.shape[:3])
+            or (grid or key in ("kept", "groups", "share"))
+            and 0 in values.shape
+        )
+        if wrong:
+            raise ValueError(f"{key} of shape {values.shape} does not fit {count} images")
+
+
+def as_number(value: Any) -> float | None:
+    """A number that can be drawn, or None for whatever else a cell may hold."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) < LARGEST else None
+
+
+def entries(value: Any) -> Iterable[Any]:
+    """A list's entries, and none of whatever else it is."""
+    return value if isinstance(value, list) else []
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The entries of a list that are objects."""
+    return [entry for entry in entries(value) if isinstance(entry, dict)]

@@ -1,0 +1,105 @@
+"""Explainers by metrics in a report, from what ``prunex score`` wrote."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from prunex.pictures import bars_svg
+from prunex.recipes.report.reading import as_number, entries, json_of, text_of
+from prunex.recipes.report.score_table import BASELINES, LEFT, Score, best, by_metric, by_removal, read_scores
+
+SCORED = 40  # explainers in a chart of scores
+
+BEST = 5  # explainers named for a model
+_NO_SCORES = "There is no score/scores.csv in the run folder."
+
+
+@dataclass
+class Scores:
+    """Charts by group of metrics, on what they were measured, which explainers are best in most, how patches left."""
+
+    conditions: str
+    groups: dict[str, list[Markup]] = field(default_factory=dict)
+    winners: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
+    removals: list[tuple[str, str]] = field(default_factory=list)
+    judged: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def scores_of(folder: Path) -> tuple[Scores | None, str]:
+    """A chart a metric from score/scores.csv, and a sentence where it cannot be read."""
+    text, note = text_of(folder / "scores.csv", _NO_SCORES)
+    if note:
+        return None, "" if note == _NO_SCORES else note
+    try:
+        rows = read_scores(text)
+    except csv.Error as error:
+        return None, f"score/scores.csv could not be read ({error}) and is left out."
+    if not rows:
+        return None, "score/scores.csv holds no numbers, so explainers are not compared."
+    about, _ = json_of(folder / "about.json", "")
+    methods = list(dict.fromkeys(row.method for row in rows))
+    listed = {m for m in methods if m not in BASELINES}
+    hidden = len(listed) - SCORED
+    models = list(dict.fromkeys(row.model for row in rows))
+    shown = {*sorted(listed, key=methods.index)[:SCORED], *BASELINES}
+    found = Scores(_conditions_of(about))
+    for metric, cells in by_metric([row for row in rows if row.method in shown]).items():
+        if any(cell.method != "chance" for cell in cells):
+            found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
+    found.winners = _winners(rows)
+    found.removals = [(LEFT.get(how, how), ", ".join(names)) for how, names in by_removal(rows).items()]
+    found.judged = any(row.judge for row in rows)
+    found.notes = [str(n) for n in entries(about.get("notes"))]
+    if hidden > 0:
+        found.notes.append(f"{hidden} more explainers are in score/scores.csv.")
+    return found, ""
+
+
+def _conditions_of(about: Mapping[str, Any]) -> str:
+    images, threads = as_number(about.get("images")), as_number(about.get("threads"))
+    parts = [
+        f"{images:,.0f} images" if images is not None else None,
+        about.get("machine"),
+        f"{threads:.0f} thread{'' if threads == 1 else 's'}" if threads is not None else None,
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> Markup:
+    """Bars of one metric, the best of the first model on top; a line for chance, else for random maps."""
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    higher = cells[0].higher_is_better
+    by_method: dict[str, dict[str, Score]] = {}
+    for cell in cells:
+        by_method.setdefault(cell.method, {})[cell.model] = cell
+
+    def place(method: str) -> float:
+        means = [by_method[method][m].mean for m in models if m in by_method[method]]
+        return -means[0] if higher else means[0]
+
+    rows = {
+        method: {m: (c.mean, c.low, c.high) for m, c in by_method[method].items()}
+        for method in sorted((m for m in by_method if m != "chance"), key=place)
+    }
+    lines: dict[str, float] = {}
+    level = "chance" if "chance" in by_method else "random"
+    for model, cell in by_method.get(level, {}).items():
+        if cell.mean not in lines.values():
+            named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
+            lines[named] = cell.mean
+    title = f"{metric.replace('_', ' ')}, {'more' if higher else 'less'} is better"
+    return Markup(bars_svg(rows, title, lines, faint=BASELINES, order=order))  # it escapes names itself
+
+
+def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """For each model how many metrics each explainer is best in, beyond the intervals, most first."""
+    counts: dict[str, dict[str, int]] = {}
+    for (model, _), method in best(rows).items():
+        counts.setdefault(model, {}).setdefault(method, 0)
+        counts[model][method] += 1
+    return [(m, sorted(c.items(), key=lambda found: (-found[1], found[0]))[:BEST]) for m, c in counts.items()]

@@ -1,0 +1,140 @@
+"""Heads and MLP channels in a report: what is kept of them, and which heads serve which class."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunex.errors import PrunexError
+from prunex.pictures.mosaic import class_name
+from prunex.recipes.data.images import read_image
+from prunex.recipes.report.gallery import Tile, data_uri
+from prunex.recipes.report.reading import as_number, reason_of
+from prunex.untrusted import read_text
+
+RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list
+_CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
+
+
+@dataclass
+class Units:
+    """Pictures of units (heading, smaller line, tile), and what single heads and classes have to do with each other.
+
+    ``classes`` holds (class, images seen, [(head, excess)]), ``heads`` holds (head, [(class, excess)]).
+    """
+
+    pictures: list[tuple[str, str, Tile]] = field(default_factory=list)
+    classes: list[tuple[str, str, list[tuple[str, str]]]] = field(default_factory=list)
+    heads: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    epoch: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def units_of(folder: Path, names: Sequence[str] | None) -> Units | None:
+    """What maps/ and units.csv hold of heads and MLP channels; None where there is nothing."""
+    units = Units()
+    wanted = (
+        ("Kept of each block", "bars: share of the dense block", folder / "maps" / "units-widths.png"),
+        ("Which heads serve which class", "red: more than for the mean class", _last(folder, "units-classes")),
+        ("Where these heads look", "attention of the class token", _last(folder, "units-heads")),
+    )
+    for heading, words, path in wanted:
+        if path is None or not path.is_file():
+            continue
+        epoch = re.search(r"epoch=(\d+)", path.name)
+        words = f"epoch {int(epoch[1])}, {words}" if epoch else words
+        try:
+            source = data_uri(np.asarray(read_image(path)), _CHART_BYTES)
+        except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
+            units.notes.append(f"maps/{path.name} could not be read ({error}) and is left out.")
+            continue
+        units.pictures.append((heading, words, Tile(source, f"{heading}, {words}")))
+    _rank(folder / "units.csv", names, units)
+    return units if units.pictures or units.classes or units.notes else None
+
+
+def _last(folder: Path, name: str) -> Path | None:
+    """The picture of the last epoch."""
+    found = {
+        int(m[1]): path
+        for path in (folder / "maps").glob(f"{name}-epoch=*.png")
+        if (m := re.fullmatch(rf"{name}-epoch=(\d+)\.png", path.name))
+    }
+    return found[max(found)] if found else None
+
+
+def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
+    """The kept heads that matter most for each class beyond the mean of all classes, and the reverse."""
+    if not path.is_file():
+        return
+    try:
+        units.epoch, table, kept, seen = _relevance(path)
+    except (PrunexError, csv.Error) as error:
+        units.notes.append(f"units.csv could not be read ({reason_of(error)}) and is left out.")
+        return
+    if not table:
+        units.notes.append("units.csv holds no relevance, so no head is named.")
+        return
+    means = {head: float(np.mean(list(row.values()))) for head, row in table.items()}
+    excess = {head: {c: v - means[head] for c, v in row.items()} for head, row in table.items() if kept[head]}
+    classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not _is_number(c), c.zfill(12)))
+    named = {c: class_name(int(c), names) if _is_number(c) else c for c in classes}
+    top_heads = {
+        c: sorted(((v[c], h) for h, v in excess.items() if c in v), key=lambda found: -found[0])[:RANKED]
+        for c in classes
+    }
+    shown = _strongest({c: found[0][0] for c, found in top_heads.items() if found})
+    for c in (c for c in classes if c in shown):
+        units.classes.append((named[c], seen.get(c, "–"), [(_head(h), _signed(v)) for v, h in top_heads[c]]))
+    heads = _strongest({h: max(row.values()) for h, row in excess.items() if row})
+    for h in (h for h in sorted(excess) if h in heads):
+        best = sorted(excess[h].items(), key=lambda found: -found[1])[:RANKED]
+        units.heads.append((_head(h), [(named[c], _signed(v)) for c, v in best]))
+    for what, hidden in (("classes", len(classes) - len(shown)), ("heads", len(excess) - len(heads))):
+        if hidden > 0:
+            units.notes.append(f"{hidden} more {what} in units.csv.")
+
+
+def _relevance(
+    path: Path,
+) -> tuple[int, dict[tuple[int, int], dict[str, float]], dict[tuple[int, int], bool], dict[str, str]]:
+    """The last epoch of units.csv: relevance by head and class, which heads are kept, images seen of each class."""
+    epoch, table, kept, seen = -1, {}, {}, {}  # type: ignore[var-annotated]
+    for row in csv.DictReader(io.StringIO(read_text(path))):
+        numbers = [as_number(row.get(key)) for key in ("epoch", "block", "head", "relevance")]
+        if row.get("class") in (None, "") or any(n is None for n in numbers):
+            continue
+        now, block, head, value = (n for n in numbers if n is not None)
+        if now < epoch:
+            continue
+        if now > epoch:
+            epoch, table, kept, seen = int(now), {}, {}, {}
+        place, name = (int(block), int(head)), str(row["class"])
+        table.setdefault(place, {})[name] = value
+        kept[place] = str(row.get("kept")).strip().lower() in ("true", "1", "1.0")
+        updates = as_number(row.get("updates"))
+        seen[name] = "–" if updates is None else f"{updates:,.0f}"
+    return epoch, table, kept, seen
+
+
+def _is_number(name: str) -> bool:
+    """Whether a class is told by its number: isdigit() alone knows digits that int() does not."""
+    return name.isdecimal() and len(name) < 12
+
+
+def _strongest(values: Mapping[Any, float]) -> set[Any]:
+    """What a list has room for: those of the largest values."""
+    return set(sorted(values, key=lambda key: -values[key])[:LISTED])
+
+
+def _head(place: tuple[int, int]) -> str:
+    return f"{place[0]}.{place[1]}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")

@@ -20,6 +20,7 @@ from prunex.callbacks.described import check_pixels, names_of, normalisation, sa
 from prunex.callbacks.monitor import run_folder
 from prunex.callbacks.participant import Participant, check_strategy
 from prunex.callbacks.record import record_metrics, record_slim
+from prunex.checks import check_choice
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.budget import in_words
 from prunex.slim.export import SUFFIXES
@@ -61,8 +62,7 @@ class SlimExport(Callback):
         std: float | list[float] | None = None,
     ) -> None:
         super().__init__()
-        if mode not in ("min", "max"):
-            raise unknown("mode", mode, ("min", "max"))
+        check_choice("mode", mode, ("min", "max"))
         known = [s.removeprefix(".") for s in SUFFIXES]
         for name in [formats] if isinstance(formats, str) else formats or ():
             if name not in known or isinstance(formats, str):

@@ -6,11 +6,11 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeVar
 
 from prunex.brief import brief
-from prunex.errors import PrunexError
+from prunex.errors import PrunexError, unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,6 +85,50 @@ def check_whole(name: str, value: Any, least: int) -> int:
     return value
 
 
+def check_share(name: str, value: Any, zero: bool = False) -> float:
+    """A number in (0, 1], or in [0, 1] where ``zero`` is a share too.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= 1
+        or (value == 0 and not zero)
+    ):
+        raise PrunexError(f"{name}={value!r} is not allowed: give a number in {'[' if zero else '('}0, 1]")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """One of some names.
+
+    Raises:
+        PrunexError: For anything else; near names are offered.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise unknown(name, value, allowed)
+    return value
+
+
+def check_index(name: str, value: Any, count: int, what: str) -> int:
+    """The place in 0..count - 1 that an index means, which may count from the end.
+
+    Args:
+        name: Of the option.
+        value: What came.
+        count: How many places there are.
+        what: What they are, as in "blocks are 0..11".
+
+    Raises:
+        PrunexError: For anything but an int in -count..count - 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not -count <= value < count:
+        raise PrunexError(f"{name}={value!r} does not exist: {what}, or negative from the end")
+    return value % count
+
+
 def check_options(options: Any) -> dict[str, Any]:
     """A method's options by name; None for none.
 
@@ -97,8 +141,6 @@ def check_options(options: Any) -> dict[str, Any]:
 
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-
-
 _WRITTEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)macs?\s*", re.IGNORECASE)
 
 

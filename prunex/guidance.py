@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunex.attach import attached
-from prunex.checks import check_number, check_options, check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number, check_options, check_whole
+from prunex.errors import PrunexError
 from prunex.explain import explain
 from prunex.pruners.base import Forward
 from prunex.registry import lookup
@@ -263,8 +263,7 @@ def check_guidance(
     """
     lookup("explainer", method)
     for name, value, known in (("judge", judge, JUDGES), ("loss", loss, LOSSES)):
-        if not isinstance(value, str) or value not in known:
-            raise unknown(name, value, known)
+        check_choice(name, value, known)
     check_number("weight", weight, 0)
     check_number("temperature", temperature, 1e-6)
     if check_number("share", share, 0, 1) == 0:

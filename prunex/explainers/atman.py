@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_flag, check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_flag, check_number
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
@@ -80,8 +80,7 @@ def atman(
     check_number("factor", factor, 0)
     if similarity is not None:
         check_number("similarity", similarity, 0)
-    if not isinstance(rule, str) or rule not in _RULES:
-        raise unknown("rule", rule, _RULES)
+    check_choice("rule", rule, _RULES)
     check_flag("freeze_selection", freeze_selection)
     check_chunk(chunk)
     with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded, torch.no_grad():

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_whole
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
@@ -85,10 +85,8 @@ def beyond_intuition(
     >>> prunex.explain("beyond_intuition", model, torch.randn(2, 3, 64, 64), variant="head", steps=4).maps.shape
     torch.Size([2, 4, 4])
     """
-    if not isinstance(variant, str) or variant not in _VARIANTS:
-        raise unknown("variant", variant, _VARIANTS)
-    if not isinstance(feedback, str) or feedback not in _FEEDBACKS:
-        raise unknown("feedback", feedback, _FEEDBACKS)
+    check_choice("variant", variant, _VARIANTS)
+    check_choice("feedback", feedback, _FEEDBACKS)
     start = _check_start(start_layer, len(model.blocks))
     _check_steps(steps)
     check_whole("chunk", chunk, 1)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.errors import unknown
+from prunex.checks import check_choice
 from prunex.registry import register
 from prunex.relevance.features import Features, features, features_tape, on_patches
 from prunex.vit.anatomy import ViT
@@ -64,8 +64,7 @@ def grad_cam(
     >>> prunex.explain("grad_cam", model, torch.randn(2, 3, 64, 64), kind="layercam").maps.shape
     torch.Size([2, 4, 4])
     """
-    if kind not in _KINDS:
-        raise unknown("kind", kind, _KINDS)
+    check_choice("kind", kind, _KINDS)
     layer = start_layer(layer, len(model.blocks))
     tape = features_tape(layer)
     if kind == "attention":

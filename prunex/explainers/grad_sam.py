@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.errors import unknown
+from prunex.checks import check_choice
 from prunex.registry import register
 from prunex.relevance.walk import propagate
 from prunex.vit.anatomy import Anatomy, ViT
@@ -63,10 +63,8 @@ def grad_sam(
     >>> prunex.explain("grad_sam", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    if not isinstance(axis, str) or axis not in _AXES:
-        raise unknown("axis", axis, _AXES)
-    if not isinstance(lift, str) or lift not in _LIFTS:
-        raise unknown("lift", lift, _LIFTS)
+    check_choice("axis", axis, _AXES)
+    check_choice("lift", lift, _LIFTS)
     # Only the rows of tokens that the head reads have a gradient in the last block: the others need not be computed.
     tape = Tape(attention=True, gradients=True, narrow=True)
     with recording(model, images, target, tape, needs_class=True) as recorded:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
@@ -81,8 +82,7 @@ def integrated_gradients(
     >>> prunex.explain("integrated_gradients", model, torch.randn(2, 3, 64, 64), steps=8).maps.shape
     torch.Size([2, 4, 4])
     """
-    if space not in _SPACES:
-        raise unknown("space", space, _SPACES)
+    check_choice("space", space, _SPACES)
     nodes, weights = quadrature(rule, steps)
     check_chunk(chunk)
     _check_baseline(baseline, images)
@@ -169,8 +169,7 @@ def quadrature(rule: str, steps: int) -> tuple[Tensor, Tensor]:
     Raises:
         PrunexError: For an unknown rule, or fewer steps than it needs.
     """
-    if rule not in _RULES:
-        raise unknown("rule", rule, _RULES)
+    check_choice("rule", rule, _RULES)
     least = 2 if rule == "trapezoid" else 1
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
         raise PrunexError(f"steps={steps!r} is not allowed: {rule} takes an integer of at least {least}")

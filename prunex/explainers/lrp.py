@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.gradients import ModifiedGradients
 from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
@@ -71,10 +72,8 @@ def lrp(
     >>> prunex.explain("lrp", model, torch.randn(2, 3, 64, 64), rule="attnlrp").maps.shape
     torch.Size([2, 4, 4])
     """
-    if not isinstance(rule, str) or rule not in RULES:
-        raise unknown("rule", rule, RULES)
-    if not isinstance(rule_set, str) or rule_set not in RULE_SETS:
-        raise unknown("rule_set", rule_set, RULE_SETS)
+    check_choice("rule", rule, RULES)
+    check_choice("rule_set", rule_set, RULE_SETS)
     strengths = _strengths(rule, gamma)
     if rule != "zplus" and rule_set != "conserving":
         raise PrunexError(f"rule_set={rule_set!r} with rule={rule!r} is not allowed: rule sets belong to rule='zplus'")

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from prunex.checks import check_flag
-from prunex.errors import unknown
+from prunex.checks import check_choice, check_flag
 from prunex.registry import register
 from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.relevance.walk import propagate, times
@@ -65,8 +64,7 @@ def partial_lrp(
     >>> prunex.explain("partial_lrp", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    if not isinstance(rule_set, str) or rule_set not in RULE_SETS:
-        raise unknown("rule_set", rule_set, RULE_SETS)
+    check_choice("rule_set", rule_set, RULE_SETS)
     gradient = check_flag("gradient", gradient)
     model, images = widened(model, images)
     last = len(model.blocks) - 1

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.features import features, features_tape, log_odds
 from prunex.vit.anatomy import ViT
@@ -78,8 +79,7 @@ def r_cut(
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold < 1:
         raise PrunexError(f"threshold={threshold!r} is not allowed: give a cosine in [-1, 1)")
     for name, value, known in (("orient", orient, _ORIENTS), ("objective", objective, _OBJECTIVES)):
-        if not isinstance(value, str) or value not in known:
-            raise unknown(name, value, known)
+        check_choice(name, value, known)
     with recording(model, images, target, features_tape(layer), needs_class=True) as recorded:
         if objective == "logit":
             score = recorded.logits.gather(1, recorded.target[:, None])[:, 0]

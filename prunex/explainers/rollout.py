@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_flag
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_flag
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
@@ -66,8 +66,7 @@ def rollout(
     >>> prunex.explain("rollout", model, torch.randn(2, 3, 64, 64), head_fusion="max", discard_ratio=0.5).maps.shape
     torch.Size([2, 4, 4])
     """
-    if not isinstance(head_fusion, str) or head_fusion not in _FUSIONS:
-        raise unknown("head_fusion", head_fusion, _FUSIONS)
+    check_choice("head_fusion", head_fusion, _FUSIONS)
     if isinstance(discard_ratio, bool) or not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
         raise PrunexError(f"discard_ratio={discard_ratio!r} is not allowed: give a number in [0, 1)")
     start = check_layer(start_layer, len(model.blocks))

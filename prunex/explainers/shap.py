@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_whole
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.removal.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
 from prunex.removal.game import Removal, answer_for
@@ -81,8 +81,7 @@ def shap(
     >>> prunex.explain("shap", model, torch.randn(2, 3, 64, 64), budget=40).maps.shape
     torch.Size([2, 4, 4])
     """
-    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
-        raise unknown("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, ESTIMATORS)
     check_whole("seed", seed, 0)
     if budget is not None:
         check_whole("budget", budget, 1)

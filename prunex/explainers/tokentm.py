@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prunex.checks import check_choice
 from prunex.errors import unknown
 from prunex.registry import register
 from prunex.relevance.walk import propagate, times
@@ -64,8 +65,7 @@ def tokentm(
     >>> prunex.explain("tokentm", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    if variant not in _VARIANTS:
-        raise unknown("variant", variant, _VARIANTS)
+    check_choice("variant", variant, _VARIANTS)
     if necc_scale not in (None, "n0"):
         raise unknown("necc_scale", necc_scale, ("n0",))
     tape = Tape(attention=True, gradients=True, streams=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_number, check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number, check_whole
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.features import features, features_tape
 from prunex.removal.game import score
@@ -88,8 +88,7 @@ def vit_cx(
             continue
         if isinstance(number, bool) or not isinstance(number, int) or not low <= number < 2**63:
             raise PrunexError(f"{name}={number!r} is not allowed: give an integer of at least {low}")
-    if not isinstance(selection, str) or selection not in _SELECTIONS:
-        raise unknown("selection", selection, _SELECTIONS)
+    check_choice("selection", selection, _SELECTIONS)
     device = images.device.type
     # Masked images go through the forward that the clean one goes through, the caller's autocast included.
     autocast: dict[str, Any] = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
-from prunex.checks import check_flag, check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_flag, check_number
+from prunex.errors import PrunexError
 from prunex.handles.base import Handle, drop_mark
 from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.pruners.budget import Budget
@@ -308,8 +308,7 @@ class Pruning(Handle):
         >>> pruning.pool(model.train().forward_features(torch.randn(2, 3, 224, 224))).shape
         torch.Size([2, 192])
         """
-        if kind not in POOLS:
-            raise unknown("kind", str(kind), POOLS)
+        check_choice("kind", kind, POOLS)
         handed = self._attached.handover.take(tokens)
         if handed is None:
             raise PrunexError(

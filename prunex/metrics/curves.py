@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from prunex.brief import Brief
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.metrics.base import MeanOverImages
 from prunex.registry import register
 from prunex.removal.occlusion import Asked, Output, Route, check_steps, on_pixels, ranked
@@ -111,8 +112,7 @@ def removal_curves(
     (torch.Size([1, 3]), [0, 98, 196], 3)
     """
     steps = check_steps(steps)
-    if not isinstance(units, str) or units not in ("patches", "pixels"):
-        raise unknown("units", units, ("patches", "pixels"))
+    check_choice("units", units, ("patches", "pixels"))
     if units == "pixels" and removal == "drop":
         raise PrunexError("units='pixels' cannot be dropped: paint them with removal='grey', or take units='patches'")
     kinds = _check_orders(orders)
@@ -212,8 +212,7 @@ def aopc(
     0.5
     """
     without = _curve(curves, "without")
-    if not isinstance(definition, str) or definition not in ("all", "percent"):
-        raise unknown("definition", definition, ("all", "percent"))
+    check_choice("definition", definition, ("all", "percent"))
     if definition == "all":
         _whole(curves)
         return curves.clean - without.mean(1)
@@ -307,8 +306,7 @@ def _check_orders(orders: Any) -> list[int]:
     """Their numbers in ORDERS."""
     given = list(orders) if isinstance(orders, list | tuple) else [orders]
     for name in given:
-        if not isinstance(name, str) or name not in ORDERS:
-            raise unknown("order", name, ORDERS)
+        check_choice("order", name, ORDERS)
     if not given or len(set(given)) < len(given):
         raise PrunexError(f"orders={orders!r} is not allowed: give one or more of {', '.join(ORDERS)}, each once")
     return [ORDERS.index(name) for name in given]
@@ -391,8 +389,7 @@ class AOPC(_OfCurves):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(definition, str) or definition not in ("all", "percent"):
-            raise unknown("definition", definition, ("all", "percent"))
+        check_choice("definition", definition, ("all", "percent"))
         self.definition, self.fractions = definition, check_steps(fractions)
 
     def measure(self, curves: Curves) -> Tensor:

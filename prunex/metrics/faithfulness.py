@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_flag, check_whole
+from prunex.checks import check_choice, check_flag, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.metrics.base import MeanOverImages
 from prunex.metrics.ranks import average_ranks
@@ -189,8 +189,7 @@ def infidelity(
     """
     check_whole("samples", samples, 1)
     check_whole("seed", seed, 0)
-    if not isinstance(scale, str) or scale not in ("beta", "none"):
-        raise unknown("scale", scale, ("beta", "none"))
+    check_choice("scale", scale, ("beta", "none"))
     asked = Asked(model, images, maps, target, output, removal=removal, selection=selection, mean=mean, std=std,
                    chunk=chunk)  # fmt: skip
     patches, generator = asked.occlusion.patches, seeded(seed)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunex.brief import Brief
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.metrics.base import MeanOverImages
 from prunex.registry import register
 from prunex.removal.occlusion import (
@@ -297,5 +298,4 @@ def _check_options(order: Any, removal: Any, selection: Any) -> None:
         ("removal", removal, REMOVALS),
         ("selection", selection, SELECTIONS),
     ):
-        if not isinstance(value, str) or value not in known:
-            raise unknown(name, value, known)
+        check_choice(name, value, known)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_number, check_options, check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number, check_options, check_whole
+from prunex.errors import PrunexError
 from prunex.explain import explain
 from prunex.metrics.base import MeanOverImages
 from prunex.registry import lookup, register
@@ -86,8 +86,7 @@ def sensitivity_of(
     check_whole("samples", samples, 1)
     check_whole("seed", seed, 0)
     check_whole("chunk", chunk, 1)
-    if not isinstance(of, str) or of not in ("maps", "raw"):
-        raise unknown("of", of, ("maps", "raw"))
+    check_choice("of", of, ("maps", "raw"))
     if callable(explainer):
         target = explain("raw_attention", model, images, target).target
     clean, chosen = _explained(explainer, model, images, target, of, options)

@@ -9,8 +9,8 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from prunex.checks import check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number
+from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.vit.anatomy import Anatomy, ViT
@@ -53,8 +53,7 @@ class Adaptive(TokenPruner):
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__(anatomy, keep_ratio, stages, **schedule)
-        if not isinstance(count, str) or count not in COUNTS:
-            raise unknown("count", count, COUNTS)
+        check_choice("count", count, COUNTS)
         self.count = count
         self.threshold = check_number("threshold", threshold, 0, 1)
         self.expected = check_expected(expected, len(self.stages))

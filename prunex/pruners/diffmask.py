@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.learned.diffmask import (
     KIND,
     MaskGates,
@@ -104,8 +105,7 @@ class DiffMask(Adaptive):
     ) -> None:
         super().__init__(anatomy, keep_ratio, (0,), count, threshold, expected)
         self.layer = check_layer(layer, anatomy.depth)
-        if not isinstance(removal, str) or removal not in REMOVALS:
-            raise unknown("removal", removal, REMOVALS)
+        check_choice("removal", removal, REMOVALS)
         self.drops = removal == "drop"
         if explainer is None:
             self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)

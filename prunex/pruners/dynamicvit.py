@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunex.checks import check_flag, check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_flag, check_number
+from prunex.errors import PrunexError
 from prunex.pruners.adaptive import Adaptive, above, cumulative
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.pruners.schedules import ScheduleOptions
@@ -116,8 +116,7 @@ class DynamicViT(Adaptive):
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
-        if token_loss not in ("mse", "kl"):
-            raise unknown("token_loss", token_loss, ("mse", "kl"))
+        check_choice("token_loss", token_loss, ("mse", "kl"))
         if anatomy.width < 4:
             raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
         self.targets = cumulative(self.rates)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner, check_stages
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
@@ -100,8 +101,7 @@ class HVT(TokenPruner):
             ("class_token", class_token, CLASS_TOKENS),
             ("init", init, INITS),
         ):
-            if not isinstance(value, str) or value not in known:
-                raise unknown(option, value, known)
+            check_choice(option, value, known)
         super().__init__(anatomy, 1.0, _blocks(stages, pool_width, anatomy.depth))
         self.pool, self.class_token = pool, class_token
         self.grid = anatomy.grid

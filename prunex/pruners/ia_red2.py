@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunex.checks import check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number
+from prunex.errors import PrunexError
 from prunex.pruners.adaptive import Adaptive, above, cumulative, realised
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.registry import register
@@ -134,8 +134,7 @@ class IARED2(Adaptive):
         heads = anatomy.dividing_heads if heads is None else heads
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or anatomy.width % heads:
             raise PrunexError(f"heads={heads!r} is not allowed: give a number that divides the width {anatomy.width}")
-        if not isinstance(train, str) or train not in TRAINS:
-            raise unknown("train", train, TRAINS)
+        check_choice("train", train, TRAINS)
         self.by_reward = self.reads_labels = train == "reward"
         self.depth = anatomy.depth
         self.targets = cumulative(self.rates)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_number
+from prunex.checks import check_choice, check_number
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.patch_slimming_search import Search, Slimming
@@ -339,8 +339,7 @@ def _settings(
         least = int(name in ("step", "calibration_images"))
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
+    check_choice("criterion", criterion, CRITERIA)
     learning_rate = check_number("learning_rate", learning_rate, 0)
     return {
         "tolerance": tolerance,

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TypedDict
 
-from prunex.checks import check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number
+from prunex.errors import PrunexError
 
 KINDS = ("constant", "cosine", "linear")
 
@@ -75,8 +75,7 @@ def check_schedule(schedule: str = "cosine", shrink_start: float = 0.0, shrink_l
     Raises:
         PrunexError: For an unknown kind, numbers outside 0..1 or past the training's end, or a length with "constant".
     """
-    if schedule not in KINDS:
-        raise unknown("schedule", schedule, KINDS)
+    check_choice("schedule", schedule, KINDS)
     start = check_number("shrink_start", shrink_start, 0, 1)
     length = check_number("shrink_length", shrink_length, 0, 1)
     if start + length > 1:

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.vit.anatomy import ViT
 from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
 from prunex.vit.embedding import embed
@@ -69,8 +70,7 @@ class Removal:
             ("selection", selection, SELECTIONS),
             ("output", output, OUTPUTS),
         ):
-            if not isinstance(value, str) or value not in known:
-                raise unknown(name, value, known)
+            check_choice(name, value, known)
         if selection == "adaptive" and removal == "mask":
             raise PrunexError(
                 "selection='adaptive' needs removal='drop': a pruner that decides anew counts tokens that are there"

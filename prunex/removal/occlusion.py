@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 from prunex.removal.game import OUTPUTS, Removal, score
 from prunex.vit.anatomy import ViT, check_images, find
 from prunex.vit.decisions import Decision, Pruner, Replay
@@ -67,8 +68,7 @@ class Occlusion:
         chunk: int | None = None,
     ) -> None:
         for name, value, known in (("removal", removal, REMOVALS), ("selection", selection, SELECTIONS)):
-            if not isinstance(value, str) or value not in known:
-                raise unknown(name, value, known)
+            check_choice(name, value, known)
         check_chunk(chunk)
         vit: ViT = find(model)[1]
         check_methods(vit)
@@ -159,8 +159,7 @@ class Asked:
     def __init__(
         self, model: nn.Module, images: Tensor, maps: Tensor, target: int | Tensor | None, output: str, **options: Any
     ) -> None:
-        if not isinstance(output, str) or output not in OUTPUTS:
-            raise unknown("output", output, OUTPUTS)
+        check_choice("output", output, OUTPUTS)
         self.output, self.forwards = output, 0
         self.occlusion = Occlusion(model, images, **options)
         self.maps = check_maps(maps, self.occlusion.images, self.occlusion.grid)

@@ -9,7 +9,7 @@ import torch
 from timm.layers import GluMlp
 from torch import Tensor, nn
 
-from prunex.errors import unknown
+from prunex.checks import check_choice
 from prunex.registry import register
 from prunex.units.base import Scores, UnitPruner
 from prunex.vit.units import Branch, last_layer
@@ -63,8 +63,7 @@ class Magnitude(UnitPruner):
         weights: Weights = "all",
     ) -> None:
         super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
-        if weights not in WEIGHTS:
-            raise unknown("weights", weights, WEIGHTS)
+        check_choice("weights", weights, WEIGHTS)
         self.weights = weights
         self.options["weights"] = weights
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_flag
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_flag
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.gradients import ModifiedGradients
 from prunex.relevance.rules import RelevanceRules
@@ -80,8 +80,7 @@ class Relevance(UnitPruner):
         within: bool = False,
     ) -> None:
         super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
-        if rule not in RULES:
-            raise unknown("rule", rule, RULES)
+        check_choice("rule", rule, RULES)
         self.rule = rule
         self.within = check_flag("within", within)
         self.options |= {"rule": rule, "within": within}

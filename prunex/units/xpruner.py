@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunex.brief import Brief
-from prunex.checks import check_number
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice, check_number
+from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.units.base import Scores, UnitPruner, _slot
 from prunex.vit.units import Branch
@@ -183,8 +183,7 @@ class XPruner(UnitPruner):
 
     @stage.setter
     def stage(self, value: Stage) -> None:
-        if value not in STAGES:
-            raise unknown("stage", value, STAGES)
+        check_choice("stage", value, STAGES)
         self._stage = value
         self.phase.fill_(STAGES.index(value))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 import prunex
-from prunex.errors import unknown
+from prunex.checks import check_choice
 from prunex.recipes.commands.arguments import Parser
 from prunex.recipes.commands.bench import bench
 from prunex.recipes.commands.explain import explain
@@ -23,8 +23,7 @@ def methods(arguments: Sequence[str]) -> int:
     parser.add_argument("name", nargs="*", help="methods whose options are wanted")
     names, known = parser.parse_args(arguments).name, prunex.methods()
     for name in names:
-        if name not in {m.name for m in known}:
-            raise unknown("method", name, {m.name for m in known})
+        check_choice("method", name, {m.name for m in known})
     for m in known:
         if not names or m.name in names:
             print(f"{m.kind:<10} {m.name:<18} {m.paper:<52} {m.needs}")

@@ -19,7 +19,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -133,8 +134,7 @@ class DigitDataset(Dataset[Batch]):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
     ) -> None:
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
+        check_choice("split", split, SPLITS)
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
         self.digit_size, self.contrast, self.curriculum = digit_size, contrast, curriculum
         self.strokes, self.labels = _digits(held_out=split != "train")

@@ -30,9 +30,9 @@ from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
 from prunex.vit.calls import hooked, inside
+from prunex.vit.narrow import NarrowAttention
 from prunex.vit.units import heads_left
 from prunex.vit.weights import effective, is_linear, scale_of, sizes, stands_for_linear
-from prunex.vit.widths import NarrowAttention
 
 
 class Layout:

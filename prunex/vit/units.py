@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.vit.narrow import NarrowAttention
 from prunex.vit.weights import OwnHook, is_linear, sizes
 
 Kind = Literal["heads", "channels"]
@@ -69,7 +70,7 @@ def opens_heads(block: Any) -> bool:
     attn = getattr(block, "attn", None)
     if type(attn) is WindowAttention:
         return True
-    plain = isinstance(attn, Attention) and type(attn).__name__ in ("Attention", "NarrowAttention")
+    plain = type(attn) in (Attention, NarrowAttention)
     return plain and isinstance(getattr(attn, "norm", None), nn.Identity | None)
 
 

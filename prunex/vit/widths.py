@@ -15,25 +15,13 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
-from prunex.vit import attention
-from prunex.vit.arithmetic import fused_attention
 from prunex.vit.cuts import check_cuts, whole_or_not
+from prunex.vit.narrow import NarrowAttention
 from prunex.vit.optimisers import Slices, check_followed, follow, sliced
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 from prunex.vit.weights import sizes
 
 Kept = tuple[int, ...]
-
-
-class NarrowAttention(Attention):
-    """timm's ``Attention`` without any heads, or with other widths than an older timm's own forward takes."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Through fused attention, [B, N, D]."""
-        q, k, v = attention.heads(self, x)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = fused_attention(q, k, v, attn_mask, dropout, is_causal)
-        return attention.project(self, out, x)
 
 
 @dataclass(frozen=True, repr=False)

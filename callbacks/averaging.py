@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prunex.attach import UNITS
 from prunex.errors import PrunexError
-from prunex.handles.tokens import CHILD
+from prunex.vit.mount import TOKENS, UNITS, mounted
 
 SWA = "StochasticWeightAveraging"
 
@@ -74,7 +73,7 @@ def check_own_averages(trainer: Trainer, module: LightningModule, callback: Call
         found = {**vars(holder), **(dict(holder.named_modules()) if isinstance(holder, torch.nn.Module) else {})}
         for name, value in found.items():
             kinds = {k.__name__ for k in type(value).__mro__} & _AVERAGES
-            if kinds and not any(hasattr(m, child) for m in value.modules() for child in (CHILD, UNITS)):
+            if kinds and not any(mounted(m, kind) is not None for m in value.modules() for kind in (TOKENS, UNITS)):
                 raise PrunexError(
                     f"{type(holder).__name__}.{name} ({kinds.pop()}) averages a model without what "
                     f"{type(callback).__name__} attaches in setup: make it later, such as in on_fit_start"

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
 
 MOST = 16  # images that a message lists
 

@@ -11,8 +11,8 @@ import prunex
 from prunex.callbacks.described import names_of, warn_once
 from prunex.callbacks.monitor import Monitor, decisions, log_share, moment
 from prunex.pictures import kept_mosaic, share_mosaic
+from prunex.vit.aside import as_found
 from prunex.vit.forward import record
-from prunex.vit.mount import as_found
 from prunex.vit.readout import classifies, outputs
 from prunex.vit.tape import Tape
 

@@ -34,7 +34,7 @@ from prunex.pictures import from_tensor, save_npz, save_png, under_grid
 from prunex.registry import lookup
 from prunex.untrusted import read_npz
 from prunex.vit.anatomy import find, read
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
 from prunex.vit.surroundings import Call, follow, look
 from prunex.vit.trace import TokenTrace
 

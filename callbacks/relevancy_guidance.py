@@ -15,6 +15,7 @@ from prunex.errors import PrunexError
 from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
 from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find
+from prunex.vit.mount import mounted
 from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone
 
@@ -96,7 +97,7 @@ class RelevancyGuidance(Participant):
             PrunexError: Where there is nothing to guide, or labels are no classes of the ViT itself.
         """
         backbone = find(pl_module, self.model, Backbone)[1]
-        tokens: Any = prunex.attached(pl_module, self.model) if hasattr(backbone, "prunex") else None
+        tokens: Any = prunex.attached(pl_module, self.model) if mounted(backbone) is not None else None
         units = prunex.attached(pl_module, self.model, units=True)
         if tokens is None and (units is None or not isinstance(units.pruner, XPruner)):
             raise PrunexError(

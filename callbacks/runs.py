@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from prunex.errors import PrunexError
 from prunex.handles.tokens import Pruning
 from prunex.handles.units import UnitPruning
+from prunex.vit.mount import mounted
 from prunex.vit.units import blocks_of
 
 
@@ -52,7 +53,7 @@ class Runs:
 
     @property
     def _holder(self) -> Any:
-        return getattr(self.handle.model, self.handle.child, None)
+        return mounted(self.handle.model, self.handle.kind)
 
     @property
     def _unmarked(self) -> bool:

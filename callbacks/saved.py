@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from prunex.attach import UNITS
 from prunex.callbacks.layers import put_round
 from prunex.errors import PrunexError
 from prunex.handles.base import MARK
-from prunex.handles.tokens import CHILD, Pruning
+from prunex.handles.tokens import Pruning
 from prunex.handles.units import UnitPruning
+from prunex.vit.mount import TOKENS, UNITS, mounted
 
 CHECKPOINT_KEY = "prunex"
 CHECKPOINT_VERSION = 1
@@ -63,10 +63,10 @@ def _save(
 def _told(part: nn.Module) -> dict[str, dict[str, Any]]:
     """By what hangs on a module, what a checkpoint says of it; nothing of a module that is no pruned ViT."""
     found: dict[str, dict[str, Any]] = {}
-    if CHILD in part._modules:
+    if mounted(part) is not None:
         tokens = Pruning(part)
-        found[CHILD] = {"pruning": tokens.spec, "progress": tokens.progress}
-    if UNITS in part._modules:
+        found[TOKENS] = {"pruning": tokens.spec, "progress": tokens.progress}
+    if mounted(part, UNITS) is not None:
         found[UNITS] = {"units": UnitPruning(part).spec}
     return found
 

@@ -9,15 +9,15 @@ from torch import nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import called_as
 from prunex.errors import PrunexError, unknown
-from prunex.handles.tokens import CHILD, Attached, Pruning
+from prunex.handles.tokens import Attached, Pruning
 from prunex.handles.units import UnitPruning, check_readable, put_units
 from prunex.pruners.base import TokenPruner, accepted
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import find
-from prunex.vit.mount import check_parity, put_on
-from prunex.vit.units import CHILD as UNITS
+from prunex.vit.methods import check_parity, put_on
+from prunex.vit.mount import TOKENS, UNITS, mounted
 from prunex.vit.units import Backbone
 
 UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
@@ -80,20 +80,20 @@ def attach(
         own = options if budget is None else {"budget": budget, **options}
         return put_units(find(model, path, Backbone)[1], make, own)
     vit = find(model, path)[1]
-    if hasattr(vit, CHILD):
-        raise PrunexError(f"{type(vit).__name__} is pruned already by {getattr(vit, CHILD).method}: detach() it first")
+    if mounted(vit) is not None:
+        raise PrunexError(f"{type(vit).__name__} is pruned already by {mounted(vit).method}: detach() it first")
     anatomy = check_parity(vit)
     if budget is not None:
         options = Budget(vit, anatomy, make, options).solve(budget)
     pruner: TokenPruner = make(anatomy, **options)
-    check_readable(vit, pruner, getattr(vit, UNITS, None))
+    check_readable(vit, pruner, mounted(vit, UNITS))
     pruner.prepare(vit)
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)
     pruner.train(vit.training)
     attached = Attached(pruner, anatomy)
     attached.train(vit.training)
-    vit.add_module(CHILD, attached)
+    vit.add_module(TOKENS, attached)
     put_on(vit)
     return Pruning(vit)
 
@@ -120,6 +120,6 @@ def attached(model: nn.Module, path: str | None = None, units: bool = False) -> 
     """
     if units:
         backbone = find(model, path, Backbone)[1]
-        return UnitPruning(backbone) if hasattr(backbone, UNITS) else None
+        return UnitPruning(backbone) if mounted(backbone, UNITS) is not None else None
     vit = find(model, path)[1]
-    return Pruning(vit) if hasattr(vit, CHILD) else None
+    return Pruning(vit) if mounted(vit) is not None else None

@@ -13,8 +13,9 @@ from prunex.checks import called_as
 from prunex.errors import PrunexError, Unreached, unknown
 from prunex.registry import lookup
 from prunex.vit.anatomy import check_images, find, read
+from prunex.vit.aside import as_found
 from prunex.vit.embedding import over_pixels
-from prunex.vit.mount import as_found, check_methods
+from prunex.vit.methods import check_methods
 from prunex.vit.recording import Relevance
 from prunex.vit.surroundings import look
 from prunex.vit.trace import TokenTrace

@@ -19,7 +19,7 @@ from prunex.registry import lookup
 from prunex.units.relevance import Relevance
 from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find, head_classes, read
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
 from prunex.vit.surroundings import check_own_classes
 from prunex.vit.trace import TokenTrace
 

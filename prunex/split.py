@@ -17,14 +17,13 @@ from prunex.attach import attach
 from prunex.brief import Brief
 from prunex.checks import check_budget, check_number, check_whole
 from prunex.errors import OutOfReach, PrunexError
-from prunex.handles.tokens import CHILD
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.units.base import UnitPruner
 from prunex.units.batches import labelled_batches, undisturbed
 from prunex.vit.anatomy import ViT, find
 from prunex.vit.cost import tally
-from prunex.vit.units import CHILD as UNITS
+from prunex.vit.mount import TOKENS, UNITS, mounted
 from prunex.vit.units import branches
 
 
@@ -144,7 +143,7 @@ def search_split(
     ([0.0, 0.5], 'magnitude')
     """
     vit: ViT = find(model, path)[1]
-    for name in (CHILD, UNITS):
+    for name in (TOKENS, UNITS):
         if hasattr(vit, name):
             raise PrunexError(
                 f"{type(vit).__name__} is pruned already by {getattr(vit, name).method}: detach() it first"
@@ -222,7 +221,7 @@ def _check_ready(pruner: TokenPruner) -> None:
 
 def _left(vit: Any) -> tuple[int, int]:
     """Heads and MLP channels that are open, in all blocks together."""
-    gated = getattr(vit, UNITS, None)
+    gated = mounted(vit, UNITS)
     closed = {} if gated is None else gated.pruner.closed()
     counts = {"heads": 0, "channels": 0}
     for b in branches(vit):

@@ -27,13 +27,13 @@ from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.record import RECORD, read_record
 from prunex.errors import PrunexError
 from prunex.files import write_whole
-from prunex.handles.tokens import CHILD
 from prunex.recipes.modules.backbone import create_model, model_from_weights
 from prunex.recipes.modules.explainer_training import ExplainerTraining
 from prunex.recipes.report.curves import macs_unit
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import is_there, read_text
 from prunex.vit.anatomy import find, head_classes
+from prunex.vit.mount import mounted
 from prunex.vit.surroundings import warn_of_the_rest
 from prunex.vit.units import Backbone
 
@@ -277,7 +277,7 @@ def open_data(run: str | Path) -> LightningDataModule:
 
 def token_pruning(model: nn.Module) -> prunex.Pruning | None:
     """The handle of the token pruner on a backbone; None on a dense one, or one whose tokens cannot be pruned."""
-    return prunex.attached(model) if hasattr(find(model, kinds=Backbone)[1], CHILD) else None
+    return prunex.attached(model) if mounted(find(model, kinds=Backbone)[1]) is not None else None
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> dict[str, float]:

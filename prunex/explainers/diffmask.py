@@ -19,7 +19,7 @@ from prunex.learned.diffmask import (
 from prunex.learned.folder import check_fits, held
 from prunex.registry import register
 from prunex.vit.anatomy import ViT, read
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
 from prunex.vit.recording import Relevance, recording
 from prunex.vit.tape import Tape
 

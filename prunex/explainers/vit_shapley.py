@@ -12,7 +12,7 @@ from prunex.learned.vit_shapley import KIND, ShapleyExplainer, load_explainer
 from prunex.registry import register
 from prunex.removal.game import answer_for
 from prunex.vit.anatomy import ViT, read
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
 from prunex.vit.recording import Relevance, recording
 from prunex.vit.tape import Tape
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from prunex.errors import PrunexError
+from prunex.vit.mount import mounted
 
 # A key that checkpoints have beside the weights of a pruned model: a dense one refuses it, and so names the way in.
 MARK = "open_with.prunex.callbacks.load_from_checkpoint"
@@ -26,7 +27,7 @@ class Handle:
         model: The backbone it is on.
     """
 
-    child = ""  # the name under which what was attached hangs on the model
+    kind = ""  # under which of the names in prunex.vit.mount it hangs on the model
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -37,7 +38,7 @@ class Handle:
         Raises:
             PrunexError: After :meth:`detach`.
         """
-        found = getattr(self.model, self.child, None)
+        found = mounted(self.model, self.kind)
         if found is None:
             raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
         return found
@@ -70,7 +71,7 @@ class Handle:
         self.detach()
 
     def __repr__(self) -> str:
-        if not hasattr(self.model, self.child):
+        if mounted(self.model, self.kind) is None:
             return f"{type(self).__name__}(detached)"
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         return f"{type(self).__name__}({self.method!r}, {options})"

@@ -21,7 +21,8 @@ from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
 from prunex.vit.forward import run
 from prunex.vit.handover import Handed, Handover
 from prunex.vit.intermediates import Watch
-from prunex.vit.mount import take_off
+from prunex.vit.methods import take_off
+from prunex.vit.mount import TOKENS, unmount
 from prunex.vit.readout import POOLS, for_heads, masked_pool, over_patches
 from prunex.vit.trace import TokenTrace
 
@@ -186,9 +187,6 @@ def _accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         state.update({prefix + k: v for k, v in module.state_dict().items()})
 
 
-CHILD = "prunex"
-
-
 class Pruning(Handle):
     """The handle on a pruned model, returned by :func:`prunex.attach`; also a context manager that detaches.
 
@@ -196,7 +194,7 @@ class Pruning(Handle):
         model: The ViT it is on.
     """
 
-    child = CHILD
+    kind = TOKENS
 
     @property
     def _attached(self) -> Attached:
@@ -402,7 +400,7 @@ class Pruning(Handle):
                 f"not an official {self.method} checkpoint: {len(missing)} of {len(needed)} parameters are missing, "
                 f"such as {missing[0]}; it holds {', '.join(list(plain)[:4])}"
             )
-        dense = {k: v for k, v in self.model.state_dict().items() if not k.startswith(CHILD + ".")}
+        dense = {k: v for k, v in self.model.state_dict().items() if not k.startswith(TOKENS + ".")}
         backbone = {k: v for k, v in plain.items() if k in dense}
         if not own and not backbone:
             raise PrunexError(f"nothing in this state dict fits: it holds {', '.join(list(plain)[:4])}")
@@ -424,6 +422,5 @@ class Pruning(Handle):
             The model.
         """
         take_off(self.model)
-        if CHILD in self.model._modules:
-            del self.model._modules[CHILD]
+        unmount(self.model, TOKENS)
         return self.model

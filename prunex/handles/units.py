@@ -17,10 +17,10 @@ from prunex.units.xpruner import UnitRelevance, XPruner
 from prunex.vit.anatomy import head_classes
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.cuts import check_cuts
+from prunex.vit.mount import UNITS, mounted, unmount
 from prunex.vit.optimisers import check_followed
 from prunex.vit.surroundings import answering
 from prunex.vit.units import (
-    CHILD,
     KINDS,
     Branch,
     Kind,
@@ -83,7 +83,7 @@ class UnitPruning(Handle):
         model: The backbone it is on.
     """
 
-    child = CHILD
+    kind = UNITS
 
     @property
     def _gated(self) -> Gated:
@@ -269,7 +269,7 @@ class UnitPruning(Handle):
         narrow(self.model, self.pruner.widths() if spec is None else spec, optimizers)
         take_gates_off(self.model)
         self.pruner.remove()
-        tokens: Any = getattr(self.model, "prunex", None)
+        tokens: Any = mounted(self.model)
         if tokens is not None:
             tokens.refit(self.model)
 
@@ -280,8 +280,7 @@ class UnitPruning(Handle):
             The model.
         """
         take_gates_off(self.model)
-        if CHILD in self.model._modules:
-            del self.model._modules[CHILD]
+        if unmount(self.model, UNITS):
             for hook_id, hook in list(self.model._load_state_dict_pre_hooks.items()):
                 if getattr(hook, "hook", hook) is _narrow_first:
                     del self.model._load_state_dict_pre_hooks[hook_id]
@@ -300,14 +299,14 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
             asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
     """
-    if hasattr(model, CHILD):
+    if mounted(model, UNITS) is not None:
         raise PrunexError(
-            f"units of this {type(model).__name__} are pruned already by {getattr(model, CHILD).method}: detach() first"
+            f"units of this {type(model).__name__} are pruned already by {mounted(model, UNITS).method}: detach() first"
         )
     pruner: UnitPruner = make(unit_branches(model), head_classes(model), **options)
     pruner.known = widths_of(model)
     pruner.prepare(model)
-    hooked = getattr(model, "prunex", None)
+    hooked = mounted(model)
     if hooked is not None:
         check_readable(model, hooked.pruner, pruner)
     with suppress(PrunexError):
@@ -316,7 +315,7 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     gated = Gated(pruner)
     gated.to(weight.device)
     gated.train(model.training)
-    model.add_module(CHILD, gated)
+    model.add_module(UNITS, gated)
     put_gates(model, gated.gate, gated.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
     pruning = UnitPruning(model)
@@ -328,7 +327,7 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
 @contextmanager
 def _schedule_done(model: nn.Module) -> Iterator[None]:
     """The token pruner's rates as they are when its schedule has ended."""
-    attached: Any = getattr(model, "prunex", None)
+    attached: Any = mounted(model)
     if attached is None:
         yield
         return
@@ -367,7 +366,7 @@ def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
 
 def unit_branches(model: nn.Module) -> list[Branch]:
     """The branches of a model with what a unit costs at the tokens that are there."""
-    return branches(model, tokens_of(tally(model, gates=False)) if hasattr(model, "prunex") else None)
+    return branches(model, tokens_of(tally(model, gates=False)) if mounted(model) is not None else None)
 
 
 def whole_macs(model: nn.Module) -> int:
@@ -382,13 +381,13 @@ def dense_macs(model: nn.Module) -> int:
 
 def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict from after the removal: take the same units out before its weights are loaded."""
-    gated = getattr(model, CHILD, None)
+    gated = mounted(model, UNITS)
     if gated is None:
         return
-    own = f"{prefix}{CHILD}.{gated.method}."
+    own = f"{prefix}{UNITS}.{gated.method}."
     found = {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
     if not found:  # a dense state dict
-        state.update({f"{prefix}{CHILD}.{k}": v for k, v in gated.state_dict().items()})
+        state.update({f"{prefix}{UNITS}.{k}": v for k, v in gated.state_dict().items()})
         return
     if bool(found.get("removed", False)) and not bool(gated.pruner.removed):
         for name, value in found.items():

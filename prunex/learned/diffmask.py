@@ -23,6 +23,7 @@ from prunex.vit.attention import KeyWeights
 from prunex.vit.describe import build_like, describe
 from prunex.vit.embedding import embed_patches, place, unplace
 from prunex.vit.forward import look_ahead, resume
+from prunex.vit.mount import mounted
 from prunex.vit.positions import Places, positions_of
 from prunex.vit.readout import head
 
@@ -266,7 +267,7 @@ class DiffMaskExplainer(nn.Module):
         anatomy = read(model)
         if anatomy.classes < 1:
             raise PrunexError("the model has no classifier (num_classes=0): give one that does")
-        if hasattr(model, "prunex"):
+        if mounted(model) is not None:
             raise PrunexError("the model is pruned: detach() it first, the gates read all its patch tokens")
         alpha_init = check_number("alpha_init", alpha_init, 0, MOST)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)

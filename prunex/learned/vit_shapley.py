@@ -15,6 +15,7 @@ from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_fold
 from prunex.removal.game import Removal
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.describe import build_like, describe
+from prunex.vit.mount import mounted
 
 KIND = "vit_shapley"
 
@@ -44,7 +45,7 @@ class ShapleyExplainer(nn.Module):
         anatomy = read(surrogate)
         if anatomy.classes < 1:
             raise PrunexError("the surrogate has no classifier (num_classes=0): give one that does")
-        if hasattr(surrogate, "prunex"):
+        if mounted(surrogate) is not None:
             raise PrunexError("the surrogate is pruned: detach() it first, the explainer reads all its patch tokens")
         self.surrogate = copy.deepcopy(surrogate).eval().requires_grad_(False)
         self.backbone = copy.deepcopy(surrogate).requires_grad_(True)

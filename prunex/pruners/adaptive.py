@@ -14,8 +14,9 @@ from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.aside import as_found
 from prunex.vit.forward import run
-from prunex.vit.mount import as_found
+from prunex.vit.mount import mounted
 from prunex.vit.trace import TokenTrace
 
 COUNTS = ("fixed", "adaptive")
@@ -89,7 +90,7 @@ class Adaptive(TokenPruner):
         """
         for name in options:
             raise PrunexError(f"{name}={options[name]!r} is not allowed: calibrating {self.name} has no options")
-        hook: Any = model.prunex
+        hook: Any = mounted(model)
         anatomy: Anatomy = hook.current(model)
         total, count = torch.zeros(len(self.stages), dtype=torch.float64), 0
         with as_found(model, train=False):

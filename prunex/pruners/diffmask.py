@@ -29,9 +29,9 @@ from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
+from prunex.vit.aside import as_found
 from prunex.vit.decisions import Drop, Fill, Keep, TokenState
 from prunex.vit.embedding import place
-from prunex.vit.mount import as_found
 
 REMOVALS = ("drop", "placeholder")
 

@@ -18,8 +18,8 @@ from prunex.pruners.base import Forward, floor_share, top
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.aside import as_found
 from prunex.vit.decisions import Drop, Keep, Mask, TokenState
-from prunex.vit.mount import as_found
 
 
 class Predictor(nn.Module):

@@ -15,9 +15,9 @@ from prunex.pruners.adaptive import Adaptive, above, cumulative, realised
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.aside import as_found
 from prunex.vit.decisions import Drop, Keep, Mask, TokenState
 from prunex.vit.forward import run
-from prunex.vit.mount import as_found
 from prunex.vit.readout import head
 from prunex.vit.trace import TokenTrace
 

@@ -15,11 +15,12 @@ from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.patch_slimming_search import Search, Slimming
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.aside import as_found
 from prunex.vit.decisions import Keep, TokenState
 from prunex.vit.embedding import embed
 from prunex.vit.forward import resume
 from prunex.vit.layouts import layout_of
-from prunex.vit.mount import as_found
+from prunex.vit.mount import mounted
 from prunex.vit.positions import positions_of
 
 CRITERIA = ("mean", "relative")
@@ -253,7 +254,7 @@ class PatchSlimming(TokenPruner):
             if name not in known:
                 raise unknown("calibration option of patch_slimming", name, [*known, "verbose"])
         settings = _settings(**(known | options))
-        hook: Any = model.prunex
+        hook: Any = mounted(model)
         anatomy: Anatomy = hook.current(model)
         _check_head(anatomy)
         _check_blocks(model, anatomy)

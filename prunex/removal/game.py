@@ -19,6 +19,7 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, record, resume
+from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
 from prunex.vit.recording import Recording, Relevance, check_chunk, sequences
 from prunex.vit.tape import Tape
@@ -77,7 +78,7 @@ class Removal:
             )
         check_chunk(chunk)
         self.model, self.removal, self.output = model, removal, output
-        attached = getattr(model, "prunex", None)
+        attached = mounted(model)
         if attached is not None and attached.pruner.by_place:
             self.removal, selection = "mask", "frozen"
         self.anatomy = own_anatomy(model)

@@ -18,10 +18,11 @@ from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.removal.game import OUTPUTS, Removal, score
 from prunex.vit.anatomy import ViT, check_images, find
+from prunex.vit.aside import as_found
 from prunex.vit.decisions import Decision, Pruner, Replay
 from prunex.vit.embedding import embed, over_pixels
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
-from prunex.vit.mount import as_found, check_methods
+from prunex.vit.methods import check_methods
 from prunex.vit.recording import check_chunk, choose_target, rounded, sequences
 from prunex.vit.tape import Tape
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import write_whole
-from prunex.handles.tokens import CHILD, Pruning
+from prunex.handles.tokens import Pruning
 from prunex.slim.metadata import class_names, known_cfg
 from prunex.slim.slim import slim
 from prunex.version import __version__
 from prunex.vit.anatomy import check_images
 from prunex.vit.describe import outline
 from prunex.vit.forward import own_anatomy, run
+from prunex.vit.mount import mounted
 from prunex.vit.readout import head
 
 SUFFIXES = (".onnx", ".pt2")
@@ -45,7 +46,7 @@ class Graph(nn.Module):
         if isinstance(vit, SwinTransformer):
             logits: Tensor = vit(images)
             return logits
-        hooked = getattr(vit, "prunex", None)
+        hooked = mounted(vit)
         pruners = () if hooked is None else (hooked.pruner,)
         anatomy = own_anatomy(vit)
         tokens, state = run(vit, images, anatomy, pruners)
@@ -105,7 +106,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
 
 
 def _pruning(small: Any) -> Pruning | None:
-    return Pruning(small) if hasattr(small, CHILD) else None
+    return Pruning(small) if mounted(small) is not None else None
 
 
 def _fix_counts(small: nn.Module, path: Path) -> None:
@@ -237,9 +238,9 @@ def _decided(graph: Graph, images: Tensor) -> list[Tensor]:
     """Who went where, stage by stage; nobody anywhere in a model that prunes no tokens."""
     vit: Any = graph.model
     nothing = [torch.zeros(len(images), 1)]
-    if not hasattr(vit, CHILD):
+    if mounted(vit) is None:
         return nothing
-    state = run(vit, images, own_anatomy(vit), (vit.prunex.pruner,))[1]
+    state = run(vit, images, own_anatomy(vit), (mounted(vit).pruner,))[1]
     return [stage.group for stage in state.trace.stages] or nothing
 
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunex.attach import UNITS, attach
+from prunex.attach import attach
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import DRAFT
-from prunex.handles.tokens import CHILD, Pruning
+from prunex.handles.tokens import Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
@@ -31,6 +31,7 @@ from prunex.version import __version__
 from prunex.vit.anatomy import find
 from prunex.vit.cost import cost
 from prunex.vit.describe import build_like, describe, outline
+from prunex.vit.mount import UNITS, mounted
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 from prunex.vit.weights import copy_of, fold, wrapped_layers
 
@@ -82,7 +83,7 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise PrunexError(f"{folder} is a file: give a folder to save to")
     vit = find(model, kinds=Backbone)[1]
-    if hasattr(vit, CHILD) or hasattr(vit, UNITS) or next(wrapped_layers(vit), None):
+    if mounted(vit) is not None or mounted(vit, UNITS) is not None or next(wrapped_layers(vit), None):
         vit = slim(vit)  # no teacher, gates or adapters, and a schedule's present rates as they are now
     config = _config(vit, labels, mean, std)
     try:
@@ -275,7 +276,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
         "classifier": "head.fc" if windowed else "head",
         "fixed_input_size": not anatomy.dynamic,
     }
-    pruning = Pruning(vit).spec if hasattr(vit, CHILD) else None
+    pruning = Pruning(vit).spec if mounted(vit) is not None else None
     if pruning is not None:
         _described(pruning)
     count = cost(vit)

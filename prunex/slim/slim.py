@@ -8,9 +8,9 @@ from torch import nn
 
 from prunex.attach import attached
 from prunex.checks import called_as
-from prunex.handles.tokens import CHILD
 from prunex.vit.anatomy import find
 from prunex.vit.describe import outline
+from prunex.vit.mount import mounted
 from prunex.vit.units import Backbone
 from prunex.vit.weights import copy_of, fold
 from prunex.vit.widths import WidthSpec, narrow
@@ -50,7 +50,7 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
     """
     vit = find(model, path, Backbone)[1]
     outline(vit)
-    hooked = getattr(vit, CHILD, None)
+    hooked = mounted(vit)
     teacher: tuple[nn.Module, ...] = ()
     if hooked is not None:  # a teacher is as large as the model: keep it out of the copy
         teacher, hooked.pruner._teacher = getattr(hooked.pruner, "_teacher", ()), ()
@@ -63,14 +63,14 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
     small.eval()
     small.zero_grad(set_to_none=True)
     if hooked is not None:
-        copied = getattr(small, CHILD)
+        copied = mounted(small)
         copied.pruner.inference_only()
         copied.masked = None
     _take_units(small)
     if widths is not None:
         narrow(small, widths)
     if hooked is not None:
-        getattr(small, CHILD).refit(small)
+        mounted(small).refit(small)
     return small
 
 

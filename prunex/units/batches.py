@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import check_images, read
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
+from prunex.vit.mount import mounted
 from prunex.vit.readout import outputs
 from prunex.vit.surroundings import follow
 
@@ -144,7 +145,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         )
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
-    tokens: Any = getattr(model, "prunex", None)
+    tokens: Any = mounted(model)
     names = ("trace", "forwards", "counted", "masked")
     left = {} if tokens is None else {n: getattr(tokens, n) for n in names}
     if tokens is not None and tokens.pruner.count == "adaptive":

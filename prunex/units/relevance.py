@@ -18,9 +18,10 @@ from prunex.units.batches import labelled_batches, undisturbed, widened
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.arithmetic import Arithmetic
 from prunex.vit.layouts import layout_of
+from prunex.vit.mount import UNITS, mounted
 from prunex.vit.recording import gradients, recording
 from prunex.vit.tape import Tape
-from prunex.vit.units import CHILD, Branch, blocks_of, last_layer
+from prunex.vit.units import Branch, blocks_of, last_layer
 
 Rule = Literal["zplus", "attnlrp"]
 RULES: tuple[Rule, ...] = ("zplus", "attnlrp")
@@ -110,7 +111,7 @@ class Relevance(UnitPruner):
         with undisturbed(model):
             totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
-            gated = getattr(working, CHILD)
+            gated = mounted(working, UNITS)
             with gated.pruner.all_open():
                 for images, labels in labelled_batches(batches, working):
                     for key, found in self.relevance(working, images, labels).items():

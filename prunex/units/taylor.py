@@ -13,9 +13,10 @@ from prunex.checks import check_flag
 from prunex.registry import register
 from prunex.units.base import Scores, UnitPruner
 from prunex.units.batches import classes_of, labelled_batches, undisturbed, widened
+from prunex.vit.mount import UNITS, mounted
 from prunex.vit.recording import gradients
 from prunex.vit.surroundings import own_output
-from prunex.vit.units import CHILD, Branch
+from prunex.vit.units import Branch
 from prunex.vit.weights import check_gradients
 
 
@@ -98,7 +99,7 @@ class Taylor(UnitPruner):
         with undisturbed(model):
             totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
-            own: Taylor = getattr(working, CHILD).pruner
+            own: Taylor = mounted(working, UNITS).pruner
             with own.all_open():
                 for images, labels in labelled_batches(batches, working):
                     for key, gradient in own._gradients(working, images, labels).items():

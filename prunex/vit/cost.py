@@ -14,7 +14,8 @@ from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.layouts import layout_of, linear_macs
-from prunex.vit.units import CHILD, Backbone, blocks_of, branches, head_dim, unit_params
+from prunex.vit.mount import UNITS, mounted
+from prunex.vit.units import Backbone, blocks_of, branches, head_dim, unit_params
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def tally(model: nn.Module, image_size: tuple[int, int] | None = None, gates: bo
         found = count_windows(vit, image_size)
     else:
         a = read(vit)
-        attached = getattr(vit, "prunex", None) if tokens else None
+        attached = mounted(vit) if tokens else None
         pruner = None if attached is None else attached.pruner
-        unit = getattr(vit, CHILD, None) if gates else None
+        unit = mounted(vit, UNITS) if gates else None
         closed = {} if unit is None else unit.pruner.closed()
         found = count(vit, pruner, a.grid if image_size is None else _grid(a, image_size), closed)
-    gated = getattr(vit, CHILD, None) if gates else None
+    gated = mounted(vit, UNITS) if gates else None
     return found if gated is None else _without(vit, found, gated.pruner.closed())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic, unknown_layer
 from prunex.vit.calls import inside
+from prunex.vit.mount import mounted
 
 
 def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
@@ -54,7 +55,7 @@ def enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _entering(model: ViT, x: Tensor) -> Tensor:
     """The tokens that enter the first block: without prefix tokens that the attached pruner does not take along."""
-    attached = getattr(model, "prunex", None)
+    attached = mounted(model)
     left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
     return x[:, left_out:] if left_out else x
 

@@ -26,6 +26,7 @@ from prunex.vit.embedding import embed, enter, grid_of
 from prunex.vit.halves import attend, attend_packed, feed, feed_packed
 from prunex.vit.intermediates import Watch
 from prunex.vit.layouts import Layout, draw, layout_of
+from prunex.vit.mount import mounted
 from prunex.vit.packing import Packing
 from prunex.vit.positions import Places, Positions, positions_of
 from prunex.vit.readout import head, pool_attention
@@ -359,7 +360,7 @@ def _decide(
 
 def own_anatomy(model: ViT) -> Anatomy:
     """What a model's forward is made of: its anatomy, as the attached pruner may have altered it."""
-    attached = getattr(model, "prunex", None)
+    attached = mounted(model)
     return read(model) if attached is None else attached.current(model)
 
 
@@ -372,7 +373,7 @@ def _whole(block: nn.Module, layout: Layout, at: Any, rope: Tensor | None) -> Ca
 
 def own_pruners(model: ViT) -> tuple[Pruner, ...]:
     """The pruner attached to a model, or nothing."""
-    attached = getattr(model, "prunex", None)
+    attached = mounted(model)
     return () if attached is None else (attached.pruner,)
 
 
@@ -388,7 +389,7 @@ def record(model: ViT, images: Tensor, tape: Tape, masked: bool | None = None) -
     Returns:
         The final state, with the trace and the decisions.
     """
-    attached = getattr(model, "prunex", None)
+    attached = mounted(model)
     if attached is not None:
         masked = bool(attached.masked) if masked is None else masked
     anatomy = own_anatomy(model)

@@ -11,6 +11,7 @@ from torch import Tensor
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.decisions import TokenState
+from prunex.vit.mount import mounted
 
 FORMATS = ("NCHW", "NLC")
 
@@ -93,7 +94,7 @@ def intermediates(
         raise PrunexError(f"output_fmt={output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
     wanted = _chosen(indices, len(model.blocks))
     watch = Watch(model, frozenset(wanted), norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
-    final = model.prunex.features(model, x, watch)
+    final = mounted(model).features(model, x, watch)
     grids: list[Any] = [watch.grids[i] for i in wanted]
     fronts = [watch.fronts[i] for i in wanted] if return_prefix_tokens and model.num_prefix_tokens else None
     if output_dict:

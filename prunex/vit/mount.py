@@ -1,127 +1,17 @@
-"""Putting the forward on a timm model, checking it against timm's own, and taking it off again."""
+"""What hangs on a model: the one place that knows under which names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import torch
-from timm.models.beit import Beit
-from torch import Tensor, nn
-
-from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, ViT, read
-from prunex.vit.aside import as_found
-from prunex.vit.forward import run
-from prunex.vit.intermediates import intermediates
-from prunex.vit.tape import Tape
-
-_METHODS = ("forward_features", "forward_head", "pool", "forward_intermediates")
+TOKENS, UNITS = "prunex", "prunex_units"  # submodules of the backbone: its token pruner, and the gates of its units
 
 
-def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    _check_no_mask(attn_mask, *kwargs.values())
-    return self.prunex.features(self, x)
+def mounted(model: Any, kind: str = TOKENS) -> Any:
+    """What hangs on a backbone under ``TOKENS`` or ``UNITS``, or None."""
+    return getattr(model, kind, None)
 
 
-def _check_no_mask(attn_mask: Tensor | None, *flags: Any) -> None:
-    if attn_mask is not None or any(flags):
-        raise PrunexError("attn_mask and is_causal cannot be combined with token pruning: call detach() first")
-
-
-def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
-    return self.prunex.pool(self, x, pool_type)
-
-
-def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    if isinstance(self, Beit):  # timm's own pools inside, whoever is there
-        out = _beit_head(self, x, pre_logits)
-    else:
-        out = type(self).forward_head(self, self.prunex.for_heads(self, x), pre_logits=pre_logits)
-    if not pre_logits:
-        self.prunex.saw_logits(x, out)
-    return out
-
-
-def _forward_intermediates(
-    self: Any, x: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
-) -> Any:
-    _check_no_mask(attn_mask, is_causal)
-    return intermediates(self, x, *args, **kwargs)
-
-
-def _beit_head(self: Any, x: Tensor, pre_logits: bool) -> Tensor:
-    pooled = self.head_drop(self.fc_norm(self.prunex.pool(self, x, None)))
-    return pooled if pre_logits else self.head(pooled)
-
-
-def put_on(model: ViT) -> None:
-    """Route the model's forward through ``model.prunex`` (an object with features, pool, for_heads and saw_logits)."""
-    ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
-    for name, function in zip(_METHODS, ours, strict=True):
-        if hasattr(type(model), name):
-            model.__dict__[name] = partial(function, model)  # pickle would look a bound method up by its name
-
-
-def take_off(model: ViT) -> None:
-    """Give the model its class's own methods back."""
-    for name in _METHODS:
-        model.__dict__.pop(name, None)
-
-
-def check_methods(model: nn.Module) -> None:
-    """Refuse a model with a forward of its own, which what goes through its blocks one by one would not run.
-
-    Raises:
-        PrunexError: By the methods that somebody but prunex, or torch.compile, has set on the object.
-    """
-    mounted = hasattr(model, "prunex")
-    own = [
-        name
-        for name in ("forward", *_METHODS)
-        if name in vars(model)
-        and not (mounted and name in _METHODS)
-        and not hasattr(vars(model)[name], "_torchdynamo_orig_callable")
-    ]
-    if own:
-        raise PrunexError(
-            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
-            "first, or make a subclass and give the plain model"
-        )
-
-
-def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
-    """Send one small random input through timm's own forward and through ours.
-
-    Args:
-        model: A supported ViT, nothing attached.
-        tolerance: Largest difference allowed, relative to the largest output.
-
-    Returns:
-        The model's anatomy.
-
-    Raises:
-        PrunexError: By name, for a model whose outputs differ (a new timm, a subclass with something of its own).
-    """
-    anatomy = read(model)
-    check_methods(model)
-    weight = next(model.parameters())
-    if weight.is_meta:
-        return anatomy
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, anatomy.channels, *anatomy.image, generator=generator).to(weight)
-    with as_found(model, train=False), torch.no_grad():
-        inner: Any = model
-        theirs = type(inner).forward_features(inner, image)
-        tape = Tape(rows=frozenset(range(anatomy.depth)))
-        ours, _ = run(model, image, anatomy, tape=tape)
-    scale = theirs.abs().max().clamp(min=1e-6)
-    gap = float((ours - theirs).abs().max() / scale)
-    coarse = {torch.float16: 2e-2, torch.bfloat16: 6e-2}  # either way of computing it is as far from the exact one
-    if not gap <= max(tolerance, coarse.get(weight.dtype, 0)):
-        raise PrunexError(
-            f"{type(model).__name__} computes something prunex does not know (outputs differ by {gap:.1e} of their "
-            "size): it is not supported as it is"
-        )
-    return anatomy
+def unmount(model: Any, kind: str) -> bool:
+    """Take it off; whether there was anything."""
+    return model._modules.pop(kind, None) is not None

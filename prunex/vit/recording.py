@@ -14,11 +14,11 @@ from torch import Tensor
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unreached
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.aside import as_found
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
-from prunex.vit.mount import as_found
 from prunex.vit.readout import classifies
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace

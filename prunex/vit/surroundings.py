@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
 from prunex.vit.anatomy import ViT, head_classes
+from prunex.vit.aside import as_found
 from prunex.vit.forward import own_anatomy, own_pruners, run
-from prunex.vit.mount import as_found
+from prunex.vit.mount import mounted
 from prunex.vit.readout import TAIL, head
 from prunex.vit.tail import Tail, alike, cannot, fields, fits, kind, precise, rows_of, shallow, stand_in, with_another
 from prunex.vit.trace import TokenTrace
@@ -321,11 +322,11 @@ def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
 
     Nothing is left on the model.
     """
-    if not hasattr(vit, "prunex"):
+    if mounted(vit) is None:
         inner: Any = vit
         out, tail = type(inner).forward(inner, images), vars(vit).get(TAIL)
         return out if tail is None else tail(out), None
-    attached: Any = vit.prunex
+    attached: Any = mounted(vit)
     anatomy = own_anatomy(vit)
     tokens, state = run(vit, images, anatomy, own_pruners(vit), masked=bool(attached.masked))
     return head(vit, tokens, state.policy, anatomy, sizes=state.sizes), state.trace

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError, Unfollowed
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic
-from prunex.vit.mount import as_found
+from prunex.vit.aside import as_found
 
 Forward = Callable[..., Tensor]
 ROWS = 64  # unit vectors that go through a tail at once

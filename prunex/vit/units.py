@@ -25,7 +25,6 @@ from prunex.vit.weights import OwnHook, is_linear, sizes
 Kind = Literal["heads", "channels"]
 Backbone = VisionTransformer | Eva | Beit | SwinTransformer
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
-CHILD = "prunex_units"
 Gate = Callable[[str, int], Tensor | None]
 Left = Callable[[str], Sequence[int] | None]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.aside import as_found
+from prunex.vit.mount import TOKENS, UNITS
 
 # Under which names timm's ViTs and Swins hold linear layers.
 _SLOTS = (
@@ -28,7 +29,6 @@ _SLOTS = (
     "attn_out_proj", "mlp_out_proj", "q", "kv", "head", "head_dist", "fc", "reduction",
 )  # fmt: skip
 _HEADS = ("head", "head_dist")  # which may also hold several layers, and are called as they are
-_OURS = ("prunex", "prunex_units")  # what hangs on a pruned model, whose layers are not the model's
 
 
 class OwnHook(partial[Any]):
@@ -274,7 +274,7 @@ def wrapped_layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.M
         if stands_for_linear(child, name):
             if not is_plain(child):
                 yield path + name, model, name, child
-        elif name not in _OURS:
+        elif name not in (TOKENS, UNITS):
             yield from wrapped_layers(child, f"{path}{name}.")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.cuts import check_cuts, whole_or_not
+from prunex.vit.mount import mounted
 from prunex.vit.narrow import NarrowAttention
 from prunex.vit.optimisers import Slices, check_followed, follow, sliced
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
@@ -243,7 +244,8 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
             raise PrunexError(f"block {number} would have no heads: timm's windowed attention needs one; keep one")
         if not kept and place[number] in _read_blocks(model):
             raise PrunexError(
-                f"block {number} would have no heads, but {model.prunex.method} ranks tokens by its attention: keep one"
+                f"block {number} would have no heads, but {mounted(model).method} ranks tokens by its attention: "
+                "keep one"
             )
     for number, kept in spec.channels.items():
         part = block(number, "channels")
@@ -273,7 +275,7 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
                 f"the embedding of a {type(model).__name__} whose head is a {type(heads_on[0]).__name__} cannot be "
                 "made narrower: put a linear one on with model.reset_classifier(classes)"
             )
-        if getattr(model, "prunex", None) is not None:
+        if mounted(model) is not None:
             raise PrunexError("the embedding cannot be made narrower while tokens are pruned by it: detach() first")
         embedding = _renamed(embedding, known.embedding, int(model.embed_dim), "channels of the embedding")
         if not embedding:
@@ -282,7 +284,7 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
     if kept_blocks is not None:
         if isinstance(model, SwinTransformer) or not isinstance(model, VisionTransformer):
             raise PrunexError(f"blocks of a {type(model).__name__} cannot be taken out")
-        if getattr(model, "prunex", None) is not None:
+        if mounted(model) is not None:
             raise PrunexError("blocks cannot be taken out while tokens are pruned: their stages count blocks; detach()")
         kept_blocks = _renamed(kept_blocks, known.blocks, len(found), "blocks")
         if not kept_blocks:
@@ -292,7 +294,7 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
 
 def _read_blocks(model: Any) -> frozenset[int]:
     """Blocks whose attention an attached token pruner ranks by."""
-    hooked = getattr(model, "prunex", None)
+    hooked = mounted(model)
     return frozenset() if hooked is None else hooked.pruner.rows() | hooked.pruner.key_means()
 
 

@@ -46,7 +46,7 @@ from prunex.recipes.runs import (
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find
-from prunex.vit.units import CHILD as UNITS
+from prunex.vit.mount import UNITS
 from prunex.vit.units import Backbone
 from prunex.vit.widths import WidthSpec, widths_of
 

@@ -25,12 +25,11 @@ from safetensors.torch import save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from prunex.attach import UNITS
 from prunex.errors import PrunexError
-from prunex.handles.tokens import CHILD
 from prunex.pictures.arrays import write_whole
 from prunex.untrusted import is_there, read_tensors
 from prunex.vit.describe import Still
+from prunex.vit.mount import TOKENS, UNITS
 
 log = logging.getLogger(__name__)
 
@@ -391,7 +390,7 @@ class SaveWeights(Callback):
         state = {
             name: tensor.detach().float().cpu().contiguous()
             for name, tensor in model.state_dict().items()
-            if not name.startswith((f"{CHILD}.", f"{UNITS}."))  # a pruner's own are not the classifier's
+            if not name.startswith((f"{TOKENS}.", f"{UNITS}."))  # a pruner's own are not the classifier's
         }
         hparams = pl_module.hparams
         batches = trainer.global_step * trainer.accumulate_grad_batches

@@ -10,14 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 import prunex
-from prunex.attach import UNITS
 from prunex.callbacks.monitor import run_folder
 from prunex.errors import PrunexError
-from prunex.handles.tokens import CHILD
 from prunex.recipes.report.page import write_report
 from prunex.recipes.runs import SUMMARY, compare, slim_folder, table, token_pruning, write_summary
 from prunex.untrusted import read_json
 from prunex.vit.anatomy import find
+from prunex.vit.mount import UNITS, mounted
 from prunex.vit.units import Backbone
 
 
@@ -53,7 +52,7 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep a copy of the dense model."""
         backbone = find(pl_module, self.model, Backbone)[1]
-        if stage == "fit" and not self._dense and not hasattr(backbone, CHILD) and not hasattr(backbone, UNITS):
+        if stage == "fit" and not self._dense and mounted(backbone) is None and mounted(backbone, UNITS) is None:
             self._dense = (copy.deepcopy(backbone).eval().requires_grad_(False),)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,7 +13,7 @@ import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.embedding import embed, embed_patches, place
 from prunex.vit.forward import run
-from prunex.vit.mount import check_parity
+from prunex.vit.methods import check_parity
 from prunex.vit.tape import Tape
 from tests.vits import ALL_FAMILIES, images, images_for, largest, lively, randomise, relative, tiny
 

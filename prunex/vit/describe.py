@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from prunex.errors import PrunexError
 from prunex.untrusted import odd_dtypes
 from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
-from prunex.vit.layouts import fused_out
+from prunex.vit.blocks.parallel import fused_out
 from prunex.vit.units import Backbone, blocks_of, head_dim
 from prunex.vit.widths import Shape, WidthSpec, dense_shape, narrow, widths_of
 

@@ -20,12 +20,13 @@ from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, ViT, check_images, read
 from prunex.vit.arithmetic import PLAIN
 from prunex.vit.attention import KeyWeights
+from prunex.vit.blocks.plain import Layout
 from prunex.vit.calls import hooked_within, inside
 from prunex.vit.decisions import Answer, Keep, Pruner, TokenState, apply, carried_out
 from prunex.vit.embedding import embed, enter, grid_of
 from prunex.vit.halves import attend, attend_packed, feed, feed_packed
 from prunex.vit.intermediates import Watch
-from prunex.vit.layouts import Layout, draw, layout_of
+from prunex.vit.layouts import layout_of
 from prunex.vit.mount import mounted
 from prunex.vit.packing import Packing
 from prunex.vit.positions import Places, Positions, positions_of
@@ -221,7 +222,7 @@ class _Walk:
         state, tape, layout, last = self.state, self.tape, layout_of(block), i == len(self.blocks) - 1
         relative = None if state.positions is None else state.positions.relative_of(layout.relative(block))
         entered = state.tokens if layout.parallel else None
-        share = draw(block, layout, state.tokens)
+        share = layout.draw(block, state.tokens)
         queries: tuple[int, ...] | Tensor | None = known
         if last and self._narrow(block, within):
             queries = state.anatomy.readers

@@ -92,7 +92,7 @@ def attend(
 
         branch = layout.inside(block, opened, y, rope)
     stream = x if queries is None else attention.some(x, queries)
-    branch = layout.drop(block, layout.end(block, branch, ops))
+    branch = layout.end(block, branch, ops)
     after = ops.add(stream, branch if share is None else branch * share)
     if recorded is not None and tape is not None and tape.streams:
         recorded.before, recorded.after = x.detach(), after.detach()
@@ -275,7 +275,7 @@ def attend_packed(
     y = layout.read(block, packed, PLAIN)
     q, k, v = layout.heads(block, y, None, PLAIN)
     branch = layout.project(block, packing.attend(q, k, v), y, PLAIN)
-    after = packing.unpack(packed + layout.drop(block, layout.end(block, branch, PLAIN)))
+    after = packing.unpack(packed + layout.end(block, branch, PLAIN))
     if not want_row:
         return after, None
     pairs = zip(packing.split(q), packing.split(k), strict=True)

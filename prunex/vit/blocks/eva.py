@@ -1,0 +1,100 @@
+"""timm's EVA blocks: rotary positions, separate or joint projections, plain gammas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from prunex.vit import attention
+from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.blocks.plain import Layout, scaled
+from prunex.vit.calls import inside
+from prunex.vit.weights import effective
+
+
+class EvaLayout(Layout):
+    """timm's ``EvaBlock``: as ``Block``, with a rotary table beside the stream."""
+
+    opens = False
+
+    def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
+        """The rotary table."""
+        return {"rope": rope}
+
+    def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
+        """With its rotary table."""
+        if not _rotates_all(block.attn, x, rope):
+            return super().whole(block, x, rope)
+
+        def opened(x: Tensor, rope: Tensor | None = rope) -> Tensor:
+            y = self.read(block, x, PLAIN)
+            x = x + self.end(block, self.attend(block, y, rope), PLAIN)
+            return x + self.drop_fed(block, self.feed(block, x, PLAIN))
+
+        out: Tensor = inside(block, opened, x, rope=rope)
+        return out
+
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        """With its rotary table."""
+        branch: Tensor = inside(block.attn, function, y, rope=rope)
+        return branch
+
+    def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
+        """The first norm."""
+        return block.norm1(x)
+
+    def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
+        """With its rotary table."""
+        if not _rotates_all(block.attn, y, rope):
+            return block.attn(y, rope=rope)
+
+        def opened(y: Tensor, rope: Tensor | None = rope) -> Tensor:
+            q, k, v = self.heads(block, y, rope, PLAIN)
+            dropout = block.attn.attn_drop.p if block.training else 0.0
+            return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
+
+        return self.inside(block, opened, y, rope)
+
+    def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated by their places."""
+        return attention.rotated_heads(block.attn, y, rope)
+
+    def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
+        """LayerScale."""
+        return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
+
+    def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
+        """LayerScale last."""
+        branch = block.mlp(block.norm2(x))
+        return branch if block.gamma_2 is None else block.gamma_2 * branch
+
+    def output(self, block: Any) -> Tensor:
+        """LayerScale taken in."""
+        return scaled(effective(block.attn.proj)[0], block.gamma_1)
+
+
+class EvaPostLayout(EvaLayout):
+    """timm's ``EvaBlockPostNorm``: norms behind attention and MLP, no LayerScale."""
+
+    def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
+        """The stream itself."""
+        return x
+
+    def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
+        """The norm behind attention."""
+        return block.drop_path1(block.norm1(branch))
+
+    def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
+        """The norm behind the MLP."""
+        return block.norm2(block.mlp(x))
+
+    def output(self, block: Any) -> Tensor:
+        """Without the norm behind it."""
+        return effective(block.attn.proj)[0]
+
+
+def _rotates_all(attn: Any, x: Tensor, rope: Tensor | None) -> bool:
+    """Whether prefix tokens did not enter: timm's attention would look for them in front of those it rotates."""
+    return rope is not None and attn.num_prefix_tokens > 0 and rope.shape[-2] == x.shape[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from prunex.pictures import dim_dropped, outline, overlay, resized, save_png
-from prunex.pictures.mosaic import INK, RIGHT, WRONG, Column, compose
+from prunex.pictures.sheet import INK, RIGHT, WRONG, Column, compose
 
 IMAGES, SIDE = (1, 4, 6, 5), 192
 

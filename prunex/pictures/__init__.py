@@ -4,7 +4,7 @@ from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, sa
 from prunex.pictures.bars import bars, bars_svg
 from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
-from prunex.pictures.mosaic import kept_mosaic, kept_over_epochs, relevancy_mosaic, share_mosaic
+from prunex.pictures.mosaic import kept_mosaic, relevancy_mosaic, share_mosaic
 from prunex.pictures.overlay import dim_dropped, outline, overlay
 from prunex.pictures.units import class_heads, head_attention, unit_widths
 
@@ -19,7 +19,6 @@ __all__ = [
     "from_tensor",
     "head_attention",
     "kept_mosaic",
-    "kept_over_epochs",
     "outline",
     "overlay",
     "png_bytes",

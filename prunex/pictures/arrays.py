@@ -20,18 +20,9 @@ Floats = NDArray[np.float64]
 
 
 def from_tensor(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:
-    """Normalised model input back to pictures.
+    """Normalised model input, float [B, 3, H, W] made as ``(x - mean) / std`` of RGB in [0, 1], back to pictures.
 
-    Args:
-        images: Float [B, 3, H, W], normalised as ``(x - mean) / std`` from RGB in [0, 1].
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
-
-    Returns:
-        uint8 [B, H, W, 3]; values outside [0, 1] are clipped.
-
-    Raises:
-        PrunexError: Images that are not [B, 3, H, W].
+    uint8 [B, H, W, 3]; values outside [0, 1] are clipped. ``mean`` and ``std`` are of each channel.
 
     >>> from_tensor(torch.zeros(1, 3, 2, 2), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))[0, 0, 0].tolist()
     [128, 128, 128]
@@ -46,12 +37,8 @@ def from_tensor(images: torch.Tensor, mean: Sequence[float], std: Sequence[float
 def under_grid(pictures: NDArray[Any], covered: tuple[int, int]) -> NDArray[Any]:
     """What of pictures or masks lies under a patch grid, with what the model pads them by.
 
-    Args:
-        pictures: [B, H, W] or [B, H, W, C].
-        covered: Height and width in pixels that the grid lies over, from the upper left corner.
-
-    Returns:
-        The same of ``covered`` size: cut off where the model sees nothing, zeros where it pads.
+    From [B, H, W] or [B, H, W, C] and the height and width in pixels that the grid covers from the upper left corner to
+    the same of ``covered`` size: cut off where the model sees nothing, zeros where it pads.
 
     >>> under_grid(np.ones((1, 2, 3), int), (3, 2)).tolist()
     [[[1, 1], [1, 1], [0, 0]]]
@@ -62,20 +49,10 @@ def under_grid(pictures: NDArray[Any], covered: tuple[int, int]) -> NDArray[Any]
 
 
 def resized(images: Any, side: int = 160) -> Picture:
-    """Pictures at a size at which single patches can be seen.
+    """Pictures uint8 [..., H, W, 3] at a size at which single patches can be seen, uint8 [..., H', W', 3].
 
     Small ones are enlarged by the smallest whole factor that brings the longer side to `side` or above, pixel by
     pixel, so that nothing is blurred; ones of more than twice `side` are averaged down to it.
-
-    Args:
-        images: uint8 [..., H, W, 3].
-        side: Wanted length of the longer side, in pixels.
-
-    Returns:
-        uint8 [..., H', W', 3].
-
-    Raises:
-        PrunexError: Pictures that are not uint8 [..., H, W, 3].
 
     >>> resized(np.zeros((2, 64, 48, 3), dtype=np.uint8), side=160).shape
     (2, 192, 144, 3)
@@ -139,39 +116,23 @@ def png_bytes(picture: Any) -> bytes:
 
 
 def save_png(path: str | Path, picture: Any) -> Path:
-    """Write a picture as PNG; a reader never sees half of it.
-
-    Args:
-        path: File to write; its folder is made where it is missing.
-        picture: uint8 [H, W, 3].
-
-    Returns:
-        The path.
-
-    Raises:
-        PrunexError: A picture that is not uint8 [H, W, 3].
-    """
+    """Write a picture, uint8 [H, W, 3], as PNG, in a folder that is made; a reader never sees half of it."""
     return write_whole(Path(path), png_bytes(picture))
 
 
 def save_npz(path: str | Path, arrays: Mapping[str, Any], compressed: bool = True) -> Path:
-    """Write arrays as an npz file that opens with ``allow_pickle=False``; a reader never sees half of it.
+    """Write arrays of numbers, booleans or text as an npz file that opens with ``allow_pickle=False``.
 
-    Args:
-        path: File to write; its folder is made where it is missing.
-        arrays: Arrays by name, of numbers, booleans or text.
-        compressed: Smaller files, at about a second for 30 MB.
-
-    Returns:
-        The path.
+    The file's folder is made where it is missing, and a reader never sees half of it. ``compressed`` files are smaller,
+    at about a second for 30 MB.
 
     Raises:
         PrunexError: For arrays of Python objects.
     """
     buffer = io.BytesIO()
-    found: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
-    for name, array in found.items():
+    plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in plain.items():
         if array.dtype.hasobject:
             raise PrunexError(f"array {name!r} holds Python objects: give numbers, booleans or text")
-    (np.savez_compressed if compressed else np.savez)(buffer, **found)
+    (np.savez_compressed if compressed else np.savez)(buffer, **plain)
     return write_whole(Path(path), buffer.getvalue())

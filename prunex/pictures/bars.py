@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Picture
-from prunex.pictures.curves import COLORS, adapted
+from prunex.pictures.curves import COLORS, chart, chart_svg, legend_name, plain_axes
 
 Rows = Mapping[str, Mapping[str, tuple[float, float, float]]]
-_INK = "#123456"  # stands for the text colour in SVG until it is replaced by currentColor
-_DPI = 96
 _FAINT = "#8a949e"
 _LONGEST = 26  # letters of a name
 
@@ -52,12 +44,8 @@ def bars(
     >>> bars({"rollout": {"dense": (0.4, 0.3, 0.5)}}, width=300).shape[1:]
     (300, 3)
     """
-    figure = _figure(rows, lines, width, order)
-    canvas = FigureCanvasAgg(figure)
-    with rc_context({"text.usetex": False}):
-        _draw(figure, rows, title, lines or {}, faint, "#1b1f24", order)
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    size = _size(rows, lines, width, order)
+    return chart(size, lambda figure, ink: _draw(figure, rows, title, lines or {}, faint, ink, order))
 
 
 def bars_svg(
@@ -68,46 +56,24 @@ def bars_svg(
     width: int = 520,
     order: Sequence[str] = (),
 ) -> str:
-    """The same chart as `bars` as an ``<svg>`` element that takes its page's text colour and font.
-
-    Args:
-        rows: As for `bars`, and so are the others.
-        title: Likewise.
-        lines: Likewise.
-        faint: Likewise.
-        width: Likewise.
-        order: Likewise.
-
-    Returns:
-        The element as text; names are escaped.
-
-    Raises:
-        PrunexError: Nothing to draw.
+    """The same chart as `bars` as an ``<svg>`` element that takes its page's text colour and font; names are escaped.
 
     >>> bars_svg({"<b>": {"dense": (0.4, 0.3, 0.5)}}).startswith("<svg")
     True
     """
-    figure = _figure(rows, lines, width, order)
-    canvas = FigureCanvasSVG(figure)
-    salt = f"{title}|{'|'.join(rows)}"
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.usetex": False}):
-        _draw(figure, rows, title, lines or {}, faint, _INK, order)
-        figure.patch.set_alpha(0)
-        buffer = io.StringIO()
-        canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return adapted(buffer.getvalue(), _INK)
+    size, salt = _size(rows, lines, width, order), f"{title}|{'|'.join(rows)}"
+    return chart_svg(size, lambda figure, ink: _draw(figure, rows, title, lines or {}, faint, ink, order), salt)
 
 
 def _series(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
-def _figure(rows: Rows, lines: Mapping[str, float] | None, width: int, order: Sequence[str]) -> Figure:
+def _size(rows: Rows, lines: Mapping[str, float] | None, width: int, order: Sequence[str]) -> tuple[int, int]:
     count = len(_series(rows))
     if not any(math.isfinite(mean) for row in rows.values() for mean, *_ in row.values()):
         raise PrunexError(f"no value to draw in {list(rows)}: give at least one finite mean")
-    height = 60 + len(rows) * (7 + 9 * count) + (24 if count > 1 or lines or order else 0)
-    return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    return width, 60 + len(rows) * (7 + 9 * count) + (24 if count > 1 or lines or order else 0)
 
 
 def _draw(
@@ -119,50 +85,35 @@ def _draw(
     ink: str,
     order: Sequence[str],
 ) -> None:
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
+    axes = plain_axes(figure, ink, title, grid="x")
     names, series = list(rows), _series(rows)
     colored = list(dict.fromkeys([*order, *series]))
     thick = 0.84 / len(series)
     handles: list[Any] = []
-    for number, one in enumerate(series):
-        color = COLORS[colored.index(one) % len(COLORS)]
-        places = [i for i, name in enumerate(names) if one in rows[name] and math.isfinite(rows[name][one][0])]
-        means = [rows[names[i]][one][0] for i in places]
-        ends = np.array([[_reach(rows[names[i]][one], side) for i in places] for side in (1, 2)]).reshape(2, -1)
-        colors = [_FAINT if names[i] in faint else color for i in places]
+    for number, label in enumerate(series):
+        color = COLORS[colored.index(label) % len(COLORS)]
         offset = (number - (len(series) - 1) / 2) * thick
-        axes.barh(
-            [i + offset for i in places],
-            means,
-            height=thick * 0.92,
-            color=colors,
-            alpha=0.85,
-            xerr=ends,
-            error_kw={"ecolor": ink, "elinewidth": 1, "capsize": 1.5, "alpha": 0.8},
-        )
-        # The bars themselves may be grey; a leading underscore would hide a name from the legend.
-        handles.append(axes.barh([0], [0], color=color, label=f" {one}".replace("$", r"\$")))
-    for (name, place), style in zip(lines.items(), ("--", ":", "-.", (0, (1, 3))), strict=False):
-        if math.isfinite(place):
-            handles.append(
-                axes.axvline(
-                    place, color=ink, linestyle=style, linewidth=1.2, label=f" {name}".replace("$", r"\$"), zorder=3
+        for place, (name, cells) in enumerate(rows.items()):
+            if label in cells and math.isfinite(cells[label][0]):
+                axes.barh(
+                    [place + offset],
+                    [cells[label][0]],
+                    height=thick * 0.92,
+                    color=_FAINT if name in faint else color,
+                    alpha=0.85,
+                    xerr=[[_reach(cells[label], 1)], [_reach(cells[label], 2)]],
+                    error_kw={"ecolor": ink, "elinewidth": 1, "capsize": 1.5, "alpha": 0.8},
                 )
-            )
+        # The bars themselves may be grey, so that the legend has one of its own.
+        handles.append(axes.barh([0], [0], color=color, label=legend_name(label)))
+    for (name, value), style in zip(lines.items(), ("--", ":", "-.", (0, (1, 3))), strict=False):
+        if math.isfinite(value):
+            line = axes.axvline(value, color=ink, linestyle=style, linewidth=1.2, label=legend_name(name), zorder=3)
+            handles.append(line)
     axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.tick_params(colors=ink, labelsize=9, length=3)
     axes.tick_params(axis="y", length=0)
-    for edge, spine in axes.spines.items():
-        spine.set_visible(edge in ("left", "bottom"))
-        spine.set_color(ink)
-    axes.grid(axis="x", color=ink, alpha=0.15, linewidth=0.7)
     axes.set_axisbelow(True)
-    if title:
-        axes.set_title(title, color=ink, fontsize=11, fontweight="bold", loc="left", parse_math=False)
     if len(colored) > 1 or lines:
         figure.legend(
             handles=handles if len(colored) > 1 else handles[1:],

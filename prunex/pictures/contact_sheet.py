@@ -5,24 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prunex.errors import PrunexError
-from prunex.pictures.arrays import Bools, Floats, Picture, as_grids, as_pictures
-from prunex.pictures.mosaic import (
-    FAINT,
-    GAP,
-    Column,
-    Text,
-    compose,
-    enlarged,
-    first_column,
-    fitted,
-    mask_key,
-    row_titles,
-    written,
-)
+from prunex.pictures.arrays import Floats, Picture, as_grids, as_pictures
+from prunex.pictures.mosaic import Scenes
 from prunex.pictures.overlay import dim_dropped, outline, overlay
+from prunex.pictures.sheet import FAINT, GAP, HEAD, Column, Sheet, compose, fitted, stacked
 
 _BAR = (12, 220)  # height and width of a scale in pixels
 _LEAST = 600  # pixels that the words below need
@@ -80,25 +68,29 @@ def contact_sheet(
         raise PrunexError(f"across={across!r} is not allowed: give at least 2 tiles in a row")
     pictures = as_pictures(images, 4)
     height, width = pictures.shape[1:3]
-    cells, objects = enlarged(pictures, masks, round(side * max(1, height / width)))
-    count = len(cells)
-    boundary = None if kept is None else as_grids(kept, (count,), "kept")
-    columns, kinds = [], set()
+    scenes = Scenes(pictures, labels, predicted, class_names, masks, round(side * max(1, height / width)))
+    boundary = None if kept is None else as_grids(kept, (scenes.count,), "kept")
+    columns, two_sided = [], set()
     if boundary is not None:
-        columns.append(Column(f"kept patches\n{boundary.mean():.0%} kept", dim_dropped(cells, boundary)))
+        columns.append(Column(f"kept patches\n{boundary.mean():.0%} kept", dim_dropped(scenes.cells, boundary)))
     for method, values in maps.items():
-        grids = as_grids(values, (count,), f"maps of {method}", dtype=float)
-        two_sided = method in signed or _negative(grids)
-        kinds.add(two_sided)
-        title = f"{method}\n{_largest(grids, two_sided)}" if count == 1 else method
-        columns.append(Column(title, _tile(cells, grids, two_sided, boundary)))
-    rows = row_titles(count, labels, predicted, class_names)
-    bands = [compose(band, rows) for band in _bands(first_column(cells, objects), columns, across, count > 1)]
+        grids = as_grids(values, (scenes.count,), f"maps of {method}", dtype=float)
+        both = method in signed or _negative(grids)
+        two_sided.add(both)
+        drawn = overlay(scenes.cells, grids, signed=both, floor=0.0)
+        if boundary is not None:
+            drawn = outline(drawn, boundary, thick=1)
+        columns.append(Column(f"{method}\n{_largest(grids, both)}" if scenes.count == 1 else method, drawn))
+    rows = scenes.rows()
+    bands = [compose(band, rows) for band in _bands(scenes.first(), columns, across, scenes.count > 1)]
     wide = max(_LEAST, *(band.shape[1] for band in bands))
-    key = ["negative: against the explained class"] if set(maps) & set(signed) else []
-    key += [*(["yellow: border of the kept patches"] if boundary is not None else []), *mask_key(objects)]
-    parts = [*_heading(heading, wide), *bands, _scales(sorted(kinds), key, count, wide)]
-    return np.concatenate([_padded(part, wide) for part in parts])
+    key = []
+    if set(maps) & set(signed):
+        key.append("negative: against the explained class")
+    if boundary is not None:
+        key.append("yellow: border of the kept patches")
+    below = _scales(sorted(two_sided), [*key, *scenes.key()], scenes.count, wide)
+    return stacked([*_heading(heading, wide), *bands, below])
 
 
 def _bands(first: Column, columns: list[Column], across: int, again: bool) -> list[list[Column]]:
@@ -109,11 +101,6 @@ def _bands(first: Column, columns: list[Column], across: int, again: bool) -> li
     count = -(-len(columns) // (across - 1))
     length = -(-len(columns) // count)
     return [[first, *columns[start : start + length]] for start in range(0, len(columns), length)]
-
-
-def _tile(cells: Picture, grids: Floats, signed: bool, boundary: Bools | None) -> Picture:
-    drawn = overlay(cells, grids, signed=signed, floor=0.0)
-    return drawn if boundary is None else outline(drawn, boundary, thick=1)
 
 
 def _negative(grids: Floats) -> bool:
@@ -133,43 +120,34 @@ def _largest(grids: Floats, signed: bool) -> str:
 def _heading(lines: Sequence[str], width: int) -> list[Picture]:
     if not lines:
         return []
-    texts = [Text(GAP, 22, fitted(lines[0], width - 2 * GAP, 15), size=15, bold=True)]
+    sheet = Sheet(width, 12 + 19 * len(lines))
+    sheet.write(GAP, 22, fitted(lines[0], width - 2 * GAP, HEAD), HEAD, bold=True)
     for number, line in enumerate(lines[1:], start=1):
-        texts.append(Text(GAP, 22 + 19 * number, fitted(line, width - 2 * GAP, 13, 0.58)))
-    return [written(_white(12 + 19 * len(lines), width), texts)]
+        sheet.write(GAP, 22 + 19 * number, fitted(line, width - 2 * GAP, 13, 0.58))
+    return [sheet.drawn()]
 
 
 def _scales(kinds: Sequence[bool], key: Sequence[str], count: int, width: int) -> Picture:
     """One bar for unsigned maps and one for signed ones, drawn as the tiles are, and what they mean."""
     top_value = "largest value, written above it" if count == 1 else "largest value"
-    told = (
+    rule = (
         f"Each tile has its own scale, up to its {top_value}: compare places within a tile, not colours between tiles."
     )
-    lines = textwrap.wrap(" · ".join([told, *key]), int((width - 2 * GAP) / (0.55 * 12)))
+    lines = textwrap.wrap(" · ".join([rule, *key]), int((width - 2 * GAP) / (0.55 * 12)))
     top, left = 10, 80
-    canvas = _white(top + 22 * len(kinds) + 17 * len(lines) + 8, width)
-    texts = []
+    sheet = Sheet(width, top + 22 * len(kinds) + 17 * len(lines) + 8)
     for number, signed in enumerate(kinds):
         y = top + 22 * number
-        canvas[y : y + _BAR[0], left : left + _BAR[1]] = _bar(signed)
-        low = "− largest" if signed else "0"
+        sheet.put(left, y, _bar(signed))
         high = "+ largest (red: positive, blue: negative)" if signed else "largest value of the tile"
-        texts.append(Text(left - 6, y + 11, low, size=12, anchor="right"))
-        texts.append(Text(left + _BAR[1] + 6, y + 11, high, size=12))
+        sheet.write(left - 6, y + 11, "− largest" if signed else "0", 12, anchor="right")
+        sheet.write(left + _BAR[1] + 6, y + 11, high, 12)
     for number, line in enumerate(lines):
-        texts.append(Text(GAP, top + 22 * len(kinds) + 12 + 17 * number, line, size=12, color=FAINT))
-    return written(canvas, texts)
+        sheet.write(GAP, top + 22 * len(kinds) + 12 + 17 * number, line, 12, FAINT)
+    return sheet.drawn()
 
 
 def _bar(signed: bool) -> Picture:
     """The colours of a scale, over grey as a map lies over its image."""
     grey = np.full((*_BAR, 3), 128, dtype=np.uint8)
     return overlay(grey, np.linspace(-1 if signed else 0, 1, _BAR[1])[None], signed=signed, floor=0.0)
-
-
-def _white(height: int, width: int) -> Picture:
-    return np.full((height, width, 3), 255, dtype=np.uint8)
-
-
-def _padded(part: NDArray[np.uint8], width: int) -> Picture:
-    return np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), constant_values=255)

@@ -3,8 +3,8 @@
 import io
 import itertools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -15,13 +15,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Floats, Picture, as_numpy
+from prunex.pictures.sheet import INK
 
 # Told apart by people with any colour vision, and legible on white as on near black.
 COLORS = ("#0a7bd6", "#e5730f", "#119a6d", "#c2478f", "#8d6bd1", "#b08900", "#5b8a99")
-_INK = "#123456"  # stands for the text colour in SVG until it is replaced by currentColor
+_PAGE = "#123456"  # stands for the text colour in SVG until it is replaced by currentColor
 _LEAST = 0.05  # of the value axis: 5 points where values are per cent, else this share of the largest value
 _MANY = 60  # points from which a noisy line is also drawn smoothed
-_DPI = 96
+DPI = 96
 
 
 def curves(
@@ -55,12 +56,7 @@ def curves(
     >>> curves({"loss": ([0, 1, 2], [1.0, 0.5, 0.3])}, size=(200, 100)).shape
     (100, 200, 3)
     """
-    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
-    canvas = FigureCanvasAgg(figure)
-    with rc_context({"text.usetex": False}):
-        _draw(figure, metrics, title, percent, xlabel, ink="#1b1f24", bands=bands or {})
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return chart(size, lambda figure, ink: _draw(figure, metrics, title, percent, xlabel, ink, bands))
 
 
 def curves_svg(
@@ -90,24 +86,61 @@ def curves_svg(
     >>> curves_svg({"<loss>": ([0, 1], [1.0, 0.5])}).startswith("<svg")
     True
     """
-    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
-    canvas = FigureCanvasSVG(figure)
     # The salt makes ids depend on the content alone: charts on one page differ, the same chart twice is the same.
     salt = f"{title}|{'|'.join(metrics)}"
+    return chart_svg(size, lambda figure, ink: _draw(figure, metrics, title, percent, xlabel, ink), salt)
+
+
+def chart(size: tuple[int, int], draw: Callable[[Figure, str], None]) -> Picture:
+    """What ``draw`` draws on a figure in an ink, as a picture of a size in pixels."""
+    figure = _figure(size)
+    canvas = FigureCanvasAgg(figure)
+    with rc_context({"text.usetex": False}):
+        draw(figure, INK)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def chart_svg(size: tuple[int, int], draw: Callable[[Figure, str], None], salt: str) -> str:
+    """The same as an element of a page, in the page's text colour and font, without an id that clashes."""
+    figure = _figure(size)
+    canvas = FigureCanvasSVG(figure)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.usetex": False}):
-        _draw(figure, metrics, title, percent, xlabel, ink=_INK)
+        draw(figure, _PAGE)
         figure.patch.set_alpha(0)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return adapted(buffer.getvalue(), _INK)
-
-
-def adapted(svg: str, ink: str) -> str:
-    """What matplotlib wrote as an element of a page: its text colour for ``ink``, its font, and no id that clashes."""
-    svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_PAGE, "currentColor")
     # Two charts on a page may not use one id twice; only ids that are referred to matter, and those are salted.
     svg = re.sub(r'(<(?:g|svg)[^>]*?) id="[^"]*"', r"\1", svg)
     return re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+
+
+def _figure(size: tuple[int, int]) -> Figure:
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def plain_axes(figure: Figure, ink: str, title: str | None, grid: Literal["both", "x"] = "both") -> Any:
+    """Axes with two spines and faint lines, in one ink, on whatever is behind them."""
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=ink, labelsize=9, length=3)
+    for edge, spine in axes.spines.items():
+        spine.set_visible(edge in ("left", "bottom"))
+        spine.set_color(ink)
+    axes.grid(axis=grid, color=ink, alpha=0.15, linewidth=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=grid == "both"))
+    if title:
+        axes.set_title(title, color=ink, fontsize=11, fontweight="bold", loc="left", parse_math=False)
+    return axes
+
+
+def legend_name(name: str) -> str:
+    """A name as a legend shows it; a leading underscore would hide it, a dollar would begin a formula."""
+    return f" {name}".replace("$", r"\$")
 
 
 def _draw(
@@ -122,35 +155,23 @@ def _draw(
     lines = {name: line for name, (steps, values) in metrics.items() if (line := _line(name, steps, values))}
     if not lines:
         raise PrunexError(f"no value to draw in {list(metrics)}: give steps and values of at least one finite number")
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
+    axes = plain_axes(figure, ink, title)
     for (name, (steps, values)), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
         if len(values) >= _MANY:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             values = _running_mean(values, len(values) // 20)
         mark = "o" if len(values) <= 20 else None
-        label = f" {name}".replace("$", r"\$")  # a leading underscore would hide the line from the legend
-        axes.plot(steps, values, color=color, linewidth=2, marker=mark, markersize=4, label=label)
-    for (name, (steps, _)), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
+        axes.plot(steps, values, color=color, linewidth=2, marker=mark, markersize=4, label=legend_name(name))
         if bands and name in bands:
             low, high = (_band(name, steps, end) for end in bands[name])
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     bottom, top = axes.dataLim.intervaly
     axes.set_ylim(*_span(bottom, top, percent))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.tick_params(colors=ink, labelsize=9, length=3)
-    for edge, spine in axes.spines.items():
-        spine.set_visible(edge in ("left", "bottom"))
-        spine.set_color(ink)
-    axes.grid(color=ink, alpha=0.15, linewidth=0.7)
     axes.set_xlabel(xlabel, color=ink, fontsize=9, parse_math=False)
-    if title:
-        axes.set_title(title, color=ink, fontsize=11, fontweight="bold", loc="left", parse_math=False)
-    room = int(figure.get_figwidth() * _DPI / (45 + 7 * max(map(len, lines))))  # names that fit side by side
+    room = int(figure.get_figwidth() * DPI / (45 + 7 * max(map(len, lines))))  # names that fit side by side
     columns = min(3, len(lines), max(1, room))
     figure.legend(
         loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink, fontsize=9, handlelength=1.4

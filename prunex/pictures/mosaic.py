@@ -1,24 +1,89 @@
-"""One picture for many images: what each stage kept, what it kept epoch by epoch, what each method points at."""
+"""One picture for many images: what each stage kept, and what each method points at."""
 
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Bools, Picture, as_grids, as_numpy, as_pictures, on_pixels, resized
 from prunex.pictures.overlay import OBJECT, dim_dropped, outline, overlay, paint_groups
+from prunex.pictures.sheet import INK, RIGHT, WRONG, Column, compose
 
-INK, FAINT, RIGHT, WRONG = "#1b1f24", "#5f6872", "#1a7f37", "#c62828"
-_DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pixels that were asked for
-GAP = 8
-_WIDE, _NARROW = 0.64, 0.53  # mean width of a letter per size, in bold and plain
+
+class Scenes:
+    """Images at the size of a cell, and what is known of each: its classes and its object.
+
+    Args:
+        images: uint8 [M, H, W, 3].
+        labels: True classes, integers [M].
+        predicted: Predicted classes, integers [M].
+        class_names: Names of the classes; numbers are shown without them.
+        masks: Object pixels, booleans [M, H, W].
+        side: Wanted side of one cell, in pixels; see `resized`.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Any = None,
+        predicted: Any = None,
+        class_names: Sequence[str] | None = None,
+        masks: Any = None,
+        side: int = 160,
+    ) -> None:
+        pictures = as_pictures(images, 4)
+        self.objects: Bools | None = None if masks is None else as_grids(masks, pictures.shape[:1], "masks")
+        self.cells = resized(pictures, side)
+        self.count = len(self.cells)
+        self.class_names = class_names
+        self.labels, self.predicted = self.numbers(labels), self.numbers(predicted)
+
+    def numbers(self, values: Any) -> list[int] | None:
+        """Class numbers, one an image."""
+        if values is None:
+            return None
+        numbers = [int(v) for v in np.atleast_1d(as_numpy(values))]
+        if len(numbers) != self.count:
+            raise PrunexError(f"{len(numbers)} class numbers for {self.count} images: give one for each image")
+        return numbers
+
+    def first(self) -> Column:
+        """The images themselves, with their objects outlined where masks are known."""
+        return Column("input", self.cells if self.objects is None else outline(self.cells, self.objects, OBJECT))
+
+    def rows(self) -> list[list[tuple[str, str]]]:
+        """For each image its class and what was predicted, as coloured words."""
+        rows: list[list[tuple[str, str]]] = [[] for _ in range(self.count)]
+        for index, words in enumerate(rows):
+            if self.labels is not None:
+                words.append((class_name(self.labels[index], self.class_names), INK))
+            if self.predicted is None:
+                continue
+            guess = class_name(self.predicted[index], self.class_names)
+            if self.labels is None:
+                words.append((f"→ {guess}", INK))
+            elif self.labels[index] == self.predicted[index]:
+                words.append(("✓ predicted", RIGHT))
+            else:
+                words.append((f"✗ {guess}", WRONG))
+        return rows
+
+    def key(self) -> list[str]:
+        """What the outline of the images means."""
+        return [] if self.objects is None else ["cyan: the object's mask"]
+
+    def mosaic(self, columns: Sequence[Column], title: str | None, key: Sequence[str] = ()) -> Picture:
+        """The images and columns beside them, under a title."""
+        return compose([self.first(), *columns], self.rows(), title, [*key, *self.key()])
+
+    def kept(self, name: str, grid: Bools) -> Column:
+        """What is left of each image, titled with its share, and of the object where masks are known."""
+        title = f"{name} · {grid.mean():.0%} kept"
+        cover = float("nan") if self.objects is None else covered(grid, self.objects)
+        title += "" if np.isnan(cover) else f"\ncovers {cover:.0%} of object"
+        return Column(title, dim_dropped(self.cells, grid))
 
 
 def kept_mosaic(
@@ -60,22 +125,19 @@ def kept_mosaic(
     >>> picture.dtype, picture.ndim
     (dtype('uint8'), 3)
     """
-    cells, objects = enlarged(images, masks, side)
-    stages = as_grids(kept, (len(as_numpy(kept)), len(cells)), "kept") if as_numpy(kept).ndim == 4 else None
-    if stages is None:
+    scenes = Scenes(images, labels, predicted, class_names, masks, side)
+    if as_numpy(kept).ndim != 4:
         raise PrunexError(f"kept of shape {as_numpy(kept).shape} cannot be drawn: give [stages, images, gh, gw]")
-    columns = [first_column(cells, objects)]
-    merged = None if groups is None else as_grids(groups, stages.shape[:2], "groups", dtype=int)
-    for number, stage in enumerate(stages, start=1):
-        if merged is not None:
-            title_here = f"stage {number}\n{tokens_left(merged[number - 1]):.0%} of tokens"
-            columns.append(Column(title_here, paint_groups(cells, merged[number - 1])))
-            continue
-        columns.append(Column(_share_title(f"stage {number}", stage, objects), dim_dropped(cells, stage)))
-    key = mask_key(objects)
-    if merged is not None:
-        key = ["flat colour: patches merged into one token", "sharp: tokens of their own", *key]
-    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, key)
+    stages = as_grids(kept, (len(as_numpy(kept)), scenes.count), "kept")
+    if groups is None:
+        columns = [scenes.kept(f"stage {number}", stage) for number, stage in enumerate(stages, start=1)]
+        return scenes.mosaic(columns, title)
+    columns = []
+    for number, merged in enumerate(as_grids(groups, stages.shape[:2], "groups", dtype=int), start=1):
+        words = f"stage {number}\n{tokens_left(merged):.0%} of tokens"
+        columns.append(Column(words, paint_groups(scenes.cells, merged)))
+    key = ["flat colour: patches merged into one token", "sharp: tokens of their own"]
+    return scenes.mosaic(columns, title, key)
 
 
 def share_mosaic(
@@ -92,78 +154,22 @@ def share_mosaic(
     """How much of each patch a model that pools its tokens still holds: one row an image, one column a stage.
 
     Nothing is kept or dropped there; a patch is the brighter the larger its largest part in any token, each image and
-    stage on its own scale from 0.
-
-    Args:
-        images: uint8 [M, H, W, 3].
-        shares: Numbers [S, M, gh, gw] in 0..1, stage by stage.
-        tokens: How many tokens each stage leaves.
-        labels: True classes, integers [M].
-        predicted: Predicted classes, integers [M].
-        class_names: Names of the classes; numbers are shown without them.
-        masks: Object pixels, booleans [M, H, W].
-        title: A line above everything.
-        side: Wanted side of one cell, in pixels; see `resized`.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        PrunexError: Arrays whose shapes do not fit the images.
+    stage on its own scale from 0. ``shares`` are numbers [S, M, gh, gw] in 0..1, stage by stage, and ``tokens`` tells
+    how many each stage leaves; all else, what comes back and what is refused is as for `kept_mosaic`.
     """
-    cells, objects = enlarged(images, masks, side)
+    scenes = Scenes(images, labels, predicted, class_names, masks, side)
     values = as_numpy(shares)
     if values.ndim != 4 or len(values) != len(tokens):
         raise PrunexError(
             f"shares of shape {values.shape} with {len(tokens)} token counts cannot be drawn: give "
             "[stages, images, gh, gw] and one count a stage"
         )
-    columns = [first_column(cells, objects)]
+    columns = []
     for number, (stage, count) in enumerate(zip(values, tokens, strict=True), start=1):
-        grid = as_grids(stage, (len(cells),), "shares", dtype=float)
-        columns.append(Column(f"stage {number}\n{count} tokens", overlay(cells, grid, signed=False, floor=0.0)))
-    key = ["bright: a large part in a token", *mask_key(objects)]
-    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, key)
-
-
-def kept_over_epochs(
-    images: Any,
-    kept: Mapping[int, Any],
-    labels: Any = None,
-    predicted: Any = None,
-    class_names: Sequence[str] | None = None,
-    masks: Any = None,
-    title: str | None = None,
-    side: int = 160,
-    most: int = 6,
-) -> Picture:
-    """How the kept patches changed while training: one row an image, one column an epoch.
-
-    Args:
-        images: uint8 [M, H, W, 3].
-        kept: Booleans [M, gh, gw] for each epoch, usually those of the last stage.
-        labels: True classes, integers [M].
-        predicted: Predicted classes, integers [M].
-        class_names: Names of the classes; numbers are shown without them.
-        masks: Object pixels, booleans [M, H, W].
-        title: A line above everything.
-        side: Wanted side of one cell, in pixels; see `resized`.
-        most: Columns drawn at most; of more epochs the first, the last and evenly spaced ones between are taken.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        PrunexError: No epoch, or arrays whose shapes do not fit the images.
-    """
-    if not kept:
-        raise PrunexError("no epoch to draw: give kept patches for at least one epoch")
-    cells, objects = enlarged(images, masks, side)
-    columns = [first_column(cells, objects)]
-    for epoch in spaced(sorted(kept), most):
-        grid = as_grids(kept[epoch], (len(cells),), f"kept of epoch {epoch}")
-        columns.append(Column(_share_title(f"epoch {epoch}", grid, objects), dim_dropped(cells, grid)))
-    return compose(columns, row_titles(len(cells), labels, predicted, class_names), title, mask_key(objects))
+        grid = as_grids(stage, (scenes.count,), "shares", dtype=float)
+        drawn = overlay(scenes.cells, grid, signed=False, floor=0.0)
+        columns.append(Column(f"stage {number}\n{count} tokens", drawn))
+    return scenes.mosaic(columns, title, ["bright: a large part in a token"])
 
 
 def relevancy_mosaic(
@@ -181,16 +187,16 @@ def relevancy_mosaic(
     """What the prediction rests on: one row an image, the image first, then one column a method.
 
     Args:
-        images: uint8 [M, H, W, 3].
+        images: As for `kept_mosaic`, and so are all that are not told here.
         maps: Relevancy, numbers [M, gh, gw] for each method; each map has its own scale, see `overlay`.
         kept_last: Booleans [M, gh, gw]: patches left after the last stage, whose boundary is drawn.
         targets: The class that was explained, integers [M] for each method; -1 where the method knows no class.
-        labels: True classes, integers [M].
-        predicted: Predicted classes, integers [M].
-        class_names: Names of the classes; numbers are shown without them.
-        masks: Object pixels, booleans [M, H, W].
-        title: A line above everything.
-        side: Wanted side of one cell, in pixels; see `resized`.
+        labels: Likewise.
+        predicted: Likewise.
+        class_names: Likewise.
+        masks: Likewise.
+        title: Likewise.
+        side: Likewise.
 
     Returns:
         uint8 [height, width, 3].
@@ -200,96 +206,35 @@ def relevancy_mosaic(
     """
     if not maps:
         raise PrunexError("no map to draw: give maps of at least one method")
-    cells, objects = enlarged(images, masks, side)
-    count = len(cells)
-    boundary = None if kept_last is None else as_grids(kept_last, (count,), "kept_last")
-    columns = [first_column(cells, objects)]
+    scenes = Scenes(images, labels, predicted, class_names, masks, side)
+    boundary = None if kept_last is None else as_grids(kept_last, (scenes.count,), "kept_last")
+    columns = []
     for method, values in maps.items():
-        drawn = overlay(cells, as_grids(values, (count,), f"maps of {method}", dtype=float))
-        drawn = drawn if boundary is None else outline(drawn, boundary, thick=1)
-        explained, marks = _explained(_numbers(targets.get(method) if targets else None, count), labels, predicted)
-        names = [class_name(target, class_names) for target in marks] if marks is not None else None
-        columns.append(Column(f"{method}\n{explained}".strip(), drawn, names))
-    signed = any((as_numpy(values) < 0).any() for values in maps.values())
-    key = [
-        "bright: most relevant, each map on its own scale",
-        *(["red for the class, blue against it"] if signed else []),
-        *(["yellow: kept patches"] if boundary is not None else []),
-        *mask_key(objects),
-    ]
-    return compose(columns, row_titles(count, labels, predicted, class_names), title, key)
+        drawn = overlay(scenes.cells, as_grids(values, (scenes.count,), f"maps of {method}", dtype=float))
+        if boundary is not None:
+            drawn = outline(drawn, boundary, thick=1)
+        explained, marks = _explained(scenes, targets.get(method) if targets else None)
+        columns.append(Column(f"{method}\n{explained}".strip(), drawn, marks))
+    key = ["bright: most relevant, each map on its own scale"]
+    if any((as_numpy(values) < 0).any() for values in maps.values()):
+        key.append("red for the class, blue against it")
+    if boundary is not None:
+        key.append("yellow: kept patches")
+    return scenes.mosaic(columns, title, key)
 
 
-@dataclass
-class Column:
-    """One column of a mosaic: its title, cells uint8 [M, h, w, 3], and a word in each cell's corner or none."""
-
-    title: str
-    cells: Picture
-    marks: list[str] | None = None
-
-
-@dataclass
-class Text:
-    """Words on a canvas: the left (or right) end of their base line in pixels, and how they look."""
-
-    x: float
-    y: float
-    text: str
-    size: float = 13
-    color: str = INK
-    bold: bool = False
-    anchor: str = "left"
-    boxed: bool = False
-
-
-def compose(
-    columns: Sequence[Column],
-    rows: Sequence[Sequence[tuple[str, str]]],
-    title: str | None = None,
-    key: Sequence[str] = (),
-) -> Picture:
-    """Lay columns of equal cells side by side, with titles above, rows named on the left and a key below.
-
-    Args:
-        columns: The columns, all with the same number and size of cells.
-        rows: For each row its lines of text with their colours; no lines at all leave the margin out.
-        title: A line above everything.
-        key: What the colours mean, joined to one line below.
-
-    Returns:
-        uint8 [height, width, 3], black on white.
-    """
-    count, cell_height, cell_width = columns[0].cells.shape[:3]
-    longest = max((len(line) for lines in rows for line, _ in lines), default=0)
-    left = 2 * GAP + min(180, round(longest * 8.6)) if longest else GAP
-    lines = [fitted(column.title, cell_width) for column in columns]
-    title_lines = max(text.count("\n") + 1 for text in lines)
-    top = GAP + (24 if title else 0) + 17 * title_lines + 4
-    # A picture of one method is narrow: the title may widen it, the key goes on in further lines.
-    width = max(left + len(columns) * (cell_width + GAP), GAP + round(len(title or "") * 15 * _WIDE))
-    key_lines = textwrap.wrap(" · ".join(key), max(20, int((width - left) / (11 * _NARROW))))
-    height = top + count * (cell_height + GAP) + 16 * len(key_lines) + (4 if key else 0)
-    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
-    texts = [Text(GAP, 20, fitted(title, width, 15), size=15, bold=True)] if title else []
-    for number, column in enumerate(columns):
-        x = left + number * (cell_width + GAP)
-        for index, line in enumerate(lines[number].split("\n")):
-            y = top - 8 - 17 * (title_lines - 1 - index)
-            texts.append(Text(x, y, line, color=FAINT if index else INK, bold=not index))
-        for row in range(count):
-            y = top + row * (cell_height + GAP)
-            canvas[y : y + cell_height, x : x + cell_width] = column.cells[row]
-            if column.marks is not None:
-                texts.append(Text(x + 6, y + 17, fitted(column.marks[row], cell_width), size=11, boxed=True))
-    for row, words in enumerate(rows):
-        middle = top + row * (cell_height + GAP) + cell_height / 2 + 5
-        for index, (line, color) in enumerate(words):
-            y = middle + 18 * (index - (len(words) - 1) / 2)
-            texts.append(Text(left - GAP, y, fitted(line, left - GAP), color=color, bold=not index, anchor="right"))
-    for number, line in enumerate(reversed(key_lines)):
-        texts.append(Text(left, height - 7 - 16 * number, line, size=11, color=FAINT))
-    return written(canvas, texts)
+def _explained(scenes: Scenes, targets: Any) -> tuple[str, list[str] | None]:
+    """Which classes a column explains: a subtitle, and each class's name where no word says it all."""
+    numbers = scenes.numbers(targets)
+    if numbers is None:
+        return "", None
+    if all(target < 0 for target in numbers):
+        return "of no class", None
+    if numbers == scenes.predicted:
+        return "for the predicted class", None
+    if numbers == scenes.labels:
+        return "for the true class", None
+    return "for the class named", [class_name(target, scenes.class_names) for target in numbers]
 
 
 def spaced(values: Sequence[int], most: int) -> list[int]:
@@ -335,101 +280,3 @@ def tokens_left(groups: NDArray[Any]) -> float:
     0.5
     """
     return float(np.mean([len(np.unique(grid[grid >= 0])) / grid.size for grid in groups]))
-
-
-def enlarged(images: Any, masks: Any, side: int) -> tuple[Picture, Bools | None]:
-    """Checked images at the size of a cell, and their checked masks."""
-    pictures = as_pictures(images, 4)
-    objects = None if masks is None else as_grids(masks, pictures.shape[:1], "masks")
-    return resized(pictures, side), objects
-
-
-def first_column(cells: Picture, objects: Bools | None) -> Column:
-    """The images themselves, with their objects outlined where masks are known."""
-    return Column("input", cells if objects is None else outline(cells, objects, OBJECT))
-
-
-def mask_key(objects: Bools | None) -> list[str]:
-    """What the outline means, for the key."""
-    return [] if objects is None else ["cyan: the object's mask"]
-
-
-def _share_title(name: str, kept: Bools, objects: Bools | None) -> str:
-    share = f"{name} · {kept.mean():.0%} kept"
-    cover = float("nan") if objects is None else covered(kept, objects)
-    return share if np.isnan(cover) else f"{share}\ncovers {cover:.0%} of object"
-
-
-def _numbers(values: Any, count: int) -> list[int] | None:
-    if values is None:
-        return None
-    numbers = [int(v) for v in np.atleast_1d(as_numpy(values))]
-    if len(numbers) != count:
-        raise PrunexError(f"{len(numbers)} class numbers for {count} images: give one for each image")
-    return numbers
-
-
-def row_titles(
-    count: int, labels: Any, predicted: Any, class_names: Sequence[str] | None
-) -> list[list[tuple[str, str]]]:
-    """For each image its class and what was predicted, as coloured words."""
-    truth, guess = _numbers(labels, count), _numbers(predicted, count)
-    rows = []
-    for index in range(count):
-        lines = [] if truth is None else [(class_name(truth[index], class_names), INK)]
-        if guess is not None:
-            name = class_name(guess[index], class_names)
-            if truth is None:
-                lines.append((f"→ {name}", INK))
-            elif truth[index] == guess[index]:
-                lines.append(("✓ predicted", RIGHT))
-            else:
-                lines.append((f"✗ {name}", WRONG))
-        rows.append(lines)
-    return rows
-
-
-def _explained(targets: list[int] | None, labels: Any, predicted: Any) -> tuple[str, list[int] | None]:
-    """Which classes a column explains: a subtitle, and the classes themselves where no word says it all."""
-    if targets is None:
-        return "", None
-    if all(target < 0 for target in targets):
-        return "of no class", None
-    if targets == _numbers(predicted, len(targets)):
-        return "for the predicted class", None
-    if targets == _numbers(labels, len(targets)):
-        return "for the true class", None
-    return "for the class named", targets
-
-
-def fitted(text: str, width: float, size: float = 13, letter: float = _WIDE) -> str:
-    """Cut each line to what a width holds; `letter` is the mean width of a letter, here of a bold one, per size."""
-    most = max(4, int(width / (letter * size)))
-    return "\n".join(line if len(line) <= most else line[: most - 1] + "…" for line in text.split("\n"))
-
-
-def written(canvas: Picture, texts: Sequence[Text]) -> Picture:
-    """The canvas with words on it."""
-    height, width = canvas.shape[:2]
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    agg = FigureCanvasAgg(figure)
-    figure.figimage(canvas, resize=False)
-    for text in texts:
-        figure.text(
-            text.x / width,
-            1 - text.y / height,
-            text.text,
-            fontsize=text.size * 72 / _DPI,
-            fontweight="bold" if text.bold else "normal",
-            fontfamily="DejaVu Sans",  # comes with matplotlib
-            color="white" if text.boxed else text.color,
-            ha=text.anchor,
-            va="baseline",
-            parse_math=False,  # a class may be called "$5"
-            usetex=False,
-            bbox={"facecolor": "#000000b0", "edgecolor": "none", "pad": 3} if text.boxed else None,
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
-        agg.draw()
-    return np.asarray(agg.buffer_rgba())[..., :3].copy()

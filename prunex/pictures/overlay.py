@@ -72,18 +72,10 @@ def overlay(
 
 
 def dim_dropped(images: Any, kept: Any, boundary: bool = True) -> Picture:
-    """Images with kept patches in full colour, dropped ones grey and pale, and a line between the two.
+    """Images uint8 [..., H, W, 3] with kept patches in full colour and dropped ones grey and pale.
 
-    Args:
-        images: uint8 [..., H, W, 3].
-        kept: Booleans [..., gh, gw], true for a patch that is still there.
-        boundary: Draw the line around the kept patches.
-
-    Returns:
-        uint8 [..., H, W, 3], of the images' size.
-
-    Raises:
-        PrunexError: Images that are not uint8, or a grid for another number of images.
+    ``kept`` are booleans [..., gh, gw], true for a patch that is still there; with ``boundary`` a line runs between the
+    two.
 
     >>> image = np.zeros((2, 4, 3), dtype=np.uint8)
     >>> dim_dropped(image, np.array([[True, False]]), boundary=False)[0, :, 0].tolist()
@@ -98,19 +90,10 @@ def dim_dropped(images: Any, kept: Any, boundary: bool = True) -> Picture:
 
 
 def paint_groups(images: Any, groups: Any) -> Picture:
-    """Images with merged patches painted in the mean colour of their group, and a line around each group.
+    """Images uint8 [..., H, W, 3] with merged patches in the mean colour of their group, and a line around each group.
 
-    A patch that is its own token keeps its pixels; one that was removed is grey and pale.
-
-    Args:
-        images: uint8 [..., H, W, 3].
-        groups: Whole numbers [..., gh, gw], equal for patches that share a token; negative for removed ones.
-
-    Returns:
-        uint8 [..., H, W, 3], of the images' size.
-
-    Raises:
-        PrunexError: Images that are not uint8, or a grid for another number of images.
+    ``groups`` are whole numbers [..., gh, gw], equal for patches that share a token. A patch that is its own token
+    keeps its pixels; one that was removed, a negative number, is grey and pale.
 
     >>> image = np.array([[[0] * 3, [100] * 3, [30] * 3, [90] * 3]] * 2, dtype=np.uint8)
     >>> paint_groups(image, np.array([[0, 0, 1, -1]]))[0, :, 0].tolist()
@@ -142,7 +125,7 @@ def _borders(pixels: NDArray[Any], merged: Bools) -> Bools:
 
 
 def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick: int | None = None) -> Picture:
-    """Images with a line around a region; its dark edge keeps it visible on any background.
+    """Images uint8 [..., H, W, 3] with a line around a region; its dark edge keeps it visible on any background.
 
     Args:
         images: uint8 [..., H, W, 3].
@@ -150,12 +133,6 @@ def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick:
         color: RGB of the line, 0..255.
         thick: Width of the line in pixels; about a twelfth of a patch, or a hundredth of the image for a mask, when
             not given.
-
-    Returns:
-        uint8 [..., H, W, 3].
-
-    Raises:
-        PrunexError: Images that are not uint8, or a region for another number of images.
     """
     pictures = as_pictures(images).copy()
     height, width = pictures.shape[-3:-1]

@@ -4,11 +4,11 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from prunex import PrunexError
-from prunex.pictures import contact_sheet, dim_dropped, mosaic, outline, overlay, resized
+from prunex.pictures import contact_sheet, dim_dropped, outline, overlay, resized
+from prunex.pictures.overlay import OBJECT
+from prunex.pictures.sheet import Sheet
 from tests.pictures.test_mosaic import holds
 
 SHEETS = import_module("prunex.pictures.contact_sheet")  # the function has the same name
@@ -71,17 +71,23 @@ def test_the_bar_shows_the_colours_of_the_tiles():
         assert np.abs(middle.astype(int) - tile[0, -1, -1]).max() <= 2
 
 
-def test_which_scales_are_shown_follows_the_maps(monkeypatch, scene):
-    images, _, _ = scene
+@pytest.fixture
+def sheets(monkeypatch):
+    """Every sheet that is drawn."""
     seen = []
-    original = mosaic.written
-    monkeypatch.setattr(SHEETS, "written", lambda c, t: seen.extend(t) or original(c, t))
+    original = Sheet.drawn
+    monkeypatch.setattr(Sheet, "drawn", lambda self: seen.append(self) or original(self))
+    return seen
+
+
+def test_which_scales_are_shown_follows_the_maps(sheets, scene):
+    images, _, _ = scene
     rng = np.random.default_rng(1)
 
     def words(values, signed=()):
-        seen.clear()
+        sheets.clear()
         contact_sheet(images, {"m": values}, signed=signed)
-        return " ".join(t.text for t in seen)
+        return " ".join(t.get_text() for sheet in sheets for t in sheet.figure.texts)
 
     assert "− largest" not in words(rng.random((1, 4, 4)))
     assert "− largest" not in words(rng.random((1, 4, 4)) - 1e-6)  # rounding
@@ -95,36 +101,18 @@ def test_which_scales_are_shown_follows_the_maps(monkeypatch, scene):
 
 @pytest.mark.parametrize("shape", [(224, 224), (64, 64), (518, 518), (96, 32), (32, 96)])
 @pytest.mark.parametrize("methods", [1, 9])
-def test_words_stay_on_the_sheet_and_apart(monkeypatch, shape, methods):
+def test_words_stay_on_the_sheet_and_apart(sheets, shape, methods):
     """Boxes of all texts, as matplotlib measures them: none leaves the sheet, meets another or a tile."""
-    boxes = []
-    original = mosaic.written
-
-    def measured(canvas, texts):
-        height, width = canvas.shape[:2]
-        figure = Figure(figsize=(width / 64, height / 64), dpi=64)
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        here = []
-        for t in texts:
-            artist = figure.text(
-                t.x / width, 1 - t.y / height, t.text, fontsize=t.size * 72 / 64, ha=t.anchor, va="baseline",
-                fontweight="bold" if t.bold else "normal", parse_math=False,
-            )  # fmt: skip
-            box = artist.get_window_extent(renderer)
-            here.append((box.x0, height - box.y1, box.x1, height - box.y0))
-        boxes.append((canvas, here))
-        return original(canvas, texts)
-
-    for module in (SHEETS, mosaic):
-        monkeypatch.setattr(module, "written", measured)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 200, (1, *shape, 3), dtype=np.uint8)
     maps = {name: rng.normal(size=(1, 8, 8)) for name in NAMES[:methods]}
     heading = ["a/very/long/name of a file " * 9, "predicted: " + "class " * 60]
     contact_sheet(images, maps, NAMES[:1], np.ones((1, 8, 8), dtype=bool), heading=heading)
-    assert sum(len(here) for _, here in boxes) > methods
-    for canvas, here in boxes:
-        height, width = canvas.shape[:2]
+    assert sum(len(sheet.figure.texts) for sheet in sheets) > methods
+    for sheet in sheets:
+        canvas, height, width = sheet.pixels, sheet.height, sheet.width
+        boxes = [text.get_window_extent(sheet.canvas.get_renderer()) for text in sheet.figure.texts]
+        here = [(box.x0, height - box.y1, box.x1, height - box.y0) for box in boxes]
         for x0, y0, x1, y1 in here:
             assert x0 >= 0
             assert x1 <= width + 1
@@ -138,12 +126,9 @@ def test_words_stay_on_the_sheet_and_apart(monkeypatch, shape, methods):
                 assert across <= 1 or down <= 3  # line heights hold room for accents and descenders
 
 
-def test_names_of_23_letters_are_written_whole_on_tiles_of_192(monkeypatch):
-    seen = []
-    original = mosaic.written
-    monkeypatch.setattr(mosaic, "written", lambda c, t: seen.extend(t) or original(c, t))
+def test_names_of_23_letters_are_written_whole_on_tiles_of_192(sheets):
     contact_sheet(np.zeros((2, 192, 192, 3), dtype=np.uint8), {NAMES[0]: np.ones((2, 8, 8))}, side=192)
-    assert NAMES[0] in [t.text for t in seen]
+    assert NAMES[0] in [text.get_text() for sheet in sheets for text in sheet.figure.texts]
 
 
 def test_narrow_images_still_have_tiles_of_the_wanted_width():
@@ -176,7 +161,7 @@ def test_masks_are_outlined():
     mask = np.zeros((1, 64, 64), dtype=bool)
     mask[0, 20:40, 20:40] = True
     sheet = contact_sheet(images, {"m": np.ones((1, 8, 8))}, masks=mask)
-    assert holds(sheet, outline(resized(images, 224), mask, mosaic.OBJECT)[0])
+    assert holds(sheet, outline(resized(images, 224), mask, OBJECT)[0])
 
 
 @pytest.mark.parametrize(

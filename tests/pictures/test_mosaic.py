@@ -5,7 +5,7 @@ import pytest
 from matplotlib import pyplot
 
 from prunex import PrunexError
-from prunex.pictures import dim_dropped, kept_mosaic, kept_over_epochs, overlay, relevancy_mosaic, resized, share_mosaic
+from prunex.pictures import dim_dropped, kept_mosaic, overlay, relevancy_mosaic, resized, share_mosaic
 from prunex.pictures.mosaic import covered, spaced, tokens_left
 from prunex.pictures.overlay import paint_groups
 
@@ -55,11 +55,7 @@ def test_share_mosaic_shows_every_stage_of_every_image(scenes):
             share_mosaic(images, wrong, tokens)
 
 
-def test_epochs_are_spread_over_few_columns(scenes):
-    images, kept, _ = scenes
-    few = kept_over_epochs(images, dict.fromkeys(range(4), kept[0]), most=4)
-    many = kept_over_epochs(images, dict.fromkeys(range(100), kept[0]), most=4)
-    assert few.shape == many.shape
+def test_epochs_are_spread_over_few_columns():
     assert spaced(range(100), 4) == [0, 33, 66, 99]
     assert spaced([5], 4) == [5]
     assert spaced([1, 2, 3], 1) == [3]
@@ -100,8 +96,6 @@ def test_covered():
         (lambda i, k, m: kept_mosaic(i / 255, k), r"give uint8 \[M, H, W, 3\]"),
         (lambda i, k, m: kept_mosaic(i, k, labels=[1]), "1 class numbers for 2 images: give one for each image"),
         (lambda i, k, m: kept_mosaic(i, k, masks=m[:1]), "masks of shape"),
-        (lambda i, k, m: kept_over_epochs(i, {}), "no epoch to draw"),
-        (lambda i, k, m: kept_over_epochs(i, {3: k}), "kept of epoch 3 of shape"),
         (lambda i, k, m: relevancy_mosaic(i, {}), "no map to draw"),
         (lambda i, k, m: relevancy_mosaic(i, {"rollout": k[:, :1]}), "maps of rollout of shape"),
     ],

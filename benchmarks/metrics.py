@@ -22,8 +22,9 @@ from torch import Tensor
 
 from prunex.metrics import curves as curve_metrics
 from prunex.metrics import perturbation, removal_curves
+from prunex.metrics.occlusion import on_pixels
+from prunex.metrics.ranks import ranked
 from prunex.removal.game import Removal
-from prunex.removal.occlusion import on_pixels, ranked
 
 SIZE, STEPS = 96, tuple(k / 9 for k in range(10))  # four patches a step
 CURVES = ("deletion", "insertion", "srg", "aopc", "log_odds", "comprehensiveness", "sufficiency")

@@ -25,7 +25,7 @@ from prunex.callbacks.monitor import (
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
-from prunex.removal.occlusion import REMOVALS
+from prunex.removal.game import ROUTES
 from prunex.vit.readout import classifies, outputs
 from prunex.vit.surroundings import answering
 
@@ -76,8 +76,8 @@ class FaithfulnessMonitor(Monitor):
         if not (metrics is None or isinstance(metrics, list | tuple)):
             raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
         self.metrics = measures(["deletion", "insertion"] if metrics is None else metrics)
-        if removal is not None and removal not in REMOVALS:
-            raise PrunexError(f"removal={removal!r} is not allowed: give one of {', '.join(REMOVALS)}, or None")
+        if removal is not None and removal not in ROUTES:
+            raise PrunexError(f"removal={removal!r} is not allowed: give one of {', '.join(ROUTES)}, or None")
         self.removal = removal
         self.chunk = chunk
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,23 +47,35 @@ class Method:
 def options_of(make: Any) -> dict[str, Any]:
     """Options with their defaults: a function's keyword-only ones, or what a class can be built without.
 
-    A class that hands ``**options`` on to what it is made from has their defaults as ``handed_on``.
+    What hands ``**options`` on to what it is made from has their defaults as ``handed_on``.
     """
     parameters = inspect.signature(make).parameters.values()
+    handed_on = dict(getattr(make, "handed_on", {})) if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
     is_function = not inspect.isclass(make)  # named, since asking in place would make a bare type of it
     if is_function:
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    handed_on = dict(make.handed_on) if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | handed_on
     return {p.name: p.default for p in parameters if p.default is not p.empty} | handed_on
 
 
 METHODS: dict[tuple[str, str], Method] = {}
 
 
-def register(kind: str, name: str, paper: str, needs: str) -> Callable[[T], T]:
-    """Class or function decorator that makes a method known under its name."""
+def register(
+    kind: str, name: str, paper: str, needs: str, handed_on: Mapping[str, Any] | None = None
+) -> Callable[[T], T]:
+    """Class or function decorator that makes a method known under its name.
+
+    Args:
+        kind: "pruner", "explainer" or "metric".
+        name: See :class:`Method`, and so are the next two.
+        paper: Likewise.
+        needs: Likewise.
+        handed_on: Defaults of a function's ``**options``; a class has them as an attribute.
+    """
 
     def add(make: T) -> T:
+        if handed_on is not None:
+            make.handed_on = handed_on  # type: ignore[attr-defined]
         METHODS[kind, name] = Method(name, kind, paper, needs, make)  # type: ignore[arg-type]
         return make
 

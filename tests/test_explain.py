@@ -10,8 +10,8 @@ from torch import nn
 import prunex
 from prunex import PrunexError, registry
 from prunex.metrics import removal_curves
+from prunex.metrics.occlusion import on_pixels
 from prunex.metrics.scoring import scores
-from prunex.removal.occlusion import on_pixels
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, TRAINED, explain

@@ -11,7 +11,7 @@ from prunex.checks import check_choice, check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.removal.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
-from prunex.removal.game import Removal, answer_for
+from prunex.removal.game import TOKENS, Removal, answer_for
 from prunex.vit.anatomy import ViT
 from prunex.vit.recording import Relevance, recording
 from prunex.vit.tape import Tape
@@ -34,7 +34,7 @@ def shap(
     estimator: Literal["permutation", "kernel"] = "permutation",
     removal: Literal["drop", "mask"] = "drop",
     budget: int | None = None,
-    selection: Literal["frozen", "adaptive"] = "frozen",
+    selection: Literal["frozen", "free", "adaptive"] = "frozen",
     output: Literal["probability", "logit", "log_odds"] = "probability",
     seed: int = 0,
     chunk: int | None = None,
@@ -63,8 +63,8 @@ def shap(
         budget: Most forwards of one token sequence each an image, v(all) and v(none) included. Permutation: 2 +
             2 (P - 1) for every pair of orders. Kernel: at least 2 + 2 P, to be useful 20 times as many. None: 20 pairs,
             2 + 40 (P - 1); 7,802 for 196 patches.
-        selection: Of a pruned model: "frozen" (the clean run's decisions are kept) or "adaptive" (the pruner decides
-            anew among the patches there; needs ``removal="drop"``).
+        selection: Of a pruned model: "frozen" (the clean run's decisions are kept) or "free" (the pruner decides anew
+            among the patches there; needs ``removal="drop"``), also known as "adaptive".
         output: "probability", "logit", or "log_odds".
         seed: Of the draws, at least 0. Every image gets the same ones.
         chunk: Most token sequences in one forward: bounds memory, changes no result. None: what is fastest.
@@ -82,6 +82,7 @@ def shap(
     torch.Size([2, 4, 4])
     """
     check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("removal", removal, TOKENS)
     check_whole("seed", seed, 0)
     if budget is not None:
         check_whole("budget", budget, 1)

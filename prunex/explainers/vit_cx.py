@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_choice, check_number, check_whole
+from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.features import features, features_tape
-from prunex.removal.game import score
+from prunex.removal.game import check_selection, score
 from prunex.vit.anatomy import ViT
 from prunex.vit.embedding import embed
 from prunex.vit.forward import record
@@ -21,7 +21,6 @@ from prunex.vit.recording import Relevance, recording
 from prunex.vit.recording import start_layer as check_layer
 from prunex.vit.tape import Tape
 
-_SELECTIONS = ("frozen", "adaptive")
 Probability = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -37,7 +36,7 @@ def vit_cx(
     seed: int = 0,
     chunk: int = 50,
     max_masks: int | None = None,
-    selection: Literal["frozen", "adaptive"] = "frozen",
+    selection: Literal["frozen", "free", "adaptive"] = "frozen",
 ) -> Relevance:
     r"""Causal impact of patch-embedding masks (arXiv 2211.03064): neither gradients nor attention, but many forwards.
 
@@ -66,7 +65,7 @@ def vit_cx(
         max_masks: Largest K, or None for no limit (K can reach the width). Where ``distance`` leaves more clusters,
             they are merged further, nearest first, beyond ``distance``.
         selection: What a pruned model does with masked images: keep the patches that it kept of the clean image
-            ("frozen"), or choose anew ("adaptive").
+            ("frozen"), or choose anew ("free", also known as "adaptive").
 
     Returns:
         ``raw`` [B, H, W], pixel saliency as it comes: a share of probability, which may be negative where noise alone
@@ -88,7 +87,7 @@ def vit_cx(
             continue
         if isinstance(number, bool) or not isinstance(number, int) or not low <= number < 2**63:
             raise PrunexError(f"{name}={number!r} is not allowed: give an integer of at least {low}")
-    check_choice("selection", selection, _SELECTIONS)
+    selection = check_selection(selection)
     device = images.device.type
     # Masked images go through the forward that the clean one goes through, the caller's autocast included.
     autocast: dict[str, Any] = {
@@ -109,7 +108,7 @@ def vit_cx(
 
         def probability(masked: Tensor, own: Tensor) -> Tensor:
             with torch.autocast(**autocast):
-                if selection == "adaptive":
+                if selection == "free":
                     tape = Tape(narrow=True)
                     record(model, masked, tape)
                     logits = torch.as_tensor(tape.logits)

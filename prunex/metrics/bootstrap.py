@@ -7,7 +7,7 @@ for both moves both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -84,37 +84,27 @@ def bootstrap(
 def bootstrap_ratios(counts: Tensor, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """A measure of a whole data set that is the mean of K ratios of sums over images, such as mIoU, with its interval.
 
-    Args:
-        counts: float [N, 2 K], an image's numerator and denominator of each ratio in turn; images with NaN are left
-            out. Columns 2 to 5 of :func:`segmentation_counts` give mIoU.
-        draws: How many times N images are drawn with replacement.
-        level: Share of the draws that lie inside the interval.
-        seed: Of the draws.
-
-    Returns:
-        The interval; NaN where a ratio has no denominator.
-
-    Raises:
-        PrunexError: For other shapes or types, or numbers out of range.
+    ``counts``, float [N, 2 K], are an image's numerator and denominator of each ratio in turn; images with NaN are left
+    out. Columns 2 to 5 of :func:`segmentation_counts` give mIoU. All else is as for :func:`bootstrap`; NaN where a
+    ratio has no denominator.
 
     >>> print(bootstrap_ratios(torch.tensor([[1.0, 2.0, 1.0, 4.0], [1.0, 2.0, 1.0, 4.0]])))
     0.375 [0.375, 0.375]
     """
-    there = isinstance(counts, Tensor) and counts.is_floating_point() and counts.ndim == 2 and len(counts) > 0
-    if not there or counts.shape[1] < 2 or counts.shape[1] % 2:
-        came = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
-        raise PrunexError(f"counts are {came}: give floats [N, 2 K], a numerator and a denominator of each ratio")
+    given = isinstance(counts, Tensor) and counts.is_floating_point() and counts.ndim == 2 and len(counts) > 0
+    if not given or counts.shape[1] < 2 or counts.shape[1] % 2:
+        raise PrunexError(
+            f"counts are {_came(counts)}: give floats [N, 2 K], a numerator and a denominator of each ratio"
+        )
     _check_draws(draws, level, seed)
     counts = counts.detach().double()
     defined = ~counts.isnan().any(1)
-    counts = counts.masked_fill(~defined[:, None], 0)
-
-    def ratio(sums: Tensor) -> Tensor:
-        return (sums[..., ::2] / sums[..., 1::2]).mean(-1)
-
-    drawn = torch.cat([ratio(c @ counts) for c in _counts(len(counts), draws, seed, counts.device)])
-    low, high = torch.nanquantile(drawn, drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
-    return Interval(float(ratio(counts.sum(0))), low, high, int(defined.sum()), level)
+    mean, low, high = _resampled(
+        counts.masked_fill(~defined[:, None], 0),
+        lambda sums: (sums[..., ::2] / sums[..., 1::2]).mean(-1),
+        draws, level, seed,
+    )  # fmt: skip
+    return Interval(float(mean), float(low), float(high), int(defined.sum()), level)
 
 
 def compare(
@@ -122,11 +112,8 @@ def compare(
 ) -> tuple[dict[str, Interval], dict[tuple[str, str], Interval]]:
     """Several methods on the same images: each mean, and each paired difference, from the same draws.
 
-    Args:
-        values: By method float [N], one number an image in the same order; NaN where an image has none.
-        draws: How many times N images are drawn with replacement.
-        level: Share of the draws that lie inside the interval.
-        seed: Of the draws.
+    ``values`` are by method float [N], one number an image in the same order, NaN where an image has none; all else is
+    as for :func:`bootstrap`.
 
     Returns:
         Interval by method, and by pair of methods that of first - second, over the images where both have a number.
@@ -151,9 +138,9 @@ def compare(
     single = [v.to(device) for v in columns.values()]
     paired = [columns[a].to(device) - columns[b].to(device) for a, b in pairs]
     table = torch.stack(single + paired, 1)
-    found = _intervals(table, torch.ones_like(table), draws, level, seed)
+    intervals = _intervals(table, torch.ones_like(table), draws, level, seed)
     count = len(columns)
-    return dict(zip(columns, found[:count], strict=True)), dict(zip(pairs, found[count:], strict=True))
+    return dict(zip(columns, intervals[:count], strict=True)), dict(zip(pairs, intervals[count:], strict=True))
 
 
 def _intervals(values: Tensor, weights: Tensor, draws: int, level: float, seed: int) -> list[Interval]:
@@ -161,14 +148,22 @@ def _intervals(values: Tensor, weights: Tensor, draws: int, level: float, seed: 
     _check_draws(draws, level, seed)
     defined = ~(values.isnan() | weights.isnan())
     values, weights = values.masked_fill(~defined, 0), weights.masked_fill(~defined, 0)
-    means = values.sum(0) / weights.sum(0)  # 0 / 0 is NaN, as it should
-    drawn = torch.cat([(c @ values) / (c @ weights) for c in _counts(len(values), draws, seed, values.device)])
-    # A draw may hold no image that has a number: it says nothing.
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=drawn.dtype, device=drawn.device)
-    low, high = torch.nanquantile(drawn, ends, 0)
-    images = defined.sum(0)
-    rows = zip(means.tolist(), low.tolist(), high.tolist(), images.tolist(), strict=True)
-    return [Interval(mean, lower, upper, int(n), level) for mean, lower, upper, n in rows]
+    count = values.shape[1]
+    ends = _resampled(
+        torch.cat([values, weights], 1), lambda sums: sums[..., :count] / sums[..., count:], draws, level, seed
+    )
+    rows = zip(*(end.tolist() for end in ends), defined.sum(0).tolist(), strict=True)
+    return [Interval(mean, low, high, int(images), level) for mean, low, high, images in rows]
+
+
+def _resampled(
+    table: Tensor, statistic: Callable[[Tensor], Tensor], draws: int, level: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a statistic says of the sums of a table [N, C], and the ends of its interval over draws of rows."""
+    drawn = torch.cat([statistic(counts @ table) for counts in _counts(len(table), draws, seed, table.device)])
+    # A draw may hold no image that has a number: 0 / 0 says nothing.
+    low, high = torch.nanquantile(drawn, drawn.new_tensor([(1 - level) / 2, (1 + level) / 2]), 0)
+    return statistic(table.sum(0)), low, high
 
 
 def _check_draws(draws: int, level: float, seed: int) -> None:
@@ -191,6 +186,9 @@ def _counts(images: int, draws: int, seed: int, device: torch.device) -> Iterato
 
 def _one_each(name: str, values: Any) -> Tensor:
     if not isinstance(values, Tensor) or values.ndim != 1 or not values.is_floating_point() or not len(values):
-        came = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise PrunexError(f"{name} are {came}: give floats [N], one number an image")
+        raise PrunexError(f"{name} are {_came(values)}: give floats [N], one number an image")
     return values.detach().double()
+
+
+def _came(values: Any) -> str:
+    return f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__

@@ -109,3 +109,38 @@ def _check_same(name: str, value: Tensor, maps: Tensor) -> None:
             f"{name} of shape {list(value.shape)} do not fit maps of shape {list(maps.shape)}: give both on the "
             "original patch grid [B, gh, gw], without prefix tokens"
         )
+
+
+def check_maps(maps: Any, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps [B, gh, gw] or [B, H, W] on the images' device, in at least float32.
+
+    Raises:
+        PrunexError: For other shapes or types.
+    """
+    size = (images.shape[2], images.shape[3])
+    want = f"floats [{len(images)}, {grid[0]}, {grid[1]}] on the patch grid or [{len(images)}, {size[0]}, {size[1]}]"
+    if not isinstance(maps, Tensor):
+        raise PrunexError(f"maps are a {type(maps).__name__}: give {want}")
+    if not maps.is_floating_point():
+        raise PrunexError(f"maps have dtype {maps.dtype}: give {want}")
+    if maps.ndim != 3 or len(maps) != len(images) or tuple(maps.shape[1:]) not in (grid, size):
+        raise PrunexError(f"maps have shape {list(maps.shape)}: give {want}")
+    return maps.detach().to(images.device, torch.promote_types(maps.dtype, torch.float32))
+
+
+def check_steps(steps: Any, first: bool = False) -> tuple[float, ...]:
+    """Rising fractions in [0, 1].
+
+    Args:
+        steps: What was given.
+        first: Whether they must begin with 0.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    given = tuple(steps) if isinstance(steps, list | tuple) else ()
+    good = all(isinstance(q, int | float) and not isinstance(q, bool) and 0 <= q <= 1 for q in given)
+    if not given or not good or any(b <= a for a, b in zip(given, given[1:], strict=False)) or (first and given[0]):
+        begin = " that begin with 0, the clean image" if first else ""
+        raise PrunexError(f"steps={steps!r} is not allowed: give rising fractions in [0, 1]{begin}, as (0, 0.1, 0.2)")
+    return tuple(float(q) for q in given)

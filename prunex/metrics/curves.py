@@ -2,14 +2,15 @@
 
 :func:`removal_curves` makes the :class:`Curves` once for all of :func:`deletion`, :func:`insertion`, :func:`srg`,
 :func:`aopc`, :func:`log_odds`, :func:`comprehensiveness` and :func:`sufficiency`. All give one number an image, NaN
-where there is none.
+where there is none; curves that lack what is read off them (an order, a step, both ends) are refused with a
+``PrunexError``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
-from prunex.metrics.base import MeanOverImages
+from prunex.metrics.checks import check_steps
+from prunex.metrics.occlusion import ClassOcclusion, on_pixels
+from prunex.metrics.ranks import ranked
 from prunex.registry import register
-from prunex.removal.occlusion import Asked, Output, Route, check_steps, on_pixels, ranked
+from prunex.removal.game import ScoreOptions
 
 Order = Literal["without", "only", "least"]
 ORDERS: tuple[Order, ...] = ("without", "only", "least")
 STEPS = tuple(k / 10 for k in range(11))
+DEFINITIONS = ("all", "percent")  # of AOPC
 PERCENT = STEPS[1:-1]  # 10 to 90 %, the fractions usual for ViTs
 TINY = 1e-12  # the least probability a logarithm is taken of
 _CURVES = "the curves of removal_curves, one set for all of its kind"
@@ -68,13 +72,8 @@ def removal_curves(
     *,
     steps: Sequence[float] = STEPS,
     units: Literal["patches", "pixels"] = "patches",
-    removal: Route = "drop",
-    selection: Literal["free", "frozen"] = "free",
-    output: Output = "probability",
     orders: Sequence[Order] = ORDERS,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    chunk: int | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Curves:
     """Ask the model once for all that the curve metrics read: all orders, steps and images share the forwards.
 
@@ -93,14 +92,10 @@ def removal_curves(
         target: The class, an int or int [B]. None: the predicted one of the clean image.
         steps: Rising fractions in [0, 1]. Areas and the whole AOPC need both 0 and 1.
         units: "patches", or "pixels" for painted routes.
-        removal: "drop" (tokens leave), or paint: "black", "grey", "mean", "blur". Numbers do not compare across routes.
-        selection: "free" or "frozen", of a pruned model: whether its pruner decides anew without what is gone.
-        output: What f is: "probability", "logit", or "log_odds" ln(p / (1 - p)), which is not :func:`log_odds`.
         orders: Which curves are made: "without" (for deletion, aopc, log_odds, comprehensiveness, srg), "only" (for
             insertion, sufficiency) and "least" (for srg).
-        mean: Of the normalisation, for "black"; None: as the model's ``pretrained_cfg`` says.
-        std: Likewise.
-        chunk: Most images in one forward: bounds memory, changes no result.
+        **options: ``removal`` ("drop"), ``selection`` ("free"), ``output`` ("probability"), ``mean``, ``std`` and
+            ``chunk``: see :class:`prunex.removal.game.ScoreOptions`. The output "log_odds" is not :func:`log_odds`.
 
     Raises:
         PrunexError: For maps, a target or options that do not fit.
@@ -113,43 +108,43 @@ def removal_curves(
     """
     steps = check_steps(steps)
     check_choice("units", units, ("patches", "pixels"))
-    if units == "pixels" and removal == "drop":
+    if units == "pixels" and options.get("removal", "drop") == "drop":
         raise PrunexError("units='pixels' cannot be dropped: paint them with removal='grey', or take units='patches'")
     kinds = _check_orders(orders)
-    asked = Asked(model, images, maps, target, output, removal=removal, selection=selection, mean=mean, std=std,
-                   chunk=chunk)  # fmt: skip
-    values = asked.values if units == "patches" else on_pixels(asked.maps, asked.occlusion.size, asked.occlusion.patch)
+    occlusion = ClassOcclusion(model, images, maps, target, **options)
+    values = occlusion.values if units == "patches" else on_pixels(occlusion.maps, occlusion.size, occlusion.patch)
     total = values.shape[1]
-    places, ties = zip(*(ranked(values, order) for order in ("positive", "negative")), strict=True)
+    first, ties = ranked(values, "positive")
+    last, _ = ranked(values, "negative")
     counts = torch.tensor([round(q * total) for q in steps], device=values.device)
     batch, k = len(values), len(steps)
     # Row (kind * K + step) * B + image; kinds as in ORDERS.
     image = torch.arange(batch, device=values.device).repeat(len(kinds) * k)
     kind = torch.tensor(kinds, device=values.device).repeat_interleave(k * batch)
     limit = counts.repeat_interleave(batch).repeat(len(kinds))
-    place = torch.stack(places)
+    place = torch.stack([first, last])
 
     def removed(rows: Tensor) -> Tensor:
         gone = place[(kind[rows] == 2).long(), image[rows]] < limit[rows, None]
         return gone ^ (kind[rows] == 1)[:, None]
 
     if units == "patches":
-        scores = asked.of_sets(image, removed(torch.arange(len(image), device=values.device)))
+        scores = occlusion.of_sets(image, removed(torch.arange(len(image), device=values.device)))
     else:
-        scores = asked.of_rows(image, removed, torch.where(kind == 1, total - limit, limit))
-    each = dict(zip(kinds, asked.hide(scores.view(len(kinds), k, batch).permute(2, 0, 1)).unbind(1), strict=True))
+        scores = occlusion.of_rows(image, removed, torch.where(kind == 1, total - limit, limit))
+    each = dict(zip(kinds, occlusion.hide(scores.view(len(kinds), k, batch).permute(2, 0, 1)).unbind(1), strict=True))
     return Curves(
-        steps,
-        counts,
-        total,
-        asked.hide(asked.clean),
-        each.get(0),
-        each.get(1),
-        each.get(2),
-        asked.target,
-        output,
-        ties[0],
-        asked.forwards,
+        steps=steps,
+        counts=counts,
+        units=total,
+        clean=occlusion.hide(occlusion.score),
+        without=each.get(0),
+        only=each.get(1),
+        least=each.get(2),
+        target=occlusion.target,
+        output=occlusion.output,
+        ties=ties,
+        forwards=occlusion.forwards,
     )
 
 
@@ -159,9 +154,6 @@ def deletion(curves: Curves) -> Tensor:
 
     RISE (arXiv 1806.07421): the trapezoid with both ends, divided by the number of steps. Quantus' area has dx = 1 and
     leaves the clean point out: divide its by (steps - 1) and prepend f(x).
-
-    Raises:
-        PrunexError: For curves that do not go from 0 to 1.
 
     >>> deletion(curves_of(torch.tensor([[1.0, 0.5, 0.0]]))).item()
     0.5
@@ -175,9 +167,6 @@ def insertion(curves: Curves) -> Tensor:
 
     RISE starts from the blurred image; here from what ``removal`` makes of everything. Models that bear missing
     patches are near their ceiling even in random order.
-
-    Raises:
-        PrunexError: For curves that do not go from 0 to 1.
     """
     return _area(curves, _curve(curves, "only"))
 
@@ -187,9 +176,6 @@ def srg(curves: Curves) -> Tensor:
     """Symmetric relevance gain: area with the least relevant leaving first minus :func:`deletion`, [B]; high is better.
 
     (Bluecher et al., TMLR 2024.) Exactly 0 for a constant map.
-
-    Raises:
-        PrunexError: For curves that do not go from 0 to 1, or were made without the order "least".
     """
     return _area(curves, _curve(curves, "least")) - deletion(curves)
 
@@ -205,14 +191,11 @@ def aopc(
     - "all" (Samek et al., arXiv 1509.06321): over k = 0..L, 1 / (L + 1) times the sum; its first term is 0.
     - "percent" (papers on text and ViTs): over the fractions given, without 0.
 
-    Raises:
-        PrunexError: For an unknown definition, or fractions that the curves do not have.
-
     >>> aopc(curves_of(torch.tensor([[1.0, 0.5, 0.0]]))).item()
     0.5
     """
     without = _curve(curves, "without")
-    check_choice("definition", definition, ("all", "percent"))
+    check_choice("definition", definition, DEFINITIONS)
     if definition == "all":
         _whole(curves)
         return curves.clean - without.mean(1)
@@ -224,9 +207,6 @@ def log_odds(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     """LOdds: the mean of ln(f(x_q) / f(x)) with the share q of most relevant units gone, [B]; low is better.
 
     Natural logarithm of probabilities, each at least 1e-12. Not ln(p / (1 - p)), which is ``output="log_odds"``.
-
-    Raises:
-        PrunexError: For curves of another output than probability, or fractions they do not have.
 
     >>> round(log_odds(curves_of(torch.tensor([[1.0, 0.5, 0.0]])), (0.5,)).item(), 4)
     -0.6931
@@ -244,9 +224,6 @@ def comprehensiveness(curves: Curves, fractions: Sequence[float] = PERCENT) -> T
 
     ERASER itself takes the fractions :data:`ERASER`, of words; make the curves with these ``steps`` then. With the same
     fractions it is the percent definition of :func:`aopc`.
-
-    Raises:
-        PrunexError: For fractions that the curves do not have.
     """
     return curves.clean - _curve(curves, "without")[:, _columns(curves, fractions)].mean(1)
 
@@ -256,9 +233,6 @@ def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
     """ERASER: the mean of f(x) - f(nothing but the most relevant share q), [B]; low is better.
 
     Quantus' ``Sufficiency`` compares images by the likeness of their maps and is something else.
-
-    Raises:
-        PrunexError: For fractions that the curves do not have.
     """
     return curves.clean - _curve(curves, "only")[:, _columns(curves, fractions)].mean(1)
 
@@ -273,21 +247,19 @@ def curves_of(without: Tensor, only: Tensor | None = None, least: Tensor | None 
     """
     without = without.double()
     steps = tuple(k / (without.shape[1] - 1) for k in range(without.shape[1]))
-    counts, none = torch.arange(len(steps)), torch.full((len(without),), -1)
-    only = without.flip(1) if only is None else only.double()
-    least = None if least is None else least.double()
+    no_target = torch.full((len(without),), -1)
     return Curves(
-        steps,
-        counts,
-        len(steps) - 1,
-        without[:, 0],
-        without,
-        only,
-        least,
-        none,
-        "probability",
-        torch.zeros_like(none),
-        0,
+        steps=steps,
+        counts=torch.arange(len(steps)),
+        units=len(steps) - 1,
+        clean=without[:, 0],
+        without=without,
+        only=without.flip(1) if only is None else only.double(),
+        least=None if least is None else least.double(),
+        target=no_target,
+        output="probability",
+        ties=torch.zeros_like(no_target),
+        forwards=0,
     )
 
 
@@ -296,10 +268,10 @@ def _curve(curves: Any, order: Order) -> Tensor:
     if not isinstance(curves, Curves):
         came = type(curves).__name__
         raise PrunexError(f"expected the Curves that removal_curves(model, images, maps) makes, got a {came}")
-    found: Tensor | None = getattr(curves, order)
-    if found is None:
+    curve: Tensor | None = getattr(curves, order)
+    if curve is None:
         raise PrunexError(f"these curves were made without {order!r}: name it among the orders of removal_curves")
-    return found
+    return curve
 
 
 def _check_orders(orders: Any) -> list[int]:
@@ -335,106 +307,3 @@ def _columns(curves: Curves, fractions: Sequence[float]) -> list[int]:
             f"{curves.steps!r}"
         )
     return [near[round(q, 9)] for q in wanted]
-
-
-class _OfCurves(MeanOverImages):
-    """A mean over images of what is read off :class:`Curves`: ``update(removal_curves(model, images, maps))``."""
-
-
-class Deletion(_OfCurves):
-    """Mean of :func:`deletion` over images."""
-
-    higher_is_better = False
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`deletion`."""
-        return deletion(curves)
-
-
-class Insertion(_OfCurves):
-    """Mean of :func:`insertion` over images."""
-
-    higher_is_better = True
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`insertion`."""
-        return insertion(curves)
-
-
-class SRG(_OfCurves):
-    """Mean of :func:`srg` over images."""
-
-    higher_is_better = True
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`srg`."""
-        return srg(curves)
-
-
-class AOPC(_OfCurves):
-    """Mean of :func:`aopc` over images.
-
-    Args:
-        definition: "all" or "percent".
-        fractions: Of "percent".
-        **kwargs: As for every mean over images.
-    """
-
-    higher_is_better = True
-
-    def __init__(
-        self,
-        definition: Literal["all", "percent"] = "all",
-        fractions: Sequence[float] = PERCENT,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_choice("definition", definition, ("all", "percent"))
-        self.definition, self.fractions = definition, check_steps(fractions)
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`aopc`."""
-        return aopc(curves, self.definition, self.fractions)
-
-
-class _AtFractions(_OfCurves):
-    """A curve metric at chosen fractions.
-
-    Args:
-        fractions: Shares of the units; the curves need these steps.
-        **kwargs: As for every mean over images.
-    """
-
-    def __init__(self, fractions: Sequence[float] = PERCENT, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.fractions = check_steps(fractions)
-
-
-class LogOdds(_AtFractions):
-    """Mean of :func:`log_odds` over images."""
-
-    higher_is_better = False
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`log_odds`."""
-        return log_odds(curves, self.fractions)
-
-
-class Comprehensiveness(_AtFractions):
-    """Mean of :func:`comprehensiveness` over images."""
-
-    higher_is_better = True
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`comprehensiveness`."""
-        return comprehensiveness(curves, self.fractions)
-
-
-class Sufficiency(_AtFractions):
-    """Mean of :func:`sufficiency` over images."""
-
-    higher_is_better = False
-
-    def measure(self, curves: Curves) -> Tensor:
-        """See :func:`sufficiency`."""
-        return sufficiency(curves, self.fractions)

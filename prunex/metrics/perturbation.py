@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,11 @@ from prunex.brief import Brief
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.metrics.base import MeanOverImages
+from prunex.metrics.checks import check_maps, check_steps
+from prunex.metrics.occlusion import Occlusion, on_patches, on_pixels
+from prunex.metrics.ranks import ranked
 from prunex.registry import register
-from prunex.removal.occlusion import (
-    REMOVALS,
-    SELECTIONS,
-    Occlusion,
-    Route,
-    check_maps,
-    check_steps,
-    on_patches,
-    on_pixels,
-    ranked,
-)
+from prunex.removal.game import DEFAULTS, ROUTES, SELECTIONS, RemovalOptions
 from prunex.vit.recording import choose_target
 
 ORDERS = ("positive", "negative")
@@ -67,6 +60,7 @@ class Perturbation(Brief):
     "perturbation",
     "Chefer, Gur & Wolf, CVPR 2021, arXiv 2012.09838",
     "labels; ten forwards an image, positive and negative order apart",
+    DEFAULTS | {"removal": "black"},
 )
 def perturbation(
     model: nn.Module,
@@ -76,11 +70,7 @@ def perturbation(
     *,
     order: Literal["positive", "negative"] = "positive",
     steps: Sequence[float] = STEPS,
-    removal: Route = "black",
-    selection: Literal["free", "frozen"] = "free",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    chunk: int | None = None,
+    **options: Unpack[RemovalOptions],
 ) -> Perturbation:
     """Positive or negative perturbation of Chefer, Gur, Wolf (arXiv 2012.09838), all steps and images batched.
 
@@ -103,12 +93,8 @@ def perturbation(
         labels: The true class, an int or int [B]. None: the predicted one of the clean image (accuracy at 0 is then 1).
         order: "positive" or "negative".
         steps: Rising fractions that begin with 0.
-        removal: "black" (0 before normalisation; the authors'), "grey" (0 after it), "mean" (the image's mean colour),
-            "blur", or "drop" (tokens).
-        selection: "free" or "frozen", of a pruned model.
-        mean: Of the normalisation, for "black"; None: as the model's ``pretrained_cfg`` says.
-        std: Likewise.
-        chunk: Most images in one forward: bounds memory, changes no result.
+        **options: ``removal`` (the authors' "black" where nothing is said), ``selection`` ("free"), ``mean``, ``std``
+            and ``chunk``: see :class:`prunex.removal.game.RemovalOptions`.
 
     Returns:
         The results of every step.
@@ -122,15 +108,20 @@ def perturbation(
     >>> found.hits.shape, found.removed.tolist()
     (torch.Size([1, 2]), [0, 98])
     """
-    _check_options(order, removal, selection)
+    check_choice("order", order, ORDERS)
     steps = check_steps(steps, first=True)
-    asked = Occlusion(model, images, removal=removal, selection=selection, mean=mean, std=std, chunk=chunk)
-    maps = check_maps(maps, asked.images, asked.grid)
-    if asked.clean.shape[1] < 2:
+    options = {"removal": "black", **options}
+    occlusion = Occlusion(model, images, **options)
+    maps = check_maps(maps, occlusion.images, occlusion.grid)
+    if occlusion.clean.shape[1] < 2:
         raise PrunexError("this model has one output, whose class is always right: give a model of two classes or more")
-    labels = _labels(asked.clean, labels)
-    dropping = removal == "drop"
-    values = on_patches(maps, asked.grid, asked.patch) if dropping else on_pixels(maps, asked.size, asked.patch)
+    labels = _labels(occlusion.clean, labels)
+    dropping = options["removal"] == "drop"
+    values = (
+        on_patches(maps, occlusion.grid, occlusion.patch)
+        if dropping
+        else on_pixels(maps, occlusion.size, occlusion.patch)
+    )
     counts = counted(steps, values.shape[1], dropping)
     place, ties = ranked(values, order)
     limits = torch.tensor(counts, dtype=torch.int32, device=place.device)
@@ -139,8 +130,8 @@ def perturbation(
     limit = limits.repeat_interleave(len(images))
     some = limit > 0
     rows, limit = image[some], limit[some]
-    logits = asked.clean.repeat(len(counts), 1)
-    logits[some] = asked(rows, lambda part: place[rows[part]] < limit[part, None])
+    logits = occlusion.clean.repeat(len(counts), 1)
+    logits[some] = occlusion(rows, lambda part: place[rows[part]] < limit[part, None])
     bad = maps.flatten(1).isnan().any(1)
 
     def table(column: Tensor) -> Tensor:
@@ -217,32 +208,24 @@ class PerturbationAUC(MeanOverImages):
     Args:
         order: "positive" or "negative".
         steps: Rising fractions that begin with 0.
-        removal: "black", "grey", "mean", "blur" or "drop"; numbers of different routes are not interchangeable.
-        selection: "free" or "frozen", of a pruned model.
-        mean: Of the normalisation, for "black".
-        std: Likewise.
-        chunk: Most images in one forward.
         keep: Keep every image's hits too.
-        **kwargs: torchmetrics' own.
+        **options: Those of :func:`perturbation`, and torchmetrics' own.
     """
 
     def __init__(
         self,
         order: Literal["positive", "negative"] = "positive",
         steps: Sequence[float] = STEPS,
-        removal: Route = "black",
-        selection: Literal["free", "frozen"] = "free",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        chunk: int | None = None,
+        *,
         keep: bool = False,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
-        _check_options(order, removal, selection)
-        fractions = check_steps(steps, first=True)
-        super().__init__(keep, (len(fractions),), **kwargs)
-        self.order, self.steps = order, fractions
-        self.removal, self.selection, self.mean, self.std, self.chunk = removal, selection, mean, std, chunk
+        self.order, self.steps = check_choice("order", order, ORDERS), check_steps(steps, first=True)
+        check_choice("removal", options.get("removal", "black"), ROUTES)
+        check_choice("selection", options.get("selection", "free"), SELECTIONS)
+        rest = {name: value for name, value in options.items() if name not in DEFAULTS}
+        super().__init__(keep, (len(self.steps),), **rest)
+        self.options = {name: value for name, value in options.items() if name not in rest}
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
@@ -256,19 +239,8 @@ class PerturbationAUC(MeanOverImages):
 
     def measure(self, model: nn.Module, images: Tensor, maps: Tensor, labels: int | Tensor | None = None) -> Tensor:
         """Hits of every image and step, [B, K]; see :func:`perturbation`."""
-        return perturbation(
-            model,
-            images,
-            maps,
-            labels,
-            order=self.order,
-            steps=self.steps,
-            removal=self.removal,
-            selection=self.selection,
-            mean=self.mean,
-            std=self.std,
-            chunk=self.chunk,
-        ).hits
+        options: Any = self.options
+        return perturbation(model, images, maps, labels, order=self.order, steps=self.steps, **options).hits
 
     def accuracy(self) -> Tensor:
         """Accuracy after each step, float64 [K]; NaN before the first image."""
@@ -289,13 +261,3 @@ def _labels(logits: Tensor, labels: int | Tensor | None) -> Tensor:
         return choose_target(logits, labels)
     except PrunexError as error:
         raise PrunexError(str(error).replace("target", "labels")) from None
-
-
-def _check_options(order: Any, removal: Any, selection: Any) -> None:
-    """See that options are known."""
-    for name, value, known in (
-        ("order", order, ORDERS),
-        ("removal", removal, REMOVALS),
-        ("selection", selection, SELECTIONS),
-    ):
-        check_choice(name, value, known)

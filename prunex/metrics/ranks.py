@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TINY = 1e-12  # of the largest value: what rounding alone may make of nothing
 _ROOM = 2**22  # numbers in one table of pairs: larger batches go in parts
 
 
@@ -38,120 +39,109 @@ def average_ranks(values: Tensor) -> Tensor:
     return (below + to_here + 1).double() / 2
 
 
-def pearson(first: Tensor, second: Tensor, there: Tensor) -> Tensor:
-    """Correlation within each row over the places that are ``there``: float64 [B], NaN where either is constant."""
-    count = there.sum(1, keepdim=True)
-    centred = []
-    for values in (first, second):
-        values = values.masked_fill(~there, 0)
-        centred.append((values - values.sum(1, keepdim=True) / count).masked_fill(~there, 0))
-    product, one, other = (centred[0] * centred[1]).sum(1), centred[0].square().sum(1), centred[1].square().sum(1)
-    return (product / (one * other).sqrt()).clamp(-1, 1).where((one > 0) & (other > 0), torch.nan)
+def pearson(first: Tensor, second: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Correlation along the last dimension over the places that count (None: all), float64 [...].
 
+    NaN where either side does not vary, beyond float64's rounding.
 
-def spearman(first: Tensor, second: Tensor, there: Tensor | None = None) -> Tensor:
-    """Pearson correlation of average ranks within each row: float64 [B].
-
-    Args:
-        first: float [B, P].
-        second: float [B, P].
-        there: bool [B, P], which places count; None: all.
+    >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0])).item()
+    -1.0
     """
-    there = torch.ones_like(first, dtype=torch.bool) if there is None else there
-    ranks = [average_ranks(v.masked_fill(~there, torch.inf)) for v in (first, second)]
-    return pearson(ranks[0], ranks[1], there)
+    counted = torch.ones_like(first, dtype=torch.bool) if counted is None else counted
+    count = counted.sum(-1, keepdim=True)
+    constant = torch.zeros_like(counted[..., 0])
+    scaled = []
+    for values in (first.double(), second.double()):
+        spread = values.masked_fill(~counted, -torch.inf).amax(-1) - values.masked_fill(~counted, torch.inf).amin(-1)
+        values = values.masked_fill(~counted, 0)
+        constant = constant | ~(spread > TINY * values.abs().amax(-1))
+        centred = (values - values.sum(-1, keepdim=True) / count).masked_fill(~counted, 0)
+        # Squares of very small values would be lost.
+        scaled.append(centred / centred.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(centred.dtype).tiny))
+    a, b = scaled
+    correlation = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return correlation.clamp(-1, 1).masked_fill(constant, torch.nan)
 
 
-def kendall(first: Tensor, second: Tensor, there: Tensor | None = None) -> Tensor:
+def spearman(first: Tensor, second: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Pearson correlation of average ranks within each row [B, P], over the places that count: float64 [B]."""
+    counted = torch.ones_like(first, dtype=torch.bool) if counted is None else counted
+    ranks = [average_ranks(values.masked_fill(~counted, torch.inf)) for values in (first, second)]
+    return pearson(ranks[0], ranks[1], counted)
+
+
+def kendall(first: Tensor, second: Tensor, counted: Tensor | None = None) -> Tensor:
     """Kendall's tau-b within each row, (concordant - discordant) / sqrt(pairs untied in one x untied in the other).
 
-    Args:
-        first: float [B, P].
-        second: float [B, P].
-        there: bool [B, P], which places count; None: all.
-
-    Returns:
-        float64 [B]; NaN where either is constant.
+    From rows [B, P] and the places that count: float64 [B]; NaN where either is constant.
     """
-    there = torch.ones_like(first, dtype=torch.bool) if there is None else there
-    found = []
-    step = max(1, _ROOM // first.shape[1] ** 2)
-    for part in range(0, len(first), step):
-        rows = slice(part, part + step)
-        pairs = there[rows, :, None] & there[rows, None, :]
-        one, other = (
-            ((v[rows, :, None] > v[rows, None, :]).float() - (v[rows, :, None] < v[rows, None, :]).float()) * pairs
-            for v in (first, second)
-        )
+    counted = torch.ones_like(first, dtype=torch.bool) if counted is None else counted
+    taus = []
+    for rows in _parts(first):
+        pairs = counted[rows, :, None] & counted[rows, None, :]
+        a, b = (_order(values[rows]) * pairs for values in (first, second))
         # float32 sums of -1, 0 and 1 are exact over a row, not over all pairs.
-        both, firsts, seconds = (t.sum(2).double().sum(1) for t in (one * other, one.abs(), other.abs()))
-        found.append((both / (firsts * seconds).sqrt()).clamp(-1, 1).where((firsts > 0) & (seconds > 0), torch.nan))
-    return torch.cat(found)
+        both, untied, others = (t.sum(2).double().sum(1) for t in (a * b, a.abs(), b.abs()))
+        taus.append((both / (untied * others).sqrt()).clamp(-1, 1).where((untied > 0) & (others > 0), torch.nan))
+    return torch.cat(taus)
 
 
-def rank_biased(first: Tensor, second: Tensor, persistence: float, there: Tensor | None = None) -> Tensor:
+def _order(values: Tensor) -> Tensor:
+    """1 where a row's value is larger than another of the row, -1 where smaller, 0 where equal: [B, P, P]."""
+    return (values[:, :, None] > values[:, None, :]).float() - (values[:, :, None] < values[:, None, :]).float()
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    """Rows [B, P] in parts whose tables of pairs fit into memory."""
+    step = max(1, _ROOM // rows.shape[1] ** 2)
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+def rank_biased(first: Tensor, second: Tensor, persistence: float, counted: Tensor | None = None) -> Tensor:
     """Extrapolated rank-biased overlap of two whole rankings, largest first (Webber et al. 2010, equation 23).
 
     p^n + (1 - p) / p sum_d p^d X_d / d over depths d = 1..n, where X_d is how many of the d largest both share; of ties
-    the expectation, each ranking breaking its own.
-
-    Args:
-        first: float [B, P].
-        second: float [B, P].
-        persistence: p in (0, 1).
-        there: bool [B, P], which places count; None: all.
-
-    Returns:
-        float64 [B] in 0..1.
+    the expectation, each ranking breaking its own. From rows [B, P] and the places that count: float64 [B] in 0..1.
     """
-    there = torch.ones_like(first, dtype=torch.bool) if there is None else there
+    counted = torch.ones_like(first, dtype=torch.bool) if counted is None else counted
     depth = torch.arange(1, first.shape[1] + 1, device=first.device, dtype=torch.float64)
-    found = []
-    step = max(1, _ROOM // first.shape[1] ** 2)
-    for part in range(0, len(first), step):
-        here = there[part : part + step]
-        shares = []
+    overlaps = []
+    for rows in _parts(first):
+        here = counted[rows]
+        taken = []  # how likely each place is among the d largest, [b, P, d]
         for values in (first, second):
-            larger, at_least = places(-values[part : part + step].masked_fill(~here, -torch.inf))
+            larger, at_least = places(-values[rows].masked_fill(~here, -torch.inf))
             ahead = depth - larger[..., None].double()
-            taken = (ahead / (at_least - larger)[..., None].double()).clamp(0, 1)
-            shares.append(taken * here[..., None])
-        shared = (shares[0] * shares[1]).sum(1)
+            taken.append((ahead / (at_least - larger)[..., None].double()).clamp(0, 1) * here[..., None])
+        shared = (taken[0] * taken[1]).sum(1)
         count = here.sum(1, keepdim=True).double()
         weights = (persistence**depth).expand_as(shared).masked_fill(depth > count, 0)
         tail = persistence ** count[:, 0]
-        found.append(tail + (1 - persistence) / persistence * (weights * shared / depth).sum(1))
-    return torch.cat(found)
+        overlaps.append(tail + (1 - persistence) / persistence * (weights * shared / depth).sum(1))
+    return torch.cat(overlaps)
 
 
-def inside_top(values: Tensor, inside: Tensor, count: Tensor, there: Tensor | None = None) -> Tensor:
-    """How many of each row's ``count`` largest values lie inside, float64 [B]; of ties for the last places, expected.
+def inside_top(values: Tensor, inside: Tensor, count: Tensor, counted: Tensor | None = None) -> Tensor:
+    """How many of each row's ``count`` [B] largest values lie inside, float64 [B]; of ties for the last, expected.
 
-    Args:
-        values: float [B, P].
-        inside: bool [B, P].
-        count: int64 [B], at least 1 for a meaningful answer and at most what is there.
-        there: bool [B, P], which places count; None: all.
+    From rows [B, P], bool [B, P], and the places that count; ``count`` is at most as many.
     """
-    there = torch.ones_like(inside) if there is None else there
-    lowered = values.masked_fill(~there, -torch.inf)
+    counted = torch.ones_like(inside) if counted is None else counted
+    lowered = values.masked_fill(~counted, -torch.inf)
     last = lowered.sort(1, descending=True).values.gather(1, (count - 1).clamp(min=0)[:, None])
-    above, tied = (lowered > last) & there, (lowered == last) & there
+    above, tied = (lowered > last) & counted, (lowered == last) & counted
     left = (count - above.sum(1)).double()
     share = (tied & inside).sum(1).double() / tied.sum(1).clamp(min=1)
     return (above & inside).sum(1) + left * share
 
 
-def separation(values: Tensor, inside: Tensor, there: Tensor | None = None) -> Tensor:
+def separation(values: Tensor, inside: Tensor, counted: Tensor | None = None) -> Tensor:
     """Area under the ROC curve: P(value inside > value outside) + half the ties; float64 [B], NaN without both kinds.
 
-    Args:
-        values: float [B, P].
-        inside: bool [B, P].
-        there: bool [B, P], which places count; None: all.
+    From rows [B, P], bool [B, P], and the places that count.
     """
-    there = torch.ones_like(inside) if there is None else there
-    inside, outside = inside & there, ~inside & there
+    counted = torch.ones_like(inside) if counted is None else counted
+    inside, outside = inside & counted, ~inside & counted
     ordered, order = values.sort(1)
     begin, end = _runs(ordered)
     # Outside values among the first n of the sorted row, n = 0..P.
@@ -162,20 +152,30 @@ def separation(values: Tensor, inside: Tensor, there: Tensor | None = None) -> T
     return (beaten / pairs).where(pairs > 0, torch.nan)
 
 
-def average_precision(scores: Tensor, positive: Tensor, there: Tensor) -> Tensor:
+def average_precision(scores: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
     """Sum over thresholds of (recall step) x precision, tied scores being one threshold: float64 [B].
 
-    Args:
-        scores: float [B, N].
-        positive: bool [B, N].
-        there: bool [B, N], which places count.
-
-    Returns:
-        As scikit-learn's ``average_precision_score``; NaN without positives.
+    As scikit-learn's ``average_precision_score`` of rows [B, N] over the places that count; NaN without positives.
     """
     ordered, order = scores.sort(1, descending=True)
-    hits, seen = ((positive & there).gather(1, order), there.gather(1, order))
+    hits, seen = (positive & counted).gather(1, order), counted.gather(1, order)
     end = _runs(ordered)[1] - 1
     precision = hits.long().cumsum(1).double() / seen.long().cumsum(1).clamp(min=1)
     total = hits.sum(1)
     return ((precision.gather(1, end) * hits).sum(1) / total).where(total > 0, torch.nan)
+
+
+def ranked(values: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    """The place of each unit when units leave in order, ties by the lower index first.
+
+    From values [B, U] and "positive" (largest first) or "negative": int32 [B, U], 0 for who leaves first; and int64
+    [B], how many units share their value with another.
+
+    >>> ranked(torch.tensor([[0.2, 0.7, 0.2, 0.9]]), "negative")
+    (tensor([[0, 2, 1, 3]], dtype=torch.int32), tensor([2]))
+    """
+    ordered, index = values.sort(dim=1, descending=order == "positive", stable=True)
+    place = torch.arange(values.shape[1], dtype=torch.int32, device=values.device).expand_as(index)
+    same = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 1))
+    ties = (same[:, 1:] | same[:, :-1]).sum(1)
+    return torch.empty_like(place, memory_format=torch.contiguous_format).scatter_(1, index, place), ties

@@ -66,7 +66,8 @@ def max_sensitivity(
     >>> max_sensitivity("rollout", model, torch.randn(1, 3, 224, 224), samples=2).shape
     torch.Size([1])
     """
-    return sensitivity_of(explainer, model, images, target, options, radius, samples, of, seed, chunk)
+    drawn: dict[str, Any] = {"radius": radius, "samples": samples, "of": of, "seed": seed, "chunk": chunk}
+    return sensitivity_of(explainer, model, images, target, options, **drawn)
 
 
 def sensitivity_of(
@@ -75,6 +76,7 @@ def sensitivity_of(
     images: Tensor,
     target: int | Tensor | None,
     options: dict[str, Any],
+    *,
     radius: float = 0.02,
     samples: int = 10,
     of: Literal["maps", "raw"] = "maps",
@@ -89,28 +91,24 @@ def sensitivity_of(
     check_choice("of", of, ("maps", "raw"))
     if callable(explainer):
         target = explain("raw_attention", model, images, target).target
-    clean, chosen = _explained(explainer, model, images, target, of, options)
+
+    def explained(pictures: Tensor, classes: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        return _explained(explainer, model, pictures, classes, of, options)
+
+    clean, chosen = explained(images, target)
     classless = bool((chosen < 0).any())  # a model without a classifier
     images = images.detach()
-    noise = torch.empty(samples, *images.shape[1:], dtype=torch.float64).uniform_(
-        -radius, radius, generator=seeded(seed)
-    )
-    noise = noise.to(images.device, images.dtype)
+    noise = torch.empty(samples, *images.shape[1:], dtype=torch.float64)
+    noise = noise.uniform_(-radius, radius, generator=seeded(seed)).to(images.device, images.dtype)
     batch = len(images)
     image = torch.arange(batch, device=images.device).repeat(samples)
     draw = torch.arange(samples, device=images.device).repeat_interleave(batch)
     norms = []
     for part in torch.arange(len(image), device=images.device).split(chunk):
-        mine = image[part]
-        maps, _ = _explained(
-            explainer,
-            model,
-            images[mine] + noise[draw[part]],
-            None if classless else chosen[mine.to(chosen.device)],
-            of,
-            options,
-        )
-        norms.append(_norm(maps - clean[mine.to(clean.device)]))
+        rows = image[part]
+        classes = None if classless else chosen[rows.to(chosen.device)]
+        maps, _ = explained(images[rows] + noise[draw[part]], classes)
+        norms.append(_norm(maps - clean[rows.to(clean.device)]))
     size = _norm(clean)
     ratios = torch.cat(norms).view(samples, batch) / size.where(size != 0, 1)
     return ratios.amax(0)
@@ -126,8 +124,8 @@ def _explained(
 ) -> tuple[Tensor, Tensor]:
     """Maps float64 [B, ...], and the class each explains."""
     if isinstance(explainer, str):
-        found = explain(explainer, model, images, target, **options)
-        return (found.maps if of == "maps" else found.raw).double(), found.target
+        explanation = explain(explainer, model, images, target, **options)
+        return (explanation.maps if of == "maps" else explanation.raw).double(), explanation.target
     if not callable(explainer):
         lookup("explainer", explainer)
     target = torch.full((len(images),), -1, device=images.device) if target is None else torch.as_tensor(target)
@@ -143,39 +141,27 @@ def _norm(maps: Tensor) -> Tensor:
 
 
 class MaxSensitivity(MeanOverImages):
-    """Mean of :func:`max_sensitivity` over images.
+    """Mean of :func:`max_sensitivity` over images; ``update(model, images, target=None)``.
 
     Args:
         explainer: A name or a callable.
-        radius: r.
-        samples: Draws an image.
-        of: "maps" or "raw".
-        seed: Of the draws.
-        chunk: Most altered images explained at once.
         options: The explainer's own.
-        **kwargs: As for every mean over images.
+        keep: Also keep every image's number.
+        **drawn: ``radius``, ``samples``, ``of``, ``seed`` and ``chunk`` of the function, and torchmetrics' own.
     """
 
     higher_is_better = False
 
     def __init__(
-        self,
-        explainer: Explainer,
-        radius: float = 0.02,
-        samples: int = 10,
-        of: Literal["maps", "raw"] = "maps",
-        seed: int = 0,
-        chunk: int = 64,
-        options: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, explainer: Explainer, *, options: dict[str, Any] | None = None, keep: bool = False, **drawn: Any
     ) -> None:
-        super().__init__(**kwargs)
+        names = sensitivity_of.__kwdefaults__
+        super().__init__(keep, **{name: value for name, value in drawn.items() if name not in names})
         if not callable(explainer):
             lookup("explainer", explainer)
-        self.explainer = explainer
-        self.options = check_options(options)
-        self.own: dict[str, Any] = {"radius": radius, "samples": samples, "of": of, "seed": seed, "chunk": chunk}
+        self.explainer, self.options = explainer, check_options(options)
+        self.drawn = {name: drawn.get(name, default) for name, default in names.items()}
 
     def measure(self, model: nn.Module, images: Tensor, target: int | Tensor | None = None) -> Tensor:
         """See :func:`max_sensitivity`."""
-        return sensitivity_of(self.explainer, model, images, target, self.options, **self.own)
+        return sensitivity_of(self.explainer, model, images, target, self.options, **self.drawn)

@@ -124,19 +124,19 @@ def model_randomisation(
 
     >>> import prunex, timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2).eval()
-    >>> found = model_randomisation("raw_attention", model, torch.randn(2, 3, 224, 224))
-    >>> found.stages, found.spearman.shape
+    >>> result = model_randomisation("raw_attention", model, torch.randn(2, 3, 224, 224))
+    >>> result.stages, result.spearman.shape
     (['head', 'blocks.1', 'blocks.0', 'embed'], torch.Size([4, 2]))
     """
     check_whole("seed", seed, 0)
     check_number("threshold", threshold, 0, 1)
     original = explain(method, model, images, target, path=path, **options)
-    asked = original.target if bool((original.target >= 0).all()) else None
+    classes = _classes(original)
     stages: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for stage, changed in _randomisations(find(model, path)[1], cascade, seed):
         stages.append(stage)
-        rows.append(_alike(original, explain(method, changed, images, asked, **options)))
+        rows.append(_alike(original, explain(method, changed, images, classes, **options)))
     signed, absolute, ssim = (torch.stack(column) for column in zip(*rows, strict=True))
     chance = _chance(signed[-1], original.maps[0].numel())
     return ModelRandomisation(method, original.options, cascade, stages, signed, absolute, ssim, chance, threshold)
@@ -145,21 +145,11 @@ def model_randomisation(
 def randomised(model: nn.Module, *, path: str | None = None, seed: int = 0) -> nn.Module:
     """A copy of the ViT with random weights everywhere, as the last stage of :func:`model_randomisation`.
 
-    Args:
-        model: A supported ViT, or any module that holds exactly one.
-        path: Dotted path to the ViT when ``model`` holds several.
-        seed: Of the noise.
-
-    Returns:
-        The copy; an attached pruner is on it too.
-
-    Raises:
-        PrunexError: Where there is no ViT or several, or for a seed that is no whole number.
+    An attached pruner is on the copy too; ``path`` leads to the ViT where ``model`` holds several.
     """
     check_whole("seed", seed, 0)
     changed = _copy(find(model, path)[1])
-    for number, (_, names) in enumerate(_stages(changed)):
-        _draw(changed, names, seed, number)
+    _draw_all(changed, seed)
     return changed
 
 
@@ -196,19 +186,8 @@ def batch_order(
 ) -> BatchOrder:
     """Whether an image's map is the same alone, in a batch and in another order.
 
-    Args:
-        method: An explainer's name.
-        model: A supported ViT, or any module that holds exactly one.
-        images: float [B, C, H, W]; a batch of one compares nothing but a rerun.
-        target: As for :func:`prunex.explain`; the class is held fixed.
-        path: Dotted path to the ViT when ``model`` holds several.
-        **options: The explainer's own.
-
-    Returns:
-        The differences per image.
-
-    Raises:
-        PrunexError: As :func:`prunex.explain`.
+    All that is given is as for :func:`prunex.explain`; the class is held fixed. A batch of one compares nothing but a
+    rerun.
 
     >>> import prunex, timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2).eval()
@@ -216,10 +195,10 @@ def batch_order(
     True
     """
     together = explain(method, model, images, target, path=path, **options)
-    asked = together.target if bool((together.target >= 0).all()) else None
+    target = _classes(together)
 
     def again(chosen: list[int]) -> Tensor:
-        classes = None if asked is None else asked[chosen]
+        classes = None if target is None else target[chosen]
         return explain(method, model, images[chosen], classes, path=path, **options).maps
 
     order = list(range(len(images)))
@@ -227,8 +206,16 @@ def batch_order(
     shuffled = again(order[::-1]).flip(0)
     size = together.maps.double().abs().amax((1, 2))
     size = size.where(size != 0, 1)
-    found = [(m.double() - together.maps.double()).abs().amax((1, 2)) / size for m in (alone, shuffled)]
-    return BatchOrder(*found)
+
+    def difference(maps: Tensor) -> Tensor:
+        return (maps.double() - together.maps.double()).abs().amax((1, 2)) / size
+
+    return BatchOrder(difference(alone), difference(shuffled))
+
+
+def _classes(explanation: Explanation) -> Tensor | None:
+    """The classes explained; None where the model has no classifier."""
+    return explanation.target if bool((explanation.target >= 0).all()) else None
 
 
 def _randomisations(vit: nn.Module, cascade: bool, seed: int) -> Iterator[tuple[str, nn.Module]]:
@@ -242,9 +229,13 @@ def _randomisations(vit: nn.Module, cascade: bool, seed: int) -> Iterator[tuple[
         if not cascade:
             _put(changed, {name: trained[name] for name in names})
     if not cascade:
-        for number, (_, names) in enumerate(stages):
-            _draw(changed, names, seed, number)
+        _draw_all(changed, seed)
         yield "all", changed
+
+
+def _draw_all(vit: nn.Module, seed: int) -> None:
+    for number, (_, names) in enumerate(_stages(vit)):
+        _draw(vit, names, seed, number)
 
 
 def _copy(vit: nn.Module) -> nn.Module:
@@ -259,18 +250,18 @@ def _stages(vit: Any) -> list[tuple[str, list[str]]]:
     blocks = {f"blocks.{i}": [n for n in names if n.startswith(f"blocks.{i}.")] for i in reversed(range(depth))}
     after = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
     head = [n for n in names if n.startswith(after)]
-    told = {n for part in (head, *blocks.values()) for n in part}
-    stages = [("head", head), *blocks.items(), ("embed", [n for n in names if n not in told])]
+    later = set(head).union(*blocks.values())
+    stages = [("head", head), *blocks.items(), ("embed", [n for n in names if n not in later])]
     return [(stage, part) for stage, part in stages if part]
 
 
 def _draw(vit: nn.Module, names: Sequence[str], seed: int, number: int) -> None:
     """Put noise of each parameter's own mean and spread in its place; a stage's noise is the same in any order."""
     generator = torch.Generator().manual_seed(seed * 1009 + number)
-    own = dict(vit.named_parameters())
+    weights = dict(vit.named_parameters())
     drawn = {}
     for name in names:
-        wide = own[name].detach().double()
+        wide = weights[name].detach().double()
         spread = wide.std(correction=0) if wide.numel() > 1 else wide.new_zeros(())
         noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64).to(wide.device)
         drawn[name] = wide.mean() + spread * noise
@@ -278,10 +269,10 @@ def _draw(vit: nn.Module, names: Sequence[str], seed: int, number: int) -> None:
 
 
 def _put(vit: nn.Module, values: dict[str, Tensor]) -> None:
-    own = dict(vit.named_parameters())
+    weights = dict(vit.named_parameters())
     with torch.inference_mode(False), torch.no_grad():
         for name, value in values.items():
-            own[name].copy_(value)
+            weights[name].copy_(value)
 
 
 def _alike(original: Explanation, other: Explanation) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,8 +294,8 @@ def _ssim(one: Tensor, two: Tensor) -> Tensor:
     if min(one.shape[1:]) < 6:  # the border is mirrored, half a window wide
         return torch.full((len(one),), torch.nan, dtype=torch.float64)
     first, second = (s.masked_fill(flat[:, None, None, None], 0) for s in scaled)
-    found: Any = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
-    return found.reshape(len(one)).masked_fill(flat, torch.nan)
+    similarity: Any = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+    return similarity.reshape(len(one)).masked_fill(flat, torch.nan)
 
 
 def _chance(alike: Tensor, patches: int) -> float:

@@ -7,49 +7,23 @@ count. Everything is kept per image, so that intervals come after (:func:`interv
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from prunex.attach import attached
 from prunex.errors import PrunexError, unknown
-from prunex.metrics.agreement import (
-    chance,
-    corrected_overlap,
-    equal_area_iou,
-    kept_auc,
-    mass_efficiency,
-    mass_kept,
-    sign_agreement,
-    topk_overlap,
-)
 from prunex.metrics.bootstrap import Interval, bootstrap, bootstrap_ratios
-from prunex.metrics.curves import (
-    aopc,
-    comprehensiveness,
-    deletion,
-    insertion,
-    log_odds,
-    removal_curves,
-    srg,
-    sufficiency,
-)
-from prunex.metrics.faithfulness import faithfulness_correlation, infidelity, saco, sensitivity_n
-from prunex.metrics.localization import (
-    energy_inside,
-    foreground_auc,
-    foreground_f1,
-    mean_ap,
-    pointing_game,
-    rank_accuracy,
-    segmentation_counts,
-)
+from prunex.metrics.curves import removal_curves
+from prunex.metrics.localization import segmentation_counts
 from prunex.metrics.perturbation import perturbation, perturbation_auc
+from prunex.metrics.reference import chance
 from prunex.metrics.robustness import sensitivity_of
-from prunex.removal.occlusion import Route
+from prunex.registry import lookup
+from prunex.removal.game import GameOptions, Route
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import over_pixels
 from prunex.vit.units import Backbone
@@ -77,39 +51,15 @@ class Measure:
     usual: bool = True
 
 
-_CURVES: dict[str, Callable[[Any], Tensor]] = {
-    "deletion": deletion,
-    "insertion": insertion,
-    "aopc": aopc,
-    "log_odds": log_odds,
-    "comprehensiveness": comprehensiveness,
-    "sufficiency": sufficiency,
-    "srg": srg,
-}
-_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "energy_inside": energy_inside,
-    "pointing_game": pointing_game,
-    "rank_accuracy": rank_accuracy,
-    "mean_ap": mean_ap,
-    "foreground_auc": foreground_auc,
-    "foreground_f1": foreground_f1,
-}
+# Names of metrics that share what they read: curves, a mask, counts of pixels, kept patches, a model.
+_CURVES = ("deletion", "insertion", "aopc", "log_odds", "comprehensiveness", "sufficiency", "srg")
+_MASKS = ("energy_inside", "pointing_game", "rank_accuracy", "mean_ap", "foreground_auc", "foreground_f1")
 _COUNTS = {"pixel_accuracy": slice(0, 2), "mean_iou": slice(2, 6)}  # columns of segmentation_counts
-_KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "corrected_overlap": corrected_overlap,
-    "kept_auc": kept_auc,
-    "mass_kept": mass_kept,
-    "equal_area_iou": equal_area_iou,
-    "topk_overlap": topk_overlap,
-    "mass_efficiency": mass_efficiency,
-    "sign_agreement": sign_agreement,
-}
-_MODEL: dict[str, Callable[..., Tensor]] = {
-    "saco": saco,
-    "faithfulness_correlation": faithfulness_correlation,
-    "sensitivity_n": sensitivity_n,
-    "infidelity": infidelity,
-}
+_KEPT = (
+    *("corrected_overlap", "kept_auc", "mass_kept", "equal_area_iou"),
+    *("topk_overlap", "mass_efficiency", "sign_agreement"),
+)
+_MODEL = ("saco", "faithfulness_correlation", "sensitivity_n", "infidelity")
 _LOW = ("deletion", "log_odds", "sufficiency", "infidelity")
 _USUAL = (
     *("deletion", "insertion", "aopc", "log_odds", "comprehensiveness", "sufficiency"),
@@ -184,10 +134,7 @@ def scores(
     explainer: str | None = None,
     options: Mapping[str, Any] | None = None,
     removal: Route | None = None,
-    selection: Literal["free", "frozen"] = "free",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    chunk: int | None = None,
+    **game: Unpack[GameOptions],
 ) -> dict[str, Tensor]:
     """Measure the maps of a batch of images.
 
@@ -209,10 +156,7 @@ def scores(
         options: Its options.
         removal: How patches are taken away. None: as published, which is "black" pixels for perturbation and "drop"
             (tokens) for everything else but "saco", whose is "mean".
-        selection: "free" or "frozen", of a pruned model.
-        mean: Of the normalisation, for "black"; None: as the model's ``pretrained_cfg`` says.
-        std: Likewise.
-        chunk: Most altered images in one forward.
+        **game: ``selection`` ("free"), ``mean``, ``std`` and ``chunk``: see :class:`prunex.removal.game.GameOptions`.
 
     Returns:
         By name, on the CPU, float64 [B]; for pixel_accuracy and mean_iou, which are ratios of sums over images,
@@ -225,39 +169,46 @@ def scores(
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2).eval()
     >>> images = torch.randn(2, 3, 224, 224)
     >>> e = prunex.explain("rollout", model, images)
-    >>> found = scores(["deletion"], model, images, e.maps, e.target)
-    >>> found["deletion"].shape
+    >>> scores(["deletion"], model, images, e.maps, e.target)["deletion"].shape
     torch.Size([2])
     """
     chosen = measures(list(metrics))
-    kinds = {m.kind for m in chosen}
     _check_given(chosen, masks, kept, judge, explainer)
-    painted: dict[str, Any] = {"selection": selection, "mean": mean, "std": std, "chunk": chunk}
-    found: dict[str, Tensor] = {}
+    names: dict[str, list[str]] = {}
+    for measure in chosen:
+        names.setdefault(measure.kind, []).append(measure.name)
+    values: dict[str, Tensor] = {}
     for order in ("positive", "negative"):
-        if order in kinds:
-            hits = perturbation(model, images, maps, labels, order=order, removal=removal or "black", **painted).hits
-            found[f"perturbation_{order}"] = perturbation_auc(hits)
-    if "curves" in kinds:
-        orders: list[Any] = ["without", "only", *(["least"] if any(m.name == "srg" for m in chosen) else [])]
-        curves = removal_curves(model, images, maps, target, removal=removal or "drop", orders=orders, **painted)
-        found |= {m.name: _CURVES[m.name](curves) for m in chosen if m.kind == "curves"}
-    if masks is not None and kinds & {"mask", "counts"}:
+        if order in names:
+            hits = perturbation(model, images, maps, labels, order=order, removal=removal or "black", **game).hits
+            values[f"perturbation_{order}"] = perturbation_auc(hits)
+    if "curves" in names:
+        orders: list[Any] = ["without", "only"]
+        if "srg" in names["curves"]:
+            orders.append("least")
+        curves = removal_curves(model, images, maps, target, removal=removal or "drop", orders=orders, **game)
+        values |= _each(names["curves"], curves)
+    if masks is not None and ("mask" in names or "counts" in names):
         fine = _pixels(model, images, maps, masks) if pixels is None else pixels
-        found |= {m.name: _MASKS[m.name](fine, masks) for m in chosen if m.kind == "mask"}
-        if "counts" in kinds:
+        values |= _each(names.get("mask", ()), fine, masks)
+        if "counts" in names:
             counts = segmentation_counts(fine, masks)
-            found |= {m.name: counts[:, _COUNTS[m.name]] for m in chosen if m.kind == "counts"}
+            values |= {name: counts[:, _COUNTS[name]] for name in names["counts"]}
     if kept is not None and judge is not None:
-        found |= {m.name: _KEPT[m.name](kept, judge) for m in chosen if m.kind == "kept"}
-    for name, measure in _MODEL.items():
-        if name in kinds:
+        values |= _each(names.get("kept", ()), kept, judge)
+    for name in _MODEL:
+        if name in names:
             route = {} if removal is None else {"removal": removal}
-            values = measure(model, images, maps, target, **route, **painted)
-            found[name] = values if values.ndim == 1 else values.nanmean(1)
-    if explainer is not None and "max_sensitivity" in kinds:
-        found["max_sensitivity"] = sensitivity_of(explainer, model, images, target, dict(options or {}))
-    return {m.name: found[m.name].detach().double().cpu() for m in chosen}
+            sampled = _each([name], model, images, maps, target, **route, **game)[name]
+            values[name] = sampled if sampled.ndim == 1 else sampled.nanmean(1)
+    if explainer is not None and "max_sensitivity" in names:
+        values["max_sensitivity"] = sensitivity_of(explainer, model, images, target, dict(options or {}))
+    return {m.name: values[m.name].detach().double().cpu() for m in chosen}
+
+
+def _each(names: Iterable[str], *given: Any, **options: Any) -> dict[str, Tensor]:
+    """What metrics of these names say of the same thing."""
+    return {name: lookup("metric", name).make(*given, **options) for name in names}
 
 
 def removed_by(measure: Measure, removal: Route | None = None) -> str:
@@ -272,8 +223,9 @@ def removed_by(measure: Measure, removal: Route | None = None) -> str:
         return removal
     if measure.kind in ("positive", "negative"):
         return "black"
-    function: Any = _MODEL.get(measure.name)
-    return "drop" if function is None else str(function.__kwdefaults__["removal"])
+    if measure.name in _MODEL:
+        return str(lookup("metric", measure.name).options["removal"])
+    return "drop"
 
 
 def by_chance(
@@ -285,39 +237,25 @@ def by_chance(
     energy, pointing and rank accuracy; of agreement, :func:`chance`. Faithfulness has no closed form, and a constant
     map's segmentation (nothing is object) is one guess and not the level of guessing: score random maps for both.
 
-    Args:
-        metrics: Names; those without a chance level, or without what they need, are left out.
-        masks: As for :func:`scores`.
-        kept: Likewise.
-        judge: Likewise.
+    Metrics without a chance level, or without what they need, are left out.
 
     >>> masks = torch.tensor([[[True, False], [False, False]]])
     >>> by_chance(["energy_inside", "mean_ap"], masks)
     {'energy_inside': tensor([0.2500], dtype=torch.float64), 'mean_ap': tensor([0.5000], dtype=torch.float64)}
     """
-    found: dict[str, Tensor] = {}
+    levels: dict[str, Tensor] = {}
     chosen = measures(list(metrics))
     if masks is not None:
         flat = torch.ones(masks.shape, device=masks.device)
-        found |= {m.name: _MASKS[m.name](flat, masks) for m in chosen if m.kind == "mask"}
+        levels |= _each([m.name for m in chosen if m.kind == "mask"], flat, masks)
     if kept is not None and judge is not None:
-        told = chance(kept, judge)
-        found |= {m.name: told[m.name] for m in chosen if m.kind == "kept"}
-    return {name: v.double().cpu() for name, v in found.items()}
+        level = chance(kept, judge)
+        levels |= {m.name: level[m.name] for m in chosen if m.kind == "kept"}
+    return {name: value.double().cpu() for name, value in levels.items()}
 
 
 def interval(name: str, values: Tensor, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
-    """One number for all images from :func:`scores`, with its bootstrap interval.
-
-    Args:
-        name: Which measure.
-        values: Its values of all images, [N] or [N, 2 K].
-        draws: As for :func:`bootstrap`.
-        level: Likewise.
-        seed: Likewise.
-
-    Raises:
-        PrunexError: As :func:`bootstrap`.
+    """One number for all images from :func:`scores`, its values [N] or [N, 2 K], with its :func:`bootstrap` interval.
 
     >>> print(interval("pixel_accuracy", torch.tensor([[1.0, 2.0], [3.0, 4.0]])).mean)
     0.6666666666666666
@@ -344,11 +282,7 @@ def random_maps(images: Tensor, grid: tuple[int, int], seed: int = 0) -> Tensor:
 
 
 def without_pruning(model: nn.Module) -> nn.Module:
-    """A copy of the ViT with its pruners taken off, in eval mode: the dense model of the same weights.
-
-    Args:
-        model: A ViT, or a module that holds exactly one.
-    """
+    """A copy of the ViT with its pruners taken off, in eval mode: the dense model of the same weights."""
     with torch.inference_mode(False):  # weights made under it cannot be differentiated through
         dense = copy.deepcopy(find(model, kinds=Backbone)[1])
     for handle in (attached(dense), attached(dense, units=True)):

@@ -65,16 +65,10 @@ def of_sizes(sizes: Tensor, players: int, generator: torch.Generator) -> Tensor:
 
 
 def shapley_coalitions(count: int, players: int, generator: torch.Generator, paired: bool = True) -> Tensor:
-    """Coalitions whose size s has probability ~ 1 / (s (P - s)) and which are uniform given their size.
+    """Coalitions whose size s has probability ~ 1 / (s (P - s)), uniform given their size: bool [count, P].
 
-    Args:
-        count: How many; even where they are paired.
-        players: P, at least 2.
-        generator: Of :func:`seeded`.
-        paired: Every second coalition is the complement of the one before it.
-
-    Returns:
-        bool [count, P], true for who takes part; never nobody, never everybody.
+    True for who takes part; never nobody, never everybody. Where they are ``paired``, every second one is the
+    complement of the one before it, and ``count`` is even. There are at least 2 players.
 
     >>> z = shapley_coalitions(4, 6, seeded(0))
     >>> bool((z[0] ^ z[1]).all()), bool((z[2] ^ z[3]).all())
@@ -108,11 +102,7 @@ def uniform_coalitions(count: int, players: int, generator: torch.Generator) -> 
 def permutation_ranks(count: int, players: int, generator: torch.Generator, antithetic: bool = True) -> Tensor:
     """Orders in which players arrive, as each player's place: int64 [count, P].
 
-    Args:
-        count: How many orders; even where they are antithetic.
-        players: P.
-        generator: Of :func:`seeded`.
-        antithetic: Every second order is the reverse of the one before it.
+    Where they are ``antithetic``, every second order is the reverse of the one before it, and ``count`` is even.
     """
     if antithetic and count % 2:
         raise PrunexError(f"{count} orders cannot be paired: give an even number")
@@ -128,18 +118,8 @@ def permutation_sampling(
 
     phi_i is the mean over orders of v(those before i, and i) - v(those before i). Every order alone sums to
     v(all) - v(nobody). A game of at most pairwise interactions is exact after one pair of orders. An order costs P - 1
-    evaluations, and two more are shared by all.
-
-    Args:
-        value: The games, see the module.
-        players: P.
-        batch: Number of games B.
-        orders: How many orders; even where they are antithetic.
-        generator: Of :func:`seeded`.
-        antithetic: Pair each order with its reverse. Errors are then those of pair means.
-
-    Returns:
-        The estimate; errors are NaN for a single order or pair.
+    evaluations, and two more are shared by all. Errors are those of the means of pairs where orders are
+    ``antithetic``, NaN for a single order or pair.
     """
     empty, full = _ends(value, players, batch)
     ranks = permutation_ranks(orders, players, generator, antithetic)
@@ -172,7 +152,8 @@ def kernel_shap(
 
     With coalitions z drawn by size (so that all weigh alike; Covert & Lee, arXiv 2012.01536), A = mean z z^T and
     b = mean z (v(z) - v(0)): phi = A^-1 (b - 1 (1^T A^-1 b - D) / (1^T A^-1 1)), D = v(all) - v(nobody). It is solved
-    as one system with the constraint, which needs A to be regular only on vectors that sum to 0.
+    as one system with the constraint, which needs A to be regular only on vectors that sum to 0. Errors are jackknifed:
+    ten disjoint parts of the draws are left out in turn; NaN where the rest would leave the solution open.
 
     Args:
         value: The games, see the module.
@@ -183,10 +164,6 @@ def kernel_shap(
         paired: Draw each coalition with its complement.
         closed_form: Take A as it is for infinitely many draws instead of their mean: unbiased, but noisier, and no
             longer exact for additive games.
-
-    Returns:
-        The estimate. Errors are jackknifed: ten disjoint parts of the draws are left out in turn. NaN where the rest
-        would leave the solution open.
 
     Raises:
         PrunexError: For fewer than 2 P coalitions, or coalitions that leave the solution open.
@@ -202,21 +179,21 @@ def kernel_shap(
         )
     coalitions = shapley_coalitions(samples, players, generator, paired)
     unit = 1 + paired
-    known = closed_form_matrix(players) if closed_form else None
+    exact = closed_form_matrix(players) if closed_form else None
     counts, products, gains = [], [], []
     for group in torch.arange(samples // unit).tensor_split(min(GROUPS, samples // unit)):
-        mine = coalitions[unit * int(group[0]) : unit * (int(group[-1]) + 1)]
+        part = coalitions[unit * int(group[0]) : unit * (int(group[-1]) + 1)]
         a, b = torch.zeros(()), torch.zeros(())
-        for z in mine.split(max(1, HELD // empty.numel())):
+        for z in part.split(max(1, HELD // empty.numel())):
             gain = _ask(value, z, batch, empty) - empty[:, None]
             member = z.to(gain.device, torch.float64)
             a, b = a + member.T @ member, b + member.T @ gain
-        counts.append(len(mine))
+        counts.append(len(part))
         products.append(a)
         gains.append(b)
 
     def solve(a: Tensor, b: Tensor, count: int) -> Tensor | None:
-        return _solve(a / count if known is None else known.to(b.device), b / count, total)
+        return _solve(a / count if exact is None else exact.to(b.device), b / count, total)
 
     a, b = torch.stack(products).sum(0), torch.stack(gains).sum(0)
     values = solve(a, b, samples)
@@ -225,10 +202,10 @@ def kernel_shap(
             f"the coalitions drawn leave some of the {players} values open: draw more, at least 20 for each player"
         )
     without = [solve(a - x, b - y, samples - n) for x, y, n in zip(products, gains, counts, strict=True)]
-    told = [v for v in without if v is not None]
+    solved = [v for v in without if v is not None]
     errors = torch.full_like(values, float("nan"))
-    if len(told) == len(without) > 1:
-        errors = (torch.stack(told).var(0, correction=0) * (len(told) - 1)).sqrt()
+    if len(solved) == len(without) > 1:
+        errors = (torch.stack(solved).var(0, correction=0) * (len(solved) - 1)).sqrt()
     return Estimate(values, errors, empty, full, 2 + samples)
 
 
@@ -257,11 +234,11 @@ def _ends(value: Value, players: int, batch: int) -> tuple[Tensor, Tensor]:
 def _pool(mean: Tensor, spread: Tensor, seen: int, each: Tensor) -> tuple[Tensor, Tensor, int]:
     """Welford's sums with further observations [B, m, P, C]: mean, summed squares about it, and their number."""
     more, total = each.shape[1], seen + each.shape[1]
-    theirs = each.mean(1)
-    squares = ((each - theirs[:, None]) ** 2).sum(1)
+    later = each.mean(1)
+    squares = ((each - later[:, None]) ** 2).sum(1)
     if seen == 0:
-        return theirs, squares, more
-    gap = theirs - mean
+        return later, squares, more
+    gap = later - mean
     return mean + gap * (more / total), spread + squares + gap**2 * (seen * more / total), total
 
 

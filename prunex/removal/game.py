@@ -1,55 +1,111 @@
-"""What a ViT makes of an image of which only some patches are there: the value function of removal games.
+"""What a ViT makes of an image of which only some parts are there: the value function of removal games.
 
-Prefix tokens are always there. An absent patch is gone before the first block, by one of two routes with equal results:
-*drop* takes its token out, so that the cost falls with the number of patches; *mask* keeps all slots and hides absent
-ones from every query of every block, so that coalitions of any size share a batch (Covert, Kim, Lee, arXiv 2206.05282).
+Prefix tokens are always there. A patch that is absent is gone before the first block, by one of two routes with equal
+results: *drop* takes its token out, so that the cost falls with the number of patches; *mask* keeps all slots and hides
+absent ones from every query of every block, so that coalitions of any size share a batch (Covert, Kim, Lee, arXiv
+2206.05282). The other routes paint pixels: *black* is 0 before normalisation, *grey* 0 after it (the mean colour of the
+data), *mean* the image's own mean colour, *blur* the image under a Gaussian. Numbers of different routes are not
+interchangeable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
+from prunex.removal.painting import PAINTS, normalisation, substrate
 from prunex.vit.anatomy import ViT
-from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, TokenState
+from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, Replay, TokenState
 from prunex.vit.embedding import embed
-from prunex.vit.forward import own_anatomy, record, resume
+from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
 from prunex.vit.recording import Recording, Relevance, check_chunk, sequences
 from prunex.vit.tape import Tape
 
-REMOVALS = ("drop", "mask")
-SELECTIONS = ("frozen", "adaptive")
+Route = Literal["drop", "black", "grey", "mean", "blur"]
+Selection = Literal["free", "frozen"]
+Output = Literal["probability", "logit", "log_odds"]
+TOKENS = ("drop", "mask")
+ROUTES = ("drop", *PAINTS)
+SELECTIONS = ("free", "frozen")
 OUTPUTS = ("probability", "logit", "log_odds")
+
+
+class GameOptions(TypedDict, total=False):
+    """How a model is asked about altered images.
+
+    Attributes:
+        selection: Of a pruned model: "free", its pruner decides anew, or "frozen", as it decided on the clean image.
+        mean: Of the normalisation, one number a channel; for "black" alone. None: as ``pretrained_cfg`` says.
+        std: Likewise.
+        chunk: Most images in one forward: bounds memory, changes no result. None: what is fastest.
+    """
+
+    selection: Selection
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    chunk: int | None
+
+
+class RemovalOptions(GameOptions, total=False):
+    """:class:`GameOptions`, and how parts of images are taken away.
+
+    Attributes:
+        removal: "drop" (tokens leave), or paint: "black", "grey", "mean", "blur".
+    """
+
+    removal: Route
+
+
+class ScoreOptions(RemovalOptions, total=False):
+    """:class:`RemovalOptions`, and the unit of the class's score f.
+
+    Attributes:
+        output: "probability", "logit", or "log_odds" ln(p / (1 - p)).
+    """
+
+    output: Output
+
+
+DEFAULTS: RemovalOptions = {"removal": "drop", "selection": "free", "mean": None, "std": None, "chunk": None}
+SCORE_DEFAULTS: ScoreOptions = {**DEFAULTS, "output": "probability"}
+
+
+def check_selection(selection: Any) -> Selection:
+    """See that it is "free", which explainers also know as "adaptive", or "frozen"."""
+    given = "free" if selection == "adaptive" else selection
+    check_choice("selection", given, SELECTIONS)
+    return given  # type: ignore[no-any-return]
 
 
 class Removal:
     """The values of coalitions of patches, for a batch of images; a ``Value`` of ``prunex.removal.coalitions``.
 
-    Images are embedded once. Call it with the model in eval mode; gradients are off.
+    Images are embedded once where tokens leave. Call it with the model in eval mode; gradients are off.
 
     A pruned model plays one of two games. *Frozen*: what the clean run of all patches decided is decided again, among
     those that are there; a fused token takes what is there with the clean run's weights, and does not exist where
-    nothing was left to fuse. *Adaptive*: the pruner decides anew among the patches that are there (by its own counting:
-    a share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``).
-
-    A pruner that decides by place alone (``hvt``) plays one game: both selections are the same, and absent patches keep
-    their slots by either route.
+    nothing was left to fuse. *Free*: the pruner decides anew among the patches that are there (by its own counting: a
+    share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``). A pruner that decides by place
+    alone (``hvt``) plays one game: both selections are the same, and absent patches keep their slots by either route.
 
     A model that only pools patches gives its head zeros when no patch is there.
 
     Args:
         model: A supported ViT, pruned or dense.
         images: float [B, C, H, W].
-        removal: "drop" or "mask".
-        selection: "frozen" or "adaptive"; adaptive needs drop.
+        removal: "drop", "mask", or a paint.
+        selection: "frozen" or "free"; free needs another route than mask.
         output: "probability" (softmax; sigmoid for a single output), "logit", or "log_odds" log(p / (1 - p)).
+        mean: Of the normalisation, for "black".
+        std: Likewise.
         chunk: Most token sequences in one forward. It bounds memory and changes no result. None: what is fastest.
 
     Raises:
@@ -61,38 +117,53 @@ class Removal:
         model: ViT,
         images: Tensor,
         *,
-        removal: Literal["drop", "mask"] = "drop",
-        selection: Literal["frozen", "adaptive"] = "frozen",
-        output: Literal["probability", "logit", "log_odds"] = "probability",
+        removal: str = "drop",
+        selection: str = "frozen",
+        output: str = "probability",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         chunk: int | None = None,
     ) -> None:
-        for name, value, known in (
-            ("removal", removal, REMOVALS),
-            ("selection", selection, SELECTIONS),
-            ("output", output, OUTPUTS),
-        ):
-            check_choice(name, value, known)
-        if selection == "adaptive" and removal == "mask":
-            raise PrunexError(
-                "selection='adaptive' needs removal='drop': a pruner that decides anew counts tokens that are there"
-            )
+        check_choice("removal", removal, (*TOKENS, *PAINTS))
+        selection = check_selection(selection)
+        check_choice("output", output, OUTPUTS)
+        if selection == "free" and removal == "mask":
+            raise PrunexError("selection='free' needs removal='drop': a pruner that decides anew counts tokens left")
         check_chunk(chunk)
         self.model, self.removal, self.output = model, removal, output
-        attached = mounted(model)
-        if attached is not None and attached.pruner.by_place:
-            self.removal, selection = "mask", "frozen"
+        self.painted, self.batch = removal in PAINTS, len(images)
         self.anatomy = own_anatomy(model)
-        self.adaptive: Pruner | None = None
+        self.free: Pruner | None = None
         self.decisions: list[Decision] = []
         with torch.no_grad():
-            self.tokens, self.grid = embed(model, images)
-            # A pruner of fixed positions decides the same among fewer patches: anew is once more.
-            if attached is not None and selection == "adaptive" and not attached.pruner.fixed:
-                self.adaptive = attached.pruner
-            elif attached is not None:
-                self.decisions = record(model, images, Tape(), masked=True).decisions
+            if self.painted:
+                self._paint(images, selection, mean, std)
+            else:
+                self._embed(images, selection)
         self.chunk = sequences(chunk, self.tokens, 128)
         self.players = self.grid[0] * self.grid[1]
+
+    def _embed(self, images: Tensor, selection: str) -> None:
+        """Embed the images, and know what a pruner decides among fewer tokens."""
+        attached = mounted(self.model)
+        if attached is not None and attached.pruner.by_place:
+            self.removal, selection = "mask", "frozen"
+        self.tokens, self.grid = embed(self.model, images)
+        # A pruner of fixed positions decides the same among fewer patches: anew is once more.
+        if attached is not None and selection == "free" and not attached.pruner.fixed:
+            self.free = attached.pruner
+        elif attached is not None:
+            self.decisions = record(self.model, images, Tape(), masked=True).decisions
+
+    def _paint(self, images: Tensor, selection: str, mean: Any, std: Any) -> None:
+        """Make what pixels are painted with, and know what a pruner decided on the clean images."""
+        scale = normalisation(self.model, mean, std) if self.removal == "black" else (None, None)
+        self.images, self.substrate = images, substrate(images, self.removal, *scale)
+        self.tokens, self.grid = embed(self.model, images[:1])
+        self.masked, self.replayed = False, selection == "frozen" and bool(own_pruners(self.model))
+        if self.replayed:
+            state = record(self.model, images, Tape())
+            self.decisions, self.masked = state.decisions, state.masked
 
     @torch.no_grad()
     def __call__(self, coalitions: Tensor) -> Tensor:
@@ -102,10 +173,10 @@ class Removal:
             PrunexError: For coalitions of another shape or type.
         """
         b, m, p = (*coalitions.shape, 0, 0, 0)[:3]
-        if coalitions.ndim != 3 or coalitions.dtype != torch.bool or (b, p) != (len(self.tokens), self.players):
+        if coalitions.ndim != 3 or coalitions.dtype != torch.bool or (b, p) != (self.batch, self.players):
             raise PrunexError(
                 f"coalitions are {coalitions.dtype} {list(coalitions.shape)}: give bool "
-                f"[{len(self.tokens)}, M, {self.players}], images, coalitions, patches"
+                f"[{self.batch}, M, {self.players}], images, coalitions, patches"
             )
         present = coalitions.to(self.tokens.device).reshape(b * m, p)
         return self.rows(torch.arange(b, device=present.device).repeat_interleave(m), present).unflatten(0, (b, m))
@@ -113,6 +184,8 @@ class Removal:
     @torch.no_grad()
     def rows(self, image: Tensor, present: Tensor) -> Tensor:
         """Values of coalitions of any images: float64 [R, C] for image int64 [R] and present bool [R, P].
+
+        Where pixels are painted ``present`` may be of pixels, bool [R, H * W].
 
         Raises:
             PrunexError: Where nothing is asked.
@@ -128,7 +201,7 @@ class Removal:
 
     def _groups(self, sizes: Tensor) -> list[Tensor]:
         """Rows that share a forward: of one size where tokens leave, and never more than ``chunk``."""
-        if self.removal == "mask":
+        if self.painted or self.removal == "mask":
             return list(torch.arange(len(sizes), device=sizes.device).split(self.chunk))
         order = sizes.argsort(stable=True)
         counts = sizes.bincount()
@@ -136,11 +209,14 @@ class Removal:
 
     def _logits(self, image: Tensor, present: Tensor) -> Tensor:
         """One forward of R sequences: [R, classes] for present bool [R, P], of equal sizes where tokens leave."""
+        if self.painted:
+            pictures = torch.where(self._pixels(present), self.images[image], self.substrate[image])
+            return self._logits_of(pictures, image)
         if self.removal == "mask":
             return masked(self.model, self.tokens[image], self.grid, present, self.decisions, image)
         prefix, count = self.anatomy.prefix, int(present[0].sum())
-        if self.adaptive is not None and count:
-            return resume(self.model, self.tokens[image], self.grid, (Absent(present), self.adaptive))
+        if self.free is not None and count:
+            return resume(self.model, self.tokens[image], self.grid, (Absent(present), self.free))
         # Decisions meant for all patches, and a head with nothing to pool, need one absent patch's slot to point to.
         spare = int(count < self.players and (bool(self.decisions) or (count == 0 and not self.anatomy.readers)))
         slots = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : count + spare]
@@ -154,6 +230,21 @@ class Removal:
             1, slots, torch.arange(slots.shape[1], device=x.device).expand(len(x), -1)
         )
         return masked(self.model, x, grid, there, self.decisions, image, place, places)
+
+    def _pixels(self, present: Tensor) -> Tensor:
+        """Patches [r, P], or pixels [r, H * W], as pixels [r, 1, H, W]; pixels beyond the grid, never seen, stay."""
+        height, width = self.images.shape[2:]
+        if present.shape[1] == height * width:
+            return present.view(-1, 1, height, width)
+        down, right = self.anatomy.patch
+        fine = present.unflatten(1, self.grid).repeat_interleave(down, 1).repeat_interleave(right, 2)
+        fine = fine[:, :height, :width]
+        return F.pad(fine, (0, width - fine.shape[2], 0, height - fine.shape[1]), value=True).unsqueeze(1)
+
+    def _logits_of(self, pictures: Tensor, image: Tensor) -> Tensor:
+        """One forward of painted images [R, C, H, W], each made of one of the clean ones: [R, classes]."""
+        decides: Sequence[Pruner] = [Replay(self.decisions, image)] if self.replayed else own_pruners(self.model)
+        return resume(self.model, embed(self.model, pictures)[0], self.grid, decides, masked=self.masked)
 
 
 def masked(
@@ -198,7 +289,7 @@ class _Frozen:
             if not isinstance(d.answer, One):
                 raise PrunexError(
                     f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
-                    "let the pruner decide anew with selection='adaptive' ('free' in metrics)"
+                    "let the pruner decide anew with selection='free'"
                 )
 
     def rows(self) -> frozenset[int]:

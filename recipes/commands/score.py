@@ -49,7 +49,7 @@ from prunex.recipes.runs import (
 )
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
-from prunex.removal.occlusion import REMOVALS
+from prunex.removal.game import ROUTES
 from prunex.untrusted import is_there
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import embed
@@ -115,7 +115,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--masks", metavar="DIR", help="their masks, <class>/<image's stem>.png; default DIR/masks")
     parser.add_argument("--models", help="dense, slim, or both with a comma; default what there is")
     parser.add_argument(
-        "--removal", choices=REMOVALS, help="how patches leave; default black for perturbation, drop for curves"
+        "--removal", choices=ROUTES, help="how patches leave; default black for perturbation, drop for curves"
     )
     parser.add_argument(
         "--target",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunex.metrics.scoring import columns
 from prunex.pictures.arrays import save_npz
 from prunex.recipes.runs import token_pruning
-from prunex.removal.occlusion import REMOVALS
+from prunex.removal.game import ROUTES
 from prunex.untrusted import read_npz
 
 
@@ -138,7 +138,7 @@ class Record:
 
 def _stored(name: str, key: str) -> str:
     """The array of a metric's values: one each for ways to take patches away that were asked for."""
-    return f"{name}@{key}" if key in REMOVALS else name
+    return f"{name}@{key}" if key in ROUTES else name
 
 
 def digest(model: nn.Module) -> str:

@@ -85,7 +85,7 @@ def test_dropping_equals_masking_on_pruned_models(family, pruner):
         z = drawn(3, 20, dropped.players)
         frozen = dropped(z)
         assert largest(frozen, hidden(z)) < 1e-13
-        adaptive = Removal(model, x, selection="adaptive")(z)
+        adaptive = Removal(model, x, selection="free")(z)
         with torch.no_grad():
             clean = score(model(x), "probability")
         for values in (frozen, adaptive):
@@ -153,7 +153,7 @@ def test_the_adaptive_game_decides_among_the_patches_there(pruner):
     there = torch.zeros(2, 1, 9, dtype=torch.bool)
     there[:, 0, 3:6] = True  # the middle row
     with attach(model, pruner, keep_ratio=0.4) as pruning:
-        value = Removal(model, x, selection="adaptive", output="logit")(there)[:, 0]
+        value = Removal(model, x, selection="free", output="logit")(there)[:, 0]
         narrow = small("no_pos_embed", size=(8, 24))
         narrow.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("prunex.")})
         with attach(narrow, pruner, keep_ratio=0.4) as theirs, torch.no_grad():

@@ -1,6 +1,8 @@
 """The mean over images in several processes, and what a metric is registered as."""
 
+import copy
 import math
+import pickle
 import socket
 
 import pytest
@@ -151,3 +153,23 @@ def test_a_process_that_saw_nothing_sends_nothing_of_the_right_kind():
     metric._sync_dist(dist_sync_fn=gather)
     assert [t.dtype for t in sent if t.shape == (0, 2)] == [torch.float64]
     assert metric.values().equal(other)
+
+
+def test_generated_classes_are_pickled_copied_and_told():
+    maps, masks = data()
+    metric = PointingGame(1.5, keep=True)
+    metric.update(maps, masks)
+    for again in (pickle.loads(pickle.dumps(metric)), copy.deepcopy(metric)):
+        assert isinstance(again, PointingGame)
+        assert (again.tolerance, again.keep, type(again)) == (1.5, True, PointingGame)
+        assert torch.equal(again.compute(), metric.compute())
+        again.update(maps, masks)
+        assert int(again.count) == 2 * int(metric.count)
+    for made in (PointingGame, EqualAreaIoU):
+        assert getattr(prunex.metrics, made.__name__) is made
+        assert made.__doc__.startswith(f"Mean over images of :func:`{made.function.__name__}`. ")
+        assert ">>>" not in made.__doc__
+    with pytest.raises(TypeError, match="too many"):
+        PointingGame(1, True, 2)
+    with pytest.raises(prunex.PrunexError, match="unknown option of PointingGame 'tolerence': did you mean"):
+        PointingGame(tolerence=2)

@@ -41,8 +41,8 @@ from prunex.metrics import (
 )
 from prunex.metrics.curves import curves_of
 from prunex.metrics.faithfulness import ERASER, logarithmic_sizes, saco_of
+from prunex.metrics.occlusion import Occlusion
 from prunex.removal.coalitions import of_sizes, seeded
-from prunex.removal.occlusion import Occlusion
 from tests.metrics.models import MEAN, PRUNED, STD, constant, linear, pruned, shares, without
 from tests.vits import assert_same_state, images, largest, quick, randomise, state_of, tiny
 

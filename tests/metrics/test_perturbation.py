@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import prunex
 from prunex import PrunexError
 from prunex.metrics import PerturbationAUC, perturbation, perturbation_auc, perturbation_maximum
-from prunex.removal.occlusion import Occlusion
+from prunex.metrics.occlusion import Occlusion
+from prunex.removal.game import Removal
 from tests.metrics.models import MEAN, PRUNED, STD, dropped, painted, pruned, sighted
 from tests.vits import assert_same_state, images, largest, state_of, tiny
 
@@ -96,13 +97,13 @@ def test_random_maps_leave_both_orders_alike_but_for_chance():
 def test_altered_pixels_are_counted_exactly_and_nested(monkeypatch):
     model, x, maps = case(2)
     seen = []
-    logits = Occlusion._logits
+    logits = Removal._logits_of
 
     def spy(self, altered, image):
         seen.extend(zip(image.tolist(), altered, strict=True))
         return logits(self, altered, image)
 
-    monkeypatch.setattr(Occlusion, "_logits", spy)
+    monkeypatch.setattr(Removal, "_logits_of", spy)
     found = perturbation(model, x, maps, removal="black", mean=(9, 9, 9), std=(1, 1, 1))  # no pixel is black already
     assert found.removed.tolist() == [int(1024 * q) for q in STEPS]
     assert [int(50176 * q) for q in STEPS][1:3] == [5017, 10035]

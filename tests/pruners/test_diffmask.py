@@ -298,7 +298,7 @@ def test_removal_games_of_both_routes_agree(count, removal, family):
     assert largest(dropped, masked) < 1e-9
     with torch.no_grad():
         assert largest(dropped[:, 0], model(x).softmax(1)) < 1e-9
-    adaptive = Removal(model, x, selection="adaptive")(coalitions)
+    adaptive = Removal(model, x, selection="free")(coalitions)
     assert torch.isfinite(adaptive).all()
     assert largest(adaptive[:, 0], dropped[:, 0]) < 1e-9
 

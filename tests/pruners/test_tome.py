@@ -325,7 +325,7 @@ def test_frozen_merges_among_fewer_patches(family):
         assert largest(values[0], values[1]) < 1e-10
         assert largest(values[0][:, 0], model(x)) < 1e-10
         assert torch.isfinite(values[0]).all()
-        adaptive = Removal(model, x, selection="adaptive", output="logit")(coalitions)
+        adaptive = Removal(model, x, selection="free", output="logit")(coalitions)
         assert largest(adaptive[:, 0], model(x)) < 1e-10
 
 

@@ -1,0 +1,167 @@
+"""What a model makes of images with patches or pixels taken away: the questions that faithfulness metrics ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunex.checks import check_choice
+from prunex.errors import PrunexError
+from prunex.metrics.checks import check_maps
+from prunex.removal.game import OUTPUTS, ROUTES, SELECTIONS, Output, Removal, RemovalOptions, score
+from prunex.vit.anatomy import ViT, check_images, find
+from prunex.vit.aside import as_found
+from prunex.vit.embedding import over_pixels
+from prunex.vit.forward import own_anatomy
+from prunex.vit.methods import check_methods
+from prunex.vit.recording import choose_target, rounded
+
+BITS = 40  # of an interpolated value that count
+ULPS = 32  # by so many units in the last place a score may differ where nothing else does
+
+
+class Occlusion:
+    """A model and a batch of images, asked what is left of the prediction when parts are taken away.
+
+    Gradients are off; the model answers in eval mode, and its flags and the trace of its last training forward stay.
+
+    Args:
+        model: A supported ViT, pruned or dense, or a module that holds exactly one.
+        images: float [B, C, H, W], normalised as the model expects.
+        **options: See :class:`prunex.removal.game.RemovalOptions`.
+
+    Attributes:
+        clean: float64 [B, classes], logits of the whole images, by the same route.
+        grid: Patch grid.
+        size: Height and width in pixels.
+
+    Raises:
+        PrunexError: For an option that is none of these, images the model cannot take, or a model without classifier.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, **options: Unpack[RemovalOptions]) -> None:
+        options = {"selection": "free", **options}
+        check_choice("removal", options.get("removal", "drop"), ROUTES)
+        check_choice("selection", options["selection"], SELECTIONS)
+        vit: ViT = find(model)[1]
+        check_methods(vit)
+        anatomy = own_anatomy(vit)
+        check_images(anatomy, images, values=True)
+        if isinstance(vit.head, nn.Identity):
+            raise PrunexError("this model has no classifier (num_classes=0): removing patches changes no class score")
+        weight = next(vit.parameters())
+        self.model, self.images = vit, images.detach().to(weight.device, weight.dtype)
+        self.size, self.patch = (images.shape[2], images.shape[3]), anatomy.patch
+        with as_found(vit, train=False), torch.no_grad():
+            self.game = Removal(vit, self.images, output="logit", **options)
+            self.grid, self.patches = self.game.grid, self.game.players
+            nothing = torch.zeros(len(images), self.patches, dtype=torch.bool, device=weight.device)
+            self.clean = self.game.rows(torch.arange(len(images), device=weight.device), ~nothing)
+
+    def __call__(self, image: Tensor, removed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits of R altered images.
+
+        Args:
+            image: int64 [R], which image each is made of.
+            removed: From row numbers int64 [r] to what is taken away in them: bool [r, P] patches, or [r, H * W] pixels
+                where pixels are painted.
+
+        Returns:
+            float64 [R, classes].
+        """
+        if not len(image):
+            return self.clean[:0]
+        rows = torch.arange(len(image), device=self.images.device)
+        # Rows whose tokens leave are sorted by how many are left, all at once; of pixels a table of all is too large.
+        parts = rows.split(self.game.chunk) if self.game.painted else (rows,)
+        with as_found(self.model, train=False), torch.no_grad():
+            return torch.cat([self.game.rows(image[part], ~removed(part)) for part in parts])
+
+
+class ClassOcclusion(Occlusion):
+    """The class's score f of altered images, and the maps that say what to alter.
+
+    Attributes:
+        score: float64 [B], f(x).
+        maps: As given, in at least float32.
+        values: float [B, P], one a patch.
+        forwards: Altered images the model has seen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        maps: Tensor,
+        target: int | Tensor | None = None,
+        *,
+        output: Output = "probability",
+        **options: Unpack[RemovalOptions],
+    ) -> None:
+        self.output, self.forwards = check_choice("output", output, OUTPUTS), 0
+        super().__init__(model, images, **options)
+        self.maps = check_maps(maps, self.images, self.grid)
+        self.values = on_patches(self.maps, self.grid, self.patch)
+        self.target = choose_target(self.clean, target)
+        self.bad = self.maps.flatten(1).isnan().any(1)
+        self.score = self._of_class(self.clean, torch.arange(len(self.maps), device=self.maps.device))
+
+    def of_rows(self, image: Tensor, removed: Callable[[Tensor], Tensor], count: Tensor) -> Tensor:
+        """F of rows [R], each of one image [R] with ``count`` [R] units gone; rows without any are the clean image."""
+        scores = self.score[image]
+        rows = count.nonzero()[:, 0]
+        if len(rows):
+            mine = image[rows]
+            scores[rows] = self._of_class(self(mine, lambda part: removed(rows[part])), mine)
+            self.forwards += len(rows)
+        return scores
+
+    def of_sets(self, image: Tensor, removed: Tensor) -> Tensor:
+        """F of sets of patches gone, bool [R, P]; none is asked of an image twice."""
+        code = torch.cat([image[:, None].to(torch.int32), removed.to(torch.int32)], 1)
+        one, again = code.unique(dim=0, return_inverse=True)
+        sets = one[:, 1:].bool()
+        return self.of_rows(one[:, 0].long(), lambda part: sets[part], sets.sum(1))[again]
+
+    def lost(self, after: Tensor) -> Tensor:
+        """f(x) less f of altered images [B, K], float64; what the model's rounding alone keeps apart is made equal.
+
+        Else a model that does not depend on what was removed would be judged by its last bits, which other images in
+        the batch may change.
+        """
+        info = torch.finfo(self.images.dtype)
+        most = torch.maximum(self.score.abs(), after.abs().amax(1))[:, None]
+        unit = most * info.eps * (ULPS if info.bits >= 32 else 1)
+        steps = (self.score[:, None] - after) / unit.where(unit > 0, 1)
+        return torch.where(unit > 0, steps.round() * unit, 0)
+
+    def hide(self, values: Tensor) -> Tensor:
+        """NaN for images with NaN in their map; values [B] or [B, ...]."""
+        return values.masked_fill(self.bad.view(-1, *[1] * (values.ndim - 1)), torch.nan)
+
+    def _of_class(self, logits: Tensor, image: Tensor) -> Tensor:
+        return score(logits, self.output).gather(1, self.target[image, None])[:, 0]
+
+
+def on_patches(maps: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """One value a patch, [B, P]: pixel maps by the mean over each patch."""
+    if tuple(maps.shape[1:]) == grid:
+        return maps.flatten(1)
+    seen = maps[:, None, : grid[0] * patch[0], : grid[1] * patch[1]]
+    return F.avg_pool2d(seen, patch, ceil_mode=True).flatten(1)
+
+
+def on_pixels(maps: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """One value a pixel, [B, H * W]: maps of patches bilinearly, as an explanation's ``upsample``, but in float64.
+
+    Interpolated values lose their last bits: in a region of equal patches pixels are equal, not ordered by rounding.
+    """
+    if tuple(maps.shape[1:]) == size:
+        return maps.flatten(1)
+    covered = (maps.shape[1] * patch[0], maps.shape[2] * patch[1])
+    fine = over_pixels(maps.double(), size, covered).flatten(1)
+    return rounded(fine, BITS)

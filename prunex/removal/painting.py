@@ -1,0 +1,70 @@
+"""Pixels painted over: what takes the place of parts of an image that are to be gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunex.errors import PrunexError
+
+PAINTS = ("black", "grey", "mean", "blur")
+KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
+
+
+def substrate(images: Tensor, removal: str, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """What painted pixels become: [B, C, H, W], or what broadcasts to it for one colour an image.
+
+    Args:
+        images: float [B, C, H, W], normalised.
+        removal: "black" (0 before normalisation), "grey" (0 after it), "mean" (the image's own colour) or "blur".
+        mean: Of the normalisation, [C, 1, 1]; for "black".
+        std: Likewise.
+
+    >>> substrate(torch.ones(1, 1, 2, 2), "black", torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25)).unique()
+    tensor([-2.])
+    """
+    if removal == "black":
+        return (-torch.as_tensor(mean) / torch.as_tensor(std)).to(images).expand_as(images)
+    if removal == "grey":
+        return torch.zeros_like(images)
+    if removal == "mean":
+        return images.mean((2, 3), keepdim=True).expand_as(images)
+    return blurred(images)
+
+
+def blurred(images: Tensor) -> Tensor:
+    """A Gaussian blur of kernel 11 and sigma 5, border pixels repeated outwards: [B, C, H, W]."""
+    half = KERNEL // 2
+    weight = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=images.device, dtype=images.dtype) / SIGMA) ** 2)
+    weight = (weight / weight.sum()).view(1, 1, 1, -1)
+    flat = F.pad(images.flatten(0, 1).unsqueeze(1), (half, half, half, half), mode="replicate")
+    return F.conv2d(F.conv2d(flat, weight), weight.mT).view_as(images)
+
+
+def normalisation(model: Any, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as [C, 1, 1], as given or as the model's ``pretrained_cfg`` says.
+
+    Raises:
+        PrunexError: For what is neither one number nor one a channel, or is not told at all.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels = int(model.patch_embed.proj.in_channels)
+    columns = []
+    for name, value in (("mean", mean), ("std", std)):
+        if value is None:
+            value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+        try:
+            numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
+        except (TypeError, ValueError, RuntimeError):
+            numbers = torch.zeros(0)
+        fits = len(numbers) in (1, channels) and bool(numbers.isfinite().all())
+        if not fits or (name == "std" and bool((numbers <= 0).any())):
+            raise PrunexError(
+                f"{name}={value!r} is not allowed: removal='black' paints 0 before normalisation and needs its {name}, "
+                f"{channels} numbers{' above 0' * (name == 'std')}, from you or the model's pretrained_cfg"
+            )
+        columns.append(numbers.expand(channels).reshape(-1, 1, 1))
+    return columns[0], columns[1]

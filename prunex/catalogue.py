@@ -5,8 +5,9 @@ from __future__ import annotations
 import prunex.explainers
 import prunex.metrics
 import prunex.pruners  # noqa: F401  (importing a room makes its methods known)
+from prunex import registry
 from prunex.errors import unknown
-from prunex.registry import METHODS, Method
+from prunex.registry import Method
 
 
 def methods(kind: str | None = None) -> list[Method]:
@@ -19,7 +20,7 @@ def methods(kind: str | None = None) -> list[Method]:
     >>> [m.name for m in prunex.methods("pruner")][:4]
     ['diffmask', 'dynamicvit', 'evit', 'hvt']
     """
-    kinds = {k for k, _ in METHODS}
+    kinds = {k for k, _ in registry.METHODS}
     if kind is not None and kind not in kinds:
         raise unknown("kind of method", kind, kinds)
-    return sorted((m for (k, _), m in METHODS.items() if kind in (None, k)), key=lambda m: (m.kind, m.name))
+    return sorted((m for (k, _), m in registry.METHODS.items() if kind in (None, k)), key=lambda m: (m.kind, m.name))

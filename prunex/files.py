@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place under a draft's name, then moved there."""
+"""Files and their names: what is there, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 DRAFT = ".draft-"
+
+
+def is_there(path: Path, what: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether a path exists (or what is asked of it); one that no file system takes does not."""
+    try:
+        return what(path)
+    except (OSError, ValueError):  # a name that is too long, a zero byte
+        return False
+
+
+def readable(text: str) -> str:
+    r"""A name as pictures and pages can show it: bytes that are no text, as a file's name may hold, become ``\udcff``.
+
+    >>> readable("ant"), len(readable("\udcff"))
+    ('ant', 6)
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,10 +88,15 @@ def lookup(kind: str, name: str) -> Method:
     Raises:
         PrunexError: When there is none; near names are offered and all are listed.
     """
-    known = [n for k, n in METHODS if k == kind]
-    if not isinstance(name, str) or name not in known:
-        other = [k for k, n in METHODS if n == name]
-        if other:
-            raise PrunexError(f"unknown {kind} {name!r}: it is of kind {other[0]!r}. Known: {', '.join(sorted(known))}")
-        raise unknown(kind, name, known)
+    if not isinstance(name, str) or (kind, name) not in METHODS:
+        raise no_method(kind, name, METHODS)
     return METHODS[kind, name]
+
+
+def no_method(kind: str, name: object, methods: Iterable[tuple[str, str]]) -> PrunexError:
+    """The error for a name that no method of that kind has, from the kinds and names of all methods."""
+    known = sorted(n for k, n in methods if k == kind)
+    others = [k for k, n in methods if n == name]
+    if others:
+        return PrunexError(f"unknown {kind} {name!r}: it is of kind {others[0]!r}. Known: {', '.join(known)}")
+    return unknown(kind, name, known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,6 @@ TEXT_BYTES = 2**26  # of a JSON, CSV or YAML file
 NPZ_BYTES = 2**31  # of all arrays in an npz file, unpacked
 _KINDS = "biufU"  # booleans, numbers, text
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def is_there(path: Path, what: Callable[[Path], bool] = Path.exists) -> bool:
-    """Whether a path exists (or what is asked of it); one that no file system takes does not."""
-    try:
-        return what(path)
-    except (OSError, ValueError):  # a name that is too long, a zero byte
-        return False
-
-
-def readable(text: str) -> str:
-    r"""A name as pictures and pages can show it: bytes that are no text, as a file's name may hold, become ``\udcff``.
-
-    >>> readable("ant"), len(readable("\udcff"))
-    ('ant', 6)
-    """
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_text(path: Path) -> str:

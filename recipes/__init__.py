@@ -1,11 +1,34 @@
 """LightningModule, data modules, command line and report."""
 
-from prunex.recipes.data.digits import DigitScenes
-from prunex.recipes.data.folder import ImageFolder
-from prunex.recipes.modules.classifier import ImageClassifier
-from prunex.recipes.modules.diffmask import DiffMask
-from prunex.recipes.modules.vit_shapley import ViTShapley
-from prunex.recipes.report.callback import RunReport
-from prunex.recipes.report.page import write_report
+from typing import TYPE_CHECKING
+
+from prunex.lazy import later
 
 __all__ = ["DiffMask", "DigitScenes", "ImageClassifier", "ImageFolder", "RunReport", "ViTShapley", "write_report"]
+
+if TYPE_CHECKING:
+    from prunex.recipes.data.digits import DigitScenes
+    from prunex.recipes.data.folder import ImageFolder
+    from prunex.recipes.modules.classifier import ImageClassifier
+    from prunex.recipes.modules.diffmask import DiffMask
+    from prunex.recipes.modules.vit_shapley import ViTShapley
+    from prunex.recipes.report.callback import RunReport
+    from prunex.recipes.report.page import write_report
+else:
+    # The command line lies in this package, and says what it is without torch.
+    __getattr__ = later(
+        __name__,
+        {
+            "DigitScenes": "data.digits",
+            "ImageFolder": "data.folder",
+            "ImageClassifier": "modules.classifier",
+            "DiffMask": "modules.diffmask",
+            "ViTShapley": "modules.vit_shapley",
+            "RunReport": "report.callback",
+            "write_report": "report.page",
+        },
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

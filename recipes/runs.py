@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -12,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
@@ -26,12 +24,13 @@ from prunex.callbacks.checkpoints import read_checkpoint, restore, told
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.record import RECORD, read_record
 from prunex.errors import PrunexError
-from prunex.files import write_whole
+from prunex.files import is_there, write_whole
+from prunex.recipes.given import check_folder, check_model
 from prunex.recipes.modules.backbone import create_model, model_from_weights
 from prunex.recipes.modules.explainer_training import ExplainerTraining
-from prunex.recipes.report.curves import macs_unit
+from prunex.recipes.tables import line, macs_column, share
 from prunex.recipes.timing import quartiles, side_by_side
-from prunex.untrusted import is_there, read_text
+from prunex.untrusted import read_text
 from prunex.vit.anatomy import find, head_classes
 from prunex.vit.mount import mounted
 from prunex.vit.surroundings import warn_of_the_rest
@@ -48,48 +47,48 @@ def read_run(run: str | Path) -> dict[str, Any]:
     """
     config = config_of(run)
     if not config:
-        what = "model and data in its" if (Path(run) / "config.yaml").is_file() else ""
-        raise PrunexError(f"{run} has no {f'{what} config.yaml'.strip()}: give a run folder that prunex fit wrote")
+        lacks = "model and data in its config.yaml" if (Path(run) / "config.yaml").is_file() else "config.yaml"
+        raise PrunexError(f"{run} has no {lacks}: give a run folder that prunex fit wrote")
     return config
 
 
 def config_of(run: str | Path) -> dict[str, Any]:
-    """What :func:`read_run` gives, and nothing for a run of one's own script.
-
-    Raises:
-        PrunexError: When it is no folder, or its config.yaml is damaged.
-    """
-    folder = Path(run)
-    path = folder / "config.yaml"
-    if not is_there(folder, Path.is_dir):
-        raise PrunexError(f"{run} is no folder: give a run folder, such as runs/digits-dynamicvit/version_0")
+    """What :func:`read_run` gives, and nothing for a run of one's own script."""
+    path = check_folder(run) / "config.yaml"
     if not path.is_file():
         return {}
     try:
         config = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that YAML reads and Python cannot
         raise PrunexError(f"{path} is damaged: {error}") from error
-    parts = [config.get(key) for key in ("model", "data")] if isinstance(config, dict) else [None]
-    whole = all(isinstance(part, dict) and isinstance(part.get("class_path"), str) for part in parts)
-    return config if whole else {}
+    sections = [config.get(key) for key in ("model", "data")] if isinstance(config, dict) else [None]
+    return config if all(isinstance(s, dict) and isinstance(s.get("class_path"), str) for s in sections) else {}
 
 
 def home(where: str | Path) -> Path:
     """The folder of a run's results: that of the run which a slim model says it is of, else the folder itself."""
     folder = Path(where)
     around = folder.parent if folder.name == "slim" else folder
-    told = read_record(around).get("run")
-    if isinstance(told, str) and is_there(Path(told), Path.is_dir):
-        return Path(told)
+    run = read_record(around).get("run")
+    if isinstance(run, str) and is_there(Path(run), Path.is_dir):
+        return Path(run)
     inside = any((around / name).is_file() for name in ("config.yaml", "metrics.csv", RECORD))
     return around if inside else folder
 
 
 def slim_folder(where: Path) -> Path | None:
     """Where the slim model of a run lies: the folder itself, its slim/, or where SlimExport says; None: nowhere."""
-    told = read_record(where).get("slim")
-    known = [where, where / "slim", *([Path(told)] if isinstance(told, str) else [])]
-    return next((folder for folder in known if is_there(folder / "config.json", Path.is_file)), None)
+    elsewhere = read_record(where).get("slim")
+    folders = [where, where / "slim", *([Path(elsewhere)] if isinstance(elsewhere, str) else [])]
+    return next((folder for folder in folders if is_there(folder / "config.json", Path.is_file)), None)
+
+
+def run_of(where: Path) -> Path | None:
+    """The run folder that a path is, or lies in."""
+    for folder in (where, where.parent, where.parent.parent) if is_there(where) else ():
+        if (folder / "config.yaml").is_file():
+            return folder
+    return None
 
 
 def open_model(where: str | Path) -> nn.Module:
@@ -117,104 +116,61 @@ def open_model(where: str | Path) -> nn.Module:
     if slim is not None:
         return prunex.load(slim)
     config = read_run(path)
-    found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not found:
+    checkpoints = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not checkpoints:
         raise PrunexError(f"{path} has neither a slim model nor a checkpoint: train with prunex fit first")
-    return _from_checkpoint(config, found[-1])
-
-
-def run_of(where: Path) -> Path | None:
-    """The run folder that a path is, or lies in."""
-    for folder in (where, where.parent, where.parent.parent) if is_there(where) else ():
-        if (folder / "config.yaml").is_file():
-            return folder
-    return None
+    return _from_checkpoint(config, checkpoints[-1])
 
 
 def open_model_or_name(
     where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """What `open_model` opens, or a timm model by name with weights from a file.
+    """What `open_model` opens, or a timm model by name: with weights from a file, or its own, downloaded.
 
     Args:
         where: A path as for `open_model`, or a name known to ``timm.list_models()``.
         weights: Path of a safetensors file with timm's names, for a timm model.
         image_size: Side of the square images in pixels, for a timm model; None: what its weights were trained for.
-        pretrained: Download timm's weights; needs a network.
-
-    Returns:
-        The model, in eval mode.
+        pretrained: Download timm's weights.
 
     Raises:
         PrunexError: When there is nothing to open, weights do not fit, or a timm model is named without weights.
     """
+    check_model(where, weights, image_size, pretrained)
     if is_there(Path(where)):
-        given = {"--weights": weights, "--img-size": image_size, "--pretrained": pretrained or None}
-        for name, value in given.items():
-            if value is not None:
-                raise PrunexError(f"{name} goes with a timm model name, and {where} is a path: leave it out")
         return open_model(where)
     if weights is not None:
         return model_from_weights(where, weights, image_size)
-    if pretrained:
-        return create_model(where, None, None if image_size is None else {"img_size": image_size}, True).eval()
-    if timm.is_model(where.split(".")[0]):
-        raise PrunexError(
-            f"{where} is a timm model name without weights: give --weights FILE.safetensors (nothing is downloaded "
-            "unless --pretrained asks for it)"
-        )
-    raise PrunexError(
-        f"{where} is neither a path nor a timm model name: give a run folder, such as "
-        "runs/digits-dynamicvit/version_0, a slim folder, a checkpoint, or a timm model name with --weights FILE"
-    )
-
-
-def add_normalisation(parser: Any) -> None:
-    """The arguments ``--mean`` and ``--std``, for :func:`renormalise`."""
-    for name in ("mean", "std"):
-        what = "standard deviation" if name == "std" else name
-        parser.add_argument(
-            f"--{name}",
-            type=float,
-            nargs="+",
-            metavar="X",
-            help=f"{what} that the model's images are normalised by, of each channel (0..1); default what it says",
-        )
-
-
-def add_range(parser: Any) -> None:
-    """The argument ``--range``, for :func:`~prunex.recipes.data.images.choose_range`."""
-    parser.add_argument(
-        "--range",
-        type=int,
-        metavar="MAX",
-        help="largest value of pixels of 16 bits, such as 4095 for 12; default the smallest that holds all images",
-    )
+    return create_model(where, None, None if image_size is None else {"img_size": image_size}, True).eval()
 
 
 def renormalise(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Say by what a model's images are normalised, where it does not itself: in its ``pretrained_cfg``.
-
-    Args:
-        model: A supported ViT, or a module that holds one.
-        mean: A number a channel, or one for all; None leaves what is there.
-        std: Likewise, above 0.
+    """Say in a model's ``pretrained_cfg`` by what its images are normalised: a number a channel, or one for all.
 
     Raises:
-        PrunexError: For another number of numbers, or a spread that is none.
+        PrunexError: For another number of numbers.
     """
     vit: Any = find(model)[1]
     channels = vit.patch_embed.proj.in_channels
-    told = {}
+    chosen = {}
     for name, values in (("mean", mean), ("std", std)):
         if values is None:
             continue
-        if len(values) not in (1, channels) or not all(math.isfinite(v) for v in values):
+        if len(values) not in (1, channels):
             raise PrunexError(f"--{name} {' '.join(map(str, values))} is not allowed: give {channels} numbers, or one")
-        told[name] = tuple(values) * (channels if len(values) == 1 else 1)
-    if min(told.get("std", (1.0,))) <= 0:
-        raise PrunexError(f"--std {' '.join(map(str, told['std']))} is not allowed: give numbers above 0")
-    vit.pretrained_cfg = {**dict(getattr(vit, "pretrained_cfg", None) or {}), **told}
+        chosen[name] = tuple(values) * (channels if len(values) == 1 else 1)
+    vit.pretrained_cfg = {**dict(getattr(vit, "pretrained_cfg", None) or {}), **chosen}
+
+
+def to_device(name: str | None, models: Iterable[nn.Module]) -> torch.device:
+    """Bring models to a device (None: a GPU where there is one), as float32, which images are."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for model in models:
+            model.to(device).float()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
+        raise PrunexError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
@@ -235,15 +191,18 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
 def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
     """The model with its data's class names and normalisation, which a slim folder holds and a checkpoint does not."""
     data = instantiate(LightningDataModule, spec)
-    model.label_names = class_names([data], head_classes(model), warn=_silent) or []
+    # Data that are not there any more tell no names, and training has warned of names that do not fit.
+    model.label_names = class_names([data], head_classes(model), warn=lambda text: None) or []
     pair = read_normalisation([data], model.patch_embed.proj.in_channels)
     said = {} if pair is None else {"mean": pair[0], "std": pair[1]}
     model.pretrained_cfg = {**dict(getattr(model, "pretrained_cfg", None) or {}), **said}
     return model
 
 
-def _silent(text: str) -> None:
-    """The data need not be there any more, and then tell no names; training has warned of others that do not fit."""
+def deny_imports() -> None:
+    """Have jsonargparse refuse configs that name parts of Python which run commands or touch files, where it can."""
+    if "import_path_denylist" in inspect.signature(set_parsing_settings).parameters:
+        set_parsing_settings(import_path_denylist=[])  # its own list, which otherwise only warns
 
 
 def instantiate(base: type, spec: dict[str, Any]) -> Any:
@@ -252,6 +211,7 @@ def instantiate(base: type, spec: dict[str, Any]) -> Any:
     Raises:
         PrunexError: When the class or its arguments are not as the config says.
     """
+    deny_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "part")
     try:
@@ -259,12 +219,8 @@ def instantiate(base: type, spec: dict[str, Any]) -> Any:
     except PrunexError:
         raise
     except Exception as error:  # jsonargparse reports what it finds in several classes of its own
-        raise PrunexError(f"cannot make {spec.get('class_path')} of the config: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, or its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise PrunexError(f"cannot make {spec.get('class_path')} of the config: {reason}") from error
 
 
 def open_data(run: str | Path) -> LightningDataModule:
@@ -316,31 +272,11 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
     return measured
 
 
-def images_per_second(
-    models: list[nn.Module], batch: int = 32, seconds: float = 1.0
-) -> list[tuple[float, float, float]]:
-    """Throughput of models that take turns in one process, round after round.
-
-    Args:
-        models: Backbones taking the same images.
-        batch: Images in one forward.
-        seconds: Measured time for each model, at least five rounds.
-
-    Returns:
-        For each model the lower quartile, the median and the upper quartile of images a second over the rounds.
-    """
-    images = noise(models[0], batch)
-    calls = [(str(i), partial(forward, model, images)) for i, model in enumerate(models)]
-    timings = side_by_side(calls, images.device.type, 0, seconds * len(models), least=5)
-    return [quartiles([1e3 * batch / ms for ms in t.own]) for t in timings]
-
-
 def noise(model: nn.Module, batch: int) -> Tensor:
     """Random images as a model takes them, [batch, C, H, W]."""
     embed: Any = find(model, kinds=Backbone)[1].patch_embed
-    weight = next(model.parameters())
     size = (batch, embed.proj.weight.shape[1], *embed.img_size)
-    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weight)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
 
 
 def forward(model: nn.Module, images: Tensor) -> Any:
@@ -350,37 +286,37 @@ def forward(model: nn.Module, images: Tensor) -> Any:
 
 
 def compare(
-    models: dict[str, nn.Module], batches: Iterable[Any], accuracy: bool | set[str] = True, limit: int | None = None
+    models: dict[str, nn.Module], batches: Iterable[Any], evaluated: set[str], limit: int | None = None
 ) -> dict[str, Any]:
-    """What :func:`prunex.recipes.report.page.write_report` shows in its cost table.
+    """Cost, speed and accuracy of models that take turns in one process: what the report's cost table shows.
 
     Args:
         models: ViTs by the name to show.
         batches: Validation batches, walked once for each model.
-        accuracy: Whether to evaluate them, or the names of those to evaluate.
+        evaluated: Names of those whose accuracy is measured.
         limit: Look at no more than this many batches.
 
     Returns:
-        ``{"machine": str, "rows": [...]}`` in plain values.
+        ``{"machine": str, "rows": [...]}`` in plain values; images a second with their quartiles over the rounds.
     """
-    speeds = images_per_second(list(models.values()))
+    batch, first = 32, next(iter(models.values()))
+    images = noise(first, batch)
+    calls = [(name, partial(forward, model, images)) for name, model in models.items()]
+    timings = side_by_side(calls, images.device.type, 0, seconds=float(len(models)), least=5)
     rows = []
-    for (name, model), (low, speed, high) in zip(models.items(), speeds, strict=True):
+    for (name, model), timing in zip(models.items(), timings, strict=True):
+        low, speed, high = quartiles([1e3 * batch / ms for ms in timing.own])
         cost = prunex.cost(model)
         row: dict[str, Any] = {"model": name, "gmacs": cost.gmacs, "params_m": cost.params / 1e6}
         row |= {"images_per_s": speed, "images_per_s_low": low, "images_per_s_high": high}
-        if accuracy is True or (isinstance(accuracy, set) and name in accuracy):
+        if name in evaluated:
             row |= evaluate(model, batches, limit)
         rows.append(row)
-    return {"machine": machine(next(next(iter(models.values())).parameters())), "rows": rows}
-
-
-def machine(weight: Tensor) -> str:
-    """Where something was measured, in one line."""
-    where = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"{os.cpu_count()} CPU cores"
-    threads = f"{torch.get_num_threads()} threads, " if not weight.is_cuda else ""
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return f"{where} ({platform.machine()}), {threads}{dtype}, batch 32, torch {torch.__version__}"
+    where = torch.cuda.get_device_name(images.device) if images.is_cuda else f"{os.cpu_count()} CPU cores"
+    threads = "" if images.is_cuda else f"{torch.get_num_threads()} threads, "
+    dtype = str(images.dtype).removeprefix("torch.")
+    how = f"{threads}{dtype}, batch {batch}, torch {torch.__version__}"
+    return {"machine": f"{where} ({platform.machine()}), {how}", "rows": rows}
 
 
 def write_summary(run: str | Path, summary: dict[str, Any]) -> Path:
@@ -396,21 +332,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     dense                    90.0 %                     50.0         0.70        900
     """
     unit, macs = macs_column([r["gmacs"] for r in rows])
-    lines = [f"{'model':<20} {'accuracy':>10} {'object kept':>13} {unit:>10} {'params (M)':>12} {'images/s':>10}"]
+    widths = [-20, 10, 13, 10, 12, 10]
+    lines = [line(["model", "accuracy", "object kept", unit, "params (M)", "images/s"], widths)]
     for r, cost in zip(rows, macs, strict=True):
-        shown = {k: f"{100 * r[k]:.1f} %" if r.get(k) is not None else "" for k in ("accuracy", "kept_digit_cover")}
+        shown = [r["model"], share(r.get("accuracy")), share(r.get("kept_digit_cover")), cost]
         low, high = (r.get(f"images_per_s_{end}") for end in ("low", "high"))
         spread = "" if low is None or high is None else f"  ({low:.0f} to {high:.0f})"
-        numbers = f"{cost:>10} {r['params_m']:>12.2f} {r['images_per_s']:>10.0f}{spread}"
-        lines.append(f"{r['model']:<20} {shown['accuracy']:>10} {shown['kept_digit_cover']:>13} {numbers}")
+        lines.append(line([*shown, f"{r['params_m']:.2f}", f"{r['images_per_s']:.0f}"], widths) + spread)
     return "\n".join(lines)
-
-
-def macs_column(gmacs: Sequence[float]) -> tuple[str, list[str]]:
-    """Multiply-adds of a table in one unit, and that unit.
-
-    >>> macs_column([4.608, 2.99]), macs_column([0.0492])
-    (('GMACs', ['4.61', '2.99']), ('MMACs', ['49.2']))
-    """
-    factor, unit = macs_unit(gmacs)
-    return unit, [f"{factor * g:,.1f}" if unit == "MMACs" else f"{factor * g:,.2f}" for g in gmacs]

@@ -6,7 +6,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # From the ground up. Rooms of one line never meet, but for the ground, which is one.
-GROUND = ["errors", "brief", "checks", "files", "untrusted", "attributes", "batches", "version", "registry", "configs"]
+GROUND = [
+    "errors",
+    "brief",
+    "checks",
+    "files",
+    "untrusted",
+    "attributes",
+    "batches",
+    "version",
+    "registry",
+    "configs",
+    "lazy",
+]
 STOREYS = [
     GROUND,
     ["vit", "pictures"],
@@ -22,6 +34,8 @@ STOREYS = [
     ["recipes"],
 ]
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
+# The rooms of recipes: what is given, its data, its models, its runs, their report, and the commands over all of them.
+RECIPES = [["given", "tables", "timing"], ["data"], ["modules"], ["runs"], ["report"], ["commands"]]
 
 
 def modules() -> dict[str, Path]:
@@ -74,6 +88,20 @@ def test_imports_point_down():
         if room(module) != room(other)
         and STOREY[room(other)] >= STOREY[room(module)]
         and not {room(module), room(other)} <= set(GROUND)
+    ]
+    assert not back
+
+
+def test_imports_of_recipes_point_down():
+    storey = {f"prunex.recipes.{room}": number for number, rooms in enumerate(RECIPES) for room in rooms}
+    inside = [module for module in FILES if module.startswith("prunex.recipes.")]
+    place = {module: ".".join(module.split(".")[:3]) for module in inside}
+    assert set(place.values()) == set(storey)
+    back = [
+        f"{module} -> {other}"
+        for module in inside
+        for other in ARROWS[module] & set(inside)
+        if place[module] != place[other] and storey[place[other]] >= storey[place[module]]
     ]
     assert not back
 

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.files import write_whole
-from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors
+from prunex.files import is_there, write_whole
+from prunex.untrusted import odd_dtypes, read_json, read_tensors
 from prunex.vit.anatomy import Anatomy
 
 VERSION = 1

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from prunex.attach import attach
 from prunex.checks import called_as
 from prunex.errors import PrunexError
-from prunex.files import DRAFT
+from prunex.files import DRAFT, is_there, readable
 from prunex.handles.tokens import Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
 from prunex.slim.slim import slim
-from prunex.untrusted import is_there, odd_dtypes, read_json, read_tensors, readable
+from prunex.untrusted import odd_dtypes, read_json, read_tensors
 from prunex.version import __version__
 from prunex.vit.anatomy import find
 from prunex.vit.cost import cost

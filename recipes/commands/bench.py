@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -27,7 +26,6 @@ import prunex
 from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.files import write_whole
-from prunex.recipes.commands.arguments import Parser
 from prunex.recipes.commands.score_data import spread
 from prunex.recipes.modules.backbone import load_weights
 from prunex.recipes.runs import (
@@ -36,13 +34,13 @@ from prunex.recipes.runs import (
     forward,
     home,
     instantiate,
-    macs_column,
     noise,
     open_data,
     open_model,
     slim_folder,
     token_pruning,
 )
+from prunex.recipes.tables import line, macs_column, share
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find
@@ -57,14 +55,10 @@ RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
 @dataclass
 class Contestant:
-    """One of the models beside each other.
+    """One of the models beside each other, in eval mode.
 
-    Attributes:
-        name: What the tables call it.
-        model: In eval mode.
-        known: Whether its weights are worth evaluating.
-        size: Bytes of its weights as a safetensors file.
-        graph: Its exported ONNX graph, where there is one already.
+    ``known`` says whether its weights are worth evaluating, ``size`` the bytes of its weights as a safetensors file;
+    ``graph`` is its exported ONNX graph, where there is one already.
     """
 
     name: str
@@ -74,65 +68,15 @@ class Contestant:
     graph: Path | None = None
 
 
-@dataclass
-class Bench:
-    """What was measured, in plain values; ``notes`` say what a reader would otherwise have to guess."""
-
-    machine: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    speed: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    conditions: dict[str, Any] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """As ``bench.json`` holds it."""
-        return {
-            "machine": self.machine,
-            **self.conditions,
-            "rows": self.rows,
-            "speed": self.speed,
-            "notes": self.notes,
-        }
-
-
-def bench(arguments: Sequence[str]) -> int:
-    """``prunex bench RUN``: accuracy, cost and measured speed, dense beside slim."""
-    args = _parse(arguments)
+def bench(args: Any) -> int:
+    """Do what ``prunex bench`` was asked for, and give back the exit code."""
     run = home(args.run)
-    found = measure(
+    measured = measure(
         run, args.batches, args.threads, args.seconds, args.device, not args.no_accuracy, args.limit, tell=True
     )
-    print(table(found))
-    print(write_whole(run / BENCH, (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()))
+    print(table(measured))
+    print(write_whole(run / BENCH, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode()))
     return 0
-
-
-def _parse(arguments: Sequence[str]) -> Any:
-    parser = Parser("prunex bench", description="Accuracy, MACs, parameters and images/s, dense beside slim.")
-    parser.add_argument("run", help="run folder, log folder of your own script, or slim folder")
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes to time; default 1 8 32"
-    )
-    parser.add_argument("--threads", type=int, default=None, help="of the processor; default what torch takes")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each batch size and runtime; default 5")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
-    parser.add_argument("--no-accuracy", action="store_true", help="do not evaluate, time alone")
-    parser.add_argument(
-        "--limit", type=int, default=None, metavar="N", help="evaluate on N images alone, evenly spaced"
-    )
-    args = parser.parse_args(arguments)
-    for flag, value in [
-        *(("--batches", b) for b in args.batches),
-        ("--threads", args.threads),
-        ("--limit", args.limit),
-    ]:
-        if value is not None and value < 1:
-            raise PrunexError(f"{flag} {value} is not allowed: give a whole number of at least 1")
-    if not (math.isfinite(args.seconds) and args.seconds >= 0):
-        raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
-    if args.no_accuracy and args.limit is not None:
-        raise PrunexError("--limit goes with evaluating, which --no-accuracy leaves out: give one of them")
-    return args
 
 
 def measure(
@@ -173,46 +117,35 @@ def measure(
         PrunexError: For a folder that is no whole run, a device that is not there, or data that cannot be opened.
     """
     config = config_of(run)
-    place = _device(device)
+    try:
+        place = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PrunexError(f"--device {device} cannot be used ({reason}): give cpu or cuda") from error
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         models, notes = contestants(Path(run), config)
         for contestant in models:
             contestant.model.to(place).requires_grad_(False)
-        found = Bench(chip(device), notes=notes)
-        found.rows = [_row(c) for c in models]
+        rows = [_row(contestant) for contestant in models]
         data = _data(run, accuracy, notes) if config else None
         if not config:
             notes.append("prunex fit did not write this run, so its data are not known: timed on random images")
         if accuracy and data is not None:
-            _evaluate(models, found.rows, data, limit, tell, notes)
+            _evaluate(models, rows, data, limit, tell, notes)
         images = _images(models[0].model, data, max(batches), notes)
-        kinds = ["torch", *_runtimes(device, notes)]
-        with tqdm(total=len(kinds) * len(batches), unit="batch size", disable=not tell) as bar:
-            for kind in kinds:
-                bar.set_description(RUNTIMES[kind])
-                try:
-                    with _calls(kind, models, torch.get_num_threads(), tell) as calls:
-                        for batch in batches:
-                            bar.set_postfix_str(f"batch {batch}")
-                            some = [
-                                (c.name, partial(call, images[:batch])) for c, call in zip(models, calls, strict=True)
-                            ]
-                            timings = side_by_side(some, device, 0, seconds, least=LEAST)
-                            found.speed.append(_speed(kind, batch, timings))
-                            bar.update()
-                except PrunexError as error:
-                    if kind == "torch":
-                        raise
-                    notes.append(f"{RUNTIMES[kind]} is left out: {error}")
-        found.conditions = {
+        speed = _time(models, images, batches, seconds, device, tell, notes)
+        return {
+            "machine": chip(device),
             "device": device,
             "threads": torch.get_num_threads() if place.type == "cpu" else None,
             "dtype": str(images.dtype).removeprefix("torch."),
             "versions": {"prunex": prunex.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+            "rows": rows,
+            "speed": speed,
+            "notes": notes,
         }
-        return found.plain()
     finally:
         torch.set_num_threads(before)
 
@@ -221,53 +154,46 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
     """The dense model first, then the slim one; and what is to be said about them."""
     notes: list[str] = []
     slim = find(open_model(run), kinds=Backbone)[1].eval()
-    pruning, narrow = token_pruning(slim), widths_of(slim) != WidthSpec()
-    gates = prunex.attached(slim, units=True)
+    pruning, gates = token_pruning(slim), prunex.attached(slim, units=True)
+    narrow = widths_of(slim) != WidthSpec()
     folder = slim_folder(run) or run / "slim"
     file, graph = folder / WEIGHTS, folder / "model.onnx"
+    # A graph that is older than the weights is of another training.
     fresh = graph.is_file() and file.is_file() and graph.stat().st_mtime >= file.stat().st_mtime
-    size = file.stat().st_size if file.is_file() else _bytes(slim)
+    rest = (True, file.stat().st_size if file.is_file() else _bytes(slim), graph if fresh else None)
     if not file.is_file():
         notes.append("there is no slim/ in the run folder: its newest checkpoint was taken")
     if pruning is None and gates is None and not narrow:
         notes.append("this run pruned nothing, so there is no slim model beside the dense one")
-        return [Contestant("dense, trained", slim, True, size, graph if fresh else None)], notes
-    parts = [
-        *([pruning.method] if pruning else []),
-        *([gates.method] if gates else [_unit_method(config)] if narrow else []),
-    ]
+        return [Contestant("dense, trained", slim, *rest)], notes
+    methods = [handle.method for handle in (pruning, gates) if handle is not None]
+    if narrow and gates is None:
+        methods.append(_unit_method(config))
     if gates is not None and not gates.removed:
         notes.append(f"units closed by {gates.method} are still in the model: its MACs count them as taken out")
-    name = f"slim: {' + '.join(parts)}"
+    pruned = Contestant(f"slim: {' + '.join(methods)}", slim, *rest)
     if narrow and not config:
         notes.append("the dense model is not known: its weights are gone with the units that were taken out")
-        return [Contestant(name, slim, True, size, graph if fresh else None)], notes
-    if narrow:
-        dense, known = _dense_shape(config, notes)
-    else:
-        dense, known = _detached(slim), True
-    whole = "dense (start)" if narrow else f"dense ({parts[0]} taken off)"
-    return [
-        Contestant(whole, dense, known, _bytes(dense)),
-        Contestant(name, slim, True, size, graph if fresh else None),
-    ], notes
+        return [pruned], notes
+    dense, known = _dense_shape(config, notes) if narrow else (_detached(slim), True)
+    name = "dense (start)" if narrow else f"dense ({methods[0]} taken off)"
+    return [Contestant(name, dense, known, _bytes(dense)), pruned], notes
 
 
 def _unit_method(config: dict[str, Any]) -> str:
     """Which method took units out, as far as the config tells: the model itself knows what is left, not why."""
-    told = ((config.get("model") or {}).get("init_args") or {}).get("unit_pruning")
+    options = ((config.get("model") or {}).get("init_args") or {}).get("unit_pruning")
     callbacks = (config.get("trainer") or {}).get("callbacks")
     for callback in callbacks if isinstance(callbacks, list) else []:
         if isinstance(callback, dict) and str(callback.get("class_path")).endswith("MaskPruning"):
-            told = {"method": "xpruner", **(callback.get("init_args") or {})}
-    return str(told["method"]) if isinstance(told, dict) and "method" in told else "narrow"
+            options = {"method": "xpruner", **(callback.get("init_args") or {})}
+    return str(options["method"]) if isinstance(options, dict) and "method" in options else "narrow"
 
 
 def _detached(model: nn.Module) -> nn.Module:
     """A copy without pruners: the dense model of the same weights."""
     dense = copy.deepcopy(model)
-    pruning, gates = token_pruning(dense), prunex.attached(dense, units=True)
-    for handle in (pruning, gates):
+    for handle in (token_pruning(dense), prunex.attached(dense, units=True)):
         if handle is not None:
             handle.detach()
     return dense.eval()
@@ -282,14 +208,14 @@ def _dense_shape(config: dict[str, Any], notes: list[str]) -> tuple[nn.Module, b
         if name in options:
             options[name] = nothing
     dense = _detached(find(instantiate(LightningModule, spec), kinds=Backbone)[1])
-    unknown = "the dense weights are gone with the units that were taken out, and"
+    gone = "the dense weights are gone with the units that were taken out, and"
     if not isinstance(start, str):
-        notes.append(f"{unknown} the config names no file of those it started from: dense accuracy is unknown")
+        notes.append(f"{gone} the config names no file of those it started from: dense accuracy is unknown")
         return dense, False
     try:
         missing = load_weights(dense, start)
     except PrunexError as error:
-        notes.append(f"{unknown} those it started from cannot be read ({error}): dense accuracy is unknown")
+        notes.append(f"{gone} those it started from cannot be read ({error}): dense accuracy is unknown")
         return dense, False
     if missing:
         notes.append(f"the weights {start!r} have no classifier for these classes: dense accuracy is unknown")
@@ -306,23 +232,8 @@ def _bytes(model: nn.Module) -> int:
 
 def _row(contestant: Contestant) -> dict[str, Any]:
     cost = prunex.cost(contestant.model)
-    return {
-        "model": contestant.name,
-        "gmacs": cost.gmacs,
-        "params_m": cost.params / 1e6,
-        "file_mb": contestant.size / 1e6,
-    }
-
-
-def _device(name: str) -> torch.device:
-    try:
-        place = torch.device(name)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise PrunexError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): give cpu or cuda") from error
-    if place.type not in ("cpu", "cuda"):
-        raise PrunexError(f"--device {name} is not allowed: give cpu or cuda")
-    return place
+    sizes = {"params_m": cost.params / 1e6, "file_mb": contestant.size / 1e6}
+    return {"model": contestant.name, "gmacs": cost.gmacs, **sizes}
 
 
 def _data(run: str | Path, needed: bool, notes: list[str]) -> Any:
@@ -344,6 +255,7 @@ def _evaluate(
     tell: bool,
     notes: list[str],
 ) -> None:
+    """Put accuracies into the rows of models whose weights are known."""
     for contestant, row in zip(models, rows, strict=True):
         if not contestant.known:
             continue
@@ -372,18 +284,46 @@ def _first(batches: Any, limit: int | None) -> Iterator[Any]:
 
 def _images(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tensor:
     """Validation images to time with, repeated where there are fewer: how many tokens stay may depend on them."""
-    weight = next(model.parameters())
     if data is None:
         return noise(model, count)
-    found: list[Tensor] = []
+    images: list[Tensor] = []
     for batch in data.val_dataloader():
-        found += list(parts(batch).get("images", ()))
-        if len(found) >= count:
+        images += list(parts(batch).get("images", ()))
+        if len(images) >= count:
             break
-    if not found:
+    if not images:
         notes.append("timed on random images, since the validation data hold none")
         return noise(model, count)
-    return torch.stack(list(islice(cycle(found), count))).to(weight)
+    return torch.stack(list(islice(cycle(images), count))).to(next(model.parameters()))
+
+
+def _time(
+    models: Sequence[Contestant],
+    images: Tensor,
+    batches: Sequence[int],
+    seconds: float,
+    device: str,
+    tell: bool,
+    notes: list[str],
+) -> list[dict[str, Any]]:
+    """Images a second of every model, by runtime and batch size."""
+    speed = []
+    kinds = ["torch", *_runtimes(device, notes)]
+    with tqdm(total=len(kinds) * len(batches), unit="batch size", disable=not tell) as bar:
+        for kind in kinds:
+            bar.set_description(RUNTIMES[kind])
+            try:
+                with _calls(kind, models, torch.get_num_threads(), tell) as calls:
+                    for batch in batches:
+                        bar.set_postfix_str(f"batch {batch}")
+                        timed = [(c.name, partial(call, images[:batch])) for c, call in zip(models, calls, strict=True)]
+                        speed.append(_speed(kind, batch, side_by_side(timed, device, 0, seconds, least=LEAST)))
+                        bar.update()
+            except PrunexError as error:
+                if kind == "torch":
+                    raise
+                notes.append(f"{RUNTIMES[kind]} is left out: {error}")
+    return speed
 
 
 def _runtimes(device: str, notes: list[str]) -> list[str]:
@@ -416,11 +356,7 @@ def _calls(
 
 
 def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
-    """What runs an exported graph on images, on the processor.
-
-    Raises:
-        PrunexError: For a graph that cannot be run.
-    """
+    """What runs an exported graph on images, on the processor; PrunexError for a graph that cannot be run."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -442,49 +378,35 @@ def _speed(kind: str, batch: int, timings: Sequence[Timing]) -> dict[str, Any]:
     for t in timings:
         low, middle, high = quartiles([1e3 * batch / ms for ms in t.own])
         slower, ratio, faster = quartiles([1 / r for r in t.ratios])
-        models.append(
-            {"model": t.name, "images_per_s": middle, "low": low, "high": high}
-            | {"ratio": ratio, "ratio_low": slower, "ratio_high": faster}
-        )
+        speed = {"model": t.name, "images_per_s": middle, "low": low, "high": high}
+        models.append(speed | {"ratio": ratio, "ratio_low": slower, "ratio_high": faster})
     return {"runtime": kind, "batch": batch, "rounds": len(timings[0].own), "models": models}
 
 
-def table(found: dict[str, Any]) -> str:
-    """What was measured, as text.
-
-    Args:
-        found: What :func:`measure` returned.
-    """
-    names = [row["model"] for row in found["rows"]]
-    width = max(map(len, names))
-    covered = any("kept_digit_cover" in row for row in found["rows"])
-    unit, costs = macs_column([row["gmacs"] for row in found["rows"]])
-    lines = [
-        f"{'':<{width}} {'accuracy':>10} {unit:>10} {'params (M)':>12} {'file (MB)':>11}" + "   object kept" * covered
-    ]
-    for row, macs in zip(found["rows"], costs, strict=True):
-        right = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else "unknown"
-        cover = f"{100 * row['kept_digit_cover']:>12.1f} %" if "kept_digit_cover" in row else ""
-        lines.append(
-            f"{row['model']:<{width}} {right:>10} {macs:>10} {row['params_m']:>12.3f} {row['file_mb']:>11.2f}{cover}"
-        )
+def table(measured: dict[str, Any]) -> str:
+    """What :func:`measure` returned, as text."""
+    rows = measured["rows"]
+    first, width = rows[0]["model"], max(len(row["model"]) for row in rows)
+    covered = any("kept_digit_cover" in row for row in rows)
+    unit, costs = macs_column([row["gmacs"] for row in rows])
+    widths = [-width, 10, 10, 12, 11, *[13] * covered]
+    heading = ["", "accuracy", unit, "params (M)", "file (MB)", *["object kept"] * covered]
+    lines = [line(heading, widths)]
+    for row, macs in zip(rows, costs, strict=True):
+        sizes = [macs, f"{row['params_m']:.3f}", f"{row['file_mb']:.2f}"]
+        cells = [row["model"], share(row.get("accuracy")) or "unknown", *sizes]
+        lines.append(line([*cells, *[share(row.get("kept_digit_cover"))] * covered], widths))
     lines += ["", "images/s: median (quartiles), and how many times the first model's, round by round"]
-    for measured in found["speed"]:
-        lines.append(f"{RUNTIMES[measured['runtime']]}, batch {measured['batch']}, {measured['rounds']} rounds")
-        for m in measured["models"]:
+    for speed in measured["speed"]:
+        lines.append(f"{RUNTIMES[speed['runtime']]}, batch {speed['batch']}, {speed['rounds']} rounds")
+        for m in speed["models"]:
             spread = f"({m['low']:,.1f} to {m['high']:,.1f})"
-            ratio = (
-                ""
-                if m["model"] == names[0]
-                else f"  x {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})"
-            )
-            lines.append(f"  {m['model']:<{width}} {m['images_per_s']:>10,.1f} {spread:<24}{ratio}".rstrip())
-    lines += [""] + [f"note: {note}" for note in found["notes"]] + [f"({conditions(found)})"]
-    return "\n".join(lines)
-
-
-def conditions(found: dict[str, Any]) -> str:
-    """Where and how it was measured, in one line."""
-    threads = f", {found['threads']} threads" if found.get("threads") else ""
-    versions = found.get("versions") or {}
-    return f"{found['machine']}{threads}, {found.get('dtype', '?')}, torch {versions.get('torch', '?')}"
+            ratio = ""
+            if m["model"] != first:
+                ratio = f"  x {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})"
+            cells = [m["model"], f"{m['images_per_s']:,.1f}", f"{spread:<24}{ratio}"]
+            lines.append("  " + line(cells, [-width, 10, 0]))
+    versions, threads = measured.get("versions") or {}, measured.get("threads")
+    where = f"{measured['machine']}{f', {threads} threads' if threads else ''}, {measured.get('dtype', '?')}"
+    notes = [f"note: {note}" for note in measured["notes"]]
+    return "\n".join([*lines, "", *notes, f"({where}, torch {versions.get('torch', '?')})"])

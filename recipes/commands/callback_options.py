@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 import prunex.callbacks
 import prunex.recipes
 from prunex.errors import PrunexError, unknown
+from prunex.files import is_there
 from prunex.pruners.base import accepted
 from prunex.registry import lookup
-from prunex.untrusted import is_there
 
 SHORT = {
     "pruning": "TokenPruning",

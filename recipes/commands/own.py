@@ -1,4 +1,7 @@
-"""The subcommands beside Lightning's: explain, score, export, bench, report, methods."""
+"""The subcommands beside Lightning's: explain, score, export, bench, report, methods.
+
+Each reads its arguments first and imports what it works with afterwards: a mistake is told at once.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +10,42 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
-import prunex
-from prunex.checks import check_choice
-from prunex.recipes.commands.arguments import Parser
-from prunex.recipes.commands.bench import bench
-from prunex.recipes.commands.explain import explain
-from prunex.recipes.commands.score import score
-from prunex.recipes.report.page import write_report
-from prunex.recipes.runs import open_model, slim_folder
+from prunex.recipes.commands import options
+from prunex.recipes.commands.listing import declared
 
 
 def methods(arguments: Sequence[str]) -> int:
     """``prunex methods``: every method, its paper and what it needs; of those named also the options."""
-    parser = Parser("prunex methods", description="Every method by name, or the options of some with their defaults.")
-    parser.add_argument("name", nargs="*", help="methods whose options are wanted")
-    names, known = parser.parse_args(arguments).name, prunex.methods()
-    for name in names:
-        check_choice("method", name, {m.name for m in known})
-    for m in known:
-        if not names or m.name in names:
-            print(f"{m.kind:<10} {m.name:<18} {m.paper:<52} {m.needs}")
-            for option, default in m.options.items() if names else ():
-                print(f"{'':<10} {option:<18} {default!r}")
+    names = options.parse_methods(arguments).name
+    defaults = {}
+    if names:
+        import prunex
+
+        defaults = {(m.kind, m.name): m.options for m in prunex.methods() if m.name in names}
+    for entry in declared():
+        if names and entry.name not in names:
+            continue
+        print(f"{entry.kind:<10} {entry.name:<18} {entry.paper:<52} {entry.needs}")
+        for option, default in defaults.get((entry.kind, entry.name), {}).items():
+            print(f"{'':<10} {option:<18} {default!r}")
     return 0
 
 
 def report(arguments: Sequence[str]) -> int:
     """``prunex report RUN``: report.html from what the run wrote."""
-    parser = Parser("prunex report", description="Write report.html from what a run folder holds.")
-    parser.add_argument("run")
-    print(write_report(parser.parse_args(arguments).run))
+    args = options.parse_report(arguments)
+    from prunex.recipes.report.page import write_report
+
+    print(write_report(args.run))
     return 0
 
 
 def export(arguments: Sequence[str]) -> int:
     """``prunex export RUN``: a checked graph of the slim model."""
-    parser = Parser("prunex export", description="Write the slim model of a run (or slim folder) as a checked graph.")
-    parser.add_argument("run", help="run folder, slim folder or checkpoint")
-    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
-    parser.add_argument("--out", help="file to write; default model.<format> beside the slim model")
-    parser.add_argument("--kept", action="store_true", help="also return the kept-token map")
-    args = parser.parse_args(arguments)
+    args = options.parse_export(arguments)
+    import prunex
+    from prunex.recipes.runs import open_model, slim_folder
+
     model, where = open_model(args.run), Path(args.run)
     folder = slim_folder(where) or (where.parent.parent if where.is_file() else where) / "slim"
     path, began = Path(args.out or folder / f"model.{args.format}"), perf_counter()
@@ -56,6 +54,30 @@ def export(arguments: Sequence[str]) -> int:
     print(f"it took {perf_counter() - began:.1f} s", file=sys.stderr)
     print(path)
     return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """``prunex bench RUN``: accuracy, cost and measured speed, dense beside slim."""
+    args = options.parse_bench(arguments)
+    from prunex.recipes.commands.bench import bench
+
+    return bench(args)
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """``prunex explain RUN --images DIR``: a contact sheet an image, maps.npz and times.csv."""
+    args = options.parse_explain(arguments)
+    from prunex.recipes.commands.explain import explain
+
+    return explain(args)
+
+
+def score(arguments: Sequence[str]) -> int:
+    """``prunex score RUN``: a table of explainers by metrics, scores.csv, and a section of the report."""
+    args = options.parse_score(arguments)
+    from prunex.recipes.commands.score import score
+
+    return score(args)
 
 
 # name -> (one line of help, function of the remaining arguments that returns an exit code)

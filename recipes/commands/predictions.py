@@ -19,8 +19,7 @@ import prunex
 from prunex.callbacks import TokenPruning
 from prunex.callbacks.described import names_of
 from prunex.errors import PrunexError
-from prunex.files import write_whole
-from prunex.untrusted import readable
+from prunex.files import readable, write_whole
 
 FILE = "predictions.csv"
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from prunex.attributes import read_normalisation
 from prunex.batches import Parts, parts
 from prunex.errors import PrunexError
-from prunex.recipes.commands.explain import image_files, preparation
-from prunex.recipes.data.images import choose_range, object_pixels, read_file, read_image
-from prunex.untrusted import readable
+from prunex.files import readable
+from prunex.recipes.data.images import choose_range, object_pixels, preparation, read_file, read_image
+from prunex.recipes.given import image_files
 from prunex.vit.anatomy import read
 
 

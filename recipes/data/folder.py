@@ -18,9 +18,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from prunex.errors import PrunexError
+from prunex.files import readable
 from prunex.recipes.data.images import BrokenImage as BrokenImage
-from prunex.recipes.data.images import check_range, choose_range, object_pixels, read_file, read_image
-from prunex.untrusted import readable
+from prunex.recipes.data.images import choose_range, object_pixels, read_file, read_image
+from prunex.recipes.given import check_range
 
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

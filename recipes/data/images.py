@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from prunex.errors import PrunexError
+from prunex.pictures.arrays import Picture
+from prunex.recipes.given import FULL_RANGE, check_range
+from prunex.vit.anatomy import read
 
 # What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 LONGEST_SIDE = 2**16
-FULL_RANGE = 2**16 - 1
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners fill of a container of 16
 
 
@@ -31,19 +34,6 @@ class BrokenImage(PrunexError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
-
-
-def check_range(value: Any, name: str = "value_range") -> int | None:
-    """The largest value of pixels of 16 bits, as a user gave it: a whole number in [255, 65535], or None.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 255 <= value <= FULL_RANGE):
-        raise PrunexError(
-            f"{name}={value!r} is not allowed: give the largest value that pixels can have, such as 4095 for 12 bits"
-        )
-    return value
 
 
 def choose_range(
@@ -174,3 +164,33 @@ def object_pixels(image: Image.Image) -> Tensor:
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         image = image.convert("L")
     return torch.from_numpy((np.asarray(image) != 0).astype(np.uint8))
+
+
+def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor]]:
+    """How an image becomes a model's input: cropped to its shape at the centre, resized, normalised.
+
+    Args:
+        vit: A supported ViT of one or three channels; one of one channel sees the image's grey.
+
+    Returns:
+        A function from an RGB image to what the model sees, as uint8 [H, W, 3] and as float [C, H, W].
+
+    Raises:
+        PrunexError: For a model of another number of channels.
+    """
+    a = read(vit)
+    if a.channels not in (1, 3):
+        raise PrunexError(f"this model takes {a.channels} channels: only grey and RGB images can be read from files")
+    known = getattr(vit, "pretrained_cfg", None) or {}
+    mean, std = (list(known.get(key) or (0.5,) * a.channels)[: a.channels] for key in ("mean", "std"))
+    height, width = a.image
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+    def prepare(image: Image.Image) -> tuple[Picture, Tensor]:
+        shown = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        if a.channels == 1:
+            shown = shown.convert("L").convert("RGB")
+        picture = np.array(shown)
+        return picture, normalise(torch.from_numpy(picture).permute(2, 0, 1)[: a.channels])
+
+    return prepare

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import write_whole
-from prunex.untrusted import is_there, read_tensors
+from prunex.recipes.given import SHIPPED, check_weights
+from prunex.untrusted import read_tensors
 from prunex.vit.describe import Still
 from prunex.vit.mount import TOKENS, UNITS
 
 log = logging.getLogger(__name__)
 
-SHIPPED = files("prunex.recipes") / "weights"
 # Arguments of timm.create_model that read files, download or place: none of a model's own.
 _NOT_THE_MODELS = (
     "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit",
@@ -85,15 +85,6 @@ def create_model(
         ) from error
 
 
-def shipped_weights() -> list[str]:
-    """Names of the weights that come with the package.
-
-    >>> "digits" in shipped_weights()
-    True
-    """
-    return sorted(f.name.removesuffix(".safetensors") for f in SHIPPED.iterdir() if f.name.endswith(".safetensors"))
-
-
 def read_weights(weights: str) -> dict[str, Tensor]:
     """Tensors of a safetensors file.
 
@@ -124,17 +115,12 @@ def read_weights(weights: str) -> dict[str, Tensor]:
 @contextmanager
 def _located(weights: str) -> Iterator[Path]:
     """The file of that path, or the shipped one of that name."""
-    path = Path(weights).expanduser()
-    if is_there(path, Path.is_file):
+    path = check_weights(weights)
+    if path is not None:
         yield path
-    elif weights in shipped_weights():
+    else:
         with as_file(SHIPPED / f"{weights}.safetensors") as shipped:
             yield shipped
-    else:
-        raise PrunexError(
-            f"weights={weights!r} is neither a file nor shipped: give the path of a safetensors file or one of "
-            f"{', '.join(shipped_weights()) or 'none'}"
-        )
 
 
 def load_weights(model: nn.Module, weights: str) -> list[str]:

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from markupsafe import Markup
 
 from prunex.pictures import curves_svg
-from prunex.recipes.report.reading import as_number
 
 Lines = dict[str, tuple[list[float], list[float]]]
 
@@ -49,16 +47,6 @@ class Curves:
 
     charts: list[Markup] = field(default_factory=list)
     numbers: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
-
-
-def macs_unit(gmacs: Sequence[Any]) -> tuple[float, str]:
-    """The one unit of multiply-adds on a page: what billions are multiplied by, and its name.
-
-    >>> macs_unit([0.049, 0.033]), macs_unit([4.6, None])
-    ((1000.0, 'MMACs'), (1.0, 'GMACs'))
-    """
-    largest = max((value for value in map(as_number, gmacs) if value is not None), default=1.0)
-    return (1e3, "MMACs") if largest < 1 else (1.0, "GMACs")
 
 
 def curves_of(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple[float, str]) -> Curves:

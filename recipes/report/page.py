@@ -12,15 +12,15 @@ from jinja2 import Environment, StrictUndefined
 import prunex
 from prunex.callbacks.record import RECORD
 from prunex.errors import PrunexError
-from prunex.files import write_whole
+from prunex.files import is_there, write_whole
 from prunex.pictures.mosaic import tokens_left
-from prunex.recipes.report.curves import curves_of, macs_unit
+from prunex.recipes.report.curves import curves_of
 from prunex.recipes.report.gallery import epoch_gallery, stage_gallery
-from prunex.recipes.report.reading import Arrays, as_number, entries, json_of, maps_of, metrics_of, objects, text_of
+from prunex.recipes.report.reading import Arrays, json_of, maps_of, metrics_of, text_of
 from prunex.recipes.report.scores import scores_of
 from prunex.recipes.report.units import units_of
 from prunex.recipes.runs import home, slim_folder
-from prunex.untrusted import is_there
+from prunex.recipes.tables import as_number, entries, macs_unit, objects
 
 _NO_MAPS = (
     "There are no maps in the run folder, so there are no pictures: "

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prunex.callbacks.record import read_record
 from prunex.errors import PrunexError
-from prunex.recipes.report.score_table import LARGEST
+from prunex.recipes.tables import as_number, objects
 from prunex.untrusted import read_npz, read_text
 
 NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger or a monitor."
@@ -113,22 +113,3 @@ def _check(arrays: Arrays) -> None:
         )
         if wrong:
             raise ValueError(f"{key} of shape {values.shape} does not fit {count} images")
-
-
-def as_number(value: Any) -> float | None:
-    """A number that can be drawn, or None for whatever else a cell may hold."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) < LARGEST else None
-
-
-def entries(value: Any) -> Iterable[Any]:
-    """A list's entries, and none of whatever else it is."""
-    return value if isinstance(value, list) else []
-
-
-def objects(value: Any) -> list[dict[str, Any]]:
-    """The entries of a list that are objects."""
-    return [entry for entry in entries(value) if isinstance(entry, dict)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunex.files import write_whole
+from prunex.recipes.tables import as_number
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made
@@ -35,7 +36,6 @@ UNITS = {
     "saco": "-1..1",
     "max_sensitivity": "relative",
 }
-LARGEST = 1e100  # axes cannot have steps between larger numbers
 Column = tuple[str, tuple[str, str, str], dict[tuple[str, str], str]]  # group, three lines of heading, cells by row
 _LABEL = 24  # most letters of a row's name
 
@@ -96,7 +96,8 @@ def read_scores(text: str) -> list[Score]:
     for row in csv.DictReader(io.StringIO(text)):
         names = [str(row.get(key) or "") for key in ("model", "method", "metric", "group")]
         keys = ("mean", "low", "high", "images", "seconds_per_image", "forwards_per_image")
-        mean, low, high, images, seconds, forwards = (_number(row.get(key)) for key in keys)
+        numbers = [as_number(row.get(key)) for key in keys]
+        mean, low, high, images, seconds, forwards = (math.nan if n is None else n for n in numbers)
         if not all(names[:3]) or math.isnan(mean):
             continue
         count = 0 if math.isnan(images) else int(images)
@@ -105,14 +106,6 @@ def read_scores(text: str) -> list[Score]:
         how = [str(row.get(key) or "") for key in ("removal", "judge")]
         found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards, *how))
     return found
-
-
-def _number(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-    return number if abs(number) < LARGEST else math.nan
 
 
 def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:

@@ -9,8 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from prunex.pictures import bars_svg
-from prunex.recipes.report.reading import as_number, entries, json_of, text_of
+from prunex.recipes.report.reading import json_of, text_of
 from prunex.recipes.report.score_table import BASELINES, LEFT, Score, best, by_metric, by_removal, read_scores
+from prunex.recipes.tables import as_number, entries
 
 SCORED = 40  # explainers in a chart of scores
 

@@ -14,7 +14,8 @@ from prunex.errors import PrunexError
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.data.images import read_image
 from prunex.recipes.report.gallery import Tile, data_uri
-from prunex.recipes.report.reading import as_number, reason_of
+from prunex.recipes.report.reading import reason_of
+from prunex.recipes.tables import as_number
 from prunex.untrusted import read_text
 
 RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list

@@ -30,9 +30,11 @@ from prunex.learned.diffmask import load_explainer as load_diffmask
 from prunex.learned.vit_shapley import load_explainer as load_shapley
 from prunex.recipes import ImageClassifier, ImageFolder, write_report
 from prunex.recipes.commands import cli
-from prunex.recipes.commands.explain import image_files, read_options, sheet_names
+from prunex.recipes.commands.explain import read_options
 from prunex.recipes.commands.score_data import from_folder
+from prunex.recipes.commands.sheets import sheet_names
 from prunex.recipes.data.folder import object_pixels, read_file, read_image
+from prunex.recipes.given import image_files
 from prunex.recipes.runs import model_from_weights, open_model
 from prunex.vit.trace import Stage, TokenTrace
 from tests.hostile.room import Canary, Room

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import load_from_checkpoint
+from prunex.files import readable
 from prunex.recipes import ImageClassifier
 from prunex.recipes.commands.score_record import Record
 from prunex.recipes.modules.backbone import create_model, load_weights, model_from_weights
-from prunex.untrusted import read_npz, readable
+from prunex.untrusted import read_npz
 from prunex.vit.trace import Stage, TokenTrace
 from tests.hostile.room import SMALL, Canary
 from tests.hostile.test_report import Page

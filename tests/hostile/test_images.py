@@ -11,8 +11,8 @@ from PIL import EpsImagePlugin, Image
 
 from prunex import PrunexError
 from prunex.recipes import ImageFolder
-from prunex.recipes.commands.explain import image_files
 from prunex.recipes.data.folder import BrokenImage, object_pixels, read_file, read_image
+from prunex.recipes.given import image_files
 
 HUGE = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"

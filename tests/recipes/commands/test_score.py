@@ -27,8 +27,7 @@ from prunex.metrics import (
     removal_curves,
 )
 from prunex.metrics.scoring import interval, scores, without_pruning
-from prunex.recipes.commands import cli
-from prunex.recipes.commands import score as score_command
+from prunex.recipes.commands import cli, score_row
 from prunex.recipes.commands.score_data import from_folder, from_run, spaced
 from prunex.recipes.report.page import write_report
 from prunex.recipes.report.score_table import Score, best, read_scores, table, write_scores
@@ -164,7 +163,7 @@ def test_interrupted_and_continued(run, monkeypatch, capsys):
         calls.append(tuple(names))
         return scores(names, *args, **kwargs)
 
-    monkeypatch.setattr(score_command, "scores", counted)
+    monkeypatch.setattr(score_row, "scores", counted)
     wanted = [run, "--methods", FAST, "--images", 4, "--metrics", "deletion,insertion,energy_inside,kept_auc"]
     assert score(*wanted) == 130
     assert "continues" in capsys.readouterr().err
@@ -198,7 +197,7 @@ def test_only_what_an_option_changes_is_computed_again(run, monkeypatch):
         calls.extend(names)
         return scores(names, *args, **kwargs)
 
-    monkeypatch.setattr(score_command, "scores", counted)
+    monkeypatch.setattr(score_row, "scores", counted)
     wanted = [run, "--methods", "rollout", "--images", 3, "--models", "dense", "--metrics"]
     score(*wanted, "deletion,energy_inside")
     calls.clear()
@@ -450,7 +449,7 @@ def test_what_was_done_with_another_removal_option_or_model_stays(run, monkeypat
         calls.append(tuple(names))
         return scores(names, *args, **kwargs)
 
-    monkeypatch.setattr(score_command, "scores", counted)
+    monkeypatch.setattr(score_row, "scores", counted)
     wanted = [run, "--methods", "rollout", "--images", 3, "--metrics", "deletion,energy_inside", "--models", "dense"]
     changes = [[], ["--removal", "black"], ["--option", "rollout.discard_ratio=0.5"], ["--images", 4]]
     tables = []

@@ -12,7 +12,8 @@ import prunex
 from prunex import PrunexError
 from prunex.callbacks import SafeCheckpointIO, TokenPruning
 from prunex.recipes import DigitScenes, ImageClassifier
-from prunex.recipes.modules.backbone import SaveWeights, create_model, load_weights, shipped_weights
+from prunex.recipes.given import shipped_weights
+from prunex.recipes.modules.backbone import SaveWeights, create_model, load_weights
 from prunex.recipes.modules.classifier import patch_labels
 
 ARCHITECTURE = "vit_tiny_patch16_224"

@@ -10,8 +10,7 @@ from prunex import PrunexError
 from prunex.learned.vit_shapley import load_explainer, normalise
 from prunex.recipes import DigitScenes, ImageClassifier, ViTShapley
 from prunex.recipes.commands import cli
-from prunex.recipes.commands.explain import preparation
-from prunex.recipes.data.folder import read_image
+from prunex.recipes.data.images import preparation, read_image
 from prunex.recipes.modules.vit_shapley import regression_loss
 from prunex.removal.coalitions import seeded, shapley_coalitions, size_probabilities
 from tests.recipes.commands.test_cli import QUICK

@@ -1,0 +1,249 @@
+"""The options of our own commands, and every mistake in them that can be seen before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prunex.errors import PrunexError, unknown
+from prunex.files import is_there
+from prunex.recipes.commands.listing import check_methods
+from prunex.recipes.given import check_folder, check_model, check_range, image_files
+from prunex.recipes.report.score_table import LEFT
+
+# Metrics of prunex score in the order of its table; "perturbation" stands for the first two.
+METRICS = (
+    *("perturbation_positive", "perturbation_negative", "deletion", "insertion", "aopc", "log_odds"),
+    *("comprehensiveness", "sufficiency", "srg", "saco", "faithfulness_correlation", "sensitivity_n", "infidelity"),
+    *("energy_inside", "pointing_game", "rank_accuracy", "mean_ap", "foreground_auc", "foreground_f1"),
+    *("pixel_accuracy", "mean_iou", "corrected_overlap", "kept_auc", "mass_kept", "equal_area_iou", "topk_overlap"),
+    *("mass_efficiency", "sign_agreement", "max_sensitivity"),
+)
+RANDOM = "random"  # the row of random maps, which is always in a table of scores
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ours: one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise PrunexError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def parse_methods(arguments: Sequence[str]) -> Any:
+    """Of ``prunex methods``."""
+    parser = Parser("prunex methods", description="Every method by name, or the options of some with their defaults.")
+    parser.add_argument("name", nargs="*", help="methods whose options are wanted")
+    args = parser.parse_args(arguments)
+    check_methods(args.name)
+    return args
+
+
+def parse_report(arguments: Sequence[str]) -> Any:
+    """Of ``prunex report``."""
+    parser = Parser("prunex report", description="Write report.html from what a run folder holds.")
+    parser.add_argument("run")
+    args = parser.parse_args(arguments)
+    check_folder(args.run)
+    return args
+
+
+def parse_export(arguments: Sequence[str]) -> Any:
+    """Of ``prunex export``."""
+    parser = Parser("prunex export", description="Write the slim model of a run (or slim folder) as a checked graph.")
+    parser.add_argument("run", help="run folder, slim folder or checkpoint")
+    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
+    parser.add_argument("--out", help="file to write; default model.<format> beside the slim model")
+    parser.add_argument("--kept", action="store_true", help="also return the kept-token map")
+    args = parser.parse_args(arguments)
+    if not is_there(Path(args.run), Path.is_file):
+        check_folder(args.run)
+    return args
+
+
+def parse_bench(arguments: Sequence[str]) -> Any:
+    """Of ``prunex bench``."""
+    parser = Parser("prunex bench", description="Accuracy, MACs, parameters and images/s, dense beside slim.")
+    add = parser.add_argument
+    add("run", help="run folder, log folder of your own script, or slim folder")
+    add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes to time; default 1 8 32")
+    add("--threads", type=int, default=None, help="of the processor; default what torch takes")
+    add("--seconds", type=float, default=5.0, help="for each batch size and runtime; default 5")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1")
+    add("--no-accuracy", action="store_true", help="do not evaluate, time alone")
+    add("--limit", type=int, default=None, metavar="N", help="evaluate on N images alone, evenly spaced")
+    args = parser.parse_args(arguments)
+    for size in args.batches:
+        _check_count("--batches", size)
+    _check_count("--threads", args.threads)
+    _check_count("--limit", args.limit)
+    if not (math.isfinite(args.seconds) and args.seconds >= 0):
+        raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
+    if args.no_accuracy and args.limit is not None:
+        raise PrunexError("--limit goes with evaluating, which --no-accuracy leaves out: give one of them")
+    _check_device(args.device)
+    if not args.device.startswith(("cpu", "cuda")):
+        raise PrunexError(f"--device {args.device} is not allowed: give cpu or cuda")
+    check_folder(args.run)
+    return args
+
+
+def parse_explain(arguments: Sequence[str]) -> Any:
+    """Of ``prunex explain``."""
+    parser = Parser(
+        "prunex explain",
+        description="Explain a model's predictions on your own images: a contact sheet an image, maps.npz, times.csv.",
+    )
+    add = parser.add_argument
+    add("run", help="run folder, slim folder, checkpoint, or a timm model name (with --weights)")
+    add("--images", required=True, help="folder of images (or one image)")
+    add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="an option of a method, such as rollout.head_fusion=max; may be repeated",
+    )
+    add("--target", type=int, default=None, help="class index; default the predicted class")
+    add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL")
+    add("--batch", type=int, default=8, help="images explained at once; default 8")
+    _add_model(parser)
+    args = parser.parse_args(arguments)
+    _check_count("--batch", args.batch)
+    _check_explaining(args, args.methods)
+    if not is_there(Path(args.images)):
+        image_files(Path(args.images))  # which says what it looked for
+    return args
+
+
+def parse_score(arguments: Sequence[str]) -> Any:
+    """Of ``prunex score``."""
+    parser = Parser(
+        "prunex score",
+        description="Score explainers by faithfulness, localisation and agreement, dense and slim beside each other. "
+        "What is done is kept: an interrupted start is continued by the same command.",
+    )
+    add = parser.add_argument
+    add("run", help="run folder, slim folder, checkpoint, or a timm model name (with --weights)")
+    add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
+    add("--metrics", default="all", help="names with commas between, or all usual ones (default)")
+    add("--images", type=int, default=100, metavar="N", help="validation images; default 100")
+    add("--data", metavar="DIR", help="folder of images instead: val/<class>/, <class>/ or images alone")
+    add("--masks", metavar="DIR", help="their masks, <class>/<image's stem>.png; default DIR/masks")
+    add("--models", help="dense, slim, or both with a comma; default what there is")
+    add("--removal", choices=list(LEFT), help="how patches leave; default black for perturbation, drop for curves")
+    add(
+        "--target",
+        choices=("predicted", "label"),
+        default="predicted",
+        help="class that is explained and scored: the model's own (default) or the image's",
+    )
+    add("--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="as prunex explain")
+    add("--out", help="folder to write to; default RUN/score, or score")
+    add("--again", action="store_true", help="compute anew what is there already")
+    add("--batch", type=int, default=25, help="images explained at once; default 25")
+    _add_model(parser)
+    args = parser.parse_args(arguments)
+    _check_count("--images", args.images)
+    _check_count("--batch", args.batch)
+    if args.masks and not args.data:
+        raise PrunexError("--masks goes with --data: a run's own data bring their masks")
+    if (args.mean or args.std) and not args.data:
+        raise PrunexError("--mean and --std go with --data: a run's own data say how they are normalised")
+    if args.range is not None and not args.data:
+        raise PrunexError("--range goes with --data: a run's own data say what their pixels are")
+    for name in split_names(args.metrics):
+        if name not in (*METRICS, "all", "perturbation"):
+            raise unknown("metric", name, ["all", "perturbation", *METRICS])
+    if not split_names(args.metrics):
+        raise PrunexError(f"metrics={args.metrics!r} names no metric: give all, or names with commas between")
+    without_random = [name for name in args.methods.split(",") if name.strip() != RANDOM]
+    if without_random:
+        _check_explaining(args, ",".join(without_random))
+    if args.data and not is_there(Path(args.data), Path.is_dir):
+        raise PrunexError(
+            f"--data {args.data} is not a folder: give one that holds val/<class>/<image>, or <class>/<image>"
+        )
+    return args
+
+
+def _add_model(parser: Parser) -> None:
+    """What ``explain`` and ``score`` are told of the model and of its images."""
+    add = parser.add_argument
+    add("--device", help="cpu, cuda, cuda:1")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", help="safetensors file for a timm model name")
+    source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")
+    add("--img-size", type=int, help="side of the images in pixels, for a timm model name")
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        says = f"{what} that the model's images are normalised by, of each channel (0..1); default what it says"
+        add(f"--{name}", type=float, nargs="+", metavar="X", help=says)
+    add(
+        "--range",
+        type=int,
+        metavar="MAX",
+        help="largest value of pixels of 16 bits, such as 4095 for 12; default the smallest that holds all images",
+    )
+
+
+def _check_explaining(args: Any, methods: str) -> None:
+    """What ``explain`` and ``score`` have in common, but for names of options, which signatures tell."""
+    _check_count("--img-size", args.img_size)
+    if args.device is not None:
+        _check_device(args.device)
+    for name, values in (("--mean", args.mean), ("--std", args.std)):
+        if values is not None and not all(math.isfinite(value) for value in values):
+            raise PrunexError(f"{name} {' '.join(map(str, values))} is not allowed: give a finite number a channel")
+    if args.std is not None and min(args.std) <= 0:
+        raise PrunexError(f"--std {' '.join(map(str, args.std))} is not allowed: give numbers above 0")
+    check_range(args.range, "--range")
+    names = split_names(methods)
+    if not names:
+        raise PrunexError(f"methods={methods!r} names no explainer: give all, or names with commas between")
+    check_methods([name for name in names if name != "all"], "explainer")
+    for text in args.option:
+        method = split_option(text)[0]
+        check_methods([method], "explainer")
+        if "all" not in names and method not in names:
+            raise PrunexError(f"an option was given for {method}, which is not among the methods {names}")
+    check_model(args.run, args.weights, args.img_size, args.pretrained)
+
+
+def split_names(text: str) -> list[str]:
+    """Names with commas between.
+
+    >>> split_names("rollout, tokentm,")
+    ['rollout', 'tokentm']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def split_option(text: str) -> tuple[str, str, str]:
+    """Method, name and value of ``METHOD.NAME=VALUE``.
+
+    Raises:
+        PrunexError: For another form.
+    """
+    key, equals, value = text.partition("=")
+    method, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name:
+        raise PrunexError(
+            f"--option {text[:100]!r} is not allowed: give METHOD.NAME=VALUE, as in rollout.head_fusion=max"
+        )
+    return method, name, value
+
+
+def _check_count(flag: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise PrunexError(f"{flag} {value} is not allowed: give a whole number of at least 1")
+
+
+def _check_device(name: str) -> None:
+    """Refuse what no device of torch's is called; whether it is here, torch will say."""
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu|hpu|mtia|meta|xla|vulkan|maia|privateuseone)(:\d+)?", name):
+        raise PrunexError(f"--device {name} cannot be used: give cpu, cuda or cuda:1")

@@ -1,0 +1,170 @@
+"""What ``prunex explain`` writes: a contact sheet an image, maps.npz and times.csv."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import prunex
+from prunex.errors import PrunexError
+from prunex.files import readable, write_whole
+from prunex.pictures import contact_sheet, save_npz, save_png, under_grid
+from prunex.pictures.arrays import Picture
+from prunex.pictures.mosaic import class_name
+
+PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so many times what one took
+
+
+class Output:
+    """What is written: a sheet an image, and now and then the maps and times of all images so far."""
+
+    def __init__(self, out: Path, files: Sequence[Path], root: Path, class_names: Sequence[str] | None) -> None:
+        self.out = out
+        self.files = [name_of(file, root) for file in files]
+        self.sheets = sheet_names(files, root)
+        self.class_names = class_names
+        self.done = 0
+        self._parts: list[dict[str, NDArray[Any]]] = []
+        self._times = ""  # of what maps.npz does not hold yet
+        self._written, self._took = -math.inf, 0.0  # when maps.npz was written last, and how long that took
+
+    def add(self, pictures: Sequence[Picture], found: Mapping[str, prunex.Explanation], times: str) -> None:
+        """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time.
+
+        Raises:
+            PrunexError: When the folder cannot be written to.
+        """
+        e = next(iter(found.values()))
+        target = e.target.cpu().numpy()
+        predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())  # features have no class
+        kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
+        maps = {name: each.maps.numpy() for name, each in found.items()}
+        shares = e.logits.float().softmax(1).cpu().numpy()
+        first, self.done = self.done, self.done + len(pictures)
+        self._parts.append({"predicted": predicted, "target": target, **maps, **kept})
+        self._times = times
+        if perf_counter() - self._written > PATIENCE * self._took:
+            self.finish()
+        for place, picture in enumerate(pictures):
+            one = slice(place, place + 1)
+            sheet = contact_sheet(
+                under_grid(picture[None], e.covered),
+                {name: values[one] for name, values in maps.items()},
+                [name for name, each in found.items() if each.signed],
+                kept["kept"][one] if kept else None,
+                heading=[
+                    readable(self.files[first + place]),
+                    _told(int(predicted[place]), int(target[place]), shares[place], self.class_names, found),
+                ],
+            )
+            with self._writing():
+                save_png(self.out / self.sheets[first + place], sheet)
+
+    def finish(self) -> None:
+        """Write the maps and times that are not on disk yet.
+
+        Raises:
+            PrunexError: When the folder cannot be written to.
+        """
+        if not self._times:
+            return
+        began = perf_counter()
+        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        with self._writing():
+            save_npz(self.out / "maps.npz", {"files": np.array(self.files[: self.done]), **whole}, compressed=False)
+            write_whole(self.out / "times.csv", self._times.encode())
+        self._written, self._took, self._times = perf_counter(), perf_counter() - began, ""
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PrunexError(f"cannot write to {self.out}: {error.strerror or error}; choose another --out") from error
+
+
+def _told(
+    predicted: int,
+    target: int,
+    shares: NDArray[np.float32],
+    class_names: Sequence[str] | None,
+    found: Mapping[str, prunex.Explanation],
+) -> str:
+    """Which class was predicted and which explained, in words, and which methods know none."""
+    if target < 0:
+        return "no classifier: what the features rest on"
+
+    def named(number: int) -> str:
+        share = "below 1%" if shares[number] < 0.005 else f"{shares[number]:.0%}"
+        return f"{class_name(number, class_names)} ({share})"
+
+    classless = [name for name, e in found.items() if not e.class_specific]
+    if len(classless) == len(found):
+        return f"predicted: {named(predicted)} · maps of no class"
+    end = f" · of no class: {', '.join(classless)}" if classless else ""
+    if target == predicted:
+        return f"predicted and explained: {named(predicted)}{end}"
+    return f"predicted: {named(predicted)} · explained: {named(target)}{end}"
+
+
+def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder in which sheets would replace images, or anything that no earlier call wrote.
+
+    Args:
+        out: Where sheets go.
+        root: The folder of the images, or one image.
+        files: The images.
+
+    Raises:
+        PrunexError: By the file that would be lost, or where nothing can be written.
+    """
+    if out.resolve() == root.resolve():
+        raise PrunexError(f"--out {out} is the folder of the images, among which sheets would lie: give another")
+    ours = (out / "maps.npz").exists()
+    images = {file.resolve() for file in files}
+    for name in sheet_names(files, root):
+        sheet = out / name
+        if sheet.resolve() in images or (sheet.exists() and not ours):
+            raise PrunexError(f"{sheet} is there already and no sheet of an earlier prunex explain: give another --out")
+    there = next(p for p in (out, *out.resolve().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PrunexError(f"cannot write to {out}: {there} is no folder that may be written to; choose another --out")
+
+
+def name_of_model(where: str) -> str:
+    """What a model's own folder is called: by its run, its path or its timm name.
+
+    >>> name_of_model("runs/digits-evit/version_0"), name_of_model("out/slim"), name_of_model("deit_tiny_patch16_224")
+    ('digits-evit-version_0', 'out-slim', 'deit_tiny_patch16_224')
+    >>> name_of_model("runs/digits-evit/version_0/checkpoints/epoch=1.ckpt")
+    'digits-evit-version_0-epoch=1'
+    """
+    parts = Path(where).with_suffix("") if where.endswith(".ckpt") else Path(where)
+    kept = [part for part in parts.parts if part not in ("/", "..", ".", "checkpoints")]
+    return "-".join(kept[-3 if where.endswith(".ckpt") else -2 :]) or Path(where).resolve().name
+
+
+def name_of(file: Path, root: Path) -> str:
+    """An image's name below the folder that was given."""
+    return file.name if file == root else file.relative_to(root).as_posix()
+
+
+def sheet_names(files: Sequence[Path], root: Path) -> list[str]:
+    """Where each image's sheet goes below the output folder; images that differ in their ending alone keep it.
+
+    >>> sheet_names([Path("d/a.jpg"), Path("d/b.jpg"), Path("d/b.png")], Path("d"))
+    ['a.png', 'b.jpg.png', 'b.png.png']
+    """
+    names = [Path(name_of(file, root)) for file in files]
+    bare = [name.with_suffix("") for name in names]
+    return [
+        f"{(name if bare.count(short) > 1 else short).as_posix()}.png" for name, short in zip(names, bare, strict=True)
+    ]

@@ -1,0 +1,137 @@
+"""What users give, as far as it can be judged without torch: paths, names of weights and models, ranges of pixels."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prunex.errors import PrunexError
+from prunex.files import is_there
+
+SHIPPED = files("prunex.recipes") / "weights"
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+FULL_RANGE = 2**16 - 1
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights that come with the package.
+
+    >>> "digits" in shipped_weights()
+    True
+    """
+    return sorted(f.name.removesuffix(".safetensors") for f in SHIPPED.iterdir() if f.name.endswith(".safetensors"))
+
+
+def check_weights(weights: str) -> Path | None:
+    """The file that weights lie in; None where they are shipped under that name.
+
+    Raises:
+        PrunexError: Where they are neither.
+    """
+    path = Path(weights).expanduser()
+    if is_there(path, Path.is_file):
+        return path
+    if weights in shipped_weights():
+        return None
+    raise PrunexError(
+        f"weights={weights!r} is neither a file nor shipped: give the path of a safetensors file or one of "
+        f"{', '.join(shipped_weights()) or 'none'}"
+    )
+
+
+def check_folder(run: str | Path) -> Path:
+    """A run's folder.
+
+    Raises:
+        PrunexError: Where it is none.
+    """
+    if not is_there(Path(run), Path.is_dir):
+        raise PrunexError(f"{run} is no folder: give a run folder, such as runs/digits-dynamicvit/version_0")
+    return Path(run)
+
+
+def check_model(
+    where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
+) -> None:
+    """Refuse what is neither a path nor the name of a timm model with weights, without importing timm.
+
+    Raises:
+        PrunexError: Also for options of a timm model beside a path.
+    """
+    if is_there(Path(where)):
+        for flag, given in (("--weights", weights), ("--img-size", image_size), ("--pretrained", pretrained or None)):
+            if given is not None:
+                raise PrunexError(f"{flag} goes with a timm model name, and {where} is a path: leave it out")
+    elif weights is not None:
+        check_weights(weights)
+    elif not pretrained and _is_timms(where.split(".")[0]):
+        raise PrunexError(
+            f"{where} is a timm model name without weights: give --weights FILE.safetensors (nothing is downloaded "
+            "unless --pretrained asks for it)"
+        )
+    elif not pretrained:
+        raise PrunexError(
+            f"{where} is neither a path nor a timm model name: give a run folder, such as "
+            "runs/digits-dynamicvit/version_0, a slim folder, a checkpoint, or a timm model name with --weights FILE"
+        )
+
+
+def check_checkpoint_path(path: str) -> None:
+    """Refuse a checkpoint that cannot be opened; an interpolation, ``last`` and the like are for Lightning to resolve.
+
+    Raises:
+        PrunexError: For an address, or a file that does not exist.
+    """
+    if "://" in path:
+        raise PrunexError(
+            f"--ckpt_path {path} is an address, and what is downloaded could run code: download it, and give the file"
+        )
+    resolved_later = path in ("", "null", "last", "best", "hpc", "registry") or path.startswith(("registry:", "${"))
+    if not resolved_later and not is_there(Path(path), Path.is_file):
+        raise PrunexError(f"--ckpt_path {path[:200]}: there is no such file; give a checkpoint, or last")
+
+
+def _is_timms(name: str) -> bool:
+    """Whether timm's sources define a model of that name."""
+    timm = find_spec("timm")
+    if timm is None or timm.origin is None or not name.isidentifier():
+        return False
+    sources = (Path(timm.origin).parent / "models").glob("*.py")
+    texts = (source.read_text(encoding="utf-8") for source in sources)
+    return any(f"def {name}(" in text or f"'{name}'" in text for text in texts)
+
+
+def check_range(value: Any, name: str = "value_range") -> int | None:
+    """The largest value of pixels of 16 bits, as a user gave it: a whole number in [255, 65535], or None.
+
+    Raises:
+        PrunexError: For anything else.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 255 <= value <= FULL_RANGE):
+        raise PrunexError(
+            f"{name}={value!r} is not allowed: give the largest value that pixels can have, such as 4095 for 12 bits"
+        )
+    return value
+
+
+def image_files(path: Path, besides: Path | None = None) -> list[Path]:
+    """The images of a folder and its subfolders, sorted, or one image.
+
+    Args:
+        path: A folder or a file.
+        besides: A folder whose files do not count: what an earlier call wrote.
+
+    Raises:
+        PrunexError: When there are none.
+    """
+    if is_there(path, Path.is_file):
+        return [path]
+    inside = path.rglob("*") if is_there(path, Path.is_dir) else ()
+    files = sorted(p for p in inside if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+    if besides is not None and besides.resolve() != path.resolve():
+        files = [p for p in files if not p.resolve().is_relative_to(besides.resolve())]
+    if not files:
+        raise PrunexError(f"no images in {path}: give a folder that holds {', '.join(IMAGE_ENDINGS)} files")
+    return files

@@ -27,7 +27,7 @@ from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.recipes.given import check_folder, check_model
 from prunex.recipes.modules.backbone import create_model, model_from_weights
-from prunex.recipes.modules.explainer_training import ExplainerTraining
+from prunex.recipes.modules.training import ExplainerTraining
 from prunex.recipes.tables import line, macs_column, share
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import read_text

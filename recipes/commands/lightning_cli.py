@@ -22,7 +22,7 @@ from prunex.recipes.commands.mistakes import DEBUG, find_mistake, parse_mistake
 from prunex.recipes.commands.predictions import FILE, PredictionTable
 from prunex.recipes.commands.resuming import SaveConfig, go_on
 from prunex.recipes.given import check_checkpoint_path
-from prunex.recipes.modules.backbone import Restored
+from prunex.recipes.modules.training import Restored
 from prunex.recipes.runs import deny_imports, instantiate, run_of
 
 

@@ -39,6 +39,7 @@ _NOT_THE_MODELS = (
     "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit",
     "device", "dtype",
 )  # fmt: skip
+HEADS = ("head.", "head_dist.")
 _ROOM, _TIMES, _DEEP, _PIXELS = 2**30, 64, 1000, 2**26  # bytes of a model beside its weights', blocks, pixels
 
 
@@ -47,17 +48,7 @@ def create_model(
 ) -> nn.Module:
     """A timm model by name, with errors that say what to change.
 
-    Args:
-        architecture: A name known to ``timm.list_models()``.
-        num_classes: Width of the classifier; None: timm's own for this name.
-        model_args: Overrides for the constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
-        pretrained: Download timm's weights; needs a network.
-
-    Returns:
-        The model.
-
-    Raises:
-        PrunexError: If the name or an argument is not known, or the download fails.
+    ``num_classes`` None is timm's own for this name; ``model_args`` override the constructor's arguments.
 
     >>> create_model("vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 2}).num_classes
     10
@@ -86,17 +77,7 @@ def create_model(
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Args:
-        weights: Path of a file, or the name of shipped weights.
-
-    Returns:
-        The tensors by name.
-
-    Raises:
-        PrunexError: If there is no such file, or it is not a safetensors file but, perhaps, one of ``torch.save``.
-    """
+    """Tensors by name of a safetensors file, or of the shipped weights of that name."""
     with _located(weights) as path:
         if zipfile.is_zipfile(path):
             raise PrunexError(
@@ -129,10 +110,6 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     Position embeddings of another patch grid are resampled. A classifier head of another width is left as it is
     (and logged); so is a missing one.
 
-    Args:
-        model: A timm ViT.
-        weights: Path of a safetensors file, or the name of shipped weights.
-
     Returns:
         Names of the model's parameters that the file did not set.
 
@@ -142,41 +119,22 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     state, own = read_weights(weights), model.state_dict()
     if not any(name in own for name in state) and any(name.removeprefix("model.") in own for name in state):
         state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-    position = state.get("pos_embed")
-    same_kind = position is not None and "pos_embed" in own and position.ndim == own["pos_embed"].ndim == 3
-    if position is not None and same_kind and position.shape[1] != own["pos_embed"].shape[1]:
-        embed: nn.Module = model.patch_embed  # type: ignore[assignment]
-        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
-        try:
-            resampled = resample_abs_pos_embed(position, embed.grid_size, num_prefix_tokens=prefix)
-        except (RuntimeError, ValueError, TypeError, ZeroDivisionError, AssertionError) as error:
-            raise PrunexError(
-                f"weights={weights!r}: position embeddings {list(position.shape)} cannot be resampled to the grid "
-                f"{embed.grid_size} with {prefix} prefix tokens: give weights of this architecture"
-            ) from error
-        log.info("Resampled position embeddings from %d to %d tokens.", position.shape[1], resampled.shape[1])
-        state["pos_embed"] = resampled
-    heads = ("head.", "head_dist.")
-    for name in [n for n in state if n.startswith(heads) and n in own and state[n].shape != own[n].shape]:
+    _resample(state, own, model, weights)
+    for name in [n for n in state if n.startswith(HEADS) and n in own and state[n].shape != own[n].shape]:
         log.warning(
             "Classifier %s of %s has shape %s, the model needs %s: it starts untrained.",
             name, weights, list(state[name].shape), list(own[name].shape),
         )  # fmt: skip
         del state[name]
-    wrong = [
-        f"{n} {list(t.shape)} instead of {list(own[n].shape)}"
-        for n, t in state.items()
-        if n in own and t.shape != own[n].shape
-    ]
     missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own and not name.startswith(heads) and name != "mask_token"]
-    lacking = [name for name in missing if not name.startswith(heads)]
-    if wrong or foreign or lacking:
-        said = [
-            f"{label}: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
-            for label, names in (("wrong shape", wrong), ("unknown", foreign), ("missing", lacking))
-            if names
-        ]
+    wrong = [n for n, t in state.items() if n in own and t.shape != own[n].shape]
+    problems = {
+        "wrong shape": [f"{n} {list(state[n].shape)} instead of {list(own[n].shape)}" for n in wrong],
+        "unknown": [n for n in state if n not in own and not n.startswith(HEADS) and n != "mask_token"],
+        "missing": [n for n in missing if not n.startswith(HEADS)],
+    }
+    if any(problems.values()):
+        said = [f"{k}: {', '.join(v[:3])}{' and others' * (len(v) > 3)}" for k, v in problems.items() if v]
         raise PrunexError(
             f"weights={weights!r} do not fit the model ({'; '.join(said)}): check architecture and model_args"
         )
@@ -184,22 +142,31 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     return missing
 
 
+def _resample(state: dict[str, Tensor], own: Mapping[str, Tensor], model: Any, weights: str) -> None:
+    """Bring position embeddings in a state dict to the model's patch grid."""
+    position = state.get("pos_embed")
+    if position is None or "pos_embed" not in own or not position.ndim == own["pos_embed"].ndim == 3:
+        return
+    if position.shape[1] == own["pos_embed"].shape[1]:
+        return
+    grid = model.patch_embed.grid_size
+    prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+    try:
+        state["pos_embed"] = resample_abs_pos_embed(position, grid, num_prefix_tokens=prefix)
+    except (RuntimeError, ValueError, TypeError, ZeroDivisionError, AssertionError) as error:
+        raise PrunexError(
+            f"weights={weights!r}: position embeddings {list(position.shape)} cannot be resampled to the grid "
+            f"{grid} with {prefix} prefix tokens: give weights of this architecture"
+        ) from error
+    log.info("Resampled position embeddings from %d to %d tokens.", position.shape[1], state["pos_embed"].shape[1])
+
+
 def model_from_weights(architecture: str, weights: str, image_size: int | None = None) -> nn.Module:
     """A timm ViT with the weights of a safetensors file, as wide and (where it tells) as large as these.
 
     The classifier has as many outputs as the file's, none where the file has no classifier. Constructor arguments come
-    from the file's metadata where ``SaveWeights`` wrote them for this architecture.
-
-    Args:
-        architecture: A name known to ``timm.list_models()``.
-        weights: Path of a safetensors file, or the name of shipped weights.
-        image_size: Side of the square images in pixels; None: what the file's position embeddings were trained for.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        PrunexError: If the name is not known, or the file cannot be read or does not belong to the architecture.
+    from the file's metadata where ``SaveWeights`` wrote them for this architecture. Without ``image_size``, in pixels,
+    images are as large as those that the file's position embeddings were trained for. In eval mode.
 
     >>> model_from_weights("vit_tiny_patch16_224", "digits").num_classes
     10
@@ -210,7 +177,7 @@ def model_from_weights(architecture: str, weights: str, image_size: int | None =
     classes = 0 if head is None or head.ndim == 0 else len(head)
     if image_size is not None:
         args["img_size"] = image_size
-    _check_size(architecture, classes, args, state)
+    check_described(architecture, classes, args, state)
     model = create_model(architecture, classes, args)
     side = None if "img_size" in args else _side(model, state.get("pos_embed"))
     if side is not None:
@@ -222,16 +189,16 @@ def model_from_weights(architecture: str, weights: str, image_size: int | None =
 def _model_args(architecture: str, weights: str) -> dict[str, Any]:
     """Constructor arguments that the file's metadata tell for this architecture."""
     with _located(weights) as path, safe_open(path, "pt") as file:
-        told = file.metadata() or {}
-    if told.get("architecture") != architecture:
+        metadata = file.metadata() or {}
+    if metadata.get("architecture") != architecture:
         return {}
     try:
-        return dict(json.loads(told.get("model_args", "{}")))
+        return dict(json.loads(metadata.get("model_args", "{}")))
     except (ValueError, TypeError, RecursionError) as error:
         raise PrunexError(f"weights={weights!r}: its metadata are damaged ({error}); save it again") from error
 
 
-def _check_size(architecture: str, classes: int | None, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+def check_described(architecture: str, classes: int | None, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Refuse a model that a file's metadata describe and that is far larger than its tensors, before it is built."""
     held = sum(t.numel() * t.element_size() for t in state.values())
     numbers = [n for name in ("depth", "depths") for n in _flat(args.get(name))]
@@ -268,87 +235,6 @@ def _side(model: nn.Module, position: Tensor | None) -> int | None:
     side = math.isqrt(max(patches, 0))
     square = side > 0 and side * side == patches and patch[0] == patch[1]
     return side * patch[0] if square and (side, side) != tuple(grid) else None
-
-
-class Restored:
-    """Mixed into modules that build a timm model from hyperparameters: where its weights come from."""
-
-    _loaded = False  # whether load_state_dict has brought weights
-
-    def setup(self, stage: str) -> None:
-        """Before anything runs: images must have the model's size."""
-        self.check_size(getattr(self.trainer, "datamodule", None))  # type: ignore[attr-defined]
-
-    def on_fit_start(self) -> None:
-        """Before training, and after a checkpoint was read: weights must come from somewhere."""
-        self.check_start()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Torch's; weights that come this way are a start."""
-        self._loaded = True
-        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
-
-    def check_start(self) -> None:
-        """Refuse to train from random weights unless that was asked for: it looks like training, and learns little.
-
-        Raises:
-            PrunexError: Without ``weights``, ``pretrained`` or ``from_scratch``, where no state dict was loaded.
-        """
-        told: Mapping[str, Any] = self.hparams  # type: ignore[attr-defined]
-        if not (self._loaded or any(told.get(name) for name in ("weights", "pretrained", "from_scratch"))):
-            raise PrunexError(
-                f"{told.get('architecture')} would start from random weights: give weights=FILE (--model.weights FILE, "
-                "a safetensors file), pretrained=True (--model.pretrained true downloads timm's), or from_scratch=True "
-                "(--model.from_scratch true) where that is meant"
-            )
-
-    def check_size(self, data: Any) -> None:
-        """Refuse images of another size than the model's; timm would at the first step.
-
-        Args:
-            data: A data module that says its ``image_size``, or anything else.
-
-        Raises:
-            PrunexError: When the two sizes differ and the model takes only its own.
-        """
-        size = getattr(data, "image_size", None)
-        for vit in (m for m in self.modules() if hasattr(m, "patch_embed")):  # type: ignore[attr-defined]
-            embed: Any = vit.patch_embed
-            side = getattr(embed, "img_size", None)
-            strict = getattr(embed, "strict_img_size", True) and not getattr(vit, "dynamic_img_size", False)
-            if isinstance(size, int) and side is not None and strict and tuple(side) != (size, size):
-                raise PrunexError(
-                    f"the data's images are {size} x {size} pixels (data.image_size), the model takes "
-                    f"{side[0]} x {side[1]} (model_args.img_size): give both the same number"
-                )
-
-    @classmethod
-    def check_saved(
-        cls, saved: Mapping[str, Any], given: Mapping[str, Any], state: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """A checkpoint's hyperparameters without files, downloads and models far larger than its weights.
-
-        Args:
-            saved: What the file says.
-            given: What the caller says instead.
-            state: The file's state dict, which holds all weights.
-
-        Raises:
-            PrunexError: For an architecture that would be looked up in a network, or a model that cannot be the file's.
-        """
-        chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
-        told = {**chosen, **given}
-        architecture, args = told.get("architecture"), told.get("model_args")
-        if not isinstance(architecture, str) or not isinstance(args, dict | None):
-            return chosen
-        if ":" in architecture and "architecture" not in given:
-            raise PrunexError(
-                f"the checkpoint names the architecture {architecture[:100]!r}, which would be looked up elsewhere: "
-                "give architecture= yourself"
-            )
-        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-        _check_size(architecture, told.get("num_classes"), dict(args or {}), tensors)
-        return chosen
 
 
 class SaveWeights(Callback):

@@ -13,7 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import prunex
 from prunex.errors import PrunexError
-from prunex.recipes.modules.backbone import Restored, create_model, load_weights
+from prunex.recipes.modules.backbone import create_model, load_weights
+from prunex.recipes.modules.training import Restored, check_at_most, check_classes, cosine, images_of
 
 NOT_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token")
 PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the patch to be labelled with its class
@@ -98,22 +99,17 @@ class ImageClassifier(Restored, LightningModule):
         from_scratch: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes is None or num_classes < 1:
-            raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
-        for name, value, most in (
-            ("learning_rate", learning_rate, math.inf),
-            ("head_lr_scale", head_lr_scale, math.inf),
-            ("weight_decay", weight_decay, math.inf),
-            ("warmup", warmup, 1.0),
-            ("final_learning_rate", final_learning_rate, 1.0),
-            ("label_smoothing", label_smoothing, 1.0),
-            ("mixup", mixup, math.inf),
-            ("cutmix", cutmix, math.inf),
-            ("patch_label_weight", patch_label_weight, math.inf),
-        ):
-            if not 0 <= value <= most:
-                bound = "0 or more" if most == math.inf else f"0 to {most:g}"
-                raise PrunexError(f"{name}={value!r} is not allowed: give a number of {bound}")
+        num_classes = check_classes(num_classes)
+        check_at_most(
+            math.inf,
+            learning_rate=learning_rate,
+            head_lr_scale=head_lr_scale,
+            weight_decay=weight_decay,
+            mixup=mixup,
+            cutmix=cutmix,
+            patch_label_weight=patch_label_weight,
+        )
+        check_at_most(1.0, warmup=warmup, final_learning_rate=final_learning_rate, label_smoothing=label_smoothing)
         self.save_hyperparameters()
         self.model = cast(Any, create_model(architecture, num_classes, model_args, pretrained))
         if weights:
@@ -181,23 +177,22 @@ class ImageClassifier(Restored, LightningModule):
 
     def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Class probabilities ``[B, num_classes]``."""
-        return self(batch if isinstance(batch, Tensor) else batch[0]).float().softmax(1)
+        return self(images_of(batch)).float().softmax(1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weights decayed and others not, head and rest apart; warm-up and cosine, stepped every batch."""
+        rate, decay, scale = (self.hparams[k] for k in ("learning_rate", "weight_decay", "head_lr_scale"))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
-                groups.setdefault((decayed, name.startswith(("model.head.", "model.head_dist."))), []).append(parameter)
-        rate, decay, scale = (self.hparams[k] for k in ("learning_rate", "weight_decay", "head_lr_scale"))
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": found, "weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
-                for (decayed, head), found in groups.items()
-            ],
-            lr=rate,
-        )
+                head = name.startswith(("model.head.", "model.head_dist."))
+                groups.setdefault((decayed, head), []).append(parameter)
+        settings = []
+        for (decayed, head), parameters in groups.items():
+            own = {"weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
+            settings.append({"params": parameters, **own})
+        optimizer = torch.optim.AdamW(settings, lr=rate)
         total = self.trainer.estimated_stepping_batches
         warm, floor = self.hparams["warmup"] * total, self.hparams["final_learning_rate"]
 
@@ -206,15 +201,10 @@ class ImageClassifier(Restored, LightningModule):
                 return 1.0
             if step < warm:
                 return (step + 1) / (warm + 1)
-            done = min(1.0, (step - warm) / max(1.0, total - warm))
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+            return cosine((step - warm) / max(1.0, total - warm), floor)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """A checkpoint holds its weights, so reading it back must not ask for the file or download they began from."""
-        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}), weights=None, pretrained=False)
 
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, ...]) -> None:
         images, labels = batch[:2]

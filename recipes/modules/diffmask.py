@@ -4,16 +4,12 @@ import math
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from prunex.checks import check_flag, check_number, check_whole
-from prunex.errors import PrunexError
 from prunex.learned.diffmask import MOST, DiffMaskExplainer, divergence, log_keep
-from prunex.recipes.modules.backbone import create_model, load_weights
-from prunex.recipes.modules.explainer_training import ExplainerTraining
 from prunex.recipes.modules.lookahead import LookaheadAdam
-from prunex.vit.anatomy import find
+from prunex.recipes.modules.training import ExplainerTraining, check_classes, images_of
 
 DECAY = 0.9  # of the running figures of a layer
 EASY = {"agreement": 0.75, "l0": 0.1, "draws": 100, "weight": 0.1}  # when a layer is drawn less often, and how much
@@ -69,6 +65,7 @@ class DiffMask(ExplainerTraining):
         PrunexError: If an argument is outside its range, or the weights cannot be loaded.
     """
 
+    worst = best = (math.inf, math.inf)
     running_agreement: Tensor
     running_l0: Tensor
     draws: Tensor
@@ -95,8 +92,7 @@ class DiffMask(ExplainerTraining):
         from_scratch: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes is None or num_classes < 1:
-            raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
+        num_classes = check_classes(num_classes)
         for name, value in (("eps", eps), ("lr", lr), ("lr_placeholder", lr_placeholder), ("lr_alpha", lr_alpha)):
             check_number(name, value, 0)
         check_whole("warmup_steps", warmup_steps, 0)
@@ -104,20 +100,11 @@ class DiffMask(ExplainerTraining):
         LookaheadAdam([torch.zeros(1)], slow_steps=slow_steps, slow_rate=slow_rate)  # refuses what it cannot take
         self.save_hyperparameters()
         self.automatic_optimization = False
-        classifier = create_model(architecture, num_classes, model_args, pretrained)
-        find(classifier)
-        if weights:
-            lacking = load_weights(classifier, weights)
-            if lacking:
-                raise PrunexError(
-                    f"weights={weights!r} lack {', '.join(lacking[:3])}: give those of a trained classifier of "
-                    f"{num_classes} classes"
-                )
+        classifier = self.build_classifier(architecture, num_classes, model_args, weights, pretrained)
         self.explainer = DiffMaskExplainer(cast(Any, classifier), mul, add, no_placeholder, alpha_init)
         layers = self.explainer.layers
         for name, start in (("running_agreement", 1.0), ("running_l0", 1.0), ("draws", 0.0)):
             self.register_buffer(name, torch.full((layers,), start))
-        self.best = (math.inf, math.inf)
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities of being kept, all votes together: ``[B, P]`` for images ``[B, 3, H, W]``."""
@@ -135,7 +122,7 @@ class DiffMask(ExplainerTraining):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step of gates and placeholder down, and of one layer's multiplier up."""
         layer = self.draw_layer()
-        terms = self.explainer.terms(_images(batch), layer)
+        terms = self.explainer.terms(images_of(batch), layer)
         alpha = self.explainer.alpha[layer]
         optimizers, schedule = cast(list, self.optimizers()), cast(Any, self.lr_schedulers())
         for optimizer in optimizers:
@@ -151,21 +138,9 @@ class DiffMask(ExplainerTraining):
             for running, now in ((self.running_agreement, agreement), (self.running_l0, l0)):
                 running[layer] = DECAY * running[layer] + (1 - DECAY) * now
             self.draws[layer] += 1
-        told = {"train_kl": terms.divergence.mean(), "train_l0": l0, "train_alpha": alpha}
-        for name, value in told.items():
+        metrics = {"train_kl": terms.divergence.mean(), "train_l0": l0, "train_alpha": alpha}
+        for name, value in metrics.items():
             self.log(name, value.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(terms.told))
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs ``val_*``."""
-        self._evaluate("val", _images(batch))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same as ``test_*``."""
-        self._evaluate("test", _images(batch))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Probabilities of being kept, ``[B, P]``."""
-        return self(_images(batch))
 
     def _evaluate(self, stage: str, images: Tensor) -> None:
         with torch.no_grad():
@@ -173,32 +148,22 @@ class DiffMask(ExplainerTraining):
             probability = log_keep(seen.gates).sum(1).exp()
             kept = probability > 0.5
             masked = self.explainer.masked(seen, kept)
-            told = {
+            metrics = {
                 "kl": divergence(seen.logits, masked).mean(),
                 "agreement": _agreement(seen.logits, masked),
                 "kept": kept.float().mean(),
                 "l0": probability.mean(),
             }
-        for name, value in told.items():
+        for name, value in metrics.items():
             self.log(f"{stage}_{name}", value, batch_size=len(images), sync_dist=True, prog_bar=name in ("kl", "kept"))
 
-    def on_validation_end(self) -> None:
-        """Write the explainer where it is the best so far."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+    def score(self) -> tuple[float, float] | None:
+        """No divergence and the share of patches kept where that is within 2 eps, else the divergence."""
         metrics = self.trainer.callback_metrics
-        if not fitting or "val_kl" not in metrics:
-            return
+        if "val_kl" not in metrics:
+            return None
         kl, kept = float(metrics["val_kl"]), float(metrics["val_kept"])
-        within = kl <= 2 * self.hparams["eps"]
-        score = (0.0, kept) if within else (kl, kept)
-        if score < self.best:
-            self.best = score
-            self._write()
-
-    def on_train_end(self) -> None:
-        """Write the explainer where no validation chose one."""
-        if math.isinf(self.best[0]):
-            self._write()
+        return (0.0 if kl <= 2 * self.hparams["eps"] else kl, kept)
 
     def configure_optimizers(self) -> tuple[list, list]:
         """Lookahead(Adam) down for gates and placeholder, warmed up; another one up for the multipliers."""
@@ -213,18 +178,14 @@ class DiffMask(ExplainerTraining):
         return [down, up], [warm]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Note the best so far; reading the checkpoint back must not ask for the first weights."""
-        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}), weights=None, pretrained=False)
+        """Note the best so far."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["diffmask"] = {"best": list(self.best)}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Go on where the checkpoint was written."""
         first, second = checkpoint.get("diffmask", {}).get("best", self.best)
         self.best = (float(first), float(second))
-
-
-def _images(batch: Any) -> Tensor:
-    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def _agreement(wanted: Tensor, told: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.learned.diffmask import divergence
 from prunex.learned.vit_shapley import ShapleyExplainer
-from prunex.recipes.modules.backbone import create_model, load_weights
-from prunex.recipes.modules.explainer_training import ExplainerTraining
+from prunex.recipes.modules.training import ExplainerTraining, check_at_most, check_classes, cosine, images_of
 from prunex.removal.coalitions import batch_coalitions, seeded, uniform_coalitions
 from prunex.removal.game import Removal, masked
 from prunex.vit.anatomy import find, read
@@ -80,36 +78,25 @@ class ViTShapley(ExplainerTraining):
         from_scratch: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes is None or num_classes < 1:
-            raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
+        num_classes = check_classes(num_classes)
         check_whole("surrogate_epochs", surrogate_epochs, 0)
         check_whole("chunk", chunk, 1)
         if check_whole("masks", masks, 2) % 2:
             raise PrunexError(f"masks={masks} is not allowed: give an even number, each with its complement")
-        for name, value, most in (
-            ("surrogate_learning_rate", surrogate_learning_rate, math.inf),
-            ("learning_rate", learning_rate, math.inf),
-            ("weight_decay", weight_decay, math.inf),
-            ("warmup", warmup, 1.0),
-        ):
-            if not 0 <= value <= most:
-                bound = "0 or more" if most == math.inf else f"0 to {most:g}"
-                raise PrunexError(f"{name}={value!r} is not allowed: give a number of {bound}")
+        check_at_most(
+            math.inf,
+            surrogate_learning_rate=surrogate_learning_rate,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+        )
+        check_at_most(1.0, warmup=warmup)
         self.save_hyperparameters()
-        classifier = create_model(architecture, num_classes, model_args, pretrained)
+        classifier = self.build_classifier(architecture, num_classes, model_args, weights, pretrained)
         self.players = math.prod(read(find(classifier)[1]).grid)
-        if weights:
-            lacking = load_weights(classifier, weights)
-            if lacking:
-                raise PrunexError(
-                    f"weights={weights!r} lack {', '.join(lacking[:3])}: give those of a trained classifier of "
-                    f"{num_classes} classes"
-                )
         self.classifier = cast(Any, classifier.eval().requires_grad_(False))
         self.explainer = ShapleyExplainer(copy.deepcopy(self.classifier))
         self.explaining = surrogate_epochs == 0
         self.explainer.surrogate.requires_grad_(not self.explaining)
-        self.best = math.inf
         self._validated = 0
 
     def train(self, mode: bool = True) -> "ViTShapley":
@@ -149,7 +136,7 @@ class ViTShapley(ExplainerTraining):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of the stage that is on."""
-        images = _images(batch)
+        images = images_of(batch)
         draws = seeded(int(torch.randint(2**62, ())))
         name = "explainer" if self.explaining else "surrogate"
         if self.explaining:
@@ -184,18 +171,6 @@ class ViTShapley(ExplainerTraining):
         full, empty, wanted = values[:, 0], values[:, 1], values[:, 2:]
         return regression_loss(self.explainer(images, (full, empty)), empty, coalitions, wanted)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs ``val_surrogate_*`` and, in the second stage, ``val_explainer_loss``."""
-        self._evaluate("val", _images(batch))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same as ``test_*``."""
-        self._evaluate("test", _images(batch))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Estimated Shapley values ``[B, P, num_classes]``."""
-        return self(_images(batch))
-
     def on_validation_epoch_start(self) -> None:
         """Number the images anew."""
         self._validated = 0
@@ -224,18 +199,10 @@ class ViTShapley(ExplainerTraining):
     def _coalitions(self, images: int, draws: torch.Generator) -> Tensor:
         return batch_coalitions(images, self.hparams["masks"], self.players, draws)
 
-    def on_validation_end(self) -> None:
-        """Write the explainer where it is the best so far."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+    def score(self) -> float | None:
+        """The explainer's loss."""
         loss = self.trainer.callback_metrics.get("val_explainer_loss")
-        if fitting and self.explaining and loss is not None and float(loss) < self.best:
-            self.best = float(loss)
-            self._write()
-
-    def on_train_end(self) -> None:
-        """Write the explainer where no validation chose one."""
-        if self.explaining and math.isinf(self.best):
-            self._write()
+        return None if loss is None else float(loss)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over both stages, each with its own warm-up and cosine."""
@@ -259,7 +226,7 @@ class ViTShapley(ExplainerTraining):
                 done, warm = (step - begin) / (end - begin), self.hparams["warmup"]
                 if done < warm:
                     return max(0.0, done / warm) + 1 / (end - begin)
-                return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / max(1e-9, 1 - warm))))
+                return cosine((done - warm) / max(1e-9, 1 - warm))
 
             return at
 
@@ -267,8 +234,8 @@ class ViTShapley(ExplainerTraining):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Note the stage; reading the checkpoint back must not ask for the first weights."""
-        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}), weights=None, pretrained=False)
+        """Note the stage and the best so far."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["vit_shapley"] = {"explaining": self.explaining, "best": self.best}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -289,7 +256,3 @@ def regression_loss(phi: Tensor, empty: Tensor, coalitions: Tensor, wanted: Tens
     """
     told = empty[:, None] + coalitions.to(phi) @ phi
     return coalitions.shape[2] * F.mse_loss(told.float(), wanted.float())
-
-
-def _images(batch: Any) -> Tensor:
-    return batch if isinstance(batch, Tensor) else batch[0]

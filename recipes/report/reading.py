@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,31 @@ def json_of(path: Path, missing: str) -> tuple[dict[str, Any], str]:
     return (content, "") if isinstance(content, dict) else ({}, f"{path.name} is not a JSON object and is left out.")
 
 
+def conditions(about: Mapping[str, Any]) -> str:
+    """On what something was measured, as far as a file says it, in one line."""
+    images, threads, versions = as_number(about.get("images")), as_number(about.get("threads")), about.get("versions")
+    torch = versions.get("torch") if isinstance(versions, dict) else None
+    parts = [
+        "" if images is None else f"{images:,.0f} images",
+        about.get("machine"),
+        f"{threads:.0f} thread{'' if threads == 1 else 's'}" if threads else "",
+        about.get("dtype"),
+        f"torch {torch}" if torch else "",
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def epochs_of(folder: Path, name: str) -> dict[int, Path]:
+    """Files by their epoch's number, for which ``*`` stands in the name."""
+    before, after = name.split("*")
+    files = {}
+    for path in sorted(folder.glob(name)):
+        number = path.name.removeprefix(before).removesuffix(after)
+        if number.isdecimal():
+            files[int(number)] = path
+    return files
+
+
 def metrics_of(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
     """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged.
 
@@ -75,9 +99,7 @@ def maps_of(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
     """The arrays of every epoch that draws the same images as the last one."""
     found: dict[int, Arrays] = {}
     notes: list[str] = []
-    paths = {
-        int(m[1]): path for path in folder.glob("epoch=*.npz") if (m := re.fullmatch(r"epoch=(\d+)\.npz", path.name))
-    }
+    paths = epochs_of(folder, "epoch=*.npz")
     for epoch in sorted(paths, reverse=True):
         try:
             arrays = read_npz(paths[epoch])

@@ -1,17 +1,16 @@
 """Explainers by metrics in a report, from what ``prunex score`` wrote."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from prunex.pictures import bars_svg
-from prunex.recipes.report.reading import json_of, text_of
+from prunex.recipes.report.reading import conditions, json_of, text_of
 from prunex.recipes.report.score_table import BASELINES, LEFT, Score, best, by_metric, by_removal, read_scores
-from prunex.recipes.tables import as_number, entries
+from prunex.recipes.tables import entries
 
 SCORED = 40  # explainers in a chart of scores
 
@@ -48,7 +47,7 @@ def scores_of(folder: Path) -> tuple[Scores | None, str]:
     hidden = len(listed) - SCORED
     models = list(dict.fromkeys(row.model for row in rows))
     shown = {*sorted(listed, key=methods.index)[:SCORED], *BASELINES}
-    found = Scores(_conditions_of(about))
+    found = Scores(conditions(about))
     for metric, cells in by_metric([row for row in rows if row.method in shown]).items():
         if any(cell.method != "chance" for cell in cells):
             found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
@@ -59,16 +58,6 @@ def scores_of(folder: Path) -> tuple[Scores | None, str]:
     if hidden > 0:
         found.notes.append(f"{hidden} more explainers are in score/scores.csv.")
     return found, ""
-
-
-def _conditions_of(about: Mapping[str, Any]) -> str:
-    images, threads = as_number(about.get("images")), as_number(about.get("threads"))
-    parts = [
-        f"{images:,.0f} images" if images is not None else None,
-        about.get("machine"),
-        f"{threads:.0f} thread{'' if threads == 1 else 's'}" if threads is not None else None,
-    ]
-    return ", ".join(str(part) for part in parts if part)
 
 
 def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> Markup:
@@ -103,4 +92,4 @@ def _winners(rows: Sequence[Score]) -> list[tuple[str, list[tuple[str, int]]]]:
     for (model, _), method in best(rows).items():
         counts.setdefault(model, {}).setdefault(method, 0)
         counts[model][method] += 1
-    return [(m, sorted(c.items(), key=lambda found: (-found[1], found[0]))[:BEST]) for m, c in counts.items()]
+    return [(m, sorted(c.items(), key=lambda pair: (-pair[1], pair[0]))[:BEST]) for m, c in counts.items()]

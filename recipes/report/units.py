@@ -14,7 +14,7 @@ from prunex.errors import PrunexError
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.data.images import read_image
 from prunex.recipes.report.gallery import Tile, data_uri
-from prunex.recipes.report.reading import reason_of
+from prunex.recipes.report.reading import epochs_of, reason_of
 from prunex.recipes.tables import as_number
 from prunex.untrusted import read_text
 
@@ -61,12 +61,8 @@ def units_of(folder: Path, names: Sequence[str] | None) -> Units | None:
 
 def _last(folder: Path, name: str) -> Path | None:
     """The picture of the last epoch."""
-    found = {
-        int(m[1]): path
-        for path in (folder / "maps").glob(f"{name}-epoch=*.png")
-        if (m := re.fullmatch(rf"{name}-epoch=(\d+)\.png", path.name))
-    }
-    return found[max(found)] if found else None
+    pictures = epochs_of(folder / "maps", f"{name}-epoch=*.png")
+    return pictures[max(pictures)] if pictures else None
 
 
 def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
@@ -85,16 +81,16 @@ def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
     excess = {head: {c: v - means[head] for c, v in row.items()} for head, row in table.items() if kept[head]}
     classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not _is_number(c), c.zfill(12)))
     named = {c: class_name(int(c), names) if _is_number(c) else c for c in classes}
-    top_heads = {
-        c: sorted(((v[c], h) for h, v in excess.items() if c in v), key=lambda found: -found[0])[:RANKED]
-        for c in classes
-    }
-    shown = _strongest({c: found[0][0] for c, found in top_heads.items() if found})
+    top_heads = {}
+    for c in classes:
+        values = [(row[c], head) for head, row in excess.items() if c in row]
+        top_heads[c] = sorted(values, key=lambda pair: -pair[0])[:RANKED]
+    shown = _strongest({c: best[0][0] for c, best in top_heads.items() if best})
     for c in (c for c in classes if c in shown):
         units.classes.append((named[c], seen.get(c, "–"), [(_head(h), _signed(v)) for v, h in top_heads[c]]))
     heads = _strongest({h: max(row.values()) for h, row in excess.items() if row})
     for h in (h for h in sorted(excess) if h in heads):
-        best = sorted(excess[h].items(), key=lambda found: -found[1])[:RANKED]
+        best = sorted(excess[h].items(), key=lambda pair: -pair[1])[:RANKED]
         units.heads.append((_head(h), [(named[c], _signed(v)) for c, v in best]))
     for what, hidden in (("classes", len(classes) - len(shown)), ("heads", len(excess) - len(heads))):
         if hidden > 0:

@@ -1,0 +1,184 @@
+"""What LightningModules of the recipes share: where weights come from, checks, the schedule, training an explainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor, nn
+
+from prunex.callbacks.monitor import run_folder
+from prunex.errors import PrunexError
+from prunex.recipes.modules.backbone import check_described, create_model, load_weights
+from prunex.vit.anatomy import find
+
+
+def check_classes(num_classes: int | None) -> int:
+    """The number of classes; PrunexError for none."""
+    if num_classes is None or num_classes < 1:
+        raise PrunexError(f"num_classes={num_classes!r} is not allowed: give the number of classes, at least 1")
+    return num_classes
+
+
+def check_at_most(most: float, **values: float) -> None:
+    """Refuse options outside 0..most."""
+    for name, value in values.items():
+        if not 0 <= value <= most:
+            bound = "0 or more" if most == math.inf else f"0 to {most:g}"
+            raise PrunexError(f"{name}={value!r} is not allowed: give a number of {bound}")
+
+
+def cosine(done: float, floor: float = 0.0) -> float:
+    """The share of the peak's learning rate where so much (0..1) of the way down to ``floor`` is done."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Restored:
+    """Mixed into modules that build a timm model from hyperparameters: where its weights come from."""
+
+    _loaded = False  # whether load_state_dict has brought weights
+
+    def setup(self, stage: str) -> None:
+        """Before anything runs: images must have the model's size."""
+        self.check_size(getattr(self.trainer, "datamodule", None))  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Before training, and after a checkpoint was read: weights must come from somewhere."""
+        self.check_start()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch's; weights that come this way are a start."""
+        self._loaded = True
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A checkpoint holds its weights, so reading it back must not ask for the file or download they began from."""
+        checkpoint["hyper_parameters"] = dict(checkpoint.get("hyper_parameters", {}), weights=None, pretrained=False)
+
+    def check_start(self) -> None:
+        """Refuse to train from random weights unless that was asked for: it looks like training, and learns little."""
+        options: Mapping[str, Any] = self.hparams  # type: ignore[attr-defined]
+        if not (self._loaded or any(options.get(name) for name in ("weights", "pretrained", "from_scratch"))):
+            raise PrunexError(
+                f"{options.get('architecture')} would start from random weights: give weights=FILE (--model.weights "
+                "FILE, a safetensors file), pretrained=True (--model.pretrained true downloads timm's), or "
+                "from_scratch=True (--model.from_scratch true) where that is meant"
+            )
+
+    def check_size(self, data: Any) -> None:
+        """Refuse images of another size (``data.image_size``) than the model's; timm would at the first step."""
+        size = getattr(data, "image_size", None)
+        for vit in (m for m in self.modules() if hasattr(m, "patch_embed")):  # type: ignore[attr-defined]
+            embed: Any = vit.patch_embed
+            side = getattr(embed, "img_size", None)
+            strict = getattr(embed, "strict_img_size", True) and not getattr(vit, "dynamic_img_size", False)
+            if isinstance(size, int) and side is not None and strict and tuple(side) != (size, size):
+                raise PrunexError(
+                    f"the data's images are {size} x {size} pixels (data.image_size), the model takes "
+                    f"{side[0]} x {side[1]} (model_args.img_size): give both the same number"
+                )
+
+    @classmethod
+    def check_saved(
+        cls, saved: Mapping[str, Any], given: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A checkpoint's hyperparameters without files, downloads and models far larger than its weights.
+
+        Args:
+            saved: What the file says.
+            given: What the caller says instead.
+            state: The file's state dict, which holds all weights.
+
+        Raises:
+            PrunexError: For an architecture that would be looked up in a network, or a model that cannot be the file's.
+        """
+        chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
+        options = {**chosen, **given}
+        architecture, args = options.get("architecture"), options.get("model_args")
+        if not isinstance(architecture, str) or not isinstance(args, dict | None):
+            return chosen
+        if ":" in architecture and "architecture" not in given:
+            raise PrunexError(
+                f"the checkpoint names the architecture {architecture[:100]!r}, which would be looked up elsewhere: "
+                "give architecture= yourself"
+            )
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        check_described(architecture, options.get("num_classes"), dict(args or {}), tensors)
+        return chosen
+
+
+class ExplainerTraining(Restored, LightningModule):
+    """Trains ``self.explainer`` (a module with ``save(folder)``); the best so far goes to ``explainer/`` in the run."""
+
+    explainer: Any
+    explaining = True  # whether the explainer is what trains now
+    worst: Any = math.inf
+    best: Any = math.inf
+
+    @staticmethod
+    def build_classifier(
+        architecture: str, num_classes: int, model_args: dict[str, Any] | None, weights: str | None, pretrained: bool
+    ) -> nn.Module:
+        """The classifier to explain, with all of its weights."""
+        classifier = create_model(architecture, num_classes, model_args, pretrained)
+        find(classifier)
+        lacking = load_weights(classifier, weights) if weights else []
+        if lacking:
+            raise PrunexError(
+                f"weights={weights!r} lack {', '.join(lacking[:3])}: give those of a trained classifier of "
+                f"{num_classes} classes"
+            )
+        return classifier
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``val_*``."""
+        self._evaluate("val", images_of(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The same as ``test_*``."""
+        self._evaluate("test", images_of(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """What ``forward`` gives."""
+        return self(images_of(batch))
+
+    def _evaluate(self, stage: str, images: Tensor) -> None:
+        raise NotImplementedError
+
+    def score(self) -> Any:
+        """How far from good the last validation was, to be compared with ``best``; None where it cannot be said."""
+        raise NotImplementedError
+
+    def on_validation_end(self) -> None:
+        """Write the explainer where it is the best so far."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        score = self.score() if fitting and self.explaining else None
+        if score is not None and score < self.best:
+            self.best = score
+            self._write()
+
+    def on_train_end(self) -> None:
+        """Write the explainer where no validation chose one."""
+        if self.explaining and self.best == self.worst:
+            self._write()
+
+    def _write(self) -> None:
+        fast: Any = self.trainer
+        folder = run_folder(self.trainer) / "explainer"  # of all processes: finding it may be a broadcast
+        if not fast.fast_dev_run:
+            self._save(folder)
+
+    @rank_zero_only
+    def _save(self, folder: Path) -> None:
+        self.explainer.save(folder)
+        rank_zero_info(f"prunex: the explainer is in {folder}")
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch of them alone, or of images with labels."""
+    return batch if isinstance(batch, Tensor) else batch[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -15,7 +16,7 @@ from prunex.pruners.base import TokenPruner, accepted
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.units.base import UnitPruner
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import Anatomy, ViT, find
 from prunex.vit.methods import check_parity, put_on
 from prunex.vit.mount import TOKENS, UNITS, mounted
 from prunex.vit.units import Backbone
@@ -71,12 +72,8 @@ def attach(
     >>> prunex.attach(model, "evit", budget="0.9GMACs").options["keep_ratio"]
     0.769
     """
-    make = lookup("pruner", method).make
-    allowed = accepted(make)
-    for name in options:
-        if name not in allowed:
-            raise unknown(f"option of {method}", name, allowed)
-    if issubclass(make, UnitPruner):  # type: ignore[arg-type]
+    make = method_of(method, options)
+    if issubclass(make, UnitPruner):
         own = options if budget is None else {"budget": budget, **options}
         return put_units(find(model, path, Backbone)[1], make, own)
     vit = find(model, path)[1]
@@ -85,6 +82,25 @@ def attach(
     anatomy = check_parity(vit)
     if budget is not None:
         options = Budget(vit, anatomy, make, options).solve(budget)
+    return put_tokens(vit, anatomy, make, options)
+
+
+def method_of(name: str, options: Iterable[str]) -> Any:
+    """The class of a pruner, which has these options.
+
+    Raises:
+        PrunexError: Unknown method or option.
+    """
+    make = lookup("pruner", name).make
+    allowed = accepted(make)
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of {name}", option, allowed)
+    return make
+
+
+def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]) -> Pruning:
+    """Mount a token pruner on a ViT whose forward is timm's, as is known."""
     pruner: TokenPruner = make(anatomy, **options)
     check_readable(vit, pruner, mounted(vit, UNITS))
     pruner.prepare(vit)

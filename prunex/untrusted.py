@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +91,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if odd:
         raise PrunexError(f"{path} holds {tensors[odd[0]].dtype} ({odd[0][:80]}): convert it to float16 or wider")
     return tensors
-
-
-def odd_dtypes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that are whole numbers where the module's own are not, or the other way round."""
-    return [k for k, v in own.items() if k in tensors and tensors[k].is_floating_point() != v.is_floating_point()]
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:

@@ -20,12 +20,13 @@ from prunex.errors import PrunexError
 from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_folder, write
 from prunex.vit.anatomy import Anatomy, ViT, read
 from prunex.vit.attention import KeyWeights
-from prunex.vit.describe import build_like, describe
+from prunex.vit.describe import describe
 from prunex.vit.embedding import embed_patches, place, unplace
 from prunex.vit.forward import look_ahead, resume
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places, positions_of
 from prunex.vit.readout import head
+from prunex.vit.rebuild import build_like
 
 KIND = "diffmask"
 

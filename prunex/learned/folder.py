@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
-from prunex.untrusted import odd_dtypes, read_json, read_tensors
+from prunex.untrusted import read_json, read_tensors
 from prunex.vit.anatomy import Anatomy
+from prunex.vit.weights import misfits
 
 VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -95,9 +96,7 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
     Raises:
         PrunexError: Where names or shapes differ.
     """
-    own = module.state_dict()
-    odd = sorted(set(own) ^ set(tensors)) + [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
-    odd += odd_dtypes(own, tensors)
+    odd = misfits(module.state_dict(), tensors)
     if odd:
         raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
     floats = sorted({str(v.dtype) for v in tensors.values() if v.is_floating_point()})

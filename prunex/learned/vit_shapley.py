@@ -14,8 +14,9 @@ from prunex.errors import PrunexError
 from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_folder, write
 from prunex.removal.game import Removal
 from prunex.vit.anatomy import ViT, read
-from prunex.vit.describe import build_like, describe
+from prunex.vit.describe import describe
 from prunex.vit.mount import mounted
+from prunex.vit.rebuild import build_like
 
 KIND = "vit_shapley"
 

@@ -17,13 +17,14 @@ from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.handles.tokens import Pruning
 from prunex.slim.metadata import class_names, known_cfg
-from prunex.slim.slim import slim
+from prunex.slim.slim import slim, slim_of
 from prunex.version import __version__
-from prunex.vit.anatomy import check_images
+from prunex.vit.anatomy import check_images, find
 from prunex.vit.describe import outline
 from prunex.vit.forward import own_anatomy, run
 from prunex.vit.mount import mounted
 from prunex.vit.readout import head
+from prunex.vit.units import Backbone
 
 SUFFIXES = (".onnx", ".pt2")
 BATCH = "batch"
@@ -81,7 +82,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
         for module, package in _NEEDS.items():
             if find_spec(module) is None:
                 raise PrunexError(f"ONNX export needs {package}: pip install 'prunex-vit[onnx]', or export to .pt2")
-    small: Any = slim(model).float().cpu()
+    small = _plain(find(model, kinds=Backbone)[1])
     anatomy = outline(small)
     if kept and isinstance(small, SwinTransformer):
         raise PrunexError("kept=True: a Swin's tokens are not pruned, so there is no kept map; leave it out")
@@ -103,6 +104,18 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
         return write_whole(path, draft)
     except OSError as error:
         raise PrunexError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
+
+
+def _plain(vit: Any) -> Any:
+    """A slim model in float32 on the CPU, in eval mode: the given one where it is that already, else a copy."""
+    small = slim_of(vit)
+    numbers = [t for t in (*vit.parameters(), *vit.buffers()) if t.is_floating_point()]
+    ready = not vit.training and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in numbers)
+    # Counts of each image's own are fixed in the exported model, which must not be the caller's.
+    pruning = _pruning(small)
+    if small is vit and not (ready and (pruning is None or pruning.pruner.count == "fixed")):
+        small = slim(vit)
+    return small.float().cpu()
 
 
 def _pruning(small: Any) -> Pruning | None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunex.attach import attach
+from prunex.attach import method_of, put_tokens
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import DRAFT, is_there, readable
@@ -25,15 +25,17 @@ from prunex.handles.tokens import Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
-from prunex.slim.slim import slim
-from prunex.untrusted import odd_dtypes, read_json, read_tensors
+from prunex.slim.slim import mark_slim, slim_of
+from prunex.untrusted import read_json, read_tensors
 from prunex.version import __version__
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import find, read
 from prunex.vit.cost import cost
-from prunex.vit.describe import build_like, describe, outline
-from prunex.vit.mount import UNITS, mounted
+from prunex.vit.describe import describe, outline
+from prunex.vit.methods import check_parity
+from prunex.vit.mount import TOKENS, mounted
+from prunex.vit.rebuild import Still, build, build_like
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
-from prunex.vit.weights import copy_of, fold, wrapped_layers
+from prunex.vit.weights import copy_of, fold, misfits, wrapped_layers
 
 VERSION = 2  # 2 knows widths and Swin; whatever needs neither is written as 1, which older versions read
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -42,13 +44,8 @@ _NEAREST = {  # for models that timm has no name for
     "Beit": "beit_base_patch16_224",
     "SwinTransformer": "swin_tiny_patch4_window7_224",
 }
-_ONLY_OURS = (
-    "norm_layer",
-    "embed_norm_layer",
-    "act_layer",
-    "mlp_layer",
-    "block_fn",
-)  # constructor arguments that timm's JSON cannot carry
+# Constructor arguments that timm's JSON cannot carry.
+_ONLY_OURS = ("norm_layer", "embed_norm_layer", "act_layer", "mlp_layer", "block_fn")
 
 
 @called_as('prunex.save(model, "out/slim")', model=nn.Module)
@@ -82,9 +79,7 @@ def save(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise PrunexError(f"{folder} is a file: give a folder to save to")
-    vit = find(model, kinds=Backbone)[1]
-    if mounted(vit) is not None or mounted(vit, UNITS) is not None or next(wrapped_layers(vit), None):
-        vit = slim(vit)  # no teacher, gates or adapters, and a schedule's present rates as they are now
+    vit = slim_of(find(model, kinds=Backbone)[1])
     config = _config(vit, labels, mean, std)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +116,6 @@ def check_savable(model: nn.Module, path: str | None = None) -> None:
             are no plain tensors.
     """
     vit = find(model, path, Backbone)[1]
-    outline(vit)
     if next(wrapped_layers(vit), None):
         vit = fold(copy_of(vit))
     check_tensors(vit.state_dict())
@@ -130,14 +124,14 @@ def check_savable(model: nn.Module, path: str | None = None) -> None:
 
 def _tensors(vit: nn.Module) -> dict[str, Tensor]:
     """The weights as they are written: whole, and no two in one storage, of which the file knows nothing."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     storages = set()
     for name, value in vit.state_dict().items():
         tensor = value.detach().cpu().contiguous()
         start = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if start in storages else tensor
+        tensors[name] = tensor.clone() if start in storages else tensor
         storages.add(start)
-    return found
+    return tensors
 
 
 def _move_in(waiting: Path, folder: Path) -> None:
@@ -183,30 +177,28 @@ def load(folder: str | Path) -> nn.Module:
     if _sha256(weights) != ours.get("sha256"):
         raise PrunexError(f"{weights} is damaged or was replaced: its checksum is not the one in {CONFIG}")
     tensors = read_tensors(weights)
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers stay
+    with torch.random.fork_rng(devices=[]):  # building may draw numbers; the caller's stay
         try:
-            vit: Any = build_like(ours["model"], tensors)
+            vit = build_like(ours["model"], tensors)
             outline(vit)
             if ours.get("pruning") is not None:
-                _attach(vit, ours["pruning"])
+                _attach(vit, ours)
         except PrunexError as error:
             raise PrunexError(f"{weights} and {CONFIG} beside it: {error}") from error
-    first = tensors.get("patch_embed.proj.weight")
-    if first is not None and first.is_floating_point():
-        vit.to(first.dtype)  # for buffers that no file holds, such as rotary tables
-    missing, unexpected = (set(vit.state_dict()) - set(tensors), set(tensors) - set(vit.state_dict()))
-    wrong = [k for k, v in vit.state_dict().items() if k in tensors and tensors[k].shape != v.shape]
-    wrong += odd_dtypes(vit.state_dict(), tensors)
-    if missing or unexpected or wrong:
-        names = ", ".join(sorted(missing | unexpected | set(wrong))[:4])
+    wrong = misfits(vit.state_dict(), tensors)
+    if wrong:
+        names = ", ".join(wrong[:4])
         raise PrunexError(f"{weights} does not fit {CONFIG} ({names}): one of them was changed; save the model again")
-    told = ours.get("model_sha256")  # equal shapes may be cut into heads in another way
-    if told != _digest(ours["model"]) and (told is not None or ours["version"] > 1):
+    digest = ours.get("model_sha256")  # equal shapes may be cut into heads in another way
+    if digest != _digest(ours["model"]) and (digest is not None or ours["version"] > 1):
         raise PrunexError(f"{weights} does not fit {CONFIG} (its model entry was changed): save the model again")
-    vit.load_state_dict(tensors, assign=True)  # every tensor keeps the dtype it was saved in
+    if mounted(vit) is not None:
+        own = {k.removeprefix(f"{TOKENS}."): v for k, v in tensors.items() if k.startswith(f"{TOKENS}.")}
+        mounted(vit).load_state_dict(own, assign=True)
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
     vit.label_names = [readable(name) for name in config.get("label_names") or []]
-    return vit.eval()
+    mark_slim(vit)
+    return vit
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -252,15 +244,22 @@ def _described(pruning: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return method.name, spec
 
 
-def _attach(vit: nn.Module, pruning: Mapping[str, Any]) -> None:
-    """Put a described token pruner on."""
-    method, spec = _described(pruning)
+def _attach(vit: Any, ours: Mapping[str, Any]) -> None:
+    """Put the described token pruner on."""
+    name, options = _described(ours["pruning"])
     try:
-        attach(vit, method, **spec)
+        if ours.get("made_with") != _versions():  # another timm's forward may not be what ours is equal to
+            check_parity(build(ours["model"]))
+        with Still():
+            put_tokens(vit, read(vit), method_of(name, options), options)
     except PrunexError:
         raise
     except Exception as error:  # options of other types than any that save writes
-        raise PrunexError(f"cannot attach {method} as described ({type(error).__name__} {error})") from error
+        raise PrunexError(f"cannot attach {name} as described ({type(error).__name__} {error})") from error
+
+
+def _versions() -> dict[str, str]:
+    return {"prunex": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
 
 def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict[str, Any]:
@@ -298,7 +297,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
             "params": count.params,
             "tokens_per_block": count.tokens,
             "widths_per_block": _widths(vit),
-            "made_with": {"prunex": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
+            "made_with": _versions(),
         },
     }
     return as_read(config)
@@ -306,11 +305,15 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
 
 def _widths(vit: Any) -> list[dict[str, int]]:
     """What each block has, where its units are known one by one: heads, the width of one, MLP channels."""
-    found = []
+    rows = []
     for _, block in blocks_of(vit):
-        told = {"heads": block.attn.num_heads, "head_width": head_dim(block.attn)} if opens_heads(block) else {}
-        found.append({**told, **({"hidden": block.mlp.fc2.in_features} if opens_channels(block) else {})})
-    return found
+        row = {}
+        if opens_heads(block):
+            row |= {"heads": block.attn.num_heads, "head_width": head_dim(block.attn)}
+        if opens_channels(block):
+            row["hidden"] = block.mlp.fc2.in_features
+        rows.append(row)
+    return rows
 
 
 def _digest(model: Mapping[str, Any]) -> str:
@@ -333,19 +336,15 @@ def _width_rows(widths: Sequence[Mapping[str, int]]) -> str:
 
 
 def _card(config: Mapping[str, Any]) -> str:
-    ours, cfg = config["prunex"], config["pretrained_cfg"]
+    ours, cfg, pruning = config["prunex"], config["pretrained_cfg"], config["prunex"]["pruning"]
     size = " x ".join(map(str, cfg["input_size"]))
-    pruning = ours["pruning"]
-    kept = "\npruning = prunex.attached(model)  # after a forward pruning.trace.kept() says which patches were used"
     narrowed = "widths" in ours["model"]
-    kind = ("narrowed" if narrowed else "dense") if pruning is None else "pruned with " + pruning["method"]
-    told = (
-        "none"
-        if pruning is None and narrowed
-        else "dense"
-        if pruning is None
-        else ", ".join(f"{k}={v}" for k, v in pruning.items())
-    )
+    kind, options, after = ("narrowed", "none", "") if narrowed else ("dense", "dense", "")
+    if pruning is not None:
+        kind, options = f"pruned with {pruning['method']}", ", ".join(f"{k}={v}" for k, v in pruning.items())
+        after = (
+            "\npruning = prunex.attached(model)  # after a forward pruning.trace.kept() says which patches were used"
+        )
     return f"""---
 library_name: prunex
 tags: [image-classification, vision-transformer, token-pruning]
@@ -356,7 +355,7 @@ tags: [image-classification, vision-transformer, token-pruning]
 |---|---|
 | input | {size}, mean {cfg.get("mean", "not recorded")}, std {cfg.get("std", "not recorded")} |
 | classes | {config["num_classes"]} |
-| pruning | {told} |
+| pruning | {options} |
 | multiply-adds an image | {ours["macs"] / 1e9:.3f} G |
 | parameters | {ours["params"] / 1e6:.2f} M |
 | tokens in each block | {", ".join(map(str, ours["tokens_per_block"]))} |
@@ -364,6 +363,6 @@ tags: [image-classification, vision-transformer, token-pruning]
 ```python
 import prunex
 
-model = prunex.load("path/to/this/folder")  # eval mode; model(images) -> logits{"" if pruning is None else kept}
+model = prunex.load("path/to/this/folder")  # eval mode; model(images) -> logits{after}
 ```
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -10,9 +11,9 @@ from prunex.attach import attached
 from prunex.checks import called_as
 from prunex.vit.anatomy import find
 from prunex.vit.describe import outline
-from prunex.vit.mount import mounted
+from prunex.vit.mount import UNITS, mounted
 from prunex.vit.units import Backbone
-from prunex.vit.weights import copy_of, fold
+from prunex.vit.weights import copy_of, fold, wrapped_layers
 from prunex.vit.widths import WidthSpec, narrow
 
 
@@ -50,28 +51,48 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
     """
     vit = find(model, path, Backbone)[1]
     outline(vit)
-    hooked = mounted(vit)
-    teacher: tuple[nn.Module, ...] = ()
-    if hooked is not None:  # a teacher is as large as the model: keep it out of the copy
-        teacher, hooked.pruner._teacher = getattr(hooked.pruner, "_teacher", ()), ()
-    try:
-        small = copy_of(vit)
-    finally:
-        if hooked is not None:
-            hooked.pruner._teacher = teacher
+    small = _copy(vit)
     fold(small)
     small.eval()
     small.zero_grad(set_to_none=True)
-    if hooked is not None:
-        copied = mounted(small)
-        copied.pruner.inference_only()
-        copied.masked = None
+    tokens = mounted(small)
+    if tokens is not None:
+        tokens.pruner.inference_only()
+        tokens.masked = None
     _take_units(small)
     if widths is not None:
         narrow(small, widths)
-    if hooked is not None:
-        mounted(small).refit(small)
+    if tokens is not None:
+        tokens.refit(small)
+    mark_slim(small)
     return small
+
+
+def slim_of(vit: Any) -> Any:
+    """The model itself where it is slim already, so that nothing is copied for nothing; else :func:`slim` of it."""
+    tokens = mounted(vit)
+    pruned = mounted(vit, UNITS) is not None or (tokens is not None and not getattr(tokens, "slim", False))
+    return slim(vit) if pruned or next(wrapped_layers(vit), None) else vit
+
+
+def mark_slim(small: Any) -> None:
+    """Remember, where another pruner's attaching forgets it, that the token pruner has nothing of training left."""
+    tokens = mounted(small)
+    if tokens is not None:
+        tokens.slim = True
+
+
+def _copy(vit: Any) -> Any:
+    """A deep copy without the teacher, which is as large as the model."""
+    tokens = mounted(vit)
+    if tokens is None:
+        return copy_of(vit)
+    pruner = tokens.pruner
+    teacher, pruner._teacher = getattr(pruner, "_teacher", ()), ()
+    try:
+        return copy_of(vit)
+    finally:
+        pruner._teacher = teacher
 
 
 def _take_units(small: nn.Module) -> None:

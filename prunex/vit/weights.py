@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeGuard
@@ -324,6 +324,15 @@ def copy_of(model: nn.Module) -> Any:
     """A deep copy, also where hooks left tensors of the last forward's graph on layers, as pruning masks do."""
     left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
     return copy.deepcopy(model, {id(v): v.detach().clone() for v in left})
+
+
+def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Names that one side alone has, or whose tensors differ in shape or in whether they are whole numbers."""
+    one_sided = wanted.keys() ^ given.keys()
+    both = wanted.keys() & given.keys()
+    shapes = {k for k in both if wanted[k].shape != given[k].shape}
+    kinds = {k for k in both if wanted[k].is_floating_point() != given[k].is_floating_point()}
+    return sorted(one_sided | shapes | kinds)
 
 
 def _plain(layer: nn.Module) -> nn.Linear:

@@ -29,8 +29,8 @@ from prunex.errors import PrunexError
 from prunex.pictures.arrays import write_whole
 from prunex.recipes.given import SHIPPED, check_weights
 from prunex.untrusted import read_tensors
-from prunex.vit.describe import Still
 from prunex.vit.mount import TOKENS, UNITS
+from prunex.vit.rebuild import Still
 
 log = logging.getLogger(__name__)
 

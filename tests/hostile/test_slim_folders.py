@@ -13,7 +13,7 @@ import prunex
 from prunex import PrunexError
 from prunex.learned.diffmask import load_explainer as load_diffmask
 from prunex.learned.vit_shapley import load_explainer as load_shapley
-from prunex.vit import describe as rebuild
+from prunex.vit import rebuild
 from tests.hostile.kinds import signed
 from tests.vits import tiny
 

@@ -98,7 +98,7 @@ def test_weights_are_a_plain_safetensors_file_of_the_models_own_names(tmp_path):
 
 
 FRESH = """
-import pickle, sys, torch
+import pickle, sys, timm, torch
 import prunex
 
 def refuse(*args, **kwargs):

@@ -15,7 +15,8 @@ from torch import nn
 import prunex
 from prunex import PrunexError, WidthSpec
 from prunex.slim.files import CARD, CONFIG, WEIGHTS
-from prunex.vit.describe import build, describe
+from prunex.vit.describe import describe
+from prunex.vit.rebuild import build
 from prunex.vit.widths import widths_of
 from tests.vit.narrowed import SWIN, hard, tiny_of, tiny_swin
 from tests.vits import assert_same_state, images, images_for, state_of, tiny
@@ -224,7 +225,7 @@ def test_folders_from_before_there_were_widths_still_load(tmp_path):
 
 
 FRESH = """
-import pickle, sys, torch
+import pickle, sys, timm, torch
 import prunex
 
 def refuse(*args, **kwargs):

@@ -8,7 +8,8 @@ from torch import nn
 
 import prunex
 from prunex.vit.anatomy import check_images, find, read
-from prunex.vit.describe import build, describe
+from prunex.vit.describe import describe
+from prunex.vit.rebuild import build
 from tests.vits import ALL_FAMILIES, assert_same_state, images_for, lively, state_of, tiny
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}

@@ -10,7 +10,8 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError, WidthSpec
-from prunex.vit.describe import build, describe
+from prunex.vit.describe import describe
+from prunex.vit.rebuild import build
 from prunex.vit.widths import dense_shape, leading, narrow, widths_of
 from tests.vit.narrowed import masked, tiny_of, tiny_swin
 from tests.vits import assert_same_state, gated, images, images_for, state_of, tiny

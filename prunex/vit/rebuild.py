@@ -1,0 +1,229 @@
+"""From a description in plain values, which anyone may have written, the model it is of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunex.errors import PrunexError
+from prunex.vit.weights import misfits
+from prunex.vit.widths import WidthSpec, narrow
+
+MLPS = {name: getattr(timm.layers, name) for name in ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked")}
+BLOCKS = {cls.__name__: cls for cls in (ResPostBlock, ParallelThingsBlock, ParallelScalingBlock)}
+CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, Eva, Beit, SwinTransformer)}
+# A description may come from anywhere: what it may say, by kind, and how large that may be without a file to hold it.
+_MAY_SAY = {
+    "size": ("img_size", "patch_size", "window_size", "ref_feat_shape"),
+    "whole": ("in_chans", "num_classes", "embed_dim", "depth", "reg_tokens", "num_reg_tokens", "swiglu_align_to"),
+    "whole numbers": ("num_heads", "depths", "head_dim", "num_kv_heads", "attn_pool_num_heads", "rope_mrope_section"),
+    "numbers": ("mlp_ratio", "attn_pool_mlp_ratio", "init_values", "rope_temperature", "rope_grid_offset"),
+    "name": ("global_pool", "pos_embed", "act_layer", "mlp_layer", "attn_type", "rope_type", "rope_grid_indexing"),
+    "norm": ("norm_layer", "embed_norm_layer"),
+    "block": ("block_fn",),
+    "flag": (
+        "always_partition", "attn_only_layer_scale", "class_token", "dynamic_img_pad", "dynamic_img_size", "fc_norm",
+        "final_norm", "no_embed_class", "pool_include_prefix", "pre_norm", "proj_bias", "qk_norm", "qkv_bias",
+        "qkv_fused", "rope_rotate_half", "scale_attn_inner", "scale_attn_norm", "scale_mlp", "scale_mlp_norm",
+        "strict_img_size", "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm", "use_post_norm",
+        "use_post_transformer_norm", "use_pre_transformer_norm", "use_rel_pos_bias", "use_rot_pos_emb",
+        "use_shared_rel_pos_bias",
+    ),
+}  # fmt: skip
+_KIND_OF = {name: kind for kind, names in _MAY_SAY.items() for name in names}
+_PATCHES, _PIXELS = 2**16, 2**26  # of one image, the latter over all channels
+_FILLS = {
+    "add_", "clamp_", "constant_", "div_", "erfinv_", "fill_", "kaiming_uniform_", "mul_", "normal_", "trunc_normal_",
+    "uniform_", "xavier_uniform_", "zero_",
+}  # fmt: skip
+# A model that was narrowed was larger than its weights are, and has tables that no file holds; within reason.
+_ROOM, _TIMES = 2**30, 64
+_BLOCKS_AT_LEAST = 1000  # that may be described; more where the weights have as many tensors
+
+
+def build(spec: Mapping[str, Any]) -> Any:
+    """The model that :func:`~prunex.vit.describe.describe` described, fresh, in eval mode; narrowed if it was.
+
+    Raises:
+        PrunexError: For a description this version cannot build.
+    """
+    with _told_in_one_line():
+        return _narrowed(_dense_model(spec), spec)
+
+
+def sketch(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) -> Any:
+    """What :func:`build` makes, but parameters have shapes alone; tables that no file holds are computed.
+
+    Args:
+        spec: What :func:`~prunex.vit.describe.describe` wrote, or what says so.
+        held: Tensors of the file beside it. The description is of a model in proportion to these, or nothing is built.
+
+    Raises:
+        PrunexError: For a description that this version cannot build, or of a far larger model than the file's.
+    """
+    with _told_in_one_line(), torch.random.fork_rng(devices=[]):
+        if held is not None:
+            _check_size(spec["args"], held)
+        with Still():
+            model = _dense_model(spec)
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(p.to("meta"), p.requires_grad))
+        return _narrowed(model, spec)
+
+
+def build_like(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    """The described model with a file's weights, for a description that need not be true.
+
+    Args:
+        spec: What :func:`~prunex.vit.describe.describe` wrote, or what says so.
+        tensors: Of the file beside it; each keeps the dtype it was saved in.
+        prefix: Of the model's tensors among them.
+
+    Raises:
+        PrunexError: For a description that this version cannot build, or of another model than the file's.
+    """
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    model = sketch(spec, weights)
+    names = model.state_dict()
+    weights = {k: v for k, v in weights.items() if k in names}
+    wrong = misfits(names, weights)
+    if wrong:
+        raise PrunexError(f"the description does not fit the weights ({', '.join(wrong[:4])})")
+    dtype = weights["patch_embed.proj.weight"].dtype
+    if dtype != torch.float32:
+        model.to(dtype)  # for tables that no file holds, such as rotary ones
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # timm's constructors stumble over bad numbers in many ways
+        raise PrunexError(
+            f"cannot build the described model: {type(error).__name__} {str(error)[:200]}; was the file edited?"
+        ) from error
+
+
+def _dense_model(spec: Mapping[str, Any]) -> Any:
+    args = dict(spec["args"])
+    _check_arguments(args)
+    for name in {"norm_layer", "embed_norm_layer"} & {"norm_layer", *args}:
+        norm, eps = args[name]
+        args[name] = partial(timm.layers.get_norm_layer(norm), eps=eps)
+    if "act_layer" in args:
+        args["act_layer"] = timm.layers.get_act_layer(args["act_layer"])
+    if "mlp_layer" in args:
+        args["mlp_layer"] = MLPS[args["mlp_layer"]]
+    if "block_fn" in args:
+        block, options = args["block_fn"]
+        args["block_fn"] = partial(BLOCKS[block], **options) if options else BLOCKS[block]
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    return CLASSES[spec["class"]](**args).eval()
+
+
+def _narrowed(dense: Any, spec: Mapping[str, Any]) -> Any:
+    return narrow(dense, WidthSpec.read(spec["widths"])) if "widths" in spec else dense
+
+
+class Still(TorchFunctionMode):
+    """Leaves out the filling in of parameters' initial values, which takes most of the time of building a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, or hand the parameter back as it is."""
+        if getattr(func, "__name__", "") in _FILLS:
+            target = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(target, nn.Parameter) or (isinstance(target, Tensor) and target.is_meta):
+                return target
+        return func(*args, **(kwargs or {}))
+
+
+def _check_size(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse a model far larger than its weights, or of so many blocks that building them would take long.
+
+    Bytes are counted in closed form, rather too many than too few.
+    """
+    _check_arguments(args)
+    depths = _several(args.get("depths", args.get("depth", 12)))
+    parallel = args["block_fn"][1].get("num_parallel", 1) if "block_fn" in args else 1
+    most = max(len(weights), _BLOCKS_AT_LEAST)
+    if max(sum(depths), len(depths)) * parallel > most:
+        raise PrunexError(f"more blocks than its weights have tensors for ({most})")
+    width = args["embed_dim"] * 2 ** (len(depths) - 1)  # a Swin's is doubled from stage to stage
+    (height, across), (down, side) = _pair(args["img_size"]), _pair(args["patch_size"])
+    patches = (height // down) * (across // side)
+    registers = args.get("reg_tokens", 0) + args.get("num_reg_tokens", 0)
+    outside = args["in_chans"] * down * side + args["num_classes"] + patches + registers
+    ratio = max(float(r or 0) for name in ("mlp_ratio", "attn_pool_mlp_ratio") for r in _several(args.get(name, 4.0)))
+    groups = max(_several(args.get("num_kv_heads", 1)))
+    heads = max(_several(args["num_heads"])) * max(_several(args.get("head_dim", 0)))
+    block = width * (8 + 2 * groups + 3 * ratio) + 4 * width / args["embed_dim"] * heads
+    # A window's table has an entry for each pair of its tokens; BEiT's window is the image.
+    window = math.prod(_pair(args["window_size"])) if "window_size" in args else 0
+    biased = args.get("use_rel_pos_bias") or args.get("use_shared_rel_pos_bias")
+    pairs = max(window**2, (patches + 1) ** 2 if biased else 0)
+    size = 4.0 * width * ((sum(depths) + 1) * parallel * block + outside) + 8.0 * (sum(depths) + 1) * pairs
+    held = sum(v.numel() * v.element_size() for v in weights.values())
+    if size > _ROOM + _TIMES * held:
+        raise PrunexError(f"it takes {size:.3g} bytes, its weights have {held:,}")
+
+
+def _check_arguments(args: Mapping[str, Any]) -> None:
+    """Refuse arguments that :func:`describe` never writes, of other types, or of images beyond all measure."""
+    for name, value in args.items():
+        if name not in _KIND_OF:
+            raise ValueError(f"unknown argument {name!r}")
+        if not _is(_KIND_OF[name], value):
+            raise ValueError(f"{name}={str(value)[:40]!r} is no {_KIND_OF[name]}")
+    (height, width), (down, across) = _pair(args["img_size"]), _pair(args["patch_size"])
+    if (height // down) * (width // across) > _PATCHES or height * width * args["in_chans"] > _PIXELS:
+        raise ValueError(f"images of {height} x {width} pixels in patches of {down} x {across} are too large")
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, *rest = _several(value)
+    return first, rest[0] if rest else first
+
+
+def _is(kind: str, value: Any) -> bool:
+    """Whether a plain value is of one of the kinds of ``_MAY_SAY``."""
+    each = _several(value)
+    whole = all(type(v) is int and v >= 0 for v in each)
+    if kind == "size":
+        return whole and len(each) in (1, 2) and min(each) > 0
+    if kind == "whole":
+        return whole and not isinstance(value, list | tuple)
+    if kind == "whole numbers":
+        return whole and len(each) > 0
+    if kind == "numbers":
+        return value is None or (len(each) > 0 and all(_finite(v) for v in each))
+    if kind == "norm":
+        return len(each) == 2 and isinstance(each[0], str) and _finite(each[1]) and each[1] >= 0
+    if kind == "block":
+        options = each[1] if len(each) == 2 else None
+        kinds = {"num_parallel": int, "fuse_out_proj": bool}
+        return isinstance(options, Mapping) and all(type(v) is kinds.get(k) for k, v in options.items())
+    return isinstance(value, bool if kind == "flag" else str)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

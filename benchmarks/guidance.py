@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import statistics
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import LightningDataModule
-from measure import start
+from measure import append, fit, read_rows, start
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from tradeoff import RECIPES, STAGES, append, classifier, read_rows
+from tradeoff import RECIPES, STAGES, classifier
 
 import prunex
 from prunex.callbacks import RelevancyGuidance, TokenPruning
@@ -115,12 +113,8 @@ def train(scenes: Any, method: str, keep_ratio: float, weight: float, seed: int,
     callbacks: list[Any] = [TokenPruning(method, keep_ratio=keep_ratio, **options)]
     if weight > 0:
         callbacks.append(RelevancyGuidance(args.guide, weight=weight, share=args.share))
-    trainer = lightning.Trainer(
-        max_epochs=args.epochs, callbacks=callbacks, accelerator=args.device, devices=1, gradient_clip_val=1.0,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, limit_val_batches=0, limit_train_batches=scenes.steps(args),
-    )  # fmt: skip
-    trainer.fit(module, scenes.training(seed, args))
+    data, steps = scenes.training(seed, args), scenes.steps(args)
+    fit(module, data, callbacks, args.epochs, args.device, limit_train_batches=steps)
     return module
 
 
@@ -200,9 +194,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.set_defaults(clock="wall")
     args = made.parse_args(arguments)
     start(args)
-    for quiet in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(quiet).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     out = args.out or (args.run or Path("runs")) / "guidance"  # rows do not tell on which data they were measured
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("tuning.csv" if args.tune else "guidance.csv")

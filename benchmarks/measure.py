@@ -1,11 +1,16 @@
-"""What the benchmarks share: arguments, what is told about the machine, and tables of `prunex.recipes.timing`."""
+"""What the benchmarks share: arguments, what is told of the machine, short trainings, rows of CSV files, tables."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import logging
 import platform
 import statistics
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +18,9 @@ import torch
 import prunex
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 
-__all__ = ["GEOMETRY", "Timing", "options", "side_by_side", "start", "table", "told"]
+__all__ = [
+    "GEOMETRY", "Timing", "append", "fit", "options", "read_rows", "side_by_side", "start", "table", "told",
+]  # fmt: skip
 GEOMETRY = "deit_small_patch16_224"
 
 
@@ -49,6 +56,38 @@ def start(args: argparse.Namespace) -> None:
         f"versions: python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
         f"prunex {prunex.__version__}"
     )
+
+
+def fit(module: Any, data: Any, callbacks: list[Any], epochs: int, device: str, **more: Any) -> None:
+    """Train quietly, without validation and without a trace on disk."""
+    import lightning
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    lightning.Trainer(
+        max_epochs=epochs, callbacks=callbacks, accelerator=device, devices=1, gradient_clip_val=1.0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, **more,
+    ).fit(module, data)  # fmt: skip
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where it is not there."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, fields: Sequence[str], values: dict[str, Any]) -> None:
+    """One more row, under a heading where the file is new."""
+    new = not path.is_file()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        writer.writerow(values)
 
 
 def table(rows: Sequence[tuple[str, Timing]], first: str) -> str:

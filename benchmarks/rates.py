@@ -13,19 +13,16 @@ new. Rows that OUT/rates.csv holds already are skipped, so an interrupted run go
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from measure import start
+from measure import append, fit, read_rows, start
 from tqdm import tqdm
-from tradeoff import append, read_rows
 
 import prunex
 from prunex.callbacks import TokenPruning
@@ -59,23 +56,6 @@ def classifier(args: argparse.Namespace, weights: Path) -> ImageClassifier:
     )
 
 
-def fit(module: ImageClassifier, callbacks: list[Any], epochs: int, args: argparse.Namespace) -> None:
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        accelerator=args.device,
-        devices=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, folder(args))
-
-
 def row(key: tuple[str, ...], dense: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train and test one model."""
     method, scale, seed = key[:3]
@@ -85,7 +65,7 @@ def row(key: tuple[str, ...], dense: Path, args: argparse.Namespace) -> dict[str
     if method != DENSE:
         ratio = args.keep_ratio if "keep_ratio" in accepted(lookup("pruner", method).make) else None
         callbacks.append(TokenPruning(method, keep_ratio=ratio, lr_scale=None if scale == DEFAULT else float(scale)))
-    fit(module, callbacks, args.epochs, args)
+    fit(module, folder(args), callbacks, args.epochs, args.device)
     images = folder(args).test_dataloader()
     if method != DENSE and prunex.attached(module.model).pruner.count == "adaptive":
         prunex.attached(module.model).calibrate(batch[0] for batch in images)
@@ -145,14 +125,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     start(args)
-    for quiet in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(quiet).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     args.out.mkdir(parents=True, exist_ok=True)
     dense, path = args.out / "dense.safetensors", args.out / "rates.csv"
     if not dense.is_file():
         lightning.seed_everything(0, verbose=False)
-        fit(classifier(args, args.weights), [SaveWeights(str(dense))], args.start_epochs, args)
+        save = SaveWeights(str(dense))
+        fit(classifier(args, args.weights), folder(args), [save], args.start_epochs, args.device)
     common = (str(args.epochs), str(args.batch), f"{args.learning_rate:g}")
     pairs = [(m, s) for m in args.methods for s in (["1"] if m == DENSE else args.scales)]
     wanted = [(method, scale, seed, *common) for seed in args.seeds for method, scale in pairs]

@@ -13,17 +13,14 @@ training), speed.csv (all models side by side in one process), tradeoff.png, spe
 from __future__ import annotations
 
 import argparse
-import csv
-import logging
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from measure import side_by_side, start
+from measure import append, fit, read_rows, side_by_side, start
 from torch import nn
 from tqdm import tqdm
 
@@ -134,20 +131,8 @@ def train(method: str, setting: Setting, seed: int, args: argparse.Namespace) ->
         own = {k: options.pop(k) for k in ("keep_ratio", "stages", "budget") if k in options}
         # All at the rate that was tuned for the model: what methods bring gets no other one.
         callbacks.append(TokenPruning(method, options=options, backbone_lr_scale=scale, lr_scale=1.0, **own))
-    trainer = lightning.Trainer(
-        max_epochs=args.epochs,
-        callbacks=callbacks,
-        accelerator=args.device,
-        devices=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, DigitScenes(batch_size=64, train_size=args.train_size, seed=seed))
+    scenes = DigitScenes(batch_size=64, train_size=args.train_size, seed=seed)
+    fit(module, scenes, callbacks, args.epochs, args.device)
     return prunex.slim(module).cpu()
 
 
@@ -174,22 +159,6 @@ def calibrated(pruning: prunex.Pruning) -> None:
     """Show a method that looks at images before it decides the first training scenes."""
     if pruning.pruner.needs_calibration:
         pruning.calibrate(images for images, *_ in DigitScenes(batch_size=64).train_dataloader())
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, fields: Sequence[str], values: dict[str, Any]) -> None:
-    new = not path.is_file()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
 
 
 def measure(points: Sequence[tuple[str, Setting]], args: argparse.Namespace) -> dict[tuple[str, str], float]:
@@ -219,13 +188,13 @@ def measure(points: Sequence[tuple[str, Setting]], args: argparse.Namespace) -> 
     path.unlink(missing_ok=True)
     for key, timing in zip(models, timings, strict=True):
         known[key] = round(1 / statistics.median(timing.ratios), 4)  # as the file holds it: read again, the same table
-        told = {
+        values = {
             "method": key[0],
             "setting": key[1],
             "images_per_s": round(1e3 * args.batch / statistics.median(timing.own), 1),
             "speed_up": known[key],
         }
-        append(path, tuple(told), told)
+        append(path, tuple(values), values)
     return known
 
 
@@ -317,9 +286,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     start(args)
-    for quiet in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(quiet).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     args.out.mkdir(parents=True, exist_ok=True)
     methods = args.methods or [m.name for m in prunex.methods("pruner") if not units_of(m.name)]
     points = [(m, s) for m in [DENSE, *methods] for s in settings(m, args.budgets, args.keep_ratios)]

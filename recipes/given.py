@@ -25,11 +25,7 @@ def shipped_weights() -> list[str]:
 
 
 def check_weights(weights: str) -> Path | None:
-    """The file that weights lie in; None where they are shipped under that name.
-
-    Raises:
-        PrunexError: Where they are neither.
-    """
+    """The file that weights lie in; None where they are shipped under that name."""
     path = Path(weights).expanduser()
     if is_there(path, Path.is_file):
         return path
@@ -42,11 +38,7 @@ def check_weights(weights: str) -> Path | None:
 
 
 def check_folder(run: str | Path) -> Path:
-    """A run's folder.
-
-    Raises:
-        PrunexError: Where it is none.
-    """
+    """A run's folder; PrunexError where it is none."""
     if not is_there(Path(run), Path.is_dir):
         raise PrunexError(f"{run} is no folder: give a run folder, such as runs/digits-dynamicvit/version_0")
     return Path(run)
@@ -55,11 +47,7 @@ def check_folder(run: str | Path) -> Path:
 def check_model(
     where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
 ) -> None:
-    """Refuse what is neither a path nor the name of a timm model with weights, without importing timm.
-
-    Raises:
-        PrunexError: Also for options of a timm model beside a path.
-    """
+    """Refuse what is neither a path nor a timm model with weights, and a timm model's options beside a path."""
     if is_there(Path(where)):
         for flag, given in (("--weights", weights), ("--img-size", image_size), ("--pretrained", pretrained or None)):
             if given is not None:
@@ -79,11 +67,7 @@ def check_model(
 
 
 def check_checkpoint_path(path: str) -> None:
-    """Refuse a checkpoint that cannot be opened; an interpolation, ``last`` and the like are for Lightning to resolve.
-
-    Raises:
-        PrunexError: For an address, or a file that does not exist.
-    """
+    """Refuse an address and a file that is not there; an interpolation, ``last`` and the like are Lightning's."""
     if "://" in path:
         raise PrunexError(
             f"--ckpt_path {path} is an address, and what is downloaded could run code: download it, and give the file"
@@ -104,11 +88,7 @@ def _is_timms(name: str) -> bool:
 
 
 def check_range(value: Any, name: str = "value_range") -> int | None:
-    """The largest value of pixels of 16 bits, as a user gave it: a whole number in [255, 65535], or None.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """The largest value of pixels of 16 bits, as a user gave it: a whole number in [255, 65535], or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 255 <= value <= FULL_RANGE):
         raise PrunexError(
             f"{name}={value!r} is not allowed: give the largest value that pixels can have, such as 4095 for 12 bits"
@@ -117,15 +97,7 @@ def check_range(value: Any, name: str = "value_range") -> int | None:
 
 
 def image_files(path: Path, besides: Path | None = None) -> list[Path]:
-    """The images of a folder and its subfolders, sorted, or one image.
-
-    Args:
-        path: A folder or a file.
-        besides: A folder whose files do not count: what an earlier call wrote.
-
-    Raises:
-        PrunexError: When there are none.
-    """
+    """The images of a folder and its subfolders, sorted, or one image; what lies in ``besides`` does not count."""
     if is_there(path, Path.is_file):
         return [path]
     inside = path.rglob("*") if is_there(path, Path.is_dir) else ()

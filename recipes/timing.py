@@ -40,20 +40,11 @@ def side_by_side(
     clock: str = "wall",
     least: int = 7,
 ) -> list[Timing]:
-    """Time callables in turn, round after round; the first is the reference.
+    """Time callables by name in turn, round after round; the first is the reference.
 
-    The order rotates, so that nobody always runs after the same neighbour (whose data fill the caches).
-
-    Args:
-        contestants: Name and callable.
-        device: "cpu", or "cuda" to wait for it before the clock is read.
-        repeats: Rounds; 0: what fits into ``seconds``, at least ``least``.
-        seconds: See ``repeats``.
-        clock: "wall", or "cpu" for processor time.
-        least: See ``repeats``.
-
-    Returns:
-        One timing a contestant, in the order given.
+    The order rotates, so that nobody always runs after the same neighbour (whose data fill the caches). There are
+    ``repeats`` rounds or, with 0, as many as fit into ``seconds``, at least ``least``; the clock is "wall", or "cpu"
+    for processor time. A "cuda" device is waited for before the clock is read.
     """
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     now = time.process_time if clock == "cpu" else time.perf_counter
@@ -92,8 +83,8 @@ def chip(device: str = "cpu") -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     if Path("/proc/cpuinfo").is_file():
-        told = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in told if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         if names:
             return f"{len(names)} cores {names[0]}"
     return platform.processor() or platform.machine()

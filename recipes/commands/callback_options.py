@@ -24,6 +24,7 @@ import prunex.recipes
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
 from prunex.pruners.base import accepted
+from prunex.recipes.commands.options import typed
 from prunex.registry import lookup
 
 SHORT = {
@@ -46,14 +47,7 @@ _INSTEAD = {"budget": "keep_ratio", "keep_ratio": "budget"}
 
 
 def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
-    """Arguments in which options of callbacks have become a config of their own.
-
-    Args:
-        arguments: As Lightning takes them, every ``--config`` a path that exists.
-        folder: Where that config is written.
-
-    Returns:
-        The arguments without these options, the config after the other configs.
+    """Arguments in which options of callbacks have become a config of their own, written into a folder.
 
     Raises:
         PrunexError: For an option that the callback does not have or that several have, no such callback in the
@@ -86,27 +80,21 @@ def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
 
 def _callbacks(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """The callbacks of the last config that has any, as dicts with a class_path and unresolved interpolations."""
-    found: list[dict[str, Any]] = []
+    callbacks: list[dict[str, Any]] = []
     for name, path in _configs(arguments):
-        if not is_there(Path(path), Path.is_file):
-            continue
         listed = _tree(path, name).get("trainer")
         listed = listed.get("callbacks") if isinstance(listed, dict) else None
         entries: list[Any] = listed if isinstance(listed, list) else [listed]
         entries = [{"class_path": e} if isinstance(e, str) else e for e in entries]
         if all(isinstance(e, dict) and isinstance(e.get("class_path"), str) for e in entries):
-            found = entries
-    return found
+            callbacks = entries
+    return callbacks
 
 
 def _configs(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    split = [a.partition("=") for a in arguments]
-    after = [*arguments, ""][1:]  # of none there is none
-    return [
-        (name, value if equals else follows)
-        for (name, equals, value), follows in zip(split, after, strict=True)
-        if name in ("--config", "-c")
-    ]
+    """Names of the option and paths of the configs that are there."""
+    configs = [(name, path or "") for _, name, path in typed(arguments, "--config", "-c")]
+    return [(name, path) for name, path in configs if is_there(Path(path), Path.is_file)]
 
 
 def _tree(path: str, name: str) -> dict[str, Any]:
@@ -224,10 +212,7 @@ def _value(name: str, text: str) -> Any:
 def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str | None = None) -> list[str] | None:
     """Names of a callback's options, those of its pruning method as ``options.NAME``; None where they are not known.
 
-    Args:
-        kind: A class's name.
-        callbacks: Of the config, in which it may have a longer path.
-        method: The pruning method.
+    ``kind`` is a class's name, which may have a longer path among the config's callbacks.
 
     >>> options_of("SlimExport")
     ['folder', 'monitor', 'mode', 'formats', 'model', 'mean', 'std']
@@ -253,7 +238,7 @@ def parameters(path: str) -> list[str] | None:
 
 def near_name(arguments: Sequence[str]) -> PrunexError | None:
     """The first option that nobody knows, with near names; None where all are known, or nothing can be said."""
-    trees = [_tree(path, name) for name, path in _configs(arguments) if is_there(Path(path), Path.is_file)]
+    trees = [_tree(path, name) for name, path in _configs(arguments)]
     for argument in arguments:
         if not argument.startswith("--"):
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
 from prunex.recipes.commands.mistakes import DEBUG, as_mistake
+from prunex.recipes.commands.options import typed
 from prunex.recipes.commands.own import COMMANDS
 from prunex.recipes.commands.usage import command_usage, usage
 from prunex.recipes.given import check_checkpoint_path
@@ -38,14 +39,7 @@ def packaged_configs() -> dict[str, Traversable]:
 def find_config(name: str) -> str:
     """A path to a config file: the user's own where it exists, else the packaged one of that name.
 
-    Args:
-        name: A path, or a packaged name with or without the leading ``configs/`` and the ``.yaml``.
-
-    Returns:
-        A path that can be opened.
-
-    Raises:
-        PrunexError: If there is neither.
+    Of a packaged one the leading ``configs/`` and the ``.yaml`` may be left out.
     """
     if is_there(Path(name), Path.is_file):
         return name
@@ -60,17 +54,13 @@ def find_config(name: str) -> str:
 
 def resolve_configs(arguments: Sequence[str], default: str | None = None) -> list[str]:
     """Arguments in which every ``--config`` is a path that exists; the default is added where there is none."""
-    resolved, given = list(arguments), False
-    for place, argument in enumerate(resolved):
-        if argument in ("--config", "-c") and place + 1 < len(resolved):
-            resolved[place + 1], given = find_config(resolved[place + 1]), True
-        elif argument.startswith("--config="):
-            resolved[place], given = "--config=" + find_config(argument.removeprefix("--config=")), True
-    if (
-        default is not None
-        and not given
-        and not any(a in ("-h", "--help") or a.startswith("--help=") for a in resolved)
-    ):
+    resolved = list(arguments)
+    configs = [config for config in typed(arguments, "--config", "-c") if config[2] is not None]
+    for place, name, value in configs:
+        path = find_config(str(value))
+        resolved[place] = [name, path] if place.stop - place.start == 2 else [f"{name}={path}"]
+    asks_for_help = any(a in ("-h", "--help") or a.startswith("--help=") for a in resolved)
+    if default is not None and not configs and not asks_for_help:
         resolved[:0] = ["--config", find_config(default)]
     return resolved
 
@@ -82,14 +72,12 @@ def take_out(arguments: list[str]) -> str | None:
     >>> take_out(arguments), arguments
     ('x.csv', ['--data.root', 'photos'])
     """
-    found = None
-    for place in reversed([i for i, a in enumerate(arguments) if a == "--out" or a.startswith("--out=")]):
-        name, equals, value = arguments[place].partition("=")
-        if not equals and place + 1 == len(arguments):
+    file = None
+    for place, _, file in reversed(typed(arguments, "--out")):
+        if file is None:
             raise PrunexError("--out needs the name of a file, such as predictions.csv")
-        found = value if equals else arguments[place + 1]
-        del arguments[place : place + (1 if equals else 2)]
-    return found
+        del arguments[place]
+    return file
 
 
 def run_lightning(arguments: Sequence[str]) -> int:
@@ -108,24 +96,13 @@ def _check_checkpoint(arguments: Sequence[str]) -> None:
     """Refuse a checkpoint that is typed and not there, before Lightning is imported."""
     if any(argument.startswith("--weights_only") for argument in arguments):
         return  # Lightning's business then
-    for option, following in zip(arguments, [*arguments[1:], "last"], strict=True):
-        name, equals, value = option.partition("=")
-        if name == "--ckpt_path":
-            check_checkpoint_path(value if equals else following)
+    for _, _, path in typed(arguments, "--ckpt_path"):
+        if path is not None:
+            check_checkpoint_path(path)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Dispatch on the first argument.
-
-    Args:
-        arguments: As on the command line, without the program's name.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        PrunexError: If the user made a mistake.
-    """
+    """Dispatch on the first argument, and give back the exit code; PrunexError is the user's mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(packaged_configs()))
         return 0

@@ -74,19 +74,9 @@ def explain(args: Any) -> int:
 class Explainers:
     """Several explainers on one model, batch by batch, and what each of them took.
 
-    With ``"all"``, every registered method is tried on the first batch, and those that refuse the model are left out;
-    a method that is named, or has options, must work.
-
-    Args:
-        methods: ``"all"``, names with commas between, or a list of names.
-        options: Options by method.
-
-    Attributes:
-        names: The methods in use.
-        skipped: Why each of the others was left out.
-
-    Raises:
-        PrunexError: For unknown names, or options of a method that is not in use.
+    Methods are ``"all"``, names with commas between, or a list of names. With ``"all"``, every registered method is
+    tried on the first batch, and those that refuse the model are left out; a method that is named, or has options, must
+    work. ``names`` are the methods in use, ``skipped`` says why each of the others was left out.
     """
 
     def __init__(self, methods: str | Sequence[str] = "all", options: Mapping[str, Mapping[str, Any]] | None = None):
@@ -111,23 +101,12 @@ class Explainers:
     def __call__(
         self, model: nn.Module, images: Tensor, target: int | Tensor | None = None, bar: Any = None, left: int = 0
     ) -> dict[str, prunex.Explanation]:
-        """Explain a batch with every method in use.
+        """Explain a batch of normalised images with every method in use: one explanation each.
 
-        Args:
-            model: A supported ViT.
-            images: float [B, C, H, W], normalised.
-            target: As in `prunex.explain`.
-            bar: A tqdm bar that counts maps.
-            left: Images that are not explained yet, these included; for the bar.
-
-        Returns:
-            One explanation a method.
-
-        Raises:
-            PrunexError: When a method that must work does not, or none is left.
+        ``bar`` is a tqdm bar that counts maps, ``left`` the images that are not explained yet, these included.
         """
         bar = tqdm(disable=True) if bar is None else bar
-        found = {}
+        explanations = {}
         for name in list(self.names):
             bar.set_postfix_str(name)
             start = perf_counter()
@@ -143,15 +122,15 @@ class Explainers:
                 bar.write(f"skipped {name}: {error}")
                 continue
             e.maps = e.maps.float().cpu()  # waits for the device, so that its time counts
-            found[name] = e
+            explanations[name] = e
             self._seconds[name] += perf_counter() - start
             self._forwards[name] += sum(forwards)
             bar.update(len(images))
-        if not found:
+        if not explanations:
             raise PrunexError(f"no explainer can take this model; the last one said: {[*self.skipped.values()][-1]}")
-        check_outputs(next(iter(found.values())).logits)
+        check_outputs(next(iter(explanations.values())).logits)
         self.images += len(images)
-        return found
+        return explanations
 
     def seconds(self, name: str) -> float:
         """Mean seconds an image."""
@@ -225,13 +204,7 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def own_explainer(where: Path, methods: str, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The options, with the explainer that a run has trained where its method is asked for and no other is named.
-
-    Args:
-        where: A run folder, or a path in one.
-        methods: As for :class:`Explainers`.
-        options: By method; changed in place.
-    """
+    """The options by method, with the explainer that a run has trained where its method is used and no other named."""
     run = run_of(where)
     config = None if run is None else run / "explainer" / "config.json"
     if config is not None and config.is_file():
@@ -254,11 +227,7 @@ def batches(count: int, size: int) -> Iterator[range]:
 
 
 def check_outputs(logits: Tensor) -> None:
-    """Refuse a model that says nothing, before it is explained or scored.
-
-    Raises:
-        PrunexError: When an image's outputs are not finite.
-    """
+    """Refuse a model whose outputs are not finite, before it is explained or scored."""
     if not logits.isfinite().all():
         raise PrunexError(
             "the model's outputs are NaN or infinite: its weights hold such values, or grow too large; take those of "

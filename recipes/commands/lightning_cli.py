@@ -27,13 +27,7 @@ from prunex.recipes.runs import deny_imports, instantiate, run_of
 
 
 def run_cli(command: str, arguments: Sequence[str], out: str | None = None) -> int:
-    """Run one of Lightning's commands.
-
-    Args:
-        command: "fit", "validate", "test" or "predict".
-        arguments: What was typed after it, every ``--config`` a path that exists.
-        out: Of predict, the table's file.
-    """
+    """Run fit, validate, test or predict with what was typed after it; ``out`` is the file of predict's table."""
     for name in prunex.recipes.__all__:
         getattr(prunex.recipes, name)  # configs may use short class names, which are those of classes that exist
     deny_imports()
@@ -48,13 +42,7 @@ def run_cli(command: str, arguments: Sequence[str], out: str | None = None) -> i
 class CommandLine(LightningCLI):
     """LightningCLI that finds the last run, trusts its configs but no checkpoint, and tells mistakes in one line.
 
-    A model without a number of classes gets the data's.
-
-    Args:
-        command: "fit", "validate", "test" or "predict".
-        typed: The arguments after it.
-        out: Of predict, the table's file.
-        scratch: Folder for what is not to be kept.
+    A model without a number of classes gets the data's. What is not to be kept goes into ``scratch``.
     """
 
     def __init__(self, command: str, typed: list[str], out: str | None, scratch: str) -> None:
@@ -140,12 +128,7 @@ class CommandLine(LightningCLI):
 
 
 def follow_size(config: Any, arguments: Sequence[str]) -> None:
-    """Where the command line gives one of two sizes, that of the data's images or the model's, the other follows.
-
-    Args:
-        config: Of one subcommand, changed in place.
-        arguments: What was typed.
-    """
+    """Where the command line gives one of two sizes, that of the data's images or the model's, the other follows."""
     data, model = ((config.get(part) or {}).get("init_args") or {} for part in ("data", "model"))
     if "image_size" not in data or "model_args" not in model:
         return
@@ -160,12 +143,7 @@ def follow_size(config: Any, arguments: Sequence[str]) -> None:
 
 
 def keep_out(config: Any, scratch: str) -> None:
-    """Have a run that is only looked at stay as it is: what loggers and callbacks write goes nowhere.
-
-    Args:
-        config: Of validate, test or predict, changed in place.
-        scratch: A folder that is removed afterwards.
-    """
+    """Have a run that is only looked at stay as it is: what loggers and callbacks write goes nowhere."""
     config.trainer["logger"] = False
     config.trainer["default_root_dir"] = scratch
     if not config.get("ckpt_path"):
@@ -176,8 +154,7 @@ def keep_out(config: Any, scratch: str) -> None:
 def mistakes(arguments: Sequence[str] = ()) -> Iterator[None]:
     """Whatever parsing a config and building its parts raise, as one line: it is what the config says.
 
-    Args:
-        arguments: What was typed; an option among them that nobody knows is named first.
+    An option among the arguments that nobody knows is named first.
     """
     try:
         yield
@@ -190,22 +167,14 @@ def mistakes(arguments: Sequence[str] = ()) -> Iterator[None]:
 
 
 def check_checkpoint(path: str) -> None:
-    """Refuse what Lightning would unpickle: with ``--weights_only false`` it does so all the same.
-
-    Raises:
-        PrunexError: For an address, a file that is not there, or one that is no checkpoint of plain values.
-    """
+    """Refuse what Lightning would unpickle: with ``--weights_only false`` it does so all the same."""
     check_checkpoint_path(path)
     if is_there(Path(path), Path.is_file):
         read_checkpoint(path)
 
 
 def plain_hyperparameters(path: str) -> dict[str, Any]:
-    """A checkpoint's hyperparameters but those that name classes.
-
-    Raises:
-        PrunexError: For a file that is no checkpoint, or a value that names a class further down.
-    """
+    """A checkpoint's hyperparameters but those that name classes; one that does so further down is refused."""
     if not is_there(Path(path), Path.is_file):
         return {}
     checkpoint = read_checkpoint(path)

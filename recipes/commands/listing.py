@@ -57,11 +57,7 @@ def _text(node: ast.expr, constants: dict[str, str]) -> str:
 
 
 def check_methods(names: Iterable[str], kind: str | None = None) -> None:
-    """Refuse names that no method (of a kind) has.
-
-    Raises:
-        PrunexError: For the first of them; near names are offered.
-    """
+    """Refuse names that no method (of a kind) has; near names are offered."""
     # Whoever calls from Python may have registered methods that lie in no file of ours.
     methods = {(entry.kind, entry.name) for entry in declared()} | set(registry.METHODS)
     for name in names:

@@ -214,6 +214,23 @@ def _check_explaining(args: Any, methods: str) -> None:
     check_model(args.run, args.weights, args.img_size, args.pretrained)
 
 
+def typed(arguments: Sequence[str], *names: str) -> list[tuple[slice, str, str | None]]:
+    """Where options are typed: the arguments that one takes, its name and its value, None where nothing follows.
+
+    >>> typed(["--out", "x.csv", "--out=y.csv"], "--out")
+    [(slice(0, 2, None), '--out', 'x.csv'), (slice(2, 3, None), '--out', 'y.csv')]
+    """
+    places = []
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names and equals:
+            places.append((slice(place, place + 1), name, value))
+        elif name in names:
+            following = arguments[place + 1] if place + 1 < len(arguments) else None
+            places.append((slice(place, place + 2), name, following))
+    return places
+
+
 def split_names(text: str) -> list[str]:
     """Names with commas between.
 
@@ -224,11 +241,7 @@ def split_names(text: str) -> list[str]:
 
 
 def split_option(text: str) -> tuple[str, str, str]:
-    """Method, name and value of ``METHOD.NAME=VALUE``.
-
-    Raises:
-        PrunexError: For another form.
-    """
+    """Method, name and value of ``METHOD.NAME=VALUE``."""
     key, equals, value = text.partition("=")
     method, dot, name = key.strip().partition(".")
     if not equals or not dot or not name:

@@ -29,12 +29,6 @@ class PredictionTable(BasePredictionWriter):
 
     Images are called by the paths that their dataset lists (``samples`` or ``imgs``, as torchvision's do), else by
     their number in it. The kept share, 0..1, is what the last stage of a token pruner leaves of the image's patches.
-
-    Args:
-        path: The file.
-
-    Raises:
-        PrunexError: Where ``predict_step`` gives neither logits nor probabilities, see :func:`probabilities`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -83,17 +77,10 @@ class PredictionTable(BasePredictionWriter):
 
 
 def probabilities(prediction: Any) -> Tensor:
-    """Class probabilities of what a ``predict_step`` returned.
+    """Class probabilities [B, C], on the CPU, of what a ``predict_step`` returned.
 
-    Args:
-        prediction: float [B, C], logits or probabilities, C above 1; or a dict that holds them as "probabilities" or
-            "logits".
-
-    Returns:
-        float [B, C] on the CPU, each row adding up to 1.
-
-    Raises:
-        PrunexError: For anything else: whether it is logits must not be guessed.
+    That is logits or probabilities [B, C], C above 1, or a dict that holds them as "probabilities" or "logits";
+    anything else is refused, since whether it is logits must not be guessed.
 
     >>> probabilities(torch.tensor([[0.0, 0.0]])).tolist()
     [[0.5, 0.5]]

@@ -21,17 +21,10 @@ def go_on(config: Any, training: bool) -> bool:
 
     The last run is the ``version_N`` of the highest number under the logger's ``save_dir/name`` that has a checkpoint:
     what else made such a folder is no run. Where none has one, the last was stopped before its first epoch had ended,
-    and training begins again in its folder.
-
-    Args:
-        config: Of one subcommand, changed in place.
-        training: Whether runs are continued (fit), or looked at (validate, test, predict).
+    and training begins again in its folder. Validate, test and predict look at runs and continue none.
 
     Returns:
         Whether the run's folder was chosen here, and not by the config.
-
-    Raises:
-        PrunexError: For a logger without such folders; when there is nothing to look at.
     """
     logger = _logger(config.trainer.get("logger"))
     if logger is None:
@@ -95,9 +88,8 @@ def _logger(logger: Any) -> Any:
 class SaveConfig(SaveConfigCallback):
     """Lightning's callback, writing ``config.yaml`` whole.
 
-    Args:
-        resumed: Whether :func:`go_on` chose the run's folder: the file then says what the run's first start said, so
-            that another ``prunex fit`` with it is another run.
+    Where :func:`go_on` chose the run's folder (``resumed``), the file says what the run's first start said, so that
+    another ``prunex fit`` with it is another run.
     """
 
     def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:

@@ -25,15 +25,9 @@ from prunex.vit.anatomy import read
 
 @dataclass
 class Scenes:
-    """Images to score on.
+    """Images float [N, C, H, W], normalised by mean and std (None: as the model says), to score on.
 
-    Attributes:
-        images: float [N, C, H, W], normalised.
-        labels: int64 [N], or None where they are not known.
-        masks: bool [N, H, W], or None.
-        mean: Of the normalisation, or None: as the model says.
-        std: Likewise.
-        notes: What a reader would otherwise have to guess.
+    Labels are int64 [N], masks bool [N, H, W]; ``notes`` say what a reader would otherwise have to guess.
     """
 
     images: Tensor
@@ -45,12 +39,12 @@ class Scenes:
 
     def digest(self) -> str:
         """A hash of all that the scores depend on."""
-        told = hashlib.sha256(repr((self.mean, self.std)).encode())
+        content = hashlib.sha256(repr((self.mean, self.std)).encode())
         for part in (self.images, self.labels, self.masks):
-            told.update(b"none" if part is None else repr((part.dtype, tuple(part.shape))).encode())
+            content.update(b"none" if part is None else repr((part.dtype, tuple(part.shape))).encode())
             if part is not None:
-                told.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
-        return told.hexdigest()
+                content.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
+        return content.hexdigest()
 
 
 def spaced(count: int, wanted: int) -> list[int]:
@@ -64,14 +58,9 @@ def spaced(count: int, wanted: int) -> list[int]:
 
 
 def spread(loader: Any, wanted: int) -> tuple[Any, str]:
-    """Batches of so many images out of all of a loader's, evenly spaced: datasets are often sorted by class.
+    """Batches of so many images of a loader (or the first of several), evenly spaced, and which these are in words.
 
-    Args:
-        loader: Of validation, or several, of which the first counts.
-        wanted: How many images.
-
-    Returns:
-        The batches, and which images they hold in words; those of a stream are its first ones, and may be more.
+    Datasets are often sorted by class. Of a stream they are the first ones, and may be more.
     """
     loader = loader[0] if isinstance(loader, list | tuple) else loader
     dataset: Any = getattr(loader, "dataset", None)
@@ -86,15 +75,7 @@ def spread(loader: Any, wanted: int) -> tuple[Any, str]:
 
 
 def from_run(data: Any, wanted: int) -> Scenes:
-    """Validation images of a data module, evenly spaced where the data can be indexed, else the first ones.
-
-    Args:
-        data: A Lightning data module, set up for validation.
-        wanted: How many images.
-
-    Raises:
-        PrunexError: When there are no images, or several tensors that may be meant.
-    """
+    """So many validation images of a data module: evenly spaced where the data can be indexed, else the first ones."""
     loader, which = spread(data.val_dataloader(), wanted)
     seen: list[Parts] = []
     for batch in loader:
@@ -119,20 +100,12 @@ def from_folder(
 
     Layouts: ``root/val/<class>/<image>``, ``root/<class>/<image>``, or images alone. A class folder is a label where
     its name is one of the model's class names, or where there are as many folders as classes (in alphabetical order).
-    The mask of ``a/b.jpg`` is ``a/b.png`` below the masks' folder, or below its ``val``.
-
-    Args:
-        root: The folder.
-        masks: Folder of masks; None: ``root/masks`` where that is there.
-        model: The ViT.
-        wanted: How many images.
-        value_range: Largest value of pixels of 16 bits; None: the smallest that holds all of these images.
+    The mask of ``a/b.jpg`` is ``a/b.png`` below the masks' folder (None: ``root/masks`` where that is there), or below
+    its ``val``.
 
     Raises:
         PrunexError: For no images, a broken one, or masks that are missing or of another size than their image.
     """
-    if not root.is_dir():
-        raise PrunexError(f"--data {root} is not a folder: give one that holds val/<class>/<image>, or <class>/<image>")
     top = root / "val" if (root / "val").is_dir() else root
     named = root / "masks" if masks is None else masks
     if masks is not None and not masks.is_dir():
@@ -141,17 +114,17 @@ def from_folder(
     files = [files[i] for i in spaced(len(files), wanted)]
     shapes = (named / "val" if (named / "val").is_dir() else named) if named.is_dir() else None
     prepare, size = preparation(model), read(model).image
-    images, found = [], []
+    images, objects = [], []
     value_range = choose_range(files, value_range)
     for file in files:
         image = read_image(file, value_range)
         images.append(prepare(image)[1])
         if shapes is not None:
-            found.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))
+            objects.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))
     labels, notes = _labels(files, top, model)
     known = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (list(known[k]) if known.get(k) else [0.5] * images[0].shape[0] for k in ("mean", "std"))
-    return Scenes(torch.stack(images), labels, torch.stack(found) if found else None, mean, std, notes)
+    return Scenes(torch.stack(images), labels, torch.stack(objects) if objects else None, mean, std, notes)
 
 
 def _mask(path: Path, image: Path, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
@@ -181,8 +154,8 @@ def _labels(files: Sequence[Path], top: Path, model: Any) -> tuple[Tensor | None
     elif folders and len(folders) == classes:
         order = {name: place for place, name in enumerate(folders)}
     else:
-        told = f"{len(folders)} class folders do not fit {classes} classes" if folders else "there are no class folders"
-        return None, [f"labels are unknown ({told}): the class predicted for the whole image counts as right"]
+        why = f"{len(folders)} class folders do not fit {classes} classes" if folders else "there are no class folders"
+        return None, [f"labels are unknown ({why}): the class predicted for the whole image counts as right"]
     if any(len(f.relative_to(top).parts) < 2 for f in files):
         return None, ["some images lie in no class folder: the class predicted for the whole image counts as right"]
     return torch.tensor([order[readable(f.relative_to(top).parts[0])] for f in files]), []

@@ -24,31 +24,18 @@ from prunex.untrusted import read_npz
 
 @dataclass
 class Record:
-    """What is known of one method on one model: its maps, and values per image of each metric; a file.
-
-    Attributes:
-        path: The npz file.
-        key: A hash of the model, images, method and options; a file of another is not used.
-        again: Whether to start anew whatever the file holds.
-        images: How many there are; a file of another number is not used. None: any.
-        grid: Patch grid, likewise.
-        keys: What else each of the values depends on, by the names of their arrays.
-        arrays: Maps, the class explained, and values by metric.
-        fine: Whether the method's own map is finer than a patch.
-        cost: Seconds and forwards an image of the explanation.
-        seconds: What metrics took, together with those they share with.
-    """
+    """What is known of one method on one model: its maps, and values per image of each metric; a file."""
 
     path: Path
-    key: str
-    again: bool = False
-    images: int | None = None
+    key: str  # a hash of the model, images, method and options; a file of another is put aside
+    again: bool = False  # start anew whatever the file holds
+    images: int | None = None  # how many there are, or any
     grid: tuple[int, int] | None = None
-    keys: dict[str, str] = field(default_factory=dict)
-    arrays: dict[str, Any] = field(default_factory=dict)
-    fine: bool = False
-    cost: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    seconds: dict[str, float] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # what else each of the values depends on, by their arrays
+    arrays: dict[str, Any] = field(default_factory=dict)  # maps, the class explained, and values by metric
+    fine: bool = False  # whether the method's own map is finer than a patch
+    cost: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and forwards an image of the explanation
+    seconds: dict[str, float] = field(default_factory=dict)  # of metrics, together with those they share with
 
     def __post_init__(self) -> None:
         """Take what is there; a file that is damaged counts as none, one of something else is put aside."""
@@ -77,11 +64,11 @@ class Record:
             return False
         try:
             arrays = read_npz(path)
-            told = json.loads(str(arrays.pop("about")))
-            if told["key"] == self.key and self._fits(arrays):
-                cost = [float(x) for x in told["cost"]][:2] + [0.0] * (2 - len(told["cost"]))
-                keys = {k: str(v) for k, v in told["keys"].items() if k in arrays}
-                seconds, fine = {k: float(v) for k, v in told["seconds"].items()}, bool(told["fine"])
+            about = json.loads(str(arrays.pop("about")))
+            if about["key"] == self.key and self._fits(arrays):
+                cost = [float(x) for x in about["cost"]][:2] + [0.0] * (2 - len(about["cost"]))
+                keys = {k: str(v) for k, v in about["keys"].items() if k in arrays}
+                seconds, fine = {k: float(v) for k, v in about["seconds"].items()}, bool(about["fine"])
                 self.arrays, self.keys, self.cost, self.seconds, self.fine = arrays, keys, cost, seconds, fine
                 return True
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
@@ -121,19 +108,19 @@ class Record:
         """One of the arrays."""
         return torch.from_numpy(self.arrays[name])
 
-    def maps(self, maps: Tensor, target: Tensor | None, fine: bool, found: Mapping[str, Tensor]) -> None:
-        """Take maps; written with the metrics that come with them."""
+    def maps(self, maps: Tensor, target: Tensor | None, fine: bool, values: Mapping[str, Tensor]) -> None:
+        """Take maps, and the values that came with them; the next :meth:`add` writes them."""
         self.arrays["maps"], self.fine = maps.numpy(), fine
         self.arrays["target"] = np.full(len(maps), -1) if target is None else target.numpy()
-        self.arrays |= {name: values.numpy() for name, values in found.items()}
+        self.arrays |= {name: tensor.numpy() for name, tensor in values.items()}
 
-    def add(self, found: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+    def add(self, values: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
         """Take values by metric, and write everything, whole or not at all."""
-        self.arrays |= {_stored(name, keys[name]): values.numpy() for name, values in found.items()}
+        self.arrays |= {_stored(name, keys[name]): tensor.numpy() for name, tensor in values.items()}
         self.keys |= {_stored(name, key): key for name, key in keys.items()}
         self._put_aside()
-        told = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
-        save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(told))}, compressed=False)
+        about = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
+        save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(about))}, compressed=False)
 
 
 def _stored(name: str, key: str) -> str:
@@ -143,18 +130,18 @@ def _stored(name: str, key: str) -> str:
 
 def digest(model: nn.Module) -> str:
     """A hash of a model's weights, its modules' plain settings and its pruner's options."""
-    told = hashlib.sha256()
+    content = hashlib.sha256()
     for name, module in model.named_modules():
         plain = {
             k: v
             for k, v in sorted(vars(module).items())
             if isinstance(v, bool | int | float | str) and not k.startswith("_") and k != "training"
         }
-        told.update(repr((name, type(module).__name__, plain)).encode())
+        content.update(repr((name, type(module).__name__, plain)).encode())
     handle = token_pruning(model)
-    told.update(repr(None if handle is None else handle.spec).encode())
+    content.update(repr(None if handle is None else handle.spec).encode())
     for name, tensor in sorted(model.state_dict().items()):
         raw = tensor.detach().cpu().contiguous()
-        told.update(repr((name, raw.dtype, tuple(raw.shape))).encode())
-        told.update(raw.reshape(-1).view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
-    return told.hexdigest()
+        content.update(repr((name, raw.dtype, tuple(raw.shape))).encode())
+        content.update(raw.reshape(-1).view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+    return content.hexdigest()

@@ -24,28 +24,16 @@ LAYOUT = 2  # of the npz files; another number and everything is computed anew
 
 @dataclass
 class Model:
-    """One of the models beside each other, and what it makes of the images.
+    """One of the models beside each other, and what it makes of the images."""
 
-    Attributes:
-        name: "dense" or "slim".
-        model: The ViT in eval mode.
-        judge: The dense ViT that judges which patches it keeps; None for a dense model, or where there is none.
-        predicted: int64 [N], or None without a classifier.
-        target: The class that is explained, likewise.
-        kept: bool [N, gh, gw], or None where there is no set of kept patches.
-        grid: Patch grid.
-        digest: A hash of its weights and options.
-        judge_digest: That of its judge.
-    """
-
-    name: str
-    model: nn.Module
-    judge: nn.Module | None = None
-    predicted: Tensor | None = None
-    target: Tensor | None = None
-    kept: Tensor | None = None
+    name: str  # "dense" or "slim"
+    model: nn.Module  # the ViT in eval mode
+    judge: nn.Module | None = None  # the dense ViT that judges which patches it keeps
+    predicted: Tensor | None = None  # int64 [N]; None without a classifier
+    target: Tensor | None = None  # the class that is explained, likewise
+    kept: Tensor | None = None  # bool [N, gh, gw], where patches are kept as themselves
     grid: tuple[int, int] = (0, 0)
-    digest: str = ""
+    digest: str = ""  # a hash of its weights and options
     judge_digest: str = ""
 
 
@@ -76,14 +64,8 @@ class Refused(Exception):
 class Row:
     """One explainer (or random maps) on one model.
 
-    Args:
-        setting: What it shares with the others.
-        model: Of which are the maps.
-        method: The explainer, or "random".
-        lenient: Whether it is left out where it refuses the model on the first image.
-        folder: Where results lie.
-        named_target: What else than the predicted class is explained, as the key of the record says it.
-        again: Whether to compute anew what is there.
+    A lenient one is left out where it refuses the model on the first image. ``target`` says what else than the
+    predicted class is explained; ``again`` computes anew what lies in the folder.
     """
 
     def __init__(
@@ -93,14 +75,14 @@ class Row:
         method: str,
         lenient: bool,
         folder: Path,
-        named_target: str | None = None,
+        target: str | None = None,
         again: bool = False,
     ) -> None:
         self.setting, self.model, self.method, self.lenient = setting, model, method, lenient
         self.refused: str | None = None
         options = sorted(setting.options.get(method, {}).items())
         facts: list[Any] = [LAYOUT, model.digest, setting.scenes.digest(), method, options]
-        facts += [named_target] if named_target else []
+        facts += [target] if target else []
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
         path = folder / "values" / model.name / f"{method}.npz"
         self.record = Record(path, key, again, len(setting.scenes.images), model.grid)
@@ -122,14 +104,9 @@ class Row:
         return len(kinds) + explains
 
     def work(self, bar: Any, dense: Row | None) -> None:
-        """Compute what is missing, and write it as soon as it is there.
+        """Compute what is missing, and write it as soon as it is there; ``Refused`` where it cannot and need not be.
 
-        Args:
-            bar: Counts images.
-            dense: The same method on the dense model, whose maps judge kept patches; None where it has no row.
-
-        Raises:
-            Refused: Where the method cannot take the model and need not.
+        ``dense`` is the same method on the dense model, whose maps judge kept patches; None where it has no row.
         """
         missing, name = self._missing(), self.model.name
         if self._explains():
@@ -179,11 +156,8 @@ class Row:
     ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """Place, maps and finer maps batch by batch, for this row's classes.
 
-        Args:
-            model: The ViT: this row's, or its judge.
-            bar: Counts images, unless some are chosen.
-            record: Takes the cost.
-            which: Some images instead of all.
+        ``model`` is this row's or its judge; the record takes the cost. With ``which`` some images instead of all,
+        which the bar does not count.
         """
         setting, target = self.setting, self.model.target
         if self.method == RANDOM:

@@ -37,11 +37,7 @@ class Output:
         self._written, self._took = -math.inf, 0.0  # when maps.npz was written last, and how long that took
 
     def add(self, pictures: Sequence[Picture], found: Mapping[str, prunex.Explanation], times: str) -> None:
-        """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time.
-
-        Raises:
-            PrunexError: When the folder cannot be written to.
-        """
+        """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time."""
         e = next(iter(found.values()))
         target = e.target.cpu().numpy()
         predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())  # features have no class
@@ -69,11 +65,7 @@ class Output:
                 save_png(self.out / self.sheets[first + place], sheet)
 
     def finish(self) -> None:
-        """Write the maps and times that are not on disk yet.
-
-        Raises:
-            PrunexError: When the folder cannot be written to.
-        """
+        """Write the maps and times that are not on disk yet."""
         if not self._times:
             return
         began = perf_counter()
@@ -116,16 +108,7 @@ def _told(
 
 
 def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
-    """Refuse a folder in which sheets would replace images, or anything that no earlier call wrote.
-
-    Args:
-        out: Where sheets go.
-        root: The folder of the images, or one image.
-        files: The images.
-
-    Raises:
-        PrunexError: By the file that would be lost, or where nothing can be written.
-    """
+    """Refuse a folder in which sheets would replace images, or anything that no earlier call wrote."""
     if out.resolve() == root.resolve():
         raise PrunexError(f"--out {out} is the folder of the images, among which sheets would lie: give another")
     ours = (out / "maps.npz").exists()

@@ -55,11 +55,7 @@ _READ = """\
 
 
 def usage(configs: Iterable[str]) -> str:
-    """The text of ``prunex --help``.
-
-    Args:
-        configs: Names of the ready-made configs.
-    """
+    """The text of ``prunex --help``, with the names of the ready-made configs."""
     commands = LIGHTNINGS | {name: text for name, (text, _) in COMMANDS.items()}
     lines = [
         "usage: prunex COMMAND [options]",
@@ -72,12 +68,7 @@ def usage(configs: Iterable[str]) -> str:
 
 
 def command_usage(command: str, configs: Iterable[str]) -> str:
-    """The text of ``prunex fit --help`` and of the other three: what a first run needs.
-
-    Args:
-        command: "fit", "validate", "test" or "predict".
-        configs: Names of the ready-made configs.
-    """
+    """The text of ``prunex fit --help`` and of the other three: what a first run needs."""
     if command == "fit":
         body, more = _FIT, "imagefolder/evit --data.root photos --model.pretrained true --pruning.keep_ratio 0.5"
     else:

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from prunex.checks import check_choice
+from prunex.checks import check_choice, check_whole
 from prunex.errors import PrunexError
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -34,15 +34,9 @@ DRAWS = 20  # random numbers a scene may use
 
 
 def uniform(key: Sequence[int], counters: np.ndarray, draws: int = DRAWS) -> Tensor:
-    """Random numbers that depend on the key and the counter alone, not on the order they are asked for in.
+    """Random numbers, float32 ``[N, draws]`` in [0, 1), that depend on key and counters ``[N]`` alone.
 
-    Args:
-        key: Integers such as ``(seed, split)``.
-        counters: ``[N]`` integers, one per scene.
-        draws: How many numbers each scene gets.
-
-    Returns:
-        float32 ``[N, draws]`` in [0, 1).
+    Not on the order they are asked for in; the key is integers such as ``(seed, split)``.
 
     >>> a = uniform((0, 1), np.array([3, 4])); b = uniform((0, 1), np.array([4]))
     >>> bool((a[1] == b[0]).all()), bool((a[0] == a[1]).any())
@@ -106,16 +100,7 @@ def _photos(held_out: bool, side: int) -> tuple[Tensor, Tensor]:
 class DigitDataset(Dataset[Batch]):
     """The scenes of one split; index ``epoch * len(self) + i`` is scene ``i`` of that epoch.
 
-    Args:
-        split: ``"train"``, ``"val"`` or ``"test"``; the last two share digits and photo parts, not scenes.
-        size: Scenes per epoch.
-        image_size: Side of a scene in pixels.
-        digit_size: Smallest and largest side of a digit's box, in pixels.
-        contrast: How much lighter (0..1, luminance) the ink at least is than the mean of the photo behind it.
-        curriculum: Epochs over which scenes go from easy (large digits, faded photo) to what the arguments say.
-        seed: Another seed gives other scenes from the same digits and photos.
-        mean: Per-channel mean taken off the images.
-        std: Per-channel standard deviation they are divided by.
+    Arguments are those of :class:`DigitScenes`; ``"val"`` and ``"test"`` share digits and photo parts, not scenes.
 
     >>> images, labels, masks = DigitDataset("val", size=8).__getitems__([0, 5])
     >>> images.shape, labels.shape, masks.shape, masks.dtype
@@ -149,14 +134,7 @@ class DigitDataset(Dataset[Batch]):
         return images[0], labels[0], masks[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Draw a batch.
-
-        Args:
-            indices: ``[B]`` scene numbers, see the class.
-
-        Returns:
-            ``(images float32 [B, 3, H, W] normalised, labels int64 [B], masks bool [B, H, W])``.
-        """
+        """A batch: images float32 [B, 3, H, W], normalised, labels int64 [B], masks bool [B, H, W]."""
         numbers = np.asarray(indices, dtype=np.int64)
         pixels, labels, masks = self.paint(numbers)
         return (pixels - self._mean) / self._std, labels, masks
@@ -279,16 +257,12 @@ class DigitScenes(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("train_size", train_size, 1),
-            ("val_size", val_size, 1),
-            ("curriculum", curriculum, 0),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
+        self.batch_size = check_whole("batch_size", batch_size, 1)
+        self.train_size = check_whole("train_size", train_size, 1)
+        self.val_size = check_whole("val_size", val_size, 1)
+        self.curriculum = check_whole("curriculum", curriculum, 0)
+        self.seed = check_whole("seed", seed, 0)
+        self.num_workers = check_whole("num_workers", num_workers, 0)
         if not 32 <= image_size <= 128:
             raise PrunexError(
                 f"image_size={image_size!r} is not allowed: give 32 to 128 pixels, as the photos are small"
@@ -301,14 +275,7 @@ class DigitScenes(LightningDataModule):
         if not 0.1 <= contrast <= 0.5:
             raise PrunexError(f"contrast={contrast!r} is not allowed: give a number from 0.1 to 0.5")
         self.save_hyperparameters()
-        self.batch_size, self.train_size, self.val_size, self.num_workers = (
-            batch_size,
-            train_size,
-            val_size,
-            num_workers,
-        )
-        self.image_size, self.seed, self.curriculum = image_size, seed, curriculum
-        self.digit_size, self.contrast = (min_digit, max_digit), contrast
+        self.image_size, self.digit_size, self.contrast = image_size, (min_digit, max_digit), contrast
 
     def dataset(self, split: Literal["train", "val", "test"]) -> DigitDataset:
         """The scenes of one split as a map-style dataset."""

@@ -17,6 +17,7 @@ from torchvision import datasets, tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.files import readable
 from prunex.recipes.data.images import BrokenImage as BrokenImage
@@ -89,13 +90,9 @@ class ImageFolder(LightningDataModule):
         value_range: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
+        self.image_size = check_whole("image_size", image_size, 1)
+        self.batch_size = check_whole("batch_size", batch_size, 1)
+        self.num_workers = check_whole("num_workers", num_workers, 0)
         for name, numbers in (("mean", mean), ("std", std)):
             if np.shape(numbers) != (3,) or not np.isfinite(numbers).all() or (name == "std" and min(numbers) <= 0):
                 bound = ", each above 0" if name == "std" else ""
@@ -109,18 +106,9 @@ class ImageFolder(LightningDataModule):
         if interpolation not in ("bilinear", "bicubic"):
             raise PrunexError(f"interpolation={interpolation!r} is not allowed: give 'bilinear' or 'bicubic'")
         self.root = Path(root).expanduser()
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.augment = augment
-        self.crop_scale = tuple(crop_scale)
-        self.color_jitter = color_jitter
-        self.crop_pct = crop_pct
-        self.interpolation = interpolation
-        self.masks = masks
-        self.verify = verify
+        self.mean, self.std, self.crop_scale = tuple(mean), tuple(std), tuple(crop_scale)
+        self.augment, self.color_jitter, self.crop_pct = augment, color_jitter, crop_pct
+        self.interpolation, self.masks, self.verify = interpolation, masks, verify
         self.value_range = check_range(value_range)
         self._class_names: list[str] | None = None
         self._splits: dict[str, FolderSplit] = {}
@@ -233,11 +221,7 @@ class ImageFolder(LightningDataModule):
 class FolderSplit(Dataset):
     """One split: item i is ``(image [3, S, S], label)`` or ``(image, label, mask bool [S, S])``.
 
-    Args:
-        samples: Image file and label, one pair an image.
-        masks: The mask file of each image, or None.
-        transform: Takes a PIL image, or an image and a `torchvision.tv_tensors.Mask` that must move with it.
-        value_range: See :func:`~prunex.recipes.data.images.read_image`.
+    The transform takes a PIL image, or an image and a `torchvision.tv_tensors.Mask` that must move with it.
     """
 
     def __init__(
@@ -273,26 +257,26 @@ def _classes(root: Path) -> list[str]:
     """Class names of a root whose two splits agree."""
     if not root.is_dir():
         raise PrunexError(f"root='{root}' is not a folder: {_LAYOUT}; check the path")
-    found = {}
+    classes = {}
     for split in SPLITS:
         folder = root / split
         if not folder.is_dir():
-            there = sorted(p.name for p in root.iterdir() if p.is_dir() and _visible(p))
+            others = sorted(p.name for p in root.iterdir() if p.is_dir() and _visible(p))
             raise PrunexError(
-                f"root='{root}' has no folder '{split}' (it has: {_some(there) or 'no folders'}): {_LAYOUT}; "
+                f"root='{root}' has no folder '{split}' (it has: {_some(others) or 'no folders'}): {_LAYOUT}; "
                 f"make or rename a folder to '{split}'"
             )
-        found[split] = {p.name for p in folder.iterdir() if p.is_dir() and _visible(p)}
-        if not found[split]:
+        classes[split] = {p.name for p in folder.iterdir() if p.is_dir() and _visible(p)}
+        if not classes[split]:
             raise PrunexError(f"'{folder}' holds no class folders: {_LAYOUT}; make one folder for each class")
-    if found["train"] != found["val"]:
-        only = [f"only in {a}: {_some(sorted(found[a] - found[b]))}" for a, b in (SPLITS, SPLITS[::-1])
-                if found[a] - found[b]]  # fmt: skip
+    if classes["train"] != classes["val"]:
+        differences = {a: sorted(classes[a] - classes[b]) for a, b in (SPLITS, SPLITS[::-1])}
+        only = [f"only in {split}: {_some(names)}" for split, names in differences.items() if names]
         raise PrunexError(
             f"the classes of '{root}' differ between train and val ({'; '.join(only)}): "
             "both need the same class folders; add the missing ones or remove the others"
         )
-    return sorted(found["train"])
+    return sorted(classes["train"])
 
 
 def _samples(folder: Path) -> list[tuple[Path, int]]:

@@ -53,13 +53,10 @@ def choose_range(
         given: What a user says, which every pixel must keep to.
         name: Of the option that says it.
         whole: Read images of 8 bits too, so that broken ones are found.
-        say: Is told what was found; None: standard error.
+        say: Is told what was chosen; None: standard error.
 
     Returns:
         ``given``, or 255, 1023, 4095, 16383 or 65535; None where all images have 8 bits.
-
-    Raises:
-        PrunexError: For a file that is no whole image, or pixels beyond ``given``.
     """
     check_range(given, name)
 
@@ -86,13 +83,8 @@ def choose_range(
 def read_image(path: Path, value_range: int | None = None) -> Image.Image:
     """One image as RGB, turned as its EXIF data say.
 
-    Args:
-        path: The file.
-        value_range: Largest value that pixels of 16 bits can have, which becomes 255; None: 65535. See
-            :func:`choose_range`; an image by itself does not tell.
-
-    Raises:
-        PrunexError: For a file that is no whole image, of numbers without a range, or beyond it; the message names it.
+    ``value_range`` is the largest value of pixels of 16 bits, which becomes 255 (None: 65535): an image by itself does
+    not tell it, :func:`choose_range` does.
     """
     return read_file(path, lambda image: _rgb(image, FULL_RANGE if value_range is None else value_range))
 
@@ -167,16 +159,9 @@ def object_pixels(image: Image.Image) -> Tensor:
 
 
 def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor]]:
-    """How an image becomes a model's input: cropped to its shape at the centre, resized, normalised.
+    """How an RGB image becomes what a model sees, as uint8 [H, W, 3] and, normalised, as float [C, H, W].
 
-    Args:
-        vit: A supported ViT of one or three channels; one of one channel sees the image's grey.
-
-    Returns:
-        A function from an RGB image to what the model sees, as uint8 [H, W, 3] and as float [C, H, W].
-
-    Raises:
-        PrunexError: For a model of another number of channels.
+    It is cropped to the model's shape at the centre and resized; a model of one channel sees the image's grey.
     """
     a = read(vit)
     if a.channels not in (1, 3):

@@ -50,12 +50,7 @@ class Curves:
 
 
 def curves_of(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple[float, str]) -> Curves:
-    """What was logged, as charts and numbers.
-
-    Args:
-        metrics: By key, steps and values.
-        unit: As :func:`macs_unit` gives it.
-    """
+    """What was logged (by key, steps and values), as charts and numbers; multiply-adds in the page's unit."""
     found, grouped = Curves(), _grouped(metrics, unit)
     order = [*(name for name in _FIRST if name in grouped), *sorted({*grouped} - {*_FIRST, _LAST})]
     for title in [*order, *([_LAST] if _LAST in grouped else [])]:

@@ -42,37 +42,21 @@ _LABEL = 24  # most letters of a row's name
 
 @dataclass(frozen=True)
 class Score:
-    """One cell: a mean over images with the ends of its bootstrap interval.
+    """One cell: a mean over images with the ends of its bootstrap interval; the fields are the columns of the file."""
 
-    Attributes:
-        model: "dense" or "slim".
-        method: An explainer, "random" or "chance".
-        metric: A measure's name.
-        group: What the metric is about.
-        higher_is_better: Of the metric.
-        mean: NaN where no image has a number.
-        low: Lower end.
-        high: Upper end.
-        images: How many have a number.
-        seconds_per_image: What the explanation took; NaN for a baseline.
-        forwards_per_image: Likewise.
-        removal: How patches were taken away ("drop", "black", ...); "" where none were.
-        judge: Whose map kept patches are held against, "dense/METHOD"; "" where none is.
-    """
-
-    model: str
-    method: str
+    model: str  # "dense" or "slim"
+    method: str  # an explainer, "random" or "chance"
     metric: str
-    group: str
+    group: str  # what the metric is about
     higher_is_better: bool
-    mean: float
+    mean: float  # NaN where no image has a number
     low: float
     high: float
-    images: int
-    seconds_per_image: float = math.nan
+    images: int  # that have a number
+    seconds_per_image: float = math.nan  # of the explanation; NaN for a baseline
     forwards_per_image: float = math.nan
-    removal: str = ""
-    judge: str = ""
+    removal: str = ""  # how patches were taken away, if they were
+    judge: str = ""  # whose map kept patches are held against, "dense/METHOD"
 
 
 def write_scores(folder: Path, scores: Iterable[Score]) -> Path:

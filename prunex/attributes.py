@@ -20,13 +20,7 @@ Warn = Callable[[str], Any]
 def given_normalisation(mean: Any, std: Any, channels: int | None = None) -> Pair | None:
     """Mean and standard deviation that a user gave as options: numbers, or one for each channel; both or none.
 
-    Args:
-        mean: A number or several; None for none.
-        std: Likewise, above 0.
-        channels: How many the model takes, where that is known.
-
-    Raises:
-        PrunexError: For anything else.
+    ``channels`` is how many the model takes, where that is known; anything that does not fit is refused.
 
     >>> given_normalisation(0.5, [0.1, 0.2, 0.4], channels=3)
     ([0.5, 0.5, 0.5], [0.1, 0.2, 0.4])
@@ -45,12 +39,8 @@ def read_normalisation(owners: Iterable[Any], channels: int, warn: Warn = warnin
     """What images are normalised by, from the ``mean`` and ``std`` of the first owner that has both.
 
     Scalars count for all channels; tensors of any device and array shape, NumPy, sequences, properties and methods are
-    read. Numbers over 2 are those of pixels in 0..255 and are divided by 255.
-
-    Args:
-        owners: A data module, a module, ...; None among them is passed over.
-        channels: How many numbers there must be, if not one.
-        warn: Is told why what is there cannot be used.
+    read. Numbers over 2 are those of pixels in 0..255 and are divided by 255. ``warn`` is told why what an owner (a
+    data module, a module; None is passed over) has cannot be used.
 
     Returns:
         Mean and standard deviation, ``channels`` numbers each, of pixels in 0..1; None where nobody says it.
@@ -89,12 +79,8 @@ def class_names(owners: Iterable[Any], count: int, warn: Warn = warnings.warn) -
     """Names of a model's classes, from the first owner that has as many.
 
     ``class_names``, ``classes`` or ``label_names``: a sequence of names (or of tuples of synonyms), a mapping from
-    numbers to names or from names to numbers, a property or a method.
-
-    Args:
-        owners: A data module, a module, datasets, ...; None among them is passed over.
-        count: The model's classes.
-        warn: Is told why what is there cannot be used.
+    numbers to names or from names to numbers, a property or a method. ``warn`` is told why what is there cannot be
+    used.
 
     Returns:
         ``count`` names, or None: classes are then numbers.
@@ -120,11 +106,7 @@ def class_names(owners: Iterable[Any], count: int, warn: Warn = warnings.warn) -
 
 
 def _value(owner: Any, name: str) -> Any:
-    """An attribute's value; None where there is none, or a layer or a metric of that name.
-
-    Raises:
-        ValueError: With what a property or method raised.
-    """
+    """An attribute's value; None where there is none, or a layer or a metric of that name."""
     try:
         value = getattr(owner, name, None)
         if isinstance(value, nn.Module | type):

@@ -43,15 +43,10 @@ class Parts(dict[str, Tensor]):
         self.unfit: dict[str, str] = {}
 
     def need(self, name: str, who: str, where: str | None = None) -> Tensor:
-        """A part that nothing can be done without.
-
-        Args:
-            name: "images", "labels" or "masks".
-            who: Needs it.
-            where: What the batch is, such as "the training batch".
+        """A part ("images", "labels" or "masks") that nothing can be done without.
 
         Raises:
-            PrunexError: Where the batch has none, or several that may be meant.
+            PrunexError: Where the batch has none, or several that may be meant: who needs it, and where it came from.
         """
         if name in self and name not in self.unclear:
             return self[name]
@@ -59,11 +54,7 @@ class Parts(dict[str, Tensor]):
         raise PrunexError(f"{who} found no {name} in {place}: {self.why(name)}")
 
     def labels(self, who: str, where: str | None = None) -> Tensor | None:
-        """Labels for whoever goes by predicted classes without them; with a warning where they are no class indices.
-
-        Raises:
-            PrunexError: Where several tensors may be meant.
-        """
+        """Labels for whoever goes by predicted classes without them; refused where several tensors may be meant."""
         if "labels" in self.unclear:
             self.need("labels", who, where)
         if "labels" in self.unfit:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.attach import attached
-from prunex.checks import check_choice, check_number, check_options, check_whole
+from prunex.checks import check_choice, check_number, check_options, check_share, check_whole
 from prunex.errors import PrunexError
 from prunex.explain import explain
 from prunex.pruners.base import Forward
@@ -21,7 +21,6 @@ from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find, head_classes, read
 from prunex.vit.aside import as_found
 from prunex.vit.surroundings import check_own_classes
-from prunex.vit.trace import TokenTrace
 
 JUDGES = ("dense", "self")
 LOSSES = ("pearson", "kl")
@@ -55,15 +54,13 @@ class Guidance:
 
     Args:
         model: A ViT with a token pruner attached, or a module that holds exactly one.
-        method: An explainer's name.
+        method: An explainer's name, with ``options``.
         weight: Of the loss.
         judge: "dense" or "self".
-        loss: "pearson" or "kl".
-        temperature: t of "kl".
+        loss: "pearson" or "kl", with ``temperature`` t.
         share: Share of each batch's images that are explained, in (0, 1].
         every: Training forwards (steps, where each runs the model once) between explanations.
         cache: Maps kept for images that come again; 0 keeps none.
-        options: Of the explainer.
         path: Dotted path to the ViT when ``model`` holds several.
         teacher: The dense model that judges, where it is not to be a copy of the model as it is now.
 
@@ -108,53 +105,52 @@ class Guidance:
         self.teacher = None if judge == "self" else dense_copy(vit) if teacher is None else teacher
         self.explained = 0  # images, for whoever counts what it costs
         self.step = 0  # training steps seen
-        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()  # maps [gh, gw], the least recently used first
 
     def __call__(self, forward: Forward) -> dict[str, Tensor]:
-        """The loss of one training forward; empty where nothing was ranked, or it is no step's turn.
-
-        Args:
-            forward: What the pruner's losses are made from.
-        """
+        """The loss of one training forward; empty where nothing was ranked, or it is no step's turn."""
         self.step += 1
-        ranked = _ranked(forward.trace)
-        if forward.trace is None or not ranked or (self.step - 1) % self.every:
+        trace = forward.trace
+        if trace is None or trace.pooled or (self.step - 1) % self.every:
             return {}
+        stages = [i for i, s in enumerate(trace.stages) if s.score is not None and s.score.requires_grad]
         count = max(1, round(self.share * len(forward.images)))
-        if not _explainable(forward.images[:count]):
+        if not stages or not _are_numbers(forward.images[:count]):
             return {}
         maps = self.maps(forward, count).flatten(1).clamp(min=0)
-        found = []
-        for stage in ranked:
-            scores, there = on_patches(forward.trace, stage)
-            found.append(self._distance(scores[:count], maps, there[:count]))
-        return {"guidance": self.weight * torch.stack(found).mean()}
+        distances = []
+        for stage in stages:
+            scores, ranked = trace.scores(stage)
+            distances.append(self._distance(scores[:count], maps, ranked[:count]))
+        return {"guidance": self.weight * torch.stack(distances).mean()}
 
     def maps(self, forward: Forward, count: int) -> Tensor:
         """Relevancy of the first images of a batch, float32 [count, gh, gw], from the cache where they are known."""
         images = forward.images[:count].detach()
         labels = None if forward.labels is None else forward.labels[:count]
         judge = self._judge(forward, labels is not None)
-        keys = _keys(images, labels) if self.cache and self.judge == "dense" else [b""] * count
+        if not self.cache or self.judge != "dense":
+            return self._explained(judge, images, labels)
+        keys = _keys(images, labels)
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             at = torch.tensor(new, device=images.device)
-            target = None if labels is None or read(find(judge)[1]).classes == 1 else labels[at]  # one output: no class
-            # Off autocast: a relevancy map in half precision is no target.
-            with torch.autocast(images.device.type, enabled=False):
-                e = explain(self.method, judge, images[at].float(), target, **self.options)
-            self.explained += len(new)
-            fresh = e.maps.detach().float()
-            if len(new) == count and not keys[0]:
-                return fresh
-            for i, m in zip(new, fresh.cpu(), strict=True):
-                self._known[keys[i]] = m
-        found = torch.stack([self._known[key] for key in keys]).to(images.device)
+            fresh = self._explained(judge, images[at], None if labels is None else labels[at])
+            self._known.update(zip([keys[i] for i in new], fresh.cpu(), strict=True))
+        maps = torch.stack([self._known[key] for key in keys]).to(images.device)
         for key in keys:
             self._known.move_to_end(key)
         while len(self._known) > self.cache:
             self._known.popitem(last=False)
-        return found
+        return maps
+
+    def _explained(self, judge: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        one_output = read(find(judge)[1]).classes == 1  # which has no class
+        self.explained += len(images)
+        # Off autocast: a relevancy map in half precision is no target.
+        with torch.autocast(images.device.type, enabled=False):
+            e = explain(self.method, judge, images.float(), None if one_output else labels, **self.options)
+        return e.maps.detach().float()
 
     def _judge(self, forward: Forward, labelled: bool) -> nn.Module:
         """Who is asked; the dense one at the size of images that the model takes now."""
@@ -162,30 +158,29 @@ class Guidance:
         if self.teacher is None:
             return model
         teacher, vit = self.teacher.to(forward.images.device), find(self.teacher)[1]
-        theirs, own = head_classes(model), head_classes(vit)
-        if labelled and theirs != own:
+        if labelled and head_classes(model) != head_classes(vit):
             raise PrunexError(
-                f"the model has {theirs} classes, and the dense judge of guidance {own}: give the model its head "
-                "(reset_classifier) before guidance is made, or judge='self'"
+                f"the model has {head_classes(model)} classes, and the dense judge of guidance {head_classes(vit)}: "
+                "give the model its head (reset_classifier) before guidance is made, or judge='self'"
             )
-        sizes, kept = ((tuple(m.patch_embed.img_size), tuple(m.patch_embed.patch_size)) for m in (model, vit))
-        if sizes != kept and not vit.dynamic_img_size:
-            vit.set_input_size(img_size=sizes[0], patch_size=sizes[1])
+        wanted, has = ((tuple(m.patch_embed.img_size), tuple(m.patch_embed.patch_size)) for m in (model, vit))
+        if wanted != has and not vit.dynamic_img_size:
+            vit.set_input_size(img_size=wanted[0], patch_size=wanted[1])
         return teacher
 
-    def _distance(self, scores: Tensor, maps: Tensor, there: Tensor) -> Tensor:
-        """Mean over images of the distance between scores and maps [B, P] among the patches that are there."""
-        u, r = (_standardised(x.float(), there) for x in (scores, maps))
+    def _distance(self, scores: Tensor, maps: Tensor, ranked: Tensor) -> Tensor:
+        """Mean over images of the distance between scores and maps [B, P] among the patches that were ranked."""
+        u, r = _standardised(scores.float(), ranked), _standardised(maps.float(), ranked)
         if self.loss == "pearson":
-            count = there.sum(1).clamp(min=1)
-            each = 1 - (u * r).sum(1) / count
+            each = 1 - (u * r).sum(1) / ranked.sum(1).clamp(min=1)
         else:
-            log_u, log_r = (
-                (x / self.temperature).masked_fill(~there, float("-inf")).log_softmax(1).masked_fill(~there, 0)
-                for x in (u, r)
-            )
-            each = ((log_r.exp() * (log_r - log_u)) * there).sum(1)
+            log_u, log_r = (self._log_softmax(x, ranked) for x in (u, r))
+            each = (log_r.exp() * (log_r - log_u) * ranked).sum(1)
         return _mean_where_both_vary(each, u, r)
+
+    def _log_softmax(self, x: Tensor, ranked: Tensor) -> Tensor:
+        logits = (x / self.temperature).masked_fill(~ranked, float("-inf"))
+        return logits.log_softmax(1).masked_fill(~ranked, 0)
 
 
 class UnitGuidance:
@@ -228,46 +223,36 @@ class UnitGuidance:
         self.judge.prepare(self.model)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The loss of one training step; empty outside the first stage, or when it is no step's turn.
-
-        Args:
-            images: float [B, C, H, W].
-            labels: int64 [B].
-        """
+        """The loss of one step on images [B, C, H, W] of classes [B]; empty outside the first stage and its turns."""
         self.step += 1
         if self.pruner.stage != "masks" or (self.step - 1) % self.every:
             return {}
         count = max(1, round(self.share * len(images)))
         images, labels = images[:count].detach(), labels[:count]
-        if not _explainable(images):
+        if not _are_numbers(images):
             return {}
         with as_found(self.model, train=False), torch.autocast(images.device.type, enabled=False):
             relevance = self.judge.relevance(self.model, images.float(), labels)
-        found = []
+        distances = []
         for b in self.pruner.branches:
             r = relevance[b.key].abs().sum(1)
             m = self.pruner.mask(b)[self.pruner.groups[labels]].unflatten(1, (b.units, b.width)).mean(2)
-            there = torch.ones_like(m, dtype=torch.bool)
-            u, r = _standardised(m, there), _standardised(r.to(m), there)
-            found.append(_mean_where_both_vary(1 - (u * r).mean(1), u, r))
-        return {"unit_guidance": self.weight * torch.stack(found).mean()}
+            every_unit = torch.ones_like(m, dtype=torch.bool)
+            u, r = _standardised(m, every_unit), _standardised(r.to(m), every_unit)
+            distances.append(_mean_where_both_vary(1 - (u * r).mean(1), u, r))
+        return {"unit_guidance": self.weight * torch.stack(distances).mean()}
 
 
 def check_guidance(
     method: str, weight: Any, judge: Any, loss: Any, temperature: Any, share: Any, every: Any, cache: Any
 ) -> None:
-    """Refuse options of :class:`Guidance` that are none.
-
-    Raises:
-        PrunexError: By name.
-    """
+    """Refuse options of :class:`Guidance` that are none."""
     lookup("explainer", method)
-    for name, value, known in (("judge", judge, JUDGES), ("loss", loss, LOSSES)):
-        check_choice(name, value, known)
+    check_choice("judge", judge, JUDGES)
+    check_choice("loss", loss, LOSSES)
     check_number("weight", weight, 0)
     check_number("temperature", temperature, 1e-6)
-    if check_number("share", share, 0, 1) == 0:
-        raise PrunexError("share=0 is not allowed: give the share of images to explain, in (0, 1]")
+    check_share("share", share)
     check_whole("every", every, 1)
     check_whole("cache", cache, 0)
 
@@ -282,39 +267,11 @@ def dense_copy(vit: nn.Module) -> nn.Module:
     return copied.eval().requires_grad_(False)
 
 
-def on_patches(trace: TokenTrace, stage: int) -> tuple[Tensor, Tensor]:
-    """A stage's scores in patch coordinates, and which patches entered it as tokens of their own.
-
-    Args:
-        trace: Of a forward.
-        stage: A stage with scores.
-
-    Returns:
-        float [B, P] and bool [B, P].
-    """
-    score = trace.stages[stage].score
-    if score is None:
-        raise PrunexError(f"stage {stage} ranked nothing: it has no scores")
-    if stage == 0:
-        patches = trace.grid[0] * trace.grid[1]
-        return score[:, :patches], torch.ones_like(score[:, :patches], dtype=torch.bool)
-    where = trace.tokens(stage - 1)
-    there = (where >= 0) & (where < score.shape[1])
-    return score.gather(1, where.clamp(0, score.shape[1] - 1)), there
-
-
-def _ranked(trace: TokenTrace | None) -> list[int]:
-    """Stages whose scores have a gradient."""
-    if trace is None or trace.pooled:
-        return []
-    return [i for i, s in enumerate(trace.stages) if s.score is not None and s.score.requires_grad]
-
-
-def _standardised(x: Tensor, there: Tensor) -> Tensor:
-    """Mean 0 and mean square 1 among what is there, 0 elsewhere and where nothing varies; [B, P]."""
-    count = there.sum(1, keepdim=True).clamp(min=1)
-    x = x.masked_fill(~there, 0)
-    centred = (x - x.sum(1, keepdim=True) / count).masked_fill(~there, 0)
+def _standardised(x: Tensor, ranked: Tensor) -> Tensor:
+    """Mean 0 and mean square 1 among what is ranked, 0 elsewhere and where nothing varies; [B, P]."""
+    count = ranked.sum(1, keepdim=True).clamp(min=1)
+    x = x.masked_fill(~ranked, 0)
+    centred = (x - x.sum(1, keepdim=True) / count).masked_fill(~ranked, 0)
     scale = centred.detach().abs().amax(1, keepdim=True)  # squares of small attentions would be lost
     # Where nothing varies the mean's rounding is left; scaled up it would be a gradient of any size.
     varies = scale > 32 * torch.finfo(x.dtype).eps * x.detach().abs().amax(1, keepdim=True)
@@ -329,7 +286,7 @@ def _mean_where_both_vary(each: Tensor, u: Tensor, r: Tensor) -> Tensor:
     return (each * varies).sum() / varies.sum().clamp(min=1)
 
 
-def _explainable(images: Tensor) -> bool:
+def _are_numbers(images: Tensor) -> bool:
     """Whether images hold numbers; where they do not the task's own loss is not finite either, and says more."""
     return bool(torch.isfinite(images).all())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import prunex
-from prunex.guidance import Guidance, UnitGuidance, on_patches
+from prunex.guidance import Guidance, UnitGuidance
 from tests.vits import images, tiny
 
 METHOD = "generic_attention"
@@ -43,7 +43,7 @@ def test_the_loss_is_the_one_that_is_told(method, loss):
     maps = prunex.explain(METHOD, dense, x, labels).maps.flatten(1).clamp(min=0).double()
     stages = []
     for s in range(len(trace.stages)):
-        u, there = on_patches(trace, s)
+        u, there = trace.scores(s)
         each = []
         for i in range(4):
             a, b = u[i][there[i]].detach().double(), maps[i][there[i]]
@@ -61,16 +61,23 @@ def test_scores_follow_patches_through_stages():
     model, pruning, _ = prepared("evit")
     model(images(2))
     trace = pruning.trace
-    first, there = on_patches(trace, 0)
+    first, there = trace.scores(0)
     assert bool(there.all())
     assert torch.equal(first, trace.stages[0].score)
-    second, there = on_patches(trace, 1)
+    second, there = trace.scores(1)
     assert torch.equal(there.view_as(trace.kept(0)), trace.kept(0))
     tokens = trace.tokens(0)
     for i in range(2):
         for p in range(there.shape[1]):
             if there[i, p]:
                 assert second[i, p] == trace.stages[1].score[i, tokens[i, p]]
+    with pytest.raises(prunex.PrunexError, match=f"stage={len(trace.stages)} does not exist"):
+        trace.scores(len(trace.stages))
+    model = tiny()
+    with prunex.attach(model, "tome", r=2) as pruning:
+        model(images(2))
+        with pytest.raises(prunex.PrunexError, match="stage 0 ranked nothing"):
+            pruning.trace.scores(0)
 
 
 def test_the_gradient_goes_into_the_scores_alone():

@@ -249,14 +249,11 @@ def keep_scores(trace: TokenTrace, stage: int = -1) -> Tensor:
         raise PrunexError(f"trace is a {type(trace).__name__}: give pruning.trace, or an explanation's trace")
     count = len(trace.stages)
     stage = check_index("stage", stage, count, f"this trace has {count} stages")
-    score = trace.stages[stage].score
-    if score is None:
+    if trace.stages[stage].score is None:
         return torch.full((trace.batch, *trace.grid), torch.nan, device=trace.device)
-    score = score.detach().to(torch.promote_types(score.dtype, torch.float32))
-    if stage == 0:
-        return score.unflatten(1, trace.grid)
-    place = trace.tokens(stage - 1)
-    return score.gather(1, place.clamp(min=0)).masked_fill(place < 0, torch.nan).unflatten(1, trace.grid)
+    scores, ranked = trace.scores(stage)
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.masked_fill(~ranked, torch.nan).unflatten(1, trace.grid)
 
 
 ON_MASK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

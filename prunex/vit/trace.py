@@ -366,6 +366,32 @@ class TokenTrace(Brief):
             return where
         return where.masked_fill(~alive, -1)
 
+    def scores(self, stage: int = -1) -> tuple[Tensor, Tensor]:
+        """What a stage ranked by, patch by patch, and which patches had a score there.
+
+        Args:
+            stage: One that ranks; -1 is the last.
+
+        Returns:
+            float [B, P], with its gradient, of any value where a patch had none; bool [B, P], false for patches that
+            were gone before, or continued in a fused token.
+
+        Raises:
+            PrunexError: For a stage that does not exist, or ranked nothing.
+        """
+        count = len(self.stages)
+        if not -count <= stage < count:
+            raise PrunexError(f"stage={stage} does not exist: this trace has {count} stages")
+        number = stage % count
+        score = self.stages[number].score
+        if score is None:
+            raise PrunexError(f"stage {number} ranked nothing: it has no scores")
+        if number == 0:
+            score = score[:, : self.grid[0] * self.grid[1]]
+            return score, torch.ones_like(score, dtype=torch.bool)
+        place = self.tokens(number - 1)
+        return score.gather(1, place.clamp(0, score.shape[1] - 1)), (place >= 0) & (place < score.shape[1])
+
     def share(self, stage: int = -1) -> Tensor:
         """Which part each patch has in the token that stands for it after a stage.
 

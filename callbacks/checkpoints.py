@@ -1,22 +1,143 @@
-"""Opening the checkpoint of a pruned model without the callbacks that trained it."""
+"""What checkpoints say of how their model is pruned: written into all, compared when read, opened without callbacks."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
 import prunex
-from prunex.callbacks.saved import CHECKPOINT_KEY, check_version
+from prunex.callbacks.layers import put_round
 from prunex.errors import PrunexError
 from prunex.files import write_whole
+from prunex.handles.base import MARK
+from prunex.handles.tokens import Pruning
+from prunex.handles.units import UnitPruning
+from prunex.vit.mount import TOKENS, UNITS, mounted
 
 LAST = "last.ckpt"
+CHECKPOINT_KEY = "prunex"
+CHECKPOINT_VERSION = 1
+_HOW = "ask for the options it was written with, or open it with prunex.callbacks.load_from_checkpoint"
+
+
+def say_when_saved(module: LightningModule, path: str | None) -> None:
+    """Let every checkpoint of a module say how the ViT at ``path`` is pruned, also one of weights only.
+
+    Lightning asks callbacks about whole checkpoints alone, and the module about all of them. What is put on the module
+    stays when a run ends, as the pruning does, since a checkpoint may still be saved; copies and pickles take it along.
+
+    Among the weights of a checkpoint lies a key that a dense module refuses, and that names what opens the file:
+    without it the weights of a method that has no parameters would load into a dense model, silently.
+    """
+    # A second callback, or a second fit, finds ours there already and does not wrap it again.
+    before = vars(module).get("on_save_checkpoint")
+    if isinstance(before, functools.partial) and before.func is _save:
+        _, saved_path, before = before.args
+        path = path if saved_path is None else saved_path
+    module.__dict__["on_save_checkpoint"] = functools.partial(_save, module, path, before)
+
+
+def _save(
+    module: LightningModule, path: str | None, before: Callable[..., Any] | None, checkpoint: dict[str, Any]
+) -> None:
+    """Save what the module itself wants saved, then how what lies under the path is pruned."""
+    if before is None:
+        type(module).on_save_checkpoint(module, checkpoint)
+    else:
+        before(checkpoint)
+    weights = checkpoint.get("state_dict")
+    for name, part in module.named_modules():
+        if path is not None and name != path and not name.startswith(f"{path}."):
+            continue
+        for child, entry in _entries(part).items():
+            checkpoint.setdefault(CHECKPOINT_KEY, {"version": CHECKPOINT_VERSION, "path": path}).update(entry)
+            if isinstance(weights, dict):
+                weights[".".join(p for p in (name, child, MARK) if p)] = torch.empty(0)
+
+
+def _entries(part: nn.Module) -> dict[str, dict[str, Any]]:
+    """By what hangs on a module, what a checkpoint says of it; nothing of a module that is no pruned ViT."""
+    entries: dict[str, dict[str, Any]] = {}
+    if mounted(part) is not None:
+        tokens = Pruning(part)
+        entries[TOKENS] = {"pruning": tokens.spec, "progress": tokens.progress}
+    if mounted(part, UNITS) is not None:
+        entries[UNITS] = {"units": UnitPruning(part).spec}
+    return entries
+
+
+def guard_loading(
+    module: LightningModule,
+    specs: Mapping[str, Callable[[], dict[str, Any]]],
+    take_over: Callable[[Mapping[str, Any]], None] | None = None,
+) -> list[Callable[[], None]]:
+    """Let the module take no checkpoint that was written with other options, and say which they are.
+
+    Args:
+        module: Its ``on_load_checkpoint`` and ``load_state_dict`` get a layer each.
+        specs: How the model is pruned now, by the name under which checkpoints tell it ("pruning", "units").
+        take_over: Given what a checkpoint says that fits.
+
+    Returns:
+        Calls that take the layers off again.
+    """
+    hparams: dict[str, Any] = {}
+
+    def on_load_checkpoint(beneath: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+        entry = checkpoint.get(CHECKPOINT_KEY)
+        if isinstance(entry, dict):
+            check_version(entry)
+            for name in specs:
+                if isinstance(entry.get(name), dict):
+                    # What is left open here may have been decided out there: counts, a calibrated choice.
+                    decided = {option: value for option, value in specs[name]().items() if value is not None}
+                    other = differences(entry[name], decided)
+                    if other:
+                        raise PrunexError(f"the checkpoint was written with other options: {other}; {_HOW}")
+            if take_over is not None:
+                take_over(entry)
+        hparams.update(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
+        return beneath(checkpoint)
+
+    def load_state_dict(beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return beneath(*args, **kwargs)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            why = differences(hparams, dict(module.hparams)) or " ".join(lines[1:2] or lines)[:200]
+            raise PrunexError(f"the checkpoint's weights do not fit this model: {why}; {_HOW}") from error
+
+    layers = {"on_load_checkpoint": on_load_checkpoint, "load_state_dict": load_state_dict}
+    return [put_round(module, name, layer) for name, layer in layers.items()]
+
+
+def check_version(entry: Mapping[str, Any]) -> None:
+    """Refuse what a later prunex wrote down in a checkpoint."""
+    version = entry.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= CHECKPOINT_VERSION:
+        raise PrunexError(
+            f"the checkpoint has prunex format {version!r}: this prunex reads up to {CHECKPOINT_VERSION}; use the "
+            "prunex that wrote it, or a later one"
+        )
+
+
+def differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between options of a checkpoint and those of this run, in words; "" when nothing does."""
+    words = []
+    for name, value in written.items():
+        present = list(now[name]) if isinstance(now.get(name), tuple) else now.get(name)
+        if name in now and value != present and not name.startswith("_"):
+            words.append(f"{name}={value!r} (now {present!r})")
+    return ", ".join(words)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -54,15 +175,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Any, map_location: Any = None) -> dict[str, Any]:
-    """A checkpoint's plain values.
-
-    Raises:
-        PrunexError: For a file that is missing, damaged, no checkpoint, or holds more than plain values.
-    """
+    """A checkpoint's plain values; a file that is missing, damaged or holds more than these is refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about files of older versions
-            found = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except FileNotFoundError as error:
         raise PrunexError(f"there is no checkpoint at {path}") from error
     except Exception as error:
@@ -70,9 +187,9 @@ def read_checkpoint(path: Any, map_location: Any = None) -> dict[str, Any]:
             f"{path} is no checkpoint that loads safely ({type(error).__name__}): give one of Lightning's, of a module "
             "that saves plain values only, as save_hyperparameters(ignore=[...]) does"
         ) from error
-    if not isinstance(found, dict):
-        raise PrunexError(f"{path} is no checkpoint: it holds a {type(found).__name__}; give one of Lightning's")
-    return found
+    if not isinstance(checkpoint, dict):
+        raise PrunexError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}; give one of Lightning's")
+    return checkpoint
 
 
 def load_from_checkpoint(
@@ -106,8 +223,8 @@ def load_from_checkpoint(
 
 def told(checkpoint: Any) -> dict[str, Any] | None:
     """What TokenPruning and MaskPruning wrote into a checkpoint; None where neither did."""
-    found = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
-    return found if isinstance(found, dict) and ("pruning" in found or "units" in found) else None
+    entry = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    return entry if isinstance(entry, dict) and ("pruning" in entry or "units" in entry) else None
 
 
 def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **arguments: Any) -> LightningModule:
@@ -130,23 +247,23 @@ def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **a
 def _restored(
     module_class: type[LightningModule], checkpoint: Any, path: str, arguments: dict[str, Any]
 ) -> LightningModule:
-    found = told(checkpoint) or {}
-    if found:
-        check_version(found)
+    entry = told(checkpoint)
+    if entry is not None:
+        check_version(entry)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise PrunexError(f"{path} is no checkpoint of Lightning's: it has no state_dict")
     module = module_class(**_arguments(module_class, checkpoint, arguments))
     module.configure_model()
-    if found.get("units") and prunex.attached(module, found["path"], units=True) is None:
-        prunex.attach(module, path=found["path"], **found["units"])
-    pruning: Any = None
-    if found.get("pruning"):
-        where = found["path"]
-        pruning = prunex.attached(module, where) or prunex.attach(module, path=where, **found["pruning"])
+    # Units first: tokens may be ranked by the attention of heads that are left.
+    for name in ("units", "pruning"):
+        spec, vit = (entry or {}).get(name), (entry or {}).get("path")
+        if spec and prunex.attached(module, vit, units=name == "units") is None:  # type: ignore[call-overload]
+            prunex.attach(module, path=vit, **spec)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    if pruning is not None:
-        pruning.progress = found.get("progress", 1.0)
+    if entry is not None and entry.get("pruning"):
+        pruning: Any = prunex.attached(module, entry["path"])
+        pruning.progress = entry.get("progress", 1.0)
     return module.eval()
 
 
@@ -154,9 +271,9 @@ def _arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, 
     """A constructor's arguments from saved hyperparameters, as Lightning's own loader chooses them."""
     parameters = inspect.signature(module_class).parameters
     saved = dict(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    whole = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
-    if whole in parameters and whole != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
-        saved = {whole: saved}
+    holder = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
+    if holder in parameters and holder != "kwargs":  # save_hyperparameters(hparams): one argument holds them all
+        saved = {holder: saved}
     # What starts with _ names classes to import and build: never what a file says.
     saved = {k: v for k, v in saved.items() if isinstance(k, str) and not k.startswith("_")}
     check = getattr(module_class, "check_saved", None)

@@ -14,10 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from prunex.callbacks.checkpoints import LAST
+from prunex.callbacks.checkpoints import LAST, guard_loading
 from prunex.callbacks.layers import Layered
-from prunex.callbacks.monitor import run_folder
-from prunex.callbacks.saved import guard_loading
+from prunex.callbacks.run_folder import run_folder
 from prunex.checks import check_whole
 from prunex.files import remove_drafts
 
@@ -53,8 +52,8 @@ class ExactResume(Layered, Checkpoint):
     def __init__(self, every_n_epochs: int = 1) -> None:
         super().__init__()
         self.every_n_epochs = check_whole("every_n_epochs", every_n_epochs, 1)
-        self._seed: int | None = None
-        self._folder: Path | None = None
+        self._seed = 0
+        self._folder = Path()
         self._first = True  # epoch of this fit
         self._saving = False
 
@@ -74,21 +73,23 @@ class ExactResume(Layered, Checkpoint):
         epoch = trainer.current_epoch
         if not self._first and epoch % self.every_n_epochs == 0:
             self._save(trainer)
-        restored, self._first = self._first and epoch > 0, False
-        state = np.random.SeedSequence([int(self._seed or 0), epoch, trainer.global_rank]).generate_state(2)
+        resumed, self._first = self._first and epoch > 0, False
+        state = np.random.SeedSequence([self._seed, epoch, trainer.global_rank]).generate_state(2)
         random.seed(int(state[0]))
         np.random.seed(int(state[0]))  # noqa: NPY002  (augmentations draw from it)
         torch.manual_seed(int(state[0]) << 32 | int(state[1]))
-        fetcher = trainer.fit_loop._data_fetcher
-        if restored and fetcher is not None and not _begins_anew(trainer):
-            iter(fetcher)  # this epoch's order of images was drawn before the seed was set
+        loop: Any = trainer.fit_loop
+        # Lightning asks the loaders for a new iterator after this hook, but not in the first epochs of a fit.
+        anew = epoch > 0 and not getattr(loop, "is_resuming", False) and not loop.epoch_loop.restarting
+        if resumed and loop._data_fetcher is not None and not anew:
+            iter(loop._data_fetcher)  # this epoch's order of images was drawn before the seed was set
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the trained model; other callbacks have had their say by now."""
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if self._folder is None or getattr(trainer, "fast_dev_run", False):
+        if getattr(trainer, "fast_dev_run", False):
             return
         self._saving = True
         try:
@@ -100,27 +101,24 @@ class ExactResume(Layered, Checkpoint):
         """Put the metrics so far beside the weights they are about."""
         if not self._saving:
             return
-        loops: Any = checkpoint["loops"]["fit_loop"]
-        for told in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        for counts in (progress["total"], progress["current"]):
             # The epoch that is about to begin is not part of it: Lightning would take it for one that was interrupted.
-            told["ready"] = min(told["ready"], told["completed"])
-        if not trainer.is_global_zero:
-            return
-        for number, logger in enumerate(trainer.loggers):
-            if isinstance(logger, CSVLogger):
-                logger.save()
-                path = Path(logger.log_dir) / "metrics.csv"
-                if path.is_file():
-                    checkpoint.setdefault(KEY, {})[str(number)] = path.read_text()
+            counts["ready"] = min(counts["ready"], counts["completed"])
+        for number, logger in _csv_loggers(trainer):
+            logger.save()
+            path = Path(logger.log_dir) / "metrics.csv"
+            if path.is_file():
+                checkpoint.setdefault(KEY, {})[str(number)] = path.read_text()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with the metrics that the checkpoint brings."""
-        told = checkpoint.get(KEY)
-        if not isinstance(told, dict) or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        tables = checkpoint.get(KEY)
+        if not isinstance(tables, dict) or trainer.state.fn != "fit":
             return
-        for number, logger in enumerate(trainer.loggers):
-            text = told.get(str(number))
-            if isinstance(logger, CSVLogger) and isinstance(text, str):
+        for number, logger in _csv_loggers(trainer):
+            text = tables.get(str(number))
+            if isinstance(text, str):
                 rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
                 logger.experiment.metrics[:0] = rows
                 logger.save()
@@ -134,7 +132,7 @@ class ExactResume(Layered, Checkpoint):
         self._seed = int(state_dict["seed"])
 
 
-def _begins_anew(trainer: Trainer) -> bool:
-    """Whether Lightning itself asks the loaders for a new iterator after ``on_train_epoch_start``."""
-    loop = trainer.fit_loop
-    return trainer.current_epoch > 0 and not getattr(loop, "is_resuming", False) and not loop.epoch_loop.restarting
+def _csv_loggers(trainer: Trainer) -> list[tuple[int, CSVLogger]]:
+    """Rank zero's loggers that write metrics.csv, with their numbers; no other process has any."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [(number, logger) for number, logger in enumerate(loggers) if isinstance(logger, CSVLogger)]

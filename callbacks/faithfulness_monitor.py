@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +11,18 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.described import warn_once
-from prunex.callbacks.monitor import (
-    Monitor,
-    explainers_of,
-    first_write,
-    log_share,
-    run_folder,
-    try_explainers,
-)
+from prunex.callbacks.monitor import ExplainingMonitor, log_share
+from prunex.callbacks.run_folder import add_rows
 from prunex.errors import PrunexError
-from prunex.files import write_whole
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
 from prunex.removal.game import ROUTES
 from prunex.vit.readout import classifies, outputs
-from prunex.vit.surroundings import answering
 
 FILE = "faithfulness.csv"
 COLUMNS = ("epoch", "step", "method", "metric", "mean", "low", "high", "images")
 
 
-class FaithfulnessMonitor(Monitor):
+class FaithfulnessMonitor(ExplainingMonitor):
     """Score explainers, after every validation epoch, on a few fixed validation images.
 
     The numbers are those of ``prunex score``: logged as ``prunex/<metric>/<method>``, and added with their bootstrap
@@ -52,7 +41,7 @@ class FaithfulnessMonitor(Monitor):
         removal: How patches are taken away; None: as published, see :func:`prunex.metrics.scores`.
         chunk: Most altered images in one forward; None: what is fastest.
         model: Dotted path of the ViT in the module, when it holds several.
-        options: Options of the explainers, by name and by method: ``{"rollout": {"discard_ratio": 0.9}}``.
+        options: Of the explainers, by method: ``{"rollout": {"discard_ratio": 0.9}}``.
 
     Raises:
         PrunexError: For an unknown explainer, option, metric or removal, at once.
@@ -71,8 +60,7 @@ class FaithfulnessMonitor(Monitor):
         mean: float | list[float] | None = None,
         std: float | list[float] | None = None,
     ) -> None:
-        super().__init__(images, every_n_epochs, model, mean, std)
-        self.methods, self.options = explainers_of(methods, options)
+        super().__init__(methods, options, images, every_n_epochs, model, mean, std)
         if not (metrics is None or isinstance(metrics, list | tuple)):
             raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
         self.metrics = measures(["deletion", "insertion"] if metrics is None else metrics)
@@ -80,6 +68,7 @@ class FaithfulnessMonitor(Monitor):
             raise PrunexError(f"removal={removal!r} is not allowed: give one of {', '.join(ROUTES)}, or None")
         self.removal = removal
         self.chunk = chunk
+        self._table = Path()  # where this run has written rows
 
     @property
     def state_key(self) -> str:
@@ -93,50 +82,46 @@ class FaithfulnessMonitor(Monitor):
             **({"options": self.options} if self.options else {}),
         )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn before training whether the model can be explained and scored.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a run that has written nothing."""
+        super().setup(trainer, pl_module, stage)
+        self._table = Path()
 
-        Raises:
-            PrunexError: When a method refuses the ViT, or it has no classes and faithfulness is asked for.
-        """
-        if not trainer.is_global_zero:
-            return
-        vit = answering(pl_module, self.vit(pl_module))
+    def check_model(self, vit: Any) -> None:
+        """Refuse a ViT without classes where faithfulness is asked for, or with one class alone and perturbation."""
         if not classifies(vit) and any(m.group == "faithfulness" for m in self.metrics):
             raise PrunexError("FaithfulnessMonitor: this ViT has no classifier, so removing patches changes no class")
         if outputs(vit) == 1 and any(m.kind in ("positive", "negative") for m in self.metrics):
             raise PrunexError(
                 "FaithfulnessMonitor: this ViT has one output, whose class is always right: no perturbation"
             )
-        try_explainers(vit, self.methods, self.options)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain, score, log and write."""
         call = self.answered(trainer, pl_module, batch)
-        vit, images, masks = call.vit, call.entered, batch.get("masks")
         mean, std = self.normalisation(trainer, pl_module)
         rows: list[list[Any]] = []
         dense: Any = None
         for name in self.methods:
             options = self.options.get(name, {})
-            e = prunex.explain(name, vit, images, **options)
+            e = prunex.explain(name, call.vit, call.entered, **options)
+            known = {part: batch[part].to(e.maps.device) for part in ("labels", "masks") if part in batch}
+            # Agreement compares what was kept with what the dense model of the same weights rests on.
             kept, judge = None, None
             if any(m.group == "agreement" for m in self.metrics) and _chooses(e):
-                dense = without_pruning(vit) if dense is None else dense
+                dense = without_pruning(call.vit) if dense is None else dense
                 target = e.target if bool((e.target >= 0).all()) else None
-                kept, judge = e.trace.kept(), prunex.explain(name, dense, images, target, **options).maps
-            chosen = [m for m in self.metrics if _applies(trainer, m, masks, kept)]
+                kept, judge = e.trace.kept(), prunex.explain(name, dense, call.entered, target, **options).maps
+            chosen = [m.name for m in self.metrics if _applies(trainer, m, known.get("masks"), kept)]
             if not chosen:
                 continue
-            device = e.maps.device
-            found = scores(
-                [m.name for m in chosen],
-                vit,
-                images,
+            values = scores(
+                chosen,
+                call.vit,
+                call.entered,
                 e.maps,
                 e.target,
-                labels=batch["labels"].to(device) if "labels" in batch else None,
-                masks=None if masks is None else masks.to(device),
+                **known,
                 pixels=e.pixels.float(),
                 kept=kept,
                 judge=judge,
@@ -147,13 +132,17 @@ class FaithfulnessMonitor(Monitor):
                 std=std,
                 chunk=self.chunk,
             )
-            for metric, values in found.items():
-                i = interval(metric, values)
+            for metric, each in values.items():
+                i = interval(metric, each)
                 log_share(pl_module, self.key(f"prunex/{metric}/{name}"), i.mean)
-                rows.append([trainer.current_epoch, trainer.global_step, name, metric, i.mean, i.low, i.high, i.images])
+                shown = ["" if math.isnan(v) else v for v in (i.mean, i.low, i.high)]
+                rows.append([trainer.current_epoch, trainer.global_step, name, metric, *shown, i.images])
         if trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
-            path = (self._folder or run_folder(trainer)) / FILE
-            add_rows(path, trainer.current_epoch, rows, first=first_write(trainer, path))
+            path, others = self._folder / FILE, trainer.callbacks  # type: ignore[attr-defined]
+            # In this run several monitors may write into one table; before its first row all of it is an earlier run's.
+            begun = any(isinstance(c, FaithfulnessMonitor) and c._table == path for c in others)
+            add_rows(path, COLUMNS, trainer.current_epoch, rows, replace=4 if begun else None)
+            self._table = path
 
 
 def _applies(trainer: Trainer, measure: Measure, masks: Tensor | None, kept: Tensor | None) -> bool:
@@ -170,26 +159,3 @@ def _applies(trainer: Trainer, measure: Measure, masks: Tensor | None, kept: Ten
 def _chooses(e: prunex.Explanation) -> bool:
     """Whether the explained forward left a set of kept patches."""
     return bool(e.trace.stages) and not e.trace.pooled and not e.trace.merges()
-
-
-def add_rows(path: Path, epoch: int, rows: Sequence[Sequence[Any]], first: bool = True) -> None:
-    """Add an epoch's rows to the file, in place of the same cells where it holds them.
-
-    Args:
-        path: The file; it is replaced whole.
-        epoch: The epoch of all rows.
-        first: Whether nobody wrote in this training: what is there of this epoch and later ones is an earlier run's.
-        rows: As :data:`COLUMNS` says; a number that is NaN becomes an empty cell.
-    """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    new = {tuple(map(str, row[:4])) for row in rows}
-    if path.is_file():
-        with open(path, newline="") as file:
-            for old in csv.DictReader(file):
-                earlier = str(old.get("epoch")).isdigit() and int(old["epoch"]) < epoch
-                if earlier or (not first and tuple(old.get(name) for name in COLUMNS[:4]) not in new):
-                    table.writerow([old.get(name, "") for name in COLUMNS])
-    table.writerows([["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows])
-    write_whole(path, text.getvalue().encode())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
 from prunex.callbacks.described import names_of, warn_once
-from prunex.callbacks.monitor import Monitor, decisions, log_share, moment
+from prunex.callbacks.monitor import Monitor, log_share
+from prunex.callbacks.run_folder import moment
+from prunex.callbacks.token_pruning import decisions
 from prunex.pictures import kept_mosaic, share_mosaic
 from prunex.vit.aside import as_found
 from prunex.vit.forward import record
@@ -35,7 +36,7 @@ class KeptTokenMonitor(Monitor):
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
-        mean: What the images are normalised by, see :class:`Monitor`.
+        mean: What the images are normalised by, one number or one a channel; None: as data or model say.
         std: Likewise.
     """
 
@@ -47,51 +48,46 @@ class KeptTokenMonitor(Monitor):
             warn_once(trainer, "KeptTokenMonitor: nothing prunes this model, so nothing is drawn: add TokenPruning")
             return
         call, tape = self.answered(trainer, pl_module, batch), Tape()
-        images = call.entered
         with as_found(call.vit, train=False), torch.no_grad():
-            trace = record(call.vit, images, tape).trace
+            trace = record(call.vit, call.entered, tape).trace
         arrays = self.common(trainer, vit, batch, trace.grid)
-        made = decisions(trace, pruning.pruner.stages)
-        everything = np.ones((len(images), *trace.grid), dtype=bool)
-        if not trace.pooled:
-            arrays["kept"] = np.stack([everything if i is None else trace.kept(i).cpu().numpy() for i in made])
-        if trace.merges():
-            own = torch.arange(everything[0].size).view(trace.grid).expand(everything.shape)
-            arrays["groups"] = np.stack([(own if i is None else trace.groups(i).cpu()).numpy() for i in made])
         arrays["share"] = trace.share().float().cpu().numpy()
+        all_patches = torch.ones(len(call.entered), *trace.grid)
+        made = decisions(trace, pruning.pruner.stages)  # None: all patches are there yet
+        if not trace.pooled:
+            kept = [all_patches.bool() if i is None else trace.kept(i).cpu() for i in made]
+            arrays["kept"] = torch.stack(kept).numpy()
+        if trace.merges():
+            alone = torch.arange(all_patches[0].numel()).view(trace.grid).expand_as(all_patches)
+            groups = [alone if i is None else trace.groups(i).cpu() for i in made]
+            arrays["groups"] = torch.stack(groups).numpy()
         if tape.logits is not None and classifies(call.vit):  # without a classifier these are features
             arrays["predicted"] = tape.logits.argmax(1).cpu().numpy()
         if "masks" in arrays and not trace.pooled:
-            cover = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))
-            log_share(pl_module, self.key("prunex/object_kept"), cover)
+            share = object_kept(trace.kept().cpu(), torch.from_numpy(arrays["masks"]))
+            log_share(pl_module, self.key("prunex/object_kept"), share)
         names = names_of(trainer, pl_module, outputs(call.vit))
-        told = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
+        about = (arrays.get("labels"), arrays.get("predicted"), names, arrays.get("masks"))
         title = f"{pruning.method}, {moment(trainer)[1]}: "
         if trace.pooled:
-            shares = [everything if i is None else trace.share(i).float().cpu().numpy() for i in made]
-            picture = share_mosaic(
-                arrays["images"], np.stack(shares), pruning.counts(), *told, title + "patches in tokens"
-            )
+            shares = [all_patches if i is None else trace.share(i).float().cpu() for i in made]
+            title += "patches in tokens"
+            picture = share_mosaic(arrays["images"], torch.stack(shares).numpy(), pruning.counts(), *about, title)
         else:
-            shown = "tokens left" if trace.merges() else "patches kept"
-            picture = kept_mosaic(
-                arrays["images"], arrays["kept"], *told, title=title + shown, groups=arrays.get("groups")
-            )
-        self.write(trainer, "kept_tokens", arrays, picture)
+            title += "tokens left" if trace.merges() else "patches kept"
+            picture = kept_mosaic(arrays["images"], arrays["kept"], *about, title=title, groups=arrays.get("groups"))
+        self.write(trainer, "kept_tokens", picture, arrays)
 
 
 def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
-    """Share of object patches that are kept, mean over the images that show an object.
+    """Share of object patches that are kept, mean over the images that show an object; NaN without any.
 
     Args:
         kept: bool [B, gh, gw].
         masks: bool [B, H, W].
         least: Share of a patch that must lie on the object for the patch to count as the object's.
-
-    Returns:
-        0..1; NaN without any object.
     """
     area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], (kept.shape[1], kept.shape[2]))[:, 0]
     touched = (area > least).flatten(1)
-    there = (touched & kept.flatten(1)).sum(1) / touched.sum(1).clamp(min=1)
-    return float(there[touched.any(1)].mean())
+    shares = (touched & kept.flatten(1)).sum(1) / touched.sum(1).clamp(min=1)
+    return float(shares[touched.any(1)].mean())

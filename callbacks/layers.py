@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from prunex.errors import PrunexError
+from prunex.vit.anatomy import find
 
 Layer = Callable[..., Any]  # takes the function beneath it, and that one's arguments
 
@@ -30,6 +34,26 @@ class Layered(Callback):
         while self._undo:
             self._undo.pop()()
 
+    def _put_round(self, module: LightningModule, name: str, layer: Layer) -> None:
+        self._undo.append(put_round(module, name, layer))
+
+    def _when_model_exists(
+        self, module: LightningModule, path: str | None, attach: Callable[[LightningModule], None], kinds: Any
+    ) -> None:
+        """Attach now, or right after ``configure_model`` of a module that makes its ViT only there."""
+        if is_overridden("configure_model", module):
+            try:
+                find(module, path, kinds)
+            except PrunexError:
+
+                def configure_model(beneath: Callable[[], None]) -> None:
+                    beneath()
+                    attach(module)
+
+                self._put_round(module, "configure_model", configure_model)
+                return
+        attach(module)
+
 
 def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], None]:
     """Put a layer round a method of one module object; the call that is returned takes it off again.
@@ -39,31 +63,38 @@ def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], 
     before = module.__dict__.get(name)
     layers: list[Layer] | None = getattr(before, "_prunex_layers", None)
     if layers is None:
-        layers, original = [], getattr(module, name)
-        inside = layers
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            function = original
-            for each in inside:
-                function = functools.partial(each, function)
-            return function(*args, **kwargs)
-
-        call._prunex_layers = layers  # type: ignore[attr-defined]
-        call._prunex_before = before  # type: ignore[attr-defined]
-        module.__dict__[name] = call
+        layers = _layered(module, name)
     layers.append(layer)
 
     def undo() -> None:
         if layer in layers:
             layers.remove(layer)
         now: Any = module.__dict__.get(name)
+        # Somebody may have replaced the method since: theirs stays.
         if layers or getattr(now, "_prunex_layers", None) is not layers:
             return
-        own = now._prunex_before
-        if own is None:
+        if now._prunex_before is None:
             module.__dict__.pop(name, None)
         else:
-            module.__dict__[name] = own
+            module.__dict__[name] = now._prunex_before
 
     return undo
+
+
+def _layered(module: LightningModule, name: str) -> list[Layer]:
+    """Replace a method by one that runs through a list of layers, innermost first; give the list, empty yet."""
+    # On the object, never on its class: other modules of that class stay as they are.
+    before, original = module.__dict__.get(name), getattr(module, name)
+    layers: list[Layer] = []
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        function = original
+        for layer in layers:
+            function = functools.partial(layer, function)
+        return function(*args, **kwargs)
+
+    call._prunex_layers = layers  # type: ignore[attr-defined]
+    call._prunex_before = before  # type: ignore[attr-defined]
+    module.__dict__[name] = call
+    return layers

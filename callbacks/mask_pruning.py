@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,24 +9,22 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 import prunex
 from prunex.batches import Parts, parts
-from prunex.callbacks.averaging import SWA, averaging, check_own_averages
-from prunex.callbacks.copies import Copies
-from prunex.callbacks.participant import Participant, progress, tell_hparams
-from prunex.callbacks.runs import Runs
+from prunex.callbacks.averaging import SWA, Copies, averaging
+from prunex.callbacks.participant import Participant, progress
 from prunex.callbacks.token_pruning import TokenPruning
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_flag, check_number, check_options, check_whole
-from prunex.errors import PrunexError
+from prunex.errors import PrunexError, unknown
 from prunex.handles.units import UnitPruning
 from prunex.pruners.base import accepted
 from prunex.units.base import UnitPruner
 from prunex.units.xpruner import XPruner
 from prunex.vit.surroundings import check_own_classes
-from prunex.vit.units import Backbone
 
 LOOKING = ("images", "labels")  # what criteria may need to look at
 
@@ -77,7 +74,10 @@ class MaskPruning(Participant):
     0.5
     """
 
-    sees_loss = True
+    units = True
+    entry, hparam = "units", "unit_pruning"
+    budget: float | str
+    pruning: UnitPruning
 
     def __init__(
         self,
@@ -95,7 +95,6 @@ class MaskPruning(Participant):
     ) -> None:
         super().__init__()
         make: Any = prunex.registry.lookup("pruner", method).make
-        self.make = make
         if not issubclass(make, UnitPruner):
             raise PrunexError(
                 f"{method} prunes tokens: give it to TokenPruning; MaskPruning takes xpruner, taylor, ..."
@@ -104,8 +103,8 @@ class MaskPruning(Participant):
         self.method, self.budget = method, budget
         self.options = check_options(options)
         for name in self.options:
-            if name not in accepted(self.make):
-                raise prunex.errors.unknown(f"option of {method}", name, accepted(self.make))
+            if name not in accepted(make):
+                raise unknown(f"option of {method}", name, accepted(make))
         self.masks, self.thresholds = check_number("masks", masks, 0, 1), check_number("thresholds", thresholds, 0, 1)
         if self.masks + self.thresholds > 1:
             raise PrunexError(
@@ -113,83 +112,50 @@ class MaskPruning(Participant):
                 "leave something for fine-tuning, such as 0.25 and 0.25"
             )
         self.start = check_number("start", start, 0, 1)
-        self.mask_lr, self.threshold_lr = (
-            check_number("mask_lr", mask_lr, 0),
-            check_number("threshold_lr", threshold_lr, 0),
-        )
+        self.mask_lr = check_number("mask_lr", mask_lr, 0)
+        self.threshold_lr = check_number("threshold_lr", threshold_lr, 0)
         self.images = check_whole("images", images, 1)
         self.remove = check_flag("remove", remove)
         self.model = model
-        self.pruning: UnitPruning | None = None
+        self._learns = bool(make.trains)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
-        self._waiting: dict[str, Any] | None = None  # a checkpoint's, until the optimisers are there
+        self._saved: dict[str, Any] = {}  # their states in a checkpoint, until they are there
         self._resting: list[nn.Parameter] = []
         self._begun = False
         self._copies: Copies | None = None
         self._stays = False  # whether closed units stay in the model to the end
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
-        super().setup(trainer, pl_module, stage)
+    def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
         average = averaging(trainer) or averaging(trainer, SWA)
-        if stage == "fit" and average is not None:
+        if average is not None:
             raise PrunexError(
                 "MaskPruning chooses and removes units while training, which the copy of the model in "
                 f"{type(average).__name__} does not follow: prune first, and average while fine-tuning the slim model"
             )
-        if stage == "fit" and self.pruning is None:
-            check_own_averages(trainer, pl_module, self)
-        if stage == "fit" and self.make.trains:
-            if not pl_module.automatic_optimization:
-                raise PrunexError(
-                    f"{self.method} brings losses of its own, and this module optimises by hand: use its stages by "
-                    "hand (prunex.attach), or taylor"
-                )
-            if str(trainer.precision) == "16-mixed":
-                raise PrunexError(
-                    f"precision='16-mixed' scales gradients, which {self.method}'s own optimisers do not know: use "
-                    "'bf16-mixed' or '32-true'"
-                )
-        self._when_model_is_there(pl_module, self.model, self._attach, Backbone)
-        self._guard_checkpoints(
-            pl_module, self.model, "units", lambda: {} if self.pruning is None else self.pruning.spec
-        )
-        if stage == "fit":
-            self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
-
-    def _attach(self, module: LightningModule) -> None:
-        found = prunex.attached(module, self.model, units=True)
-        if found is None:
-            attached: Any = prunex.attach(module, self.method, path=self.model, budget=self.budget, **self.options)
-            found = attached
-        elif found.method != self.method:
+        if self._learns and not module.automatic_optimization:
             raise PrunexError(
-                f"the model's units are pruned by {found.method} already: detach() it, or ask for {found.method} here"
+                f"{self.method} brings losses of its own, and this module optimises by hand: use its stages by "
+                "hand (prunex.attach), or taylor"
             )
-        for name, wanted in {"budget": self.budget, **self.options}.items():
-            has = found.options.get(name)
-            if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
-                raise PrunexError(
-                    f"the model's units are pruned already with {name}={has!r}, not {wanted!r}: detach() them first "
-                    f"with prunex.attached(module, units=True).detach(), or ask for {has!r} here"
-                )
-        self.pruning, self.runs = found, Runs(found)
-        tell_hparams(module, "unit_pruning", found.spec)
+        if self._learns and str(trainer.precision) == "16-mixed":
+            raise PrunexError(
+                f"precision='16-mixed' scales gradients, which {self.method}'s own optimisers do not know: use "
+                "'bf16-mixed' or '32-true'"
+            )
 
     @property
     def _xpruner(self) -> XPruner | None:
-        pruner = None if self.pruning is None else self.pruning.pruner
+        pruner = self.pruning.pruner
         return pruner if isinstance(pruner, XPruner) else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the optimisers of masks and thresholds, or take a checkpoint's state over."""
-        if self.pruning is None:
-            return
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
             raise PrunexError(
                 "MaskPruning's stages are fractions of the training, and this one has no end: give max_epochs"
             )
-        self.pruning.budget()
+        allowed = self.pruning.budget()
+        # DDP's gradient buckets hold the parameters as they are when training begins.
         self._stays = not self.remove or trainer.world_size > 1
         if not self._stays and not self.pruning.removed:
             self.pruning.check_removable(trainer.optimizers)
@@ -202,50 +168,56 @@ class MaskPruning(Participant):
                 # Far from the scores the gates' gradient is tiny, and all that counts of it is its sign.
                 "thresholds": torch.optim.Adam([pruner.thresholds], self.threshold_lr, eps=1e-20),
             }
-            if self._waiting is not None:
-                for name, state in self._waiting.items():
-                    self._optimizers[name].load_state_dict(state)
-        self._waiting = None
+            for name, state in self._saved.items():
+                self._optimizers[name].load_state_dict(state)
+        self._saved = {}
         rank_zero_info(
             f"prunex: {self.method} looks at {len(self.pruning.pruner.branches)} branches of heads and MLP channels; "
-            f"budget {self.budget} leaves {self.pruning.budget() / self.pruning.pruner.prunable():.1%} of their "
-            "multiply-adds"
+            f"budget {self.budget} leaves {allowed / self.pruning.pruner.prunable():.1%} of their multiply-adds"
         )
         self._advance(trainer, pl_module, progress(trainer, 0))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next stage where its time has come."""
-        if self.pruning is not None:
-            if not self._begun and not self.pruning.decided and self.pruning.pruner.needs in LOOKING:
-                parts(batch).labels("calibration", "the training batch")  # refused now, not when ``start`` has come
-            self._begun = True
-            self._advance(trainer, pl_module, progress(trainer, batch_idx))
+        if not self._begun and not self.pruning.decided and self.pruning.pruner.needs in LOOKING:
+            parts(batch).labels("calibration", "the training batch")  # refused now, not when ``start`` has come
+        self._begun = True
+        self._advance(trainer, pl_module, progress(trainer, batch_idx))
 
     def _advance(self, trainer: Trainer, module: LightningModule, done: float) -> None:
         """Go through the stages up to a share of the training."""
-        if self.pruning is None:
-            return
-        pruner = self._xpruner
+        pruner, pruning = self._xpruner, self.pruning
+        before = pruning.decided
         if pruner is None:
-            if not self.pruning.decided and done >= self.start:
-                self._calibrate(trainer, module, self.pruning)
-                self._say_widths(trainer)
+            if not before and done >= self.start:
+                self._calibrate_once(trainer, lambda: self._calibrate(trainer, module))
         else:
             if pruner.stage == "masks" and done >= self.masks:
                 pruner.stage = "thresholds"
-                self.pruning.budget()
+                pruning.budget()
             if pruner.stage == "thresholds" and done >= self.masks + self.thresholds:
-                self.pruning.conclude()
-                self._say_widths(trainer)
+                pruning.conclude()
             self._rest(trainer, pruner.stage == "masks")
-        if self.pruning.decided and not self._stays and not self.pruning.removed:
-            self._take_out(trainer, self.pruning)
+        if pruning.decided and not before:
+            branches = pruning.pruner.branches
+            kept = [f"{b.key}: {int(pruning.pruner.open(b.key).sum())} of {b.units}" for b in branches]
+            rank_zero_info(f"prunex: {self.method} keeps " + ", ".join(kept))
+        if pruning.decided and not self._stays and not pruning.removed:
+            self._take_out(trainer)
 
-    def _take_out(self, trainer: Trainer, pruning: UnitPruning) -> None:
+    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Score the units, on the first training batches where the criterion looks at images."""
+        if self.pruning.pruner.needs not in LOOKING:
+            self.pruning.calibrate()
+            return
+        with training_batches(trainer, module, self.pruning.model) as batches:
+            self.pruning.calibrate(_first(batches, self.images), module, entered=True)
+
+    def _take_out(self, trainer: Trainer) -> None:
         """Remove the closed units, unless something would not follow that was not there when training began."""
         average = None if self._copies is None else self._copies.moving()
         try:
-            pruning.check_removable(trainer.optimizers)
+            self.pruning.check_removable(trainer.optimizers)
             reason = average and f"{average} holds a copy of the weights, which does not follow removed units"
         except PrunexError as error:
             reason = str(error)
@@ -253,89 +225,44 @@ class MaskPruning(Participant):
             self._stays = True
             rank_zero_warn(f"{reason}: units that {self.method} closed stay in the model, masked, until it is slimmed")
         else:
-            pruning.remove(trainer.optimizers)
+            self.pruning.remove(trainer.optimizers)
 
     def _rest(self, trainer: Trainer, resting: bool) -> None:
         """Let the ViT's own weights stand still, or move again."""
-        if self.pruning is None or resting == bool(self._resting):
+        if resting == bool(self._resting):
             return
         if resting:
-            own = [
-                p for n, p in self.pruning.model.named_parameters() if not n.startswith("prunex") and p.requires_grad
-            ]
-            self._resting = own
+            weights = self.pruning.model.named_parameters()
+            self._resting = [p for name, p in weights if not name.startswith("prunex") and p.requires_grad]
         if trainer.world_size == 1:  # with several processes gradients are expected of all parameters
             for p in self._resting:
                 p.requires_grad_(not resting)
         if not resting:
             self._resting = []
 
-    def _calibrate(self, trainer: Trainer, module: LightningModule, pruning: UnitPruning) -> None:
-        """Score on the first training batches; rank zero does it, the others take over what it found."""
-        if trainer.is_global_zero:
-            if pruning.pruner.needs in LOOKING:
-                with training_batches(trainer, module, pruning.model) as batches:
-                    pruning.calibrate(_some(batches, self.images), module, entered=True)
-            else:
-                pruning.calibrate()
-        if trainer.world_size > 1:
-            state: Any = None
-            if trainer.is_global_zero:
-                state = {k: v.cpu() for k, v in pruning.pruner.state_dict().items()}
-            pruning.pruner.load_state_dict(trainer.strategy.broadcast(state))
-
-    def _say_widths(self, trainer: Trainer) -> None:
-        if self.pruning is None:
-            return
-        pruner = self.pruning.pruner
-        kept = [f"{b.key}: {int(pruner.open(b.key).sum())} of {b.units}" for b in pruner.branches]
-        rank_zero_info(f"prunex: {self.method} keeps " + ", ".join(kept))
-
-    def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.runs is None:
-            return beneath(*args, **kwargs)
-        self.runs.begin()
-        output = self._learning_step(module, beneath, *args, **kwargs)
-        self.runs.end_training_step()
-        return output
-
-    def _learning_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        pruner, pruning = self._xpruner, self.pruning
-        batch = args[0] if args else kwargs.get("batch")
-        known = parts(batch)
-        vit = None if pruning is None else pruning.model
-        if pruner is None or pruning is None or pruner.stage == "done":
-            return self._end_step(module, beneath(*args, **kwargs), {}, known, model=vit)
+    def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
+        pruner, known = self._xpruner, parts(batch)
+        if pruner is None or pruner.stage == "done":
+            return self._end_step(module, step(), {}, known)
         labels = known.get("labels")
+        # Masks have a row a class, so that stage cannot do without labels; thresholds are the same for all classes.
         if pruner.stage == "masks":
             if labels is None:
                 raise PrunexError(
                     f"{self.method} learns masks by the images' labels, and this training batch "
                     f"({known.kind}) holds none: {known.why('labels')}"
                 )
-            with pruning.labelled(labels):
-                output = beneath(*args, **kwargs)
-            self._count(module, pruner, labels)
+            with self.pruning.labelled(labels):
+                output = step()
+            _count(module, pruner, labels)
         else:
-            output = beneath(*args, **kwargs)
+            output = step()
         images = 1 if labels is None else len(labels)
         if pruner.stage == "thresholds":
-            removed = pruner.rate().detach()
-            module.log("prunex/units_removed", removed, on_step=False, on_epoch=True, batch_size=images)
-            module.log("prunex/units_target", pruner.target, on_step=False, on_epoch=True, batch_size=images)
-        losses = pruning.losses(known.get("images"), labels)
-        return self._end_step(module, output, losses, known, images, model=vit)
-
-    @staticmethod
-    def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
-        """Count the classes seen, those of all processes: DDP would give all of them rank zero's count."""
-        before = pruner.updates.clone()
-        pruner.saw(labels)
-        trainer = module._trainer
-        if trainer is not None and trainer.world_size > 1:
-            added = pruner.updates - before
-            dist.all_reduce(added)
-            pruner.updates.copy_(before + added)
+            for name, value in (("removed", pruner.rate().detach()), ("target", pruner.target)):
+                module.log(f"prunex/units_{name}", value, on_step=False, on_epoch=True, batch_size=images)
+        losses = self.pruning.losses(known.get("images"), labels)
+        return self._end_step(module, output, losses, known, images)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -343,61 +270,72 @@ class MaskPruning(Participant):
         """Step masks or thresholds with the gradients that this step has, then let the multiplier ascend."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pruner = self._xpruner
+        # Once a step, whatever optimisers the module has of its own.
         if pruner is None or pruner.stage == "done" or optimizer is not trainer.optimizers[0]:
             return
+        learned: list[Tensor] = [pruner.thresholds]
         if pruner.stage == "masks":
+            learned = pruner.masks()
             for p in self._resting:
                 p.grad = None
-        learned: list[Tensor] = pruner.masks() if pruner.stage == "masks" else [pruner.thresholds]
-        if trainer.world_size > 1:
+        if trainer.world_size > 1:  # DDP knows parameters alone
             for tensor in learned:
                 if tensor.grad is None:
                     tensor.grad = torch.zeros_like(tensor)
                 dist.all_reduce(tensor.grad)
                 tensor.grad /= trainer.world_size
-        own = self._optimizers[pruner.stage]
-        own.step()
-        own.zero_grad(set_to_none=True)
+        adam = self._optimizers[pruner.stage]
+        adam.step()
+        adam.zero_grad(set_to_none=True)
         if pruner.stage == "thresholds":
             pruner.ascend()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A training that ends before its fine-tuning began still chooses its units."""
-        if self.pruning is not None and progress(trainer, 0) >= 1:
+        if progress(trainer, 0) >= 1:
             self._advance(trainer, pl_module, 1.0)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log multiply-adds per image of the model as it would be exported now."""
-        ran = self.runs is not None and self.runs.end_validation(trainer.sanity_checking)
-        alone = not any(isinstance(c, TokenPruning) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        known = self.runs is not None and (ran or self.runs.trained)
-        if self.pruning is not None and not trainer.sanity_checking and alone and known:
+        """Log multiply-adds per image of the model as it would be exported now; beside TokenPruning that does it."""
+        shown = self._validated(trainer)
+        if shown and not any(isinstance(c, TokenPruning) for c in trainer.callbacks):  # type: ignore[attr-defined]
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimisers of masks and thresholds."""
-        return {"optimizers": {name: own.state_dict() for name, own in self._optimizers.items()}}
+        return {"optimizers": {name: adam.state_dict() for name, adam in self._optimizers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; the stage itself is in the model's state."""
-        self._waiting = dict(state_dict["optimizers"])
+        self._saved = dict(state_dict["optimizers"])
 
     def _restore(self) -> None:
         super()._restore()
+        # However the run ended, the user's weights can be trained again.
         for p in self._resting:
             p.requires_grad_(True)
         self._resting = []
         self._copies = None
 
 
-def _some(batches: Iterable[Parts], images: int) -> list[tuple[Tensor, Tensor] | Tensor]:
+def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
+    """Count the classes seen, those of all processes: DDP would give all of them rank zero's count."""
+    before = pruner.updates.clone()
+    pruner.saw(labels)
+    trainer = module._trainer
+    if trainer is not None and trainer.world_size > 1:
+        added = pruner.updates - before
+        dist.all_reduce(added)
+        pruner.updates.copy_(before + added)
+
+
+def _first(batches: Iterable[Parts], count: int) -> list[tuple[Tensor, Tensor] | Tensor]:
     """The first images of some batches, with labels where there are any."""
     taken: list[tuple[Tensor, Tensor] | Tensor] = []
     for known in batches:
-        room = images
-        some, labels = known["images"][:room], known.labels("calibration", "the training batch")
-        taken.append(some if labels is None else (some, labels[:room]))
-        images -= len(some)
-        if images <= 0:
+        images, labels = known["images"][:count], known.labels("calibration", "the training batch")
+        taken.append(images if labels is None else (images, labels[:count]))
+        count -= len(images)
+        if count <= 0:
             break
     return taken

@@ -5,40 +5,32 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import prunex
 from prunex.attributes import Pair, given_normalisation
-from prunex.batches import Parts, parts
+from prunex.batches import parts
 from prunex.callbacks.averaging import averaged, averaging, stands_before
 from prunex.callbacks.described import check_pixels, normalisation, shown_channels, warn_once
 from prunex.callbacks.participant import check_strategy
-from prunex.callbacks.record import record_metrics
-from prunex.callbacks.step_watch import StepWatch, input_kind
-from prunex.checks import check_options
+from prunex.callbacks.run_folder import log_picture, moment, record_metrics, run_folder
+from prunex.callbacks.step_watch import StepWatch, input_kind, watched_part
+from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.pictures import from_tensor, save_npz, save_png, under_grid
 from prunex.registry import lookup
-from prunex.untrusted import read_npz
 from prunex.vit.anatomy import find, read
 from prunex.vit.aside import as_found
-from prunex.vit.surroundings import Call, follow, look
-from prunex.vit.trace import TokenTrace
-
-_WRITTEN: WeakKeyDictionary[Trainer, set[Path]] = WeakKeyDictionary()  # files that a trainer's monitors share
+from prunex.vit.surroundings import Call, answering, follow, look
 
 
 class Monitor(Callback):
@@ -52,9 +44,8 @@ class Monitor(Callback):
     :func:`prunex.batches.parts` says which tensors of a batch are labels and object masks; what may be meant by several
     tensors is left out, with a warning, as are labels and masks that do not fit what entered the ViT.
 
-    When the ViT's input size, channels or classes change, images are collected anew.
-
-    Monitors of several models in one Trainer write into folders named by the models' paths, in the run folder.
+    When the ViT's input size, channels or classes change, images are collected anew. Monitors of several models in one
+    Trainer write into folders named by the models' paths, in the run folder.
 
     Args:
         images: How many validation images to watch.
@@ -74,44 +65,34 @@ class Monitor(Callback):
         std: float | list[float] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("images", images), ("every_n_epochs", every_n_epochs)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least 1")
-        self.images = images
-        self.every_n_epochs = every_n_epochs
+        self.images = check_whole("images", images, 1)
+        self.every_n_epochs = check_whole("every_n_epochs", every_n_epochs, 1)
         self.model = model
         given_normalisation(mean, std)
         self.mean, self.std = mean, std
         self._parts: list[dict[str, Tensor]] = []  # of one image each where labels are known
-        self._whole = False
+        self._complete = False  # whether a whole validation has been collected from
         self._looked = False  # whether pixels of the images lie where they should
         self._step: StepWatch | None = None
         self._through: str | None = None  # path of the module by which is explained; None: the ViT alone
         self._kind: tuple[Any, ...] = ()
         self._seen = -1
-        self._folder: Path | None = None
-        self._run: Path | None = None
         self._several = False  # whether others watch another model
-
-    @property
-    def collected(self) -> int:
-        """Images collected so far."""
-        return sum(len(p["images"]) for p in self._parts)
+        self._run = self._folder = Path()  # the run's folder, and this model's in it
+        self._arrays: tuple[Path, dict[str, np.ndarray]] = (Path(), {})  # the last look's, and their file
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start a new set of images for a new run, and learn its folder."""
         check_strategy(trainer, self)
-        self._parts = []
-        self._whole = self._looked = False
+        self._parts, self._complete, self._looked = [], False, False
+        self._seen, self._arrays = -1, (Path(), {})
         if self.mean is not None and not is_overridden("configure_model", pl_module):
             self.normalisation(trainer, pl_module)  # as many numbers as the model has channels, or refused
-        self._seen = -1
         # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
         self._run = self._folder = run_folder(trainer)
-        paths = {c.model for c in trainer.callbacks if isinstance(c, Monitor) and c.model}  # type: ignore[attr-defined]
-        self._several = len(paths) > 1
+        self._several = len({m.model for m in _monitors(trainer) if m.model}) > 1
         if self._several and self.model:
-            self._folder = self._folder / self.model
+            self._folder = self._run / self.model
 
     def key(self, name: str) -> str:
         """What a number or a picture is logged as: with the model's path where several models are watched."""
@@ -130,16 +111,22 @@ class Monitor(Callback):
         """Go on from there."""
         self._seen = int(state_dict["seen"])
 
+    @property
+    def collected(self) -> int:
+        """Images collected so far."""
+        return sum(len(p["images"]) for p in self._parts)
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Look on while images are collected; from the start where the ViT takes other images than before."""
         if dataloader_idx != 0 or not trainer.is_global_zero:
             return
+        # A finetuning schedule may change the image size, and images of the old one are of no use then.
         kind = input_kind(self.vit(pl_module))
         if batch_idx == 0 and kind != self._kind:
-            self._kind, self._parts, self._whole = kind, [], False
-        if not self._whole:
+            self._kind, self._parts, self._complete = kind, [], False
+        if not self._complete:
             self._step = StepWatch(pl_module, self.model)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -148,20 +135,17 @@ class Monitor(Callback):
             self._step.close()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         """Collect images in the first whole validation; the sanity check only tries a batch."""
         step, self._step = self._step, None
         if step is None:
             return
         step.close()
-        part = self._part(trainer, step, parts(batch))
+        who = type(self).__name__
+        self._through, part, complaints = watched_part(step, parts(batch), who)
+        for complaint in complaints:
+            warn_once(trainer, complaint)
         if not self._looked:
             self._looked = True
             check_pixels(trainer, part["images"], *self.normalisation(trainer, pl_module))
@@ -169,81 +153,12 @@ class Monitor(Callback):
             return
         first = self._parts[0] if self._parts else part
         if any(part[name].shape[1:] != first[name].shape[1:] for name in part if name in first):
-            warn_once(trainer, f"{type(self).__name__} watches images of the size that came first; others are left out")
-            return
-        room = self.images - self.collected
-        if "labels" in part:
+            warn_once(trainer, f"{who} watches images of the size that came first; others are left out")
+        elif "labels" in part:
             self._take(part)
-        elif room:
-            self._parts.append({k: v[:room].detach().cpu().clone() for k, v in part.items()})
-
-    def _part(self, trainer: Trainer, step: StepWatch, found: Parts) -> dict[str, Tensor]:
-        """What a step is watched by: the images that entered the ViT, what they were made from, labels and masks."""
-        who, kind = type(self).__name__, type(step.vit).__name__
-        outermost = step.outermost()
-        if len(step.entered) == 1 and outermost is not None and len(outermost[1]) == len(step.entered[0]):
-            self._through, given = outermost
-            images = step.entered[0]
-        elif step.entered:
-            self._through, images = None, step.entered[0]
-            given = images
-            if len(step.entered) > 1:
-                warn_once(
-                    trainer,
-                    f"{who}: a validation step runs the {kind} {len(step.entered)} times (views, crops): the images of "
-                    "the first time are watched, and its own output",
-                )
-        else:
-            images = given = found.need("images", who, "the validation batch")
-            self._through = ""
-            warn_once(
-                trainer,
-                f"{who}: the validation step does not run the {kind} (or is compiled, or runs a copy): the images of "
-                "the batch are watched",
-            )
-        for name, why in found.unclear.items():
-            if name != "images":
-                warn_once(trainer, f"{who} leaves {name} out: {why}")
-        part = {"images": images} if given is images else {"images": images, "given": given}
-        if self._through and len(found.get("images", ())) == len(images):
-            part["batch"] = found["images"]  # for a forward that was called as such, which no hook sees
-        for name in ("labels", "masks"):
-            if name not in found:
-                continue
-            own = found[name]
-            if len(own) == len(images) and (name == "labels" or own.shape[1:] == images.shape[2:]):
-                part[name] = own
-            else:
-                warn_once(
-                    trainer, f"{who} leaves {name} {list(own.shape)} out: {list(images.shape)} entered the {kind}"
-                )
-        return part
-
-    def answered(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> Call:
-        """What the module made of the collected images, and the ViT by which it is explained."""
-        vit = self.vit(pl_module)
-        module = vit if self._through is None else pl_module.get_submodule(self._through)
-        with as_found(pl_module, train=False), warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            call = self._by_forward(pl_module, vit, batch) if self._through else None
-            if call is None:
-                given = batch.get("given", batch["images"])
-                call = follow(module, vit, given, type(self).__name__, named=True)
-            if call.output is None and module is not vit:  # it could not be followed: what entered the ViT is known
-                call = follow(vit, vit, batch["images"], type(self).__name__)
-        for warning in told:
-            warn_once(trainer, str(warning.message))
-        return call
-
-    def _by_forward(self, pl_module: LightningModule, vit: Any, batch: dict[str, Tensor]) -> Call | None:
-        """The whole module's own call, where its forward gives the ViT what the step gave it."""
-        for given in (batch[name] for name in ("batch", "given", "images") if name in batch):
-            with suppress(PrunexError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                call = look(pl_module, vit, given, named=True)
-                if call.output is not None and _same(call.entered, batch["images"]):
-                    return call
-        return None
+        elif self.collected < self.images:
+            room = self.images - self.collected
+            self._parts.append({name: rows[:room].detach().cpu().clone() for name, rows in part.items()})
 
     def _take(self, part: dict[str, Tensor]) -> None:
         """Take images while there is room, then in place of the last one of a class that has two more."""
@@ -253,38 +168,26 @@ class Monitor(Callback):
                 most, count = held.most_common(1)[0] if held else (label, 0)
                 if count < held[label] + 2:
                     continue
-                at = [j for j, p in enumerate(self._parts) if most in p.get("labels", ())]
-                del self._parts[at[-1]]
+                places = [j for j, p in enumerate(self._parts) if most in p.get("labels", ())]
+                del self._parts[places[-1]]
                 held[most] -= 1
             held[label] += 1
-            self._parts.append({k: v[i : i + 1].detach().cpu().clone() for k, v in part.items()})
+            self._parts.append({name: rows[i : i + 1].detach().cpu().clone() for name, rows in part.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch, unless this is the sanity check."""
         if trainer.sanity_checking or not trainer.is_global_zero or not self._parts:
             return
-        self._whole = True
+        self._complete = True
         if not self._due(trainer):
             return
         self._seen = trainer.current_epoch
-        keys = set.intersection(*(set(p) for p in self._parts))
-        batch = {k: torch.cat([p[k] for p in self._parts]) for k in keys}
+        # What is not known of all images, such as masks of some batches, is left out.
+        names = set.intersection(*(set(p) for p in self._parts))
+        batch = {name: torch.cat([p[name] for p in self._parts]) for name in names}
         # An average's own turn, when this epoch ends, takes its weights out of the model again.
         with averaged(trainer, pl_module, swapped=not stands_before(trainer, averaging(trainer), self)):
             self.watch(trainer, pl_module, batch)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the metrics down where no CSVLogger does, for the report."""
-        if trainer.is_global_zero and self._run is not None:
-            record_metrics(trainer, self._run)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where there was nothing to watch."""
-        if trainer.is_global_zero and not self._parts and self._seen < 0:
-            rank_zero_warn(
-                f"{type(self).__name__} has seen no validation batch and has written nothing: give trainer.fit "
-                "validation data"
-            )
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_epochs`` lies between the last watched epoch and this one, or training ends.
@@ -297,6 +200,19 @@ class Monitor(Callback):
         last = epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
         return last or epoch == self._seen or self._seen < 0 or epoch // every > self._seen // every
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the metrics down where no CSVLogger does, for the report."""
+        if trainer.is_global_zero:
+            record_metrics(trainer, self._run)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where there was nothing to watch."""
+        if trainer.is_global_zero and not self._parts and self._seen < 0:
+            rank_zero_warn(
+                f"{type(self).__name__} has seen no validation batch and has written nothing: give trainer.fit "
+                "validation data"
+            )
+
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Look at the model; ``batch`` holds images and, where known, labels and masks (on the CPU)."""
 
@@ -308,166 +224,117 @@ class Monitor(Callback):
         """Mean and standard deviation of the images' channels, for pixels in 0..1."""
         return normalisation(trainer, pl_module, self.vit(pl_module), self.mean, self.std)
 
+    def answered(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> Call:
+        """What the module made of the collected images, and the ViT by which it is explained."""
+        vit, who = self.vit(pl_module), type(self).__name__
+        module = vit if self._through is None else pl_module.get_submodule(self._through)
+        # By the module's whole forward, where that does what the step did; else by what the step called.
+        with as_found(pl_module, train=False), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call = _by_forward(pl_module, vit, batch) if self._through else None
+            if call is None:
+                call = follow(module, vit, batch.get("given", batch["images"]), who, named=True)
+            if call.output is None and module is not vit:  # it could not be followed: what entered the ViT is known
+                call = follow(vit, vit, batch["images"], who)
+        for warning in caught:
+            warn_once(trainer, str(warning.message))
+        return call
+
     def common(
         self, trainer: Trainer, vit: Any, batch: dict[str, Tensor], grid: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        """What both monitors write: labels, and pictures and masks as far as the patch grid lies over them."""
+        """What all monitors write: labels, and pictures and masks as far as the patch grid lies over them."""
         height, width = read(vit).patch
         covered = (grid[0] * height, grid[1] * width)
         mean, std = self.normalisation(trainer, trainer.lightning_module)
         pictures = from_tensor(*shown_channels(batch["images"].float(), mean, std))
-        found = {"images": under_grid(pictures, covered)}
+        arrays = {"images": under_grid(pictures, covered)}
         if "labels" in batch:
-            found["labels"] = batch["labels"].numpy()
+            arrays["labels"] = batch["labels"].numpy()
         if "masks" in batch:
-            found["masks"] = under_grid(batch["masks"].numpy(), covered)
-        return found
+            arrays["masks"] = under_grid(batch["masks"].numpy(), covered)
+        return arrays
 
-    def write(self, trainer: Trainer, name: str, arrays: dict[str, np.ndarray], picture: np.ndarray) -> None:
+    def write(
+        self, trainer: Trainer, name: str, picture: np.ndarray, arrays: dict[str, np.ndarray] | None = None
+    ) -> None:
         """PNG and npz under maps/, and the picture to every logger that takes one; nothing in ``fast_dev_run``."""
         if getattr(trainer, "fast_dev_run", False):
             return
-        folder = (self._folder or run_folder(trainer)) / "maps"
-        folder.mkdir(parents=True, exist_ok=True)
-        when = moment(trainer)[0]
+        folder, when = self._folder / "maps", moment(trainer)[0]
         save_png(folder / f"{name}-{when}.png", picture)
-        path = folder / f"{when}.npz"
-        if first_write(trainer, path):
-            path.unlink(missing_ok=True)
-        merge_npz(path, arrays)
+        if arrays is not None:
+            path = folder / f"{when}.npz"
+            self._arrays = (path, arrays)
+            # One file a look: what the other monitors of this model have to show of it lies there too.
+            merged: dict[str, np.ndarray] = {}
+            for monitor in _monitors(trainer):
+                if monitor._arrays[0] == path:
+                    merged |= monitor._arrays[1]
+            save_npz(path, merged | arrays)
         log_picture(trainer, self.key(f"prunex/{name}"), picture)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-4)
+class ExplainingMonitor(Monitor):
+    """Base of RelevancyMonitor and FaithfulnessMonitor.
 
-
-def explainers_of(methods: Any, options: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The explainers that a monitor was given, and their options.
-
-    Args:
-        methods: Names; None for ``tokentm``.
-        options: Options by name, by method; None for none.
-
-    Raises:
-        PrunexError: For anything else, unknown names, or options of a method that is not among them.
-
-    >>> explainers_of(["rollout", "dino"], {"rollout": {"discard_ratio": 0.9}})
-    (['rollout', 'dino'], {'rollout': {'discard_ratio': 0.9}})
+    ``methods`` are names of explainers, ``tokentm`` where none are given; ``options`` theirs by name, by method. What
+    is unknown among them is refused at once.
     """
-    if not (methods is None or isinstance(methods, list | tuple)) or methods in ([], ()):
-        raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
-    names = ["tokentm"] if methods is None else list(methods)
-    known = {name: lookup("explainer", name).options for name in names}
-    if not (options is None or isinstance(options, dict)):
-        raise PrunexError(f"options={options!r} is not allowed: give options by method, as {{'rollout': {{...}}}}")
-    own = {}
-    for name, given in (options or {}).items():
-        if name not in known:
-            raise PrunexError(f"options were given for {name!r}, which is not among the methods {names}")
-        own[name] = check_options(given)
-        for option in own[name]:
-            if option not in known[name]:
-                raise unknown(f"option of {name}", option, known[name])
-    return names, own
+
+    def __init__(self, methods: Any, options: Any, *args: Any) -> None:
+        super().__init__(*args)
+        if not (methods is None or isinstance(methods, list | tuple)) or methods in ([], ()):
+            raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
+        self.methods: list[str] = ["tokentm"] if methods is None else list(methods)
+        allowed = {name: lookup("explainer", name).options for name in self.methods}
+        if not (options is None or isinstance(options, dict)):
+            raise PrunexError(f"options={options!r} is not allowed: give options by method, as {{'rollout': {{...}}}}")
+        self.options: dict[str, dict[str, Any]] = {}
+        for name, given in (options or {}).items():
+            if name not in allowed:
+                raise PrunexError(f"options were given for {name!r}, which is not among the methods {self.methods}")
+            self.options[name] = check_options(given)
+            for option in self.options[name]:
+                if option not in allowed[name]:
+                    raise unknown(f"option of {name}", option, allowed[name])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Explain one empty image, so that what refuses the ViT or its options does so before training."""
+        if not trainer.is_global_zero:
+            return
+        vit = answering(pl_module, self.vit(pl_module))
+        self.check_model(vit)
+        size = vit.patch_embed.img_size
+        image = next(vit.parameters()).new_zeros(1, vit.patch_embed.proj.in_channels, *size)
+        for name in self.methods:
+            prunex.explain(name, vit, image, **self.options.get(name, {}))
+
+    def check_model(self, vit: Any) -> None:
+        """Refuse a ViT, as the module answers through it, of which nothing can be said."""
 
 
-def try_explainers(vit: Any, methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Explain one empty image, so that what refuses a model does so before training.
-
-    Args:
-        vit: As :func:`answering` gives it.
-        methods: Names.
-        options: By method.
-
-    Raises:
-        PrunexError: What a method says of the model or its options.
-    """
-    for name in methods:
-        prunex.explain(name, vit, blank(vit), **options.get(name, {}))
+def _monitors(trainer: Trainer) -> list[Monitor]:
+    return [c for c in trainer.callbacks if isinstance(c, Monitor)]  # type: ignore[attr-defined]
 
 
-def blank(vit: Any) -> Tensor:
-    """One empty image of a ViT's size."""
-    return next(vit.parameters()).new_zeros(1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
-
-
-def moment(trainer: Trainer) -> tuple[str, str]:
-    """What files and titles of a look are called: by the epoch of training, else by what runs ("validate").
-
-    The Trainer of a validation counts from epoch 0 as well, and may have the folder of the training.
-    """
-    if trainer.state.fn == TrainerFn.FITTING:
-        return f"epoch={trainer.current_epoch:03d}", f"epoch {trainer.current_epoch}"
-    fn = str(getattr(trainer.state.fn, "value", trainer.state.fn))
-    return fn, fn
-
-
-def first_write(trainer: Trainer, path: Path) -> bool:
-    """Whether no monitor of this trainer has asked for this file yet: what is there is an earlier run's."""
-    written = _WRITTEN.setdefault(trainer, set())
-    first = path not in written
-    written.add(path)
-    return first
-
-
-def parts_of(batch: Any) -> dict[str, Tensor]:
-    """Images, labels and masks of a batch, see :func:`prunex.batches.parts`; empty without images."""
-    found = parts(batch)
-    return found if "images" in found else {}
-
-
-def decisions(trace: TokenTrace, stages: Sequence[int]) -> list[int | None]:
-    """For each of a pruner's stages the last decision in the trace by then; None while nothing was decided.
-
-    A stage whose keep rate is 1 at present decides nothing and leaves no entry.
-    """
-    made = [s.block for s in trace.stages]
-    return [max((i for i, block in enumerate(made) if block <= stage), default=None) for stage in stages]
+def _by_forward(pl_module: LightningModule, vit: Any, batch: dict[str, Tensor]) -> Call | None:
+    """The module's own call, where its forward gives the ViT what the step gave it."""
+    images = batch["images"]
+    for name in ("batch", "given", "images"):
+        if name not in batch:
+            continue
+        with suppress(PrunexError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call = look(pl_module, vit, batch[name], named=True)
+            entered = call.entered
+            same = entered.shape == images.shape and torch.allclose(entered, images.to(entered), rtol=1e-3, atol=1e-4)
+            if call.output is not None and same:
+                return call
+    return None
 
 
 def log_share(pl_module: LightningModule, name: str, value: float) -> None:
-    """Log a share that rank zero found; one that has no value (no object in any image) is left out."""
+    """Log a share that rank zero computed; one that has no value (no object in any image) is left out."""
     if not math.isnan(value):
         pl_module.log(name, value, rank_zero_only=True)
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder: the first logger's, where Lightning puts checkpoints too, or the trainer's root.
-
-    Call it on all processes: it is a broadcast.
-    """
-    logger = trainer.loggers[0] if trainer.loggers else None
-    if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
-        return Path(trainer.log_dir or trainer.default_root_dir)
-    root, version = logger.save_dir or trainer.default_root_dir, logger.version
-    named = version if isinstance(version, str) else None if version is None else f"version_{version}"
-    # Their save_dir is shared by all runs.
-    return Path(trainer.strategy.broadcast(str(Path(root, *(str(p) for p in (logger.name, named) if p)))))
-
-
-def merge_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Add arrays to an npz file, replacing it whole."""
-    found: dict[str, np.ndarray] = {}
-    if path.is_file():
-        found = dict(read_npz(path))
-    save_npz(path, found | arrays)
-
-
-def log_picture(trainer: Trainer, tag: str, picture: np.ndarray) -> None:
-    """Hand one uint8 [H, W, 3] picture to every logger that takes images; files are written by the caller anyway."""
-    step = trainer.global_step
-    for logger in trainer.loggers:
-        kinds = {c.__name__ for c in type(logger).__mro__}  # by name: none of these packages is required
-        own: Any = logger
-        try:
-            if "TensorBoardLogger" in kinds:
-                own.experiment.add_image(tag, picture, step, dataformats="HWC")
-            elif "WandbLogger" in kinds:
-                own.log_image(tag, images=[picture], step=step)
-            elif "MLFlowLogger" in kinds:
-                own.experiment.log_image(own.run_id, picture, key=tag.replace("/", "."), step=step)
-            elif "CometLogger" in kinds:
-                own.experiment.log_image(picture, name=tag, step=step)
-        except Exception as error:  # whatever a service raises: a picture must not end a training
-            rank_zero_warn(f"{type(logger).__name__} did not take the picture {tag}: {error}")

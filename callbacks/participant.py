@@ -1,98 +1,125 @@
-"""What callbacks that take part in somebody's training share: attaching in time, progress, losses, checkpoints."""
+"""What the callbacks that prune share: attaching in time, one step of training, losses, calibration, checkpoints."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.averaging import check_own_averages
+from prunex.callbacks.checkpoints import guard_loading, say_when_saved
 from prunex.callbacks.finite import LossGuard
-from prunex.callbacks.layers import Layer, Layered, put_round
+from prunex.callbacks.layers import Layered
 from prunex.callbacks.runs import Runs
-from prunex.callbacks.saved import guard_loading, say_when_saved
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import ViT
+from prunex.vit.units import Backbone
 
 
 class Participant(Layered):
-    """Base of the callbacks that attach something to a ViT and train it with the user's own loss and optimiser."""
+    """Base of TokenPruning and MaskPruning, which attach a pruner to a ViT and train it with its user's own loss.
 
-    sees_loss = False  # whether every training step comes by
+    In the order of a run: :meth:`setup` refuses what cannot work and attaches, every training step goes through
+    :meth:`_training_step`, and until the first step of an optimiser it is asked whether anything was pruned at all.
+    """
+
+    units = False  # whether heads and channels are pruned, not tokens
+    entry, hparam = "pruning", "pruning"  # what checkpoints and a module's hyperparameters call it
+    method: str
+    model: str | None
+    budget: float | str | None
+    options: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
+        self.pruning: Any = None  # the handle, from setup on
+        self.runs: Any = None  # Runs of it
         self._guard = LossGuard()
-        self.runs: Runs | None = None  # of what was attached
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy under which nobody has the whole model."""
+        """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
         check_strategy(trainer, self)
+        if stage == "fit":
+            self._check_training(trainer, pl_module)
+            if self.pruning is None:
+                check_own_averages(trainer, pl_module, self)
+        self._when_model_exists(pl_module, self.model, self._attach, Backbone if self.units else ViT)
+        # Checkpoints are read after setup and before training: both must know by then how the model is pruned.
+        say_when_saved(pl_module, self.model)
+        self._undo += guard_loading(pl_module, {self.entry: lambda: self.pruning.spec}, self._take_over)
+        if stage == "fit":
+            self._put_round(pl_module, "training_step", partial(self._around_step, pl_module))
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """A module that optimises by hand shows its losses here alone, and under "16-mixed" only scaled ones."""
-        if self.sees_loss and not pl_module.automatic_optimization and str(trainer.precision) != "16-mixed":
-            self._guard.saw(trainer, loss, {"task": loss}, {})
+    @abstractmethod
+    def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse a training that cannot work, before anything is attached."""
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """No process steps by a loss that was not finite in another, and none before something is seen to prune."""
-        if self.sees_loss:
-            self._guard.agree(trainer)
-        if self.runs is not None and pl_module.automatic_optimization:
-            self.runs.look()
+    def _attach(self, module: LightningModule) -> None:
+        """Attach, or take what is attached already where it is what was asked for."""
+        handle: Any = prunex.attached(module, self.model, units=self.units)  # type: ignore[call-overload]
+        what, detach = "the model is", "prunex.attached(module).detach()"
+        if self.units:
+            what, detach = "the model's units are", "prunex.attached(module, units=True).detach()"
+        before = handle is not None
+        if not before:
+            handle = prunex.attach(module, self.method, path=self.model, budget=self.budget, **self.options)
+        elif handle.method != self.method:
+            raise PrunexError(f"{what} pruned by {handle.method} already: detach() it, or ask for {handle.method} here")
+        wanted = {"budget": self.budget, **self.options} if self.units else self.options
+        for name, value in wanted.items():
+            has = handle.options.get(name)
+            if name in getattr(handle.pruner, "read_once", ()):
+                continue
+            # Options are kept in plain values, in which a tuple is a list.
+            if (list(value) if isinstance(value, tuple) else value) != has:
+                raise PrunexError(
+                    f"{what} pruned already with {name}={has!r}, not {value!r}: detach() it first with {detach}, or "
+                    f"ask for {has!r} here"
+                )
+        again = before and self.pruning is not None and handle.model is self.pruning.model
+        self._check_attached(handle, before and not again, again)
+        self.pruning, self.runs = handle, Runs(handle)
+        tell_hparams(module, self.hparam, handle.spec)
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look where the first gradients went."""
-        if self.runs is not None:
-            self.runs.saw_gradients()
+    def _check_attached(self, handle: Any, foreign: bool, again: bool) -> None:
+        """Look at what is attached: somebody else's (``foreign``), this callback's of an earlier setup, or new."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Of a module that optimises by hand the whole batch counts: another network's turn may come first."""
-        if self.runs is not None and not pl_module.automatic_optimization:
-            self.runs.look()
+    def _take_over(self, entry: Mapping[str, Any]) -> None:
+        """Take what a checkpoint says beside the weights."""
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Whatever ran before was no validation."""
-        if self.runs is not None:
+    def _calibrate_once(self, trainer: Trainer, calibrate: Callable[[], Any]) -> None:
+        """Have rank zero look at images; the others take over what it found."""
+        if trainer.is_global_zero:
+            calibrate()
+        # The others' images are other ones, and their choice would be, too.
+        if trainer.world_size > 1:
+            state = None
+            if trainer.is_global_zero:
+                state = {name: value.cpu() for name, value in self.pruning.pruner.state_dict().items()}
+            self.pruning.pruner.load_state_dict(trainer.strategy.broadcast(state))
+
+    def _around_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer round ``training_step``."""
+
+        def step() -> Any:
             self.runs.begin()
+            output = beneath(*args, **kwargs)
+            self.runs.end_training_step()
+            return output
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """See whether it ran the pruned model."""
-        if self.runs is not None:
-            self.runs.end_validation_batch()
+        return self._training_step(module, step, args[0] if args else kwargs.get("batch"))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whether every loss of the epoch was finite is known before anything is written."""
-        self._guard.settle(trainer)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The same for checkpoints on the way."""
-        self._guard.settle(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module's own methods as they were."""
-        self._guard.clear()
-        super().on_exception(trainer, pl_module, exception)
+    @abstractmethod
+    def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
+        """Take the module's own step, and add to what it returns."""
 
     def _end_step(
         self,
@@ -102,57 +129,63 @@ class Participant(Layered):
         batch: Mapping[str, Tensor],
         images: int = 1,
         logits: Tensor | None = None,
-        model: torch.nn.Module | None = None,
     ) -> STEP_OUTPUT:
-        """:func:`with_losses`, and a look at the sum: a loss that is not finite ends the training.
+        """:func:`with_losses` of so many images, and a look at the sum: one that is not finite ends the training.
 
-        Args:
-            module: Logs.
-            output: What ``training_step`` returned.
-            losses: Weighted scalars to be added.
-            batch: Images and labels of it, where there are any.
-            images: How many the forward saw.
-            logits: What the forward gave, where it is known.
-            model: From images to logits, where it is not.
+        ``batch`` holds the images that the loss is about, where there are any, ``logits`` what the forward gave.
         """
         result = with_losses(module, output, losses, images)
         task, total, trainer = loss_of(output), loss_of(result), module._trainer
         if task is not None and total is not None and trainer is not None:  # somebody may call the step by hand
-            self._guard.saw(trainer, total, {"task": task, **losses}, batch, logits, model)
+            self._guard.saw(trainer, total, {"task": task, **losses}, batch, logits)
         return result
 
-    def _put_round(self, module: LightningModule, name: str, layer: Layer) -> None:
-        """Put a layer round a method of the module until :meth:`_restore`; several callbacks' layers lie in order."""
-        self._undo.append(put_round(module, name, layer))
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """A module that optimises by hand shows its losses here alone, and under "16-mixed" only scaled ones."""
+        if not pl_module.automatic_optimization and str(trainer.precision) != "16-mixed":
+            self._guard.saw(trainer, loss, {"task": loss}, {})
 
-    def _guard_checkpoints(
-        self,
-        module: LightningModule,
-        path: str | None,
-        name: str,
-        spec: Callable[[], dict[str, Any]],
-        take_over: Callable[[Mapping[str, Any]], None] | None = None,
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look where the first gradients went."""
+        self.runs.saw_gradients()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Say in every checkpoint how the model is pruned, and take none that says otherwise."""
-        say_when_saved(module, path)
-        self._undo += guard_loading(module, {name: spec}, take_over)
+        """No process steps by a loss that was not finite in another, and none before something is seen to prune."""
+        self._guard.agree(trainer)
+        if pl_module.automatic_optimization:
+            self.runs.look()
 
-    def _when_model_is_there(
-        self, module: LightningModule, path: str | None, attach: Callable[[LightningModule], None], kinds: Any
-    ) -> None:
-        """Attach now, or right after ``configure_model`` of a module that makes its ViT only there."""
-        if is_overridden("configure_model", module):
-            try:
-                find(module, path, kinds)
-            except PrunexError:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Of a module that optimises by hand the whole batch counts: another network's turn may come first."""
+        if not pl_module.automatic_optimization:
+            self.runs.look()
 
-                def configure_model(beneath: Callable[[], None]) -> None:
-                    beneath()
-                    attach(module)
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+        """Whatever ran before was no validation."""
+        self.runs.begin()
 
-                self._put_round(module, "configure_model", configure_model)
-                return
-        attach(module)
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """See whether it ran the pruned model."""
+        self.runs.end_validation_batch()
+
+    def _validated(self, trainer: Trainer) -> bool:
+        """At a validation's end: whether what it shows, or training showed before, is the pruned model."""
+        ran: bool = self.runs.end_validation(trainer.sanity_checking)
+        return not trainer.sanity_checking and (ran or bool(self.runs.trained))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whether every loss of the epoch was finite is known before anything is written."""
+        self._guard.settle(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The same for checkpoints on the way."""
+        self._guard.settle(trainer)
+
+    def _restore(self) -> None:
+        super()._restore()
+        self._guard.clear()
 
 
 def check_strategy(trainer: Trainer, callback: Callback) -> None:
@@ -160,9 +193,6 @@ def check_strategy(trainer: Trainer, callback: Callback) -> None:
 
     Blocks are opened from inside, where sharded ones have no whole weights, and one process alone explains, counts and
     exports, while their gathering needs all.
-
-    Raises:
-        PrunexError: By the strategy's name.
     """
     strategy: Any = getattr(trainer, "strategy", None)
     kinds = {c.__name__ for c in type(strategy).__mro__}
@@ -174,16 +204,9 @@ def check_strategy(trainer: Trainer, callback: Callback) -> None:
 
 
 def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:
-    """What ``training_step`` returned, with losses added and logged as ``prunex/loss_*``.
+    """What ``training_step`` returned, with weighted scalars added and logged as ``prunex/loss_*``.
 
-    Args:
-        module: Logs.
-        output: A loss, or a dict with a "loss"; None (a skipped batch) stays None.
-        losses: Weighted scalars.
-        batch: Images in it.
-
-    Raises:
-        PrunexError: For an output without a loss, where there are losses to add.
+    An output is a loss, or a dict with a "loss"; None (a skipped batch of ``batch`` images) stays None.
     """
     for name, value in losses.items():
         module.log(
@@ -191,6 +214,7 @@ def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[st
         )
     if not losses or output is None:
         return output
+    # In float32, as the module's own loss is under autocast.
     added = torch.stack([v.float() for v in losses.values()]).sum()
     if isinstance(output, Tensor):
         return output + added
@@ -203,8 +227,8 @@ def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[st
 
 def loss_of(output: Any) -> Tensor | None:
     """The loss in what ``training_step`` returned; None where it holds none."""
-    found = output.get("loss") if isinstance(output, Mapping) else output
-    return found if isinstance(found, Tensor) else None
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
 
 
 def progress(trainer: Trainer, batches: int) -> float:
@@ -217,8 +241,9 @@ def progress(trainer: Trainer, batches: int) -> float:
     done = []
     if epochs is not None and epochs > 0:
         window = trainer.accumulate_grad_batches
-        known = math.isfinite(total) and total > 0
-        share = (1.0 if batches >= total else (batches // window) / math.ceil(total / window)) if known else 0.0
+        share = 0.0  # of an epoch whose length nobody knows
+        if math.isfinite(total) and total > 0:
+            share = 1.0 if batches >= total else (batches // window) / math.ceil(total / window)
         done.append((trainer.current_epoch + share) / epochs)
     if most > 0:
         done.append(trainer.global_step / most)
@@ -231,7 +256,9 @@ def tell_hparams(module: LightningModule, name: str, spec: dict[str, Any]) -> No
     Such a module says so with ``rebuilds_pruning = True``. Without that a hyperparameter is somebody else's, unless it
     names one of prunex's methods.
     """
-    known = module.hparams.get(name)
-    ours = isinstance(known, dict) and known.get("method") in {m.name for m in prunex.methods("pruner")}
-    if name in module.hparams and (ours or (known is None and getattr(module, "rebuilds_pruning", False))):
+    if name not in module.hparams:
+        return
+    value = module.hparams[name]
+    ours = isinstance(value, dict) and value.get("method") in {m.name for m in prunex.methods("pruner")}
+    if ours or (value is None and getattr(module, "rebuilds_pruning", False)):
         module.hparams[name] = spec

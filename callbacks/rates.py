@@ -1,4 +1,4 @@
-"""The rate of what a pruner brings: new parameters among pretrained ones, under any optimiser and schedule."""
+"""What a pruner brings, new parameters among pretrained ones: whether an optimiser steps them, and at which rate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from prunex.errors import PrunexError
+from prunex.handles.tokens import Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.vit.optimisers import chain
 
@@ -32,9 +34,10 @@ def give_rates(trainer: Trainer, pruner: TokenPruner, scale: float | None) -> li
     Returns:
         Calls that leave the optimisers as they were.
     """
-    if scale is not None and scale != 1 and not any(p.requires_grad for p in pruner.parameters()):
+    if scale not in (None, 1) and not any(p.requires_grad for p in pruner.parameters()):
         rank_zero_warn(f"lr_scale={scale:g} has no effect: {pruner.name} brings no parameters that learn; leave it out")
     undo = []
+    slow = ""  # told once, whichever optimiser it is about
     for optimizer in trainer.optimizers:
         watched = PrunerRate(optimizer, pruner, scale)
         changed = [(base, rate) for base, rate in watched.rates() if rate != base]
@@ -49,25 +52,31 @@ def give_rates(trainer: Trainer, pruner: TokenPruner, scale: float | None) -> li
             base, rate = changed[0]
             rank_zero_info(f"prunex: {pruner.name}'s parameters learn at {rate:.2g}, the module's rate is {base:.2g}")
             undo.append(watched.watch())
-        _check_reach(trainer, watched)
+        slow = slow or _too_slow(trainer, watched)
+    if slow:
+        rank_zero_warn(slow)
     return undo
 
 
-def _check_reach(trainer: Trainer, watched: PrunerRate) -> None:
-    """Warn of a rate below the method's own at which the training is over before new parameters are anywhere."""
-    target = watched.pruner.lr or 0.0
-    slow = [(base, rate) for base, rate in watched.rates() if rate < target]
+def _too_slow(trainer: Trainer, watched: PrunerRate) -> str:
+    """What to say of a rate at which the training is over before new parameters are anywhere; "" of any other."""
+    pruner, rates = watched.pruner, watched.rates()
+    if isinstance(watched.optimizer, torch.optim.SGD) and rates and pruner.trains_masked and pruner.lr is not None:
+        # SGD's steps are as long as gradients are, and those of new predictors are tiny at any usual rate.
+        return f"SGD hardly moves {pruner.name}'s predictors, which then learn nothing: use AdamW"
+    slow = [(base, rate) for base, rate in rates if rate < (pruner.lr or 0.0)]
     if not slow or is_plain(watched.optimizer):
-        return
+        return ""
     base, rate = slow[0]
     # Each step of Adam goes about as far as its rate, and over warm-up and decay rates are half their peak.
     reach = rate * trainer.estimated_stepping_batches / 2
-    if reach < REACH:
-        remedy = "leave lr_scale out" + (f", or give {target / base:.2g}" if base > 0 else "")
-        rank_zero_warn(
-            f"at a rate of {rate:.2g} {watched.pruner.name}'s new parameters move by {reach:.1g} at most in this "
-            f"training, and learn little below {REACH:g}: {remedy}"
-        )
+    if reach >= REACH:
+        return ""
+    remedy = "leave lr_scale out" + (f", or give {(pruner.lr or 0.0) / base:.2g}" if base > 0 else "")
+    return (
+        f"at a rate of {rate:.2g} {pruner.name}'s new parameters move by {reach:.1g} at most in this training, and "
+        f"learn little below {REACH:g}: {remedy}"
+    )
 
 
 class PrunerRate:
@@ -89,7 +98,7 @@ class PrunerRate:
         *_, self.optimizer = chain(optimizer)
         self.pruner = pruner
         self.scale = scale
-        self._whole: list[tuple[Group, list[nn.Parameter], Any]] = []  # while they are parted
+        self._parted: list[tuple[Group, list[nn.Parameter], Any]] = []  # groups, with all their parameters and rate
         self._count = 0
         # By place: reading a checkpoint makes new groups, and what it brings is no peak.
         self._peaks = [peak(group) for group in self.optimizer.param_groups]
@@ -108,8 +117,11 @@ class PrunerRate:
 
     def rates(self) -> list[tuple[float, float]]:
         """Rates at the schedule's peak of each group that holds such parameters: the group's, and theirs."""
-        groups = enumerate(self.optimizer.param_groups)
-        return [(self._peak(i), float(self._rate(i, self._peak(i)))) for i, g in groups if self._brought(g)]
+        rates = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            if self._brought(group):
+                rates.append((self._peak(i), float(self._rate(i, self._peak(i)))))
+        return rates
 
     @property
     def reachable(self) -> bool:
@@ -118,8 +130,8 @@ class PrunerRate:
         return all(g.get("lr") is not None for g in groups) and not isinstance(self.optimizer, torch.optim.LBFGS)
 
     def _brought(self, group: Group) -> list[nn.Parameter]:
-        own = {id(p) for p in self.pruner.parameters()}
-        return [p for p in group["params"] if id(p) in own]
+        brought = {id(p) for p in self.pruner.parameters()}
+        return [p for p in group["params"] if id(p) in brought]
 
     def _peak(self, number: int) -> float:
         while number >= len(self._peaks):  # a group that somebody added on the way
@@ -130,6 +142,7 @@ class PrunerRate:
         """The rate of what the pruner brings, where that of its group is ``now``."""
         if self.scale is not None:
             return self.scale * now
+        # The schedule's shape is the module's: warm-up and decay of the group's rate scale the pruner's as well.
         top, target = self._peak(number), self.pruner.lr
         if target is None or top <= 0 or is_plain(self.optimizer):
             return now
@@ -155,13 +168,14 @@ class PrunerRate:
 
     def _part(self) -> None:
         self._join()
+        # New groups go to the end, where they can be cut off again.
         groups = self.optimizer.param_groups
         self._count = len(groups)
         for i, group in enumerate(list(groups)):
             brought = self._brought(group)
             if not brought or (rate := self._rate(i, group["lr"])) is group["lr"]:
                 continue
-            self._whole.append((group, group["params"], group["lr"]))
+            self._parted.append((group, group["params"], group["lr"]))
             if len(brought) < len(group["params"]):
                 chosen = {id(p) for p in brought}
                 group["params"] = [p for p in group["params"] if id(p) not in chosen]
@@ -171,11 +185,57 @@ class PrunerRate:
 
     def _join(self, *_: Any) -> None:
         """Make the user's groups whole again; harmless where they are."""
-        if self._whole:
+        if self._parted:
             del self.optimizer.param_groups[self._count :]
-        for group, params, rate in self._whole:
+        for group, params, rate in self._parted:
             group["params"], group["lr"] = params, rate
-        self._whole = []
+        self._parted = []
+
+
+def check_stepped(trainer: Trainer, pruning: Pruning, learned: dict[str, torch.nn.Parameter]) -> None:
+    """Refuse a training in which nothing moves what a pruner learns by losses of its own; of any other it is told.
+
+    ``learned`` was to be trained when the pruner was attached; what had been attached before may be frozen.
+    """
+    frozen = [name for name, p in learned.items() if not p.requires_grad]
+    stepped = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    missing = [name for name, p in learned.items() if p.requires_grad and id(p) not in stepped]
+    if "DeepSpeedStrategy" in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+        missing = []  # its optimisers hold flat copies
+    complaints = []
+    if frozen:
+        complaints.append(
+            f"{len(frozen)} of {len(learned)} parameters of {pruning.method} ({frozen[0]}, ...) were frozen after they "
+            "were attached: freeze the others only, or do it before the callback's setup"
+        )
+    if missing:
+        complaints.append(
+            f"no optimiser steps {len(missing)} of {len(learned)} parameters of {pruning.method} ({missing[0]}, ...): "
+            "make it in configure_optimizers, which comes after setup, of all self.parameters(), or give it the group "
+            "{'params': prunex.attached(self).pruner.parameters()} there"
+        )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    # A callback that thaws parameters later gives them to the optimiser later, too.
+    thaws = any("BaseFinetuning" in {kind.__name__ for kind in type(c).__mro__} for c in callbacks)
+    for complaint in complaints:
+        if pruning.pruner.trains_masked and not thaws:
+            raise PrunexError(complaint)
+        rank_zero_warn(complaint)
+
+
+def stepping(optimizer: torch.optim.Optimizer, curriculum: bool) -> torch.optim.Optimizer:
+    """The optimiser that takes the steps, in wrappers such as timm's Lookahead, which average what it does.
+
+    Raises:
+        PrunexError: Where the wrapper would move what a curriculum holds still.
+    """
+    *outer, last = chain(optimizer)
+    if outer and curriculum:
+        raise PrunexError(
+            f"{type(optimizer).__name__} moves parameters after the steps of the {type(last).__name__} in it, and a "
+            "curriculum holds some of them still: give that one alone"
+        )
+    return last
 
 
 def peak(group: Group) -> float:

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 import prunex
-from prunex.callbacks.participant import Participant
+from prunex.callbacks.layers import Layered
+from prunex.callbacks.participant import check_strategy
 from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError
 from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
@@ -20,7 +21,7 @@ from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone
 
 
-class RelevancyGuidance(Participant):
+class RelevancyGuidance(Layered):
     """Turn relevancy of a dense judge into a target for what :class:`TokenPruning` or :class:`MaskPruning` learn.
 
     Beside TokenPruning, the scores that rank tokens follow the explainer's maps (:class:`prunex.guidance.Guidance` says
@@ -78,14 +79,14 @@ class RelevancyGuidance(Participant):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the dense model, before a checkpoint is read."""
-        super().setup(trainer, pl_module, stage)
+        check_strategy(trainer, self)
         if stage == "fit" and not pl_module.automatic_optimization:
             raise PrunexError(
                 "RelevancyGuidance adds to the loss of training_step, and this module optimises by hand: leave it out, "
                 "give prunex.attached(self).also() a prunex.guidance.Guidance, and add sum(losses().values()) yourself"
             )
         if stage == "fit" and self.judge == "dense":
-            self._when_model_is_there(pl_module, self.model, self._copy, Backbone)
+            self._when_model_exists(pl_module, self.model, self._copy, Backbone)
 
     def _copy(self, module: LightningModule) -> None:
         self._teacher = (dense_copy(find(module, self.model, Backbone)[1]),)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.described import names_of
-from prunex.callbacks.monitor import Monitor, explainers_of, log_share, moment, try_explainers
+from prunex.callbacks.monitor import ExplainingMonitor, log_share
+from prunex.callbacks.run_folder import moment
 from prunex.metrics import energy_inside
 from prunex.pictures import relevancy_mosaic
 from prunex.vit.readout import classifies, outputs
-from prunex.vit.surroundings import answering
 
 
-class RelevancyMonitor(Monitor):
+class RelevancyMonitor(ExplainingMonitor):
     """Explain, after every validation epoch, the predictions on a few fixed validation images.
 
     Writes ``maps/relevancy-epoch=NNN.png`` and, into ``maps/epoch=NNN.npz``, ``relevance/<method>`` float [M, gh, gw]
@@ -32,8 +32,8 @@ class RelevancyMonitor(Monitor):
         images: How many validation images to watch.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
-        options: Options of the explainers, by name and by method: ``{"rollout": {"discard_ratio": 0.9}}``.
-        mean: What the images are normalised by, see :class:`Monitor`.
+        options: Of the explainers, by method: ``{"rollout": {"discard_ratio": 0.9}}``.
+        mean: What the images are normalised by, one number or one a channel; None: as data or model say.
         std: Likewise.
 
     Raises:
@@ -50,17 +50,7 @@ class RelevancyMonitor(Monitor):
         mean: float | list[float] | None = None,
         std: float | list[float] | None = None,
     ) -> None:
-        super().__init__(images, every_n_epochs, model, mean, std)
-        self.methods, self.options = explainers_of(methods, options)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn before training whether the model can be explained by these methods.
-
-        Raises:
-            PrunexError: When a method refuses the ViT or its options.
-        """
-        if trainer.is_global_zero:
-            try_explainers(answering(pl_module, self.vit(pl_module)), self.methods, self.options)
+        super().__init__(methods, options, images, every_n_epochs, model, mean, std)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
         """Explain and draw."""
@@ -75,15 +65,13 @@ class RelevancyMonitor(Monitor):
             arrays[f"target/{name}"] = target.cpu().numpy()
             if classifies(call.vit):  # without a classifier these are features
                 arrays["predicted"] = e.logits.argmax(1).cpu().numpy()
-            mass = e.maps.clamp(min=0)
             if e.trace.stages and not e.trace.pooled:
                 kept = e.trace.kept()
-                log_share(pl_module, self.key(f"prunex/relevancy_kept/{name}"), share_inside(mass, kept))
+                share = share_inside(e.maps.clamp(min=0), kept)
+                log_share(pl_module, self.key(f"prunex/relevancy_kept/{name}"), share)
             if "masks" in batch:
-                pixels = e.upsample().clamp(min=0).cpu()
-                share = share_inside(pixels, batch["masks"])
+                share = share_inside(e.upsample().clamp(min=0).cpu(), batch["masks"])
                 log_share(pl_module, self.key(f"prunex/relevancy_on_object/{name}"), share)
-        names = names_of(trainer, pl_module, outputs(call.vit))
         picture = relevancy_mosaic(
             arrays["images"],
             {n: arrays[f"relevance/{n}"] for n in self.methods},
@@ -91,21 +79,16 @@ class RelevancyMonitor(Monitor):
             {n: arrays[f"target/{n}"] for n in self.methods},
             arrays.get("labels"),
             arrays.get("predicted"),
-            names,
+            names_of(trainer, pl_module, outputs(call.vit)),
             arrays.get("masks"),
             title=f"{moment(trainer)[1]}: what the prediction rests on",
         )
-        self.write(trainer, "relevancy", arrays, picture)
+        self.write(trainer, "relevancy", picture, arrays)
 
 
 def share_inside(mass: Tensor, region: Tensor) -> float:
-    """Share of each map's mass inside a region, mean over images with any mass and any region.
+    """Share of each map's mass [B, h, w] inside a region [B, h, w], mean over images with any mass and any region.
 
-    Args:
-        mass: float [B, h, w], not negative.
-        region: bool [B, h, w].
-
-    Returns:
-        0..1; NaN when no image has both.
+    0..1; NaN when no image has both.
     """
     return float(energy_inside(mass, region).nanmean())

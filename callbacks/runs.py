@@ -20,9 +20,6 @@ class Runs:
     what is logged and exported would be about a model that nobody ran. Gradients tell the two apart when the first ones
     are there: weights that are trained by another way are refused, and a ViT that did not take part is told of, since
     its turn may come later.
-
-    Args:
-        handle: Of the pruned model.
     """
 
     def __init__(self, handle: Pruning | UnitPruning) -> None:
@@ -31,15 +28,15 @@ class Runs:
         self.trained = False  # whether one of them ran it
         self.batches = 0  # of the present validation
         self.validated = False
-        self._looked = self._told = False
-        self._moved: bool | None = None  # whether gradients reached the blocks; None where those are frozen
-        self._reached = False  # whether some reached what the pruner learns
+        self._looked = self._warned = False
+        self._blocks_moved: bool | None = None  # whether gradients reached the blocks; None while all are frozen
+        self._pruner_moved = False  # whether some reached what the pruner learns
+        self._name = type(handle.model).__name__
 
     def begin(self) -> None:
         """A step begins."""
-        holder = self._holder
-        if holder is not None:
-            holder.ran = False
+        if self._holder is not None:
+            self._holder.ran = False
 
     @property
     def now(self) -> bool:
@@ -71,15 +68,11 @@ class Runs:
         self.validated = self.validated or self.now or self._unmarked
 
     def end_validation(self, trying: bool) -> bool:
-        """Say once where a whole validation ran something else; tell whether it ran the pruned ViT.
-
-        Args:
-            trying: Whether this was a sanity check.
-        """
+        """Whether a validation ran the pruned ViT; warns once where it did not and was no sanity check (``trying``)."""
         ran, missed = self.validated, self.batches > 0 and not self.validated
         self.batches, self.validated = 0, False
-        if missed and not trying and not self._told:
-            self._told = True
+        if missed and not trying and not self._warned:
+            self._warned = True
             rank_zero_warn(
                 f"validation did not run the {self._name} that {self.handle.method} prunes, but a copy of it, or none: "
                 "its metrics are not those of the pruned model"
@@ -90,11 +83,12 @@ class Runs:
         """Look where the first gradients went."""
         if self._looked:
             return
-        model, pruner = self.handle.model, self.handle.pruner
-        weights = [p for _, block in blocks_of(model) for p in block.parameters() if p.requires_grad]
-        if weights and not self._moved:
-            self._moved = any(p.grad is not None for p in weights)
-        self._reached |= any(p.grad is not None and bool(p.grad.any()) for p in pruner.parameters())
+        # Blocks alone: a head or a patch embedding may well be trained by another path.
+        weights = [p for _, block in blocks_of(self.handle.model) for p in block.parameters() if p.requires_grad]
+        if weights and not self._blocks_moved:
+            self._blocks_moved = any(p.grad is not None for p in weights)
+        learned = self.handle.pruner.parameters()
+        self._pruner_moved |= any(p.grad is not None and bool(p.grad.any()) for p in learned)
 
     def look(self) -> None:
         """Before the first step of an optimiser (after it, where the module optimises by hand): is anything pruned?
@@ -106,23 +100,20 @@ class Runs:
             return
         self._looked = True
         method = self.handle.method
-        if not self.trained and self._moved:
+        # Weights that move without the pruned forward are trained wrongly; ones that do not may have their turn later.
+        if not self.trained and self._blocks_moved:
             raise PrunexError(
                 f"the training step trains the {self._name} without the forward that {method} prunes: it goes through "
                 "the blocks itself, or runs a traced or functional copy; call the model, its forward_features or its "
                 "forward_intermediates"
             )
-        if not self.trained or (self._unmarked and self._moved is False):
+        if not self.trained or (self._unmarked and self._blocks_moved is False):
             rank_zero_warn(
                 f"the first training step did not run the {self._name} that {method} prunes, but a copy of it, or none:"
                 " until a step calls that one, nothing of the training is pruned"
             )
-        elif not self._reached and any(p.requires_grad for p in self.handle.pruner.parameters()):
+        elif not self._pruner_moved and any(p.requires_grad for p in self.handle.pruner.parameters()):
             rank_zero_warn(
                 f"no gradient reached the parameters of {method} in the first training step: it learns nothing where "
                 "the ViT runs under no_grad(), or where the loss does not depend on it"
             )
-
-    @property
-    def _name(self) -> str:
-        return type(self.handle.model).__name__

@@ -17,9 +17,8 @@ from prunex.attributes import given_normalisation
 from prunex.batches import parts
 from prunex.callbacks.averaging import averaged, check_swa_order
 from prunex.callbacks.described import check_pixels, names_of, normalisation, said_normalisation
-from prunex.callbacks.monitor import run_folder
 from prunex.callbacks.participant import Participant, check_strategy
-from prunex.callbacks.record import record_metrics, record_slim
+from prunex.callbacks.run_folder import record_metrics, record_slim, run_folder
 from prunex.checks import check_choice
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.budget import in_words
@@ -63,26 +62,31 @@ class SlimExport(Callback):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, ("min", "max"))
-        known = [s.removeprefix(".") for s in SUFFIXES]
+        allowed = [s.removeprefix(".") for s in SUFFIXES]
         for name in [formats] if isinstance(formats, str) else formats or ():
-            if name not in known or isinstance(formats, str):
-                raise unknown("format", name, known)
+            if name not in allowed or isinstance(formats, str):
+                raise unknown("format", name, allowed)
         self.folder = None if folder is None else Path(folder)
-        self.monitor = monitor
-        self.mode = mode
-        self.formats = formats
-        self.model = model
+        self.monitor, self.mode, self.formats, self.model = monitor, mode, formats, model
         given_normalisation(mean, std)
         self.mean, self.std = mean, std
         self._looked = False  # whether pixels of the images lie where they should
         self.best: float | None = None
-        self._run: Path | None = None
+        self._run = Path()
 
     @property
     def state_key(self) -> str:
         """Lets one trainer hold several, by what they watch."""
         more = {} if self.model is None else {"model": self.model}
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, **more)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best = state_dict["best"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder; here, because all processes come by, and asking for it is a broadcast."""
@@ -100,39 +104,28 @@ class SlimExport(Callback):
         """Refuse a model that could not be written when training has ended; its own setup has had its say by now."""
         check_savable(pl_module, self.model)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.best = state_dict["best"]
-
-    def path(self, trainer: Trainer) -> Path:
-        """The slim folder."""
-        return (self.folder or self._run or run_folder(trainer)) / "slim"
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the first batch: whether the slim model will say what its images are normalised by."""
         if self._looked or not trainer.is_global_zero:
             return
         self._looked = True
         vit, images = find(pl_module, self.model)[1], parts(batch).get("images")
+        # Not at the end of training, when somebody would have to train again.
         pair = normalisation(trainer, pl_module, vit, self.mean, self.std)
         if images is not None and images.shape[1] == len(pair[0]):
             check_pixels(trainer, images, *pair)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model if the metric improved."""
-        self._improved(trainer, pl_module)
+        self._save_if_improved(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for metrics of training, which are whole only now; without a CSVLogger they are written down."""
-        self._improved(trainer, pl_module)
-        if trainer.is_global_zero and self._run is not None:
+        self._save_if_improved(trainer, pl_module)
+        if trainer.is_global_zero:
             record_metrics(trainer, self._run)
 
-    def _improved(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _save_if_improved(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or _only_trying(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor)
@@ -145,6 +138,19 @@ class SlimExport(Callback):
             self.best = float(value)
             if trainer.is_global_zero:
                 self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        vit = find(pl_module, self.model)[1]
+        mean, std = said_normalisation(trainer, pl_module, vit, self.mean, self.std) or (None, None)
+        labels = names_of(trainer, pl_module, head_classes(vit))
+        # What is exported is what was validated.
+        with averaged(trainer, pl_module):
+            slim = prunex.slim(vit)
+        prunex.save(slim, self.path(trainer), labels=labels, mean=mean, std=std)
+
+    def path(self, trainer: Trainer) -> Path:
+        """The slim folder."""
+        return (self.folder or self._run) / "slim"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model, unless a better one is there, and the graphs."""
@@ -161,42 +167,31 @@ class SlimExport(Callback):
             raise PrunexError(f"SlimExport(monitor={self.monitor!r}): no such metric was logged; there are: {known}")
         if not trainer.is_global_zero:
             return
+        folder = self.path(trainer)
         if self.monitor is None:
             self._save(trainer, pl_module)
             self._check_schedule(pl_module)
-        folder = self.path(trainer)
-        if self.monitor is not None and not (folder / CONFIG).is_file():
+        elif not (folder / CONFIG).is_file():
             rank_zero_warn(
                 f"no slim model was written to {folder}: {self.monitor} did not improve on {self.best:g}, the best of "
                 "the run that was resumed; its own slim folder holds that model"
             )
             return
-        record_slim(self._run or folder.parent, folder)
-        small = prunex.load(folder)
-        for name in self.formats if self.formats is not None else ("pt2", "onnx"):
-            if self.formats is None and name == "onnx" and not _onnx_is_there():
-                rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
-                continue
-            rank_zero_info(f"prunex: writing {folder / f'model.{name}'} and checking it against the model ...")
-            began = perf_counter()
-            prunex.export(small, folder / f"model.{name}")
-            rank_zero_info(f"prunex: model.{name} took {perf_counter() - began:.1f} s")
-        cfg: Any = getattr(small, "pretrained_cfg", None) or {}
-        rank_zero_info(
-            f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "
-            f"{cfg.get('std')}"
-        )
+        record_slim(self._run, folder)
+        self._export(folder)
 
     def _in_vain(self, trainer: Trainer, pl_module: LightningModule) -> Participant | None:
         """A callback that prunes the model, where no training step has run it so far."""
         vit = find(pl_module, self.model)[1]
-        runs = [(c, c.runs) for c in trainer.callbacks if isinstance(c, Participant)]  # type: ignore[attr-defined]
-        return next((c for c, r in runs if r is not None and r.handle.model is vit and r.in_vain), None)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Participant) and callback.pruning.model is vit and callback.runs.in_vain:
+                return callback
+        return None
 
     def _check_schedule(self, pl_module: LightningModule) -> None:
         """Say so where training ended before a schedule had shrunk the rates to what was asked for."""
         pruning = prunex.attached(pl_module, self.model)
-        if isinstance(pruning, prunex.Pruning) and pruning.pruner.progress < 1:
+        if pruning is not None and pruning.progress < 1:
             spent, wanted, dense = prunex.cost(pruning.model).macs, pruning.macs(), pruning.dense_macs()
             if spent > 1.01 * wanted:
                 rank_zero_warn(
@@ -204,17 +199,22 @@ class SlimExport(Callback):
                     f"model costs {in_words(spent, dense)}, not the {in_words(wanted, dense)} asked for"
                 )
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        vit = find(pl_module, self.model)[1]
-        known = said_normalisation(trainer, pl_module, vit, self.mean, self.std)
-        with averaged(trainer, pl_module):
-            slim = prunex.slim(vit)
-        prunex.save(
-            slim,
-            self.path(trainer),
-            labels=names_of(trainer, pl_module, head_classes(vit)),
-            mean=known and known[0],
-            std=known and known[1],
+    def _export(self, folder: Path) -> None:
+        """Write the graphs of the slim model that lies in a folder."""
+        # From the file and not from memory: what is exported is what a user will load.
+        small = prunex.load(folder)
+        for name in ("pt2", "onnx") if self.formats is None else self.formats:
+            if self.formats is None and name == "onnx" and not _onnx_is_there():
+                rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
+                continue
+            path, began = folder / f"model.{name}", perf_counter()
+            rank_zero_info(f"prunex: writing {path} and checking it against the model ...")
+            prunex.export(small, path)
+            rank_zero_info(f"prunex: model.{name} took {perf_counter() - began:.1f} s")
+        cfg: Any = getattr(small, "pretrained_cfg", None) or {}
+        rank_zero_info(
+            f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "
+            f"{cfg.get('std')}"
         )
 
 

@@ -8,15 +8,14 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from prunex.batches import Parts
 from prunex.vit.anatomy import ViT, find, head_classes
 
 
 class StepWatch:
     """Looks on while one step runs, and notes which images entered the ViT and which the modules round it.
 
-    Args:
-        module: The LightningModule.
-        path: Dotted path of the ViT in it, when it holds several.
+    ``path`` is the ViT's in the module, when that holds several.
     """
 
     def __init__(self, module: LightningModule, path: str | None = None) -> None:
@@ -56,6 +55,51 @@ class StepWatch:
                 self.calls.setdefault(name, []).append(given)
 
         self._undo.append(watched.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+
+def watched_part(step: StepWatch, batch: Parts, who: str) -> tuple[str | None, dict[str, Tensor], list[str]]:
+    """What is collected of a step, through which module it is explained, and what there is to say about it.
+
+    Returns:
+        The path of the outermost module that answers for the images that entered the ViT (None: the ViT alone); of
+        these images "images", "given" (what that module was called on), "batch" (the loader's), "labels" and "masks",
+        where they are known; warnings.
+    """
+    kind, outermost, complaints = type(step.vit).__name__, step.outermost(), []
+    through: str | None
+    if len(step.entered) == 1 and outermost is not None and len(outermost[1]) == len(step.entered[0]):
+        images, (through, given) = step.entered[0], outermost
+    elif step.entered:
+        images = given = step.entered[0]
+        through = None
+        if len(step.entered) > 1:
+            complaints.append(
+                f"{who}: a validation step runs the {kind} {len(step.entered)} times (views, crops): the images of "
+                "the first time are watched, and its own output"
+            )
+    else:
+        images = given = batch.need("images", who, "the validation batch")
+        through = ""
+        complaints.append(
+            f"{who}: the validation step does not run the {kind} (or is compiled, or runs a copy): the images of "
+            "the batch are watched"
+        )
+    complaints += [f"{who} leaves {name} out: {why}" for name, why in batch.unclear.items() if name != "images"]
+    # What entered the ViT as it was given is held once.
+    part = {"images": images}
+    if given is not images:
+        part["given"] = given
+    if through and len(batch.get("images", ())) == len(images):
+        part["batch"] = batch["images"]  # for a forward that was called as such, which no hook sees
+    for name in ("labels", "masks"):
+        if name not in batch:
+            continue
+        rows = batch[name]
+        if len(rows) == len(images) and (name == "labels" or rows.shape[1:] == images.shape[2:]):
+            part[name] = rows
+        else:
+            complaints.append(f"{who} leaves {name} {list(rows.shape)} out: {list(images.shape)} entered the {kind}")
+    return through, part, complaints
 
 
 def input_kind(vit: ViT) -> tuple[Any, ...]:

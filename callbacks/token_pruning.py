@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +16,17 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.batches import parts
-from prunex.callbacks.averaging import averaging, check_order, check_own_averages
-from prunex.callbacks.monitor import decisions
-from prunex.callbacks.optimisers import check_stepped, learned, stepping
+from prunex.callbacks.averaging import averaging, check_order
 from prunex.callbacks.participant import Participant, progress, tell_hparams
-from prunex.callbacks.rates import give_rates
-from prunex.callbacks.runs import Runs
+from prunex.callbacks.rates import check_stepped, give_rates, stepping
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_number, check_options
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
 from prunex.pruners.budget import in_words
 from prunex.units.base import UnitPruner
-from prunex.vit.anatomy import ViT
 from prunex.vit.surroundings import check_own_classes
+from prunex.vit.trace import TokenTrace
 
 
 class TokenPruning(Participant):
@@ -46,13 +42,12 @@ class TokenPruning(Participant):
     Where images keep their own numbers of patches (``count="adaptive"``) each validation also tells the pruner the mean
     shares, as :meth:`prunex.Pruning.calibrate` does.
 
-    A pruner that learns from being right (``ia_red2`` by reward) gets the labels of batches that hold images and an
-    integer [B], see :func:`prunex.batches.parts`. One with a curriculum has the parameters whose turn it
-    is not held still.
+    A pruner that learns from being right (``ia_red2`` by reward) gets the batches' labels, see
+    :func:`prunex.batches.parts`; one with a curriculum has the parameters whose turn it is not held still.
 
     The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. Checkpoints,
-    of weights only too, say how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`. So does the
-    hyperparameter ``pruning`` of a module with ``rebuilds_pruning = True``; one of another meaning is left alone.
+    of weights only too, say how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`; so does the
+    hyperparameter ``pruning`` of a module with ``rebuilds_pruning = True``.
 
     Args:
         method: A pruner's name, such as "evit"; ``prunex methods`` lists them.
@@ -73,23 +68,21 @@ class TokenPruning(Participant):
             optimiser and schedule; checkpoints and loggers show the module's rate.
 
     Raises:
-        PrunexError: At once for numbers out of range, a keep ratio or stages that the method does not have, or a budget
-            beside a keep ratio; in ``setup`` for an unknown method or option, a budget out of reach, no ViT or several,
-            a second TokenPruning, or manual optimisation with a method that brings losses; when training starts, for
-            losses whose parameters no optimiser steps, or that were frozen since; before the first step, where the
-            ViT's weights are trained by another forward than the pruned one.
+        PrunexError: At once for numbers out of range, an option that the method does not have, or a budget beside a
+            keep ratio; in ``setup`` for a budget out of reach, no ViT or several, a second TokenPruning, or manual
+            optimisation with a method that brings losses; when training starts, for losses whose parameters no
+            optimiser steps; before the first step, where the ViT is trained by another forward than the pruned one.
 
     Warns:
-        UserWarning: Once, where the first training step or a whole validation did not run the pruned ViT (nothing is
-            logged of it then, and ``SlimExport`` writes no model that no step ran), or where no gradient reached what
-            the method learns.
+        UserWarning: Once, where the first training step or a whole validation did not run the pruned ViT, no gradient
+            reached what the method learns, or SGD steps predictors.
 
     >>> from prunex.callbacks import TokenPruning
     >>> TokenPruning("evit", keep_ratio=0.7, options={"fuse": False}).method
     'evit'
     """
 
-    sees_loss = True
+    pruning: prunex.Pruning
 
     def __init__(
         self,
@@ -113,6 +106,7 @@ class TokenPruning(Participant):
         takes = inspect.signature(make).parameters
         self.method = method
         self.options = check_options(options)
+        self.budget = budget
         if budget is not None:
             check_budget(budget)
             if keep_ratio is not None:
@@ -121,117 +115,72 @@ class TokenPruning(Participant):
                 )
         elif keep_ratio is None and "keep_ratio" in takes:
             keep_ratio = self.options.get("keep_ratio", takes["keep_ratio"].default)
-        self.budget = budget
+        # Not every method counts by a ratio or decides at stages: hvt pools, tome merges in every block.
         for name, value in (("keep_ratio", keep_ratio), ("stages", None if stages is None else list(stages))):
             if value is None:
                 continue
             if name not in takes:
-                allowed = [n for n in takes if n != "anatomy"]
+                allowed = ", ".join(n for n in takes if n != "anatomy")
                 raise PrunexError(
                     f"{name}={value!r} is not allowed: {method} has no such option; "
-                    f"give options={{...}} with some of {', '.join(allowed)}"
+                    f"give options={{...}} with some of {allowed}"
                 )
             self.options[name] = value
         self.model = model
         self.backbone_lr_scale = check_number("backbone_lr_scale", backbone_lr_scale, 0, 1)
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)
         self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
-        self.pruning: prunex.Pruning | None = None
+        self._brings_losses = bool(make.trains_masked)
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._shares: list[Tensor] = []  # of this validation: kept shares of each stage, summed over images
         self._images = 0
         self._dense = 0  # multiply-adds of one image before anything was pruned, which a budget is a share of
         self._learned: dict[str, nn.Parameter] = {}  # what the pruner shall learn
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
-        super().setup(trainer, pl_module, stage)
-        others = [c for c in trainer.callbacks if isinstance(c, TokenPruning)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise PrunexError(f"{len(others)} TokenPruning callbacks in one Trainer: keep one")
-        if stage == "fit" and self._brings_losses() and not pl_module.automatic_optimization:
+    def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
+        count = sum(isinstance(c, TokenPruning) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if count > 1:
+            raise PrunexError(f"{count} TokenPruning callbacks in one Trainer: keep one")
+        if self._brings_losses and not module.automatic_optimization:
             raise PrunexError(
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
                 "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
             )
-        if stage == "fit":
-            check_order(trainer, self)
-            if self.pruning is None:
-                check_own_averages(trainer, pl_module, self)
-        self._when_model_is_there(pl_module, self.model, self._attach, ViT)
-        self._guard_checkpoints(
-            pl_module, self.model, "pruning", lambda: {} if self.pruning is None else self.pruning.spec, self._take_over
-        )
-        if stage == "fit":
-            self._put_round(pl_module, "training_step", functools.partial(self._training_step, pl_module))
+        check_order(trainer, self)
 
-    @staticmethod
-    def _rates(pruning: prunex.Pruning) -> str:
-        """What a budget set, in words."""
-        return ", ".join(f"{name}={pruning.options[name]!r}" for name in pruning.budgeted())
-
-    def _brings_losses(self) -> bool:
-        return bool(prunex.registry.lookup("pruner", self.method).make.trains_masked)  # type: ignore[attr-defined]
-
-    def _attach(self, module: LightningModule) -> None:
-        found = prunex.attached(module, self.model)
-        again = found is not None and self.pruning is not None and found.model is self.pruning.model
-        if found is None:
-            found = prunex.attach(module, self.method, path=self.model, budget=self.budget, **self.options)
-        elif found.method != self.method:
+    def _check_attached(self, handle: prunex.Pruning, foreign: bool, again: bool) -> None:
+        if foreign and self.budget is not None and not handle.meets(self.budget):
             raise PrunexError(
-                f"the model is pruned by {found.method} already: detach() it, or ask for {found.method} here"
-            )
-        elif self.budget is not None and not again and not found.meets(self.budget):
-            raise PrunexError(
-                f"the model is pruned already with {self._rates(found)}, which does not meet budget={self.budget!r}: "
+                f"the model is pruned already with {_rates(handle)}, which does not meet budget={self.budget!r}: "
                 "detach() it first with prunex.attached(module).detach(), or leave the budget out here"
             )
-        for name, wanted in self.options.items():
-            if name in found.pruner.read_once:
-                continue
-            has = found.options.get(name)
-            if (list(wanted) if isinstance(wanted, tuple) else wanted) != has:
-                raise PrunexError(
-                    f"the model is pruned already with {name}={has!r}, not {wanted!r}: detach() it first with "
-                    f"prunex.attached(module).detach(), or ask for {has!r} here"
-                )
         if not again:  # units may have been removed since
-            self._dense = found.dense_macs()
-        self.pruning, self.runs, self._learned = found, Runs(found), learned(found)
-        tell_hparams(module, "pruning", found.spec)
+            self._dense = handle.dense_macs()
+        # Predictors of stages that keep everything are held still by the method.
+        self._learned = {name: p for name, p in handle.pruner.named_parameters() if p.requires_grad}
 
-    def _training_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        batch = args[0] if args else kwargs.get("batch")
-        if self.runs is None:
-            return beneath(*args, **kwargs)
-        self.runs.begin()
-        output = beneath(*args, **kwargs)
-        self.runs.end_training_step()
-        return self._with_losses(module, output, batch)
-
-    def _with_losses(self, module: LightningModule, output: STEP_OUTPUT, batch: Any = None) -> STEP_OUTPUT:
-        if self.pruning is None:
-            return output
+    def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
+        output, pruning = step(), self.pruning
         self._log_ratios(module, "prunex/keep_ratio")
-        forwards, known = list(self.pruning._attached.forwards), parts(batch)
+        forwards, known = list(pruning._attached.forwards), parts(batch)
         if output is None or not forwards:  # optimised by hand, a skipped batch, or a step that did not run the model
-            self.pruning.forget()
+            pruning.forget()
             return self._end_step(module, output, {}, known)
-        reads = self.pruning.pruner.reads_labels or self.pruning._attached.more
+        # Who goes by labels is told of ones that cannot be read; the others take them where they are.
+        reads = pruning.pruner.reads_labels or pruning._attached.more
         labels = known.labels(self.method, "the training batch") if reads else known.get("labels")
         if labels is not None and all(len(labels) != len(f.images) for f in forwards):
             labels = None
-        losses = self.pruning.losses(labels)
-        self.pruning.forget()
-        seen = forwards[-1]
+        losses = pruning.losses(labels)
+        pruning.forget()
+        # What the forward took and gave is nearer to the loss than the batch, which the module may have altered.
+        last = forwards[-1]
         if len(forwards) > 1:  # of several views only the batch says which images a loss that is not finite comes from
-            return self._end_step(module, output, losses, known, len(seen.images))
-        held = {"images": seen.images} if labels is None else {"images": seen.images, "labels": labels}
-        return self._end_step(module, output, losses, held, len(seen.images), seen.logits)
+            return self._end_step(module, output, losses, known, len(last.images))
+        return self._end_step(module, output, losses, {"images": last.images}, len(last.images), last.logits)
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
-        if self.pruning is None or self.runs is None or not self.runs.now:  # what is left of another step is no news
+        if not self.runs.now:  # what is left of another step is no news
             return
         trace = self.pruning.trace
         shares = [ratios.mean() for ratios in trace.keep_ratios()]
@@ -241,77 +190,79 @@ class TokenPruning(Participant):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give what the method brings its learning rate: optimisers are there, and have read no checkpoint yet."""
-        if self.pruning is not None:
-            self._undo += give_rates(trainer, self.pruning.pruner, self.lr_scale)
+        self._undo += give_rates(trainer, self.pruning.pruner, self.lr_scale)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate if need be, say what will be left, and watch the optimisers where a part of their steps counts."""
-        if self.pruning is None:
-            return
-        if averaging(trainer) is not None and any(not b.is_floating_point() for b in self.pruning.pruner.buffers()):
+        pruning, average = self.pruning, averaging(trainer)
+        pruner = pruning.pruner
+        if average is not None and any(not b.is_floating_point() for b in pruner.buffers()):
             raise PrunexError(
-                f"{type(averaging(trainer)).__name__} averages buffers, and those of {self.method} are positions of "
-                "patches: train without it, or use another pruner"
+                f"{type(average).__name__} averages buffers, and those of {self.method} are positions of patches: "
+                "train without it, or use another pruner"
             )
-        check_stepped(trainer, self.pruning, self._learned)
-        if getattr(self.pruning.pruner, "by_reward", False):
-            check_own_classes(pl_module, self.pruning.model, self.method)
-        if self.pruning.pruner.needs_calibration:
-            self._calibrate(trainer, pl_module, self.pruning)
+        # Before anything is spent on calibration.
+        check_stepped(trainer, pruning, self._learned)
+        if getattr(pruner, "by_reward", False):
+            check_own_classes(pl_module, pruning.model, self.method)
+        if pruner.needs_calibration:
+            self._calibrate_once(trainer, lambda: self._calibrate(trainer, pl_module))
         # What a checkpoint brought was not known when it was attached.
-        tell_hparams(pl_module, "pruning", self.pruning.spec)
-        tokens = self.pruning.counts()
-        about = "about " if self.pruning.pruner.count == "adaptive" else ""
-        rank_zero_info(
-            f"prunex: {self.method} leaves {about}{tokens} patch tokens after blocks {self.pruning.pruner.stages}"
-        )
-        if self.budget is not None:
-            spent, dense = self.pruning.macs(), self.pruning.dense_macs()
-            rank_zero_info(
-                f"prunex: budget {self.budget} gives {self._rates(self.pruning)}: {in_words(spent, dense)} of the "
-                "dense model's"
-            )
-        if self._brings_losses() and not self.pruning.model.training:
+        tell_hparams(pl_module, "pruning", pruning.spec)
+        self._say_what_is_left()
+        if self._brings_losses and not pruning.model.training:
             rank_zero_warn(f"the ViT is in eval mode, so {self.method} learns nothing: call module.train() before fit")
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "a strategy that spawns its processes gives the calling one a dense module back, without what "
                 f"{self.method} learned: read the checkpoint with prunex.callbacks.load_from_checkpoint, or use ddp"
             )
-        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0 and not self.pruning.pruner.curriculum:
+        self._watch_steps(trainer)
+
+    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
+        with training_batches(trainer, module, self.pruning.model) as batches:
+            report = self.pruning.calibrate(known["images"] for known in batches)
+        rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
+
+    def _say_what_is_left(self) -> None:
+        pruning = self.pruning
+        about = "about " if pruning.pruner.count == "adaptive" else ""
+        rank_zero_info(
+            f"prunex: {self.method} leaves {about}{pruning.counts()} patch tokens after blocks {pruning.pruner.stages}"
+        )
+        if self.budget is not None:
+            rank_zero_info(
+                f"prunex: budget {self.budget} gives {_rates(pruning)}: "
+                f"{in_words(pruning.macs(), pruning.dense_macs())} of the dense model's"
+            )
+
+    def _watch_steps(self, trainer: Trainer) -> None:
+        """Let the backbone take a share of each optimiser step, where it shall not take the whole."""
+        curriculum = self.pruning.pruner.curriculum
+        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0 and not curriculum:
             return
         if self.freeze_backbone > 0 and trainer.max_epochs == -1 and trainer.max_steps == -1:
             rank_zero_warn("freeze_backbone is a fraction of the training, and this one has no end: nothing is frozen")
-        for whole in trainer.optimizers:
+        for outer in trainer.optimizers:
             # Hooks of the optimiser itself, not of the trainer: they see every step, also several in one batch by hand,
             # and see none that the gradient scaler skips.
-            optimizer = stepping(whole, self.pruning.pruner.curriculum)
+            optimizer = stepping(outer, curriculum)
             self._undo.append(optimizer.register_step_pre_hook(self._remember).remove)
             self._undo.append(optimizer.register_step_post_hook(self._take_back).remove)
-
-    def _calibrate(self, trainer: Trainer, module: LightningModule, pruning: prunex.Pruning) -> None:
-        """Once, on the first batches of the training data; rank zero does it, the others take over what it found."""
-        if trainer.is_global_zero:
-            with training_batches(trainer, module, pruning.model) as batches:
-                report = pruning.calibrate(known["images"] for known in batches)
-            rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
-        if trainer.world_size > 1:
-            state: Any = None
-            if trainer.is_global_zero:
-                state = {k: v.cpu() for k, v in pruning.model.state_dict().items()}
-            pruning.model.load_state_dict(trainer.strategy.broadcast(state))
-        tell_hparams(module, "pruning", pruning.spec)
 
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Copy what shall not take the whole of a step, with the share that it shall take."""
         self._before = []
-        if self.pruning is None:
-            return
-        own = {id(p) for p in self.pruning.pruner.parameters()}
-        backbone = {id(p) for p in self.pruning.model.parameters()} - own
-        still = {id(p) for p in self.pruning.pruner.resting(self.pruning.model)}
-        for p in (p for g in optimizer.param_groups for p in g["params"]):
-            share = 0.0 if id(p) in still else self._scale() if id(p) in backbone else 1.0
+        pruner, vit = self.pruning.pruner, self.pruning.model
+        # The pruner hangs on the ViT, so its parameters are among the ViT's.
+        backbone = {id(p) for p in vit.parameters()} - {id(p) for p in pruner.parameters()}
+        resting = {id(p) for p in pruner.resting(vit)}
+        # Progress is that of the step's begin.
+        scale = 0.0 if pruner.progress < self.freeze_backbone else self.backbone_lr_scale
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            share = scale if id(p) in backbone else 1.0
+            if id(p) in resting:
+                share = 0.0
             if share < 1:
                 self._before.append((p, p.detach().clone(), share))
 
@@ -322,27 +273,20 @@ class TokenPruning(Participant):
                 parameter.lerp_(old, 1 - share)
         self._before = []
 
-    def _scale(self) -> float:
-        """Share of the present step that reaches the backbone; progress is that of the step's begin."""
-        begun = self.pruning.progress if self.pruning is not None else 1.0
-        return 0.0 if begun < self.freeze_backbone else self.backbone_lr_scale
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the pruner how far training is."""
-        if self.pruning is not None:
-            self.pruning.progress = progress(trainer, batch_idx)
+        self.pruning.progress = progress(trainer, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell it again, so that validation after the last batch sees the schedule's end."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.pruning is not None:
-            self.pruning.progress = progress(trainer, batch_idx + 1)
+        super().on_train_batch_end(trainer, pl_module)
+        self.pruning.progress = progress(trainer, batch_idx + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Schedules end at their base, also where an epoch's length was unknown."""
-        if self.pruning is not None and progress(trainer, 0) >= 1:
+        if progress(trainer, 0) >= 1:
             self.pruning.progress = 1.0
 
     def on_validation_batch_end(
@@ -355,48 +299,60 @@ class TokenPruning(Participant):
         dataloader_idx: int = 0,
     ) -> None:
         """Log what inference really keeps."""
-        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        ran = self.runs is not None and self.runs.now
-        if ran and self.pruning is not None and dataloader_idx == 0 and not trainer.sanity_checking:
+        super().on_validation_batch_end(trainer, pl_module)
+        if self.runs.now and dataloader_idx == 0 and not trainer.sanity_checking:
             self._log_ratios(pl_module, "prunex/val_keep_ratio")
             self._shares.append(realised(self.pruning.trace, self.pruning.pruner.stages).sum(0))
             self._images += self.pruning.trace.batch
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log multiply-adds per image at the present rates, or at the counts that this validation had on average."""
-        ran = self.runs is not None and self.runs.end_validation(trainer.sanity_checking)
-        if self.pruning is None or self.runs is None or trainer.sanity_checking:
+        shown = self._validated(trainer)
+        if trainer.sanity_checking:
             return
         if self.pruning.pruner.count == "adaptive":
-            self._expect(trainer, self.pruning)
+            self._expect(trainer)
             tell_hparams(pl_module, "pruning", self.pruning.spec)
         self._shares, self._images = [], 0
-        if not ran and not self.runs.trained:
-            return
-        pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
-        if self.budget is not None:
+        if shown:
+            pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
+        if shown and self.budget is not None:
             allowed = check_budget(self.budget, self._dense) / 1e9
             pl_module.log("prunex/gmacs_budget", allowed, rank_zero_only=True)
 
-    def _expect(self, trainer: Trainer, pruning: prunex.Pruning) -> None:
+    def _expect(self, trainer: Trainer) -> None:
         """Tell the pruner the mean shares of all processes' images, however many each of them had."""
-        stages = len(pruning.pruner.stages)
+        stages = len(self.pruning.pruner.stages)
         total = torch.zeros(stages + 1, device=trainer.strategy.root_device)
         if self._shares:
             total[:stages], total[stages] = torch.stack(self._shares).sum(0), self._images
         if trainer.world_size > 1:
             dist.all_reduce(total)
+        # An epoch without validation images says nothing new.
         if total[stages] > 0:
-            pruning.pruner.expect((total[:stages] / total[stages]).tolist())
+            self.pruning.pruner.expect((total[:stages] / total[stages]).tolist())
 
-    def _take_over(self, told: Mapping[str, Any]) -> None:
+    def _take_over(self, entry: Mapping[str, Any]) -> None:
         """Take schedules to where they were, so that validating a checkpoint gives what training saw."""
-        if self.pruning is not None:
-            self.pruning.progress = told.get("progress", 1.0)
-            measured = dict(told.get("pruning") or {}).get("expected")
-            if measured is not None:
-                self.pruning.pruner.expect(measured)
+        self.pruning.progress = entry.get("progress", 1.0)
+        measured = dict(entry.get("pruning") or {}).get("expected")
+        if measured is not None:
+            self.pruning.pruner.expect(measured)
 
     def _restore(self) -> None:
         super()._restore()
         self._before = []
+
+
+def _rates(pruning: prunex.Pruning) -> str:
+    """What a budget set, in words."""
+    return ", ".join(f"{name}={pruning.options[name]!r}" for name in pruning.budgeted())
+
+
+def decisions(trace: TokenTrace, stages: Sequence[int]) -> list[int | None]:
+    """For each of a pruner's stages the last decision in the trace by then; None while nothing was decided.
+
+    A stage whose keep rate is 1 at present decides nothing and leaves no entry.
+    """
+    made = [s.block for s in trace.stages]
+    return [max((i for i, block in enumerate(made) if block <= stage), default=None) for stage in stages]

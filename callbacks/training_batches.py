@@ -36,11 +36,6 @@ def training_batches(trainer: Trainer, module: LightningModule, vit: Any) -> Ite
     the ViT, so that what either does to the images (to floats, normalised, augmented) is done here too. Random states
     (Python, NumPy, torch, all devices), samplers, workers, buffers and logs of the training stay as they are.
 
-    Args:
-        trainer: In its fit.
-        module: The module that trains.
-        vit: The ViT in it.
-
     Yields:
         An iterator over :class:`~prunex.batches.Parts` on the CPU: images [B, C, H, W] that entered the ViT, and labels
         where the batch has them. It ends with the epoch; no worker process outlives the context.
@@ -57,9 +52,11 @@ def training_batches(trainer: Trainer, module: LightningModule, vit: Any) -> Ite
 
 
 def _walk(trainer: Trainer, module: LightningModule, vit: Any) -> Generator[Any, None, None]:
-    step = _bare_step(module)
-    moved = "dataloader_iter" not in inspect.signature(step).parameters  # else the step fetches batches itself
-    follow = moved
+    step: Any = module.training_step
+    while hasattr(step, "_prunex_layers"):  # beneath what callbacks put round it
+        step = step.__wrapped__
+    fetches = "dataloader_iter" in inspect.signature(step).parameters  # the step takes its batches itself
+    follow = not fetches
     # The loaders' own objects are busy: their iterators were made when the fit began, and persistent ones are shared.
     mode: Any = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
     loaders = CombinedLoader(trainer.train_dataloader, mode)
@@ -67,12 +64,12 @@ def _walk(trainer: Trainer, module: LightningModule, vit: Any) -> Generator[Any,
     for batch, index, _ in loaders:
         if batch is None:
             continue
-        if moved:
+        if not fetches:
             batch = handed_over(trainer, module, batch)
         entered = _entering(trainer, vit, step, batch, index) if follow else None
         known = parts(batch, entered)
         if entered is None:
-            follow = False
+            follow = False  # told once
             try:
                 known.need("images", "calibration", "the training batch")
             except PrunexError as error:
@@ -104,6 +101,7 @@ def _entering(trainer: Trainer, vit: Any, step: Any, batch: Any, index: int) -> 
         seen.append(inputs[0].detach())
         raise _Entered
 
+    # Lightning passes the batch's number to steps that take it.
     parameters = inspect.signature(step).parameters.values()
     many = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
     handle = vit.patch_embed.register_forward_pre_hook(look)
@@ -119,14 +117,6 @@ def _entering(trainer: Trainer, vit: Any, step: Any, batch: Any, index: int) -> 
         handle.remove()
     rank_zero_warn(f"calibration takes images as the batch has them, since training_step could not be followed: {why}")
     return None
-
-
-def _bare_step(module: LightningModule) -> Any:
-    """The module's step beneath what callbacks put round it."""
-    step: Any = module.training_step
-    while hasattr(step, "_prunex_layers"):
-        step = step.__wrapped__
-    return step
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +13,10 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.described import names_of
-from prunex.callbacks.monitor import Monitor, log_picture, moment, run_folder
+from prunex.callbacks.monitor import Monitor
+from prunex.callbacks.run_folder import add_rows, moment
+from prunex.checks import check_whole
 from prunex.explainers.head_maps import head_maps
-from prunex.files import write_whole
 from prunex.handles.units import UnitPruning
 from prunex.pictures import class_heads, head_attention, save_png, unit_widths
 from prunex.units.xpruner import UnitRelevance
@@ -45,7 +43,7 @@ class UnitMonitor(Monitor):
         heads: How many of a class's heads to draw.
         every_n_epochs: Watch every so many epochs.
         model: Dotted path of the ViT in the module, when it holds several.
-        mean: What the images are normalised by, see :class:`Monitor`.
+        mean: What the images are normalised by, one number or one a channel; None: as data or model say.
         std: Likewise.
 
     Raises:
@@ -62,7 +60,7 @@ class UnitMonitor(Monitor):
         std: float | list[float] | None = None,
     ) -> None:
         super().__init__(images, every_n_epochs, model, mean, std)
-        self.heads = prunex.checks.check_whole("heads", heads, 1)
+        self.heads = check_whole("heads", heads, 1)
 
     def vit(self, pl_module: LightningModule) -> Any:
         """The backbone being watched."""
@@ -75,26 +73,22 @@ class UnitMonitor(Monitor):
             raise prunex.PrunexError("UnitMonitor watches what MaskPruning does: add MaskPruning to the callbacks")
         if getattr(trainer, "fast_dev_run", False):
             return
-        folder = self._folder or run_folder(trainer)
-        (folder / "maps").mkdir(parents=True, exist_ok=True)
-        save_png(folder / "maps" / "units-widths.png", _widths(pruning))
+        save_png(self._folder / "maps" / "units-widths.png", _widths(pruning))
         if not hasattr(pruning.pruner, "relevance"):
             return
         table = pruning.relevance_table()
         if trainer.state.fn == TrainerFn.FITTING:
-            _append(folder / "units.csv", trainer.current_epoch, table)
+            epoch = trainer.current_epoch
+            rows = [[epoch, *(row[name] for name in COLUMNS[1:])] for row in table.rows()]
+            add_rows(self._folder / "units.csv", COLUMNS, epoch, rows)
         count = len(table.updates)
         names = names_of(trainer, pl_module, count) or [str(c) for c in range(count)]
-        self._draw(trainer, folder, "units-classes", _classes(table, names, moment(trainer)[1]))
+        self.write(trainer, "units-classes", _classes(table, names, moment(trainer)[1]))
         vit = self.vit(pl_module)
         if "labels" in batch and not isinstance(vit, SwinTransformer):
             picture = self._look(trainer, vit, batch, table, names)
             if picture is not None:
-                self._draw(trainer, folder, "units-heads", picture)
-
-    def _draw(self, trainer: Trainer, folder: Path, name: str, picture: np.ndarray) -> None:
-        save_png(folder / "maps" / f"{name}-{moment(trainer)[0]}.png", picture)
-        log_picture(trainer, self.key(f"prunex/{name}"), picture)
+                self.write(trainer, "units-heads", picture)
 
     def _look(
         self, trainer: Trainer, vit: Any, batch: dict[str, Tensor], table: UnitRelevance, names: list[str]
@@ -104,16 +98,17 @@ class UnitMonitor(Monitor):
         count = min(map(len, chosen))
         if count == 0:
             return None
-        pairs = sorted({(block, head) for heads in chosen for block, head, _ in heads})
-        maps = head_maps(vit, batch["images"], pairs).float().cpu().numpy()
-        own = [[maps[m, pairs.index((b, h))] for b, h, _ in heads[:count]] for m, heads in enumerate(chosen)]
         labels = [names[int(label)] for label in batch["labels"]]
-        titles = [
-            [f"{label}: head {b}.{h}" for b, h, _ in heads[:count]] for label, heads in zip(labels, chosen, strict=True)
-        ]
+        # Each pair of block and head is run once, however many images' classes it serves.
+        pairs = sorted({(block, head) for heads in chosen for block, head, _ in heads})
+        maps = head_maps(vit, batch["images"], pairs).float().cpu().numpy()  # [B, pairs, gh, gw]
+        shown, titles = [], []
+        for image, heads in enumerate(chosen):
+            shown.append([maps[image, pairs.index((block, head))] for block, head, _ in heads[:count]])
+            titles.append([f"{labels[image]}: head {block}.{head}" for block, head, _ in heads[:count]])
+        pictures = self.common(trainer, vit, batch, (maps.shape[2], maps.shape[3]))["images"]
         title = f"{moment(trainer)[1]}: heads that matter most for the class"
-        shown = self.common(trainer, vit, batch, (maps.shape[2], maps.shape[3]))["images"]
-        return np.asarray(head_attention(shown, np.asarray(own), titles, names=labels, title=title))
+        return np.asarray(head_attention(pictures, np.asarray(shown), titles, names=labels, title=title))
 
 
 def _widths(pruning: UnitPruning) -> np.ndarray:
@@ -138,17 +133,3 @@ def _classes(table: UnitRelevance, names: list[str], when: str) -> np.ndarray:
     kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
     title = f"{when}: heads that matter more for a class than on average"
     return np.asarray(class_heads(values, names, heads, kept, title=title))
-
-
-def _append(path: Path, epoch: int, table: UnitRelevance) -> None:
-    """Add an epoch's rows, in the place of the same epoch's or later ones of a run that is continued."""
-    before: list[dict[str, Any]] = []
-    if path.is_file():
-        with open(path, newline="") as file:
-            before = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(before)
-    writer.writerows({"epoch": epoch, **row} for row in table.rows())
-    write_whole(path, text.getvalue().encode())

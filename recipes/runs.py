@@ -22,7 +22,7 @@ from prunex.attributes import class_names, read_normalisation
 from prunex.batches import parts
 from prunex.callbacks.checkpoints import read_checkpoint, restore, told
 from prunex.callbacks.kept_token_monitor import object_kept
-from prunex.callbacks.record import RECORD, read_record
+from prunex.callbacks.run_folder import RECORD, read_record
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.recipes.given import check_folder, check_model

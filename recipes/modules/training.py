@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
-from prunex.callbacks.monitor import run_folder
+from prunex.callbacks.run_folder import run_folder
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import check_described, create_model, load_weights
 from prunex.vit.anatomy import find

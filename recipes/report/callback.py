@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 import prunex
-from prunex.callbacks.monitor import run_folder
+from prunex.callbacks.run_folder import run_folder
 from prunex.errors import PrunexError
 from prunex.recipes.report.page import write_report
 from prunex.recipes.runs import SUMMARY, compare, slim_folder, table, token_pruning, write_summary

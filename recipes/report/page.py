@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 import prunex
-from prunex.callbacks.record import RECORD
+from prunex.callbacks.run_folder import RECORD
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.pictures.mosaic import tokens_left

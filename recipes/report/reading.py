@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunex.callbacks.record import read_record
+from prunex.callbacks.run_folder import read_record
 from prunex.errors import PrunexError
 from prunex.recipes.tables import as_number, objects
 from prunex.untrusted import read_npz, read_text

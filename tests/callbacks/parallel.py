@@ -307,7 +307,30 @@ def nan_late(folder, **options):
         finite.later = real
 
 
-CASES = {"watch": watch, "uneven": uneven, "nan": nan, "nan_late": nan_late}
+class Around(Plain):
+    """Goes through the blocks itself, where nothing prunes."""
+
+    def forward(self, x):
+        tokens = self.vit.norm(self.vit.blocks(self.vit._pos_embed(self.vit.patch_embed(x))))
+        return self.vit.head(tokens[:, 0])
+
+
+def around(folder, **options):
+    """Every process trains the weights by another forward than the pruned one."""
+    module = Around(lr=0.02)
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    images, labels = data(16)
+    run = trainer(folder, TokenPruning("evit", keep_ratio=0.6), **options)
+    said = ""
+    try:
+        run.fit(module, DataLoader(TensorDataset(images, labels), BATCH))
+    except PrunexError as error:
+        said = str(error)
+    still = all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+    return {"said": said, "still": still, "steps": run.global_step}
+
+
+CASES = {"watch": watch, "uneven": uneven, "nan": nan, "nan_late": nan_late, "around": around}
 
 
 def case(folder, name, **options):

@@ -11,6 +11,7 @@ import prunex
 from prunex import PrunexError
 from prunex.callbacks import MaskPruning, TokenPruning
 from prunex.callbacks.monitor import Monitor
+from prunex.units.xpruner import XPruner
 from tests.callbacks.modules import Plain, data, loader, trainer
 
 IMAGES, LABELS = data(8)
@@ -39,14 +40,13 @@ def rows(*columns):
     return DataLoader(list(zip(*columns, strict=True)), 4)
 
 
-def test_xpruner_learns_the_masks_of_labels_and_not_of_view_numbers(tmp_path):
+def test_xpruner_learns_the_masks_of_labels_and_not_of_view_numbers(tmp_path, monkeypatch):
     batches = DataLoader([{"view": i % 2, "image": x, "label": LABELS[i]} for i, x in enumerate(IMAGES)], 4)
     module = ByKey()
     seen = []
-    callback = MaskPruning("xpruner", **MASKS)
-    count = callback._count
-    callback._count = lambda module, pruner, labels: (seen.append(labels), count(module, pruner, labels))
-    trainer(tmp_path, callback).fit(module, batches)
+    saw = XPruner.saw
+    monkeypatch.setattr(XPruner, "saw", lambda pruner, labels: (seen.append(labels), saw(pruner, labels)))
+    trainer(tmp_path, MaskPruning("xpruner", **MASKS)).fit(module, batches)
     assert torch.equal(torch.cat(seen), LABELS[:4])  # the first of two batches learns masks
 
 

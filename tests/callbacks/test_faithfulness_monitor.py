@@ -1,7 +1,6 @@
 """FaithfulnessMonitor: the numbers of the metrics themselves, epoch by epoch, and nothing else changed by it."""
 
 import csv
-import math
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ import torch
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import FaithfulnessMonitor, TokenPruning
-from prunex.callbacks.faithfulness_monitor import add_rows
+from prunex.callbacks.faithfulness_monitor import COLUMNS
+from prunex.callbacks.run_folder import add_rows
 from prunex.metrics import corrected_overlap, energy_inside, perturbation, perturbation_auc, removal_curves
 from prunex.metrics.curves import deletion, insertion
 from prunex.metrics.scoring import scores, without_pruning
@@ -94,11 +94,15 @@ def test_validating_and_trying_write_nothing(tmp_path):
 
 def test_rows_of_a_run_that_was_there_before_go(tmp_path):
     path = tmp_path / "faithfulness.csv"
-    for epoch, value in ((0, 0.5), (1, 0.6), (2, math.nan), (1, 0.7)):
-        add_rows(path, epoch, [[epoch, epoch, "rollout", "deletion", value, value, value, 3]])
+    for epoch, value in ((0, 0.5), (1, 0.6), (2, ""), (1, 0.7)):
+        add_rows(path, COLUMNS, epoch, [[epoch, epoch, "rollout", "deletion", value, value, value, 3]])
     assert [(r["epoch"], r["mean"]) for r in rows(tmp_path)] == [("0", "0.5"), ("1", "0.7")]
-    add_rows(path, 2, [[2, 2, "rollout", "deletion", math.nan, math.nan, math.nan, 0]])
-    assert rows(tmp_path)[-1]["mean"] == ""
+    add_rows(path, COLUMNS, 1, [[1, 1, "rollout", "deletion", 0.8, 0.8, 0.8, 3]], replace=4)
+    add_rows(path, COLUMNS, 1, [[1, 1, "rollout", "insertion", "", "", "", 0]], replace=4)
+    assert [(r["epoch"], r["metric"], r["mean"]) for r in rows(tmp_path)[1:]] == [
+        ("1", "deletion", "0.8"),
+        ("1", "insertion", ""),
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["faithfulness.csv"]
 
 

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 import prunex
 from prunex import PrunexError
+from prunex.batches import parts
 from prunex.callbacks import FaithfulnessMonitor, KeptTokenMonitor, RelevancyMonitor, TokenPruning
-from prunex.callbacks.monitor import Monitor, merge_npz, parts_of, run_folder
+from prunex.callbacks.monitor import Monitor
+from prunex.callbacks.run_folder import run_folder
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, trainer
 from tests.vits import tiny
 
@@ -127,16 +129,15 @@ def test_an_earlier_run_in_the_same_folder_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "maps" / "notes.txt").read_text() == "mine"
 
 
-def test_merge_replaces_whole_files_and_refuses_pickles(tmp_path):
-    path = tmp_path / "epoch=000.npz"
-    merge_npz(path, {"a": np.arange(3)})
-    merge_npz(path, {"b": np.arange(2), "a": np.ones(1)})
-    with np.load(path, allow_pickle=False) as found:
-        assert {k: found[k].tolist() for k in found.files} == {"a": [1.0], "b": [0, 1]}
-    assert os.listdir(tmp_path) == ["epoch=000.npz"]
-    np.savez(path, a=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        merge_npz(path, {"b": np.arange(2)})
+def test_a_file_that_lies_there_is_replaced_whole_and_never_read(tmp_path):
+    path = tmp_path / "maps" / "epoch=000.npz"
+    path.parent.mkdir()
+    np.savez(path, mine=np.array([{}], dtype=object))
+    fit(tmp_path, KeptTokenMonitor(images=3), RelevancyMonitor(["tokentm"], images=3))
+    found = maps(tmp_path, 0)
+    assert {"kept", "relevance/tokentm"} < set(found)
+    assert "mine" not in found
+    assert not list(path.parent.glob(".draft-*"))
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -180,16 +181,16 @@ def test_batch_forms(tmp_path, collate, keys):
 
 def test_parts_are_told_by_dtype_and_shape():
     x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int32)
-    assert set(parts_of([y, x])) == {"images", "labels"}
-    assert set(parts_of((x, torch.zeros(4)))) == {"images"}  # float labels of several classes are no labels
-    assert set(parts_of((x, torch.zeros(3, dtype=torch.long)))) == {"images"}
-    assert set(parts_of((x, y, torch.zeros(4, 4, 4, dtype=torch.bool)))) == {"images", "labels"}
-    assert parts_of((x.to(torch.uint8), y)) == {}
-    assert parts_of("text") == {}
+    assert set(parts([y, x])) == {"images", "labels"}
+    assert set(parts((x, torch.zeros(4)))) == {"images"}  # float labels of several classes are no labels
+    assert set(parts((x, torch.zeros(3, dtype=torch.long)))) == {"images"}
+    assert set(parts((x, y, torch.zeros(4, 4, 4, dtype=torch.bool)))) == {"images", "labels"}
+    assert "images" not in parts((x.to(torch.uint8), y))
+    assert parts("text") == {}
     mask = torch.rand(4, 1, *x.shape[2:]) > 0.5
-    assert parts_of((x, y, mask))["masks"].equal(mask[:, 0])
+    assert parts((x, y, mask))["masks"].equal(mask[:, 0])
     first = {"a": x, "b": x + 1}
-    assert parts_of(first)["images"] is x
+    assert parts(first)["images"] is x
 
 
 def test_images_stay_the_same_over_epochs_also_when_the_loader_shuffles(tmp_path):

@@ -329,3 +329,16 @@ def test_nothing_is_said_or_done_where_it_can(tmp_path):
 def test_bad_scales(bad):
     with pytest.raises(PrunexError, match=r"lr_scale=.* give a number of at least 0"):
         TokenPruning("dynamicvit", lr_scale=bad)
+
+
+@pytest.mark.parametrize(("method", "said"), [("dynamicvit", 1), ("ia_red2", 1), ("hvt", 0), ("evit", 0)])
+def test_sgd_that_steps_predictors_is_told_once(tmp_path, method, said):
+    class Two(Told):
+        def configure_optimizers(self):
+            every = list(self.parameters())
+            return torch.optim.SGD([{"params": every[::2]}, {"params": every[1::2]}], 0.1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Two(sgd), batches=1, method=method)
+    assert sum(f"SGD hardly moves {method}'s predictors" in str(w.message) for w in caught) == said

@@ -11,7 +11,7 @@ from torch import nn
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import TokenPruning
-from prunex.callbacks.monitor import decisions
+from prunex.callbacks.token_pruning import decisions
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, snapshot, trainer
 from tests.vits import tiny
 

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import KeptTokenMonitor, MaskPruning, SlimExport, TokenPruning
-from prunex.callbacks.record import read_record
+from prunex.callbacks.run_folder import read_record
 from prunex.recipes.commands import bench as bench_command
 from prunex.recipes.commands import cli
 from prunex.recipes.report.reading import metrics_of

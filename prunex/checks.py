@@ -1,4 +1,4 @@
-"""Calls and options as users give them: checked, or refused in one line."""
+"""Calls and options as users give them: given back as they are used, or refused with a ``PrunexError`` of one line."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ def called_as(example: str, **kinds: type) -> Callable[[Callable[P, R]], Callabl
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """A finite number in [low, high].
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """A finite number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
         allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
         raise PrunexError(f"{name}={value!r} is not allowed: give a number {allowed}")
@@ -64,33 +60,21 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> f
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one (``"no"`` would be true).
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """True or False, and nothing that merely counts as one (``"no"`` would be true)."""
     if not isinstance(value, bool):
         raise PrunexError(f"{name}={value!r} is not allowed: give True or False")
     return value
 
 
 def check_whole(name: str, value: Any, least: int) -> int:
-    """A whole number of at least ``least``.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """A whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
     return value
 
 
 def check_share(name: str, value: Any, zero: bool = False) -> float:
-    """A number in (0, 1], or in [0, 1] where ``zero`` is a share too.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """A number in (0, 1], or in [0, 1] where ``zero`` is a share too."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -102,11 +86,7 @@ def check_share(name: str, value: Any, zero: bool = False) -> float:
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
-    """One of some names.
-
-    Raises:
-        PrunexError: For anything else; near names are offered.
-    """
+    """One of some names."""
     if not isinstance(value, str) or value not in allowed:
         raise unknown(name, value, allowed)
     return value
@@ -115,14 +95,7 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
 def check_index(name: str, value: Any, count: int, what: str) -> int:
     """The place in 0..count - 1 that an index means, which may count from the end.
 
-    Args:
-        name: Of the option.
-        value: What came.
-        count: How many places there are.
-        what: What they are, as in "blocks are 0..11".
-
-    Raises:
-        PrunexError: For anything but an int in -count..count - 1.
+    ``what`` tells what there is, as in "blocks are 0..11".
     """
     if isinstance(value, bool) or not isinstance(value, int) or not -count <= value < count:
         raise PrunexError(f"{name}={value!r} does not exist: {what}, or negative from the end")
@@ -130,11 +103,7 @@ def check_index(name: str, value: Any, count: int, what: str) -> int:
 
 
 def check_options(options: Any) -> dict[str, Any]:
-    """A method's options by name; None for none.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """A method's options by name; None for none."""
     if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
         raise PrunexError(f"options={options!r} is not allowed: give a dict of options by name, or None")
     return dict(options or {})
@@ -145,14 +114,9 @@ _WRITTEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)macs?\s*", re.I
 
 
 def check_budget(budget: Any, dense: int = 1) -> float:
-    """Multiply-adds of one image that a budget allows.
+    """Multiply-adds of one image that a budget allows: a share of the ``dense`` model's, or a number of them.
 
-    Args:
-        budget: Share of the dense model's in (0, 1], or a number of them such as "2.9GMACs" or "400MMACs".
-        dense: Multiply-adds of the dense model; of no matter where only the form is checked.
-
-    Raises:
-        PrunexError: For anything else.
+    ``dense`` is of no matter where only the form is checked.
 
     >>> check_budget(0.5, 1000), check_budget("2.9GMACs", 4_600_000_000)
     (500.0, 2900000000.0)

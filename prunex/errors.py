@@ -37,15 +37,7 @@ class Unreached(PrunexError):
 
 
 def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
-    """A ``PrunexError`` for a name that is not known, offering the nearest ones and listing all.
-
-    Args:
-        what: What kind of name it is, as in ``"pruner"``.
-        received: What the user gave.
-        allowed: Every name that would do.
-
-    Returns:
-        The error, to be raised by the caller.
+    """A ``PrunexError``, to be raised by the caller, for a name that is not known: it offers the nearest and lists all.
 
     >>> print(unknown("pruner", "evitt", ["evit", "topk"]))
     unknown pruner 'evitt': did you mean 'evit'? Known: evit, topk

@@ -31,12 +31,8 @@ def readable(text: str) -> str:
 def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
     """Write a file so that a reader, or whoever comes after a crash, sees all of it or what was there before.
 
-    Args:
-        path: File to write; its folder is made where it is missing.
-        content: Its bytes, or what writes them to the path it is given.
-
-    Returns:
-        The path.
+    ``content`` are its bytes, or what writes them to the path it is given; the file's folder is made where it is
+    missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.stem}-", suffix=path.suffix)
@@ -59,10 +55,10 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
 
 def remove_drafts(folder: Path) -> list[Path]:
     """Remove, from a folder and those in it, the drafts that a killed process left; give back what they were."""
-    found = list(folder.rglob(f"{DRAFT}*")) if folder.is_dir() else []
-    for path in found:
+    drafts = list(folder.rglob(f"{DRAFT}*")) if folder.is_dir() else []
+    for path in drafts:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return found
+    return drafts

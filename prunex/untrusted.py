@@ -116,8 +116,9 @@ def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
         shape, _, dtype = read(file)
         if dtype.hasobject:
             raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
-        told = math.prod(shape) * dtype.itemsize  # what the header promises must be there before it is allocated
-        if dtype.kind not in _KINDS or any(n < 0 for n in shape) or told != part.file_size - file.tell():
+        # What the header promises must be there before it is allocated.
+        promised = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in _KINDS or any(n < 0 for n in shape) or promised != part.file_size - file.tell():
             raise ValueError(f"{part.filename} is {dtype} {shape}, which is not what it holds")
     with archive.open(part) as file:
         return np.lib.format.read_array(file, allow_pickle=False)

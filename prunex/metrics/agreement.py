@@ -35,6 +35,7 @@ from torch import Tensor
 
 from prunex.checks import check_index, check_whole
 from prunex.errors import PrunexError
+from prunex.metrics.base import MeanOf, mean_of
 from prunex.metrics.checks import check_grid, check_kept, check_scores
 from prunex.metrics.ranks import inside_top, kendall, rank_biased, separation, spearman
 from prunex.registry import register
@@ -388,3 +389,36 @@ def _judge(maps: Any, judge: str | None) -> str:
             "the other model"
         )
     return traced
+
+
+class Agreement(MeanOf):
+    """Mean over images of one measure of agreement, and whose map judged.
+
+    Args:
+        judge: "dense" or "self": whose maps :meth:`update` is given.
+        *args: The measure's own options, then ``keep``: also keep every image's number.
+        **kwargs: Likewise, and torchmetrics' own.
+
+    Raises:
+        PrunexError: For an unknown judge.
+    """
+
+    def __init__(self, judge: str = "dense", *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.judge = check_judge(judge)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(judge={self.judge!r})"
+
+
+EqualAreaIoU = mean_of("EqualAreaIoU", equal_area_iou, Agreement)
+TopKOverlap = mean_of("TopKOverlap", topk_overlap, Agreement)
+CorrectedOverlap = mean_of("CorrectedOverlap", corrected_overlap, Agreement)
+MassKept = mean_of("MassKept", mass_kept, Agreement)
+MassEfficiency = mean_of("MassEfficiency", mass_efficiency, Agreement)
+KeptAUC = mean_of("KeptAUC", kept_auc, Agreement)
+SignAgreement = mean_of("SignAgreement", sign_agreement, Agreement)
+RankSpearman = mean_of("RankSpearman", rank_spearman, Agreement)
+RankKendall = mean_of("RankKendall", rank_kendall, Agreement)
+RankBiasedOverlap = mean_of("RankBiasedOverlap", rank_biased_overlap, Agreement, persistence=check_persistence)
+DepthCorrelation = mean_of("DepthCorrelation", depth_correlation, Agreement)

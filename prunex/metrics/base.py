@@ -1,8 +1,10 @@
-"""The torchmetrics class around a measure of images: the mean over those it is defined for."""
+"""The torchmetrics classes around measures of images: the mean over those they are defined for."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,27 +12,25 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from prunex.checks import check_flag
-from prunex.errors import PrunexError
+from prunex.errors import PrunexError, unknown
+
+TORCHMETRICS = (
+    "compute_on_cpu", "dist_sync_on_step", "process_group", "dist_sync_fn", "distributed_available_fn",
+    "sync_on_compute", "compute_with_cache",
+)  # fmt: skip
+KEYWORD, REST = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_KEYWORD
 
 
 class MeanOverImages(Metric):
     """Mean of a number per image, over all images for which it is defined (not NaN), in one process or several.
 
-    A subclass gives :meth:`measure`. Sums are kept in float64, so that splitting batches changes nothing.
+    A subclass gives :meth:`measure`. Sums are kept in float64, so that splitting batches changes nothing: ``total`` of
+    the numbers that are defined, ``count`` of their images and ``undefined``, the images without one.
 
     Args:
         keep: Also keep every image's number (:meth:`values`), for :func:`prunex.metrics.bootstrap`.
         shape: Of one image's answer: () for a number, (K,) for K of them.
         **kwargs: torchmetrics' own.
-
-    Attributes:
-        total: Sum of the numbers that are defined, float64 of ``shape``.
-        count: Of how many images, int64 of ``shape``.
-        undefined: Images without one, int64 of ``shape``.
-        each: With ``keep``, every image's number, NaN included.
-
-    Raises:
-        PrunexError: For ``keep`` that is not True or False.
     """
 
     is_differentiable = False
@@ -89,3 +89,71 @@ class MeanOverImages(Metric):
         if isinstance(self.each, list) and not self.each:
             return self.total.new_zeros((0, *self.total.shape))
         return dim_zero_cat(self.each)
+
+
+class MeanOf(MeanOverImages):
+    """Mean over images of one function, made by :func:`mean_of`; the function's options are attributes."""
+
+    function: ClassVar[Callable[..., Tensor]]
+    options: ClassVar[dict[str, Any]]
+    checks: ClassVar[dict[str, Callable[[Any], Any]]]
+    signature: ClassVar[inspect.Signature]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = self.signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        rest, keep = given.arguments.pop("kwargs"), given.arguments.pop("keep")
+        for name in rest:
+            if name not in TORCHMETRICS:
+                raise unknown(f"option of {type(self).__name__}", name, self.options)
+        super().__init__(keep, **rest)
+        for name, value in given.arguments.items():
+            setattr(self, name, self.checks[name](value) if name in self.checks else value)
+
+    def measure(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One number an image; several of one image are averaged where they are defined."""
+        options = {name: getattr(self, name) for name in self.options}
+        values = type(self).function(*args, **kwargs, **options)
+        return values if values.ndim == 1 else values.nanmean(1)
+
+
+def mean_of(
+    name: str,
+    function: Callable[..., Tensor],
+    base: type[MeanOf] = MeanOf,
+    *,
+    higher_is_better: bool | None = True,
+    **checks: Callable[[Any], Any],
+) -> type[MeanOf]:
+    """The class of a function's mean over images; ``update`` takes what the function takes.
+
+    Args:
+        name: Of the class.
+        function: From data to one number an image; its parameters with a default, ``target`` aside, become options.
+        base: What the class is made from.
+        higher_is_better: As torchmetrics has it.
+        **checks: By option, what sees to its value before the first batch.
+
+    >>> from prunex.metrics import EqualAreaIoU
+    >>> metric = EqualAreaIoU(judge="dense")
+    >>> metric.update(torch.tensor([[[True, True, False, False]]]), torch.tensor([[[4.0, 1.0, 3.0, 2.0]]]))
+    >>> metric.compute(), metric.judge
+    (tensor(0.3333, dtype=torch.float64), 'dense')
+    """
+    taken = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in taken if p.default is not p.empty and p.name != "target"}
+    defaults |= getattr(function, "handed_on", {})
+    parameters = [inspect.Parameter(option, KEYWORD, default=value) for option, value in defaults.items()]
+    parameters += [inspect.Parameter("keep", KEYWORD, default=False), inspect.Parameter("kwargs", REST)]
+    words = (inspect.getdoc(function) or "").split(">>> ")[0].rstrip()
+    body = {
+        "__module__": function.__module__,  # where pickle looks the class up
+        "__doc__": f"Mean over images of :func:`{function.__name__}`. {words}",
+        "function": staticmethod(function),
+        "options": defaults,
+        "checks": checks,
+        "signature": inspect.Signature(parameters),
+        "higher_is_better": higher_is_better,
+    }
+    made: type[MeanOf] = type(base)(name, (base,), body)
+    return made

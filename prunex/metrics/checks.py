@@ -11,18 +11,9 @@ from prunex.errors import PrunexError
 
 
 def check_grid(name: str, value: Any, floats: bool = True) -> Tensor:
-    """A tensor [B, H, W] that holds something.
+    """A tensor [B, H, W], off the graph; floats in at least float32 where it must hold ``floats``.
 
-    Args:
-        name: What it is called in the message; a plural.
-        value: What the user gave.
-        floats: Whether it must hold floats.
-
-    Returns:
-        It, off the graph; floats in at least float32.
-
-    Raises:
-        PrunexError: For anything else.
+    ``name`` is what it is called in the message; a plural.
     """
     if not isinstance(value, Tensor) or value.ndim != 3:
         came = f"have shape {list(value.shape)}" if isinstance(value, Tensor) else f"are a {type(value).__name__}"
@@ -35,17 +26,9 @@ def check_grid(name: str, value: Any, floats: bool = True) -> Tensor:
 
 
 def check_masks(maps: Any, masks: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps, and the pixels of each that are the object's, and those that have a label at all.
+    """Maps, and the pixels of each that are the object's, and those that have a label at all: [B, H, W] each.
 
-    Args:
-        maps: float [B, H, W].
-        masks: bool [B, H, W], true on the object; or whole numbers: 1 object, 0 background, -1 ignored.
-
-    Returns:
-        float [B, H, W] in at least float32, bool [B, H, W] and bool [B, H, W] on its device.
-
-    Raises:
-        PrunexError: For other shapes, types or labels.
+    ``masks`` are bool, true on the object; or whole numbers: 1 object, 0 background, -1 ignored.
     """
     for name, value in (("maps", maps), ("masks", masks)):
         check_grid(name, value, floats=False)
@@ -72,18 +55,7 @@ def check_masks(maps: Any, masks: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_kept(kept: Any, maps: Any) -> tuple[Tensor, Tensor]:
-    """Which patches are kept and their relevance, flat.
-
-    Args:
-        kept: bool [B, gh, gw].
-        maps: float [B, gh, gw].
-
-    Returns:
-        bool [B, P] and float64 [B, P], on the device of the maps.
-
-    Raises:
-        PrunexError: For other shapes or types.
-    """
+    """Which patches are kept and their relevance, flat: bool [B, P] and float64 [B, P], on the device of the maps."""
     check_grid("kept", kept, floats=False)
     maps = check_grid("maps", maps)
     if kept.dtype != torch.bool:
@@ -93,11 +65,7 @@ def check_kept(kept: Any, maps: Any) -> tuple[Tensor, Tensor]:
 
 
 def check_scores(name: str, scores: Any, maps: Any) -> tuple[Tensor, Tensor]:
-    """One score a patch and the patches' relevance, flat: float64 [B, P] both.
-
-    Raises:
-        PrunexError: For other shapes or types.
-    """
+    """One score a patch and the patches' relevance, flat: float64 [B, P] both."""
     scores, maps = check_grid(name, scores), check_grid("maps", maps)
     _check_same(name, scores, maps)
     return scores.to(maps.device).flatten(1).double(), maps.flatten(1).double()
@@ -112,11 +80,7 @@ def _check_same(name: str, value: Tensor, maps: Tensor) -> None:
 
 
 def check_maps(maps: Any, images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Maps [B, gh, gw] or [B, H, W] on the images' device, in at least float32.
-
-    Raises:
-        PrunexError: For other shapes or types.
-    """
+    """Maps [B, gh, gw] or [B, H, W] on the images' device, in at least float32."""
     size = (images.shape[2], images.shape[3])
     want = f"floats [{len(images)}, {grid[0]}, {grid[1]}] on the patch grid or [{len(images)}, {size[0]}, {size[1]}]"
     if not isinstance(maps, Tensor):
@@ -129,15 +93,7 @@ def check_maps(maps: Any, images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def check_steps(steps: Any, first: bool = False) -> tuple[float, ...]:
-    """Rising fractions in [0, 1].
-
-    Args:
-        steps: What was given.
-        first: Whether they must begin with 0.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """Rising fractions in [0, 1]; where ``first``, they must begin with 0."""
     given = tuple(steps) if isinstance(steps, list | tuple) else ()
     good = all(isinstance(q, int | float) and not isinstance(q, bool) and 0 <= q <= 1 for q in given)
     if not given or not good or any(b <= a for a, b in zip(given, given[1:], strict=False)) or (first and given[0]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
+from prunex.metrics.base import mean_of
 from prunex.metrics.checks import check_steps
 from prunex.metrics.occlusion import ClassOcclusion, on_pixels
 from prunex.metrics.ranks import ranked
@@ -238,12 +240,9 @@ def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
 
 
 def curves_of(without: Tensor, only: Tensor | None = None, least: Tensor | None = None) -> Curves:
-    """Curves from scores that one already has, at evenly spaced steps from 0 to 1.
+    """Curves from scores that are known, float [B, K] each, at evenly spaced steps from 0 to 1.
 
-    Args:
-        without: float [B, K], K at least 2; the first column is the clean score.
-        only: float [B, K], or None: ``without`` backwards.
-        least: float [B, K], or None.
+    The first column of ``without`` is the clean score; without ``only`` it is taken backwards.
     """
     without = without.double()
     steps = tuple(k / (without.shape[1] - 1) for k in range(without.shape[1]))
@@ -307,3 +306,12 @@ def _columns(curves: Curves, fractions: Sequence[float]) -> list[int]:
             f"{curves.steps!r}"
         )
     return [near[round(q, 9)] for q in wanted]
+
+
+Deletion = mean_of("Deletion", deletion, higher_is_better=False)
+Insertion = mean_of("Insertion", insertion)
+SRG = mean_of("SRG", srg)
+AOPC = mean_of("AOPC", aopc, definition=partial(check_choice, "definition", allowed=DEFINITIONS), fractions=check_steps)
+LogOdds = mean_of("LogOdds", log_odds, higher_is_better=False, fractions=check_steps)
+Comprehensiveness = mean_of("Comprehensiveness", comprehensiveness, fractions=check_steps)
+Sufficiency = mean_of("Sufficiency", sufficiency, higher_is_better=False, fractions=check_steps)

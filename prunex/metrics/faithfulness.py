@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunex.checks import check_choice, check_flag, check_whole
 from prunex.errors import PrunexError
+from prunex.metrics.base import mean_of
 from prunex.metrics.occlusion import ClassOcclusion
 from prunex.metrics.ranks import TINY, average_ranks, pearson, ranked
 from prunex.registry import register
@@ -231,3 +232,9 @@ def _rounded(x: Tensor) -> Tensor:
     """Values that rounding alone keeps apart made equal: float64 [B, M]."""
     unit = x.abs().amax(-1, keepdim=True) * TINY
     return (x / unit.where(unit > 0, 1)).round()
+
+
+SensitivityN = mean_of("SensitivityN", sensitivity_n)
+FaithfulnessCorrelation = mean_of("FaithfulnessCorrelation", faithfulness_correlation)
+Infidelity = mean_of("Infidelity", infidelity, higher_is_better=False)
+SaCo = mean_of("SaCo", saco)

@@ -24,12 +24,16 @@ ratio, the mask by nearest neighbour.
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError
+from prunex.metrics.base import mean_of
 from prunex.metrics.checks import check_grid, check_masks
 from prunex.metrics.ranks import average_precision, inside_top, separation
 from prunex.registry import register
@@ -261,3 +265,75 @@ def iou_of(counts: Tensor) -> Tensor:
     """Mean of background's and object's IoU, likewise."""
     unions = counts[[3, 5]]
     return (counts[[2, 4]] / unions).where(unions > 0, torch.nan).mean()
+
+
+MeanAP = mean_of("MeanAP", mean_ap)
+ForegroundF1 = mean_of("ForegroundF1", foreground_f1)
+EnergyInMask = mean_of("EnergyInMask", energy_inside)
+RankAccuracy = mean_of("RankAccuracy", rank_accuracy)
+ForegroundAUC = mean_of("ForegroundAUC", foreground_auc)
+PointingGame = mean_of("PointingGame", pointing_game, tolerance=partial(check_number, "tolerance", low=0))
+TopKIntersection = mean_of("TopKIntersection", topk_intersection, k=partial(check_whole, "k", least=1))
+
+
+def _share_of_objects(maps: Tensor, masks: Tensor) -> Tensor:
+    """The chance level of the others, :func:`object_share`, from what they are given; NaN where they are NaN too."""
+    share = object_share(masks)
+    return share.masked_fill(share == 0, torch.nan)
+
+
+ObjectShare = mean_of("ObjectShare", _share_of_objects, higher_is_better=None)
+
+
+class OverDataSet(Metric):
+    """Sums of :func:`segmentation_counts` over all images, in one process or several.
+
+    Attributes:
+        total: The sums, float64 [6].
+        count: Images that went in.
+        undefined: Images left out, their map holding NaN.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+    undefined: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("undefined", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, maps: Tensor, masks: Tensor) -> None:
+        """Take a batch of maps, float [B, H, W], and masks."""
+        counts = segmentation_counts(maps, masks).to(self.total)
+        broken = counts.isnan().any(1)
+        self.total = self.total + counts.nansum(0)
+        self.count = self.count + (~broken).sum()
+        self.undefined = self.undefined + broken.sum()
+
+
+class PixelAccuracy(OverDataSet):
+    """:func:`pixel_accuracy` of a data set: right pixels over labelled pixels, both summed over all images.
+
+    >>> metric = PixelAccuracy()
+    >>> metric.update(torch.tensor([[[0.9, 0.1, 0.6]]]), torch.tensor([[[True, False, False]]]))
+    >>> metric.compute()
+    tensor(0.6667, dtype=torch.float64)
+    """
+
+    def compute(self) -> Tensor:
+        """The ratio, float64; NaN without a labelled pixel."""
+        return accuracy_of(self.total)
+
+
+class MeanIoU(OverDataSet):
+    """:func:`mean_iou` of a data set: intersections and unions summed over all images, divided once."""
+
+    def compute(self) -> Tensor:
+        """The mean over background and object, float64; NaN where one of them is nowhere."""
+        return iou_of(self.total)

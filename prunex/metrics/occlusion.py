@@ -63,15 +63,10 @@ class Occlusion:
             self.clean = self.game.rows(torch.arange(len(images), device=weight.device), ~nothing)
 
     def __call__(self, image: Tensor, removed: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits of R altered images.
+        """Logits of R altered images, float64 [R, classes], each made of ``image`` int64 [R].
 
-        Args:
-            image: int64 [R], which image each is made of.
-            removed: From row numbers int64 [r] to what is taken away in them: bool [r, P] patches, or [r, H * W] pixels
-                where pixels are painted.
-
-        Returns:
-            float64 [R, classes].
+        ``removed`` gives for row numbers int64 [r] what is taken away in them: bool [r, P] patches, or [r, H * W]
+        pixels where pixels are painted.
         """
         if not len(image):
             return self.clean[:0]

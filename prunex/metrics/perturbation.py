@@ -81,10 +81,8 @@ def perturbation(
 
     A hit is always the *label*. The tables' rows "predicted" and "target" differ only in the class that the maps were
     made for; class-agnostic methods have equal rows. A random-order curve belongs beside every table: black pixels
-    reward compact maps.
-
-    A pruned model mixes two effects: what is gone, and what its pruner then keeps. ``selection="frozen"`` leaves the
-    second out (tokens leave as in the clean run); report both.
+    reward compact maps. A pruned model mixes two effects: what is gone, and what its pruner then keeps;
+    ``selection="frozen"`` leaves the second out. Report both.
 
     Args:
         model: A supported ViT, pruned or dense, or a module that holds exactly one.
@@ -96,16 +94,13 @@ def perturbation(
         **options: ``removal`` (the authors' "black" where nothing is said), ``selection`` ("free"), ``mean``, ``std``
             and ``chunk``: see :class:`prunex.removal.game.RemovalOptions`.
 
-    Returns:
-        The results of every step.
-
     Raises:
         PrunexError: For maps, labels or options that do not fit, or a model with less than two classes.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
-    >>> found = perturbation(model, torch.randn(1, 3, 224, 224), torch.rand(1, 14, 14), steps=(0, 0.5), removal="drop")
-    >>> found.hits.shape, found.removed.tolist()
+    >>> drop = perturbation(model, torch.randn(1, 3, 224, 224), torch.rand(1, 14, 14), steps=(0, 0.5), removal="drop")
+    >>> drop.hits.shape, drop.removed.tolist()
     (torch.Size([1, 2]), [0, 98])
     """
     check_choice("order", order, ORDERS)
@@ -117,42 +112,40 @@ def perturbation(
         raise PrunexError("this model has one output, whose class is always right: give a model of two classes or more")
     labels = _labels(occlusion.clean, labels)
     dropping = options["removal"] == "drop"
-    values = (
-        on_patches(maps, occlusion.grid, occlusion.patch)
-        if dropping
-        else on_pixels(maps, occlusion.size, occlusion.patch)
-    )
+    if dropping:
+        values = on_patches(maps, occlusion.grid, occlusion.patch)
+    else:
+        values = on_pixels(maps, occlusion.size, occlusion.patch)
     counts = counted(steps, values.shape[1], dropping)
     place, ties = ranked(values, order)
-    limits = torch.tensor(counts, dtype=torch.int32, device=place.device)
     # Row k * B + b: image b after step k. Step 0 is the clean image.
     image = torch.arange(len(images), device=place.device).repeat(len(counts))
-    limit = limits.repeat_interleave(len(images))
-    some = limit > 0
-    rows, limit = image[some], limit[some]
+    limit = torch.tensor(counts, dtype=torch.int32, device=place.device).repeat_interleave(len(images))
+    altered = limit > 0
+    rows, limit = image[altered], limit[altered]
     logits = occlusion.clean.repeat(len(counts), 1)
-    logits[some] = occlusion(rows, lambda part: place[rows[part]] < limit[part, None])
+    logits[altered] = occlusion(rows, lambda part: place[rows[part]] < limit[part, None])
     bad = maps.flatten(1).isnan().any(1)
 
     def table(column: Tensor) -> Tensor:
         return column.double().view(len(counts), -1).T.masked_fill(bad[:, None], torch.nan)
 
-    mine = labels[image, None]
+    label = labels[image, None]
     logp = logits.log_softmax(1)
     best = logp.topk(2, 1).values
-    own = logp.gather(1, mine)[:, 0]
+    of_label = logp.gather(1, label)[:, 0]
     return Perturbation(
-        steps,
-        torch.tensor(counts, device=place.device),
-        "patches" if dropping else "pixels",
-        table(logits.argmax(1) == mine[:, 0]),
-        table(own.exp()),
-        table(logits.gather(1, mine)[:, 0]),
-        table(best[:, 0].exp()),
-        table(logits.amax(1)),
-        table(own - best[:, 1]),
-        ties,
-        labels,
+        steps=steps,
+        removed=torch.tensor(counts, device=place.device),
+        units="patches" if dropping else "pixels",
+        hits=table(logits.argmax(1) == label[:, 0]),
+        probability=table(of_label.exp()),
+        logit=table(logits.gather(1, label)[:, 0]),
+        top_probability=table(best[:, 0].exp()),
+        top_logit=table(logits.amax(1)),
+        dissimilarity=table(of_label - best[:, 1]),
+        ties=ties,
+        labels=labels,
     )
 
 
@@ -166,16 +159,10 @@ def counted(steps: Sequence[float], units: int, dropping: bool) -> list[int]:
 
 
 def perturbation_auc(accuracy: Tensor, steps: Sequence[float] = STEPS) -> Tensor:
-    """100 * the trapezoid area under accuracy over the fractions taken away, not divided by their range.
+    """100 * the trapezoid area under accuracy, float [..., K] in 0..1, over the K fractions taken away.
 
-    So the maximum of the usual steps 0, 0.1, ..., 0.9 is **90**; the mean of the accuracies is not this number.
-
-    Args:
-        accuracy: float [..., K], in 0..1.
-        steps: Its K fractions.
-
-    Raises:
-        PrunexError: For another number of steps.
+    It is not divided by their range: the maximum of the usual steps 0, 0.1, ..., 0.9 is **90**, and the mean of the
+    accuracies is not this number.
 
     >>> round(perturbation_auc(torch.ones(10)).item(), 6)
     90.0

@@ -33,12 +33,11 @@ class ModelRandomisation(Brief):
         cascade: Whether each stage adds to those before it; else each stands alone.
         stages: What was randomised, in order: "head" (final norm, pooling, head), "blocks.11" ... "blocks.0", "embed"
             (patch embedding, positions, prefix tokens); "all" at the end where stages stand alone.
-        spearman: float64 [S, B], Spearman's correlation of the original and the randomised map, signed; NaN where
-            either is constant.
+        spearman: float64 [S, B], Spearman's correlation of the original and the randomised map, signed; NaN, as in the
+            next two, where either is constant.
         absolute: float64 [S, B], the same of absolute values.
         ssim: float64 [S, B], structural similarity at pixel size (Gaussian window of 11, sigma 1.5), each map scaled
-            to 0..1; NaN where either is constant. Maps brought up from patches are smooth, so it is high by nature:
-            compare it between methods, not with 0.
+            to 0..1. Maps brought up from patches are smooth: compare it between methods, not with 0.
         chance: What the mean correlations stay below in 99 % of cases when the patches of one map are shuffled:
             2.58 / sqrt(B (P - 1)), by the normal approximation.
         threshold: The least mean correlation that counts as surviving, whatever chance is.
@@ -70,11 +69,13 @@ class ModelRandomisation(Brief):
 
     def table(self) -> list[dict[str, Any]]:
         """One row a stage: its name and the means over images."""
-        columns = {"spearman": self.spearman, "absolute": self.absolute, "ssim": self.ssim}
-        return [
-            {"stage": stage} | {name: float(v[row].nanmean()) for name, v in columns.items()}
-            for row, stage in enumerate(self.stages)
-        ]
+        rows: list[dict[str, Any]] = []
+        for number, stage in enumerate(self.stages):
+            row: dict[str, Any] = {"stage": stage}
+            for name in ("spearman", "absolute", "ssim"):
+                row[name] = float(getattr(self, name)[number].nanmean())
+            rows.append(row)
+        return rows
 
 
 @register("metric", "model_randomisation", _PAPER, "a model, images and an explainer's name")
@@ -115,9 +116,6 @@ def model_randomisation(
         seed: Of the noise; the global random state stays as it is.
         threshold: The least mean correlation, in 0..1, that counts as surviving.
         **options: The explainer's own.
-
-    Returns:
-        The similarities by stage, and whether the method survives.
 
     Raises:
         PrunexError: As :func:`prunex.explain`, or for a seed or threshold out of range.

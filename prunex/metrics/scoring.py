@@ -90,13 +90,8 @@ MEASURES: dict[str, Measure] = {
 def measures(names: str | Sequence[str] = "all") -> list[Measure]:
     """Measures by name, in the table's order.
 
-    Args:
-        names: Names in a list or with commas between. "all" stands for the usual ones: those that cost a hundred
-            forwards an image or say what another says already are taken by name alone. "perturbation" stands for both
-            of its orders.
-
-    Raises:
-        PrunexError: For a name that is not known, or no name.
+    Names come in a list or with commas between. "all" stands for the usual ones: those that cost a hundred forwards an
+    image or say what another says already are taken by name alone. "perturbation" stands for both of its orders.
 
     >>> [m.name for m in measures("deletion, perturbation")]
     ['perturbation_positive', 'perturbation_negative', 'deletion']
@@ -119,6 +114,28 @@ def measures(names: str | Sequence[str] = "all") -> list[Measure]:
     return [m for m in MEASURES.values() if m.name in wanted]
 
 
+class Evidence(GameOptions, total=False):
+    """What measures are about, beside the maps; and how the model is asked, see ``prunex.removal.game.GameOptions``.
+
+    Attributes:
+        labels: int [B], the true class, which is what perturbation counts as a hit; None: the predicted one.
+        masks: bool [B, H, W], or 1, 0 and -1 for ignored; localisation needs them.
+        pixels: float [B, H, W], the finest map; None: ``maps`` brought up bilinearly.
+        kept: bool [B, gh, gw], the patches a pruned model keeps; agreement needs it and the judge.
+        judge: float [B, gh, gw], the dense model's map for the same classes.
+        explainer: The method's name, for "max_sensitivity".
+        options: Its options.
+    """
+
+    labels: Tensor | None
+    masks: Tensor | None
+    pixels: Tensor | None
+    kept: Tensor | None
+    judge: Tensor | None
+    explainer: str | None
+    options: Mapping[str, Any] | None
+
+
 def scores(
     metrics: Sequence[str],
     model: nn.Module,
@@ -126,15 +143,8 @@ def scores(
     maps: Tensor,
     target: int | Tensor | None = None,
     *,
-    labels: Tensor | None = None,
-    masks: Tensor | None = None,
-    pixels: Tensor | None = None,
-    kept: Tensor | None = None,
-    judge: Tensor | None = None,
-    explainer: str | None = None,
-    options: Mapping[str, Any] | None = None,
     removal: Route | None = None,
-    **game: Unpack[GameOptions],
+    **evidence: Unpack[Evidence],
 ) -> dict[str, Tensor]:
     """Measure the maps of a batch of images.
 
@@ -147,16 +157,9 @@ def scores(
         images: float [B, C, H, W], normalised as the model expects.
         maps: float [B, gh, gw] on the patch grid.
         target: The class explained, an int or int [B]; None: the predicted one.
-        labels: int [B], the true class, which is what perturbation counts as a hit; None: the predicted one.
-        masks: bool [B, H, W], or 1, 0 and -1 for ignored; localisation needs them.
-        pixels: float [B, H, W], the finest map; None: ``maps`` brought up bilinearly.
-        kept: bool [B, gh, gw], the patches a pruned model keeps; agreement needs it and the judge.
-        judge: float [B, gh, gw], the dense model's map for the same classes.
-        explainer: The method's name, for "max_sensitivity".
-        options: Its options.
         removal: How patches are taken away. None: as published, which is "black" pixels for perturbation and "drop"
             (tokens) for everything else but "saco", whose is "mean".
-        **game: ``selection`` ("free"), ``mean``, ``std`` and ``chunk``: see :class:`prunex.removal.game.GameOptions`.
+        **evidence: See :class:`Evidence`.
 
     Returns:
         By name, on the CPU, float64 [B]; for pixel_accuracy and mean_iou, which are ratios of sums over images,
@@ -172,15 +175,21 @@ def scores(
     >>> scores(["deletion"], model, images, e.maps, e.target)["deletion"].shape
     torch.Size([2])
     """
+    odd = evidence.keys() - Evidence.__optional_keys__
+    if odd:
+        raise unknown("option of scores", min(odd), Evidence.__optional_keys__)
     chosen = measures(list(metrics))
-    _check_given(chosen, masks, kept, judge, explainer)
+    _check_given(chosen, evidence)
+    game: Any = {name: value for name, value in evidence.items() if name in GameOptions.__optional_keys__}
+    masks, kept, judge = evidence.get("masks"), evidence.get("kept"), evidence.get("judge")
     names: dict[str, list[str]] = {}
     for measure in chosen:
         names.setdefault(measure.kind, []).append(measure.name)
     values: dict[str, Tensor] = {}
     for order in ("positive", "negative"):
         if order in names:
-            hits = perturbation(model, images, maps, labels, order=order, removal=removal or "black", **game).hits
+            labels, route = evidence.get("labels"), removal or "black"
+            hits = perturbation(model, images, maps, labels, order=order, removal=route, **game).hits
             values[f"perturbation_{order}"] = perturbation_auc(hits)
     if "curves" in names:
         orders: list[Any] = ["without", "only"]
@@ -189,7 +198,9 @@ def scores(
         curves = removal_curves(model, images, maps, target, removal=removal or "drop", orders=orders, **game)
         values |= _each(names["curves"], curves)
     if masks is not None and ("mask" in names or "counts" in names):
-        fine = _pixels(model, images, maps, masks) if pixels is None else pixels
+        fine = evidence.get("pixels")
+        if fine is None:
+            fine = _pixels(model, images, maps, masks)
         values |= _each(names.get("mask", ()), fine, masks)
         if "counts" in names:
             counts = segmentation_counts(fine, masks)
@@ -198,11 +209,13 @@ def scores(
         values |= _each(names.get("kept", ()), kept, judge)
     for name in _MODEL:
         if name in names:
-            route = {} if removal is None else {"removal": removal}
-            sampled = _each([name], model, images, maps, target, **route, **game)[name]
+            chosen_route = {} if removal is None else {"removal": removal}
+            sampled = _each([name], model, images, maps, target, **chosen_route, **game)[name]
             values[name] = sampled if sampled.ndim == 1 else sampled.nanmean(1)
+    explainer = evidence.get("explainer")
     if explainer is not None and "max_sensitivity" in names:
-        values["max_sensitivity"] = sensitivity_of(explainer, model, images, target, dict(options or {}))
+        options = dict(evidence.get("options") or {})
+        values["max_sensitivity"] = sensitivity_of(explainer, model, images, target, options)
     return {m.name: values[m.name].detach().double().cpu() for m in chosen}
 
 
@@ -299,14 +312,13 @@ def _pixels(model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor) -> Te
     return over_pixels(maps.float(), image, covered, size)
 
 
-def _check_given(
-    chosen: Sequence[Measure], masks: Tensor | None, kept: Tensor | None, judge: Tensor | None, explainer: str | None
-) -> None:
+def _check_given(chosen: Sequence[Measure], evidence: Evidence) -> None:
     """Refuse measures that lack what they are about."""
+    missing = {name for name in ("masks", "kept", "judge", "explainer") if evidence.get(name) is None}
     for measure in chosen:
-        if measure.group == "localisation" and masks is None:
+        if measure.group == "localisation" and "masks" in missing:
             raise PrunexError(f"{measure.name} needs object masks: give masks, or leave it out")
-        if measure.group == "agreement" and (kept is None or judge is None):
+        if measure.group == "agreement" and missing & {"kept", "judge"}:
             raise PrunexError(f"{measure.name} needs the patches kept and the dense model's map: give kept and judge")
-        if measure.group == "robustness" and explainer is None:
+        if measure.group == "robustness" and "explainer" in missing:
             raise PrunexError(f"{measure.name} needs the explainer's name: give explainer")

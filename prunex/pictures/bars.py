@@ -35,12 +35,6 @@ def bars(
         width: In pixels; the height follows from the number of bars.
         order: Series that other charts of the page have, so that each keeps its colour.
 
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        PrunexError: Nothing to draw.
-
     >>> bars({"rollout": {"dense": (0.4, 0.3, 0.5)}}, width=300).shape[1:]
     (300, 3)
     """

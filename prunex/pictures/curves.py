@@ -47,9 +47,6 @@ def curves(
         bands: For some of the names the lower and upper end [N] of a faint band around the line, such as the spread
             over seeds.
 
-    Returns:
-        uint8 [height, width, 3].
-
     Raises:
         PrunexError: Steps and values of different length, or nothing to draw.
 
@@ -66,22 +63,10 @@ def curves_svg(
     xlabel: str = "step",
     size: tuple[int, int] = (640, 360),
 ) -> str:
-    """The same chart as `curves` as an ``<svg>`` element for an HTML page.
+    """The same chart as `curves` as an ``<svg>`` element for an HTML page; ``size`` is where text has its natural size.
 
-    It has no background, and text and axes take the page's text colour and font, so it reads in light and dark.
-
-    Args:
-        metrics: For each name its steps [N] and values [N].
-        title: A line above the chart.
-        percent: Show values as per cent of 1.
-        xlabel: What the steps count.
-        size: Width and height in pixels at which the text has its natural size.
-
-    Returns:
-        The element as text; names are escaped.
-
-    Raises:
-        PrunexError: Steps and values of different length, or nothing to draw.
+    It has no background, and text and axes take the page's text colour and font, so it reads in light and dark. Names
+    are escaped.
 
     >>> curves_svg({"<loss>": ([0, 1], [1.0, 0.5])}).startswith("<svg")
     True

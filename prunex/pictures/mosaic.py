@@ -186,23 +186,10 @@ def relevancy_mosaic(
 ) -> Picture:
     """What the prediction rests on: one row an image, the image first, then one column a method.
 
-    Args:
-        images: As for `kept_mosaic`, and so are all that are not told here.
-        maps: Relevancy, numbers [M, gh, gw] for each method; each map has its own scale, see `overlay`.
-        kept_last: Booleans [M, gh, gw]: patches left after the last stage, whose boundary is drawn.
-        targets: The class that was explained, integers [M] for each method; -1 where the method knows no class.
-        labels: Likewise.
-        predicted: Likewise.
-        class_names: Likewise.
-        masks: Likewise.
-        title: Likewise.
-        side: Likewise.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        PrunexError: No method, or arrays whose shapes do not fit the images.
+    ``maps`` are relevancy, numbers [M, gh, gw] for each method, each map on its own scale (see `overlay`);
+    ``kept_last`` booleans [M, gh, gw], the patches left after the last stage, whose boundary is drawn; and ``targets``
+    the class that was explained, integers [M] for each method, -1 where the method knows no class. All else, what comes
+    back and what is refused is as for `kept_mosaic`.
     """
     if not maps:
         raise PrunexError("no map to draw: give maps of at least one method")

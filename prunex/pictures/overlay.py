@@ -33,16 +33,13 @@ def overlay(
     that are not finite, get no colour.
 
     Args:
-        images: uint8 [..., H, W, 3].
+        images: uint8 [..., H, W, 3], and so is the answer.
         heat: Numbers [..., h, w], one map an image: a patch grid or pixels.
         alpha: Share of the colour where the map is strongest, in [0, 1].
         cmap: A matplotlib colormap; ``"inferno"``, or ``"RdBu_r"`` for signed maps, when not given.
         signed: Whether 0 is the middle of the scale. When not given: whether any value is negative.
         smooth: Interpolate between the map's values; otherwise each patch is one flat square.
         floor: The value, and below, of an unsigned map that gets no colour; its smallest value when not given.
-
-    Returns:
-        uint8 [..., H, W, 3], of the images' size.
 
     Raises:
         PrunexError: Images that are not uint8, a map for another number of images, an `alpha` outside [0, 1], an
@@ -150,9 +147,8 @@ def _scaled(maps: Floats, signed: bool, floor: float | None) -> tuple[Floats, Fl
     finite = np.isfinite(maps)
     top = np.where(finite, maps, -np.inf).max(axis=(-2, -1), keepdims=True)
     low = np.where(finite, maps, np.inf).min(axis=(-2, -1), keepdims=True)
-    with np.errstate(
-        invalid="ignore", divide="ignore", over="ignore"
-    ):  # maps without a finite or a second value end as 0 below
+    # Maps without a finite or a second value end as 0 below.
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if signed:
             value = maps / np.maximum(np.abs(top), np.abs(low))
             strength, place = np.abs(value), (value + 1) / 2

@@ -26,17 +26,9 @@ def unit_widths(dense: Any, kept: Any, title: str | None = None) -> Picture:
     A bar's full height is the dense block, whatever its width; above it stands how many units are kept. Few heads are
     drawn one by one, without telling which they are. The share kept of the whole model stands beside each row.
 
-    Args:
-        dense: Whole numbers [blocks, 2]: heads and MLP channels of each block of the dense model; 0 where a block has
-            no units of a kind that could be taken out.
-        kept: Whole numbers [blocks, 2], those that are left.
-        title: A line above everything.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        PrunexError: Numbers of another shape, negative ones, or more units kept than there were.
+    ``dense`` and ``kept`` are whole numbers [blocks, 2], heads and MLP channels of each block of the dense model and
+    those that are left; 0 where a block has no units of a kind that could be taken out. Numbers of another shape,
+    negative ones, or more units kept than there were are refused.
 
     >>> unit_widths([[6, 1536], [6, 1536]], [[3, 700], [0, 1536]]).shape
     (330, 420, 3)
@@ -125,9 +117,6 @@ def class_heads(
         kept: Booleans [heads]; None: all are.
         title: A line above everything.
         most: Rows drawn at most.
-
-    Returns:
-        uint8 [height, width, 3].
 
     Raises:
         PrunexError: Numbers, names or booleans that do not fit each other, values that are not finite.
@@ -226,9 +215,6 @@ def head_attention(
         names: A caption for each image; ``"input"`` without them.
         title: A line above everything.
         side: Wanted side of one cell, in pixels; see `resized`.
-
-    Returns:
-        uint8 [height, width, 3].
 
     Raises:
         PrunexError: Arrays or captions that do not fit the images.

@@ -26,6 +26,7 @@ class Brief:
     shown: ClassVar[tuple[str, ...]] = ()  # attributes worth the room; empty: every field that is not None
 
     def __repr__(self) -> str:
+        # What is None was not asked for, and says nothing.
         names = self.shown or tuple(f.name for f in fields(self) if f.repr)  # type: ignore[arg-type]
         held = [(name, getattr(self, name)) for name in names]
         return f"{type(self).__name__}({', '.join(f'{name}={brief(v)}' for name, v in held if v is not None)})"
@@ -50,5 +51,6 @@ def brief(value: Any) -> str:
     if isinstance(value, list | tuple):
         text = "[" + ", ".join(map(brief, value)) + "]"
         return text if len(text) <= LONG else f"{len(value)} of {type(value[0]).__name__}"
+    # Whatever is long or of several lines is told by its type.
     text = repr(value)
     return text if len(text) <= 2 * LONG and "\n" not in text else type(value).__name__

@@ -37,6 +37,7 @@ def called_as(example: str, **kinds: type) -> Callable[[Callable[P, R]], Callabl
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            # Python's own message names the function, but not how it is called.
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
@@ -66,11 +67,13 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_whole(name: str, value: Any, least: int) -> int:
-    """A whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
-    return value
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number of at least ``least``, and at most ``most`` where that is given."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        allowed = f"of at least {least}" if most is None else f"in {least}..{most}"
+        raise PrunexError(f"{name}={value!r} is not allowed: give a whole number {allowed}")
+    return int(value)
 
 
 def check_share(name: str, value: Any, zero: bool = False) -> float:
@@ -121,6 +124,7 @@ def check_budget(budget: Any, dense: int = 1) -> float:
     >>> check_budget(0.5, 1000), check_budget("2.9GMACs", 4_600_000_000)
     (500.0, 2900000000.0)
     """
+    # A number says which unit it is in: without one, 2.9 could be anything.
     if isinstance(budget, str) and (written := _WRITTEN.fullmatch(budget)):
         macs = float(written[1]) * _UNITS[written[2].lower()]
         if macs > 0:

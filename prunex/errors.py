@@ -20,6 +20,7 @@ class PrunexError(ValueError):
     def __init__(self, message: str) -> None:
         # A data loader's worker hands its error over with the whole traceback as text: only the last message counts.
         text = str(message).rsplit("PrunexError: ", 1)[-1]
+        # One line: messages are read in terminals, logs and progress bars.
         line = " ".join(text.split())
         super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
 
@@ -45,6 +46,7 @@ def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
     unknown option 'Keep-Ratio': did you mean 'keep_ratio'? Known: keep_ratio, stages
     """
     names = sorted(allowed)
+    # Most near names are right names in another spelling.
     plain = {name.lower().replace("-", "_"): name for name in names}
     came = str(received)[:80].lower().replace("-", "_")  # no name is longer, while a model's text fills pages
     near = [plain[name] for name in ([came] if came in plain else get_close_matches(came, plain, n=2, cutoff=0.5))]

@@ -73,6 +73,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
+    # A longer text would be turned into a number for minutes.
     number = int(text) if len(text) <= 20 else 2**64
     return number if abs(number) < 2**63 else _no_number(text[:20])
 
@@ -101,6 +102,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            # Sizes are promises, read before anything is unpacked.
             parts = archive.infolist()
             if sum(part.file_size for part in parts) > NPZ_BYTES:
                 raise ValueError(f"it unpacks to more than {NPZ_BYTES // 2**30} GiB")

@@ -89,6 +89,7 @@ def corrected_overlap(kept: Tensor, maps: Tensor) -> Tensor:
     """
     share = kept_share(kept)
     overlap = topk_overlap(kept, maps)
+    # A mask may lie elsewhere than the map; answers lie where the map does.
     share = share.to(overlap.device)
     return ((overlap - share) / (1 - share)).where(share < 1, torch.nan)
 
@@ -118,6 +119,7 @@ def mass_efficiency(kept: Tensor, maps: Tensor) -> Tensor:
     kept, relevance, count, defined = _compared(kept, maps)
     chance = count.double() / kept.shape[1]
     share = _mass(relevance)
+    # The best mask of K patches holds the K largest shares, whatever their places.
     ranked = share.sort(1, descending=True).values
     among = torch.arange(kept.shape[1], device=kept.device) < count[:, None]
     best = (ranked * among).sum(1)
@@ -190,6 +192,7 @@ def rank_biased_overlap(scores: Tensor, maps: Tensor, *, persistence: float = 0.
     check_persistence(persistence)
     scores, relevance = check_scores("scores", scores, maps)
     ranked = ~scores.isnan()
+    # Two rankings that are ties alone agree by chance, which is no agreement.
     defined = _informative(relevance) & _varied(scores, ranked) & _varied(relevance, ranked)
     return rank_biased(scores, relevance, persistence, ranked).where(defined, torch.nan)
 
@@ -218,6 +221,7 @@ def depth_correlation(depths: Tensor, maps: Tensor, *, kind: str = "spearman") -
     """
     if kind not in ("spearman", "kendall"):
         raise PrunexError(f"kind={kind!r} is not allowed: give 'spearman' or 'kendall'")
+    # Depths are counts: whole numbers are as good as floats, where scores must be floats.
     depths = check_grid("depths", depths, floats=False)
     if depths.is_complex():
         raise PrunexError(f"depths have dtype {depths.dtype}: give numbers [B, gh, gw]")
@@ -252,6 +256,7 @@ def keep_scores(trace: TokenTrace, stage: int = -1) -> Tensor:
     stage = check_index("stage", stage, count, f"this trace has {count} stages")
     if trace.stages[stage].score is None:
         return torch.full((trace.batch, *trace.grid), torch.nan, device=trace.device)
+    # A later stage ranked the tokens that were left; what others had was no score of theirs.
     scores, ranked = trace.scores(stage)
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     return scores.masked_fill(~ranked, torch.nan).unflatten(1, trace.grid)
@@ -313,6 +318,7 @@ def agreement(
     judge = _judge(maps, judge)
     relevance: Any = getattr(maps, "maps", maps)
     has_kept_set, depth = True, None
+    # What merges or pools keeps no set of patches, so that set measures would compare with nothing.
     if isinstance(kept, TokenTrace):
         trace, has_kept_set = kept, not (kept.merges(stage) or kept.pooled)
         kept = trace.kept(stage)
@@ -322,6 +328,7 @@ def agreement(
             depth = trace.depth()
     measured: dict[str, Any] = on_mask(kept, relevance)
     measured["kept_share"] = kept_share(kept).to(relevance.device)
+    # The columns stay, so that tables of several pruners line up.
     if not has_kept_set:
         measured = {name: torch.full_like(v, torch.nan) for name, v in measured.items()}
     if scores is not None:
@@ -365,6 +372,7 @@ def _mass(relevance: Tensor) -> Tensor:
 
 def _informative(relevance: Tensor) -> Tensor:
     """Which maps say something: finite and not constant, bool [B]."""
+    # A constant map ranks nothing: any number would be that of its ties.
     return relevance.isfinite().all(1) & (relevance != relevance[:, :1]).any(1)
 
 
@@ -378,6 +386,7 @@ def _judge(maps: Any, judge: str | None) -> str:
     """Whose map it is, as an explanation's trace says; a judge who is named must be the same."""
     if judge is not None:
         check_judge(judge)
+    # An explanation knows whether its model dropped tokens; a bare tensor does not.
     trace = getattr(maps, "trace", None)
     if not isinstance(trace, TokenTrace):
         return judge or "dense"

@@ -60,6 +60,7 @@ class MeanOverImages(Metric):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Take a batch; arguments as the function's."""
+        # Float64 sums do not depend on how batches were split.
         values = self.measure(*args, **kwargs).detach().to(self.total)
         defined = ~values.isnan()
         self.total = self.total + values.masked_fill(~defined, 0).sum(0)
@@ -103,6 +104,7 @@ class MeanOf(MeanOverImages):
         given = self.signature.bind(*args, **kwargs)
         given.apply_defaults()
         rest, keep = given.arguments.pop("kwargs"), given.arguments.pop("keep")
+        # torchmetrics would name what it does not know, but offer no near name.
         for name in rest:
             if name not in TORCHMETRICS:
                 raise unknown(f"option of {type(self).__name__}", name, self.options)
@@ -112,6 +114,7 @@ class MeanOf(MeanOverImages):
 
     def measure(self, *args: Any, **kwargs: Any) -> Tensor:
         """One number an image; several of one image are averaged where they are defined."""
+        # Read anew each time: an option that is set on a metric counts from then on.
         options = {name: getattr(self, name) for name in self.options}
         values = type(self).function(*args, **kwargs, **options)
         return values if values.ndim == 1 else values.nanmean(1)
@@ -140,6 +143,7 @@ def mean_of(
     >>> metric.compute(), metric.judge
     (tensor(0.3333, dtype=torch.float64), 'dense')
     """
+    # What has a default is an option; only a class that is explained comes with the data all the same.
     taken = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in taken if p.default is not p.empty and p.name != "target"}
     defaults |= getattr(function, "handed_on", {})

@@ -133,6 +133,7 @@ def compare(
     lengths = {name: len(v) for name, v in columns.items()}
     if len(set(lengths.values())) > 1:
         raise PrunexError(f"methods have different numbers of images: {lengths}; give the same images to all")
+    # Means and differences are columns of one table, so that they share their draws and differences are paired.
     pairs = list(combinations(columns, 2))
     device = next(iter(columns.values())).device
     single = [v.to(device) for v in columns.values()]
@@ -146,6 +147,7 @@ def compare(
 def _intervals(values: Tensor, weights: Tensor, draws: int, level: float, seed: int) -> list[Interval]:
     """The interval of every column's ratio of sums, float64 [N, K] both."""
     _check_draws(draws, level, seed)
+    # An image without a number adds nothing to either sum: it is left out of the ratio.
     defined = ~(values.isnan() | weights.isnan())
     values, weights = values.masked_fill(~defined, 0), weights.masked_fill(~defined, 0)
     count = values.shape[1]
@@ -179,6 +181,7 @@ def _counts(images: int, draws: int, seed: int, device: torch.device) -> Iterato
     step = max(1, _ROOM // images)
     for start in range(0, draws, step):
         size = (min(step, draws - start), images)
+        # How often an image was drawn is all that sums need, and makes a draw one row of a matrix.
         chosen = torch.randint(images, size, generator=generator)
         ones = torch.ones(size, dtype=torch.float64)
         yield torch.zeros(size, dtype=torch.float64).scatter_add(1, chosen, ones).to(device)

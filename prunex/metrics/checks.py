@@ -45,7 +45,9 @@ def check_masks(maps: Any, masks: Any) -> tuple[Tensor, Tensor, Tensor]:
     masks = masks.to(maps.device)
     if masks.dtype == torch.bool:
         return maps, masks, torch.ones_like(masks)
+    # Labels of uint8 cannot hold -1: compared as they are, 255 would pass for it.
     unsigned = masks.to(torch.int64)
+    # Labels such as 255 for "ignored" would silently count as something else.
     low, high = (int(v) for v in torch.aminmax(unsigned))
     if low < -1 or high > 1:
         raise PrunexError(

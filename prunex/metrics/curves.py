@@ -110,12 +110,14 @@ def removal_curves(
     """
     steps = check_steps(steps)
     check_choice("units", units, ("patches", "pixels"))
+    # Tokens are whole patches: a pixel alone cannot leave with one.
     if units == "pixels" and options.get("removal", "drop") == "drop":
         raise PrunexError("units='pixels' cannot be dropped: paint them with removal='grey', or take units='patches'")
     kinds = _check_orders(orders)
     occlusion = ClassOcclusion(model, images, maps, target, **options)
     values = occlusion.values if units == "patches" else on_pixels(occlusion.maps, occlusion.size, occlusion.patch)
     total = values.shape[1]
+    # Ties go by index in both orders, so the second is no mirror of the first.
     first, ties = ranked(values, "positive")
     last, _ = ranked(values, "negative")
     counts = torch.tensor([round(q * total) for q in steps], device=values.device)
@@ -126,10 +128,12 @@ def removal_curves(
     limit = counts.repeat_interleave(batch).repeat(len(kinds))
     place = torch.stack([first, last])
 
+    # A function of row numbers: where units are pixels, a table of all rows would not fit into memory.
     def removed(rows: Tensor) -> Tensor:
         gone = place[(kind[rows] == 2).long(), image[rows]] < limit[rows, None]
         return gone ^ (kind[rows] == 1)[:, None]
 
+    # Sets of patches repeat between orders, and equal ones are asked once; sets of pixels hardly do.
     if units == "patches":
         scores = occlusion.of_sets(image, removed(torch.arange(len(image), device=values.device)))
     else:
@@ -298,6 +302,7 @@ def _area(curves: Curves, scores: Tensor) -> Tensor:
 
 def _columns(curves: Curves, fractions: Sequence[float]) -> list[int]:
     wanted = check_steps(fractions)
+    # Steps are made by division: 0.3 and 3 / 10 are the same step.
     near = {round(q, 9): i for i, q in enumerate(curves.steps)}
     missing = [q for q in wanted if round(q, 9) not in near]
     if missing:

@@ -100,6 +100,7 @@ def faithfulness_correlation(
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= patches:
         raise PrunexError(f"size={size!r} is not allowed: give 1..{patches} patches, or a share between 0 and 1")
     sets = of_sizes(torch.full((samples,), count), patches, seeded(seed))
+    # The same sets in every image: what one image gets never depends on its neighbours.
     relevance, lost = _taken(occlusion, sets)
     if rank:
         relevance, lost = average_ranks(_rounded(relevance)), average_ranks(_rounded(lost))
@@ -136,8 +137,10 @@ def infidelity(
     check_choice("scale", scale, ("beta", "none"))
     occlusion = ClassOcclusion(model, images, maps, target, **options)
     patches, generator = occlusion.patches, seeded(seed)
+    # Sizes before sets: both come from one generator, in this order for every number of images.
     sizes = torch.randint(1, patches + 1, (samples,), generator=generator)
     relevance, lost = _taken(occlusion, of_sizes(sizes, patches, generator))
+    # The best scale of the map in closed form, 0 / 0 being 0 for a map of zeros.
     if scale == "beta":
         squares = relevance.square().sum(1, keepdim=True)
         relevance = relevance * ((relevance * lost).sum(1, keepdim=True) / squares.where(squares > 0, 1))
@@ -170,8 +173,7 @@ def saco(
     """
     occlusion = ClassOcclusion(model, images, maps, target, **{"removal": "mean", **options})
     batch, patches = occlusion.values.shape
-    if isinstance(groups, bool) or not isinstance(groups, int) or not 2 <= groups <= patches:
-        raise PrunexError(f"groups={groups!r} is not allowed: give 2..{patches}, the number of patches")
+    check_whole("groups", groups, 2, most=patches)
     place = ranked(occlusion.values, "positive")[0].long()
     # As numpy's array_split: the first groups have one patch more where P does not divide.
     sizes = torch.tensor([patches // groups + (i < patches % groups) for i in range(groups)], device=place.device)
@@ -180,6 +182,7 @@ def saco(
     image = torch.arange(batch, device=place.device).repeat_interleave(groups)
     lost = occlusion.lost(occlusion.of_sets(image, removed.flatten(0, 1)).view(batch, groups))
     relevance = (removed * occlusion.values.double()[:, None]).sum(2)
+    # Groups that are all alike, on either side, have no order that could be right.
     even = (occlusion.values.amax(1) == occlusion.values.amin(1)) | (lost.amax(1) == lost.amin(1))
     return occlusion.hide(saco_of(relevance, lost).masked_fill(even, torch.nan))
 
@@ -230,6 +233,7 @@ def _taken(occlusion: ClassOcclusion, sets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rounded(x: Tensor) -> Tensor:
     """Values that rounding alone keeps apart made equal: float64 [B, M]."""
+    # Ranks would tell values apart that differ in their last bits alone.
     unit = x.abs().amax(-1, keepdim=True) * TINY
     return (x / unit.where(unit > 0, 1)).round()
 

@@ -24,8 +24,9 @@ ratio, the mask by nearest neighbour.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
     maps, inside, labelled = _flat(maps, masks)
     broken = maps.isnan().any(1)
     positive = maps.clamp(min=0).masked_fill(~labelled, 0)
+    # Relevance is scaled by its maximum, which no ratio sees.
     top = positive.amax(1, keepdim=True)
     positive = positive / top.where(top > 0, 1)  # sums of very small values would be lost
     total = positive.sum(1)
@@ -114,6 +116,7 @@ def _flat(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _grown(inside: Tensor, distance: float) -> Tensor:
     """The pixels of [B, H, W] within a Euclidean distance of the object."""
     distance = min(distance, math.hypot(*inside.shape[1:]))
+    # No distance within the image is longer than its diagonal, however far the user wants to look.
     reach = int(min(distance, max(inside.shape[1:])))
     if reach < 1:
         return inside
@@ -189,6 +192,7 @@ def mean_ap(maps: Tensor, masks: Tensor) -> Tensor:
     tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     maps, inside, labelled = _flat(maps, masks)
+    # Scaled by all pixels, ignored ones too, as the protocol does.
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     scaled = (maps - low) / (high - low)
     # The source divides 0 by 0 on a constant map and then puts 0 into both channels.
@@ -208,6 +212,7 @@ def foreground_f1(maps: Tensor, masks: Tensor) -> Tensor:
     """
     counts = segmentation_counts(maps, masks)
     hits, union = counts[:, 4], counts[:, 5]
+    # Counts hold no difference between an object that is missed and one that is not there.
     _, inside, _ = check_masks(maps, masks)
     return (2 * hits / (hits + union)).where(inside.flatten(1).any(1), torch.nan)
 
@@ -301,6 +306,7 @@ class OverDataSet(Metric):
     total: Tensor
     count: Tensor
     undefined: Tensor
+    ratio: ClassVar[Callable[[Tensor], Tensor]]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -316,6 +322,10 @@ class OverDataSet(Metric):
         self.count = self.count + (~broken).sum()
         self.undefined = self.undefined + broken.sum()
 
+    def compute(self) -> Tensor:
+        """The ratio of the sums, float64; NaN where there is nothing to divide by."""
+        return type(self).ratio(self.total)
+
 
 class PixelAccuracy(OverDataSet):
     """:func:`pixel_accuracy` of a data set: right pixels over labelled pixels, both summed over all images.
@@ -326,14 +336,10 @@ class PixelAccuracy(OverDataSet):
     tensor(0.6667, dtype=torch.float64)
     """
 
-    def compute(self) -> Tensor:
-        """The ratio, float64; NaN without a labelled pixel."""
-        return accuracy_of(self.total)
+    ratio = staticmethod(accuracy_of)
 
 
 class MeanIoU(OverDataSet):
     """:func:`mean_iou` of a data set: intersections and unions summed over all images, divided once."""
 
-    def compute(self) -> Tensor:
-        """The mean over background and object, float64; NaN where one of them is nowhere."""
-        return iou_of(self.total)
+    ratio = staticmethod(iou_of)

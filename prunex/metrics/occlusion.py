@@ -53,6 +53,7 @@ class Occlusion:
         check_images(anatomy, images, values=True)
         if isinstance(vit.head, nn.Identity):
             raise PrunexError("this model has no classifier (num_classes=0): removing patches changes no class score")
+        # Images go where the model is, and in its precision: metrics are given what loaders give.
         weight = next(vit.parameters())
         self.model, self.images = vit, images.detach().to(weight.device, weight.dtype)
         self.size, self.patch = (images.shape[2], images.shape[3]), anatomy.patch
@@ -117,6 +118,7 @@ class ClassOcclusion(Occlusion):
 
     def of_sets(self, image: Tensor, removed: Tensor) -> Tensor:
         """F of sets of patches gone, bool [R, P]; none is asked of an image twice."""
+        # Image and set as one row: equal sets of different images stay apart.
         code = torch.cat([image[:, None].to(torch.int32), removed.to(torch.int32)], 1)
         one, again = code.unique(dim=0, return_inverse=True)
         sets = one[:, 1:].bool()
@@ -128,6 +130,7 @@ class ClassOcclusion(Occlusion):
         Else a model that does not depend on what was removed would be judged by its last bits, which other images in
         the batch may change.
         """
+        # A unit in the last place of the largest score, or 32 of them where precision leaves room.
         info = torch.finfo(self.images.dtype)
         most = torch.maximum(self.score.abs(), after.abs().amax(1))[:, None]
         unit = most * info.eps * (ULPS if info.bits >= 32 else 1)
@@ -158,5 +161,6 @@ def on_pixels(maps: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Te
     if tuple(maps.shape[1:]) == size:
         return maps.flatten(1)
     covered = (maps.shape[1] * patch[0], maps.shape[2] * patch[1])
+    # Interpolated in float64 and rounded: what rounding keeps apart would leave in an order of its own.
     fine = over_pixels(maps.double(), size, covered).flatten(1)
     return rounded(fine, BITS)

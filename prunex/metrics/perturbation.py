@@ -108,6 +108,7 @@ def perturbation(
     options = {"removal": "black", **options}
     occlusion = Occlusion(model, images, **options)
     maps = check_maps(maps, occlusion.images, occlusion.grid)
+    # With one class every prediction is right, and accuracy says nothing.
     if occlusion.clean.shape[1] < 2:
         raise PrunexError("this model has one output, whose class is always right: give a model of two classes or more")
     labels = _labels(occlusion.clean, labels)
@@ -125,6 +126,7 @@ def perturbation(
     rows, limit = image[altered], limit[altered]
     logits = occlusion.clean.repeat(len(counts), 1)
     logits[altered] = occlusion(rows, lambda part: place[rows[part]] < limit[part, None])
+    # A map with NaN has no order; the image counts nowhere, and its neighbours do not change.
     bad = maps.flatten(1).isnan().any(1)
 
     def table(column: Tensor) -> Tensor:
@@ -171,6 +173,7 @@ def perturbation_auc(accuracy: Tensor, steps: Sequence[float] = STEPS) -> Tensor
     if not isinstance(accuracy, Tensor) or not accuracy.is_floating_point() or accuracy.shape[-1:] != (len(steps),):
         came = list(accuracy.shape) if isinstance(accuracy, Tensor) else type(accuracy).__name__
         raise PrunexError(f"accuracy is {came}: give floats [..., {len(steps)}], one a step")
+    # Over the true fractions: steps need not be even.
     x = torch.tensor(steps, dtype=torch.float64, device=accuracy.device)
     return 100 * torch.trapezoid(accuracy.double(), x, dim=-1)
 
@@ -210,6 +213,7 @@ class PerturbationAUC(MeanOverImages):
         self.order, self.steps = check_choice("order", order, ORDERS), check_steps(steps, first=True)
         check_choice("removal", options.get("removal", "black"), ROUTES)
         check_choice("selection", options.get("selection", "free"), SELECTIONS)
+        # One ** for two owners: what is no option of the game is torchmetrics' to take or refuse.
         rest = {name: value for name, value in options.items() if name not in DEFAULTS}
         super().__init__(keep, (len(self.steps),), **rest)
         self.options = {name: value for name, value in options.items() if name not in rest}

@@ -15,6 +15,7 @@ _ROOM = 2**22  # numbers in one table of pairs: larger batches go in parts
 
 def places(values: Tensor) -> tuple[Tensor, Tensor]:
     """How many values of a row are smaller than each, and how many are at most as large: int64 [B, P] both."""
+    # Counting by search needs no table of pairs.
     ordered = values.sort(1).values
     values = values.contiguous()
     return torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
@@ -24,6 +25,7 @@ def _runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
     """Where the run of equal values that each place of a sorted row is in begins, and ends: int64 [B, P] both."""
     size = ordered.shape[1]
     place = torch.arange(size, device=ordered.device).expand_as(ordered)
+    # A run begins where a value differs from the one before it, and ends where the next begins.
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     last = torch.ones_like(new)
@@ -128,6 +130,7 @@ def inside_top(values: Tensor, inside: Tensor, count: Tensor, counted: Tensor | 
     """
     counted = torch.ones_like(inside) if counted is None else counted
     lowered = values.masked_fill(~counted, -torch.inf)
+    # The value of the last place decides: what is larger is in, and what equals it shares the places left.
     last = lowered.sort(1, descending=True).values.gather(1, (count - 1).clamp(min=0)[:, None])
     above, tied = (lowered > last) & counted, (lowered == last) & counted
     left = (count - above.sum(1)).double()

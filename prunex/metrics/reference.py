@@ -84,6 +84,7 @@ def baselines(
     generator = torch.Generator().manual_seed(seed)
     orders = torch.stack([torch.randperm(flat.shape[1], generator=generator) for _ in range(draws)]).to(flat.device)
     drawn = (orders < count[:, None, None]).flatten(0, 1).unflatten(1, grid)
+    # Every image is judged under all draws at once, as so many images.
     random = on_mask(drawn, maps.repeat_interleave(draws, 0))
     central = _top(_nearness(grid, flat.device).expand(batch, -1), count)
     measured = {
@@ -91,6 +92,7 @@ def baselines(
         "centre": on_mask(central.unflatten(1, grid), maps),
         "another_image": on_mask(kept, maps.roll(-1, 0)),
     }
+    # The next image of a batch of one is itself, which is no other image.
     if batch == 1:
         measured["another_image"] = {k: torch.full_like(v, torch.nan) for k, v in measured["another_image"].items()}
     if other_maps is not None:

@@ -89,6 +89,7 @@ def sensitivity_of(
     check_whole("seed", seed, 0)
     check_whole("chunk", chunk, 1)
     check_choice("of", of, ("maps", "raw"))
+    # The class is that of the clean image; an explainer of one's own cannot be asked for it.
     if callable(explainer):
         target = explain("raw_attention", model, images, target).target
 
@@ -98,6 +99,7 @@ def sensitivity_of(
     clean, chosen = explained(images, target)
     classless = bool((chosen < 0).any())  # a model without a classifier
     images = images.detach()
+    # Drawn on the CPU in float64, so that every device and precision sees the same noise.
     noise = torch.empty(samples, *images.shape[1:], dtype=torch.float64)
     noise = noise.uniform_(-radius, radius, generator=seeded(seed)).to(images.device, images.dtype)
     batch = len(images)
@@ -109,6 +111,7 @@ def sensitivity_of(
         classes = None if classless else chosen[rows.to(chosen.device)]
         maps, _ = explained(images[rows] + noise[draw[part]], classes)
         norms.append(_norm(maps - clean[rows.to(clean.device)]))
+    # A map of zeros has no size to compare with: its change is taken as it is.
     size = _norm(clean)
     ratios = torch.cat(norms).view(samples, batch) / size.where(size != 0, 1)
     return ratios.amax(0)

@@ -132,6 +132,7 @@ def model_randomisation(
     classes = _classes(original)
     stages: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    # The class stays the original prediction: a random model would be asked about another one.
     for stage, changed in _randomisations(find(model, path)[1], cascade, seed):
         stages.append(stage)
         rows.append(_alike(original, explain(method, changed, images, classes, **options)))
@@ -199,6 +200,7 @@ def batch_order(
         classes = None if target is None else target[chosen]
         return explain(method, model, images[chosen], classes, path=path, **options).maps
 
+    # Reversed, every image of the batch has other neighbours on both sides.
     order = list(range(len(images)))
     alone = torch.cat([again([i]) for i in order])
     shuffled = again(order[::-1]).flip(0)
@@ -244,6 +246,7 @@ def _copy(vit: nn.Module) -> nn.Module:
 def _stages(vit: Any) -> list[tuple[str, list[str]]]:
     """Parameters by stage, from the head down; those of a pruner are in none."""
     depth = read(vit).depth
+    # What a pruner decides by is no part of the model that is tested.
     names = [name for name, _ in vit.named_parameters() if not name.startswith(("prunex.", "prunex_units."))]
     blocks = {f"blocks.{i}": [n for n in names if n.startswith(f"blocks.{i}.")] for i in reversed(range(depth))}
     after = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
@@ -255,6 +258,7 @@ def _stages(vit: Any) -> list[tuple[str, list[str]]]:
 
 def _draw(vit: nn.Module, names: Sequence[str], seed: int, number: int) -> None:
     """Put noise of each parameter's own mean and spread in its place; a stage's noise is the same in any order."""
+    # Each stage has a seed of its own: its noise is the same whether stages add up or stand alone.
     generator = torch.Generator().manual_seed(seed * 1009 + number)
     weights = dict(vit.named_parameters())
     drawn = {}
@@ -277,6 +281,7 @@ def _alike(original: Explanation, other: Explanation) -> tuple[Tensor, Tensor, T
     """Spearman's correlation, that of absolute values, and SSIM: float64 [B] each."""
     one, two = original.maps.flatten(1).double(), other.maps.flatten(1).double()
     broken = ~(one.isfinite().all(1) & two.isfinite().all(1))
+    # Maps that keep their places but lose their sign are still maps of the image alone.
     signed = spearman(one, two).masked_fill(broken, torch.nan)
     absolute = spearman(one.abs(), two.abs()).masked_fill(broken, torch.nan)
     return signed.cpu(), absolute.cpu(), _ssim(original.pixels, other.pixels).cpu()

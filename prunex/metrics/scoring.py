@@ -181,6 +181,7 @@ def scores(
     chosen = measures(list(metrics))
     _check_given(chosen, evidence)
     game: Any = {name: value for name, value in evidence.items() if name in GameOptions.__optional_keys__}
+    # Tensors are read once, so that types know which of them are there.
     masks, kept, judge = evidence.get("masks"), evidence.get("kept"), evidence.get("judge")
     names: dict[str, list[str]] = {}
     for measure in chosen:
@@ -191,6 +192,7 @@ def scores(
             labels, route = evidence.get("labels"), removal or "black"
             hits = perturbation(model, images, maps, labels, order=order, removal=route, **game).hits
             values[f"perturbation_{order}"] = perturbation_auc(hits)
+    # One set of curves serves all that read them; the third order costs forwards that only srg needs.
     if "curves" in names:
         orders: list[Any] = ["without", "only"]
         if "srg" in names["curves"]:
@@ -198,6 +200,7 @@ def scores(
         curves = removal_curves(model, images, maps, target, removal=removal or "drop", orders=orders, **game)
         values |= _each(names["curves"], curves)
     if masks is not None and ("mask" in names or "counts" in names):
+        # Masks are in pixels: a map of patches is brought up once for all that compare with them.
         fine = evidence.get("pixels")
         if fine is None:
             fine = _pixels(model, images, maps, masks)
@@ -259,6 +262,7 @@ def by_chance(
     levels: dict[str, Tensor] = {}
     chosen = measures(list(metrics))
     if masks is not None:
+        # A constant map is what localisation makes of a map that says nothing.
         flat = torch.ones(masks.shape, device=masks.device)
         levels |= _each([m.name for m in chosen if m.kind == "mask"], flat, masks)
     if kept is not None and judge is not None:
@@ -290,6 +294,7 @@ def columns(name: str) -> tuple[int, ...]:
 
 def random_maps(images: Tensor, grid: tuple[int, int], seed: int = 0) -> Tensor:
     """Uniform noise for maps, the same for the same number of images whatever the device: float32 [B, gh, gw]."""
+    # Drawn on the CPU, so that every device compares with the same maps.
     generator = torch.Generator().manual_seed(seed)
     return torch.rand((len(images), *grid), generator=generator).to(images.device)
 

@@ -59,17 +59,20 @@ def resized(images: Any, side: int = 160) -> Picture:
     """
     pictures = as_pictures(images)
     longer = max(pictures.shape[-3:-1])
+    # Photos are averaged down; anything smaller keeps its pixels, since single patches are what is looked at.
     if longer > 2 * side:
         height, width = (max(1, round(length * side / longer)) for length in pictures.shape[-3:-1])
         flat = torch.from_numpy(pictures.reshape(-1, *pictures.shape[-3:])).permute(0, 3, 1, 2)
         small = F.interpolate(flat, size=(height, width), mode="bilinear", antialias=True)
         return small.permute(0, 2, 3, 1).numpy().reshape(*pictures.shape[:-3], height, width, 3)
+    # A whole factor: fractions of a pixel would blur the borders of patches.
     factor = -(-side // longer)
     return pictures.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def on_pixels(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """Patch grid [..., gh, gw] to pixels [..., height, width]: each pixel takes the value of its patch."""
+    # By index, so that grids need not divide the picture.
     rows = np.arange(height) * grid.shape[-2] // height
     columns = np.arange(width) * grid.shape[-1] // width
     return grid[..., rows[:, None], columns]
@@ -79,6 +82,7 @@ def as_numpy(values: Any) -> NDArray[Any]:
     """Array or tensor (any device, any float type) to numpy."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
+        # numpy knows no bfloat16.
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
         return values.numpy()
     return np.asarray(values)
@@ -129,6 +133,7 @@ def save_npz(path: str | Path, arrays: Mapping[str, Any], compressed: bool = Tru
     Raises:
         PrunexError: For arrays of Python objects.
     """
+    # Made in memory first: what cannot be written leaves no file behind.
     buffer = io.BytesIO()
     plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in plain.items():

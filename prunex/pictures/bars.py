@@ -81,6 +81,7 @@ def _draw(
 ) -> None:
     axes = plain_axes(figure, ink, title, grid="x")
     names, series = list(rows), _series(rows)
+    # Colours go by the page's order, so that a series looks the same in every chart.
     colored = list(dict.fromkeys([*order, *series]))
     thick = 0.84 / len(series)
     handles: list[Any] = []
@@ -105,6 +106,7 @@ def _draw(
             line = axes.axvline(value, color=ink, linestyle=style, linewidth=1.2, label=legend_name(name), zorder=3)
             handles.append(line)
     axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
+    # Rows read from the top, as in a table.
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.set_axisbelow(True)
@@ -123,6 +125,7 @@ def _draw(
 def _reach(cell: tuple[float, float, float], side: int) -> float:
     """How far the interval reaches from the mean to one side; 0 where its end is not known."""
     mean, end = cell[0], cell[side]
+    # An end on the wrong side of the mean is rounding.
     distance = mean - end if side == 1 else end - mean
     return max(0.0, distance) if math.isfinite(distance) else 0.0
 

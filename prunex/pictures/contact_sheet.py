@@ -68,6 +68,7 @@ def contact_sheet(
         raise PrunexError(f"across={across!r} is not allowed: give at least 2 tiles in a row")
     pictures = as_pictures(images, 4)
     height, width = pictures.shape[1:3]
+    # Tiles are as wide as was asked for, so that names fit above them; tall images get taller tiles.
     scenes = Scenes(pictures, labels, predicted, class_names, masks, round(side * max(1, height / width)))
     boundary = None if kept is None else as_grids(kept, (scenes.count,), "kept")
     columns, two_sided = [], set()
@@ -75,6 +76,7 @@ def contact_sheet(
         columns.append(Column(f"kept patches\n{boundary.mean():.0%} kept", dim_dropped(scenes.cells, boundary)))
     for method, values in maps.items():
         grids = as_grids(values, (scenes.count,), f"maps of {method}", dtype=float)
+        # A method may call itself unsigned and still give negative values, which must not be hidden.
         both = method in signed or _negative(grids)
         two_sided.add(both)
         drawn = overlay(scenes.cells, grids, signed=both, floor=0.0)
@@ -98,6 +100,7 @@ def _bands(first: Column, columns: list[Column], across: int, again: bool) -> li
     if not again:
         tiles = [first, *columns]
         return [tiles[start : start + across] for start in range(0, len(tiles), across)]
+    # As few rows as there can be, and those of about one length.
     count = -(-len(columns) // (across - 1))
     length = -(-len(columns) // count)
     return [[first, *columns[start : start + length]] for start in range(0, len(columns), length)]
@@ -149,5 +152,6 @@ def _scales(kinds: Sequence[bool], key: Sequence[str], count: int, width: int) -
 
 def _bar(signed: bool) -> Picture:
     """The colours of a scale, over grey as a map lies over its image."""
+    # Drawn by what draws the tiles, so that the scale cannot tell another story.
     grey = np.full((*_BAR, 3), 128, dtype=np.uint8)
     return overlay(grey, np.linspace(-1 if signed else 0, 1, _BAR[1])[None], signed=signed, floor=0.0)

@@ -95,6 +95,7 @@ def chart_svg(size: tuple[int, int], draw: Callable[[Figure, str], None], salt: 
         figure.patch.set_alpha(0)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    # An element of a page has no XML declaration.
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_PAGE, "currentColor")
     # Two charts on a page may not use one id twice; only ids that are referred to matter, and those are salted.
@@ -142,6 +143,7 @@ def _draw(
         raise PrunexError(f"no value to draw in {list(metrics)}: give steps and values of at least one finite number")
     axes = plain_axes(figure, ink, title)
     for (name, (steps, values)), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
+        # A long noisy line says its trend; the noise stays to be seen behind it.
         if len(values) >= _MANY:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             values = _running_mean(values, len(values) // 20)
@@ -150,6 +152,7 @@ def _draw(
         if bands and name in bands:
             low, high = (_band(name, steps, end) for end in bands[name])
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    # Limits of the data, taken before matplotlib adds its margins.
     bottom, top = axes.dataLim.intervaly
     axes.set_ylim(*_span(bottom, top, percent))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -165,6 +168,7 @@ def _draw(
 
 def _span(low: float, high: float, percent: bool) -> tuple[float, float]:
     """Ends of the value axis: never zoomed into a difference that means nothing, nor past what a share can be."""
+    # A difference of a hundredth of a point must not fill the chart.
     least = _LEAST if percent else _LEAST * max(abs(low), abs(high)) or 1.0
     wide = max(high - low, least) * 1.1
     bottom = (low + high - wide) / 2
@@ -177,6 +181,7 @@ def _line(name: str, steps: Any, values: Any) -> tuple[Floats, Floats] | None:
     x, y = (as_numpy(v).astype(float) for v in (steps, values))
     if x.ndim != 1 or x.shape != y.shape:
         raise PrunexError(f"curve {name!r} has steps {x.shape} and values {y.shape}: give two lists of one length")
+    # What is not finite has no place on an axis; a line of nothing else is left out.
     finite = np.isfinite(x) & np.isfinite(y)
     return (x[finite], y[finite]) if finite.any() else None
 

@@ -129,6 +129,7 @@ def kept_mosaic(
     if as_numpy(kept).ndim != 4:
         raise PrunexError(f"kept of shape {as_numpy(kept).shape} cannot be drawn: give [stages, images, gh, gw]")
     stages = as_grids(kept, (len(as_numpy(kept)), scenes.count), "kept")
+    # Merged tokens are neither kept nor dropped, so groups are painted instead.
     if groups is None:
         columns = [scenes.kept(f"stage {number}", stage) for number, stage in enumerate(stages, start=1)]
         return scenes.mosaic(columns, title)
@@ -159,6 +160,7 @@ def share_mosaic(
     """
     scenes = Scenes(images, labels, predicted, class_names, masks, side)
     values = as_numpy(shares)
+    # Counts come from the pruner and shares from the trace: both must speak of the same stages.
     if values.ndim != 4 or len(values) != len(tokens):
         raise PrunexError(
             f"shares of shape {values.shape} with {len(tokens)} token counts cannot be drawn: give "
@@ -203,6 +205,7 @@ def relevancy_mosaic(
         explained, marks = _explained(scenes, targets.get(method) if targets else None)
         columns.append(Column(f"{method}\n{explained}".strip(), drawn, marks))
     key = ["bright: most relevant, each map on its own scale"]
+    # The key explains only colours that are there.
     if any((as_numpy(values) < 0).any() for values in maps.values()):
         key.append("red for the class, blue against it")
     if boundary is not None:
@@ -217,6 +220,7 @@ def _explained(scenes: Scenes, targets: Any) -> tuple[str, list[str] | None]:
         return "", None
     if all(target < 0 for target in numbers):
         return "of no class", None
+    # Words for what holds of all images; else every cell names its class.
     if numbers == scenes.predicted:
         return "for the predicted class", None
     if numbers == scenes.labels:
@@ -230,6 +234,7 @@ def spaced(values: Sequence[int], most: int) -> list[int]:
     >>> spaced(range(10), 4)
     [0, 3, 6, 9]
     """
+    # The first and the last are what a change is seen by.
     if len(values) <= most:
         return list(values)
     places = np.linspace(0, len(values) - 1, max(most, 1)).round().astype(int)
@@ -252,6 +257,7 @@ def covered(kept: Bools, objects: Bools) -> float:
     >>> float(covered(np.array([[[True, False]]]), np.array([[[True, True, True, False]]])).__round__(2))
     0.67
     """
+    # Per image, then the mean: a large object counts no more than a small one.
     inside = (on_pixels(kept, *objects.shape[-2:]) & objects).sum(axis=(-2, -1))
     area = objects.sum(axis=(-2, -1))
     return float((inside[area > 0] / area[area > 0]).mean()) if area.any() else float("nan")

@@ -57,6 +57,7 @@ def overlay(
     name = cmap or ("RdBu_r" if signed else "inferno")
     if name not in colormaps:
         raise PrunexError(f"cmap={name!r} is no matplotlib colormap: give one, such as 'viridis'")
+    # Scaled before it is enlarged: interpolation must not change a map's range.
     strength, place = _scaled(maps, signed, floor)
     height, width = pictures.shape[-3:-1]
     spread = _interpolated if smooth else on_pixels
@@ -80,6 +81,7 @@ def dim_dropped(images: Any, kept: Any, boundary: bool = True) -> Picture:
     """
     pictures = as_pictures(images)
     grid = as_grids(kept, pictures.shape[:-3], "kept")
+    # Dropped patches stay readable: what was thrown away is half of the story.
     pixels = on_pixels(grid, *pictures.shape[-3:-1])[..., None]
     pale = 0.3 * _grey(pictures) + 0.7 * 240
     drawn = np.where(pixels, pictures, pale.round().astype(np.uint8))
@@ -99,6 +101,7 @@ def paint_groups(images: Any, groups: Any) -> Picture:
     pictures = as_pictures(images)
     grids = as_grids(groups, pictures.shape[:-3], "groups", dtype=int)
     height, width = pictures.shape[-3:-1]
+    # Removed patches are pale as in every other picture.
     drawn = dim_dropped(pictures, grids >= 0, boundary=False)
     flat, members = drawn.reshape(-1, height, width, 3), grids.reshape(-1, *grids.shape[-2:])
     for picture, grid in zip(flat, members, strict=True):
@@ -113,6 +116,7 @@ def paint_groups(images: Any, groups: Any) -> Picture:
 
 def _borders(pixels: NDArray[Any], merged: Bools) -> Bools:
     """The last pixel before another group, right and below, where one of the two is merged; none in tiny pictures."""
+    # Lines in a tiny picture would cover it.
     edge = np.zeros_like(merged)
     if min(pixels.shape) < 32:
         return edge
@@ -135,6 +139,7 @@ def outline(images: Any, region: Any, color: tuple[int, int, int] = KEPT, thick:
     height, width = pictures.shape[-3:-1]
     grid = as_grids(region, pictures.shape[:-3], "region")
     inside = on_pixels(grid, height, width)
+    # A line as thick as the patches can bear; masks of pixels have none, and go by the image.
     patch = min(height / grid.shape[-2], width / grid.shape[-1])
     thick = thick or max(1, round(patch / 12 if patch >= 4 else max(height, width) / 110))
     pictures[inside & _grown(~inside, thick)] = color

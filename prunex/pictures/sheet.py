@@ -123,8 +123,10 @@ def compose(
         uint8 [height, width, 3], black on white.
     """
     count, tall, wide = columns[0].cells.shape[:3]
+    # The margin is as wide as the longest name needs, within reason.
     longest = max((len(line) for lines in rows for line, _ in lines), default=0)
     left = 2 * GAP + min(180, round(longest * 8.6)) if longest else GAP
+    # All titles end on one line, whatever they need above it.
     titles = [fitted(column.title, wide).split("\n") for column in columns]
     deepest = max(map(len, titles))
     top = GAP + (24 if title else 0) + 17 * deepest + 4

@@ -40,6 +40,7 @@ def unit_widths(dense: Any, kept: Any, title: str | None = None) -> Picture:
             "units than the dense model has"
         )
     count = len(whole)
+    # Deep models get narrower bars, so that all blocks fit on a screen.
     step = 46 if count <= 24 else max(26, 1100 // count)
     sheet = Sheet(max(420, 44 + step * count + 130), 330 + (20 if title else 0))
     top = 44 if title else 24
@@ -68,6 +69,7 @@ def unit_widths(dense: Any, kept: Any, title: str | None = None) -> Picture:
 
 
 def _counts(values: Any, name: str) -> Any:
+    # Counts that were averaged or normalised on the way would draw bars that mean nothing.
     numbers = as_numpy(values)
     wrong = numbers.ndim != 2 or numbers.shape[1:] != (2,) or not len(numbers)
     if wrong or not np.issubdtype(numbers.dtype, np.integer) or (numbers < 0).any():
@@ -87,6 +89,7 @@ def _bar(axes: Any, block: int, whole: int, left: int, color: str, step: int) ->
     words.set_fontweight("bold" if left < whole else "normal")
     if not whole:
         return
+    # Few units are countable things, many are an amount.
     if whole <= _COUNTABLE:
         gap = 0.12 / whole
         for unit in range(whole):
@@ -137,7 +140,9 @@ def class_heads(
     if most < 1:
         raise PrunexError(f"most={most!r} is not allowed: draw at least one row")
     values = values.astype(float)
+    # A removed head says nothing, and must not pale those that are left.
     strength = np.abs(np.where(present, values, 0))
+    # The strongest classes, in the order in which the user knows them.
     rows = np.sort(np.argsort(-strength.max(1), kind="stable")[:most])
     shown, columns = [str(names[row]) for row in rows], [str(head) for head in heads]
     cell = max(14, min(34, 1150 // len(columns)))
@@ -173,6 +178,7 @@ def _cells(axes: Any, values: Floats, heads: list[str], kept: Bools, scale: floa
         axes.add_patch(Rectangle((column, 0), 1, rows, **_HATCHED))
     for row in range(1, rows):
         axes.axhline(row, color="white", linewidth=1)
+    # Heads of one block belong together; a dark line says where the next begins.
     block = [name.split(".")[0] for name in heads]
     for column in range(1, columns):
         new = block[column] != block[column - 1]
@@ -228,6 +234,7 @@ def head_attention(
     if not across:
         raise PrunexError(f"maps of shape {as_numpy(maps).shape} cannot be drawn: give [images, heads, gh, gw]")
     grids = as_grids(maps, (count, across), "maps", dtype=float)
+    # Each image has heads of its own, so that captions stand above cells and not above columns.
     captions = [[str(t) for t in row] for row in titles]
     if [len(row) for row in captions] != [across] * count or (names is not None and len(names) != count):
         raise PrunexError(

@@ -60,6 +60,7 @@ def size_probabilities(players: int) -> Tensor:
 
 def of_sizes(sizes: Tensor, players: int, generator: torch.Generator) -> Tensor:
     """A uniformly drawn coalition of exactly each size: bool [len(sizes), P]."""
+    # Ranks of uniform numbers are a uniform order, and its first s players a uniform set of size s.
     rank = torch.rand(len(sizes), players, generator=generator, dtype=torch.float64).argsort(1).argsort(1)
     return rank < sizes[:, None]
 
@@ -121,6 +122,7 @@ def permutation_sampling(
     evaluations, and two more are shared by all. Errors are those of the means of pairs where orders are
     ``antithetic``, NaN for a single order or pair.
     """
+    # Nobody and everybody are asked once for all orders.
     empty, full = _ends(value, players, batch)
     ranks = permutation_ranks(orders, players, generator, antithetic)
     unit = 1 + antithetic
@@ -181,6 +183,7 @@ def kernel_shap(
     unit = 1 + paired
     exact = closed_form_matrix(players) if closed_form else None
     counts, products, gains = [], [], []
+    # Sums are kept part by part, so that each can be left out for the error.
     for group in torch.arange(samples // unit).tensor_split(min(GROUPS, samples // unit)):
         part = coalitions[unit * int(group[0]) : unit * (int(group[-1]) + 1)]
         a, b = torch.zeros(()), torch.zeros(())
@@ -245,6 +248,7 @@ def _pool(mean: Tensor, spread: Tensor, seen: int, each: Tensor) -> tuple[Tensor
 def _solve(a: Tensor, b: Tensor, total: Tensor) -> Tensor | None:
     """Minimum of phi^T a phi - 2 phi^T b with values that sum to ``total``: [B, P, C] for b [B, P, C]; None if open."""
     players = len(a)
+    # The constraint as one more row and column (a Lagrange multiplier).
     system = torch.ones(players + 1, players + 1, dtype=a.dtype, device=a.device)
     system[:players, :players] = a
     system[players, players] = 0

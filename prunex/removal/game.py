@@ -127,6 +127,7 @@ class Removal:
         check_choice("removal", removal, (*TOKENS, *PAINTS))
         selection = check_selection(selection)
         check_choice("output", output, OUTPUTS)
+        # A pruner that decides anew counts the tokens it sees, and hidden slots would count as tokens.
         if selection == "free" and removal == "mask":
             raise PrunexError("selection='free' needs removal='drop': a pruner that decides anew counts tokens left")
         check_chunk(chunk)
@@ -158,6 +159,7 @@ class Removal:
     def _paint(self, images: Tensor, selection: str, mean: Any, std: Any) -> None:
         """Make what pixels are painted with, and know what a pruner decided on the clean images."""
         scale = normalisation(self.model, mean, std) if self.removal == "black" else (None, None)
+        # Painted images are embedded as they are made; one clean image is enough to know sizes by.
         self.images, self.substrate = images, substrate(images, self.removal, *scale)
         self.tokens, self.grid = embed(self.model, images[:1])
         self.masked, self.replayed = False, selection == "frozen" and bool(own_pruners(self.model))
@@ -201,8 +203,10 @@ class Removal:
 
     def _groups(self, sizes: Tensor) -> list[Tensor]:
         """Rows that share a forward: of one size where tokens leave, and never more than ``chunk``."""
+        # Where slots stay, sequences of any coalition have one length.
         if self.painted or self.removal == "mask":
             return list(torch.arange(len(sizes), device=sizes.device).split(self.chunk))
+        # Sequences of one length share a forward, so that nothing is padded.
         order = sizes.argsort(stable=True)
         counts = sizes.bincount()
         return [part for group in order.split(counts[counts > 0].tolist()) for part in group.split(self.chunk)]
@@ -234,6 +238,7 @@ class Removal:
     def _pixels(self, present: Tensor) -> Tensor:
         """Patches [r, P], or pixels [r, H * W], as pixels [r, 1, H, W]; pixels beyond the grid, never seen, stay."""
         height, width = self.images.shape[2:]
+        # Metrics of pixels tell pixels; players of a game are patches.
         if present.shape[1] == height * width:
             return present.view(-1, 1, height, width)
         down, right = self.anatomy.patch
@@ -393,6 +398,7 @@ def score(logits: Tensor, output: str) -> Tensor:
     logits = logits.detach().double()
     if output == "logit":
         return logits
+    # A single output is a logit against nothing: its probability is a sigmoid.
     if logits.shape[1] == 1:
         return logits.sigmoid() if output == "probability" else logits
     logp = logits.log_softmax(1)

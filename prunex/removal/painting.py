@@ -37,6 +37,7 @@ def substrate(images: Tensor, removal: str, mean: Tensor | None = None, std: Ten
 
 def blurred(images: Tensor) -> Tensor:
     """A Gaussian blur of kernel 11 and sigma 5, border pixels repeated outwards: [B, C, H, W]."""
+    # A Gaussian is separable: two passes of a row instead of one of a square.
     half = KERNEL // 2
     weight = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=images.device, dtype=images.dtype) / SIGMA) ** 2)
     weight = (weight / weight.sum()).view(1, 1, 1, -1)
@@ -56,6 +57,7 @@ def normalisation(model: Any, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     for name, value in (("mean", mean), ("std", std)):
         if value is None:
             value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+        # Whatever a config holds is tried: what is no list of numbers is refused below, by name.
         try:
             numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
         except (TypeError, ValueError, RuntimeError):

@@ -79,10 +79,11 @@ SCORE_DEFAULTS: ScoreOptions = {**DEFAULTS, "output": "probability"}
 
 
 def check_selection(selection: Any) -> Selection:
-    """See that it is "free", which explainers also know as "adaptive", or "frozen"."""
-    given = "free" if selection == "adaptive" else selection
-    check_choice("selection", given, SELECTIONS)
-    return given  # type: ignore[no-any-return]
+    """The game's word, "free" or "frozen"; explainers call the first "adaptive"."""
+    if selection == "free":
+        return "free"
+    check_choice("selection", selection, ("adaptive", "frozen"))
+    return "frozen" if selection == "frozen" else "free"
 
 
 class Removal:

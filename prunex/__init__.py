@@ -16,7 +16,7 @@ from prunex.version import __version__ as __version__
 # Where public names live. Nothing of it is imported before it is used: `prunex --help` needs no torch.
 _PLACES = {
     "Cost": "vit.cost",
-    "Explanation": "explain",
+    "Explanation": "relevance.explanation",
     "PrunexError": "errors",
     "Pruning": "handles.tokens",
     "WidthSpec": "vit.widths",
@@ -58,7 +58,8 @@ if _typing.TYPE_CHECKING:
     from prunex.handles.tokens import Pruning as Pruning
     from prunex.catalogue import methods as methods
     from prunex.errors import PrunexError as PrunexError
-    from prunex.explain import Explanation as Explanation, explain as explain
+    from prunex.explain import explain as explain
+    from prunex.relevance.explanation import Explanation as Explanation
     from prunex.slim import export as export, load as load, save as save, slim as slim
     from prunex.vit.cost import Cost as Cost, cost as cost
     from prunex.vit.widths import WidthSpec as WidthSpec

@@ -12,6 +12,7 @@ from prunex import PrunexError, registry
 from prunex.metrics import removal_curves
 from prunex.metrics.occlusion import on_pixels
 from prunex.metrics.scoring import scores
+from prunex.relevance.explanation import answer
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 from tests.explainers.quick import EXPLAINERS, QUICK, SIGNED, TRAINED, explain
@@ -334,8 +335,8 @@ def test_methods_finer_than_a_patch_and_what_they_found_out(monkeypatch, fine):
         with recording(model, x, target, Tape()) as recorded:
             found = x.sum(1)
             row = torch.zeros(len(x), 17)
-            extra = {"pixels": found, "info": {"total": found.sum((1, 2))}} if fine else {}
-            return recorded.answer(row, raw=x, signed=True, **extra)
+            extra = {"fine": found, "info": {"total": found.sum((1, 2))}} if fine else {}
+            return answer(recorded, row, raw=x, signed=True, **extra)
 
     monkeypatch.setitem(registry.METHODS, ("explainer", "toy"), registry.Method("toy", "explainer", "", "", toy))
     x = images().requires_grad_()

@@ -161,6 +161,14 @@ def test_a_softmax_is_part_of_what_is_explained():
         explain("lrp", module, images())
 
 
+@pytest.mark.parametrize("method", ["shap", "vit_cx", "atman", "r_cut"])
+def test_no_softmax_is_taken_of_probabilities(method):
+    model = tiny()
+    wanted, e = explain(method, model, images()), explain(method, Around(model, behind=nn.Softmax(1)), images())
+    assert torch.allclose(e.logits, wanted.logits.softmax(1))
+    assert relative(e.maps, wanted.maps) < 1e-4
+
+
 @dataclass
 class Output:
     loss: None
@@ -421,7 +429,7 @@ BY_ATTENTION = ["generic_attention", "grad_sam", "tokentm", "transformer_attribu
 def test_no_gradient_is_no_map_of_zeros(method, cut):
     model = tiny().eval()
     cut(model)
-    options = {"feedback": "exit", "variant": "head"} if method == "beyond_intuition" else {}
+    options = {"variant": "head"} if method == "beyond_intuition" else {}
     with pytest.raises(PrunexError, match=f"{method} needs gradients|lets no gradient through|do not know"):
         explain(method, model, images(), **options)
 

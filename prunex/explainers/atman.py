@@ -12,11 +12,13 @@ from torch import Tensor
 from prunex.checks import check_choice, check_flag, check_number
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
 from prunex.vit.embedding import patch_vectors
-from prunex.vit.recording import Recording, Relevance, check_chunk, recording, sequences
+from prunex.vit.readout import before_softmax
+from prunex.vit.recording import Recording, check_chunk, recording, sequences
 from prunex.vit.tape import Tape
 
 _RULES = ("log", "shift", "scale")
@@ -33,7 +35,7 @@ def atman(
     rule: Literal["log", "shift", "scale"] = "log",
     freeze_selection: bool = True,
     chunk: int | None = None,
-) -> Relevance:
+) -> Explanation:
     r"""Attention manipulation (arXiv 2301.08110): delta_i = CE(y_t | patch i damped) - CE(y_t), one forward a patch.
 
     Damped is patch i as a key: in all blocks, heads and query rows. Its factor f acts by one of three rules:
@@ -56,9 +58,6 @@ def atman(
     the model's own pruner decides again in every run, and delta holds that change too.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class whose cross entropy is measured; None: the predicted one.
         factor: f, at least 0; 1 changes nothing, more amplifies. 0 removes the key (nearly, so that no row is empty).
         similarity: kappa, at least 0, or None.
         rule: "log", "shift" or "scale".
@@ -83,7 +82,8 @@ def atman(
     check_choice("rule", rule, _RULES)
     check_flag("freeze_selection", freeze_selection)
     check_chunk(chunk)
-    with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded, torch.no_grad():
+    # One output says nothing about itself: its softmax is 1.
+    with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded:
         if recorded.logits.shape[1] == 1:
             raise PrunexError("this model has one output, whose cross entropy is always 0: use grad_sam or rollout")
         vectors = torch.zeros_like(recorded.embedded[:, recorded.anatomy.prefix :, :1])
@@ -91,40 +91,39 @@ def atman(
             vectors = patch_vectors(model, images)
         factors = suppression(vectors, factor, math.inf if similarity is None else similarity)
         raw = promoted(_damped(recorded, factors, rule, freeze_selection, chunk))
-        rise = _cross_entropy(raw, recorded.target) - _cross_entropy(recorded.logits.unsqueeze(1), recorded.target)
-        return recorded.answer(F.pad(rise, (recorded.anatomy.prefix, 0)), raw, signed=True)
+        rise = _cross_entropy(recorded, raw) - _cross_entropy(recorded, recorded.logits.unsqueeze(1))
+        return answer(recorded, rise, raw, signed=True)
 
 
 def suppression(vectors: Tensor, factor: float, similarity: float) -> Tensor:
-    """The factor of every patch when one is damped.
+    """The factor of every patch when one is damped, [B, P, P]: row i holds those of all patches when i is damped.
 
     Args:
         vectors: [B, P, D], patch embeddings before positions.
         factor: Of the damped patch itself.
         similarity: Cosine from which on others are damped too.
-
-    Returns:
-        In at least float32 [B, P, P]: row i holds the factors of all patches when i is damped.
     """
     unit = F.normalize(promoted(vectors), dim=-1)
     cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
-    own = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
+    itself = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
     factors = torch.where(cosine >= similarity, (1 - factor) * (1 - cosine) + factor, 1)
     # Exactly 0 for every key of a model without prefix tokens would leave rows empty.
-    return factors.masked_fill(own, factor).clamp(min=torch.finfo(torch.float32).tiny)
+    return factors.masked_fill(itself, factor).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _damped(recorded: Recording, factors: Tensor, rule: Any, frozen: bool, chunk: int | None) -> Tensor:
     """Logits of one run for every patch, [B, P, classes]."""
     batch, patches, _ = factors.shape
-    found = []
+    logits = []
     for part in torch.arange(batch * patches, device=factors.device).split(sequences(chunk, recorded.embedded)):
         index, patch = part // patches, part % patches
         keys = KeyWeights(F.pad(factors[index, patch], (recorded.anatomy.prefix, 0), value=1), rule)
-        found.append(recorded.again(recorded.embedded[index], index, keys=keys, frozen=frozen))
-    return torch.cat(found).unflatten(0, (batch, patches))
+        logits.append(recorded.again(recorded.embedded[index], index, keys=keys, frozen=frozen))
+    return torch.cat(logits).unflatten(0, (batch, patches))
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def _cross_entropy(recorded: Recording, logits: Tensor) -> Tensor:
     """Of logits [B, R, classes] with one class an image: [B, R]."""
-    return -promoted(logits).log_softmax(-1).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+    log_probabilities = promoted(before_softmax(recorded.model, logits)).log_softmax(-1)
+    index = recorded.target[:, None, None].expand(-1, logits.shape[1], 1)
+    return -log_probabilities.gather(2, index).squeeze(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import over_heads
 from prunex.vit.forward import own_anatomy
-from prunex.vit.recording import Relevance, recording
-from prunex.vit.recording import start_layer as check_layer
+from prunex.vit.recording import check_layer, recording
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
 
@@ -39,7 +39,7 @@ def attention_flow(
     start_layer: int = 0,
     scale: int = 1_000_000,
     max_tokens: int = 65,
-) -> Relevance:
+) -> Explanation:
     """Maximum flow from the head's token to each input token through 0.5 A + 0.5 I (arXiv 2005.00928, Sec. 3).
 
     One node a token and layer; block l joins token i above it to token j below it with capacity M_l[i, j], where A is
@@ -64,9 +64,6 @@ def attention_flow(
     where that is a small part, from some 100 tokens on.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Recorded, not used.
         start_layer: First block included.
         scale: Integer steps that a capacity of 1 is cut into, 1,000 to 1,000,000,000.
         max_tokens: Most input tokens, prefix included, before the method refuses for its cost of O(L n^3) an image.
@@ -75,9 +72,6 @@ def attention_flow(
         ``maps`` >= 0: the flows divided by their sum over all input tokens, as the authors' code does, so that they
         compare with rollout's; ``raw`` [B, prefix + P] in 0..1 up to rounding: the flows themselves, which compare
         between images and show how many are at 1. An image whose attention is not finite gets NaN.
-
-    Raises:
-        PrunexError: For more tokens than ``max_tokens``, an option out of range, or without scipy.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -88,21 +82,20 @@ def attention_flow(
     _check_count("max_tokens", max_tokens, 1, None)
     start = check_layer(start_layer, len(model.blocks))
     _check_cost(own_anatomy(model), images, start, max_tokens)
-    solver = _solver()
     tape = Tape(attention=True, reduce=over_heads)
-    with recording(model, images, target, tape) as recorded, torch.no_grad():
+    with recording(model, images, target, tape) as recorded:
         prefix, readout = recorded.anatomy.prefix, recorded.readout()
         tokens = prefix + recorded.trace.grid[0] * recorded.trace.grid[1]
         flows, at_bound = np.full((len(images), tokens), np.nan), []
         for i, read_by_head in enumerate(readout.double().cpu().numpy()):
             network = build(tape.steps, i, read_by_head, prefix, tokens, start, scale)
             if network is not None:
-                found = network.flows(solver)
-                flows[i] = found / scale
-                at_bound.append((found == network.bounds())[prefix:])
+                carried = network.flows()
+                flows[i] = carried / scale
+                at_bound.append((carried == network.bounds())[prefix:])
         _report(at_bound)
         raw = readout.new_tensor(flows)
-        return recorded.answer(raw / raw.sum(1, keepdim=True).clamp(min=1 / scale), raw)
+        return answer(recorded, raw / raw.sum(1, keepdim=True).clamp(min=1 / scale), raw)
 
 
 @dataclass
@@ -129,35 +122,35 @@ class Network:
         fed = np.minimum(capacity[first], leaving[head[first]]).sum()
         return np.minimum(self.entries.sum(0), fed)
 
-    def flows(self, solver: Solver) -> Integers:
+    def flows(self) -> Integers:
         """The maximum flow into each input token, [tokens]."""
         bounds = self.bounds()
-        found = np.zeros_like(bounds)
+        flows = np.zeros_like(bounds)
         left = np.flatnonzero(bounds)
         strong = self.edges[3] > 0
+        # A flow that meets its bound through part of the edges is the maximum.
         if WORTH * strong.sum() < len(strong):
-            found[left] = self._solve(solver, strong, left)
-            left = left[found[left] < bounds[left]]
-        found[left] = self._solve(solver, np.ones_like(strong), left)
-        return found
+            flows[left] = self._solve(strong, left)
+            left = left[flows[left] < bounds[left]]
+        flows[left] = self._solve(np.ones_like(strong), left)
+        return flows
 
-    def _solve(self, solver: Solver, chosen: NDArray[np.bool_], sinks: Integers) -> Integers:
+    def _solve(self, chosen: NDArray[np.bool_], sinks: Integers) -> Integers:
         """Flows into some input tokens through some of the edges, [len(sinks)]; one matrix serves all of them."""
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import maximum_flow
+
         tail, head, capacity, _ = self.edges[:, chosen]
         sink, last = self.source + 1, np.flatnonzero(self.entries.any(1))
-        graph = solver.csr_array(
-            (
-                np.concatenate([capacity, np.ones_like(last)]).astype(np.int32),
-                (np.concatenate([tail, last]), np.concatenate([head, np.full_like(last, sink)])),
-            ),
-            shape=(sink + 1, sink + 1),
-        )
+        values = np.concatenate([capacity, np.ones_like(last)]).astype(np.int32)
+        ends = np.concatenate([tail, last]), np.concatenate([head, np.full_like(last, sink)])
+        graph = csr_array((values, ends), shape=(sink + 1, sink + 1))
         into = graph.indices == sink  # in the order of the rows, as ``last`` is
-        found = np.zeros(len(sinks), dtype=np.int64)
+        flows = np.zeros(len(sinks), dtype=np.int64)
         for i, token in enumerate(sinks):
             graph.data[into] = self.entries[last, token]
-            found[i] = solver.maximum_flow(graph, self.source, sink, method="dinic").flow_value
-        return found
+            flows[i] = maximum_flow(graph, self.source, sink, method="dinic").flow_value
+        return flows
 
 
 def build(
@@ -169,7 +162,7 @@ def build(
     start: int,
     scale: int,
 ) -> Network | None:
-    """One image's network, from the input tokens up.
+    """One image's network, from the input tokens up; None where attention is not finite.
 
     Args:
         steps: Of a tape with head-mean attention [B, n, n].
@@ -179,9 +172,6 @@ def build(
         tokens: Number of input tokens, prefix included.
         start: First block included; earlier ones pass everything through, and stages before it still count.
         scale: Integer steps of a capacity of 1.
-
-    Returns:
-        The network, or None where attention is not finite.
     """
     nodes, count = np.arange(tokens), tokens  # the node of each token that is there, -1 for a slot that holds none
     top = max((s.block for s in steps if isinstance(s, Attended)), default=start)
@@ -274,25 +264,6 @@ def _report(at_bound: list[NDArray[np.bool_]]) -> None:
         )
     else:
         log.info("attention_flow: %.1f %% of the patches are at the bound min(1, c_j)", 100 * every.mean())
-
-
-@dataclass(frozen=True)
-class Solver:
-    """What is used of scipy."""
-
-    csr_array: Callable[..., Any]
-    maximum_flow: Callable[..., Any]
-
-
-def _solver() -> Solver:
-    try:
-        from scipy.sparse import csr_array
-        from scipy.sparse.csgraph import maximum_flow
-    except ImportError as error:
-        raise PrunexError(
-            f"attention_flow needs scipy, which cannot be imported ({error}): pip install scipy, or use rollout"
-        ) from error
-    return Solver(csr_array, maximum_flow)
 
 
 def _check_count(name: str, value: Any, low: int, high: int | None) -> None:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.checks import check_flag
-from prunex.learned.diffmask import (
-    KIND,
-    DiffMaskExplainer,
-    check_layer,
-    load_explainer,
-    log_keep,
-)
+from prunex.learned.diffmask import KIND, DiffMaskExplainer, check_layer, load_explainer, log_keep
 from prunex.learned.folder import check_fits, held
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.aside import as_found
-from prunex.vit.recording import Relevance, recording
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 
 
@@ -38,7 +31,7 @@ def diffmask(
     explainer: nn.Module | str | Path | None = None,
     layer: int = -1,
     aggregated: bool = True,
-) -> Relevance:
+) -> Explanation:
     """How likely each patch is needed, by gates trained to keep as few patches as the output allows (arXiv 2304.06391).
 
     Explained is the explainer's **own copy** of the dense model it was trained beside, not ``model`` itself, which may
@@ -52,9 +45,6 @@ def diffmask(
     run), and only patches are gated and counted (theirs count the class token, too).
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Only passed on; None: the class that ``model`` predicts.
         explainer: A :class:`DiffMaskExplainer`, a module that holds one, or the folder it was saved in (``explainer/``
             of the recipe's run).
         layer: The hidden state whose map is shown: 0 (patch embeddings) to L + 1, or negative from the end.
@@ -75,16 +65,11 @@ def diffmask(
     >>> prunex.explain("diffmask", model, torch.randn(2, 3, 64, 64), explainer=DiffMaskExplainer(model)).maps.shape
     torch.Size([2, 4, 4])
     """
-    found = held(explainer, DiffMaskExplainer, KIND, "rollout") or load_explainer(str(explainer))
-    check_fits(found.anatomy, read(model), KIND)
-    layer, aggregated = check_layer(layer, found.anatomy.depth), check_flag("aggregated", aggregated)
-    weight = next(found.parameters())
-    with (
-        recording(model, images, target, Tape()) as recorded,
-        as_found(found, train=False),
-        torch.no_grad(),
-    ):
-        votes = log_keep(found.observe(images.to(weight.device, weight.dtype)).gates)
+    gates = held(explainer, DiffMaskExplainer, KIND, "rollout") or load_explainer(str(explainer))
+    check_fits(gates.anatomy, read(model), KIND)
+    layer, aggregated = check_layer(layer, gates.anatomy.depth), check_flag("aggregated", aggregated)
+    weight = next(gates.parameters())
+    with recording(model, images, target, Tape()) as recorded, as_found(gates, train=False):
+        votes = log_keep(gates.observe(images.to(weight.device, weight.dtype)).gates)
         raw = (votes.cumsum(1) if aggregated else votes).exp().to(images.device)
-        row = F.pad(raw[:, layer], (recorded.anatomy.prefix, 0))
-        return recorded.answer(row, raw=raw)
+        return answer(recorded, raw[:, layer], raw)

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.errors import PrunexError
+from prunex.checks import check_share
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
-from prunex.vit.recording import Recording, Relevance, recording, rounded, start_layer
+from prunex.vit.recording import Recording, check_layer, recording, rounded
 from prunex.vit.tape import Tape
-from prunex.vit.trace import Stage
 
 
 @register("explainer", "dino", "Caron et al., ICCV 2021, arXiv 2104.14294", "one forward")
 def dino(
-    model: ViT,
-    images: Tensor,
-    target: int | Tensor | None = None,
-    *,
-    threshold: float | None = None,
-    layer: int = -1,
-) -> Relevance:
+    model: ViT, images: Tensor, target: int | Tensor | None = None, *, threshold: float | None = None, layer: int = -1
+) -> Explanation:
     """Class-token attention of one block, head by head, as in "Emerging Properties" (arXiv 2104.14294, Figs. 1 and 4).
 
     Heads look at different things, so ``raw`` keeps them apart; ``maps`` is their mean. With a threshold m, each head's
@@ -42,9 +34,6 @@ def dino(
     share what it got.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Recorded, not used.
         threshold: Share of each head's mass to keep, in [0, 1]; None: the attention itself.
         layer: Block index, negative from the end.
 
@@ -52,57 +41,32 @@ def dino(
         ``raw`` [B, heads, P]: each head's attention to the patches, or its mask of 0 and 1; ``maps`` >= 0, the mean
         over heads.
 
-    Raises:
-        PrunexError: For a threshold outside [0, 1] or a block that does not exist.
-
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
     >>> prunex.explain("dino", model, torch.randn(2, 3, 64, 64), threshold=0.6).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_threshold(threshold)
-    layer = start_layer(layer, len(model.blocks))
-    with recording(model, images, target, Tape(head_rows=frozenset({layer}), narrow=True)) as recorded, torch.no_grad():
-        raw = on_patches(recorded, layer)
+    if threshold is not None:
+        check_share("threshold", threshold, zero=True)
+    layer = check_layer(layer, len(model.blocks))
+    with recording(model, images, target, Tape(head_rows=frozenset({layer}), narrow=True)) as recorded:
+        raw = head_rows(recorded, layer)
         if threshold is not None:
             raw = mass_mask(raw, threshold)
-        return recorded.answer(F.pad(over_heads(raw), (recorded.anatomy.prefix, 0)), raw)
+        return answer(recorded, over_heads(raw), raw)
 
 
-def check_threshold(value: Any) -> None:
-    """A share in [0, 1], or None.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise PrunexError(f"threshold={value!r} is not allowed: give a share of the mass in [0, 1], or None")
-
-
-def on_patches(recorded: Recording, layer: int) -> Tensor:
+def head_rows(recorded: Recording, layer: int) -> Tensor:
     """Each head's recorded row over the original patches, [B, heads, P]; 0 where a patch left or was fused."""
-    prefix, steps = recorded.anatomy.prefix, recorded.tape.steps
-    at = next(i for i, s in enumerate(steps) if not isinstance(s, Stage) and s.block == layer)
-    stages = [s for s in steps[:at] if isinstance(s, Stage)]
-    row = torch.as_tensor(recorded.tape.attended()[layer].head_rows)
-    for stage in reversed(stages):
-        row = stage.lift(row, prefix)
-    row = row[..., prefix:]
-    if not stages:
-        return row
-    return row * (recorded.trace.tokens(len(stages) - 1) >= 0).unsqueeze(1)
+    trace = recorded.entering(layer)
+    rows = trace.lift(torch.as_tensor(recorded.tape.attended()[layer].head_rows))[..., trace.prefix :]
+    return rows * (trace.tokens() >= 0).unsqueeze(1)
 
 
 def mass_mask(row: Tensor, share: float) -> Tensor:
-    """The smallest set of entries that holds a share of each row's sum: 0 or 1 in the shape of ``row`` (last axis).
+    """The smallest set of entries that holds a share of the sum of each row [..., P] >= 0, as 0 and 1.
 
     The entry that crosses the share is in the set. Share 1 takes every entry that is not 0, share 0 takes none.
-
-    Args:
-        row: float [..., P], at least 0.
-        share: In [0, 1].
     """
     # Members of one merged token are equal but for rounding, which other images in the batch may change.
     row = rounded(row, 16 if row.dtype == torch.float32 else 40)

@@ -6,32 +6,24 @@ import torch
 from torch import Tensor
 
 from prunex.registry import register
-from prunex.relevance.walk import propagate, times
+from prunex.relevance.explanation import Explanation, answer
+from prunex.relevance.walk import through_skips, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
-from prunex.vit.recording import Relevance, attention_gradients, recording
-from prunex.vit.recording import start_layer as check_layer
-from prunex.vit.tape import Attended, Tape
+from prunex.vit.recording import attention_gradients, check_layer, recording
+from prunex.vit.tape import Tape
 
 
 @register("explainer", "generic_attention", "Chefer et al., ICCV 2021, arXiv 2103.15679", "one forward, one backward")
 def generic_attention(
-    model: ViT,
-    images: Tensor,
-    target: int | Tensor | None = None,
-    *,
-    start_layer: int = 0,
-    full: bool = False,
-) -> Relevance:
+    model: ViT, images: Tensor, target: int | Tensor | None = None, *, start_layer: int = 0, full: bool = False
+) -> Explanation:
     """R <- R + Abar R over the blocks, Abar = head mean of max(0, dy/dA * A) (arXiv 2103.15679, Eqs. 5-6).
 
     Class-specific; the recommended default for plain ViTs. The product is clamped before the head mean. Only the
     read-out row of R is propagated, unless the whole of R is asked for.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         start_layer: First block included.
         full: Also give the whole R.
 
@@ -47,19 +39,14 @@ def generic_attention(
     blocks = frozenset(range(start, len(model.blocks)))
     tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start, narrow=not full)
     with recording(model, images, target, tape, needs_class=True) as recorded:
-        grads = attention_gradients(recorded)
+        gradients = attention_gradients(recorded)
         with torch.no_grad():
-            weights = {
-                step.block: over_heads((torch.as_tensor(step.attention) * grad).clamp(min=0))
-                for step, grad in zip(tape.attended()[start:], grads, strict=True)
-            }
-
-            def mix(row: Tensor, step: Attended) -> Tensor:
-                return row + times(row, weights[step.block], step.queries)
-
+            weights = {}
+            for (step, attention), gradient in zip(tape.matrices(), gradients, strict=True):
+                weights[step.block] = over_heads((attention * gradient).clamp(min=0))
             prefix, readout = recorded.anatomy.prefix, recorded.readout()
             if not full:
-                return recorded.answer(propagate(tape, readout, prefix, mix, start=start))
+                return answer(recorded, through_skips(tape, readout, prefix, weights, start))
             identity = torch.eye(tape.tokens, device=images.device, dtype=readout.dtype).expand(len(images), -1, -1)
-            whole = propagate(tape, identity, prefix, mix, start=start)
-            return recorded.answer(times(readout, whole), raw=whole)
+            whole = through_skips(tape, identity, prefix, weights, start)
+            return answer(recorded, times(readout, whole), raw=whole)

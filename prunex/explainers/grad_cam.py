@@ -9,10 +9,11 @@ from torch import Tensor
 
 from prunex.checks import check_choice
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import Features, features, features_tape, on_patches
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
-from prunex.vit.recording import Recording, Relevance, gradients, recording, start_layer
+from prunex.vit.recording import Recording, check_layer, gradients, recording
 from prunex.vit.tape import Tape
 
 _KINDS = ("tokens", "attention", "layercam", "elementwise")
@@ -26,7 +27,7 @@ def grad_cam(
     *,
     kind: Literal["tokens", "attention", "layercam", "elementwise"] = "tokens",
     layer: int = -1,
-) -> Relevance:
+) -> Explanation:
     r"""Gradient-weighted class activation (arXiv 1610.02391, Eqs. 1-2), read from one block.
 
     With A the activation and G the gradient of the class's logit, over the patch tokens p and channels d:
@@ -47,17 +48,11 @@ def grad_cam(
     the mean nor in the map.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         kind: What is weighted by what.
         layer: Block index, negative from the end.
 
     Returns:
         ``maps`` >= 0, never scaled; ``raw`` [B, gh, gw], the same before the last ReLU, negative values included.
-
-    Raises:
-        PrunexError: For an unknown kind or a block that does not exist.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -65,17 +60,16 @@ def grad_cam(
     torch.Size([2, 4, 4])
     """
     check_choice("kind", kind, _KINDS)
-    layer = start_layer(layer, len(model.blocks))
+    layer = check_layer(layer, len(model.blocks))
     tape = features_tape(layer)
     if kind == "attention":
         tape = Tape(attention=True, blocks=frozenset({layer}), gradients=True, graph_from=layer, narrow=True)
     with recording(model, images, target, tape, needs_class=True) as recorded:
-        score = recorded.logits.gather(1, recorded.target[:, None])[:, 0]
+        score = recorded.score()
         seen = _rows(recorded, layer, score) if kind == "attention" else features(recorded, layer, score)
         with torch.no_grad():
             cam = seen.on_grid(_weighted(kind, seen))
-            row = torch.cat([cam.new_zeros(len(cam), recorded.anatomy.prefix), cam.clamp(min=0).flatten(1)], 1)
-            return recorded.answer(row, raw=cam)
+            return answer(recorded, cam.clamp(min=0).flatten(1), raw=cam)
 
 
 def _weighted(kind: str, seen: Features) -> Tensor:
@@ -91,8 +85,7 @@ def _weighted(kind: str, seen: Features) -> Tensor:
 
 def _rows(recorded: Recording, layer: int, score: Tensor) -> Features:
     """What the tokens that the head reads pay to each patch token, and its gradient; heads are the channels."""
-    step = recorded.tape.attended()[layer]
-    attention = torch.as_tensor(step.attention)
+    ((step, attention),) = recorded.tape.matrices()
     gradient = promoted(gradients(score.sum(), [attention])[0])
     readers = recorded.anatomy.readout(attention.shape[3], step.policy, attention.detach(), step.sizes)
     if step.queries is not None:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from prunex.checks import check_choice
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.walk import propagate
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import over_heads
-from prunex.vit.recording import Recording, Relevance, gradients, recording, unreached
+from prunex.vit.recording import Recording, gradients, recording, unreached
 from prunex.vit.tape import Attended, Tape
 
 _AXES = ("key", "query", "cls")
@@ -28,7 +29,7 @@ def grad_sam(
     *,
     axis: Literal["key", "query", "cls"] = "key",
     lift: Literal["direct", "presence"] = "direct",
-) -> Relevance:
+) -> Explanation:
     """Gradient self-attention maps (arXiv 2204.11073): r = 1 / (L H N) * sum over blocks and heads of A * ReLU(dy/dA).
 
     **Unverified**: no official code was found, and which index of the matrix is summed could not be read from the
@@ -46,17 +47,11 @@ def grad_sam(
     of it), so that early removal does not pass for low relevance. Use the first for comparisons with the dense model.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         axis: "key", "query" or "cls".
         lift: "direct" or "presence".
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P], all tokens.
-
-    Raises:
-        PrunexError: For an unknown axis or lift.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -76,30 +71,26 @@ def grad_sam(
             if lift == "presence":
                 lived = propagate(tape, start, prefix, lambda row, step: row + 1)
                 total = torch.where(lived > 0, total / lived.clamp(min=1e-12) * len(scores), 0)
-            return recorded.answer(total / (len(scores) * total.shape[1]))
+            return answer(recorded, total / (len(scores) * total.shape[1]))
 
 
 def _scores(recorded: Recording, axis: str) -> dict[int, Tensor]:
-    """Each block's scores of its tokens, [B, n], the mean over heads.
-
-    Taken while the backward pass goes by, so that only one block's gradient is held at a time.
-    """
+    """Each block's scores of its tokens, [B, n], the mean over heads."""
     scores: dict[int, Tensor] = {}
-    maps = [torch.as_tensor(step.attention) for step in recorded.tape.attended()]
-    hooks = [_hook(step, axis, recorded.anatomy, scores) for step in recorded.tape.attended()]
-    handles = [m.register_hook(hook) for m, hook in zip(maps, hooks, strict=True)]
-    score = recorded.logits.gather(1, recorded.target[:, None]).sum()
+    matrices = recorded.tape.matrices()
+    # Taken while the backward pass goes by, so that only one block's gradient is held at a time.
+    handles = [matrix.register_hook(_taker(step, axis, recorded.anatomy, scores)) for step, matrix in matrices]
     try:
-        gradients(score, maps[:1])
+        gradients(recorded.score().sum(), [matrices[0][1]])
     finally:
         for handle in handles:
             handle.remove()
-    if any(m.numel() and step.block not in scores for m, step in zip(maps, recorded.tape.attended(), strict=True)):
+    if any(matrix.numel() and step.block not in scores for step, matrix in matrices):
         raise unreached()
     return scores
 
 
-def _hook(step: Attended, axis: str, anatomy: Anatomy, scores: dict[int, Tensor]) -> Callable[[Tensor], None]:
+def _taker(step: Attended, axis: str, anatomy: Anatomy, scores: dict[int, Tensor]) -> Callable[[Tensor], None]:
     """What turns the gradient of one block's attention into scores. It holds no part of the graph."""
     block, queries, attention = step.block, step.queries, torch.as_tensor(step.attention).detach()
 
@@ -112,22 +103,16 @@ def _hook(step: Attended, axis: str, anatomy: Anatomy, scores: dict[int, Tensor]
 def block_scores(
     attention: Tensor, grad: Tensor, axis: str, anatomy: Anatomy, queries: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Positive gradient times attention, summed along one axis and averaged over heads: [B, n].
+    """Positive gradient times attention [B, H, m, n], summed along one axis and averaged over heads: [B, n].
 
-    Args:
-        attention: [B, H, m, n].
-        grad: Of the logit, likewise.
-        axis: "key", "query" or "cls".
-        anatomy: Of the model.
-        queries: Positions of the m rows; None: all tokens.
+    ``queries`` are the positions of the m rows; None: all tokens.
     """
     product = over_heads((attention * grad).clamp(min=0))
     if axis == "query":
         if queries is None:
             return product.sum(2)
-        return product.new_zeros(len(product), product.shape[2]).index_copy(
-            1, torch.tensor(queries, device=product.device), product.sum(2)
-        )
+        rows = product.new_zeros(len(product), product.shape[2])
+        return rows.index_copy(1, torch.tensor(queries, device=product.device), product.sum(2))
     if axis == "cls" and queries is None:
         if anatomy.readers:
             product = product[:, list(anatomy.readers)]

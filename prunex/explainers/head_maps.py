@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.explainers.dino import on_patches
+from prunex.explainers.dino import head_rows
 from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
@@ -49,44 +49,36 @@ def head_maps(model: nn.Module, images: Tensor, pairs: Sequence[tuple[int, int]]
     weight = next(vit.parameters())
     blocks = sorted({block for block, _ in places})
     tape = Tape(head_rows=frozenset(blocks), narrow=True)
-    with recording(vit, images.detach().to(weight.device, weight.dtype), None, tape) as recorded, torch.no_grad():
-        rows = {block: on_patches(recorded, block) for block in blocks}
-        found = torch.stack([rows[block][:, head] for block, head in places], 1)
-        return found.unflatten(2, recorded.trace.grid)
+    with recording(vit, images.detach().to(weight.device, weight.dtype), None, tape) as recorded:
+        rows = {block: head_rows(recorded, block) for block in blocks}
+        maps = torch.stack([rows[block][:, head] for block, head in places], 1)
+        return maps.unflatten(2, recorded.trace.grid)
 
 
 def _places(vit: Any, pairs: Any) -> list[tuple[int, int]]:
-    """Where the pairs, given in the dense model's numbers, are in this model.
-
-    Raises:
-        PrunexError: For anything but pairs of heads that it has.
-    """
+    """Where the pairs, given in the dense model's numbers, are in this model."""
     many = isinstance(pairs, Sequence) and not isinstance(pairs, str) and len(pairs) > 0
-    whole = many and all(
-        isinstance(pair, Sequence)
-        and len(pair) == 2
-        and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-        for pair in pairs
-    )
-    if not whole:
+    if not many or not all(_is_pair(pair) for pair in pairs):
         raise PrunexError(f"pairs={pairs!r} is not allowed: give (block, head) pairs, such as [(3, 0), (11, 2)]")
     widths = widths_of(vit)
-    known = range(len(vit.blocks)) if widths.blocks is None else widths.blocks
-    there = {block: place for place, block in enumerate(known)}
-    found = []
+    blocks = list(range(len(vit.blocks)) if widths.blocks is None else widths.blocks)
+    places = []
     for block, head in pairs:
-        if block not in there:
-            raise PrunexError(f"block {block} is not there: this model has blocks {_told(there)}")
-        attn = vit.blocks[there[block]].attn
-        kept = list(widths.heads.get(block, range(attn.num_heads)))
+        if block not in blocks:
+            raise PrunexError(f"block {block} is not there: this model has blocks {', '.join(map(str, blocks))}")
+        place = blocks.index(block)
+        attn = vit.blocks[place].attn
+        heads = list(widths.heads.get(block, range(attn.num_heads)))
         left = heads_left(attn.proj)
         if left is not None:  # heads behind closed gates are not looked at
-            kept = [kept[i] for i in left]
-        if head not in kept:
-            raise PrunexError(f"block {block} has no head {head}: it has {_told(kept)}")
-        found.append((there[block], kept.index(head)))
-    return found
+            heads = [heads[i] for i in left]
+        if head not in heads:
+            kept = ", ".join(map(str, heads)) or "none"
+            raise PrunexError(f"block {block} has no head {head}: it has {kept}")
+        places.append((place, heads.index(head)))
+    return places
 
 
-def _told(numbers: Any) -> str:
-    return ", ".join(map(str, numbers)) or "none"
+def _is_pair(pair: Any) -> bool:
+    numbers = isinstance(pair, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    return numbers and len(pair) == 2

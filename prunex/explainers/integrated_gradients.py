@@ -13,10 +13,11 @@ from torch import Tensor
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.embedding import embed, embed_patches, place
-from prunex.vit.recording import Recording, Relevance, check_chunk, gradients, recording, sequences
+from prunex.vit.recording import Recording, check_chunk, gradients, recording, sequences
 from prunex.vit.tape import Tape
 
 _SPACES = ("pixels", "tokens")
@@ -39,7 +40,7 @@ def integrated_gradients(
     space: Literal["pixels", "tokens"] = "pixels",
     rule: Literal["gausslegendre", "middle", "trapezoid", "left", "right"] = "gausslegendre",
     chunk: int | None = None,
-) -> Relevance:
+) -> Explanation:
     r"""IG = (x - x0) * integral of dy/dx from x0 to x (arXiv 1703.01365, Eq. 1; a weighted sum of gradients, Eq. 3).
 
     Attributions sum to y(x) - y(x0), up to the error of the sum: ``info["delta"]``. In "pixels" space the images
@@ -59,9 +60,6 @@ def integrated_gradients(
     0: the baseline decides the picture.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         steps: Points on the path (two at least for "trapezoid"). 32 do for watching, 100 and more for tables.
         baseline: What is "nothing": a number, or a tensor that broadcasts to the images, normalised as they are.
         space: What is moved.
@@ -92,15 +90,13 @@ def integrated_gradients(
         path = _Path(recorded, images, baseline, space, sequences(chunk, recorded.embedded, 32, graph=True))
         total = path.integral(nodes, weights)
         with torch.no_grad():
-            found = (path.end - path.start) * total
-            difference = path.score(recorded.logits, None) - path.at_start()
-            delta = found.flatten(1).sum(1) - difference
-            per_patch = found.sum(2) if space == "tokens" else _per_patch(found, recorded)
-            row = F.pad(per_patch, (recorded.anatomy.prefix, 0))
-            info = {"delta": delta, "difference": difference}
+            shares = (path.end - path.start) * total
+            difference = promoted(recorded.score()) - path.at_start()
+            info = {"delta": shares.flatten(1).sum(1) - difference, "difference": difference}
             if space == "tokens":
-                return recorded.answer(row, signed=True, info=info)
-            return recorded.answer(row, raw=found, signed=True, pixels=found.sum(1), info=info)
+                row = F.pad(shares.sum(2), (recorded.anatomy.prefix, 0))
+                return answer(recorded, row, signed=True, info=info)
+            return answer(recorded, _per_patch(shares, recorded), shares, True, shares.sum(1), info)
 
 
 class _Path:
@@ -131,43 +127,32 @@ class _Path:
             alpha, weight = (t.to(total)[step].view(shape) for t in (nodes, weights))
             start = self.start[image]
             point = (start + alpha * (self.end[image] - start)).to(self.dtype).requires_grad_()
-            score = self.score(self._output(point, image), image)
-            total.index_add_(0, image, weight * gradients(score.sum(), [point])[0])
+            gradient = gradients(self._score(point, image).sum(), [point])[0]
+            total.index_add_(0, image, weight * gradient)
         return total
 
     def at_start(self) -> Tensor:
         """The score at the baseline, [B]."""
-        found = []
-        for image, _ in self._pairs(1):
-            found.append(self.score(self._output(self.start[image].to(self.dtype), image), image))
-        return torch.cat(found)
-
-    def score(self, logits: Tensor, image: Tensor | None) -> Tensor:
-        """The explained class's logit, [R], at least float32."""
-        target = self.recorded.target if image is None else self.recorded.target[image]
-        return promoted(logits.gather(1, target[:, None])[:, 0])
+        return torch.cat([self._score(self.start[image].to(self.dtype), image) for image, _ in self._pairs(1)])
 
     def _pairs(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Image and step of every sequence, some at a time: int64 [R] each."""
         for pairs in torch.arange(len(self.end) * steps, device=self.end.device).split(self.chunk):
             yield pairs // steps, pairs % steps
 
-    def _output(self, point: Tensor, image: Tensor) -> Tensor:
+    def _score(self, point: Tensor, image: Tensor) -> Tensor:
+        """The explained class's logit, [R], at least float32."""
         model, grid = self.recorded.model, self.recorded.trace.grid
         tokens = place(model, point, grid) if self.space == "tokens" else embed(model, point)[0]
-        return self.recorded.again(tokens, image)
+        logits = self.recorded.again(tokens, image)
+        return promoted(logits.gather(1, self.recorded.target[image, None])[:, 0])
 
 
 def quadrature(rule: str, steps: int) -> tuple[Tensor, Tensor]:
     """Points in 0..1 and their weights, which sum to 1: float64 [steps] each.
 
-    Args:
-        rule: "gausslegendre" (exact for polynomials up to degree 2 steps - 1), "middle", "trapezoid" (both ends
-            included), "left" or "right" (an even grid from 0, or to 1).
-        steps: How many points.
-
-    Raises:
-        PrunexError: For an unknown rule, or fewer steps than it needs.
+    "gausslegendre" is exact for polynomials up to degree 2 steps - 1, "trapezoid" takes both ends in, "left" and
+    "right" are an even grid from 0, or to 1, and "middle" lies between them.
     """
     check_choice("rule", rule, _RULES)
     least = 2 if rule == "trapezoid" else 1
@@ -195,14 +180,16 @@ def _per_patch(values: Tensor, recorded: Recording) -> Tensor:
 def _check_baseline(value: Any, images: Tensor) -> None:
     allowed = "give a finite number, or a finite real tensor that broadcasts to the images"
     if isinstance(value, Tensor):
-        own, whole = list(value.shape), list(images.shape)
-        if len(own) > 4 or any(a not in (1, b) for a, b in zip(own[::-1], whole[::-1], strict=False)):
-            raise PrunexError(f"baseline has shape {own} for images {whole}: {allowed}, such as [C, 1, 1]")
+        shape, whole = list(value.shape), list(images.shape)
+        if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)):
+            raise PrunexError(f"baseline has shape {shape} for images {whole}: {allowed}, such as [C, 1, 1]")
         if value.is_complex() or value.dtype == torch.bool:
             raise PrunexError(f"baseline has dtype {value.dtype}: {allowed}")
-        if not torch.isfinite(value.to(images.dtype)).all():
-            raise PrunexError(f"baseline is not finite in {images.dtype}: {allowed}")
+        finite = bool(torch.isfinite(value.to(images.dtype)).all())
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise PrunexError(f"baseline={value!r} is not allowed: {allowed}")
-    elif not abs(value) <= torch.finfo(images.dtype).max:
-        raise PrunexError(f"baseline={value} is not finite in {images.dtype}: {allowed}")
+    else:
+        finite = abs(value) <= torch.finfo(images.dtype).max
+    if not finite:
+        said = " is" if isinstance(value, Tensor) else f"={value} is"
+        raise PrunexError(f"baseline{said} not finite in {images.dtype}: {allowed}")

@@ -10,10 +10,11 @@ from torch import Tensor
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.gradients import ModifiedGradients
 from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
 from prunex.vit.anatomy import ViT
-from prunex.vit.recording import Relevance, gradients, recording, widened
+from prunex.vit.recording import gradients, recording, widened
 from prunex.vit.tape import Tape
 
 RULES = ("zplus", "epsilon", "gamma", "attnlrp", "cplrp")
@@ -33,7 +34,7 @@ def lrp(
     rule: Literal["zplus", "epsilon", "gamma", "attnlrp", "cplrp"] = "zplus",
     gamma: float | tuple[float, float] | None = None,
     rule_set: RuleSet = "conserving",
-) -> Relevance:
+) -> Explanation:
     r"""A logit decomposed backwards through every layer, to tokens and pixels.
 
     - ``"zplus"``: the "LRP" baseline of arXiv 2012.09838 (alpha 1, beta 0): from a one-hot 1, positive products alone;
@@ -48,12 +49,10 @@ def lrp(
     maps of ViTs are noisy; gamma calms them and wants tuning per model. Published figures beyond the z+ ones of arXiv
     2012.09838 could not be checked (unverified). LRP is patented for commercial use by its authors' institutions.
 
-    Tokens that left keep what earlier blocks gave them. A fused token's weights are constants.
+    Tokens that left keep what earlier blocks gave them. A fused token's weights are constants. Half-precision weights
+    are read in float32.
 
     Args:
-        model: A supported ViT, pruned or dense. Half-precision weights are read in float32.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         rule: The rules, see above.
         gamma: For "gamma", "attnlrp" and "cplrp": strength >= 0 of the gamma rule, one number, or one for the patch
             convolution and one for linear layers. None: (0.25, 0.05) for "gamma", no gamma rule for the others.
@@ -92,20 +91,21 @@ def lrp(
         tokens, pixels = gradients(recorded.logits, [recorded.embedded, images], one_hot)
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images
-        return recorded.answer(tokens.sum(-1), pixels, signed=True, pixels=pixels.sum(1))
+        return answer(recorded, tokens.sum(-1), pixels, signed=True, fine=pixels.sum(1))
 
 
 def _strengths(rule: str, gamma: Any) -> tuple[float, float] | None:
+    """Of the gamma rule, in the patch convolution and in linear layers."""
     if gamma is None:
         return None
     if rule in ("zplus", "epsilon"):
         raise PrunexError(
             f"gamma={gamma!r} with rule={rule!r} is not allowed: rules with gamma are gamma, attnlrp, cplrp"
         )
-    pair = (gamma, gamma) if isinstance(gamma, int | float) else gamma
-    good = isinstance(pair, tuple | list) and len(pair) == 2
-    if not good or any(isinstance(g, bool) or not isinstance(g, int | float) or not 0 <= g < 1e6 for g in pair):
+    pair = gamma if isinstance(gamma, tuple | list) else (gamma, gamma)
+    numbers = [g for g in pair if isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g < 1e6]
+    if len(pair) != 2 or len(numbers) != 2:
         raise PrunexError(
             f"gamma={gamma!r} is not allowed: give a number of at least 0, or one for pixels and one for linear layers"
         )
-    return float(pair[0]), float(pair[1])
+    return float(numbers[0]), float(numbers[1])

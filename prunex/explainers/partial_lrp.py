@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from prunex.checks import check_choice, check_flag
 from prunex.registry import register
-from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
-from prunex.relevance.walk import propagate, times
+from prunex.relevance.explanation import Explanation, answer
+from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet, weighed_relevance
+from prunex.relevance.walk import times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
-from prunex.vit.recording import Relevance, gradients, recording, widened
-from prunex.vit.tape import Attended, Tape
+from prunex.vit.recording import recording, widened
+from prunex.vit.tape import Tape
 
 
 @register(
@@ -30,7 +29,7 @@ def partial_lrp(
     *,
     rule_set: RuleSet = "conserving",
     gradient: bool = False,
-) -> Relevance:
+) -> Explanation:
     r"""Head mean of max(0, R) in the read-out row, R the last block's attention relevance under the z+ rule.
 
     From a one-hot 1 at the class through head, final norm, MLP and projection down to the product A V, where
@@ -41,15 +40,12 @@ def partial_lrp(
     Two rule sets go by this name in published tables: "published_baseline" (the figures of arXiv 2012.09838; linear
     layers divide each sign of their inputs by its own sum, so relevance is not conserved) and "conserving" (shared
     denominators, rescaled skips; the figures of later papers). How the method's first authors weigh heads could not
-    be checked (unverified); maps do not use it.
+    be checked (unverified); maps do not use it. Half-precision weights are read in float32.
 
     A patch that left before the last block gets 0 here by definition (order such ties by ``trace.depth()``); a patch
     inside a fused token gets its share. ``transformer_attribution`` follows relevance through all blocks.
 
     Args:
-        model: A supported ViT, pruned or dense. Half-precision weights are read in float32.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         rule_set: "conserving" or "published_baseline".
         gradient: Multiply by the attention's gradient before clamping (an ablation of arXiv 2012.09838).
 
@@ -71,25 +67,12 @@ def partial_lrp(
     rules = RelevanceRules(rule_set=rule_set)
     tape = Tape(attention=True, gradients=True, blocks=frozenset({last}), graph_from=last, narrow=True, ops=rules)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
-        step = tape.attended()[-1]
-        one_hot = recorded.one_hot()
-        attention = torch.as_tensor(step.attention)
-        grad = gradients(recorded.logits, [attention], one_hot, retain_graph=True)[0] if gradient else 1
-        rules.relevance = True
-        found = gradients(recorded.logits, [attention], one_hot)[0] * grad
+        ((step, attention),) = tape.matrices()
+        relevance = weighed_relevance(recorded, rules, [attention], gradient)[0]
         with torch.no_grad():
-            prefix, heads = recorded.anatomy.prefix, found.shape[1]
-            readout = recorded.readout()
-
-            def read(matrix: Tensor) -> Tensor:
-                """One head's (or the mean's) read-out row on the original tokens."""
-
-                def mix(row: Tensor, step: Attended) -> Tensor:
-                    return times(row, matrix, step.queries)
-
-                return propagate(tape, readout, prefix, mix, start=last)
-
-            raw = readout.new_zeros(len(images), 0, prefix + math.prod(recorded.trace.grid))  # a block without heads
-            if heads:
-                raw = torch.stack([read(found[:, h]) for h in range(heads)], 1)
-            return recorded.answer(read(over_heads(found.clamp(min=0))), raw, signed=False)
+            readout = recorded.leaving(last).lift(recorded.readout())
+            entering, heads = recorded.entering(last), relevance.shape[1]
+            by_head = [entering.lift(times(readout, relevance[:, head], step.queries)) for head in range(heads)]
+            row = entering.lift(times(readout, over_heads(relevance.clamp(min=0)), step.queries))
+            raw = torch.stack(by_head, 1) if heads else row.new_zeros(len(row), 0, row.shape[1])
+            return answer(recorded, row, raw)

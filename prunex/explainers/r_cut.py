@@ -12,10 +12,11 @@ from torch import Tensor
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import features, features_tape, log_odds
 from prunex.vit.anatomy import ViT
-from prunex.vit.recording import Relevance, recording
-from prunex.vit.recording import start_layer as check_layer
+from prunex.vit.readout import before_softmax
+from prunex.vit.recording import check_layer, recording
 
 _ORIENTS = ("peak", "grad_cam")
 _OBJECTIVES = ("probability", "logit")
@@ -34,7 +35,7 @@ def r_cut(
     threshold: float = 0.2,
     orient: Literal["peak", "grad_cam"] = "peak",
     objective: Literal["probability", "logit"] = "probability",
-) -> Relevance:
+) -> Explanation:
     r"""Relationship weighted out and cut (arXiv 2307.09050): Grad-CAM's weighted features, kept apart, then cut.
 
     With A the output of a block's first norm, G the gradient of the class's score for it and alpha_d the mean of G over
@@ -54,9 +55,6 @@ def r_cut(
     others get the smallest value.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class explained; None: the predicted one.
         layer: Block whose first norm is read, negative from the end.
         threshold: Cosine above which two patches belong together, in [-1, 1).
         orient: Which side of the cut is the object. "peak" (the authors): the one above the mean that holds the largest
@@ -78,15 +76,15 @@ def r_cut(
     layer = check_layer(layer, len(model.blocks))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold < 1:
         raise PrunexError(f"threshold={threshold!r} is not allowed: give a cosine in [-1, 1)")
-    for name, value, known in (("orient", orient, _ORIENTS), ("objective", objective, _OBJECTIVES)):
-        check_choice(name, value, known)
+    check_choice("orient", orient, _ORIENTS)
+    check_choice("objective", objective, _OBJECTIVES)
     with recording(model, images, target, features_tape(layer), needs_class=True) as recorded:
         if objective == "logit":
-            score = recorded.logits.gather(1, recorded.target[:, None])[:, 0]
+            score = recorded.score()
         elif recorded.logits.shape[1] == 1:
             raise PrunexError("the probability of a single class is always 1: explain it with objective='logit'")
         else:
-            score = log_odds(recorded.logits, recorded.target)
+            score = log_odds(before_softmax(model, recorded.logits), recorded.target)
         seen = features(recorded, layer, score)
         with torch.no_grad():
             weighted = seen.weights().double().unsqueeze(1) * seen.activation.double()
@@ -101,7 +99,7 @@ def r_cut(
             # Below 0 for a cut; a Grad-CAM map all above it leaves 0 to the pruned patches.
             lowest = y.masked_fill(~seen.there, 0).amin(1).clamp(max=0)
             raw = seen.on_grid(y, lowest).to(seen.activation.dtype)
-            return recorded.answer(F.pad(raw.clamp(min=0).flatten(1), (recorded.anatomy.prefix, 0)), raw=raw)
+            return answer(recorded, raw.clamp(min=0).flatten(1), raw=raw)
 
 
 def normalised_cut(tokens: Tensor, there: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -115,8 +113,7 @@ def normalised_cut(tokens: Tensor, there: Tensor, threshold: float) -> tuple[Ten
         threshold: Cosine above which an affinity is 1 instead of 1e-5.
 
     Returns:
-        y [B, n], of either sign, 0 where no token is; and where y is arbitrary (lambda_3 - lambda_2 < 1e-6, or a single
-        token): bool [B].
+        y [B, n], of either sign, 0 where no token is; and bool [B], where y is arbitrary (or there is a single token).
     """
     count = tokens.shape[1]
     if count < 3:  # there is a third eigenvalue to look at then
@@ -134,16 +131,10 @@ def normalised_cut(tokens: Tensor, there: Tensor, threshold: float) -> tuple[Ten
 
 
 def oriented(y: Tensor, there: Tensor, cam: Tensor | None = None) -> Tensor:
-    """The cut's eigenvector with the object's side up.
+    """The cut's eigenvector [B, n] with the object's side up: y or -y, image by image.
 
-    Args:
-        y: [B, n], of either sign.
-        there: bool [B, n].
-        cam: [B, n] or None. None: the largest |y| (the first within rounding) shall lie above the mean of y. Given: the
-            side above the mean of y shall have the larger mean of these values, and the largest |y| if both are equal.
-
-    Returns:
-        y or -y, image by image.
+    Without ``cam`` the largest |y| (the first within rounding) shall lie above the mean of y; with it, [B, n], the side
+    above the mean shall have the larger mean of these values, and the largest |y| if both are equal.
     """
     mean = y.sum(1, keepdim=True) / there.sum(1, keepdim=True)
     above = there & (y > mean)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import ViT
-from prunex.vit.recording import Relevance, recording, start_layer
-from prunex.vit.tape import Attended, Tape
-from prunex.vit.trace import Stage
+from prunex.vit.recording import check_layer, recording
+from prunex.vit.tape import Tape
 
 
 @register("explainer", "raw_attention", "baseline in Chefer et al., CVPR 2021, arXiv 2012.09838", "one forward")
-def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None, *, layer: int = -1) -> Relevance:
+def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None, *, layer: int = -1) -> Explanation:
     """Head-mean class-token attention of one block, the cheapest map and the very signal EViT prunes by.
 
     Only that row is computed (N numbers a head); the model keeps its fused attention. Average-pooled models have no
@@ -23,9 +23,6 @@ def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None
     inside a fused token gets its share of that token's value. Not class-specific.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Recorded, not used.
         layer: Block index, negative from the end.
 
     Returns:
@@ -36,13 +33,7 @@ def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None
     >>> prunex.explain("raw_attention", model, torch.randn(2, 3, 64, 64), layer=-2).maps.shape
     torch.Size([2, 4, 4])
     """
-    layer = start_layer(layer, len(model.blocks))
-    with recording(model, images, target, Tape(rows=frozenset({layer}), narrow=True)) as recorded, torch.no_grad():
-        row = None
-        for step in reversed(recorded.tape.steps):
-            if row is None:
-                if isinstance(step, Attended) and step.block == layer:
-                    row = step.row
-            elif isinstance(step, Stage):
-                row = step.lift(row, recorded.anatomy.prefix)
-        return recorded.answer(torch.as_tensor(row))
+    layer = check_layer(layer, len(model.blocks))
+    with recording(model, images, target, Tape(rows=frozenset({layer}), narrow=True)) as recorded:
+        row = torch.as_tensor(recorded.tape.attended()[layer].row)
+        return answer(recorded, recorded.entering(layer).lift(row))

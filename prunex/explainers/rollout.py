@@ -10,11 +10,11 @@ from torch import Tensor
 from prunex.checks import check_choice, check_flag
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
-from prunex.vit.recording import Relevance, attention_gradients, recording
-from prunex.vit.recording import start_layer as check_layer
+from prunex.vit.recording import attention_gradients, check_layer, recording
 from prunex.vit.tape import Attended, Tape
 
 _FUSIONS = {
@@ -34,7 +34,7 @@ def rollout(
     discard_ratio: float = 0.0,
     start_layer: int = 0,
     gradient: bool = False,
-) -> Relevance:
+) -> Explanation:
     """Product over blocks of 0.5 A + 0.5 I, rows normalised, read at the head's tokens (arXiv 2005.00928, Sec. 3).
 
     A public code for ViTs divides columns by row sums, discards in the first image only and protects one entry; here
@@ -47,9 +47,6 @@ def rollout(
     published method of this idea is ``generic_attention``.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class for ``gradient``, None: the predicted one; else recorded and not used.
         head_fusion: "mean" (the paper), "max" or "min" over heads; with ``gradient`` "mean".
         discard_ratio: Share of each fused matrix' smallest entries set to 0, in [0, 1).
         start_layer: First block included.
@@ -57,9 +54,6 @@ def rollout(
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P] sums to 1 over all tokens, removed ones included.
-
-    Raises:
-        PrunexError: For an unknown fusion, a ratio outside [0, 1) or a block that does not exist.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -80,8 +74,8 @@ def rollout(
     with recording(model, images, target, tape, needs_class=gradient) as recorded:
         prefix, by_block = recorded.anatomy.prefix, {}
         if gradient:
-            steps = tape.attended()[start:]
-            by_block = {s.block: g for s, g in zip(steps, attention_gradients(recorded), strict=True)}
+            steps = [step.block for step, _ in tape.matrices()]
+            by_block = dict(zip(steps, attention_gradients(recorded), strict=True))
 
         def mix(row: Tensor, step: Attended) -> Tensor:
             fused = torch.as_tensor(step.attention)
@@ -96,15 +90,13 @@ def rollout(
             return times(row, fused) + row
 
         with torch.no_grad():
-            return recorded.answer(propagate(tape, recorded.readout(), prefix, mix, start=start))
+            return answer(recorded, propagate(tape, recorded.readout(), prefix, mix, start=start))
 
 
 def _discard(fused: Tensor, ratio: float, prefix: int, policy: Tensor | None) -> Tensor:
-    """Zero each image's floor(ratio * m * m) smallest entries, sparing prefix columns and the diagonal.
-
-    The m tokens that are there are counted and ranked: slots of dropped ones hold zeros, which would use the share up.
-    """
+    """Zero each image's floor(ratio * m * m) smallest entries, sparing prefix columns and the diagonal."""
     n = fused.shape[-1]
+    # The m tokens that are there count alone: slots of dropped ones hold zeros, which would use the share up.
     there = fused.new_ones(fused.shape[:2], dtype=torch.bool) if policy is None else policy > 0
     counts = torch.tensor([int(m * m * ratio) for m in there.sum(1).tolist()], device=fused.device)
     among = (there.unsqueeze(1) & there.unsqueeze(2)).flatten(1)

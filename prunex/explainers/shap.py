@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from prunex.checks import check_choice, check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer_of_classes
 from prunex.removal.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
-from prunex.removal.game import TOKENS, Removal, answer_for
+from prunex.removal.game import TOKENS, Removal
 from prunex.vit.anatomy import ViT
-from prunex.vit.recording import Relevance, recording
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 
 ESTIMATORS = ("permutation", "kernel")
@@ -38,7 +38,7 @@ def shap(
     output: Literal["probability", "logit", "log_odds"] = "probability",
     seed: int = 0,
     chunk: int | None = None,
-) -> Relevance:
+) -> Explanation:
     """Shapley values phi of the patches in the game v(S) = the class's probability with only the patches S there.
 
     They sum to v(all) - v(none) at every budget, for every class. All classes share the forwards. Absent patches are
@@ -55,9 +55,6 @@ def shap(
     sketch; the paper behind ``vit_shapley`` reports about 10^5 to converge on ViT-B (unverified).
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class of ``maps``; None: the predicted one.
         estimator: "permutation" or "kernel".
         removal: "drop" (cost falls with the number of patches there) or "mask" (all slots kept). Equal results.
         budget: Most forwards of one token sequence each an image, v(all) and v(none) included. Permutation: 2 +
@@ -86,24 +83,13 @@ def shap(
     check_whole("seed", seed, 0)
     if budget is not None:
         check_whole("budget", budget, 1)
-    with recording(model, images, target, Tape(), needs_class=True) as recorded, torch.no_grad():
+    with recording(model, images, target, Tape(), needs_class=True) as recorded:
         value = Removal(model, images, removal=removal, selection=selection, output=output, chunk=chunk)
-        return answer_for(recorded, estimate(value, len(images), estimator, budget, seed).values)
+        return answer_of_classes(recorded, estimate(value, len(images), estimator, budget, seed).values)
 
 
 def estimate(value: Removal, batch: int, estimator: str, budget: int | None, seed: int) -> Estimate:
-    """Shapley values of all classes with their standard errors, as :func:`shap` makes them.
-
-    Args:
-        value: The game.
-        batch: Number of images.
-        estimator: "permutation" or "kernel".
-        budget: Most evaluations an image, or None.
-        seed: Of the draws.
-
-    Raises:
-        PrunexError: For a budget too small for the estimator.
-    """
+    """Shapley values of all classes with their standard errors, as :func:`shap` makes them for a batch of images."""
     players = value.players
     pair = 2 * (players - 1)
     budget = 2 + PAIRS * pair if budget is None else budget

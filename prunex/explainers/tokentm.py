@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from prunex.checks import check_choice
 from prunex.errors import unknown
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
+from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
-from prunex.vit.recording import Relevance, attention_gradients, recording
+from prunex.vit.recording import attention_gradients, recording
 from prunex.vit.tape import Attended, Fed, Tape
 
 _VARIANTS = ("per_head", "libragrad")
@@ -28,7 +30,7 @@ def tokentm(
     *,
     variant: Literal["per_head", "libragrad"] = "per_head",
     necc_scale: Literal["n0"] | None = None,
-) -> Relevance:
+) -> Explanation:
     r"""Token transformation matters (arXiv 2403.14552, Eqs. 12-18): C_l = U_ffn U_att C_{l-1}, C_0 = diag(||E0||).
 
     A token-wise transformation from E to Et weighs each token by w = ||Et|| / ||E|| times NECC, the softmax over the
@@ -48,17 +50,11 @@ def tokentm(
     ``necc_scale="n0"`` (ours, not the paper's) multiplies by n / N_0 and takes that effect out.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         variant: Which re-implementation's reading.
         necc_scale: None, or "n0".
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P], all tokens.
-
-    Raises:
-        PrunexError: For an unknown variant or scale.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -70,19 +66,19 @@ def tokentm(
         raise unknown("necc_scale", necc_scale, ("n0",))
     tape = Tape(attention=True, gradients=True, streams=True)
     with recording(model, images, target, tape, needs_class=True) as recorded:
-        grads = attention_gradients(recorded)
+        gradients = attention_gradients(recorded)
         with torch.no_grad():
-            first = _wide(tape.embedded)
+            first = recorded.embedded
             total = first.shape[1]
             updates = {}
-            for step, grad in zip(tape.attended(), grads, strict=True):
-                a, up = torch.as_tensor(step.attention), grad.clamp(min=0)
+            for (step, attention), gradient in zip(tape.matrices(), gradients, strict=True):
+                up = gradient.clamp(min=0)
                 if variant == "per_head":
                     w = _head_weights(model.blocks[step.block], step, total, necc_scale)
-                    updates[step.block] = over_heads(up * a * w.unsqueeze(2))
+                    updates[step.block] = over_heads(up * attention * w.unsqueeze(2))
                 else:
                     w = _weights(_wide(step.before), _wide(step.after), step.policy, total, necc_scale)
-                    updates[step.block] = over_heads(up) * over_heads(a) * w.unsqueeze(1)
+                    updates[step.block] = over_heads(up) * over_heads(attention) * w.unsqueeze(1)
 
             def mix(row: Tensor, step: Attended) -> Tensor:
                 return row + times(row, updates[step.block])
@@ -94,12 +90,11 @@ def tokentm(
                 return row + row * _weights(before, after, step.policy, total, necc_scale)
 
             row = propagate(tape, recorded.readout(), recorded.anatomy.prefix, mix, feed)
-            return recorded.answer(row * torch.linalg.vector_norm(first, dim=-1))
+            return answer(recorded, row * torch.linalg.vector_norm(promoted(first), dim=-1))
 
 
 def _wide(x: Tensor | None) -> Tensor:
-    x = torch.as_tensor(x)
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return promoted(torch.as_tensor(x))
 
 
 def _weights(before: Tensor, after: Tensor, policy: Tensor | None, total: int, scale: str | None) -> Tensor:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from prunex.checks import check_flag
 from prunex.registry import register
-from prunex.relevance.rules import RelevanceRules
-from prunex.relevance.walk import propagate, times
+from prunex.relevance.explanation import Explanation, answer
+from prunex.relevance.rules import RelevanceRules, weighed_relevance
+from prunex.relevance.walk import through_skips
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
-from prunex.vit.recording import Relevance, gradients, recording, widened
-from prunex.vit.recording import start_layer as check_layer
-from prunex.vit.tape import Attended, Tape
+from prunex.vit.recording import check_layer, recording, widened
+from prunex.vit.tape import Tape
 
 
 @register(
@@ -23,13 +23,8 @@ from prunex.vit.tape import Attended, Tape
     "one forward, one backward, one relevance pass",
 )
 def transformer_attribution(
-    model: ViT,
-    images: Tensor,
-    target: int | Tensor | None = None,
-    *,
-    start_layer: int = 0,
-    gradient: bool = True,
-) -> Relevance:
+    model: ViT, images: Tensor, target: int | Tensor | None = None, *, start_layer: int = 0, gradient: bool = True
+) -> Explanation:
     r"""C = Abar_{L-1} ... Abar_s with Abar_l = I + mean_h max(0, dy/dA_l * R_l) (arXiv 2012.09838, Eqs. 13-14).
 
     R_l is the relevance of block l's attention under the z+ rule: from a one-hot 1 at the class, linear layers pass on
@@ -42,12 +37,10 @@ def transformer_attribution(
     Departures from the authors' code: sums of the skip rule are taken per image (theirs take the whole batch, which
     must be 1). All published ViT figures use ``start_layer=1``; their notebooks use 0, as here.
 
-    A fused token's weights (EViT) are constants to the relevance pass and part of the gradient.
+    A fused token's weights (EViT) are constants to the relevance pass and part of the gradient. Half-precision weights
+    are read in float32.
 
     Args:
-        model: A supported ViT, pruned or dense. Half-precision weights are read in float32.
-        images: float [B, C, H, W].
-        target: Class whose logit is explained; None: the predicted one.
         start_layer: First block included.
         gradient: False rolls out the relevance alone, head mean of max(0, R_l) (the paper's ablation); its rows are
             not normalised either.
@@ -70,21 +63,9 @@ def transformer_attribution(
     blocks = frozenset(range(start, len(model.blocks)))
     tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start, narrow=True, ops=rules)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
-        maps = {a.block: torch.as_tensor(a.attention) for a in tape.attended() if a.block >= start}
-        one_hot = recorded.one_hot()
-        inputs = list(maps.values())
-        grads = gradients(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
-        rules.relevance = True
-        found = gradients(recorded.logits, inputs, one_hot)
+        matrices = tape.matrices()
+        relevance = weighed_relevance(recorded, rules, [attention for _, attention in matrices], gradient)
         with torch.no_grad():
-            if grads is None:
-                weights = [over_heads(r.clamp(min=0)) for r in found]
-            else:
-                weights = [over_heads((g * r).clamp(min=0)) for g, r in zip(grads, found, strict=True)]
-            of = dict(zip(maps, weights, strict=True))
-
-            def mix(row: Tensor, step: Attended) -> Tensor:
-                return row + times(row, of[step.block], step.queries)
-
-            row = propagate(tape, recorded.readout(), recorded.anatomy.prefix, mix, start=start)
-            return recorded.answer(row)
+            weights = {step.block: over_heads(r.clamp(min=0)) for (step, _), r in zip(matrices, relevance, strict=True)}
+            row = through_skips(tape, recorded.readout(), recorded.anatomy.prefix, weights, start)
+            return answer(recorded, row)

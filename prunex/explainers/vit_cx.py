@@ -12,14 +12,12 @@ from torch import Tensor
 from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import features, features_tape
 from prunex.removal.game import check_selection, score
 from prunex.vit.anatomy import ViT
-from prunex.vit.embedding import embed
-from prunex.vit.forward import record
-from prunex.vit.recording import Relevance, recording
-from prunex.vit.recording import start_layer as check_layer
-from prunex.vit.tape import Tape
+from prunex.vit.readout import before_softmax
+from prunex.vit.recording import check_layer, recording
 
 Probability = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,7 +35,7 @@ def vit_cx(
     chunk: int = 50,
     max_masks: int | None = None,
     selection: Literal["frozen", "free", "adaptive"] = "frozen",
-) -> Relevance:
+) -> Explanation:
     r"""Causal impact of patch-embedding masks (arXiv 2211.03064): neither gradients nor attention, but many forwards.
 
     Each channel of a block's first norm, scaled to 0..1 over the patches, is a mask; masks within a cosine distance of
@@ -54,9 +52,6 @@ def vit_cx(
     all others are 0 in every mask, and so is the map there, up to the blur of enlarging.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class explained; None: the predicted one.
         layer: Block whose first norm is read, negative from the end.
         distance: Largest cosine distance within a cluster, in [0, 1]; 0 clusters nothing.
         noise: Standard deviation, at least 0.
@@ -71,9 +66,6 @@ def vit_cx(
         ``raw`` [B, H, W], pixel saliency as it comes: a share of probability, which may be negative where noise alone
         raised it; ``maps``, its mean over each patch.
 
-    Raises:
-        PrunexError: For an option out of range.
-
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
     >>> prunex.explain("vit_cx", model, torch.randn(2, 3, 64, 64), max_masks=4).maps.shape
@@ -82,53 +74,40 @@ def vit_cx(
     layer = check_layer(layer, len(model.blocks))
     distance, noise = check_number("distance", distance, 0, 1), check_number("noise", noise, 0)
     check_whole("chunk", chunk, 1)
-    for name, number, low in (("seed", seed, 0), ("max_masks", max_masks, 1)):
-        if number is None and name == "max_masks":
-            continue
-        if isinstance(number, bool) or not isinstance(number, int) or not low <= number < 2**63:
-            raise PrunexError(f"{name}={number!r} is not allowed: give an integer of at least {low}")
+    _check_count("seed", seed, 0)
+    if max_masks is not None:
+        _check_count("max_masks", max_masks, 1)
     selection = check_selection(selection)
-    device = images.device.type
-    # Masked images go through the forward that the clean one goes through, the caller's autocast included.
-    autocast: dict[str, Any] = {
-        "device_type": device,
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-    }
     with recording(model, images, target, features_tape(layer, gradients=False), needs_class=True) as recorded:
         seen = features(recorded, layer)
         masks, lively = channel_masks(seen.activation, seen.there)
         patches = seen.on_grid(seen.there.to(masks.dtype))
-        each = zip(seen.on_grid(masks), lively, patches, strict=True)
-        merged = [cluster_masks(m, use, there, distance, max_masks) for m, use, there in each]
+        merged = []
+        for m, use, there in zip(seen.on_grid(masks), lively, patches, strict=True):
+            merged.append(cluster_masks(m, use, there, distance, max_masks))
 
-        def of_target(logits: Tensor, own: Tensor) -> Tensor:
-            found = score(logits, "probability").to(torch.promote_types(logits.dtype, torch.float32))
-            return found.gather(1, recorded.target[own, None])[:, 0]
+        def of_target(logits: Tensor, image: Tensor) -> Tensor:
+            probabilities = score(before_softmax(model, logits), "probability")
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return probabilities.to(wide).gather(1, recorded.target[image, None])[:, 0]
 
-        def probability(masked: Tensor, own: Tensor) -> Tensor:
-            with torch.autocast(**autocast):
-                if selection == "free":
-                    tape = Tape(narrow=True)
-                    record(model, masked, tape)
-                    logits = torch.as_tensor(tape.logits)
-                else:
-                    logits = recorded.again(embed(model, masked)[0], own)
-            return of_target(logits, own)
+        def probability(masked: Tensor, image: Tensor) -> Tensor:
+            # Masked images go through the forward that the clean one went through, the caller's autocast included.
+            return of_target(recorded.again(recorded.embed(masked), image, frozen=selection == "frozen"), image)
 
         clean = of_target(recorded.logits, torch.arange(len(images), device=images.device))
         patch = recorded.anatomy.patch
         raw = causal_saliency(images, merged, clean, probability, patch, noise, seed, chunk)
-        row = F.pad(_patch_means(raw, patch, recorded.trace.grid).flatten(1), (recorded.anatomy.prefix, 0))
-        return recorded.answer(row, raw=raw, pixels=raw)
+        return answer(recorded, _patch_means(raw, patch, recorded.trace.grid).flatten(1), raw, fine=raw)
+
+
+def _check_count(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+        raise PrunexError(f"{name}={value!r} is not allowed: give an integer of at least {low}")
 
 
 def channel_masks(activation: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel scaled to 0..1 over the tokens that are there.
-
-    Args:
-        activation: [B, n, D].
-        there: bool [B, n].
+    """Each channel of [B, n, D] scaled to 0..1 over the tokens that are there, bool [B, n].
 
     Returns:
         Masks [B, D, n], 0 where no token is; and which channels are not constant (beyond rounding): bool [B, D].
@@ -142,12 +121,10 @@ def channel_masks(activation: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clusters(masks: Tensor, distance: float, most: int | None = None) -> Tensor:
-    """Complete-linkage clusters of masks by cosine distance.
+    """Complete-linkage clusters of masks [D, n], none of them all 0, by cosine distance.
 
-    Args:
-        masks: [D, n], none of them all 0.
-        distance: Masks of one cluster are nearer than this to each other.
-        most: Largest number of clusters, or None; beyond it, ``distance`` gives way.
+    Masks of one cluster are nearer than ``distance`` to each other, which gives way where there would be more than
+    ``most``.
 
     Returns:
         int64 [D], the cluster of each mask, numbered in the order of their first masks.
@@ -161,11 +138,11 @@ def clusters(masks: Tensor, distance: float, most: int | None = None) -> Tensor:
     apart = (1 - unit @ unit.mT).clamp(min=0).fill_diagonal_(0)
     matrix = (0.5 * (apart + apart.mT)).cpu().numpy()
     common: dict[str, Any] = {"metric": "precomputed", "linkage": "complete"}
-    found = AgglomerativeClustering(n_clusters=None, distance_threshold=distance, **common).fit(matrix)
-    if most is not None and found.n_clusters_ > most:
-        found = AgglomerativeClustering(n_clusters=most, **common).fit(matrix)
+    tree = AgglomerativeClustering(n_clusters=None, distance_threshold=distance, **common).fit(matrix)
+    if most is not None and tree.n_clusters_ > most:
+        tree = AgglomerativeClustering(n_clusters=most, **common).fit(matrix)
     order: dict[int, int] = {}
-    return torch.tensor([order.setdefault(label, len(order)) for label in found.labels_.tolist()])
+    return torch.tensor([order.setdefault(label, len(order)) for label in tree.labels_.tolist()])
 
 
 def cluster_masks(masks: Tensor, lively: Tensor, there: Tensor, distance: float, most: int | None) -> Tensor:

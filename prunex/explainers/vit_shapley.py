@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from prunex.learned.folder import check_fits, held
 from prunex.learned.vit_shapley import KIND, ShapleyExplainer, load_explainer
 from prunex.registry import register
-from prunex.removal.game import answer_for
+from prunex.relevance.explanation import Explanation, answer_of_classes
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.aside import as_found
-from prunex.vit.recording import Relevance, recording
+from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 
 
@@ -24,12 +23,8 @@ from prunex.vit.tape import Tape
     "a trained explainer; one forward of it, one of its surrogate",
 )
 def vit_shapley(
-    model: ViT,
-    images: Tensor,
-    target: int | Tensor | None = None,
-    *,
-    explainer: nn.Module | str | Path | None = None,
-) -> Relevance:
+    model: ViT, images: Tensor, target: int | Tensor | None = None, *, explainer: nn.Module | str | Path | None = None
+) -> Explanation:
     """Shapley values of patches as a trained explainer estimates them (arXiv 2206.05282).
 
     Explained is the explainer's **surrogate**, a copy of a classifier trained to bear missing patches, not ``model``
@@ -38,9 +33,6 @@ def vit_shapley(
     only a run of ``shap`` on the surrogate tells.
 
     Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class of ``maps``; None: the one ``model`` predicts.
         explainer: A :class:`ShapleyExplainer`, a module that holds one, or the folder it was saved in (``explainer/``
             of the recipe's run).
 
@@ -57,12 +49,9 @@ def vit_shapley(
     >>> values.shape  # a patch and class
     torch.Size([2, 16, 5])
     """
-    found = held(explainer, ShapleyExplainer, KIND, "shap") or load_explainer(str(explainer))
-    check_fits(read(found.surrogate), read(model), KIND)
-    weight = next(found.parameters())
-    with (
-        recording(model, images, target, Tape(), needs_class=True) as recorded,
-        as_found(found, train=False),
-        torch.no_grad(),
-    ):
-        return answer_for(recorded, found(images.to(weight.device, weight.dtype)).to(images.device))
+    shapley = held(explainer, ShapleyExplainer, KIND, "shap") or load_explainer(str(explainer))
+    check_fits(read(shapley.surrogate), read(model), KIND)
+    weight = next(shapley.parameters())
+    with recording(model, images, target, Tape(), needs_class=True) as recorded, as_found(shapley, train=False):
+        values = shapley(images.to(weight.device, weight.dtype)).to(images.device)
+        return answer_of_classes(recorded, values)

@@ -42,7 +42,7 @@ from prunex.registry import register
 from prunex.vit.trace import TokenTrace
 
 if TYPE_CHECKING:
-    from prunex.explain import Explanation
+    from prunex.relevance.explanation import Explanation
 
 _KRISHNA = "Krishna et al., TMLR 2024, arXiv 2202.01602"
 _MASK = "a kept-token mask and a dense model's map"

@@ -15,9 +15,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from prunex.brief import Brief
 from prunex.checks import check_number, check_whole
-from prunex.explain import Explanation, explain
+from prunex.explain import explain
 from prunex.metrics.ranks import spearman
 from prunex.registry import register
+from prunex.relevance.explanation import Explanation
 from prunex.vit.anatomy import find, read
 
 _PAPER = "Adebayo et al., NeurIPS 2018, arXiv 1810.03292"

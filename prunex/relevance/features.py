@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
+from prunex.vit.arithmetic import promoted
 from prunex.vit.recording import Recording, gradients
-from prunex.vit.tape import Attended, Tape
-from prunex.vit.trace import Stage
+from prunex.vit.tape import Tape
 
 
 @dataclass(eq=False, repr=False)
@@ -40,60 +40,37 @@ class Features(Brief):
         return torch.as_tensor(self.gradient).masked_fill(~there, 0).sum(1) / there.sum(1).clamp(min=1)
 
     def on_grid(self, values: Tensor, fill: Tensor | float = 0.0) -> Tensor:
-        """One value a token, put where its patch is.
+        """One value a token, [B, n] or several an image [B, k, n], put where its patch is: [B, (k,) gh, gw].
 
-        Args:
-            values: [B, n], or several an image [B, k, n].
-            fill: For patches that have no token: a number, or one an image [B].
-
-        Returns:
-            [B, gh, gw], or [B, k, gh, gw].
+        ``fill`` is for patches that have no token: a number, or one an image [B].
         """
         where = self.where if values.ndim == 2 else self.where.unsqueeze(1).expand(-1, values.shape[1], -1)
         empty = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
-        found = values.gather(-1, where.clamp(min=0))
-        return torch.where(where < 0, empty.view(-1, *[1] * (values.ndim - 1)), found).unflatten(-1, self.grid)
+        placed = values.gather(-1, where.clamp(min=0))
+        return torch.where(where < 0, empty.view(-1, *[1] * (values.ndim - 1)), placed).unflatten(-1, self.grid)
 
 
 def log_odds(logits: Tensor, target: Tensor) -> Tensor:
-    """ln(p / (1 - p)) of each image's class under the softmax, [B], at least float32.
+    """ln(p / (1 - p)) of each image's class under the softmax of [B, classes >= 2]: [B], at least float32.
 
     Its gradient is the probability's over p (1 - p), a positive number, without the cancellation that makes the
     gradient of a saturated softmax wrong or 0.
-
-    Args:
-        logits: [B, classes], at least two.
-        target: int64 [B].
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    own = target[:, None]
-    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, float("-inf")).logsumexp(1)
+    logits, index = promoted(logits), target[:, None]
+    return logits.gather(1, index)[:, 0] - logits.scatter(1, index, float("-inf")).logsumexp(1)
 
 
 def features_tape(layer: int, gradients: bool = True) -> Tape:
-    """The tape for :func:`features`: nothing before the block is on the graph, and attention stays fused.
-
-    Args:
-        layer: Block index, 0..depth-1.
-        gradients: Whether a score will be differentiated.
-    """
+    """The tape for :func:`features`: nothing before the block is on the graph, and attention stays fused."""
     return Tape(normed=frozenset({layer}), gradients=gradients, graph_from=layer, narrow=True)
 
 
 def features(recorded: Recording, layer: int, score: Tensor | None = None) -> Features:
-    """Patch tokens as the first norm of a block gives them, and the gradient of a score for them.
+    """Patch tokens as the first norm of a block gives them, and the gradient of a score [B] for them, if any.
 
     Under class-token pooling this is the latest place where patches have a gradient at all: behind the last block's
-    attention only the class token reaches the head. With average pooling it is as good a place.
-
-    Args:
-        recorded: A forward under :func:`features_tape` of the same layer.
-        layer: Block index, 0..depth-1.
-        score: [B], one number an image, on the graph; None: no gradient is wanted.
-
-    Returns:
-        The features. A token that stands for several patches (merged) counts once in means, and each of its patches
-        gets its value; a token fused of patches that were dropped counts nowhere.
+    attention only the class token reaches the head. A token that stands for several patches (merged) counts once in
+    means, and each of its patches gets its value; a token fused of patches that were dropped counts nowhere.
     """
     normed = torch.as_tensor(recorded.tape.attended()[layer].normed)
     gradient = None
@@ -103,32 +80,20 @@ def features(recorded: Recording, layer: int, score: Tensor | None = None) -> Fe
 
 
 def on_patches(recorded: Recording, layer: int, activation: Tensor, gradient: Tensor | None = None) -> Features:
-    """Any channels of the patch tokens inside a block, with the places they belong to.
-
-    Args:
-        recorded: A forward whose tape saw the block.
-        layer: Block index, 0..depth-1.
-        activation: [B, n, D] of the patch tokens entering the block.
-        gradient: Likewise, or None.
-
-    Raises:
-        PrunexError: Where pruning left no patch token to enter the block.
-    """
+    """Any channels [B, n, D] of the patch tokens entering a block, with the places they belong to."""
     if activation.shape[1] == 0:
         raise PrunexError(
             f"no patch token enters block {layer} of this pruned model, so there are no features to read: give an "
             "earlier layer, or use generic_attention"
         )
-    steps = recorded.tape.steps
-    at = next(i for i, step in enumerate(steps) if isinstance(step, Attended) and step.block == layer)
-    trace = replace(recorded.trace, stages=[s for s in steps[:at] if isinstance(s, Stage)])
+    trace = recorded.entering(layer)
     where = trace.tokens()
     patches = torch.zeros(activation.shape[:2], dtype=torch.long, device=where.device)
     there = patches.scatter_add(1, where.clamp(min=0), (where >= 0).long()) > 0
     if trace.pooled:  # a token need not be any patch's first choice
         there = trace.composition().sum(1) > 0
-    return Features(activation, gradient, there, where, recorded.trace.grid)
+    return Features(activation, gradient, there, where, trace.grid)
 
 
 def _wide(tokens: Tensor, prefix: int) -> Tensor:
-    return tokens.detach()[:, prefix:].to(torch.promote_types(tokens.dtype, torch.float32))
+    return promoted(tokens.detach()[:, prefix:])

@@ -12,7 +12,7 @@ import torch
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 
-from prunex.relevance.rules import Layer, gamma_rule
+from prunex.relevance.rules import Layer, Route, gamma_rule
 from prunex.vit.arithmetic import Arithmetic, fused_attention, unknown_layer
 from prunex.vit.units import let_through
 
@@ -32,6 +32,7 @@ class ModifiedGradients(Arithmetic):
     """
 
     opened = True
+    relevance = True  # its graph has no other use
 
     def __init__(self, kind: Literal["attnlrp", "cplrp"], gamma: tuple[float, float] | None = None) -> None:
         self.kind, self.gamma = kind, gamma
@@ -48,8 +49,13 @@ class ModifiedGradients(Arithmetic):
         layer = Layer.of(module)
         if self.gamma is None:
             return module(x)
-        x = let_through(module, x)
-        return _Gamma.apply(x, module(x), layer, self.gamma[which])
+        x, gamma = let_through(module, x), self.gamma[which]
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, grad: Tensor) -> tuple[Tensor]:
+            # Gradient times output is the relevance that comes, relevance over input the gradient that goes.
+            return (gamma_rule(layer, saved[0], out, grad * out, gamma) / (saved[0] + 1e-10),)
+
+        return Route.apply(self, back, module(x), x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """A norm with its deviation held constant."""
@@ -59,7 +65,9 @@ class ModifiedGradients(Arithmetic):
 
     def activation(self, module: nn.Module, x: Tensor) -> Tensor:
         """An element-wise f with gradient f(x) / x."""
-        return x if isinstance(module, nn.Identity) else _Quotient.apply(x, module(x))
+        if isinstance(module, nn.Identity):
+            return x
+        return Route.apply(self, lambda saved, out, grad: (grad * (out / (saved[0] + 1e-10)),), module(x), x)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half each."""
@@ -108,20 +116,6 @@ class _Scaled(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-class _Quotient(torch.autograd.Function):
-    """f(x), differentiated as f(x) / x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
-        ctx.save_for_backward(x, out)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, out = ctx.saved_tensors
-        return grads[0] * (out / (x + 1e-10)), None
-
-
 class _Norm(torch.autograd.Function):
     """A layer or RMS norm, differentiated with its deviation (or root mean square) held constant."""
 
@@ -140,18 +134,3 @@ class _Norm(torch.autograd.Function):
         inverse, weight = ctx.saved_tensors
         scaled = grads[0] * inverse if weight is None else grads[0] * weight * inverse
         return scaled - scaled.mean(-1, keepdim=True) if ctx.centred else scaled, None, None
-
-
-class _Gamma(torch.autograd.Function):
-    """A linear layer by the gamma rule: relevance = gradient times output goes in, relevance over input comes out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, layer: Layer, gamma: float) -> Tensor:
-        ctx.layer, ctx.gamma = layer, gamma
-        ctx.save_for_backward(x, out)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, out = ctx.saved_tensors
-        return gamma_rule(ctx.layer, x, out, grads[0] * out, ctx.gamma) / (x + 1e-10), None, None, None

@@ -7,7 +7,7 @@ relevance. Every sum is taken per image, so images of a batch do not meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
+from prunex.vit.recording import Recording, gradients
 from prunex.vit.units import let_through
 from prunex.vit.weights import effective, is_linear
 
@@ -43,11 +44,7 @@ class Layer(Brief):
 
     @classmethod
     def of(cls, module: nn.Module) -> Layer:
-        """The layer behind a module.
-
-        Raises:
-            PrunexError: For anything that is neither linear nor a patch convolution.
-        """
+        """The layer behind a module; refused where that is neither linear nor a patch convolution."""
         if is_linear(module):
             weight, bias = effective(module)
             return cls(weight, bias, lambda x, w: x @ w.T, lambda s, w: s @ w)
@@ -204,7 +201,7 @@ class RelevanceRules(Arithmetic):
         self.relevance = False
 
     def _through(self, out: Tensor, x: Tensor) -> Tensor:
-        return _Route.apply(self, lambda saved, out, r: (r.reshape(saved[0].shape),), out, x)
+        return Route.apply(self, lambda saved, out, r: (r.reshape(saved[0].shape),), out, x)
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
         """By its rule."""
@@ -225,7 +222,7 @@ class RelevanceRules(Arithmetic):
                 return (gamma_rule(layer, saved[0], out, r, gamma, self.epsilon),)
             return (positive(layer, saved[0], out, r),)
 
-        return _Route.apply(self, back, module(x), x)
+        return Route.apply(self, back, module(x), x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """Passes through."""
@@ -245,7 +242,7 @@ class RelevanceRules(Arithmetic):
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
             return (conserving_add if conserving else proportional)(saved[0], saved[1], out, r)
 
-        return _Route.apply(self, back, a + b, a, b)
+        return Route.apply(self, back, a + b, a, b)
 
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         """As their sum."""
@@ -258,7 +255,7 @@ class RelevanceRules(Arithmetic):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Half each."""
-        return _Route.apply(self, lambda saved, out, r: (r / 2, r / 2), a * b, a, b)
+        return Route.apply(self, lambda saved, out, r: (r / 2, r / 2), a * b, a, b)
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Queries and keys half each, in proportion to their products."""
@@ -267,7 +264,7 @@ class RelevanceRules(Arithmetic):
             s = ratio(r, out / scale)
             return saved[0] * (s @ saved[1]) / 2, saved[1] * (s.transpose(-2, -1) @ saved[0]) / 2
 
-        return _Route.apply(self, back, (q * scale) @ k.transpose(-2, -1), q, k)
+        return Route.apply(self, back, (q * scale) @ k.transpose(-2, -1), q, k)
 
     def gather(self, attention: Tensor, values: Tensor) -> Tensor:
         """Attention and values half each, in proportion to their products."""
@@ -276,7 +273,7 @@ class RelevanceRules(Arithmetic):
             s = ratio(r, out)
             return saved[0] * (s @ saved[1].transpose(-2, -1)) / 2, saved[1] * (saved[0].transpose(-2, -1) @ s) / 2
 
-        return _Route.apply(self, back, attention @ values, attention, values)
+        return Route.apply(self, back, attention @ values, attention, values)
 
     def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """Tokens in proportion to their weighted part."""
@@ -285,14 +282,34 @@ class RelevanceRules(Arithmetic):
             return (saved[0] * (fixed.transpose(-2, -1) @ ratio(r, out)),)
 
         fixed = weights.detach()  # constants to relevance, not to gradients
-        return _Route.apply(self, back, weights @ tokens, tokens)
+        return Route.apply(self, back, weights @ tokens, tokens)
 
 
-class _Route(torch.autograd.Function):
-    """A value that two graphs lead to: its own (for gradients), and a rule from it straight to its inputs."""
+def weighed_relevance(
+    recorded: Recording, rules: RelevanceRules, inputs: Sequence[Tensor], gradient: bool
+) -> list[Tensor]:
+    """Relevance at some places of a forward under the rules, from a one-hot 1 at the class; maybe times the gradient.
+
+    One graph is walked for both.
+    """
+    one_hot = recorded.one_hot()
+    factors = gradients(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
+    rules.relevance = True
+    relevance = gradients(recorded.logits, inputs, one_hot)
+    if factors is None:
+        return relevance
+    return [factor * r for factor, r in zip(factors, relevance, strict=True)]
+
+
+class Route(torch.autograd.Function):
+    """A value that two graphs lead to: its own (for gradients), and a rule from it straight to its inputs.
+
+    ``rules.relevance`` says which of the two is walked.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rules: RelevanceRules, back: Callable[..., Any], out: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, rules: Any, back: Callable[..., Any], out: Tensor, *inputs: Tensor) -> Tensor:
+        """The value as it is."""
         ctx.rules, ctx.back = rules, back
         ctx.save_for_backward(out, *inputs)
         ctx.set_materialize_grads(False)
@@ -300,6 +317,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Gradients go to the value, relevance past it to the inputs."""
         count = len(ctx.needs_input_grad) - 3
         if grads[0] is None:
             return (None,) * (3 + count)

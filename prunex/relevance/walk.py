@@ -7,7 +7,7 @@ the input tokens is p^T (... M_2 S_1 M_1); only the row vector is ever multiplie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -47,13 +47,19 @@ def propagate(
     return row
 
 
+def through_skips(tape: Tape, readout: Tensor, prefix: int, weights: Mapping[int, Tensor], start: int = 0) -> Tensor:
+    """Walk row vectors through I + Abar of every block, Abar by block [B, n, n] or [B, queries, n]."""
+
+    def mix(row: Tensor, step: Attended) -> Tensor:
+        return row + times(row, weights[step.block], step.queries)
+
+    return propagate(tape, readout, prefix, mix, start=start)
+
+
 def times(row: Tensor, matrix: Tensor, queries: tuple[int, ...] | None = None) -> Tensor:
     """``row @ matrix`` for one row an image [B, n] or several [B, R, n].
 
-    Args:
-        row: The row vectors.
-        matrix: [B, n, m], or [B, len(queries), m]: the rows of these positions alone, the others being 0.
-        queries: Those positions.
+    Where ``matrix`` has the rows of some queries alone, the others are 0.
     """
     if queries is not None:
         row = row[..., list(queries)]

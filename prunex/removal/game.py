@@ -26,7 +26,8 @@ from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
-from prunex.vit.recording import Recording, Relevance, check_chunk, sequences
+from prunex.vit.readout import before_softmax
+from prunex.vit.recording import check_chunk, sequences
 from prunex.vit.tape import Tape
 
 Route = Literal["drop", "black", "grey", "mean", "blur"]
@@ -195,7 +196,8 @@ class Removal:
         """
         values: Tensor | None = None
         for rows in self._groups(present.sum(1)):
-            answer = score(self._logits(image[rows], present[rows]), self.output)
+            logits = self._logits(image[rows], present[rows])
+            answer = score(logits if self.output == "logit" else before_softmax(self.model, logits), self.output)
             values = answer.new_empty(len(image), answer.shape[1]) if values is None else values
             values[rows] = answer
         if values is None:
@@ -410,11 +412,3 @@ def score(logits: Tensor, output: str) -> Tensor:
     best = logits.argmax(1, keepdim=True)
     others = logits.scatter(1, best, -torch.inf).logsumexp(1, keepdim=True)
     return odds.scatter(1, best, logits.gather(1, best) - others)
-
-
-def answer_for(recorded: Recording, values: Tensor) -> Relevance:
-    """From one value a patch and class, [B, P, C], to the answer: ``maps`` of the target class, ``raw`` all of them."""
-    values = values.to(torch.promote_types(recorded.logits.dtype, torch.float32))
-    mine = values.gather(2, recorded.target[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
-    row = torch.cat([mine.new_zeros(len(mine), recorded.anatomy.prefix), mine], 1)
-    return recorded.answer(row, raw=values, signed=True)

@@ -19,13 +19,14 @@ def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
     """
     flags = [(m, m.training) for m in model.modules()]
     try:
-        if train is not None:
+        if any(flag is not train for _, flag in flags) and train is not None:
             model.train(train)
         with uncached_autocast(model):
             yield
     finally:
         for m, flag in flags:
-            m.training = flag
+            if m.training is not flag:  # setting an attribute of a module is slow
+                m.training = flag
 
 
 def uncached_autocast(model: nn.Module) -> AbstractContextManager[Any]:

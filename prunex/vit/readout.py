@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import Anatomy, ViT, head_classes
-from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, unknown_layer
+from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted, unknown_layer
 from prunex.vit.calls import inside
 
 POOLS = ("avg", "max", "avgmax")
@@ -47,6 +47,14 @@ def head(
     out = _own_head(model, x, policy, anatomy, ops, sizes)
     tail = vars(model).get(TAIL)
     return out if tail is None else tail(out, ops)
+
+
+def before_softmax(model: ViT, out: Tensor) -> Tensor:
+    """What a softmax may be taken of: the output [R, classes], or its logarithm where the model took one already."""
+    tail = vars(model).get(TAIL)
+    if tail is None or not tail.probabilities:
+        return out
+    return promoted(out).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def classifies(model: ViT) -> bool:

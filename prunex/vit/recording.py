@@ -1,11 +1,11 @@
-"""What explainers share: one recorded forward, the target class, gradients of attention, the answer."""
+"""What explainers share: one recorded forward, the class explained, gradients of what was recorded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,43 +14,16 @@ from torch import Tensor
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unreached
 from prunex.vit.anatomy import Anatomy, ViT
+from prunex.vit.arithmetic import promoted
 from prunex.vit.aside import as_found
 from prunex.vit.attention import KeyWeights
 from prunex.vit.decisions import Pruner, Replay, TokenState
 from prunex.vit.embedding import embed
-from prunex.vit.forward import own_anatomy, own_pruners, record, resume
+from prunex.vit.forward import own_pruners, record, resume
 from prunex.vit.readout import classifies
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 from prunex.vit.weights import by_name, check_gradients
-
-
-@dataclass(eq=False, repr=False)
-class Relevance(Brief):
-    """What an explainer answers.
-
-    Attributes:
-        maps: float32 [B, gh, gw] on the original patch grid, raw values of the method.
-        raw: The method's own finest output.
-        target: int64 [B], the class explained (for methods that know no class: the predicted or asked one); -1 where
-            the model has no classifier.
-        signed: Whether negative values mean "against the class".
-        trace: What the explained forward did to the patches.
-        logits: float [B, classes] of the explained forward; the features where the model has no classifier.
-        pixels: float32 (or 64) [B, H, W], for methods that are finer than a patch; else None.
-        info: What the method found out beside the map, by name: tensors whose first dimension is B.
-        class_specific: Whether the maps are those of ``target``; else they are the same for every class.
-    """
-
-    maps: Tensor
-    raw: Tensor
-    target: Tensor
-    signed: bool
-    trace: TokenTrace
-    logits: Tensor
-    pixels: Tensor | None = None
-    info: dict[str, Tensor] = field(default_factory=dict)
-    class_specific: bool = True
 
 
 @dataclass(eq=False, repr=False)
@@ -59,21 +32,26 @@ class Recording(Brief):
 
     Attributes:
         model: The ViT.
-        anatomy: Of the model.
         tape: What was recorded.
         state: How the forward ended: the trace, and the decisions that made it.
         target: int64 [B], the class explained.
+        image_size: Height and width of the images in pixels.
         autocast: Whether the forward ran under the caller's autocast, and its dtype.
         class_specific: Whether the method explains a class, as it said when it asked for the forward.
     """
 
     model: ViT
-    anatomy: Anatomy
     tape: Tape
     state: TokenState
     target: Tensor
-    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
-    class_specific: bool = True
+    image_size: tuple[int, int]
+    autocast: tuple[bool, torch.dtype]
+    class_specific: bool
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the forward, as a pruner may have altered it."""
+        return self.state.anatomy
 
     @property
     def trace(self) -> TokenTrace:
@@ -84,6 +62,11 @@ class Recording(Brief):
     def embedded(self) -> Tensor:
         """The tokens that entered the first block, [B, prefix + P, D]."""
         return torch.as_tensor(self.tape.embedded)
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's output [B, classes]."""
+        return torch.as_tensor(self.tape.logits)
 
     def again(
         self,
@@ -96,9 +79,7 @@ class Recording(Brief):
         masked: bool | None = None,
         frozen: bool = True,
     ) -> Tensor:
-        """The model's output for altered tokens, with the selection of this forward frozen.
-
-        It runs in the precision of this forward, the caller's autocast included.
+        """The model's output [R, classes] for altered tokens, in the precision of this forward, autocast included.
 
         Args:
             tokens: [R, prefix + P, D], entering the first block.
@@ -109,9 +90,6 @@ class Recording(Brief):
             masked: Whether dropped tokens keep their slots; None: as in this forward, whose decisions must have been
                 made likewise.
             frozen: Whether tokens leave as in this forward; False: the model's own pruner decides again.
-
-        Returns:
-            float [R, classes].
         """
         masked = self.state.masked if masked is None else masked
         decides = [Replay(self.state.decisions, index)] if frozen else own_pruners(self.model)
@@ -127,12 +105,9 @@ class Recording(Brief):
         enabled, dtype = self.autocast
         return torch.autocast(self.trace.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
-    @property
-    def logits(self) -> Tensor:
-        """The model's output [B, classes]."""
-        if self.tape.logits is None:
-            raise PrunexError("the recorded forward gave no logits")
-        return self.tape.logits
+    def score(self) -> Tensor:
+        """The logit of each image's class, [B]."""
+        return self.logits.gather(1, self.target[:, None])[:, 0]
 
     def one_hot(self) -> Tensor:
         """1 at each image's class: what a backward or relevance pass starts from, [B, classes]."""
@@ -140,36 +115,18 @@ class Recording(Brief):
 
     def readout(self) -> Tensor:
         """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
-        like = self.logits.detach()
-        like = like.to(torch.promote_types(like.dtype, torch.float32))
+        like = promoted(self.logits.detach())
         if self.tape.readout is not None:
             return self.tape.readout.to(like.dtype)
         return self.anatomy.readout(self.tape.tokens, self.tape.policy, like, self.tape.sizes)
 
-    def answer(
-        self,
-        row: Tensor,
-        raw: Tensor | None = None,
-        signed: bool = False,
-        pixels: Tensor | None = None,
-        info: dict[str, Tensor] | None = None,
-    ) -> Relevance:
-        """From one relevance a token to the answer on the patch grid.
+    def entering(self, block: int) -> TokenTrace:
+        """The trace up to a block's attention."""
+        return replace(self.trace, stages=self.tape.stages_before(block))
 
-        Args:
-            row: [B, prefix + P].
-            raw: The method's own finest output; None: ``row``.
-            signed: Whether negative values mean "against the class".
-            pixels: [B, H, W], where the method is finer than a patch.
-            info: Further findings, one entry an image each.
-        """
-        row = row.detach()
-        maps = row[:, self.anatomy.prefix :].unflatten(1, self.trace.grid)
-        whole = row if raw is None else raw.detach()
-        pixels = None if pixels is None else pixels.detach()
-        found = {name: value.detach() for name, value in (info or {}).items()}
-        trace, logits = self.trace.detach(), self.logits.detach()
-        return Relevance(maps, whole, self.target, signed, trace, logits, pixels, found, self.class_specific)
+    def leaving(self, block: int) -> TokenTrace:
+        """The trace from a block's attention on."""
+        return replace(self.trace, stages=self.trace.stages[len(self.tape.stages_before(block)) :])
 
 
 @contextmanager
@@ -206,27 +163,27 @@ def recording(
         )
     if tape.gradients:
         check_gradients(model, "rollout")
+    device = images.device.type
     with (
         as_found(model, train=False),
         torch.inference_mode(False),
         torch.set_grad_enabled(tape.gradients),
         by_name(model),
     ):
-        if images.is_inference():
-            images = images.clone()
-        with torch.autocast(images.device.type, enabled=False) if precise else nullcontext():
+        # A tensor of the caller's inference mode can be part of no graph.
+        images = images.clone() if images.is_inference() else images
+        with torch.autocast(device, enabled=False) if precise else nullcontext():
             state = record(model, images, tape, masked)
-        anatomy = own_anatomy(model)
         if classifies(model):
             chosen = choose_target(tape.logits, target)
         elif needs_class or target is not None:
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
         else:
             chosen = torch.full((len(images),), -1, device=images.device)
-        kind = images.device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            yield Recording(model, anatomy, tape, state, chosen, autocast, needs_class)
+        size = (images.shape[2], images.shape[3])
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            yield Recording(model, tape, state, chosen, size, autocast, needs_class)
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
@@ -265,22 +222,14 @@ def choose_target(logits: Tensor | None, target: Any) -> Tensor:
 
 
 def attention_gradients(recorded: Recording) -> list[Tensor]:
-    """Gradients of each image's target logit for every block's attention, float32 (or 64): a list of [B, H, n, n].
-
-    Raises:
-        Unreached: Where some block's attention has none.
-    """
-    maps = [a.attention for a in recorded.tape.attended()]
-    score = recorded.logits.gather(1, recorded.target[:, None]).sum()
-    return gradients(score, [m for m in maps if m is not None])
+    """Gradients of each image's target logit for every attention that the tape kept, [B, H, n, n] each."""
+    return gradients(recorded.score().sum(), [matrix for _, matrix in recorded.tape.matrices()])
 
 
 def gradients(
     output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = None, retain_graph: bool = False
 ) -> list[Tensor]:
-    """What ``torch.autograd.grad`` gives. A place that nothing reaches is refused, and not taken for one without worth.
-
-    Only activations are differentiated, never parameters; nothing is accumulated into ``.grad``.
+    """What ``torch.autograd.grad`` gives for activations. A place that nothing reaches is no place without worth.
 
     Args:
         output: A scalar, or a tensor that ``start`` is shaped as.
@@ -291,12 +240,12 @@ def gradients(
     Raises:
         Unreached: Where a layer computes without autograd.
     """
-    found: Sequence[Tensor | None] = [None] * len(inputs)
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
     if output.requires_grad and all(x.requires_grad for x in inputs):
-        found = torch.autograd.grad(output, inputs, start, retain_graph, allow_unused=True)
-    if any(g is None and x.numel() for g, x in zip(found, inputs, strict=True)):  # a block without heads has no entries
+        grads = torch.autograd.grad(output, inputs, start, retain_graph, allow_unused=True)
+    if any(g is None and x.numel() for g, x in zip(grads, inputs, strict=True)):  # a block without heads has no entries
         raise unreached()
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
 def unreached() -> Unreached:
@@ -319,22 +268,16 @@ def widened(model: ViT, images: Tensor) -> tuple[ViT, Tensor]:
 
 
 def check_chunk(value: Any) -> None:
-    """See that it says how many sequences go through the model at once: at least 1, or None for what is fastest.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """Refuse anything but a number of sequences that go through the model at once, or None for what is fastest."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise PrunexError(f"chunk={value!r} is not allowed: give the number of sequences in one forward, at least 1")
 
 
 def sequences(chunk: int | None, tokens: Tensor, most: int = 64, graph: bool = False) -> int:
-    """How many sequences go through the model at once.
+    """How many sequences go through the model at once: what the caller wishes, else as many as run fastest.
 
     Args:
-        chunk: The caller's wish; None: as many as run fastest. A processor is fastest while what the blocks work on
-            stays in its caches (measured: about 600,000 numbers in the stream, half of that with a graph; eight
-            sequences of a deit_small), an accelerator when it is full.
+        chunk: The caller's wish, or None.
         tokens: [B, N, D], the stream entering the first block.
         most: On an accelerator, and for small models.
         graph: Whether gradients are recorded.
@@ -343,16 +286,13 @@ def sequences(chunk: int | None, tokens: Tensor, most: int = 64, graph: bool = F
         return chunk
     if tokens.device.type != "cpu":
         return most
+    # A processor is fastest while what the blocks work on stays in its caches; measured: eight of a deit_small.
     room = 300_000 if graph else 600_000
     return max(1, min(most, round(room / (tokens.shape[1] * tokens.shape[2]))))
 
 
-def start_layer(value: Any, depth: int) -> int:
-    """A block index in 0..depth-1, counted from the end when negative.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+def check_layer(value: Any, depth: int) -> int:
+    """A block index in 0..depth-1, counted from the end when negative."""
     if isinstance(value, bool) or not isinstance(value, int) or not -depth <= value < depth:
         raise PrunexError(
             f"layer {value!r} does not exist: this model has blocks 0..{depth - 1} (or negative from the end)"

@@ -61,12 +61,9 @@ class Call(Brief):
         return None if same else self.entered
 
     def check(self, method: str, logits: Tensor, trace: TokenTrace) -> None:
-        """See that what was explained is what the model gives; a ViT itself is asked once for each of its states.
+        """See that what was explained, [B, classes], is what the model gives.
 
-        Args:
-            method: Who explains.
-            logits: [B, classes], what was explained.
-            trace: What that forward did to the patches.
+        A ViT itself is asked for one image, once for each of its states and methods.
 
         Raises:
             PrunexError: Where it is not.
@@ -74,8 +71,7 @@ class Call(Brief):
         output, own, state = self.output, self.trace, None
         if output is None:
             state = _state(self.vit)
-            known = _CHECKED.get(self.vit)
-            if known is not None and known[0] == state and method in known[1]:
+            if method in _methods_checked(self.vit, state):
                 return
             running = ASKING.set(True)
             try:
@@ -89,17 +85,15 @@ class Call(Brief):
         exact = precise(self.entered) and not any(is_packed(layer) for *_, layer in wrapped_layers(self.vit))
         if alike(logits[: len(output)], output, exact):
             if state is not None:
-                known = _CHECKED.get(self.vit)
-                methods = known[1] if known is not None and known[0] == state else frozenset()
-                _CHECKED[self.vit] = (state, methods | {method})
+                _CHECKED[self.vit] = (state, _methods_checked(self.vit, state) | {method})
             return
         if own is not None and not own.tokens().equal(trace.tokens()[: len(output)]):
             return  # scores within rounding of each other: other patches left, which says nothing of the model
         hooked = [name for name, m in self.vit.named_modules() if m._forward_hooks and name]
-        why = f"are there hooks or layers that change what it computes{', such as on ' * bool(hooked)}"
+        such_as = f", such as on {', '.join(hooked[:3])}" if hooked else ""
         text = (
-            f"{method} would explain another model: its logits are not those of {kind(self.model)}'s own forward; "
-            f"{why}{', '.join(hooked[:3])}? Take them off first, or use rollout"
+            f"{method} would explain another model: its logits are not those of {kind(self.model)}'s own forward; are "
+            f"there hooks or layers that change what it computes{such_as}? Take them off first, or use rollout"
         )
         if exact:
             raise PrunexError(text)
@@ -110,41 +104,31 @@ ASKING: ContextVar[bool] = ContextVar("asking", default=False)  # whether a chec
 _CHECKED: WeakKeyDictionary[nn.Module, tuple[int, frozenset[str]]] = WeakKeyDictionary()
 
 
+def _methods_checked(vit: nn.Module, state: int) -> frozenset[str]:
+    """The methods that were compared with a ViT's own forward in this state."""
+    known, methods = _CHECKED.get(vit, (None, frozenset()))
+    return methods if known == state else frozenset()
+
+
 def _state(vit: nn.Module) -> int:
     """A number that changes with a ViT's weights, layers and hooks; prunex's own are known."""
-    layers = [
-        (
-            id(m),
-            type(m),
-            tuple(vars(m)),
-            *(
-                id(hook)
-                for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-                if not str(getattr(hook, "__module__", "")).startswith("prunex.")
-            ),
-        )
-        for m in vit.modules()
-    ]
-    tensors = [
-        (id(t), type(t), -1 if t.is_inference() else t._version) for t in (*vit.parameters(), *vit.buffers())
-    ]  # fmt: skip
-    return hash((tuple(layers), tuple(tensors)))
+    parts: list[Any] = []
+    for m in vit.modules():
+        parts += (id(m), type(m), tuple(vars(m)))
+        for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()):
+            if not str(getattr(hook, "__module__", "")).startswith("prunex."):
+                parts.append(id(hook))
+    for t in (*vit.parameters(), *vit.buffers()):
+        parts += (id(t), type(t), -1 if t.is_inference() else t._version)
+    return hash(tuple(parts))
 
 
 def look(model: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Call:
-    """Call a model once as it is, and note what goes in and out of its ViT.
+    """Call a model in eval mode once as it is, and note what goes in and out of its ViT.
 
-    Args:
-        model: In eval mode; it holds the ViT, or is it. A ViT without hooks of its own is called later, if at all.
-        vit: The ViT.
-        images: float [B, C, H, W], or what else the model takes.
-        named: Whether somebody chose this ViT among several, so that one the model does not call is meant by itself.
-
-    Returns:
-        The call.
-
-    Raises:
-        PrunexError: See :func:`watch`; for images that are no batch or not finite.
+    A ViT without hooks of its own is called later, if at all. ``named``: somebody chose this ViT among several, so that
+    one the model does not call is meant by itself. Raises as :func:`watch`, and for images that are no batch or not
+    finite.
     """
     weight = next(vit.parameters())
     images = _batch(images)
@@ -166,11 +150,7 @@ def look(model: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Cal
 
 
 def _batch(images: Any) -> Tensor:
-    """A batch of images of any type.
-
-    Raises:
-        PrunexError: For anything else, or values that are not finite.
-    """
+    """A batch of images of any type, its values finite."""
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         what = f"shape {list(images.shape)}" if isinstance(images, Tensor) else f"type {type(images).__name__}"
         raise PrunexError(f"images have {what}: give a tensor [B, C, H, W] of at least one image")
@@ -182,16 +162,9 @@ def _batch(images: Any) -> Tensor:
 
 
 def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Call | None:
-    """Call a module once, without gradients, and note what goes in and out of its ViT.
+    """Call a module in eval mode once, without gradients, and note what goes in and out of its ViT.
 
-    Args:
-        module: In eval mode; it holds the ViT, or is it.
-        vit: The ViT.
-        images: What the module takes, [B, ...].
-        named: As for :func:`look`.
-
-    Returns:
-        The call; None for a module that has no forward, or does not call a ViT that was named.
+    None for a module that has no forward, or does not call a ViT that was ``named``.
 
     Raises:
         PrunexError: For a module that fails on the images, calls its ViT never, several times or on another number of
@@ -219,9 +192,9 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
             if module is vit:
                 raise
             raise cannot(module, f"raised {type(error).__name__} when called on the images ({error})") from error
-        if named and not calls:
-            return None
         if not calls:
+            if named:
+                return None
             raise cannot(
                 module, f"never calls its {kind(vit)} as a whole (does it use forward_features, or the blocks?)"
             )
@@ -240,15 +213,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
 
 
 def follow(model: nn.Module, vit: ViT, images: Tensor, who: str, named: bool = False) -> Call:
-    """As :func:`look`, for those who go on with the ViT itself where a model does more than can be followed.
-
-    Args:
-        model: As for :func:`look`.
-        vit: As for :func:`look`.
-        images: As for :func:`look`.
-        who: Goes on; a warning says so and why.
-        named: As for :func:`look`.
-    """
+    """As :func:`look`, for who goes on with the ViT itself, with a warning, where a model cannot be followed."""
     try:
         return look(model, vit, images, named)
     except Unfollowed as error:
@@ -259,11 +224,7 @@ def follow(model: nn.Module, vit: ViT, images: Tensor, who: str, named: bool = F
 def check_own_classes(model: nn.Module, vit: Any, who: str, classes: int | None = None) -> None:
     """See that a model's classes are those of its ViT, for who compares the ViT's own logits with labels.
 
-    Args:
-        model: The model, on one empty image of the ViT's size.
-        vit: Its ViT, or another backbone.
-        who: Compares.
-        classes: Where their number alone matters: the ViT's.
+    ``classes`` is the ViT's number of them, where that alone matters.
 
     Raises:
         PrunexError: Where the model makes something else of the ViT's output.
@@ -282,13 +243,7 @@ def check_own_classes(model: nn.Module, vit: Any, who: str, classes: int | None 
 
 
 def warn_of_the_rest(model: nn.Module, vit: Any, who: str) -> None:
-    """Say what a model does round its ViT, for who takes the ViT alone out of it.
-
-    Args:
-        model: The model, on one image of the ViT's size.
-        vit: Its ViT, or another backbone.
-        who: Goes by the ViT alone.
-    """
+    """Say what a model does round its ViT, for who takes the ViT alone out of it."""
     try:
         call = _tried(model, vit)
     except PrunexError:  # nothing is known of it
@@ -318,10 +273,7 @@ def _tried(model: nn.Module, vit: Any) -> Call:
 
 
 def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
-    """What a ViT answers, in its mode and by the forward of its class, and what it did to the patches if it is pruned.
-
-    Nothing is left on the model.
-    """
+    """What a ViT answers, in its mode and by the forward of its class, and what it did to patches if it is pruned."""
     if mounted(vit) is None:
         inner: Any = vit
         out, tail = type(inner).forward(inner, images), vars(vit).get(TAIL)

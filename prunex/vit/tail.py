@@ -22,7 +22,7 @@ class Tail:
     """What a module makes of its ViT's output: rows [R, D] to rows [R, classes], each by itself.
 
     Args:
-        module: The module; it is run in eval mode.
+        module: It is run in eval mode.
         vit: Its ViT.
         blank: [1, ...], an image without content, which the module is called on when its ViT's answer is known.
         field: Which part of the module's output is taken.
@@ -50,6 +50,9 @@ class Tail:
                 "of the batch, or by chance)",
             )
         self._answers = torch.cat([output, again[len(given) :]])
+        sums = self._answers.double().sum(1)
+        # Rows that sum to 1, for outputs turned round as well, come out of a softmax.
+        self.probabilities = self.classes > 1 and bool((self._answers >= 0).all() and ((sums - 1).abs() < 1e-2).all())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tail:
         # A copy of the ViT, such as a wider one, is followed by the same module.
@@ -63,11 +66,7 @@ class Tail:
         return answer if out.dtype == self.given.dtype else answer.to(out.dtype)
 
     def linear(self) -> nn.Linear:
-        """The tail as one linear layer.
-
-        Raises:
-            PrunexError: Where it is more than that.
-        """
+        """The tail as one linear layer; refused where it is more than that."""
         given, width = self.given, self.given.shape[1]
         with torch.no_grad():
             rows = torch.cat([given.new_zeros(1, width), torch.eye(width, dtype=given.dtype, device=given.device)])
@@ -102,13 +101,7 @@ class Tail:
 
 
 def alike(a: Tensor, b: Tensor, precise: bool = True) -> bool:
-    """Whether two outputs are the same up to rounding, in relation to the largest of them.
-
-    Args:
-        a: [B, C].
-        b: Likewise.
-        precise: Whether both were computed in at least float32.
-    """
+    """Whether two outputs [B, C] are the same up to rounding, in relation to the largest of them."""
     if a.shape != b.shape:
         return False
     a, b = a.detach().double(), b.detach().double()

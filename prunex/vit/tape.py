@@ -102,6 +102,20 @@ class Tape(Brief):
         """The attention halves in forward order."""
         return [s for s in self.steps if isinstance(s, Attended)]
 
+    def matrices(self) -> list[tuple[Attended, Tensor]]:
+        """The attention halves whose matrix was kept, with it."""
+        return [(step, step.attention) for step in self.attended() if step.attention is not None]
+
+    def stages_before(self, block: int) -> list[Stage]:
+        """The reductions in front of a block's attention."""
+        stages = []
+        for step in self.steps:
+            if isinstance(step, Stage):
+                stages.append(step)
+            elif isinstance(step, Attended) and step.block == block:
+                break
+        return stages
+
     def wants_matrix(self, block: int) -> bool:
         """Whether a block's attention matrix is asked for."""
         return self.attention and (self.blocks is None or block in self.blocks)

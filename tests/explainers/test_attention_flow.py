@@ -1,5 +1,4 @@
 import logging
-import sys
 from importlib import import_module
 from itertools import chain, combinations
 
@@ -28,7 +27,7 @@ def explain(model, x, **options):
 def solve(steps, readout, prefix, tokens, start=0, scale=SCALE):
     """Flows [tokens] through steps written by hand."""
     network = module.build(steps, 0, np.array(readout, dtype=float), prefix, tokens, start, scale)
-    return network.flows(module._solver()) / scale
+    return network.flows() / scale
 
 
 def attended(block, rows):
@@ -142,9 +141,9 @@ def test_a_part_that_meets_the_bound_gives_the_same_flows(monkeypatch):
     solved = []
     whole = module.Network._solve
 
-    def counted(self, solver, chosen, sinks):
+    def counted(self, chosen, sinks):
         solved.append((int(chosen.sum()), len(sinks)))
-        return whole(self, solver, chosen, sinks)
+        return whole(self, chosen, sinks)
 
     monkeypatch.setattr(module.Network, "_solve", counted)
     monkeypatch.setattr(module, "WORTH", 10**9)
@@ -407,9 +406,3 @@ def test_tokens_of_a_dynamic_model_are_counted_from_its_images():
 def test_bad_options(options, says):
     with pytest.raises(PrunexError, match=says):
         explain(tiny(), images(), **options)
-
-
-def test_without_scipy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.sparse.csgraph", None)
-    with pytest.raises(PrunexError, match="needs scipy.*pip install scipy, or use rollout"):
-        explain(tiny(), images())

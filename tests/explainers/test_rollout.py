@@ -106,12 +106,15 @@ def pencil(monkeypatch, steps, prefix, patches):
     def recording(model, images, target, tape, needs_class=False):
         tape.steps.extend(steps)
         anatomy = SimpleNamespace(
-            prefix=prefix, readout=lambda tokens, policy, like, sizes: torch.eye(tokens, dtype=like.dtype)[:1]
+            prefix=prefix,
+            patch=(8, 8),
+            readout=lambda tokens, policy, like, sizes: torch.eye(tokens, dtype=like.dtype)[:1],
         )
         last = [s for s in steps if isinstance(s, Attended)][-1]
         tape.tokens, tape.logits = last.attention.shape[-1], torch.zeros(1, 2, dtype=torch.float64)
         trace = TokenTrace((1, patches), prefix, 1, torch.device("cpu"), [s for s in steps if isinstance(s, Stage)])
-        yield Recording(model, anatomy, tape, SimpleNamespace(trace=trace), torch.zeros(1, dtype=torch.long))
+        state = SimpleNamespace(trace=trace, anatomy=anatomy)
+        yield Recording(model, tape, state, torch.zeros(1, dtype=torch.long), (8, 8), (False, torch.bfloat16), False)
 
     monkeypatch.setattr(module, "recording", recording)
     return module.rollout(SimpleNamespace(blocks=[0, 0]), None)

@@ -12,7 +12,7 @@ import prunex
 from prunex import PrunexError
 from prunex.metrics import batch_order, model_randomisation, randomised
 from prunex.registry import METHODS, register
-from prunex.vit.recording import Relevance
+from prunex.relevance.explanation import Explanation
 from prunex.vit.trace import TokenTrace
 from tests.vits import assert_same_state, images, state_of, tiny
 
@@ -21,7 +21,7 @@ def answer(model, pictures, maps):
     trace = TokenTrace((4, 4), 1, len(pictures), pictures.device)
     with torch.no_grad():
         logits = model(pictures)
-    return Relevance(maps, maps, logits.argmax(1), True, trace, logits)
+    return Explanation(maps, maps, logits.argmax(1), True, trace, logits, (32, 32), (32, 32))
 
 
 @pytest.fixture

@@ -223,21 +223,6 @@ def check_stepped(trainer: Trainer, pruning: Pruning, learned: dict[str, torch.n
         rank_zero_warn(complaint)
 
 
-def stepping(optimizer: torch.optim.Optimizer, curriculum: bool) -> torch.optim.Optimizer:
-    """The optimiser that takes the steps, in wrappers such as timm's Lookahead, which average what it does.
-
-    Raises:
-        PrunexError: Where the wrapper would move what a curriculum holds still.
-    """
-    *outer, last = chain(optimizer)
-    if outer and curriculum:
-        raise PrunexError(
-            f"{type(optimizer).__name__} moves parameters after the steps of the {type(last).__name__} in it, and a "
-            "curriculum holds some of them still: give that one alone"
-        )
-    return last
-
-
 def peak(group: Group) -> float:
     """The highest rate of a parameter group, as far as it is known when training starts."""
     return max((float(group[name]) for name in PEAKS if group.get(name) is not None), default=0.0)

@@ -107,7 +107,7 @@ class RelevancyGuidance(Layered):
             )
         check_own_classes(pl_module, backbone, "RelevancyGuidance")
         if tokens is not None:
-            if tokens.pruner.by_place or tokens.pruner.fixed or tokens.method == "tome":
+            if tokens.pruner.chooses != "image" or tokens.method == "tome":
                 raise PrunexError(
                     f"{tokens.method} ranks no tokens by scores that training could move: RelevancyGuidance takes "
                     "dynamicvit, evit, topk and ia_red2"

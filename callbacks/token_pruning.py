@@ -18,14 +18,14 @@ import prunex
 from prunex.batches import parts
 from prunex.callbacks.averaging import averaging, check_order
 from prunex.callbacks.participant import Participant, progress, tell_hparams
-from prunex.callbacks.rates import check_stepped, give_rates, stepping
+from prunex.callbacks.rates import check_stepped, give_rates
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_number, check_options
 from prunex.errors import PrunexError
 from prunex.pruners.adaptive import realised
 from prunex.pruners.budget import in_words
 from prunex.units.base import UnitPruner
-from prunex.vit.surroundings import check_own_classes
+from prunex.vit.optimisers import chain
 from prunex.vit.trace import TokenTrace
 
 
@@ -41,9 +41,6 @@ class TokenPruning(Participant):
     what enters the ViT in the first training batches, unless it was before or a checkpoint brought what it found.
     Where images keep their own numbers of patches (``count="adaptive"``) each validation also tells the pruner the mean
     shares, as :meth:`prunex.Pruning.calibrate` does.
-
-    A pruner that learns from being right (``ia_red2`` by reward) gets the batches' labels, see
-    :func:`prunex.batches.parts`; one with a curriculum has the parameters whose turn it is not held still.
 
     The model stays pruned after ``fit``; ``prunex.attached(module).detach()`` gives the dense one back. Checkpoints,
     of weights only too, say how it was pruned, see :func:`prunex.callbacks.load_from_checkpoint`; so does the
@@ -167,7 +164,7 @@ class TokenPruning(Participant):
             pruning.forget()
             return self._end_step(module, output, {}, known)
         # Who goes by labels is told of ones that cannot be read; the others take them where they are.
-        reads = pruning.pruner.reads_labels or pruning._attached.more
+        reads = bool(pruning._attached.more)
         labels = known.labels(self.method, "the training batch") if reads else known.get("labels")
         if labels is not None and all(len(labels) != len(f.images) for f in forwards):
             labels = None
@@ -203,8 +200,6 @@ class TokenPruning(Participant):
             )
         # Before anything is spent on calibration.
         check_stepped(trainer, pruning, self._learned)
-        if getattr(pruner, "by_reward", False):
-            check_own_classes(pl_module, pruning.model, self.method)
         if pruner.needs_calibration:
             self._calibrate_once(trainer, lambda: self._calibrate(trainer, pl_module))
         # What a checkpoint brought was not known when it was attached.
@@ -238,15 +233,14 @@ class TokenPruning(Participant):
 
     def _watch_steps(self, trainer: Trainer) -> None:
         """Let the backbone take a share of each optimiser step, where it shall not take the whole."""
-        curriculum = self.pruning.pruner.curriculum
-        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0 and not curriculum:
+        if self.backbone_lr_scale == 1 and self.freeze_backbone == 0:
             return
         if self.freeze_backbone > 0 and trainer.max_epochs == -1 and trainer.max_steps == -1:
             rank_zero_warn("freeze_backbone is a fraction of the training, and this one has no end: nothing is frozen")
         for outer in trainer.optimizers:
             # Hooks of the optimiser itself, not of the trainer: they see every step, also several in one batch by hand,
-            # and see none that the gradient scaler skips.
-            optimizer = stepping(outer, curriculum)
+            # and see none that the gradient scaler skips. In a wrapper such as timm's Lookahead the inner one steps.
+            *_, optimizer = chain(outer)
             self._undo.append(optimizer.register_step_pre_hook(self._remember).remove)
             self._undo.append(optimizer.register_step_post_hook(self._take_back).remove)
 
@@ -256,13 +250,10 @@ class TokenPruning(Participant):
         pruner, vit = self.pruning.pruner, self.pruning.model
         # The pruner hangs on the ViT, so its parameters are among the ViT's.
         backbone = {id(p) for p in vit.parameters()} - {id(p) for p in pruner.parameters()}
-        resting = {id(p) for p in pruner.resting(vit)}
         # Progress is that of the step's begin.
         scale = 0.0 if pruner.progress < self.freeze_backbone else self.backbone_lr_scale
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             share = scale if id(p) in backbone else 1.0
-            if id(p) in resting:
-                share = 0.0
             if share < 1:
                 self._before.append((p, p.detach().clone(), share))
 

@@ -18,7 +18,7 @@ FOLDERS = ("prunex", "callbacks", "recipes")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.With, ast.Assert, ast.match_case)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-DECISIONS = {"Keep", "Mask", "Drop", "Merge", "Pool", "Fill"}
+DECISIONS = {"Keep", "Mask", "Drop", "Merge", "Pool"}
 MOUNTED = {"CHILD", "UNITS"}
 
 

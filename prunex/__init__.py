@@ -34,22 +34,7 @@ _PLACES = {
 # Rooms with public names of their own.
 _ROOMS = ("callbacks", "configs", "explainers", "metrics", "pictures", "pruners", "recipes")
 
-__all__ = [
-    "Cost",
-    "Explanation",
-    "PrunexError",
-    "Pruning",
-    "WidthSpec",
-    "attach",
-    "attached",
-    "cost",
-    "explain",
-    "export",
-    "load",
-    "methods",
-    "save",
-    "slim",
-]
+__all__ = [*_PLACES]
 
 if _typing.TYPE_CHECKING:
     from prunex import callbacks as callbacks, configs as configs, explainers as explainers, metrics as metrics

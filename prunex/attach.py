@@ -102,6 +102,7 @@ def method_of(name: str, options: Iterable[str]) -> Any:
 def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]) -> Pruning:
     """Mount a token pruner on a ViT whose forward is timm's, as is known."""
     pruner: TokenPruner = make(anatomy, **options)
+    # Before anything is put on the model: whatever is refused leaves it as it was.
     check_readable(vit, pruner, mounted(vit, UNITS))
     pruner.prepare(vit)
     weight = next(vit.parameters())

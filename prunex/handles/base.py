@@ -38,10 +38,10 @@ class Handle:
         Raises:
             PrunexError: After :meth:`detach`.
         """
-        found = mounted(self.model, self.kind)
-        if found is None:
+        holder = mounted(self.model, self.kind)
+        if holder is None:
             raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
-        return found
+        return holder
 
     @property
     def method(self) -> str:

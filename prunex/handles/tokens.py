@@ -24,6 +24,7 @@ from prunex.vit.intermediates import Watch
 from prunex.vit.methods import take_off
 from prunex.vit.mount import TOKENS, unmount
 from prunex.vit.readout import POOLS, for_heads, masked_pool, over_patches
+from prunex.vit.recorder import SILENT, Recorder
 from prunex.vit.trace import TokenTrace
 
 # Forwards whose losses nobody asks for must not pile up. A compiled one is traced anew for each number that waits.
@@ -41,6 +42,8 @@ class Attached(nn.Module):
         forwards: Training forwards with a graph whose losses were not asked for, and no backward pass went through.
         counted: Those before them, until the next training forward.
         crowded: Whether forwards were let go of because too many waited.
+        more: Losses beside the method's own.
+        ran: Set by every forward, for whoever wants to know whether one came.
     """
 
     def __init__(self, pruner: TokenPruner, anatomy: Anatomy) -> None:
@@ -56,7 +59,7 @@ class Attached(nn.Module):
         self.crowded = False
         self.handover = Handover()
         self.more: list[Callable[[Forward], Mapping[str, Tensor]]] = []
-        self.ran = False  # set by every forward, for whoever wants to know whether one came
+        self.ran = False
         self.register_load_state_dict_pre_hook(drop_mark)
         self.register_load_state_dict_pre_hook(_accept_dense)
 
@@ -86,9 +89,11 @@ class Attached(nn.Module):
         """The pruned ``forward_features``: [B, prefix + n, D]; a watch takes full grids on the way."""
         pruner = self.pruner
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
-        anatomy = self.current(model)
-        tokens, state = run(model, images, anatomy, (pruner,), masked=masked, watch=watch)
+        recorder = SILENT if watch is None else Recorder(watch=watch)
+        state = run(model, images, (pruner,), recorder, masked)
+        tokens, anatomy = state.tokens, state.anatomy
         self.ran = True
+        # The user's own code may pool these tokens later: it needs to know which are there.
         self.handover.give(tokens, Handed(anatomy, state.policy, state.sizes, read=watch is not None))
         self.trace = state.trace.detach()
         if model.training and torch.is_grad_enabled() and not _in_backward():
@@ -133,12 +138,12 @@ class Attached(nn.Module):
     def pool(self, model: ViT, x: Tensor, pool_type: str | None) -> Tensor:
         """The head's pooling, over tokens that are there, by size where some were merged."""
         handed = self.handover.take(x) or Handed(self.anatomy)
-        return masked_pool(model, x, pool_type, handed.policy, handed.anatomy, handed.sizes)
+        return masked_pool(model, x, handed, pool_type)
 
     def for_heads(self, model: ViT, x: Tensor) -> Tensor:
         """Final tokens as timm's ``forward_head`` wants them."""
         handed = self.handover.take(x) or Handed(self.anatomy)
-        return for_heads(model, x, handed.policy, handed.anatomy)
+        return for_heads(model, x, handed)
 
     def saw_logits(self, tokens: Tensor, logits: Any) -> None:
         """Remember the logits of a training forward, for losses that need them; a model without a head has none."""
@@ -156,20 +161,17 @@ class Attached(nn.Module):
         if torch.compiler.is_compiling():
             return self.forwards[-1] if self.forwards else None
         fitting = [f for f in self.forwards if f.tokens.shape == tokens.shape]
+        # Dropout or a cast between features and head makes other tensors of the same shape.
         changed = [f for f in fitting if f.logits is None]
         return next((f for f in fitting if f.tokens is tokens), changed[-1] if changed else None)
 
 
-def give_labels(forwards: Sequence[Forward], labels: Any, pruner: TokenPruner) -> None:
-    """Labels [B] to every forward of B images.
-
-    Raises:
-        PrunexError: For labels that fit none, or not all of them where the pruner learns from labels.
-    """
+def give_labels(forwards: Sequence[Forward], labels: Any) -> None:
+    """Labels [B] to every forward of B images; such as fit none are refused."""
     counts = [len(f.images) for f in forwards]
     whole = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
     fitting = [f for f, count in zip(forwards, counts, strict=True) if whole and len(labels) == count]
-    if not fitting or (pruner.reads_labels and len(fitting) < len(forwards)):
+    if not fitting:
         what = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         sizes = " and ".join(str(c) for c in dict.fromkeys(counts))
         raise PrunexError(f"labels are {what}: give one class index for each of the {sizes} images")
@@ -198,8 +200,8 @@ class Pruning(Handle):
 
     @property
     def _attached(self) -> Attached:
-        found: Attached = self._holder()
-        return found
+        attached: Attached = self._holder()
+        return attached
 
     @property
     def pruner(self) -> TokenPruner:
@@ -244,11 +246,11 @@ class Pruning(Handle):
         Asked again before the next training forward, the same come out.
 
         Args:
-            labels: int64 [B], the images' classes, for a pruner that learns from being right; others ignore them. They
-                go to every forward of B images, such as several views of one batch.
+            labels: int64 [B], the images' classes, for losses that look at them (:meth:`also`). They go to every
+                forward of B images, such as several views of one batch.
 
         Raises:
-            PrunexError: For labels that fit no forward, or not all of them where the pruner learns from labels.
+            PrunexError: For labels that fit no forward.
         """
         attached = self._attached
         if attached.crowded:
@@ -260,7 +262,7 @@ class Pruning(Handle):
             )
         forwards = attached.take()
         if labels is not None and forwards:
-            give_labels(forwards, labels, attached.pruner)
+            give_labels(forwards, labels)
         total: dict[str, Tensor] = {}
         for forward in forwards:
             parts = dict(attached.pruner.losses(forward))
@@ -286,9 +288,9 @@ class Pruning(Handle):
     def pool(self, tokens: Tensor, kind: Literal["avg", "max", "avgmax"] = "avg") -> Tensor:
         """Pool the patches that are left, for a head of one's own on ``model.forward_features``.
 
-        While a method trains masked, dropped patches keep their slots in the features, and at inference they are
-        gone: a plain mean over tokens is another feature then. This one is the same in both; where patches were merged
-        a token counts as often as the patches it stands for.
+        While a method trains masked, dropped patches keep their slots in the features, and at inference they are gone:
+        a plain mean over tokens is another feature then. This one is the same in both; where patches were merged a
+        token counts as often as the patches it stands for.
 
         Args:
             tokens: [B, prefix + n, D], what ``model.forward_features(images)`` returned, or made of it token by token.
@@ -353,20 +355,13 @@ class Pruning(Handle):
     def meets(self, budget: float | str) -> bool:
         """Whether this pruning costs, at its schedule's end, what ``prunex.attach(model, method, budget=...)`` would.
 
-        Args:
-            budget: As for :func:`prunex.attach`.
-
         Raises:
             PrunexError: For a budget that is none or out of reach, or a method without a rate to set.
         """
         return self._budget.meets(budget)
 
     def budgeted(self) -> list[str]:
-        """Names of the options that a budget sets, such as ``keep_ratio``.
-
-        Raises:
-            PrunexError: For a method without a rate to set.
-        """
+        """Names of the options that a budget sets, such as ``keep_ratio``; none to set is an error."""
         return self._budget.turned()
 
     def macs(self) -> int:
@@ -378,15 +373,10 @@ class Pruning(Handle):
         return self._budget.dense
 
     def load_official(self, state: Mapping[str, Any]) -> Pruning:
-        """Load weights of the method's official repository, by their published names.
-
-        Backbone weights among them (timm's names) are loaded too.
+        """Load weights of the method's official repository, by their published names; timm's backbone weights too.
 
         Args:
             state: A state dict, or a checkpoint holding one under "model".
-
-        Returns:
-            This handle.
 
         Raises:
             PrunexError: For missing, foreign or ill-shaped entries; the model is then unchanged.
@@ -416,11 +406,7 @@ class Pruning(Handle):
         return self
 
     def detach(self) -> nn.Module:
-        """Give the dense model back, bit for bit; harmless when done already.
-
-        Returns:
-            The model.
-        """
+        """Give the dense model back, bit for bit, and return it; harmless when done already."""
         take_off(self.model)
         unmount(self.model, TOKENS)
         return self.model

@@ -349,7 +349,7 @@ def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
     Raises:
         PrunexError: By block.
     """
-    read = sorted(tokens.rows() | tokens.key_means())
+    read = sorted({turn.block for turn in tokens.plan() if turn.shown})
     blocks: list[Any] = [block for _, block in blocks_of(model)]
     bare = [b for b in read if opens_heads(blocks[b]) and blocks[b].attn.num_heads == 0]
     if bare:

@@ -18,15 +18,16 @@ from prunex.brief import Brief
 from prunex.checks import check_flag, check_number, check_whole
 from prunex.errors import PrunexError
 from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_folder, write
-from prunex.vit.anatomy import Anatomy, ViT, read
-from prunex.vit.attention import KeyWeights
+from prunex.vit.anatomy import ViT, read
 from prunex.vit.describe import describe
 from prunex.vit.embedding import embed_patches, place, unplace
-from prunex.vit.forward import look_ahead, resume
+from prunex.vit.forward import begin, look_ahead, resume
+from prunex.vit.handover import Handed
 from prunex.vit.mount import mounted
-from prunex.vit.positions import Places, positions_of
+from prunex.vit.positions import Places
 from prunex.vit.readout import head
 from prunex.vit.rebuild import build_like
+from prunex.vit.state import TokenState
 
 KIND = "diffmask"
 
@@ -138,14 +139,7 @@ def blocks_before(layer: int) -> int:
 
 
 def hidden_states(
-    model: ViT,
-    x: Tensor,
-    grid: tuple[int, int],
-    anatomy: Anatomy,
-    layer: int,
-    index: Tensor | None = None,
-    policy: Tensor | None = None,
-    keys: KeyWeights | None = None,
+    model: ViT, state: TokenState, layer: int, index: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """The patches' rows of h_0 .. h_layer for tokens entering the first block: layer + 1 of [B, n, D].
 
@@ -153,17 +147,15 @@ def hidden_states(
 
     Args:
         model: A supported ViT in eval mode; a pruner on it is not asked.
-        x: [B, prefix + n, D].
-        grid: The whole patch grid.
-        anatomy: Of the model.
+        state: With the tokens that enter; its policy and keys count, its trace tells the whole patch grid.
         layer: 0..L + 1.
         index: int64 [B, n], the patches that these are; None: all of them.
-        policy: [B, prefix + n] or None: 0 for slots of tokens that are not there.
-        keys: Weights of the tokens as keys, or None.
     """
+    x, grid, anatomy = state.tokens, state.trace.grid, state.anatomy
     places = None if index is None else Places(index, grid)
-    positions = positions_of(model, anatomy.prefix, grid, places)
-    streams = look_ahead(model, x, anatomy, blocks_before(layer), policy, keys, positions)
+    apart = begin(model, x, grid, anatomy, keys=state.keys, places=places)
+    apart.policy = state.policy
+    streams = look_ahead(apart, blocks_before(layer))
     states = [unplace(model, x, grid, index), *(h[:, anatomy.prefix :] for h in streams[:layer])]
     return states, streams[-1]
 
@@ -301,8 +293,9 @@ class DiffMaskExplainer(nn.Module):
         with torch.no_grad():
             patches, grid = embed_patches(self.model, images)
             x = place(self.model, patches, grid)
-            states, last = hidden_states(self.model, x, grid, self.anatomy, self.layers - 1)
-            logits = head(self.model, self.model.norm(last), None, self.anatomy)
+            state = begin(self.model, x, grid, self.anatomy)
+            states, last = hidden_states(self.model, state, self.layers - 1)
+            logits = head(self.model, self.model.norm(last), Handed(self.anatomy))
         return Seen(patches, grid, logits, self.gates(states[: layer + 1]))
 
     def forward(self, images: Tensor) -> Tensor:

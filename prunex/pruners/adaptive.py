@@ -16,7 +16,6 @@ from prunex.pruners.schedules import ScheduleOptions
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.aside import as_found
 from prunex.vit.forward import run
-from prunex.vit.mount import mounted
 from prunex.vit.trace import TokenTrace
 
 COUNTS = ("fixed", "adaptive")
@@ -90,12 +89,10 @@ class Adaptive(TokenPruner):
         """
         for name in options:
             raise PrunexError(f"{name}={options[name]!r} is not allowed: calibrating {self.name} has no options")
-        hook: Any = mounted(model)
-        anatomy: Anatomy = hook.current(model)
         total, count = torch.zeros(len(self.stages), dtype=torch.float64), 0
         with as_found(model, train=False):
             for batch in calibration_images(images):
-                trace = run(model, batch, anatomy, (self,))[1].trace
+                trace = run(model, batch, (self,), masked=False).trace
                 total += realised(trace, self.stages).double().sum(0).cpu()
                 count += len(batch)
         shares = (total / count).tolist()
@@ -105,6 +102,7 @@ class Adaptive(TokenPruner):
     def expect(self, shares: Sequence[float]) -> None:
         """Take measured mean shares as what :meth:`counts` tells; nothing where counts are fixed."""
         if self.adaptive:
+            # A mean over images may rise by rounding alone; counts may not.
             falling = [min(float(s) for s in shares[: i + 1]) for i in range(len(shares))]
             self.expected = check_expected(falling, len(self.stages))
             self.options["expected"] = _listed(self.expected)
@@ -114,6 +112,7 @@ class Adaptive(TokenPruner):
         self.count = "fixed"
         if self.expected is not None:
             before = (1.0, *self.expected[:-1])
+            # From shares of the original patches to shares of those that enter a stage.
             rates = [now / max(was, _LEAST) for now, was in zip(self.expected, before, strict=True)]
             self.rates = tuple(min(1.0, max(_LEAST, r)) for r in rates)
             self.options["keep_ratio"] = list(self.rates)
@@ -133,11 +132,7 @@ class Adaptive(TokenPruner):
 
 
 def check_expected(expected: Any, stages: int) -> tuple[float, ...] | None:
-    """Mean shares, one a stage, each in [0, 1] and at most the one before, or None.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """Mean shares, one a stage, each in [0, 1] and at most the one before, or None; anything else is refused."""
     if expected is None:
         return None
     listed = list(expected) if isinstance(expected, Sequence) and not isinstance(expected, str) else []
@@ -164,35 +159,20 @@ def _listed(shares: tuple[float, ...] | None) -> list[float] | None:
 
 
 def realised(trace: TokenTrace, stages: Sequence[int]) -> Tensor:
-    """Share of the original patches that each image keeps after each of a pruner's stages.
-
-    Args:
-        trace: Of one forward.
-        stages: The pruner's; one that decided nothing has the share of the one before.
-
-    Returns:
-        float [B, stages].
-    """
+    """Share of the original patches that each image keeps after each of a pruner's stages: float [B, stages]."""
     ratios = trace.keep_ratios()
     ones = torch.ones(trace.batch, device=trace.device)
-    found = []
+    shares = []
     for stage in stages:
         made = [i for i, s in enumerate(trace.stages) if s.block <= stage]
-        found.append(ratios[made[-1]] if made else ones)
-    return torch.stack(found, 1)
+        shares.append(ratios[made[-1]] if made else ones)
+    return torch.stack(shares, 1)
 
 
 def above(score: Tensor, threshold: float, present: Tensor | None, least: int = 0) -> Tensor:
-    """The patches scored strictly above a threshold, of those that are there.
+    """The patches scored strictly above a threshold, bool [B, n], of those that are there (``present`` above 0).
 
-    Args:
-        score: float [B, n].
-        threshold: The bound.
-        present: [B, n] or None: above 0 for patches that are there.
-        least: 1: an image whose patches all fail keeps its best one.
-
-    Returns:
-        bool [B, n].
+    ``least`` 1: an image whose patches all fail keeps its best one.
     """
     there = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
     kept = (score > threshold) & there
@@ -204,17 +184,9 @@ def above(score: Tensor, threshold: float, present: Tensor | None, least: int = 
 
 
 def reaching(score: Tensor, mass: float, present: Tensor | None) -> Tensor:
-    """The smallest set of patches whose scores sum to at least ``mass`` of their total; at least one.
-
-    Args:
-        score: float [B, n], not negative.
-        mass: Share of each image's total, in [0, 1].
-        present: [B, n] or None: above 0 for patches that are there.
-
-    Returns:
-        bool [B, n].
-    """
+    """The smallest set of patches whose scores [B, n] sum to at least ``mass`` of their total; at least one."""
     there = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
+    # Absent tokens come last, and then weigh nothing.
     ranked, order = score.masked_fill(~there, -1).sort(dim=1, descending=True, stable=True)
     ranked = ranked.clamp(min=0)
     before = ranked.cumsum(1) - ranked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
 from prunex.registry import options_of
 from prunex.vit.anatomy import Anatomy, ViT
-from prunex.vit.decisions import Answer, One, TokenState
+from prunex.vit.decisions import Decision
+from prunex.vit.state import TokenState
 from prunex.vit.trace import TokenTrace
+from prunex.vit.turns import Turn
 
 
 @dataclass(eq=False, repr=False)
@@ -28,9 +30,9 @@ class Forward(Brief):
         images: [B, C, H, W], what the model was given.
         tokens: [B, prefix + n, D] after the final norm.
         policy: [B, prefix + n] or None.
+        anatomy: Of the model.
         masks: Differentiable policies [B, n], one a stage.
         logits: [B, classes], or None when the user's own head read the features.
-        anatomy: Of the model.
         trace: What the forward did, its scores still part of the graph.
         model: The ViT itself, for losses that need another forward.
         labels: int64 [B], the images' classes where they are known.
@@ -50,8 +52,8 @@ class Forward(Brief):
 class TokenPruner(nn.Module):
     """A small module that decides which patch tokens continue; it never touches them itself.
 
-    Subclasses answer :meth:`before` a block or :meth:`between` its halves. ``keep_ratio`` and ``stages`` mean the same
-    for all that have them: the share of patch tokens kept at each of these blocks.
+    A method says in :meth:`plan` where it decides, and in :meth:`decide` what. ``keep_ratio`` and ``stages`` mean the
+    same for all that have them: the share of patch tokens kept at each of these blocks.
 
     Args:
         anatomy: Of the model to be pruned.
@@ -64,16 +66,13 @@ class TokenPruner(nn.Module):
     """
 
     name = ""
-    inside = False  # whether tokens leave between a block's attention and its MLP instead of before the block
-    fixed = False  # whether it keeps the same positions in every image, whatever else is there
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
     read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
-    curriculum = False  # whether training moves only some parameters at a time, see resting()
-    behind = False  # whether it decides after a stage's block
-    reads_labels = False  # whether its losses look at the images' labels
+    # What its choice depends on: each image; the calibration alone, so that all images keep the same positions; or
+    # the slots that tokens lie in, so that absent patches must keep theirs.
+    chooses: Literal["image", "positions", "slots"] = "image"
     lr: float | None = None  # the peak rate at which Adam teaches what it brings; None: it brings nothing that learns
-    by_place = False  # whether it decides by place alone, so that absent patches must keep their slots
     handed_on = Schedule().options  # what **schedule stands for
 
     def __init__(
@@ -98,14 +97,10 @@ class TokenPruner(nn.Module):
 
     @classmethod
     def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
-        """The options that a budget sets, from one share in (0, 1] a stage; 1 prunes nothing there.
+        """The options that a budget sets, from one share in (0, 1] a stage (a single one: for all); 1 prunes nothing.
 
         Cost must not fall as a share rises. A method with something else than ``keep_ratio`` to turn overrides this,
         one with nothing to turn returns ``{}`` and tells its :meth:`settings`.
-
-        Args:
-            anatomy: Of the model to be pruned.
-            shares: One a stage, as many as the pruner's ``stages``; a single one stands for all.
         """
         return {"keep_ratio": shares[0] if len(set(shares)) == 1 else list(shares)}
 
@@ -114,42 +109,36 @@ class TokenPruner(nn.Module):
         """Options worth choosing between, of a method without a free rate; whoever asks a budget is told their cost."""
         return []
 
+    def plan(self) -> list[Turn]:
+        """Where it decides in the forward that begins now; nowhere, unless overridden."""
+        return []
+
+    def decide(self, turn: Turn, state: TokenState) -> Decision | None:
+        """Decide what goes on; None leaves all as it is. Asked at the turns of its plan alone."""
+        return None
+
     def rate(self, stage: int) -> float:
         """The keep rate in force at a stage, at the present progress."""
         return self.shrink.rate(self.rates[stage], self.progress)
 
-    def rows(self) -> frozenset[int]:
-        """Blocks whose read-out attention row is needed between the halves."""
-        return frozenset()
+    def losses(self, forward: Forward) -> dict[str, Tensor]:
+        """Weighted auxiliary losses (scalars) of one training forward."""
+        return {}
 
-    def key_means(self) -> frozenset[int]:
-        """Blocks whose keys, mean over heads, are needed between the halves."""
-        return frozenset()
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens left after each stage at inference, for ``patches`` to start with."""
+        raise PrunexError(f"{self.name} does not fix its token counts")
 
-    def acts_between(self, block: int) -> bool:
-        """Whether :meth:`between` may decide something at this block."""
-        return block in self.rows()
+    def macs(self, entering: int, inner: int = 0) -> int:
+        """Multiply-adds of one decision for ``entering`` patch tokens of one image, heads ``inner`` wide together."""
+        return 0
 
-    def before(self, block: int, state: TokenState) -> One | None:
-        """Decide before a block; None leaves all as it is."""
-        return None
+    def alter(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy of the pruned forward: whether prefix tokens enter (all or none), and what the head reads."""
+        return anatomy
 
-    def between(self, block: int, state: TokenState) -> One | None:
-        """Decide between a block's attention and its MLP; None leaves all as it is."""
-        return None
-
-    def queries(self, block: int, state: TokenState) -> Tensor | None:
-        """The tokens that go on after a block's attention, where that is known before it: int64 [m], prefix included.
-
-        Only their queries are then computed; keys and values are those of all. What :meth:`between` answers for the
-        block must say the same. The last block may leave patches out that :meth:`between` drops nothing of: the head
-        reads prefix tokens alone, so nothing is decided there.
-        """
-        return None
-
-    def asking(self, block: int, left: int) -> int | None:
-        """Patch tokens whose queries are computed in a block, ``left`` of them after it; None: all that enter."""
-        return None
+    def prepare(self, model: ViT) -> None:
+        """Called once with the dense model, before anything is attached to it."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -160,54 +149,12 @@ class TokenPruner(nn.Module):
         """Learn from images what it decides by; see the methods that do."""
         raise PrunexError(f"{self.name} needs no calibration: it decides image by image")
 
-    def acts_after(self, block: int) -> bool:
-        """Whether :meth:`after` may decide something at this block."""
-        return False
-
-    def after(self, block: int, state: TokenState) -> Answer:
-        """Decide after a block; None leaves all as it is."""
-        return None
-
-    def alter(self, anatomy: Anatomy) -> Anatomy:
-        """The anatomy of the pruned forward: whether prefix tokens enter (all or none), and what the head reads."""
-        return anatomy
-
-    def losses(self, forward: Forward) -> dict[str, Tensor]:
-        """Weighted auxiliary losses (scalars) of one training forward."""
-        return {}
-
-    def prepare(self, model: ViT) -> None:
-        """Called once with the dense model, before anything is attached to it."""
-
-    def counts(self, patches: int) -> list[int]:
-        """Patch tokens left after each stage at inference, for ``patches`` to start with."""
-        raise PrunexError(f"{self.name} does not fix its token counts")
-
-    def macs(self, entering: int) -> int:
-        """Multiply-adds of the decision itself at one stage, for ``entering`` patch tokens of one image."""
-        return 0
-
-    def macs_at(self, entering: int, inner: int) -> int:
-        """:meth:`macs` at a block whose heads are ``inner`` wide together, for blocks that differ."""
-        return self.macs(entering)
-
-    def ahead(self) -> int | None:
-        """How many blocks are run on all patches only to decide; None where nothing is run twice."""
-        return None
+    def expect(self, shares: Sequence[float]) -> None:
+        """Be told which share of the patches images kept on average after each stage."""
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""
         return {}
-
-    def expect(self, shares: Sequence[float]) -> None:
-        """Be told which share of the patches images kept on average after each stage."""
-
-    def fix(self) -> None:
-        """Turn to counts that are the same for all images."""
-
-    def resting(self, model: ViT) -> list[nn.Parameter]:
-        """Parameters of the model that training shall not move at the present progress (of a curriculum)."""
-        return []
 
     def inference_only(self) -> None:
         """Drop what only training needs. The rates stay those in force now, so that logits stay as they were."""
@@ -215,6 +162,7 @@ class TokenPruner(nn.Module):
             return
         self.rates = tuple(self.rate(s) for s in range(len(self.stages)))
         self.shrink = Schedule()
+        # As short as a user would write it.
         even = len(set(self.rates)) == 1
         self.options |= {"keep_ratio": self.rates[0] if even else list(self.rates), **self.shrink.options}
 
@@ -230,11 +178,7 @@ def accepted(make: Callable[..., Any]) -> list[str]:
 
 
 def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
-    """The first ``limit`` images of a loader (None: all of them), in batches.
-
-    Args:
-        source: One float tensor [B, C, H, W], or an iterable of batches as :func:`prunex.batches.parts` reads them.
-        limit: Most images taken, or None.
+    """The first ``limit`` images of a loader, or of an iterable of batches, or of one tensor, in batches.
 
     Raises:
         PrunexError: For something that holds no images, or several tensors that may be meant.
@@ -243,14 +187,13 @@ def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
     if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
         raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
     taken: list[Tensor] = []
-    room = limit
+    count = 0
     for batch in batches:
-        taken.append(parts(batch).need("images", "calibration")[:room])
-        if room is not None:
-            room -= len(taken[-1])
-            if room <= 0:
-                break
-    if sum(map(len, taken)) == 0:
+        taken.append(parts(batch).need("images", "calibration")[: None if limit is None else limit - count])
+        count += len(taken[-1])
+        if limit is not None and count >= limit:
+            break
+    if count == 0:
         raise PrunexError("calibration got no images: give a loader with at least one")
     return taken
 
@@ -275,11 +218,7 @@ def floor_share(rate: float, n: int) -> int:
 
 
 def check_rates(keep_ratio: Any, stages: int) -> tuple[float, ...]:
-    """One keep rate a stage, each in (0, 1].
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """One keep rate a stage, each in (0, 1]; anything else is refused."""
     many = isinstance(keep_ratio, Sequence) and not isinstance(keep_ratio, str)
     rates = list(keep_ratio) if many else [keep_ratio] * stages
     for r in rates:
@@ -293,11 +232,7 @@ def check_rates(keep_ratio: Any, stages: int) -> tuple[float, ...]:
 
 
 def check_stages(stages: Any, depth: int) -> tuple[int, ...]:
-    """Rising block indices within the depth.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """Rising block indices within the depth; anything else is refused."""
     if stages is None:
         return tuple(sorted({min(depth - 1, max(1, depth * i // 4)) for i in (1, 2, 3)}))
     listed = [stages] if isinstance(stages, int) else stages
@@ -312,15 +247,12 @@ def check_stages(stages: Any, depth: int) -> tuple[int, ...]:
 
 
 def strip_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of an official checkpoint under plain names: ``{"model": ...}`` opened, ``module.`` taken off.
-
-    Raises:
-        PrunexError: When it holds no tensors.
-    """
+    """Tensors of an official checkpoint under plain names: ``{"model": ...}`` opened, ``module.`` taken off."""
     if not isinstance(state, Mapping):
         raise PrunexError(
             f"got a {type(state).__name__}: give a state dict, as torch.load(path, weights_only=True) reads"
         )
+    # How the authors' training scripts wrap their weights.
     for key in ("model", "state_dict", "model_ema"):
         inner = state.get(key)
         if isinstance(inner, Mapping):

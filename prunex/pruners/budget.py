@@ -65,9 +65,11 @@ class Budget:
                 )
         with torch.device("meta"):
             stages = len(self.make(self.anatomy, **self._with((0.5,))).stages)
+        # One rate for all stages first: what users would give, and monotonous in cost.
         shared = self._bisect(lambda x: (x,) * stages, 0.0, 1.0, target)
         best = min(shared, key=lambda s: self._miss(s, target))
         low, high = self._of((1e-9,) * stages), max(self.dense, self._of((1.0,) * stages))
+        # Only a budget beyond both ends is out of reach; between them whole tokens are in the way.
         if self._miss(best, target) > CLOSE and not low <= target <= high:
             raise OutOfReach(
                 f"budget={budget!r} ({in_words(target, self.dense)}) is out of reach for {name} at these settings: "
@@ -85,25 +87,21 @@ class Budget:
         return self._with(self._short(best))
 
     def meets(self, budget: Any) -> bool:
-        """Whether the options meet a budget themselves, as nearly as whole tokens allow.
-
-        Raises:
-            PrunexError: As for :meth:`solve`.
-        """
-        target, found = check_budget(budget, self.dense), self.macs(self.options)
+        """Whether the options meet a budget as nearly as whole tokens allow; errors as for :meth:`solve`."""
+        target, macs = check_budget(budget, self.dense), self.macs(self.options)
         turned = self.turned()
-        if abs(found - target) <= CLOSE * target:
+        if abs(macs - target) <= CLOSE * target:
             return True
         others = {k: v for k, v in self.options.items() if k not in turned}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return found == self.macs(Budget(self.model, self.anatomy, self.make, others).solve(budget))
+            return macs == self.macs(Budget(self.model, self.anatomy, self.make, others).solve(budget))
 
     def turned(self) -> list[str]:
         """Names of the options that a budget sets.
 
         Raises:
-            PrunexError: For a method without a rate to set; its settings' costs are told.
+            PrunexError: For a method without a rate to set; its settings' costs are cost.
         """
         turned = list(self.make.knob(self.anatomy, (0.5,)))
         if turned and all(option in accepted(self.make) for option in turned):
@@ -111,10 +109,10 @@ class Budget:
         costs = []
         for settings in self.make.settings(self.anatomy):
             try:
-                told = in_words(self.macs({**self.options, **settings}), self.dense)
+                cost = in_words(self.macs({**self.options, **settings}), self.dense)
             except PrunexError:  # a setting that does not go with the user's other options
                 continue
-            costs.append(f"{', '.join(f'{k}={v!r}' for k, v in settings.items())}: {told}")
+            costs.append(f"{', '.join(f'{k}={v!r}' for k, v in settings.items())}: {cost}")
         known = f"; its settings cost {'; '.join(costs)}" if costs else ""
         raise PrunexError(f"{self.make.name} has no rate that a budget could set: leave budget out{known}")
 
@@ -131,6 +129,7 @@ class Budget:
 
     def _bisect(self, line: Callable[[float], Shares], low: float, high: float, target: float) -> tuple[Shares, Shares]:
         """The two shares on a line from low to high between whose counts the target lies (or the end next to it)."""
+        # Finer than a hundredth of a token changes no count.
         low, finest = max(low, 1e-9), 0.01 / (self.anatomy.grid[0] * self.anatomy.grid[1])
         if self._of(line(high)) <= target:
             return line(high), line(high)
@@ -153,10 +152,10 @@ class Budget:
                     continue
                 here = _put(start, moved, min(1.0, max(token, start[moved] + move * token)))
                 try:
-                    found = self._bisect(partial(_put, here, turned), 0.0, 1.0, target)
+                    nearest = self._bisect(partial(_put, here, turned), 0.0, 1.0, target)
                 except PrunexError:  # beside the user's other options the method takes no rates of single stages
                     return best
-                best = min(best, *found, key=lambda s: self._miss(s, target))
+                best = min(best, *nearest, key=lambda s: self._miss(s, target))
                 if self._miss(best, target) <= CLOSE:
                     return best
         return best

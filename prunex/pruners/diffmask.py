@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.learned.diffmask import (
     KIND,
@@ -30,10 +29,9 @@ from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.aside import as_found
-from prunex.vit.decisions import Drop, Fill, Keep, TokenState
-from prunex.vit.embedding import place
-
-REMOVALS = ("drop", "placeholder")
+from prunex.vit.decisions import Drop, Keep
+from prunex.vit.state import TokenState
+from prunex.vit.turns import Turn
 
 
 @register(
@@ -68,8 +66,6 @@ class DiffMask(Adaptive):
             with the largest exp(c).
         keep_ratio: Share kept where the count is fixed, in (0, 1]; at 1.0 nothing is dropped either way.
         expected: Measured mean share, see :class:`~prunex.pruners.adaptive.Adaptive`.
-        removal: "drop", patches leave; or "placeholder", their embeddings are replaced by the learned vector, as the
-            gates were trained, and no token is saved.
         mul: Half the range of the gates' logits; an explainer brings its own.
         add: Where they start; likewise.
         no_placeholder: Whether zeros stand for the learned vector; likewise.
@@ -98,15 +94,12 @@ class DiffMask(Adaptive):
         count: Literal["adaptive", "fixed"] = "adaptive",
         keep_ratio: float | Sequence[float] = 0.7,
         expected: Sequence[float] | None = None,
-        removal: Literal["drop", "placeholder"] = "drop",
         mul: float = 15.0,
         add: float = 8.0,
         no_placeholder: bool = False,
     ) -> None:
         super().__init__(anatomy, keep_ratio, (0,), count, threshold, expected)
         self.layer = check_layer(layer, anatomy.depth)
-        check_choice("removal", removal, REMOVALS)
-        self.drops = removal == "drop"
         if explainer is None:
             self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)
         else:
@@ -116,7 +109,6 @@ class DiffMask(Adaptive):
         del self.options["stages"]  # there is one place
         self.options |= {
             "layer": layer,
-            "removal": removal,
             "mul": self.gates.mul,
             "add": self.gates.add,
             "no_placeholder": self.gates.no_placeholder,
@@ -127,65 +119,37 @@ class DiffMask(Adaptive):
         """Whether the options keep every patch of every image, so that nobody need be asked."""
         return self.rates[0] >= 1 or (self.adaptive and self.threshold <= 0)
 
-    def before(self, block: int, state: TokenState) -> Keep | Drop | Fill | None:
-        """Keep what the gates keep, before the first block."""
-        if block or self.keeps_all:
-            return None
+    def plan(self) -> list[Turn]:
+        """Before the first block, after a pass through those that the gates look into."""
+        return [] if self.keeps_all else [Turn(0, ahead=blocks_before(self.layer))]
+
+    def decide(self, turn: Turn, state: TokenState) -> Keep | Drop | None:
+        """Keep what the gates keep."""
         score = self.score(state)
         if self.adaptive:
-            kept = above(score, math.log(self.threshold), state.present, self.least)
-            return Drop(kept, score) if self.drops else self._filled(kept, score, state)
+            return Drop(above(score, math.log(self.threshold), state.present, self.least), score)
         k = ceil_share(self.rates[0], state.trace.grid[0] * state.trace.grid[1])
-        if k >= state.left:
-            return None
-        index = top(score, k, state.present)
-        if self.drops:
-            return Keep(index, score)
-        return self._filled(torch.zeros_like(score).scatter(1, index, 1.0), score, state)
+        return None if k >= state.left else Keep(top(score, k, state.present), score)
 
     @torch.no_grad()
     def score(self, state: TokenState) -> Tensor:
         """c_layer, [B, n]: the log-probability that a patch gets every vote."""
         model = state.model
         with as_found(model, train=False) if state.training else nullcontext():
-            states, _ = hidden_states(
-                model,
-                state.tokens,
-                state.trace.grid,
-                state.anatomy,
-                self.layer,
-                _origins(state),
-                state.policy,
-                state.keys,
-            )
+            states, _ = hidden_states(model, state, self.layer, _origins(state))
         return log_keep(self.gates(states)).sum(1)
 
-    def _filled(self, present: Tensor, score: Tensor, state: TokenState) -> Fill:
-        grid = state.trace.grid
-        with torch.no_grad():
-            vector = self.gates.placeholder.to(state.tokens.dtype)
-            filler = place(state.model, vector.expand(1, grid[0] * grid[1], -1), grid)[:, state.anatomy.prefix :]
-        filler = filler.expand(present.shape[0], -1, -1)  # len() would fix an exported batch
-        index = _origins(state)
-        if index is not None:
-            filler = filler.gather(1, index.unsqueeze(-1).expand(-1, -1, filler.shape[2]))
-        return Fill(present, filler, score)
-
     def counts(self, patches: int) -> list[int]:
-        """Patch tokens after the decision; expected ones where images differ, and all where placeholders stand in."""
-        if self.keeps_all or not self.drops:
+        """Patch tokens after the decision; expected ones where images differ."""
+        if self.keeps_all:
             return [patches]
         return self.likely(patches) or [ceil_share(self.rates[0], patches)]
 
-    def macs(self, entering: int) -> int:
+    def macs(self, entering: int, inner: int = 0) -> int:
         """The gates 0..layer over the entering patches: n (2 D (D / 4) + D / 4) each."""
         gate: Any = self.gates.gates[0]
         one = gate.hidden.weight.numel() + gate.vote.weight.numel()
         return entering * (self.layer + 1) * one
-
-    def ahead(self) -> int | None:
-        """The blocks of the first pass."""
-        return None if self.keeps_all else blocks_before(self.layer)
 
 
 def _origins(state: TokenState) -> Tensor | None:
@@ -195,28 +159,25 @@ def _origins(state: TokenState) -> Tensor | None:
         return None
     where = state.trace.tokens()
     order = torch.arange(patches, device=where.device).expand_as(where)
+    # From "the slot of each patch" to "the patch of each slot".
     slots = where.new_zeros(where.shape[0], n + 1)  # the last one takes those that are gone
     return slots.scatter(1, where.masked_fill(where < 0, n), order)[:, :n]
 
 
 def _trained_gates(explainer: Any, anatomy: Anatomy) -> MaskGates:
-    """A copy of a trained explainer's gates.
-
-    Raises:
-        PrunexError: Without such gates, or for gates of a model of another width or depth.
-    """
-    found = held(explainer, MaskGates, KIND)
-    if found is None:
+    """A copy of a trained explainer's gates; gates of another width or depth are refused."""
+    trained = held(explainer, MaskGates, KIND)
+    if trained is None:
         spec, tensors, folder = read_folder(explainer, KIND, "gates")
         own = gate_tensors(tensors)
         gates = load_into(build_gates(spec["gates"], folder, own), own, folder)
     else:
-        gates = copy.deepcopy(found)
-    theirs, ours = (gates.width, gates.depth), (anatomy.width, anatomy.depth)
-    if theirs != ours:
+        gates = copy.deepcopy(trained)
+    size, wanted = (gates.width, gates.depth), (anatomy.width, anatomy.depth)
+    if size != wanted:
         raise PrunexError(
             "this explainer's gates are for a model of width {} and depth {}, this one has {} and {}: ".format(
-                *theirs, *ours
+                *size, *wanted
             )
             + how(KIND).replace("one", "one for it")
         )

@@ -19,7 +19,9 @@ from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.aside import as_found
-from prunex.vit.decisions import Drop, Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Keep, Mask
+from prunex.vit.state import TokenState
+from prunex.vit.turns import Turn
 
 
 class Predictor(nn.Module):
@@ -144,17 +146,18 @@ class DynamicViT(Adaptive):
         if self.distills:
             self._teacher = (copy.deepcopy(model).eval().requires_grad_(False),)
 
-    def before(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
+    def plan(self) -> list[Turn]:
+        """Before the blocks of the stages that drop anything."""
+        return [Turn(block) for block, target in zip(self.stages, self.targets, strict=True) if target < 1]
+
+    def decide(self, turn: Turn, state: TokenState) -> Keep | Mask | Drop | None:
         """Keep the best-scored patches before a stage's block, or mask them while training."""
-        if block not in self.stages:
-            return None
-        s = self.stages.index(block)
-        if self.targets[s] >= 1:
-            return None
+        s = self.stages.index(turn.block)
         target, drawing = self.target(s), state.training and state.masked
         k = floor_share(target, state.trace.grid[0] * state.trace.grid[1])
         if not drawing and not self.adaptive and k >= state.left:  # nobody leaves, so nobody need be scored
             return None
+        # In float32 from here on, under autocast too: noise is drawn and tokens are ranked by it.
         logp = self.predictors[s](state.patches, state.present).float()
         score = logp[..., 0]
         if not drawing and self.adaptive:
@@ -177,7 +180,7 @@ class DynamicViT(Adaptive):
         """Patch tokens after each stage; expected ones where counts are adaptive."""
         return self.likely(patches) or [floor_share(self.target(s), patches) for s in range(len(self.stages))]
 
-    def macs(self, entering: int) -> int:
+    def macs(self, entering: int, inner: int = 0) -> int:
         """One predictor over the entering patches: n (D^2 + D^2/2 + D^2/8 + D/2)."""
         linear = [m for m in self.predictors[0].modules() if isinstance(m, nn.Linear)]
         return entering * sum(m.in_features * m.out_features for m in linear)
@@ -221,6 +224,7 @@ class DynamicViT(Adaptive):
                 log_target=True,
             )
         student, target = forward.tokens[:, prefix:].float(), features[:, prefix:].float()
+        # Tokens that were dropped are no longer meant to say what the teacher's say.
         kept = forward.masks[-1].detach() > 0.5
         if self.token_loss == "mse":
             distance = ((student - target) ** 2).mean(-1)

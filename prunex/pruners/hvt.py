@@ -14,12 +14,10 @@ from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner, check_stages
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
-from prunex.vit.decisions import Pool, TokenState
+from prunex.vit.decisions import Pool
 from prunex.vit.positions import positions_of
-
-POOLS = ("1d", "2d")
-CLASS_TOKENS = ("drop", "keep")
-INITS = ("zero", "trunc_normal")
+from prunex.vit.state import TokenState
+from prunex.vit.turns import Turn
 
 
 class Position(nn.Module):
@@ -34,7 +32,7 @@ class Position(nn.Module):
 
 @register("pruner", "hvt", "Pan et al., ICCV 2021, arXiv 2103.10619", "training: it has position embeddings to learn")
 class HVT(TokenPruner):
-    r"""Hierarchical pooling of the token sequence ("Scalable Vision Transformers with Hierarchical Pooling", Sec. 3).
+    """Hierarchical pooling of the token sequence ("Scalable Vision Transformers with Hierarchical Pooling", Sec. 3).
 
     After the blocks i with i mod w = 0, so always after block 0, each channel of the patch sequence is max-pooled along
     the sequence (kernel 3, stride 2, no padding: n tokens become (n - 3) // 2 + 1), and a learned position embedding of
@@ -44,15 +42,15 @@ class HVT(TokenPruner):
 
     The pooling is one-dimensional over raster order: windows straddle row ends, and of an even number of tokens the
     last is in none. ``pool="2d"`` is a variant of ours and **not HVT**: 3 x 3 windows two apart on the patch grid, with
-    a border of one, so that every patch is in a window and a grid of h x w becomes ceil(h / 2) x ceil(w / 2) (without a
-    border 14 x 14 would end at 2 x 2 after two poolings, with nothing left to pool).
+    a border of one, so that every patch is in a window and h x w becomes ceil(h / 2) x ceil(w / 2).
 
     No patch is chosen or kept: ``trace.kept()`` is false everywhere after a pooling, and ``trace.share()`` is the
     largest share of channels in which a patch has the maximum of some token.
 
     On a timm ViT without class token, ``global_pool="avg"`` and the norm before pooling (``fc_norm=False``) this is the
     authors' model; they train it from scratch for 300 epochs (``init="trunc_normal"``, weight decay 0.025, none on
-    position embeddings). Of their code ``pool_kernel_size`` is 3 and ``pool_stride`` is never read.
+    position embeddings). Their accuracy (ImageNet-1k: HVT-S-1 78.00 at 2.40 GMACs, 2.4 points below their own unpooled
+    80.39) was not reproduced here.
 
     **Converting a model with a class token** is ours: by default all prefix tokens and their positions stay out of the
     forward (their parameters remain, so that ``detach`` gives the dense model), and the head reads the mean of the
@@ -60,11 +58,8 @@ class HVT(TokenPruner):
     begin at 0. Expect a large drop until it is fine-tuned. ``class_token="keep"`` carries the prefix tokens along,
     never pooled, and the head reads what it read before.
 
-    Lengths depend on the image size: another one than the model had when attached is refused, since positions along a
-    sequence that wraps round rows cannot be interpolated; attach again for it.
-
-    The authors' accuracy (ImageNet-1k: HVT-S-1 78.00 at 2.40 GMACs, 2.4 points below their own unpooled 80.39) was not
-    reproduced here.
+    Positions along a sequence that wraps round rows cannot be interpolated: another image size than the model had when
+    attached is refused; attach again for it.
 
     Args:
         anatomy: Of the model.
@@ -83,8 +78,7 @@ class HVT(TokenPruner):
     """
 
     name = "hvt"
-    behind = True
-    by_place = True
+    chooses = "slots"
     lr = 3e-4  # from 0 to as wide as a ViT's positions (0.02) in some 130 steps; not searched
 
     def __init__(
@@ -96,12 +90,9 @@ class HVT(TokenPruner):
         class_token: Literal["drop", "keep"] = "drop",
         init: Literal["zero", "trunc_normal"] = "zero",
     ) -> None:
-        for option, value, known in (
-            ("pool", pool, POOLS),
-            ("class_token", class_token, CLASS_TOKENS),
-            ("init", init, INITS),
-        ):
-            check_choice(option, value, known)
+        check_choice("pool", pool, ("1d", "2d"))
+        check_choice("class_token", class_token, ("drop", "keep"))
+        check_choice("init", init, ("zero", "trunc_normal"))
         super().__init__(anatomy, 1.0, _blocks(stages, pool_width, anatomy.depth))
         self.pool, self.class_token = pool, class_token
         self.grid = anatomy.grid
@@ -119,12 +110,12 @@ class HVT(TokenPruner):
     @classmethod
     def settings(cls, anatomy: Anatomy) -> list[dict[str, Any]]:
         """The authors' HVT-S-1 to HVT-S-4 at depth 12, one to four poolings, as far as the sequence is long enough."""
-        found, left = [], anatomy.grid[0] * anatomy.grid[1]
+        settings, left = [], anatomy.grid[0] * anatomy.grid[1]
         for poolings in (1, 2, 3, 4):
             left = (left - 3) // 2 + 1
             if left >= 1 and anatomy.depth % poolings == 0:
-                found.append({"pool_width": anatomy.depth // poolings})
-        return found
+                settings.append({"pool_width": anatomy.depth // poolings})
+        return settings
 
     def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """The patch tokens before the first pooling and after each one, as (h, w); a sequence is (1, n)."""
@@ -152,39 +143,37 @@ class HVT(TokenPruner):
         """Without prefix tokens, and with the mean of the patches as what the head reads, unless they are kept."""
         if self.class_token == "keep" or anatomy.prefix == 0:
             return anatomy
+        # A head that read prefix tokens has nothing left to read but the patches' mean.
         pool = "avg" if anatomy.pool == "token" or len(anatomy.readers) > 1 else anatomy.pool
         return replace(anatomy, prefix=0, readers=(), pool=pool, pool_prefix=False)
 
-    def before(self, block: int, state: TokenState) -> None:
-        """Nothing; a sequence of another length than was attached for is refused before block 0.
+    def plan(self) -> list[Turn]:
+        """After the blocks of its stages; before the first one the images are looked at."""
+        return [Turn(0), *(Turn(block, "after") for block in self.stages)]
+
+    def decide(self, turn: Turn, state: TokenState) -> Pool | None:
+        """Pool, and add the new positions.
 
         Raises:
-            PrunexError: For another image size.
+            PrunexError: For another image size than was attached for.
         """
-        n = state.patches.shape[1]
-        if block == 0 and (state.trace.grid != self.grid or n != self.grid[0] * self.grid[1]):
-            raise PrunexError(
-                f"hvt has position embeddings for a patch grid of {self.grid[0]} x {self.grid[1]}, and was given "
-                f"{state.trace.grid[0]} x {state.trace.grid[1]} ({n} tokens): resize the images, or detach() and "
-                "attach again for this size"
-            )
-
-    def acts_after(self, block: int) -> bool:
-        """After the blocks of its stages."""
-        return block in self.stages
-
-    def after(self, block: int, state: TokenState) -> Pool:
-        """Pool, and add the new positions."""
-        s = self.stages.index(block)
+        if turn.when == "before":
+            self._check_size(state.trace.grid, state.patches.shape[1])
+            return None
+        s = self.stages.index(turn.block)
         position = self.positions[s].get_parameter("pos_embed")
         return Pool(self.sizes[s] if self.pool == "2d" else None, position)
 
-    def counts(self, patches: int) -> list[int]:
-        """Patch tokens after each pooling.
+    def _check_size(self, grid: tuple[int, int], tokens: int) -> None:
+        if grid != self.grid or tokens != self.grid[0] * self.grid[1]:
+            raise PrunexError(
+                f"hvt has position embeddings for a patch grid of {self.grid[0]} x {self.grid[1]}, and was given "
+                f"{grid[0]} x {grid[1]} ({tokens} tokens): resize the images, or detach() and attach again for this "
+                "size"
+            )
 
-        Raises:
-            PrunexError: For too few patches, or (on the grid) another number of them than was attached for.
-        """
+    def counts(self, patches: int) -> list[int]:
+        """Patch tokens after each pooling; too few patches are refused, and on the grid another number of them."""
         whole = self.grid[0] * self.grid[1]
         if self.pool == "2d" and patches != whole:
             raise PrunexError(f"{patches} patches are not allowed: pool='2d' was attached for {whole}; attach again")
@@ -204,11 +193,7 @@ class HVT(TokenPruner):
 
 
 def _blocks(stages: Any, pool_width: Any, depth: int) -> Sequence[int]:
-    """The blocks after which tokens are pooled.
-
-    Raises:
-        PrunexError: For a width that is no whole number of at least 1, or both arguments and not the same.
-    """
+    """The blocks after which tokens are pooled; a bad width, or two options that differ, are refused."""
     if pool_width is not None and (isinstance(pool_width, bool) or not isinstance(pool_width, int) or pool_width < 1):
         raise PrunexError(
             f"pool_width={pool_width!r} is not allowed: give a whole number of blocks, such as 3, or None"

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice, check_number
+from prunex.checks import check_choice, check_number, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import TokenPruner, calibration_images
 from prunex.pruners.patch_slimming_search import Search, Slimming
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.aside import as_found
-from prunex.vit.decisions import Keep, TokenState
+from prunex.vit.decisions import Keep
 from prunex.vit.embedding import embed
-from prunex.vit.forward import resume
+from prunex.vit.forward import own_anatomy, resume
 from prunex.vit.layouts import layout_of
-from prunex.vit.mount import mounted
 from prunex.vit.positions import positions_of
+from prunex.vit.state import TokenState
+from prunex.vit.turns import Turn
 
 CRITERIA = ("mean", "relative")
 TOLERANCE = 0.01
@@ -78,8 +80,7 @@ class PatchSlimming(TokenPruner):
     """
 
     name = "patch_slimming"
-    inside = True
-    fixed = True
+    chooses = "positions"
     kept: Tensor
     found: Tensor
     first: Tensor
@@ -102,18 +103,26 @@ class PatchSlimming(TokenPruner):
         super().__init__(anatomy, 1.0, tuple(range(anatomy.depth - 1)))
         self.prefix, self.grid = anatomy.prefix, anatomy.grid
         self.patches = anatomy.grid[0] * anatomy.grid[1]
-        settings = _settings(tolerance, step, epochs, learning_rate, calibration_images, criterion, seed)
+        settings = _settings(
+            tolerance=tolerance,
+            step=step,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            calibration_images=calibration_images,
+            criterion=criterion,
+            seed=seed,
+        )
         self.options: dict[str, Any] = {"keep": None, **settings}
-        found = keep is not None
+        given = keep is not None
         sets = [list(range(self.patches))] * len(self.stages) if keep is None else self._check(keep)
         kept = torch.zeros(len(self.stages), self.patches, dtype=torch.bool)
         for row, positions in enumerate(sets):
             kept[row, positions] = True
         self.register_buffer("kept", kept)
-        self.register_buffer("found", torch.tensor(found))
+        self.register_buffer("found", torch.tensor(given))
         self.register_buffer("first", torch.arange(self.prefix), persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)
-        self._use(sets, found)
+        self._use(sets, given)
 
     def _check(self, keep: Any) -> list[list[int]]:
         """The sets in plain values.
@@ -146,10 +155,10 @@ class PatchSlimming(TokenPruner):
             sets.append([int(p) for p in positions])
         return sets
 
-    def _use(self, sets: list[list[int]], found: bool) -> None:
+    def _use(self, sets: list[list[int]], chosen: bool) -> None:
         """Take these sets, checked, into force: constant indices, and the options that would make them again."""
         self.sets = sets
-        self.options["keep"] = [list(s) for s in sets] if found else None
+        self.options["keep"] = [list(s) for s in sets] if chosen else None
         device = self.kept.device
         before = list(range(self.patches))
         for block, positions in enumerate(sets):
@@ -164,42 +173,25 @@ class PatchSlimming(TokenPruner):
     def _entering(self, block: int) -> int:
         return len(self.sets[block - 1]) if block else self.patches
 
-    def acts_between(self, block: int) -> bool:
-        """Whether the block computes fewer patches than enter it."""
-        return block < len(self.sets) and len(self.sets[block]) < self._entering(block)
+    def plan(self) -> list[Turn]:
+        """Inside the blocks that compute fewer patches than enter; the last one computes what the head reads."""
+        slimmed = [b for b in range(len(self.sets)) if len(self.sets[b]) < self._entering(b)]
+        inside = [Turn(b, "inside", only=getattr(self, f"tokens_{b}")) for b in slimmed]
+        return [Turn(0), *inside, Turn(len(self.sets), "never", only=self.first)]
 
-    def before(self, block: int, state: TokenState) -> None:
-        """Refuse what the sets were not made for."""
-        if block == 0:
-            _check_head(state.anatomy)
-            slims = len(self.sets[-1]) < self.patches
-            if slims and state.trace.grid != self.grid:
-                (h, w), (gh, gw) = state.trace.grid, self.grid
-                raise PrunexError(
-                    f"these images have {h} x {w} patches, the sets of patch_slimming are for {gh} x {gw}: resize the "
-                    "images, or attach and calibrate again"
-                )
-
-    def queries(self, block: int, state: TokenState) -> Tensor | None:
-        """The tokens of the block's set; in the last block the prefix tokens, which the head reads alone."""
-        if block == len(self.sets):
-            return self.first
-        return getattr(self, f"tokens_{block}") if self.acts_between(block) else None
-
-    def asking(self, block: int, left: int) -> int | None:
-        """Patch tokens whose queries are computed."""
-        if block == len(self.sets):
-            return 0
-        return left if self.acts_between(block) else None
-
-    def between(self, block: int, state: TokenState) -> Keep:
+    def decide(self, turn: Turn, state: TokenState) -> Keep | None:
         """Keep the block's set.
 
         Raises:
-            PrunexError: Where others removed patches before, and not as many of the set in every image.
+            PrunexError: For images that the sets were not made for, or where others removed patches before, and not as
+                many of the set in every image.
         """
-        batch = state.tokens.shape[0]
+        if turn.when == "before":
+            self._check_images(state)
+            return None
+        block, batch = turn.block, state.tokens.shape[0]
         original = getattr(self, f"original_{block}")
+        # Masked tokens keep their slots, so positions in the grid are positions in the stream.
         if state.masked:
             return Keep(original.expand(batch, -1))
         if state.left == self._entering(block):
@@ -213,6 +205,15 @@ class PatchSlimming(TokenPruner):
                 "pruning.masked = True, or removal='mask'"
             )
         return Keep(here[here >= 0].unflatten(0, (batch, int(there[0]))))
+
+    def _check_images(self, state: TokenState) -> None:
+        _check_head(state.anatomy)
+        if len(self.sets[-1]) < self.patches and state.trace.grid != self.grid:
+            (h, w), (gh, gw) = state.trace.grid, self.grid
+            raise PrunexError(
+                f"these images have {h} x {w} patches, the sets of patch_slimming are for {gh} x {gw}: resize the "
+                "images, or attach and calibrate again"
+            )
 
     def counts(self, patches: int) -> list[int]:
         """Patch tokens after each block but the last."""
@@ -254,8 +255,7 @@ class PatchSlimming(TokenPruner):
             if name not in known:
                 raise unknown("calibration option of patch_slimming", name, [*known, "verbose"])
         settings = _settings(**(known | options))
-        hook: Any = mounted(model)
-        anatomy: Anatomy = hook.current(model)
+        anatomy = own_anatomy(model)
         _check_head(anatomy)
         _check_blocks(model, anatomy)
         if anatomy.grid != self.grid:
@@ -277,6 +277,7 @@ class PatchSlimming(TokenPruner):
             torch.no_grad(),
             torch.autocast(kind, enabled=False),
         ):
+            # Tensors of inference mode cannot enter the graph of the fine-tuning.
             batches = [b.clone() if b.is_inference() else b for b in batches]
             search = Search(model, anatomy, batches, verbose=verbose, **settings)
             report = search.run()
@@ -287,19 +288,15 @@ class PatchSlimming(TokenPruner):
             self._use(report.keep, True)
             self.options |= {**settings, "calibration_images": limit}
             ours = [self._logits(model, b, slimmed=True) for b in batches]
-        return _with_ends(report, torch.cat(dense), torch.cat(ours), anatomy.classes > 0)
+        a, b = torch.cat(ours), torch.cat(dense)
+        distance = float((a - b).square().sum() / b.square().sum().clamp(min=1e-300))
+        agreement = float((a.argmax(1) == b.argmax(1)).double().mean()) if anatomy.classes else math.nan
+        return replace(report, distance=distance, agreement=agreement)
 
     def _logits(self, model: ViT, images: Tensor, slimmed: bool) -> Tensor:
         weight = next(model.parameters())
         parts = [embed(model, p.to(weight.device, weight.dtype)) for p in images.split(64)]
         return torch.cat([resume(model, x, grid, (self,) if slimmed else ()) for x, grid in parts]).double().cpu()
-
-
-def _with_ends(report: Slimming, dense: Tensor, ours: Tensor, classes: bool) -> Slimming:
-    """The report with what the search itself cannot see: how far the model's ends have moved."""
-    distance = float((ours - dense).square().sum() / dense.square().sum().clamp(min=1e-300))
-    agreement = float((ours.argmax(1) == dense.argmax(1)).double().mean()) if classes else math.nan
-    return Slimming(report.keep, report.blocks, report.images, report.criterion, report.tolerance, distance, agreement)
 
 
 def _after_loading(module: PatchSlimming, _: Any) -> None:
@@ -329,25 +326,12 @@ def _check_blocks(model: ViT, anatomy: Anatomy) -> None:
         )
 
 
-def _settings(
-    tolerance: Any, step: Any, epochs: Any, learning_rate: Any, calibration_images: Any, criterion: Any, seed: Any
-) -> dict[str, Any]:
+def _settings(**given: Any) -> dict[str, Any]:
     """The search's settings, checked."""
-    if tolerance != math.inf:
-        tolerance = check_number("tolerance", tolerance, 0)
-    wholes = {"step": step, "epochs": epochs, "calibration_images": calibration_images, "seed": seed}
-    for name, value in wholes.items():
-        least = int(name in ("step", "calibration_images"))
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PrunexError(f"{name}={value!r} is not allowed: give a whole number of at least {least}")
-    check_choice("criterion", criterion, CRITERIA)
-    learning_rate = check_number("learning_rate", learning_rate, 0)
-    return {
-        "tolerance": tolerance,
-        "step": step,
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "calibration_images": calibration_images,
-        "criterion": criterion,
-        "seed": seed,
-    }
+    if given["tolerance"] != math.inf:
+        given["tolerance"] = check_number("tolerance", given["tolerance"], 0)
+    for name in ("step", "epochs", "calibration_images", "seed"):
+        given[name] = check_whole(name, given[name], int(name in ("step", "calibration_images")))
+    check_choice("criterion", given["criterion"], CRITERIA)
+    given["learning_rate"] = check_number("learning_rate", given["learning_rate"], 0)
+    return given

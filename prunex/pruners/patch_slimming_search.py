@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from prunex.vit.tape import Tape
 
 CHUNK = 64  # images in one pass, and in one step of the fine-tuning
 MATRICES = 16  # images whose attention matrices are held at once, in float64
+SETTINGS = {"tolerance": 0.01, "step": 10, "epochs": 3, "learning_rate": 1e-5, "criterion": "mean", "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,9 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SlimmedBlock(Brief):
-    """What the search found for one block.
+    """What was found for one block: positions entering and kept, the sets tried (the last was taken), and the score.
 
-    Attributes:
-        block: Its index.
-        entering: Patch positions that enter it.
-        kept: Those it computes.
-        candidates: The sets tried, growing; the last one was taken.
-        score: float64 [P], the impact of each patch position, mean over images.
+    ``score`` is the impact of each patch position, float64 [P], mean over images.
     """
 
     block: int
@@ -99,7 +95,7 @@ class Slimming(Brief):
 
 
 def impact(attention: Sequence[Tensor], entering: Tensor) -> Tensor:
-    r"""How much each token of a block reaches the model's output (Patch Slimming's Theorem 1; second-hand).
+    """How much each token of a block reaches the model's output (Patch Slimming's Theorem 1; second-hand), [B, n].
 
     s_i = mean over head paths of ||A[:, i] U[i, :]||_F^2, with U = P |Z| the magnitude that row i of this block carries
     and A the product of the later blocks' attention, their rows restricted to what they keep. It is an outer product,
@@ -108,13 +104,9 @@ def impact(attention: Sequence[Tensor], entering: Tensor) -> Tensor:
     the last block's outputs; the column energy of A is then diag(G). A mean instead of a sum over heads scales all
     scores of a block alike.
 
-    Args:
-        attention: Softmax attention of this block [B, H, n, n], then of each later block [B, H, m, n]: rows are the
-            tokens it computes, columns those that enter it (the rows of the block before).
-        entering: [B, n, D], the residual stream entering this block.
-
-    Returns:
-        float64 [B, n], at least 0.
+    ``attention`` is the softmax attention of this block [B, H, n, n], then of each later block [B, H, m, n]: rows are
+    the tokens it computes, columns those that enter it. ``entering`` is the residual stream entering this block, [B, n,
+    D].
     """
     reach: Tensor | None = None  # G [B, n, n] over the tokens entering the block looked at
     column = entering.new_zeros(())
@@ -146,32 +138,21 @@ class Search:
         model: A supported ViT.
         anatomy: Of the model.
         images: Batches of calibration images, [B, C, H, W] each.
-        tolerance: Largest error, at least 0; infinite keeps nothing but prefix tokens.
-        step: Positions added a candidate.
-        epochs: Of fine-tuning a candidate; 0: none, an approximation that leaves all weights as they are.
-        learning_rate: Of the fine-tuning.
-        criterion: "mean" or "relative".
-        seed: Of the order of the fine-tuning's steps.
         verbose: Whether a progress bar is shown.
+        settings: ``tolerance``, ``step``, ``epochs``, ``learning_rate``, ``criterion`` and ``seed``, as the pruner's.
     """
 
     def __init__(
-        self,
-        model: ViT,
-        anatomy: Anatomy,
-        images: Sequence[Tensor],
-        tolerance: float = 0.01,
-        step: int = 10,
-        epochs: int = 3,
-        learning_rate: float = 1e-5,
-        criterion: Literal["mean", "relative"] = "mean",
-        seed: int = 0,
-        verbose: bool = False,
+        self, model: ViT, anatomy: Anatomy, images: Sequence[Tensor], verbose: bool = False, **settings: Any
     ) -> None:
-        self.model, self.anatomy = model, anatomy
-        self.tolerance, self.step, self.epochs = tolerance, step, epochs
-        self.learning_rate, self.criterion, self.verbose = learning_rate, criterion, verbose
-        self.generator = torch.Generator().manual_seed(seed)
+        self.model, self.anatomy, self.verbose = model, anatomy, verbose
+        settings = SETTINGS | settings
+        self.tolerance: float = settings["tolerance"]
+        self.step: int = settings["step"]
+        self.epochs: int = settings["epochs"]
+        self.learning_rate: float = settings["learning_rate"]
+        self.criterion: str = settings["criterion"]
+        self.generator = torch.Generator().manual_seed(settings["seed"])
         weight = next(model.parameters())
         blocks: Any = model.blocks
         if weight.dtype in (torch.float16, torch.bfloat16):  # steps of 1e-5 would be lost
@@ -197,17 +178,14 @@ class Search:
 
     def run(self) -> Slimming:
         """Search all blocks; the fine-tuned ones are then in ``student``, their sets in ``kept``."""
-        found = []
+        slimmed = []
         with tqdm(total=self.anatomy.depth - 1, desc="slimming", unit="block", disable=not self.verbose) as bar:
             for block in range(self.anatomy.depth - 2, -1, -1):
-                found.append(self._block(block))
-                bar.set_postfix(block=block, kept=found[-1].kept, error=found[-1].candidates[-1].mean)
+                slimmed.append(self._block(block))
+                bar.set_postfix(block=block, kept=slimmed[-1].kept, error=slimmed[-1].candidates[-1].mean)
                 bar.update()
-        entering = [self.kept.shape[1], *(b.kept for b in reversed(found))]
-        blocks = tuple(
-            SlimmedBlock(b.block, n, b.kept, b.candidates, b.score)
-            for b, n in zip(reversed(found), entering, strict=False)
-        )
+        entering = [self.kept.shape[1], *(b.kept for b in reversed(slimmed))]
+        blocks = tuple(replace(b, entering=n) for b, n in zip(reversed(slimmed), entering, strict=False))
         keep = [mask.nonzero().flatten().tolist() for mask in self.kept[:-1]]
         return Slimming(keep, blocks, sum(map(len, self.embedded)), self.criterion, self.tolerance)
 
@@ -262,9 +240,8 @@ class Search:
     def _pair(self, block: int, x: Tensor) -> Tensor:
         """A slimmed block and the next one, from the dense input."""
         x, _ = through(self.student[block], x, self.anatomy, self._places(self.kept[block]))
-        return through(self.student[block + 1], x, self.anatomy, self._places(self.kept[block + 1], self.kept[block]))[
-            0
-        ]
+        rows = self._places(self.kept[block + 1], self.kept[block])
+        return through(self.student[block + 1], x, self.anatomy, rows)[0]
 
     def _tune(self, block: int, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         """A little fine-tuning of one block; the next one passes gradients through and gets none."""
@@ -295,7 +272,7 @@ class Search:
         """Give the model the fine-tuned blocks, in place; without fine-tuning nothing is touched."""
         if self.epochs:
             for block, tuned, moving in zip(self.model.blocks, self.student, self.moving, strict=True):
-                found = dict(tuned.named_parameters())
-                for name, there in block.named_parameters():
+                weights = dict(tuned.named_parameters())
+                for name, parameter in block.named_parameters():
                     if name in moving:
-                        there.copy_(found[name])
+                        parameter.copy_(weights[name])

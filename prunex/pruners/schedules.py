@@ -28,16 +28,11 @@ class ScheduleOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything is kept before ``start``, the base rates hold from ``start + length``.
+    """Everything is kept before ``start``, the base rates hold from ``start + length`` (fractions of training, 0..1).
 
     In between, with u running from 0 to 1: cosine: base + (1 - base) (cos(pi u) + 1) / 2, as EViT trains (arXiv
     2202.07800; the authors count iterations, here it is the fraction of training); linear: base + (1 - base) (1 - u).
-    Constant: the base rates from ``start`` on.
-
-    Attributes:
-        kind: "cosine", "linear" or "constant".
-        start: Fraction of training, 0..1.
-        length: Fraction of training, 0..1; 0 for "constant".
+    Constant: the base rates from ``start`` on, ``length`` 0.
 
     >>> half_way = Schedule("linear", start=0.2, length=0.4)
     >>> [round(half_way.rate(0.5, progress), 3) for progress in (0.1, 0.3, 0.6)]
@@ -49,12 +44,7 @@ class Schedule:
     length: float = 0.0
 
     def rate(self, base: float, progress: float) -> float:
-        """The keep rate in force.
-
-        Args:
-            base: The rate at the end, in (0, 1].
-            progress: Fraction of training done, 0..1.
-        """
+        """The keep rate in force at a progress of 0..1, for ``base`` in (0, 1] at the end."""
         if progress >= self.start + self.length:
             return base
         if progress < self.start:

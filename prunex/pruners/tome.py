@@ -15,7 +15,9 @@ from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Merge, TokenState
+from prunex.vit.decisions import Merge
+from prunex.vit.state import TokenState
+from prunex.vit.turns import Turn
 
 
 @register("pruner", "tome", "Bolya et al., ICLR 2023, arXiv 2210.09461", "nothing; works untrained")
@@ -59,7 +61,6 @@ class ToMe(TokenPruner):
     """
 
     name = "tome"
-    inside = True
 
     def __init__(
         self,
@@ -84,24 +85,21 @@ class ToMe(TokenPruner):
         half = anatomy.grid[0] * anatomy.grid[1] / 2
         if len(shares) == 1:
             return {"r": round((1 - shares[0]) * half)}
+        # Rounding what is due in all, not a stage at a time, loses no part of a token.
         due = [round(half * d) for d in itertools.accumulate((1 - s for s in shares), initial=0.0)]
         r = [after - before for before, after in itertools.pairwise(due)]
         return {"r": r[0] if len(set(r)) == 1 else r}
 
-    def key_means(self) -> frozenset[int]:
-        """Blocks that merge."""
-        return frozenset(b for b, r in zip(self.stages, self.removed, strict=True) if r)
+    def plan(self) -> list[Turn]:
+        """Inside the blocks that merge."""
+        return [Turn(b, "inside", shown=("keys",)) for b, r in zip(self.stages, self.removed, strict=True) if r]
 
-    def acts_between(self, block: int) -> bool:
-        """Whether a block merges."""
-        return block in self.key_means()
-
-    def between(self, block: int, state: TokenState) -> Merge | None:
+    def decide(self, turn: Turn, state: TokenState) -> Merge | None:
         """Merge the most similar pairs of a stage's block."""
-        r = min(self.removed[self.stages.index(block)], state.left // 2)
-        if r <= 0 or state.key_mean is None:
+        r = min(self.removed[self.stages.index(turn.block)], state.left // 2)
+        if r <= 0:
             return None
-        keys = state.key_mean[:, state.anatomy.prefix :]
+        keys = torch.as_tensor(state.key_mean)[:, state.anatomy.prefix :]
         if state.present is None:
             return Merge(match(keys, r, self.odd), state.left - r, self.proportional)
         return Merge(match_present(keys, r, self.odd, state.present > 0), state.left - r, self.proportional)
@@ -114,18 +112,13 @@ class ToMe(TokenPruner):
             counts.append(patches)
         return counts
 
-    def macs(self, entering: int) -> int:
+    def macs(self, entering: int, inner: int = 0) -> int:
         """The similarities of all pairs across the two sets."""
         return entering // 2 * ((entering + 1) // 2) * self.pair_width
 
 
 def schedule(r: Any, inflect: float, stages: int) -> tuple[int, ...]:
-    """How many tokens each stage merges away.
-
-    Args:
-        r: A whole number of at least 0, or one a stage.
-        inflect: In [-1, 1]; 0 where ``r`` is a sequence.
-        stages: Number of stages.
+    """How many tokens each stage merges away, for ``r`` a number or one a stage, and ``inflect`` in [-1, 1].
 
     Raises:
         PrunexError: For anything else.
@@ -170,6 +163,7 @@ def match(keys: Tensor, r: int | Tensor, odd: bool = False, there: Tensor | None
     if there is not None:
         both = there[:, first].unsqueeze(2) & there[:, second].unsqueeze(1)
         similar = similar.masked_fill(~both, float("-inf"))
+    # Each of the first set has one partner; partners may be shared, so no assignment is solved.
     partner = similar.argmax(2)
     goes = ranks(similar.amax(2)) < r
     stays = ~goes if there is None else ~goes & there[:, first]
@@ -193,17 +187,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def match_present(keys: Tensor, r: int, odd: bool, present: Tensor) -> Tensor:
-    """:func:`match` among the tokens that are there, wherever they are: as if the others did not exist.
-
-    Args:
-        keys: float [B, n, d].
-        r: Tokens merged away, at most half of those that are there.
-        odd: See :func:`match`.
-        present: bool [B, n].
-
-    Returns:
-        int64 [B, n]; -1 for tokens that are not there.
-    """
+    """For :func:`match` among the tokens that are there (bool [B, n]), as if the others did not exist; -1 for these."""
     order = (~present).to(torch.uint8).argsort(dim=1, stable=True)
     most = (present.sum(1, keepdim=True) // 2).clamp(max=r)
     moved = keys.gather(1, order.unsqueeze(2).expand_as(keys))

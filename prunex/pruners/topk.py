@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
+import torch
+
 from prunex.pruners.adaptive import Adaptive, reaching
 from prunex.pruners.base import ceil_share, top
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Drop, Keep, Mask, TokenState
+from prunex.vit.decisions import Drop, Keep
+from prunex.vit.state import TokenState
+from prunex.vit.turns import Turn
 
 
 @register("pruner", "topk", "Haurum et al., ICCVW 2023, arXiv 2308.04657", "nothing; works untrained")
@@ -46,7 +50,6 @@ class TopK(Adaptive):
     """
 
     name = "topk"
-    inside = True
     fuses = False
 
     def __init__(
@@ -62,30 +65,24 @@ class TopK(Adaptive):
         super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
         self.anatomy = anatomy
 
-    def rows(self) -> frozenset[int]:
-        """Blocks whose class row ranks the patches."""
+    def plan(self) -> list[Turn]:
+        """Inside the blocks whose class row ranks the patches."""
         if self.adaptive and self.mass() >= 1:
-            return frozenset()
-        return frozenset(b for s, b in enumerate(self.stages) if self.rate(s) < 1)
+            return []
+        return [Turn(b, "inside", shown=("row",)) for s, b in enumerate(self.stages) if self.rate(s) < 1]
 
     def mass(self) -> float:
         """The share of attention that is kept now, where counts are adaptive: it falls as keep rates do."""
         return self.shrink.rate(self.threshold, self.progress)
 
-    def between(self, block: int, state: TokenState) -> Keep | Mask | Drop | None:
+    def decide(self, turn: Turn, state: TokenState) -> Keep | Drop | None:
         """Keep the best-attended patches of a stage's block."""
+        score = torch.as_tensor(state.row)[:, state.anatomy.prefix :]
+        fuse = score if self.fuses else None
         if self.adaptive:
-            if state.row is None or block not in self.rows():
-                return None
-            score = state.row[:, state.anatomy.prefix :]
-            kept = reaching(score.detach(), self.mass(), state.present)
-            return Drop(kept, score, score if self.fuses else None)
-        n = state.left
-        k = ceil_share(self.rate(self.stages.index(block)), n)
-        if k >= n or state.row is None:
-            return None
-        score = state.row[:, state.anatomy.prefix :]
-        return Keep(top(score, k, state.present), score, score if self.fuses else None)
+            return Drop(reaching(score.detach(), self.mass(), state.present), score, fuse)
+        k = ceil_share(self.rate(self.stages.index(turn.block)), state.left)
+        return None if k >= state.left else Keep(top(score, k, state.present), score, fuse)
 
     def counts(self, patches: int) -> list[int]:
         """Patch tokens (a fused one included) after each stage; expected ones where counts are adaptive.
@@ -102,13 +99,8 @@ class TopK(Adaptive):
             counts.append(n)
         return counts
 
-    def macs(self, entering: int) -> int:
+    def macs(self, entering: int, inner: int = 0) -> int:
         """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
-        a = self.anatomy
-        return self.macs_at(entering, sum(a.heads) // a.depth * a.head_dim)
-
-    def macs_at(self, entering: int, inner: int) -> int:
-        """The rows by the heads that are there."""
         a = self.anatomy
         asking = 1 if a.readers else entering + a.prefix * a.pool_prefix
         return asking * (entering + a.prefix) * inner + self.fuses * entering * a.width

@@ -21,14 +21,16 @@ from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.removal.painting import PAINTS, normalisation, substrate
 from prunex.vit.anatomy import ViT
-from prunex.vit.decisions import Absent, Decision, Drop, Fill, Keep, Mask, Merge, One, Pool, Pruner, Replay, TokenState
+from prunex.vit.decisions import Decided
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
 from prunex.vit.readout import before_softmax
 from prunex.vit.recording import check_chunk, sequences
+from prunex.vit.replay import Absent, Replay, ReplayAmong
 from prunex.vit.tape import Tape
+from prunex.vit.turns import Pruner
 
 Route = Literal["drop", "black", "grey", "mean", "blur"]
 Selection = Literal["free", "frozen"]
@@ -137,7 +139,7 @@ class Removal:
         self.painted, self.batch = removal in PAINTS, len(images)
         self.anatomy = own_anatomy(model)
         self.free: Pruner | None = None
-        self.decisions: list[Decision] = []
+        self.decisions: list[Decided] = []
         with torch.no_grad():
             if self.painted:
                 self._paint(images, selection, mean, std)
@@ -149,11 +151,11 @@ class Removal:
     def _embed(self, images: Tensor, selection: str) -> None:
         """Embed the images, and know what a pruner decides among fewer tokens."""
         attached = mounted(self.model)
-        if attached is not None and attached.pruner.by_place:
+        if attached is not None and attached.pruner.chooses == "slots":
             self.removal, selection = "mask", "frozen"
         self.tokens, self.grid = embed(self.model, images)
         # A pruner of fixed positions decides the same among fewer patches: anew is once more.
-        if attached is not None and selection == "free" and not attached.pruner.fixed:
+        if attached is not None and selection == "free" and attached.pruner.chooses != "positions":
             self.free = attached.pruner
         elif attached is not None:
             self.decisions = record(self.model, images, Tape(), masked=True).decisions
@@ -260,7 +262,7 @@ def masked(
     x: Tensor,
     grid: tuple[int, int],
     present: Tensor,
-    decisions: Sequence[Decision] = (),
+    decisions: Sequence[Decided] = (),
     image: Tensor | None = None,
     place: Tensor | None = None,
     places: Places | None = None,
@@ -282,118 +284,7 @@ def masked(
     """
     if not decisions and bool(present.all()):
         return resume(model, x, grid, places=places)
-    return resume(model, x, grid, (_Frozen(present, decisions, image, place),), masked=True, places=places)
-
-
-class _Frozen:
-    """Hides absent slots, then repeats a clean run's decisions among the others."""
-
-    def __init__(
-        self, present: Tensor, decisions: Sequence[Decision], image: Tensor | None, place: Tensor | None
-    ) -> None:
-        self.present, self.decisions, self.image, self.place = present, decisions, image, place
-        self.width = present.shape[1]  # slots of these sequences, without those of fused tokens
-        for d in decisions:
-            if not isinstance(d.answer, One):
-                raise PrunexError(
-                    f"{type(d.answer).__name__} decisions cannot be repeated among fewer patches: "
-                    "let the pruner decide anew with selection='free'"
-                )
-
-    def rows(self) -> frozenset[int]:
-        return frozenset()
-
-    def key_means(self) -> frozenset[int]:
-        return frozenset()
-
-    def acts_between(self, block: int) -> bool:
-        return any(d.inside and d.block == block for d in self.decisions)
-
-    def acts_after(self, block: int) -> bool:
-        return any(d.after and d.block == block for d in self.decisions)
-
-    def before(self, block: int, state: TokenState) -> list[One]:
-        whole = self.present.to(torch.promote_types(state.tokens.dtype, torch.float32))
-        hidden: list[One] = [] if block else [Mask(whole)]
-        there = self.present if block == 0 else None
-        return hidden + self._again(block, False, state, there)
-
-    def between(self, block: int, state: TokenState) -> list[One]:
-        return self._again(block, True, state, None)
-
-    def after(self, block: int, state: TokenState) -> list[One]:
-        return self._again(block, False, state, None, after=True)
-
-    def _again(
-        self, block: int, inside: bool, state: TokenState, there: Tensor | None, after: bool = False
-    ) -> list[One]:
-        answers: list[One] = []
-        for d in self.decisions:
-            if (d.block, d.inside, d.after) != (block, inside, after):
-                continue
-            if there is None:
-                there = torch.as_tensor(state.present) > 0
-            more, there = self._one(d.answer, there)
-            answers += more
-        return answers
-
-    def _one(self, answer: One, there: Tensor) -> tuple[list[One], Tensor]:
-        """One decision in the slots of these sequences, and which of them hold a token afterwards."""
-        if isinstance(answer, Pool):
-            members = answer.layout(there.shape[1], there.device)[0]
-            return [answer], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
-        if isinstance(answer, Mask):
-            left = self._mine(answer.policy) * there
-            return [Mask(left)], left > 0
-        if isinstance(answer, Merge):
-            return self._merged(answer, there)
-        if isinstance(answer, Fill):  # a replaced patch is still there; its filler leaves with it
-            return [Fill(self._mine(answer.present), self._mine(answer.filler))], there
-        if isinstance(answer, Drop):
-            stays = (self._mine(answer.present.float()) > 0) & there
-            if answer.fuse is None:
-                return [Drop(stays)], stays
-            # A Drop makes its fused token in the images that dropped something, and nowhere else.
-            after = torch.cat([stays, (there & ~stays).any(1, keepdim=True)], 1)
-            return [Drop(stays, fuse=self._mine(answer.fuse))], after
-        picked = answer.index if self.image is None else answer.index[self.image]
-        index = picked if self.place is None else self._slots(there.shape[1]).gather(1, picked)
-        left = torch.zeros_like(there).scatter(1, index, True) & there
-        if answer.fuse is None:
-            return [Keep(index)], left
-        fused = (there & ~left).any(1, keepdim=True)
-        after = torch.cat([left, fused], 1)
-        return [Keep(index, fuse=self._mine(answer.fuse)), Mask(after.to(answer.fuse.dtype))], after
-
-    def _merged(self, answer: Merge, there: Tensor) -> tuple[list[One], Tensor]:
-        """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
-        group = self._mine(answer.group + 1) - 1  # -1 for slots that are no token of the clean run
-        group = group.masked_fill(~there, -1)
-        count, slots = answer.count, max(answer.count, there.shape[1])
-        left = there.new_zeros(len(there), slots + 1).scatter(1, group.masked_fill(group < 0, slots), True)[:, :slots]
-        if self.place is not None:  # from here on tokens have the clean run's slots; those it emptied are nowhere here
-            place = torch.arange(answer.group.shape[1], device=there.device)
-            self.place, self.width = place.masked_fill(place >= count, -1).expand(len(there), -1), slots
-        return [Merge(group, count, answer.proportional)], left
-
-    def _slots(self, count: int) -> Tensor:
-        """Where each of the clean run's slots is here: patches by their place, fused ones behind them; -1: nowhere."""
-        place = torch.as_tensor(self.place)
-        fused = torch.arange(self.width, count, device=place.device)
-        return torch.cat([place, fused.expand(len(place), -1)], 1)
-
-    def _mine(self, values: Tensor) -> Tensor:
-        """One number (or vector) a slot of the clean run, in these sequences' slots; whatever where no patch is."""
-        values = values.detach() if self.image is None else values.detach()[self.image]
-        if self.place is None:
-            return values
-        fused = values.shape[1] - self.place.shape[1]
-        slots = self._slots(self.width + fused)
-        here = values.new_zeros(len(values), self.width + fused + 1, *values.shape[2:])
-        slots = slots % here.shape[1]
-        if values.ndim == 3:
-            slots = slots.unsqueeze(-1).expand_as(values)
-        return here.scatter(1, slots, values)[:, :-1]
+    return resume(model, x, grid, (ReplayAmong(present, decisions, image, place),), masked=True, places=places)
 
 
 def score(logits: Tensor, output: str) -> Tensor:

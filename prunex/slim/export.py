@@ -21,9 +21,8 @@ from prunex.slim.slim import slim, slim_of
 from prunex.version import __version__
 from prunex.vit.anatomy import check_images, find
 from prunex.vit.describe import outline
-from prunex.vit.forward import own_anatomy, run
+from prunex.vit.forward import predict, run
 from prunex.vit.mount import mounted
-from prunex.vit.readout import head
 from prunex.vit.units import Backbone
 
 SUFFIXES = (".onnx", ".pt2")
@@ -47,12 +46,8 @@ class Graph(nn.Module):
         if isinstance(vit, SwinTransformer):
             logits: Tensor = vit(images)
             return logits
-        hooked = mounted(vit)
-        pruners = () if hooked is None else (hooked.pruner,)
-        anatomy = own_anatomy(vit)
-        tokens, state = run(vit, images, anatomy, pruners)
-        logits = head(vit, tokens, state.policy, anatomy, sizes=state.sizes)
-        return (logits, state.trace.kept()) if self.kept else logits
+        prediction = predict(vit, images, masked=False)
+        return (prediction.logits, prediction.state.trace.kept()) if self.kept else prediction.logits
 
 
 @called_as('prunex.export(model, "model.onnx")', model=nn.Module)
@@ -253,7 +248,7 @@ def _decided(graph: Graph, images: Tensor) -> list[Tensor]:
     nothing = [torch.zeros(len(images), 1)]
     if mounted(vit) is None:
         return nothing
-    state = run(vit, images, own_anatomy(vit), (mounted(vit).pruner,))[1]
+    state = run(vit, images, masked=False)
     return [stage.group for stage in state.trace.stages] or nothing
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -43,6 +43,7 @@ _REASONS = {
         "Gemma4VitEncoder", "Gemma4VitClassifier", "Qwen3VitEncoder", "Qwen3VitClassifier",
     ),
 }  # fmt: skip
+_FORWARDS = {"forward", "forward_features", "_pos_embed", "pool", "forward_head"}
 _POOLS = ("token", "avg", "avgmax", "max", "map", "")
 
 
@@ -95,15 +96,10 @@ class Anatomy:
         """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
 
         Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
-        pooled tokens that are there, each counted as often as its size says; with attention pooling this stands for
-        "any of them", and the head's own weights of the final tokens are
-        :func:`prunex.vit.readout.pool_attention`'s.
-
-        Args:
-            tokens: Tokens after the last block, prefix included.
-            policy: [B, tokens] or None: 0 for slots of tokens that were dropped.
-            like: A tensor whose first dimension, device and float type the result takes.
-            sizes: [B, tokens] or None: how many patches each token stands for.
+        pooled tokens that are there (policy [B, tokens]), each counted as often as its size says; with attention
+        pooling this stands for "any of them", and the head's own weights are
+        :func:`prunex.vit.readout.pool_attention`'s. The result takes the first dimension, device and float type of
+        ``like``.
         """
         row = like.new_zeros(like.shape[0], tokens)
         if self.readers:
@@ -117,15 +113,12 @@ class Anatomy:
 
 
 def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[str, Any]:
-    """The one timm ViT inside a module.
+    """The one timm ViT inside a module (a model, a LightningModule), by its dotted path: path and ViT ("" for itself).
 
     Args:
-        module: A model, LightningModule or anything that holds a ViT.
+        module: Anything that holds a ViT.
         path: Dotted attribute path to it; needed when there are several.
         kinds: Classes that will do.
-
-    Returns:
-        The dotted path and the ViT itself (path ``""`` when ``module`` is the ViT).
 
     Raises:
         PrunexError: When there is none, more than one, or ``path`` leads nowhere.
@@ -134,7 +127,7 @@ def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[
         raise PrunexError(
             f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}: build it first"
         )
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, kinds)]
+    vits = [(name, m) for name, m in module.named_modules() if isinstance(m, kinds)]
     if path is not None:
         target = dict(module.named_modules()).get(path)
         inside = [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, kinds)]
@@ -144,80 +137,41 @@ def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[
             )
             raise PrunexError(
                 f"model={path!r} {what} in {type(module).__name__}; timm ViTs there: "
-                f"{', '.join(repr(n) for n, _ in found) or 'none'}"
+                f"{', '.join(repr(n) for n, _ in vits) or 'none'}"
             )
         return ".".join(p for p in (path, inside[0][0]) if p), inside[0][1]
-    if len(found) > 1:
-        names = ", ".join(repr(n) for n, _ in found)
+    if len(vits) > 1:
+        names = ", ".join(repr(n) for n, _ in vits)
         raise PrunexError(
-            f"{type(module).__name__} holds {len(found)} timm ViTs ({names}): say which with path=... "
+            f"{type(module).__name__} holds {len(vits)} timm ViTs ({names}): say which with path=... "
             "(model=... in callbacks)"
         )
-    if not found:
+    if not vits:
         children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]
         raise PrunexError(
             f"no supported ViT in {type(module).__module__.split('.')[0]}.{type(module).__name__} "
             f"({_reason(module) or 'it holds ' + (', '.join(children) or 'nothing')}); what works: {WORKS}"
         )
-    return found[0]
+    return vits[0]
 
 
 def read(model: nn.Module) -> Anatomy:
-    """What a supported ViT is made of.
-
-    Args:
-        model: A timm ``VisionTransformer``, ``Eva`` or ``Beit``.
-
-    Returns:
-        Its anatomy.
+    """What a timm ``VisionTransformer``, ``Eva`` or ``Beit`` is made of.
 
     Raises:
         PrunexError: For an unsupported family, by name, with the list of what works.
     """
-    name = type(model).__name__
-    if not isinstance(model, VisionTransformer | Eva | Beit):
-        reason = _reason(model)
-        raise PrunexError(f"{name} is not supported{f' ({reason})' if reason else ''}; what works: {WORKS}")
-    own = {
-        f
-        for f in ("forward", "forward_features", "_pos_embed", "pool", "forward_head")
-        if f in _overridden(type(model))
-    }
-    if own:
-        raise PrunexError(f"{name} has its own {', '.join(sorted(own))}() and is not supported; what works: {WORKS}")
+    _check_supported(model)
     inner: Any = model
-    blocks: list[Any] = list(inner.blocks)
-    for i, block in enumerate(blocks):
-        part = unknown_part(block)
-        if part is not None:
-            raise PrunexError(f"{name} with {part} (block {i}) is not supported; what works: {WORKS}")
-    if not blocks:
-        raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
-    if inner.global_pool not in _POOLS:
-        raise PrunexError(f"{name} with global_pool={inner.global_pool!r} is not supported; what works: {WORKS}")
-    pool = inner.attn_pool if inner.global_pool == "map" else None
-    if pool is not None and (type(pool).forward is not AttentionPoolLatent.forward or pool.pos_embed is not None):
-        raise PrunexError(f"{name} with {type(pool).__name__} as pooling is not supported; what works: {WORKS}")
-    if isinstance(model, VisionTransformer) and inner.pos_embed is None and inner.num_prefix_tokens:
-        empty = torch.zeros(1, 1, 1, inner.embed_dim, dtype=inner.patch_embed.proj.weight.dtype)
-        if inner._pos_embed(empty.to(inner.patch_embed.proj.weight.device)).shape[1] == 1:
-            raise PrunexError(
-                f"timm {timm.__version__} leaves the prefix tokens out of a {name} without position embedding: install "
-                "a later timm"
-            )
-    if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
-        raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
-    embed = inner.patch_embed
-    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
-        raise PrunexError(
-            f"{name} with {type(embed).__name__} as patch embedding is not supported; what works: {WORKS}"
-        )
+    embed, blocks = inner.patch_embed, list(inner.blocks)
     readers: tuple[int, ...] = ()
+    # Two heads read two tokens, and their mean is the output.
     if isinstance(model, VisionTransformerDistilled):
         readers = (0, 1)
     elif inner.global_pool == "token" or (inner.global_pool == "" and inner.cls_token is not None):
         readers = (0,)
     layouts = [layout_of(b) for b in blocks]
+    # Where several attentions run side by side, the block has the heads of all.
     counts = [sum(m.num_heads for m in lay.attentions(b)) for lay, b in zip(layouts, blocks, strict=True)]
     attends_all = isinstance(model, Eva) and inner.global_pool == "map"  # its pooling takes prefix tokens in
     return Anatomy(
@@ -238,6 +192,47 @@ def read(model: nn.Module) -> Anatomy:
         pool_prefix=bool(getattr(inner, "pool_include_prefix", False)) or attends_all,
         pads=bool(getattr(embed, "dynamic_img_pad", False)),
     )
+
+
+def _check_supported(model: nn.Module) -> None:
+    """Refuse what the one forward does not know, by name."""
+    name, inner = type(model).__name__, cast(Any, model)
+    if not isinstance(model, VisionTransformer | Eva | Beit):
+        reason = _reason(model)
+        raise PrunexError(f"{name} is not supported{f' ({reason})' if reason else ''}; what works: {WORKS}")
+    unknown = _unknown(inner)
+    if unknown is not None:
+        raise PrunexError(f"{name} {unknown} is not supported; what works: {WORKS}")
+    if not len(inner.blocks):
+        raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
+    if isinstance(model, VisionTransformer) and inner.pos_embed is None and inner.num_prefix_tokens:
+        empty = torch.zeros(1, 1, 1, inner.embed_dim, dtype=inner.patch_embed.proj.weight.dtype)
+        if inner._pos_embed(empty.to(inner.patch_embed.proj.weight.device)).shape[1] == 1:
+            raise PrunexError(
+                f"timm {timm.__version__} leaves the prefix tokens out of a {name} without position embedding: install "
+                "a later timm"
+            )
+    if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
+        raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
+
+
+def _unknown(model: Any) -> str | None:
+    """What in a model of a supported family is not known from inside, or None."""
+    overridden = sorted(_FORWARDS & _overridden(type(model)))
+    if overridden:
+        return f"has its own {', '.join(overridden)}() and"
+    for i, block in enumerate(model.blocks):
+        part = unknown_part(block)
+        if part is not None:
+            return f"with {part} (block {i})"
+    if model.global_pool not in _POOLS:
+        return f"with global_pool={model.global_pool!r}"
+    pool, embed = model.attn_pool if model.global_pool == "map" else None, model.patch_embed
+    if pool is not None and (type(pool).forward is not AttentionPoolLatent.forward or pool.pos_embed is not None):
+        return f"with {type(pool).__name__} as pooling"
+    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
+        return f"with {type(embed).__name__} as patch embedding"
+    return None
 
 
 def head_classes(model: Any) -> int:
@@ -265,12 +260,7 @@ def _overridden(cls: type) -> set[str]:
 
 
 def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
-    """Refuse what the model cannot take, in one line.
-
-    Args:
-        anatomy: Of the model.
-        images: What was passed; allowed is a floating tensor [B, C, H, W] with B >= 1.
-        values: Also look for NaN and infinities (this waits for the device).
+    """Refuse what the model cannot take, in one line; ``values`` also looks for NaN (this waits for the device).
 
     Raises:
         PrunexError: For a wrong type, dtype, number of dimensions, channels or size, an empty batch, or bad values.

@@ -125,16 +125,7 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Har
 
 
 def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
-    """A block's MLP; opened only where the arithmetic asks for it, within the module's own call.
-
-    Args:
-        module: timm's ``Mlp``, ``GluMlp`` or ``SwiGLU``.
-        x: [B, n, D], normed.
-        ops: The arithmetic.
-
-    Raises:
-        PrunexError: For an MLP that is not known from inside, where it must be opened.
-    """
+    """A block's MLP for normed x [B, n, D]; opened, where the arithmetic asks for it, within the module's own call."""
     if not ops.opened:
         return module(x)
     out: Tensor = inside(module, partial(_mlp, module, ops), x)
@@ -157,16 +148,7 @@ def _mlp(module: nn.Module, ops: Arithmetic, x: Tensor) -> Tensor:
 
 
 def classify(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
-    """The head; where the arithmetic asks for it, a head of several layers goes through it layer by layer.
-
-    Args:
-        module: Usually ``nn.Linear``.
-        x: [B, D], pooled.
-        ops: The arithmetic.
-
-    Raises:
-        PrunexError: For a layer that is neither linear, norm, dropout nor a known activation, where it must be opened.
-    """
+    """The head for pooled x [B, D]; opened where the arithmetic asks for it, part by part."""
     if not ops.opened:
         return ops.linear(module, x)
     if isinstance(module, nn.Identity | nn.Dropout):

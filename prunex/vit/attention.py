@@ -27,8 +27,7 @@ class KeyWeights(Brief):
     Attributes:
         factor: float [B, N], at least 0; None: 1 for all.
         rule: "log": the softmax weight is multiplied (log factor added to the score; independent of the scores'
-            scale). "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is,
-            negative ones included.
+            scale). "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is.
         sizes: float [B, N], above 0, or None: how many equal tokens each stands for. Whatever the rule makes of a
             score, its softmax weight counts so many times (proportional attention, arXiv 2210.09461).
     """
@@ -75,16 +74,9 @@ def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor
 
 
 def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Queries of some tokens alone, keys and values of all, in plain arithmetic.
+    """Queries of some normed tokens alone, ``asking`` [B, m, D], keys and values of all x [B, N, D], plainly.
 
-    Args:
-        attn: timm's ``Attention``.
-        x: The normed tokens [B, N, D].
-        asking: Those of them that ask, [B, m, D].
-
-    Returns:
-        Queries [B, H, m, d], keys and values [B, H, N, d]; None where ``qkv`` is not the plain linear layer whose rows
-        can be computed apart (an adapter in its place, or somebody's hook on it).
+    None where ``qkv`` is not the plain linear layer whose rows can be computed apart (an adapter, or somebody's hook).
     """
     qkv = attn.qkv
     if not is_plain(qkv):
@@ -107,12 +99,8 @@ def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
 def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of EVA's and BEiT's attention modules: three of [B, H, N, d], in plain arithmetic.
 
-    Args:
-        attn: With one projection or three, biases beside them or not, norms of queries and keys or not, fewer heads of
-            keys and values than of queries or not.
-        x: What it reads, [B, N, D].
-        rope: Rotary table of the tokens after the prefix (sine and cosine side by side), broadcast to
-            [B, H, N - prefix, 2d]; None: nothing is rotated.
+    They may have one projection or three, biases beside them, norms of queries and keys, fewer heads of keys and
+    values. ``rope``: rotary table of the tokens after the prefix, broadcast to [B, H, N - prefix, 2d], or None.
     """
     if attn.qkv is None:
         each = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
@@ -145,11 +133,7 @@ _AS_IT_IS = nn.Identity()
 def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
     """From the heads' outputs [B, H, N, d] to the branch's output [B, N, D], as timm's ``Attention`` ends.
 
-    Args:
-        attn: timm's attention module.
-        out: What the heads gathered.
-        x: The normed tokens the module was given; gated attention reads them once more.
-        ops: The arithmetic.
+    Gated attention reads x [B, N, D], the normed tokens that the module was given, once more.
     """
     if not out.shape[1] and torch.compiler.is_compiling():  # other runtimes know no tensors without entries
         bias = x.new_zeros(attn.proj.out_features) if attn.proj.bias is None else attn.proj.bias
@@ -170,16 +154,9 @@ def fused(
     scale: float | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    """Plain attention without the matrix; [B, H, m, d].
+    """Plain attention without the matrix, [B, H, m, d] for q [B, H, m, d], keys and values [B, H, N, d].
 
-    Args:
-        q: [B, H, m, d].
-        k: [B, H, N, d].
-        v: [B, H, N, d].
-        dropout: Probability for attention entries.
-        keys: Weights of the keys, or None. The "shift" rule alone needs the matrix.
-        scale: Of the scores; None: d ** -0.5.
-        relative: Added to the scores, broadcast to [B, H, m, N]; or None.
+    The "shift" rule of ``keys`` alone needs the matrix. ``relative`` is added to the scores, broadcast to [B, H, m, N].
     """
     bias = None
     if keys is not None:
@@ -244,17 +221,7 @@ def rows_of_heads(
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each head averaged over query rows, [B, H, N].
-
-    Args:
-        q: [B, H, m, d], the queries whose rows are wanted.
-        k: [B, H, N, d].
-        scale: Of the scores.
-        policy: [B, N] or None.
-        there: [B, m] or None: which of the rows count.
-        keys: Weights of the keys, or None.
-        relative: Added to the scores, broadcast to [B, H, m, N]; or None.
-    """
+    """Attention of each head averaged over query rows q [B, H, m, d], [B, H, N]; ``there`` [B, m] weighs the rows."""
     seen = _rows(q, k, scale, policy, keys, relative)
     if there is None:
         return seen.mean(2)
@@ -271,24 +238,13 @@ def rows(
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    """Attention averaged over query rows and heads: who is looked at, [B, N], summing to 1.
+    """Attention averaged over query rows and heads: who is looked at, [B, N] in at least float32, summing to 1.
 
-    Only the rows asked for are computed: one class-token row costs N numbers a head. Many rows (average-pooled
-    models) are walked in chunks, so that no N x N matrix is ever held.
-
-    Args:
-        q: [B, H, M, d], the queries whose rows are wanted.
-        k: [B, H, N, d].
-        scale: Of the scores, d ** -0.5.
-        policy: [B, N] or None; tokens that are not there get 0. Which *rows* count is the caller's to choose: here
-            every given query does.
-        chunk: Rows at a time.
-        keys: Weights of the keys, or None.
-        relative: Added to the scores, [1 or B, H, M, N]; or None.
-
-    Returns:
-        float32 (or float64) [B, N]; gradients flow.
+    Only the rows asked for are computed, q [B, H, M, d]: one class-token row costs N numbers a head. Many rows
+    (average-pooled models) are walked in chunks, so that no N x N matrix is ever held. Tokens that are not there get 0.
+    Which *rows* count is the caller's to choose: here every given query does.
     """
+    # In chunks: the whole would be the N x N matrix that nobody asked for.
     parts = q.split(chunk, 2)
     added = [None] * len(parts) if relative is None else relative.split(chunk, 2)
     seen = [over_heads(_rows(p, k, scale, policy, keys, r)).sum(1) for p, r in zip(parts, added, strict=True)]
@@ -316,13 +272,10 @@ def _rows(
 
 
 def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Timm's ``AttentionPoolLatent`` over the tokens that are there, and what it looks at.
+    """Timm's ``AttentionPoolLatent`` over tokens [B, N, D] that are there, and what it looks at.
 
-    Args:
-        pool: The pooling module, one latent query or several.
-        x: [B, N, D].
-        weight: [B, N], at least 0, or None for 1: how much each token counts in the softmax. Differentiable, also
-            where it is 0. An image without any gets the pooling of nothing.
+    ``weight`` [B, N], at least 0, says how much each token counts in the softmax (None: 1); differentiable, also where
+    it is 0. An image without any gets the pooling of nothing.
 
     Returns:
         The pooled features [B, D], and the attention [B, N], mean over heads and latents, in at least float32.

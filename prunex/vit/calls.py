@@ -37,14 +37,7 @@ def hooked_within(module: nn.Module) -> bool:
 def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` as if it were the module's forward, inside ``module(*args, **kwargs)``.
 
-    Args:
-        module: Whose hooks shall run before and after.
-        function: Gets the arguments as the module's hooks leave them.
-        *args: As the module's own caller gives them.
-        **kwargs: Likewise.
-
-    Returns:
-        What the function gave, as the hooks leave it.
+    The function gets the arguments as the module's hooks leave them, and they see what it gave.
     """
     if not hooked(module) and not any(getattr(torch_module, name) for name in _GLOBAL):
         return function(*args, **kwargs)
@@ -54,6 +47,7 @@ def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs
 @torch.compiler.disable(reason="hooks see the call of a module that is opened: remove them, or leave fullgraph out")
 def _call(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     switch = _Switch.enter(module)
+    # By context, so that another thread in the same module runs the module's own forward.
     mine = _WORK.set([(module, function)])
     try:
         # A module's own compiled call would trace the switch.

@@ -142,27 +142,26 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
     """
     a = read(vit) if pruner is None else pruner.alter(read(vit))
     gh, gw = a.grid if grid is None else grid
-    patches = gh * gw
-    left = dict(zip(pruner.stages, pruner.counts(patches), strict=True)) if pruner is not None else {}
-    blocks, n = [], patches
+    n = patches = gh * gw
+    left = {} if pruner is None else dict(zip(pruner.stages, pruner.counts(patches), strict=True))
+    turns = {} if pruner is None else {turn.block: turn for turn in pruner.plan()}
+    blocks = []
     for i, block in enumerate(vit.blocks):
-        decision = 0
-        after = left.get(i, n)
-        ahead = None if pruner is None else pruner.ahead()
-        if pruner is not None and i in left and (after != n or ahead is not None):
+        turn, before, after, decision = turns.get(i), n, left.get(i, n), 0
+        ahead = None if turn is None else turn.ahead
+        if pruner is not None and i in left and (after != before or ahead is not None):
             inner = layout_of(block).width(block)
             shut = (closed or {}).get(f"{i}.heads", 0)
-            decision = pruner.macs_at(n, inner - (shut * head_dim(block.attn) if shut else 0))
+            decision = pruner.macs(before, inner - (shut * head_dim(block.attn) if shut else 0))
             decision += sum(_block(b, a.prefix + n, a.prefix + n, 0).macs for b in list(vit.blocks)[: ahead or 0])
-        behind = pruner is not None and pruner.behind
-        entering = n if pruner is not None and (pruner.inside or behind) else after
-        feeding = n if behind else after
+        # Who leaves before a block is in neither half of it, who leaves inside in the first alone.
+        attending = after if turn is not None and turn.when == "before" else before
+        feeding = before if turn is not None and turn.when == "after" else after
         n = after
-        asking = None if pruner is None else pruner.asking(i, n)
-        if asking is None:
-            blocks.append(_block(block, a.prefix + entering, a.prefix + feeding, decision))
+        if turn is None or turn.only is None:
+            blocks.append(_block(block, a.prefix + attending, a.prefix + feeding, decision))
         else:
-            blocks.append(_slim_block(block, a.width, a.prefix + entering, a.prefix + asking, decision))
+            blocks.append(_slim_block(block, a.width, a.prefix + attending, len(turn.only), decision))
     projection = vit.patch_embed.proj
     embedding = patches * projection.weight.numel()
     head = linear_macs(vit.head, getattr(vit, "head_dist", nn.Identity()))

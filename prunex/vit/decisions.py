@@ -1,95 +1,50 @@
-"""What a pruner is shown, what it may answer, and how an answer is carried out on the token stream."""
+"""What a pruner may answer. Each kind of decision carries itself out on the token stream, and can be repeated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from prunex.brief import Brief
-from prunex.vit.anatomy import Anatomy
-from prunex.vit.arithmetic import PLAIN, Arithmetic
-from prunex.vit.attention import KeyWeights
-from prunex.vit.positions import Positions
-from prunex.vit.trace import Stage, TokenTrace
+from prunex.vit.state import TokenState
+from prunex.vit.trace import Stage
+
+if TYPE_CHECKING:
+    from prunex.vit.replay import Slots
+
+When = Literal["before", "inside", "after"]
+
+
+class Decision(Brief):
+    """Base of a pruner's answers."""
+
+    def apply(self, state: TokenState, block: int) -> Stage:
+        """Carry it out on the stream, and say what it did."""
+        raise NotImplementedError
+
+    def pick(self, index: Tensor | None) -> Decision:
+        """The same decision off the graph, for a selection of the batch's images, int64 [R]; None: all of them."""
+        raise NotImplementedError
+
+    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """The same decision where some tokens are absent, ``there`` bool [R, n] saying which slots hold one.
+
+        Returns:
+            What does it here, and which slots hold a token afterwards.
+        """
+        raise NotImplementedError
 
 
 @dataclass(eq=False, repr=False)
-class TokenState(Brief):
-    """What a pruner is shown.
+class Keep(Decision):
+    """Which patch tokens continue, as many in every image.
 
     Attributes:
-        tokens: [B, prefix + n, D], the residual stream.
-        anatomy: Of the model.
-        trace: What was removed so far.
-        masked: Whether dropped tokens keep their slots under a policy (training, or on request) instead of leaving.
-        training: Whether the model is in training mode.
-        policy: [B, prefix + n] or None: 1 for tokens that are there, 0 for dropped ones in their slots.
-        row: [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there
-            is none), mean over heads; present between the halves of a block that a pruner asked it for.
-        left: Patch tokens that are there (an upper bound where images differ).
-        ragged: Whether a ``Drop`` left images of different lengths, so that some slots hold nobody.
-        masks: The differentiable policies [B, n] set so far, one a masking decision.
-        keys: Weights of tokens as attention keys, or None; they follow their tokens.
-        ops: How elementary operations are carried out; None: plainly.
-        decisions: What was decided so far, in order.
-        leaving: The patch tokens [B, n, D] each stage was given, where somebody watches; else None.
-        sizes: float [B, prefix + n] or None: how many patches each token stands for; None: one each. Prefix tokens and
-            slots that nobody is left in have 1.
-        proportional: Whether attention counts a key as often as its size says.
-        key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
-            between the halves of a block that a pruner asked them for.
-        model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
-        positions: Rotary tables and relative biases of the tokens, for models that have them; they follow every stage.
-    """
-
-    tokens: Tensor
-    anatomy: Anatomy
-    trace: TokenTrace
-    masked: bool
-    training: bool
-    policy: Tensor | None = None
-    row: Tensor | None = None
-    left: int = 0
-    ragged: bool = False
-    masks: list[Tensor] = field(default_factory=list)
-    keys: KeyWeights | None = None
-    ops: Arithmetic | None = None
-    decisions: list[Decision] = field(default_factory=list)
-    model: Any = None
-    leaving: list[Tensor] | None = None
-    sizes: Tensor | None = None
-    proportional: bool = False
-    key_mean: Tensor | None = None
-    positions: Positions | None = None
-
-    @property
-    def attending(self) -> KeyWeights | None:
-        """What the next attention weighs its keys by: the given weights, and sizes where attention counts them."""
-        if self.sizes is None or not self.proportional:
-            return self.keys
-        return KeyWeights(sizes=self.sizes) if self.keys is None else replace(self.keys, sizes=self.sizes)
-
-    @property
-    def patches(self) -> Tensor:
-        """The patch tokens [B, n, D] of the stream, dropped slots included."""
-        return self.tokens[:, self.anatomy.prefix :]
-
-    @property
-    def present(self) -> Tensor | None:
-        """The policy of the patch tokens [B, n], or None when all of them are there."""
-        return None if self.policy is None else self.policy[:, self.anatomy.prefix :]
-
-
-@dataclass(eq=False, repr=False)
-class Keep(Brief):
-    """A pruner's answer: which patch tokens continue.
-
-    Attributes:
-        index: int64 [B, k], positions among the patch tokens now, in rising order. Every image keeps as many.
+        index: int64 [B, k], positions among the patch tokens now, in rising order.
         score: [B, n] or None, what they were ranked by.
         fuse: [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token.
     """
@@ -98,18 +53,75 @@ class Keep(Brief):
     score: Tensor | None = None
     fuse: Tensor | None = None
 
+    def apply(self, state: TokenState, block: int) -> Stage:
+        """The others leave, or keep their slots where something is masked."""
+        fused, k = int(self.fuse is not None), self.index.shape[1]
+        state.left = k + fused
+        if state.masked or state.policy is not None:  # after a Drop images differ, and slots stay
+            there = _there(state)
+            kept = torch.zeros_like(there).scatter(1, self.index, 1.0) * there
+            fused_slot = kept.new_ones(kept.shape[0], 1) if fused else None
+            group, weight = _hide(state, kept, self.fuse, fused_slot)
+            return Stage(block, group, weight, weight.shape[1] + fused, bool(fused), self.score, state.left)
+        group = self._groups(state.patches.shape[1])
+        group, weight = _gather(state, self.index, group, group < 0, self.fuse)
+        return Stage(block, group, weight, state.left, bool(fused), self.score, state.left)
+
+    def carried_out(self, state: TokenState, block: int, entered: int) -> Stage:
+        """What it did where attention computed these of ``entered`` patch tokens alone, so that no other came out."""
+        group = self._groups(entered)
+        state.left = self.index.shape[1]
+        return Stage(block, group, _wide(group >= 0, state.tokens), state.left, False, self.score, state.left)
+
+    def _groups(self, entered: int) -> Tensor:
+        """The position of each entering token afterwards, int64 [B, n]; -1 for those that are dropped."""
+        b, k = self.index.shape
+        group = torch.full((b, entered), -1, dtype=torch.long, device=self.index.device)
+        return group.scatter(1, self.index, torch.arange(k, device=self.index.device).expand(b, -1))
+
+    def pick(self, index: Tensor | None) -> Keep:
+        """Without its scores."""
+        return Keep(_pick(self.index, index), fuse=None if self.fuse is None else _pick(self.fuse, index))
+
+    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """Those of them that are there; nothing is fused where nothing was left to fuse."""
+        index = slots.index(self.index, there.shape[1])
+        left = torch.zeros_like(there).scatter(1, index, True) & there
+        if self.fuse is None:
+            return [Keep(index)], left
+        after = torch.cat([left, (there & ~left).any(1, keepdim=True)], 1)
+        return [Keep(index, fuse=slots.values(self.fuse)), Mask(after.to(self.fuse.dtype))], after
+
 
 @dataclass(eq=False, repr=False)
-class Mask(Brief):
-    """A pruner's answer in training: a (differentiable) policy [B, n] in 0..1 over the patch tokens, and its scores."""
+class Mask(Decision):
+    """In training: a (differentiable) policy [B, n] in 0..1 over the patch tokens, and its scores."""
 
     policy: Tensor
     score: Tensor | None = None
 
+    def apply(self, state: TokenState, block: int) -> Stage:
+        """All tokens stay; attention reads those that the policy leaves."""
+        b, n = self.policy.shape
+        hard = self.policy.detach() > 0
+        state.masks.append(self.policy)
+        state.ragged = False
+        state.policy = torch.cat([self.policy.new_ones(b, state.anatomy.prefix), self.policy], 1)
+        return Stage(block, _stay(hard), hard.to(self.policy.dtype), n, False, self.score, hard.sum(1))
+
+    def pick(self, index: Tensor | None) -> Mask:
+        """Without its scores."""
+        return Mask(_pick(self.policy, index))
+
+    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """Of those that are there."""
+        left = slots.values(self.policy) * there
+        return [Mask(left)], left > 0
+
 
 @dataclass(eq=False, repr=False)
-class Merge(Brief):
-    """A pruner's answer: which patch tokens become one, their mean weighted by size. Nobody is lost.
+class Merge(Decision):
+    """Which patch tokens become one, their mean weighted by size. Nobody is lost.
 
     Attributes:
         group: int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that
@@ -122,25 +134,47 @@ class Merge(Brief):
     count: int
     proportional: bool = True
 
+    def apply(self, state: TokenState, block: int) -> Stage:
+        """Groups become tokens 0..count-1; masked, the slots that became free stay behind them."""
+        prefix, body, there = state.anatomy.prefix, state.patches, state.present
+        b, n, _ = body.shape
+        # Sizes begin with the first merge: until then every token stands for one patch.
+        if state.sizes is None:
+            state.sizes = body.new_ones(b, prefix + n, dtype=torch.promote_types(body.dtype, torch.float32))
+        group = self.group if there is None else self.group.masked_fill(there <= 0, -1)
+        at, size = group.clamp(min=0), state.sizes[:, prefix:].masked_fill(group < 0, 0)
+        total = size.new_zeros(b, self.count).scatter_add(1, at, size)
+        share = size / total.gather(1, at).clamp(min=1)
+        # Through the arithmetic, so that relevance is led back through the mean.
+        merged = state.ops.merge(share.to(body.dtype), at, self.count, body)
+        state.proportional, state.left = self.proportional, self.count
+        if not state.masked and there is None:
+            state.tokens = torch.cat([state.tokens[:, :prefix], merged], 1)
+            return Stage(block, group, share, self.count, counted=self.count, merged=True)
+        behind = body[:, self.count :]  # whatever: nobody reads it
+        state.tokens = torch.cat([state.tokens[:, :prefix], merged, behind], 1)
+        left = (total > 0).to(size.dtype)
+        state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
+        counted = self.count if there is None else left.sum(1)
+        return Stage(block, group, share, self.count + behind.shape[1], counted=counted, merged=True)
+
+    def pick(self, index: Tensor | None) -> Merge:
+        """Of some images."""
+        return Merge(_pick(self.group, index), self.count, self.proportional)
+
+    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
+        group = slots.values(self.group + 1) - 1  # -1 for slots that are no token of the clean run
+        group = group.masked_fill(~there, -1)
+        width = max(self.count, there.shape[1])
+        left = there.new_zeros(len(there), width + 1).scatter(1, group.masked_fill(group < 0, width), True)[:, :width]
+        slots.merged(self.group.shape[1], self.count, width)
+        return [Merge(group, self.count, self.proportional)], left
+
 
 @dataclass(eq=False, repr=False)
-class Fill(Brief):
-    """A pruner's answer: patch tokens that are replaced where they stand; their number stays as it is.
-
-    Attributes:
-        present: [B, n], above 0 for the tokens that continue as themselves.
-        filler: [B, n, D], what stands in the place of the others.
-        score: [B, n] or None.
-    """
-
-    present: Tensor
-    filler: Tensor
-    score: Tensor | None = None
-
-
-@dataclass(eq=False, repr=False)
-class Drop(Brief):
-    """A pruner's answer where images keep as many patch tokens as they like.
+class Drop(Decision):
+    """Which patch tokens continue, where images keep as many as they like.
 
     Tokens really leave where nothing is masked: each image's own move to its first slots, the slots left over are
     empty under the policy, and between pruners nothing is computed for them.
@@ -159,10 +193,51 @@ class Drop(Brief):
     fuse: Tensor | None = None
     width: int | None = None
 
+    def apply(self, state: TokenState, block: int) -> Stage:
+        """Move each image's tokens to its first slots, or hide the others where something is masked."""
+        fused, there = int(self.fuse is not None), _there(state)
+        kept = self.present & (there > 0)
+        gone = (there > 0) & ~kept
+        fused_slot = gone.any(1, keepdim=True) if fused else None
+        if state.masked:
+            soft = self.present.to(there.dtype) * there
+            group, weight = _hide(state, soft, self.fuse, fused_slot)
+            counted = (torch.as_tensor(state.present) > 0).sum(1).to(there.dtype)
+            state.left = int(counted.max())
+            return Stage(block, group, weight, weight.shape[1] + fused, bool(fused), self.score, counted)
+        counts = kept.sum(1)
+        self.width = max(1, int(counts.max())) if self.width is None else self.width
+        # A stable sort of flags: kept tokens come first and keep their order.
+        index = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.width]
+        group = (kept.cumsum(1) - 1).masked_fill(~kept, -1)
+        group, weight = _gather(state, index, group, gone, self.fuse)
+        policy = torch.arange(self.width, device=kept.device) < counts[:, None]
+        policy = policy if fused_slot is None else torch.cat([policy, fused_slot], 1)
+        policy = torch.cat([policy.new_ones(policy.shape[0], state.anatomy.prefix), policy], 1)
+        state.ragged = not bool(policy.all())
+        state.policy = policy.to(weight.dtype) if state.ragged else None
+        state.left = self.width + fused
+        counted = policy[:, state.anatomy.prefix :].sum(1).to(weight.dtype)
+        return Stage(block, group, weight, state.left, bool(fused), self.score, counted)
+
+    def pick(self, index: Tensor | None) -> Drop:
+        """Without its scores."""
+        fuse = None if self.fuse is None else _pick(self.fuse, index)
+        return Drop(_pick(self.present, index), fuse=fuse, width=self.width)
+
+    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """Those of them that are there."""
+        stays = (slots.values(self.present.float()) > 0) & there
+        if self.fuse is None:
+            return [Drop(stays)], stays
+        # A Drop makes its fused token in the images that dropped something, and nowhere else.
+        after = torch.cat([stays, (there & ~stays).any(1, keepdim=True)], 1)
+        return [Drop(stays, fuse=slots.values(self.fuse))], after
+
 
 @dataclass(eq=False, repr=False)
-class Pool(Brief):
-    """A pruner's answer: windows of patch tokens continue as their maxima, channel by channel.
+class Pool(Decision):
+    """Windows of patch tokens continue as their maxima, channel by channel.
 
     Windows are 3 tokens wide and begin 2 apart, so they overlap and a token may be part of several. The maximum is over
     tokens that are there; a window without any leaves an absent token.
@@ -177,12 +252,48 @@ class Pool(Brief):
     grid: tuple[int, int] | None = None
     position: Tensor | None = None
 
-    def layout(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Who is in which window.
+    def apply(self, state: TokenState, block: int) -> Stage:
+        """A token's share of a window is the share of channels whose maximum it has."""
+        prefix, x, body, present = state.anatomy.prefix, state.tokens, state.patches, state.present
+        b, n, width = body.shape
+        members, group, place = self.layout(n, x.device)
+        at = members.clamp(min=0)
+        seen = (members >= 0).expand(b, -1, -1)
+        if present is not None:
+            seen = seen & (present[:, at] > 0)
+        windows = body[:, at]
+        if present is not None or self.grid is not None:
+            windows = windows.masked_fill(~seen.unsqueeze(-1), float("-inf"))
+        best, winner = state.ops.largest(windows)
+        # A window without any token would hand -inf on.
+        if present is not None:
+            best = torch.where(seen.any(2, keepdim=True), best, 0)
+        if self.position is not None:
+            best = state.ops.add(best, self.position.expand_as(best))
+        state.tokens = torch.cat([x[:, :prefix], best], 1)
+        # A maximum has no weights: what a token contributed is counted in channels.
+        won = torch.stack([(winner == i).sum(-1) for i in range(members.shape[1])], -1)
+        share = won.to(torch.promote_types(x.dtype, torch.float32)) / width * seen
+        weight = share[:, group.clamp(min=0), place].masked_fill(group < 0, 0)
+        counted: Tensor | int = len(members)
+        if present is not None:
+            there = (present[:, at] * (members >= 0)).amax(2)
+            state.policy = torch.cat([there.new_ones(b, prefix), there], 1)
+            counted = (there > 0).sum(1)
+        state.left = len(members)
+        return Stage(block, group.expand(b, -1, -1), weight, len(members), counted=counted)
 
-        Args:
-            tokens: How many patch tokens there are.
-            device: Where the answer shall be.
+    def pick(self, index: Tensor | None) -> Pool:
+        """The same windows for every image."""
+        return replace(self, position=None if self.position is None else self.position.detach())
+
+    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """The same windows; a window with a token of its own is one."""
+        members = self.layout(there.shape[1], there.device)[0]
+        return [self], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
+
+    def layout(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Who is in which window, of so many patch tokens.
 
         Returns:
             Members of each window, int64 [n_out, k] (-1 for the border); the windows of each token [n, m] (-1 where
@@ -210,179 +321,34 @@ def _windows_along(n: int, border: int, device: torch.device) -> tuple[Tensor, T
 
 
 @dataclass
-class Decision:
-    """One answer of a pruner and where it was given: before ``block``, between its halves, or after it."""
+class Decided:
+    """One answer of a pruner and where it was given: before a block, between its halves, or after it."""
 
     block: int
-    inside: bool
-    answer: One
-    after: bool = False
+    when: When
+    answer: Decision
 
 
-One = Keep | Mask | Merge | Drop | Fill | Pool
-Answer = One | Sequence[One] | None
+Answer = Decision | Sequence[Decision] | None
 
 
-class Pruner(Protocol):
-    """What the forward asks of a token pruner; see ``prunex.pruners.base``."""
+def apply(answer: Answer, block: int, when: When, state: TokenState, entered: int | None = None) -> list[Stage]:
+    """Carry an answer out, given at a block, and write it into the trace and the list of decisions.
 
-    def rows(self) -> frozenset[int]:
-        """Blocks whose read-out attention row it needs between the halves."""
-
-    def key_means(self) -> frozenset[int]:
-        """Blocks whose keys, mean over heads, it needs between the halves."""
-
-    def acts_between(self, block: int) -> bool:
-        """Whether it may decide between the halves of this block."""
-
-    def before(self, block: int, state: TokenState) -> Answer:
-        """Decide before a block."""
-
-    def between(self, block: int, state: TokenState) -> Answer:
-        """Decide between a block's attention and its MLP."""
-
-    def acts_after(self, block: int) -> bool:
-        """Whether it may decide after this block."""
-
-    def after(self, block: int, state: TokenState) -> Answer:
-        """Decide after a block."""
-
-
-class Replay:
-    """A pruner that repeats what was decided for a batch, for any selection of its images.
-
-    Explainers that run a model many times on altered inputs freeze the selection of the clean run with it: a changed
-    prediction is then never a changed selection.
-
-    Args:
-        decisions: Of the clean run.
-        index: int64 [R], the image of the clean batch each sequence comes from; None: the same batch.
-    """
-
-    def __init__(self, decisions: Sequence[Decision], index: Tensor | None = None) -> None:
-        self.decisions = decisions
-        self.index = index
-
-    def rows(self) -> frozenset[int]:
-        """None: nothing is ranked again."""
-        return frozenset()
-
-    def key_means(self) -> frozenset[int]:
-        """None: nothing is matched again."""
-        return frozenset()
-
-    def acts_between(self, block: int) -> bool:
-        """Whether something was decided between the halves of this block."""
-        return any(d.inside and d.block == block for d in self.decisions)
-
-    def before(self, block: int, state: TokenState) -> Answer:
-        """What was decided before the block."""
-        return [self._pick(d.answer) for d in self.decisions if d.block == block and not d.inside and not d.after]
-
-    def between(self, block: int, state: TokenState) -> Answer:
-        """What was decided between the block's halves."""
-        return [self._pick(d.answer) for d in self.decisions if d.block == block and d.inside]
-
-    def acts_after(self, block: int) -> bool:
-        """Whether something was decided after this block."""
-        return any(d.after and d.block == block for d in self.decisions)
-
-    def after(self, block: int, state: TokenState) -> Answer:
-        """What was decided after the block."""
-        return [self._pick(d.answer) for d in self.decisions if d.block == block and d.after]
-
-    def _pick(self, answer: One) -> One:
-        def pick(values: Tensor) -> Tensor:
-            values = values.detach()
-            return values if self.index is None else values[self.index]
-
-        if isinstance(answer, Mask):
-            return Mask(pick(answer.policy))
-        if isinstance(answer, Merge):
-            return Merge(pick(answer.group), answer.count, answer.proportional)
-        if isinstance(answer, Fill):
-            return Fill(pick(answer.present), pick(answer.filler))
-        if isinstance(answer, Drop):
-            fuse = None if answer.fuse is None else pick(answer.fuse)
-            return Drop(pick(answer.present), fuse=fuse, width=answer.width)
-        if isinstance(answer, Pool):  # the same windows for every image
-            return replace(answer, position=None if answer.position is None else answer.position.detach())
-        return Keep(pick(answer.index), fuse=None if answer.fuse is None else pick(answer.fuse))
-
-
-class Absent:
-    """A pruner that takes patches away before the first block, as if they had never been embedded.
-
-    Args:
-        present: bool [B, P], which patches are there. Every image has as many: the others really leave. Or ``masked``:
-            images may differ, absent patches keep their slots and nobody reads them.
-        masked: Keep the slots.
-    """
-
-    def __init__(self, present: Tensor, masked: bool = False) -> None:
-        self.present = present
-        self.masked = masked
-
-    def rows(self) -> frozenset[int]:
-        """None."""
-        return frozenset()
-
-    def key_means(self) -> frozenset[int]:
-        """None."""
-        return frozenset()
-
-    def acts_between(self, block: int) -> bool:
-        """Never."""
-        return False
-
-    def before(self, block: int, state: TokenState) -> Answer:
-        """Take the patches away before block 0."""
-        if block:
-            return None
-        if self.masked:
-            return Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))
-        count = int(self.present[0].sum())
-        return Keep(self.present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count])
-
-    def between(self, block: int, state: TokenState) -> Answer:
-        """Nothing."""
-        return None
-
-    def acts_after(self, block: int) -> bool:
-        """Never."""
-        return False
-
-    def after(self, block: int, state: TokenState) -> Answer:
-        """Nothing."""
-        return None
-
-
-def apply(answer: Answer, block: int, inside: bool, state: TokenState, after: bool = False) -> list[Stage]:
-    """Carry an answer out (gather, fuse, mask, merge or pool) and write it into the trace.
-
-    Returns:
-        The stages that were added.
+    ``entered``: patch tokens that entered the block, where its attention computed only those that are kept. Returned
+    are the stages that were added.
     """
     if answer is None:
         return []
     added = []
-    for one in answer if isinstance(answer, Sequence) else [answer]:
+    for decision in answer if isinstance(answer, Sequence) else [answer]:
         if state.leaving is not None:
             state.leaving.append(state.patches)
-        if isinstance(one, Mask):
-            stage = _mask(one, block, state)
-        elif isinstance(one, Merge):
-            stage = _merge(one, block, state)
-        elif isinstance(one, Fill):
-            stage = _fill(one, block, state)
-        elif isinstance(one, Drop):
-            one, stage = _drop_masked(one, block, state) if state.masked else _drop(one, block, state)
-        elif isinstance(one, Pool):
-            stage = _pool(one, block, state)
-        elif state.masked or state.policy is not None:  # after a Drop images differ, and slots stay
-            stage = _keep_masked(one, block, state)
+        if entered is not None and isinstance(decision, Keep):
+            stage = decision.carried_out(state, block, entered)
         else:
-            stage = _keep(one, block, state)
+            stage = _carry_out(decision, state, block)
+        # What belongs to the tokens goes where they go.
         if state.keys is not None and state.keys.factor is not None:
             state.keys = replace(state.keys, factor=stage.push(state.keys.factor, state.anatomy.prefix))
         if state.sizes is not None:
@@ -390,49 +356,65 @@ def apply(answer: Answer, block: int, inside: bool, state: TokenState, after: bo
         if state.positions is not None:
             state.positions = state.positions.after(stage)
         state.trace.stages.append(stage)
-        state.decisions.append(Decision(block, inside, one, after))
+        state.decisions.append(Decided(block, when, decision))
         added.append(stage)
     return added
 
 
-def carried_out(d: Keep, block: int, entered: int, state: TokenState) -> None:
-    """Write down a decision between the halves that the attention half carried out already: only these came out of it.
-
-    Args:
-        d: The decision, nothing fused.
-        block: The block.
-        entered: Patch tokens that entered it.
-        state: Of the forward, its tokens those that came out.
-    """
-    b, k = d.index.shape
-    group = torch.full((b, entered), -1, dtype=torch.long, device=d.index.device)
-    group = group.scatter(1, d.index, torch.arange(k, device=d.index.device).expand(b, -1))
-    weight = (group >= 0).to(torch.promote_types(state.tokens.dtype, torch.float32))
-    state.left = k
-    stage = Stage(block, group, weight, k, False, d.score, k)
-    if state.positions is not None:
-        state.positions = state.positions.after(stage)
-    state.trace.stages.append(stage)
-    state.decisions.append(Decision(block, True, d))
+def _carry_out(decision: Decision, state: TokenState, block: int) -> Stage:
+    """On the stream, and beside it on what entered a parallel block, which goes where the tokens go."""
+    if state.beside is None:
+        return decision.apply(state, block)
+    width = state.beside.shape[-1]
+    state.tokens = torch.cat([state.tokens, state.beside], -1)
+    stage = decision.apply(state, block)
+    state.tokens, state.beside = state.tokens.split(width, -1)
+    return stage
 
 
-def _keep(d: Keep, block: int, state: TokenState) -> Stage:
-    prefix, x = state.anatomy.prefix, state.tokens
-    body = state.patches
-    b, n, width = body.shape
-    k = d.index.shape[1]
-    group = torch.full((b, n), -1, dtype=torch.long, device=x.device)
-    group.scatter_(1, d.index, torch.arange(k, device=x.device).expand(b, -1))
-    weight = (group >= 0).to(torch.promote_types(x.dtype, torch.float32))
-    parts = [x[:, :prefix], body.gather(1, d.index.unsqueeze(-1).expand(-1, -1, width))]
-    if d.fuse is not None:
-        dropped = d.fuse * (group < 0)
-        parts.append((state.ops or PLAIN).combine(dropped.unsqueeze(1).to(x.dtype), body))
-        weight = torch.where(group < 0, _shares(dropped), weight)
-        group = group.masked_fill(group < 0, k)
+def _gather(
+    state: TokenState, index: Tensor, group: Tensor, gone: Tensor, fuse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The patch tokens at ``index`` [B, k] alone go on, and the fused ones that are gone: groups and weights [B, n]."""
+    prefix, x, body = state.anatomy.prefix, state.tokens, state.patches
+    weight = _wide(group >= 0, x)
+    parts = [x[:, :prefix], body.gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))]
+    if fuse is not None:
+        dropped = fuse * gone
+        # The fused token is not divided by its weights' sum, as in EViT; the trace wants shares of 1.
+        parts.append(state.ops.combine(dropped.unsqueeze(1).to(x.dtype), body))
+        weight = torch.where(gone, _shares(dropped), weight)
+        group = group.masked_fill(gone, index.shape[1])
     state.tokens = torch.cat(parts, 1)
-    state.left = state.tokens.shape[1] - prefix
-    return Stage(block, group, weight, state.left, d.fuse is not None, d.score, state.left)
+    return group, weight
+
+
+def _hide(state: TokenState, kept: Tensor, fuse: Tensor | None, fused_slot: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The patch tokens with ``kept`` [B, n] above 0 go on, the others keep their slots: groups and weights [B, n]."""
+    body, n = state.patches, kept.shape[1]
+    group, weight = _stay(kept > 0), kept
+    if fuse is not None and fused_slot is not None:
+        gone = _there(state) - kept
+        dropped = fuse * gone
+        fused = state.ops.combine(dropped.unsqueeze(1).to(body.dtype), body)
+        state.tokens = torch.cat([state.tokens, fused], 1)
+        weight = torch.where(gone > 0, _shares(dropped), weight)
+        group = group.masked_fill(gone > 0, n)
+        kept = torch.cat([kept, fused_slot.to(kept.dtype)], 1)
+    state.policy = torch.cat([kept.new_ones(kept.shape[0], state.anatomy.prefix), kept], 1)
+    return group, weight
+
+
+def _there(state: TokenState) -> Tensor:
+    """The policy of the patch tokens, [B, n]: ones where all are there."""
+    if state.present is not None:
+        return state.present
+    return state.tokens.new_ones(*state.patches.shape[:2], dtype=torch.float32)
+
+
+def _stay(kept: Tensor) -> Tensor:
+    """Groups of tokens that keep their slots, int64 [B, n]; -1 for those that are hidden."""
+    return torch.arange(kept.shape[1], device=kept.device).expand(kept.shape[0], -1).masked_fill(~kept, -1)
 
 
 def _shares(dropped: Tensor) -> Tensor:
@@ -441,150 +423,10 @@ def _shares(dropped: Tensor) -> Tensor:
     return torch.where(total > 0, dropped / total.clamp(min=torch.finfo(dropped.dtype).tiny), 0)
 
 
-def _keep_masked(d: Keep, block: int, state: TokenState) -> Stage:
-    prefix = state.anatomy.prefix
-    body = state.patches
-    b, n, _ = body.shape
-    there = state.present if state.present is not None else body.new_ones(b, n, dtype=torch.float32)
-    kept = torch.zeros_like(there).scatter(1, d.index, 1.0) * there
-    group = torch.arange(n, device=body.device).expand(b, -1).masked_fill(kept <= 0, -1)
-    weight = kept
-    left = d.index.shape[1]
-    if d.fuse is not None:
-        dropped = d.fuse * (there - kept)
-        state.tokens = torch.cat(
-            [state.tokens, (state.ops or PLAIN).combine(dropped.unsqueeze(1).to(body.dtype), body)], 1
-        )
-        weight = kept + _shares(dropped) * (there - kept)
-        group = torch.where((there - kept) > 0, n, group)
-        kept = torch.cat([kept, kept.new_ones(b, 1)], 1)
-        left += 1
-    state.policy = torch.cat([kept.new_ones(b, prefix), kept], 1)
-    state.left = left
-    return Stage(block, group, weight, kept.shape[1], d.fuse is not None, d.score, left)
+def _wide(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.to(torch.promote_types(like.dtype, torch.float32))
 
 
-def _mask(d: Mask, block: int, state: TokenState) -> Stage:
-    b, n = d.policy.shape
-    hard = d.policy.detach() > 0
-    state.masks.append(d.policy)
-    state.ragged = False
-    state.policy = torch.cat([d.policy.new_ones(b, state.anatomy.prefix), d.policy], 1)
-    group = torch.arange(n, device=hard.device).expand(b, -1).masked_fill(~hard, -1)
-    return Stage(block, group, hard.to(d.policy.dtype), n, False, d.score, hard.sum(1))
-
-
-def _merge(d: Merge, block: int, state: TokenState) -> Stage:
-    """Groups become tokens 0..count-1 in both modes; in masked mode the slots that became free stay behind them."""
-    prefix, body, there = state.anatomy.prefix, state.patches, state.present
-    b, n, _ = body.shape
-    if state.sizes is None:
-        state.sizes = body.new_ones(b, prefix + n, dtype=torch.promote_types(body.dtype, torch.float32))
-    group = d.group if there is None else d.group.masked_fill(there <= 0, -1)
-    at, size = group.clamp(min=0), state.sizes[:, prefix:].masked_fill(group < 0, 0)
-    total = size.new_zeros(b, d.count).scatter_add(1, at, size)
-    share = size / total.gather(1, at).clamp(min=1)
-    merged = (state.ops or PLAIN).merge(share.to(body.dtype), at, d.count, body)
-    state.proportional, state.left = d.proportional, d.count
-    if not state.masked and there is None:
-        state.tokens = torch.cat([state.tokens[:, :prefix], merged], 1)
-        return Stage(block, group, share, d.count, counted=d.count, merged=True)
-    behind = body[:, d.count :]  # whatever: nobody reads it
-    state.tokens = torch.cat([state.tokens[:, :prefix], merged, behind], 1)
-    left = (total > 0).to(size.dtype)
-    state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
-    counted = d.count if there is None else left.sum(1)
-    return Stage(block, group, share, d.count + behind.shape[1], counted=counted, merged=True)
-
-
-def _fill(d: Fill, block: int, state: TokenState) -> Stage:
-    kept = d.present.detach() > 0
-    b, n = kept.shape
-    body = torch.where(kept.unsqueeze(-1), state.patches, d.filler.to(state.tokens.dtype))
-    state.tokens = torch.cat([state.tokens[:, : state.anatomy.prefix], body], 1)
-    group = torch.arange(n, device=kept.device).expand(b, -1).masked_fill(~kept, -1)
-    weight = kept.to(torch.promote_types(body.dtype, torch.float32))
-    return Stage(block, group, weight, n, False, d.score, state.left)
-
-
-def _drop(d: Drop, block: int, state: TokenState) -> tuple[Drop, Stage]:
-    """Move each image's tokens to its first slots; the decision comes back with the width that this took."""
-    prefix, x = state.anatomy.prefix, state.tokens
-    body = state.patches
-    b, n, width = body.shape
-    there = torch.ones_like(d.present) if state.present is None else state.present > 0
-    kept = d.present & there
-    counts = kept.sum(1)
-    k = max(1, int(counts.max())) if d.width is None else d.width
-    index = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
-    group = (kept.cumsum(1) - 1).masked_fill(~kept, -1)
-    weight = kept.to(torch.promote_types(x.dtype, torch.float32))
-    parts = [x[:, :prefix], body.gather(1, index.unsqueeze(-1).expand(-1, -1, width))]
-    policy = torch.arange(k, device=x.device) < counts[:, None]
-    if d.fuse is not None:
-        gone = there & ~kept
-        dropped = d.fuse * gone
-        parts.append((state.ops or PLAIN).combine(dropped.unsqueeze(1).to(x.dtype), body))
-        weight = torch.where(gone, _shares(dropped), weight)
-        group = group.masked_fill(gone, k)
-        policy = torch.cat([policy, gone.any(1, keepdim=True)], 1)
-    policy = torch.cat([policy.new_ones(b, prefix), policy], 1)
-    state.tokens = torch.cat(parts, 1)
-    state.ragged = not bool(policy.all())
-    state.policy = policy.to(weight.dtype) if state.ragged else None
-    state.left = state.tokens.shape[1] - prefix
-    counted = policy[:, prefix:].sum(1).to(weight.dtype)
-    return replace(d, width=k), Stage(block, group, weight, state.left, d.fuse is not None, d.score, counted)
-
-
-def _drop_masked(d: Drop, block: int, state: TokenState) -> tuple[Drop, Stage]:
-    prefix = state.anatomy.prefix
-    body = state.patches
-    b, n, _ = body.shape
-    there = state.present if state.present is not None else body.new_ones(b, n, dtype=torch.float32)
-    kept = d.present.to(there.dtype) * there
-    group = torch.arange(n, device=body.device).expand(b, -1).masked_fill(kept <= 0, -1)
-    weight = (kept > 0).to(there.dtype)
-    if d.fuse is not None:
-        gone = (there > 0) & (kept <= 0)
-        dropped = d.fuse * gone
-        extra = (state.ops or PLAIN).combine(dropped.unsqueeze(1).to(body.dtype), body)
-        state.tokens = torch.cat([state.tokens, extra], 1)
-        weight = torch.where(gone, _shares(dropped), weight)
-        group = group.masked_fill(gone, n)
-        kept = torch.cat([kept, gone.any(1, keepdim=True).to(kept.dtype)], 1)
-    state.policy = torch.cat([kept.new_ones(b, prefix), kept], 1)
-    counted = (kept > 0).sum(1).to(weight.dtype)
-    state.left = int(counted.max())
-    return d, Stage(block, group, weight, kept.shape[1], d.fuse is not None, d.score, counted)
-
-
-def _pool(d: Pool, block: int, state: TokenState) -> Stage:
-    prefix, x = state.anatomy.prefix, state.tokens
-    body, present, ops = state.patches, state.present, state.ops or PLAIN
-    b, n, width = body.shape
-    members, group, place = d.layout(n, x.device)
-    at = members.clamp(min=0)
-    seen = (members >= 0).expand(b, -1, -1)
-    if present is not None:
-        seen = seen & (present[:, at] > 0)
-    windows = body[:, at]
-    if present is not None or d.grid is not None:
-        windows = windows.masked_fill(~seen.unsqueeze(-1), float("-inf"))
-    best, winner = ops.largest(windows)
-    if present is not None:
-        best = torch.where(seen.any(2, keepdim=True), best, 0)
-    if d.position is not None:
-        best = ops.add(best, d.position.expand_as(best))
-    state.tokens = torch.cat([x[:, :prefix], best], 1)
-    # A token's share of a window is the share of channels whose maximum it has.
-    won = torch.stack([(winner == i).sum(-1) for i in range(members.shape[1])], -1)
-    share = won.to(torch.promote_types(x.dtype, torch.float32)) / width * seen
-    weight = share[:, group.clamp(min=0), place].masked_fill(group < 0, 0)
-    counted: Tensor | int = len(members)
-    if present is not None:
-        there = (present[:, at] * (members >= 0)).amax(2)
-        state.policy = torch.cat([there.new_ones(b, prefix), there], 1)
-        counted = (there > 0).sum(1)
-    state.left = len(members)
-    return Stage(block, group.expand(b, -1, -1), weight, len(members), counted=counted)
+def _pick(values: Tensor, index: Tensor | None) -> Tensor:
+    values = values.detach()
+    return values if index is None else values[index]

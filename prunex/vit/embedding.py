@@ -67,20 +67,16 @@ def patch_vectors(model: ViT, images: Tensor) -> Tensor:
 
 
 def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
-    """What patches were embedded as, from the tokens that :func:`place` made of them: [B, n, D], up to rounding.
+    """What patches were embedded as, from the tokens x [B, prefix + n, D] that :func:`place` made of them: [B, n, D].
 
-    A norm in front of the blocks (CLIP) cannot be taken back: its models give the normed tokens as they are.
-
-    Args:
-        model: The ViT.
-        x: [B, prefix + n, D], entering the first block.
-        grid: The whole patch grid.
-        index: int64 [B, n], the patches that these are; None: all of them.
+    Up to rounding; ``index`` [B, n] says which patches of the grid these are (None: all). A norm in front of the blocks
+    (CLIP) cannot be taken back: its models give the normed tokens as they are.
     """
     body = x[:, model.num_prefix_tokens :]
     if not isinstance(getattr(model, "norm_pre", None), nn.Identity | None):
         return body
     empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
+    # What positions add to patches of zeros is what they added.
     added = place(model, empty, grid)[:, model.num_prefix_tokens :]
     if index is not None:
         added = added.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))
@@ -121,13 +117,13 @@ def _patches_opened(model: ViT, ops: Arithmetic, images: Tensor) -> Tensor:
 def over_pixels(
     maps: Tensor, image: tuple[int, int], covered: tuple[int, int], size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Maps of the patch grid laid over images, bilinear: float [B, H, W].
+    """Maps [B, gh, gw] of the patch grid laid over images, bilinear: float [B, H, W].
 
     Args:
         maps: float [B, gh, gw].
         image: Height and width of the images in pixels.
-        covered: Height and width of them that the grid lies over, from the upper left corner. Pixels beyond it, which
-            the model never sees, get 0; what is beyond the image, as where it was padded to whole patches, is cut off.
+        covered: Those of the part that the grid lies over, from the upper left corner. Pixels beyond it, which the
+            model never sees, get 0; what is beyond the image, as where it was padded, is cut off.
         size: Height and width of the result, where the images are looked at in another size.
 
     >>> over_pixels(torch.ones(1, 1, 2), (3, 5), (2, 4))[0].int().tolist()

@@ -1,288 +1,316 @@
-"""The two halves of a block, attend and feed: the only code that opens a timm block.
+"""One block as its two halves, attend and feed: the only code that opens a timm block.
 
-The halves call the block's own submodules in the block's own order, and the opened attention runs inside the attention
-module's own call, so that hooks see what they would have seen.
+The halves call the block's own submodules in the block's own order, inside the block's own call, and the opened
+attention runs inside the attention module's own call, so that hooks see what they would have seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prunex.vit import attention
-from prunex.vit.anatomy import Anatomy
 from prunex.vit.arithmetic import PLAIN, promoted, unknown_layer
-from prunex.vit.attention import KeyWeights
+from prunex.vit.calls import hooked_within, inside
 from prunex.vit.layouts import layout_of
 from prunex.vit.packing import Packing
 from prunex.vit.policy import under_policy
-from prunex.vit.tape import Attended, Fed, Tape
+from prunex.vit.recorder import Recorder
+from prunex.vit.state import TokenState
+from prunex.vit.tape import Attended, Fed
+from prunex.vit.turns import Turns
 
 
-def attend(
-    block: Any,
-    x: Tensor,
-    anatomy: Anatomy,
-    policy: Tensor | None = None,
-    want_row: bool = False,
-    tape: Tape | None = None,
-    number: int = -1,
-    keys: KeyWeights | None = None,
-    queries: tuple[int, ...] | Tensor | None = None,
-    sizes: Tensor | None = None,
-    want_keys: bool = False,
-    rope: Tensor | None = None,
-    relative: Tensor | None = None,
-    share: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Attended | None, Tensor | None]:
-    """The first half of a block: ``x + drop_path(ls(attn(norm(x))))``, with what was asked for from inside.
+class Halves:
+    """One block of one forward: ``x + drop_path(ls(attn(norm(x))))``, then ``x + drop_path(ls(mlp(norm(x))))``.
 
-    What is said of plain blocks holds for every kind by its :class:`~prunex.vit.layouts.Layout`.
+    What is said of plain blocks holds for every kind by its :class:`~prunex.vit.blocks.plain.Layout`.
 
     Args:
         block: timm's block.
-        x: [B, N, D].
-        anatomy: Of the model.
-        policy: [B, N] or None.
-        want_row: Whether the read-out row is wanted.
-        tape: Records what it asks for, or None.
-        number: The block's index.
-        keys: Weights of the tokens as keys, or None.
-        queries: The tokens that go on, as numbers or int64 [m]; None: all of them. Keys and values are those of all;
-            projection and what follows are computed for these alone, queries too where nothing else was asked for.
-        sizes: [B, N] or None: how many patches each token stands for; read-out rows of pooled tokens count by it.
-        want_keys: Whether the keys' mean over heads is wanted.
-        rope: The block's rotary table for the tokens after the prefix, or None.
-        relative: The block's relative bias [1 or B, H, N, N], or None.
-        share: [B, 1, 1], what stochastic depth multiplies the branch by where both halves share a draw; or None.
+        number: Its index.
+        state: The stream, which the halves carry on.
+        turns: Who decides, and must be shown what.
+        recorder: Who is told what.
 
-    Returns:
-        The stream [B, N, D] ([B, len(queries), D] if given), the read-out row [B, N] if asked for, the recording if a
-        tape runs, and the keys' mean over heads [B, N, d] if asked for, off the graph.
+    Attributes:
+        only: The tokens that go on after attention, int64 [m] or positions; None: all of them. Keys and values are
+            those of all; projection and what follows are computed for these alone, queries too where nothing else was
+            asked for.
+        entered: Patch tokens that entered, where attention left out all but those a pruner knows; else None.
     """
-    ops = PLAIN if tape is None else tape.ops
-    layout = layout_of(block)
-    if ops.opened and not layout.opens:
-        raise unknown_layer(block, "timm's Block and ResPostBlock")
-    y = layout.read(block, x, ops)
-    row: Tensor | None = None
-    key_mean: Tensor | None = None
-    recorded: Attended | None = None
-    if tape is not None:
-        listed = tuple(queries.tolist()) if isinstance(queries, Tensor) else queries
-        recorded = Attended(number, policy=policy, queries=listed, sizes=sizes)
-        if number in tape.normed:
-            if y is x:  # a block without a norm in front: what attention reads, apart from what the skip carries on
-                y = x.view_as(x)
+
+    def __init__(self, block: Any, number: int, state: TokenState, turns: Turns, recorder: Recorder) -> None:
+        self.block, self.number, self.state, self.recorder = block, number, state, recorder
+        self.layout = layout_of(block)
+        self.decides = bool(turns.at("inside", number))
+        self.shows_row = turns.show("row", number) or number in recorder.asked.rows
+        self.shows_keys = turns.show("keys", number)
+        self.known = turns.only(number, block, state, recorder)
+        self.entered = state.patches.shape[1] if self.known is not None else None
+        self.only: tuple[int, ...] | Tensor | None = self.known
+        if not self.decides and not turns.at("after", number) and self._narrows():
+            self.only = state.anatomy.readers
+        at = state.positions
+        self.rope, self.shared = (None, None) if at is None else (at.rope_of(number), at.shared)
+
+    def _narrows(self) -> bool:
+        """Whether the tape is content with the tokens that the head reads, and this is the last block."""
+        asked, last = self.recorder.asked, self.number == self.state.anatomy.depth - 1
+        wanted = last and asked.narrow and not asked.streams and bool(self.state.anatomy.readers)
+        return wanted and not hooked_within(self.block)
+
+    @property
+    def closed(self) -> bool:
+        """Whether timm's own block will do: nobody asks anything of it from inside."""
+        asked = self.decides or self.shows_row or self.known is not None or self.recorder.tape is not None
+        return not asked and self.state.plain
+
+    def whole(self) -> None:
+        """The block as timm runs it."""
+        block, rope, shared, layout = self.block, self.rope, self.shared, self.layout
+        call = block if self.state.positions is None else lambda x: layout.whole(block, x, rope, shared)
+        self.state.tokens = self._rerunning(call, self.state.tokens)
+
+    def inside_call(self, steps: Callable[[Halves], None]) -> None:
+        """What is done to the stream between its entering and leaving the block, within the block's own call."""
+
+        def opened(x: Tensor, rope: Tensor | None = self.rope, **_: Any) -> Tensor:
+            self.state.tokens, self.rope = x, rope
+            steps(self)
+            return self.state.tokens
+
+        self.layout.check_hooks(self.block)
+        given = self.layout.given(self.rope, self.shared)
+        self.state.tokens = inside(self.block, opened, self.state.tokens, **given)
+
+    def attend(self) -> None:
+        """The first half, with what was asked for from inside."""
+        state, at = self.state, self.state.positions
+        state.packing = packing_of(state, self.recorder)
+        # Run again in a backward pass it must see what it sees now: nothing of the state, which will have gone on.
+        self.keys, self.sizes = state.attending, state.sizes if state.packing is None else None
+        self.relative = None if at is None else at.relative_of(self.layout.relative(self.block))
+        self.share = self.layout.draw(self.block, state.tokens)
+        state.beside = state.tokens if self.layout.parallel else None
+        state.trace.bare = self.known is not None and not self.decides
+        self.recorder.leave(state)
+        if state.packing is not None:
+            state.tokens, state.row = self._attend_packed(state.tokens, state.packing)
+            return
+        state.tokens, state.row, state.key_mean, recorded = self._rerunning(self._attend, state.tokens, state.policy)
+        if recorded is not None:
+            self.recorder.note([recorded])
+        if state.beside is not None and self.only is not None:
+            state.beside = attention.some(state.beside, self.only)
+
+    def feed(self) -> None:
+        """The second half."""
+        state = self.state
+        state.row = state.key_mean = None
+        state.packing = packing_of(state, self.recorder)
+        if state.packing is not None:
+            state.tokens = state.packing.unpack(self._feed(state.packing.pack(state.tokens), None)[0])
+            return
+        state.tokens, fed = self._rerunning(self._feed, state.tokens, state.beside)
+        state.beside = None
+        if fed is not None:
+            self.recorder.note([fed])
+
+    def _rerunning(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call it; where the model saves memory so, it is run again in the backward pass."""
+        saves = getattr(self.state.model, "grad_checkpointing", False) and self.recorder.tape is None
+        if saves and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def _attend(self, x: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Attended | None]:
+        """From [B, N, D] to the stream after attention, the read-out row, the keys' mean, and the recording."""
+        layout, block, ops = self.layout, self.block, self.recorder.ops
+        if ops.opened and not layout.opens:
+            raise unknown_layer(block, "timm's Block and ResPostBlock")
+        y = layout.read(block, x, ops)
+        recorded = self._recording(x, y, policy)
+        if recorded is not None and recorded.normed is not None:
+            y = recorded.normed
+        row: Tensor | None = None
+        key_mean: Tensor | None = None
+        if self._closed_attention(policy):
+            branch = layout.attend(block, y, self.rope)
+        else:
+
+            def opened(y: Tensor, rope: Tensor | None = self.rope, **_: Any) -> Tensor:
+                nonlocal row, key_mean
+                branch, row, key_mean = self._look(y, rope, policy, recorded)
+                return branch
+
+            branch = layout.inside(block, opened, y, self.rope)
+        branch = layout.end(block, branch, ops)
+        stream = x if self.only is None else attention.some(x, self.only)
+        after = ops.add(stream, branch if self.share is None else branch * self.share)
+        if recorded is not None and self.recorder.asked.streams:
+            recorded.before, recorded.after = x.detach(), after.detach()
+        return after, row, key_mean, recorded
+
+    def _recording(self, x: Tensor, y: Tensor, policy: Tensor | None) -> Attended | None:
+        """An empty recording of this half, with the place to differentiate at where one is asked for."""
+        if self.recorder.tape is None:
+            return None
+        only = tuple(self.only.tolist()) if isinstance(self.only, Tensor) else self.only
+        recorded = Attended(self.number, policy=policy, queries=only, sizes=self.sizes)
+        if self.number in self.recorder.asked.normed:
+            # A block without a norm in front: what attention reads, apart from what the skip carries on.
+            y = x.view_as(x) if y is x else y
             if torch.is_grad_enabled() and not y.requires_grad:
                 y.requires_grad_()
             recorded.normed = y
-    asked = want_row or want_keys or ops.opened or (tape is not None and tape.looks_into(number))
-    if policy is None and keys is None and queries is None and relative is None and not asked:
-        branch = layout.attend(block, y, rope)
-    else:
+        return recorded
 
-        def opened(y: Tensor, rope: Tensor | None = rope, **_: Any) -> Tensor:
-            nonlocal row, key_mean
-            weights, wants = (policy, keys, sizes, relative), (want_row, want_keys)
-            branch, row, key_mean = _look(block, y, anatomy, weights, queries, rope, wants, tape, recorded)
-            return branch
+    def _closed_attention(self, policy: Tensor | None) -> bool:
+        """Whether timm's own attention will do: nobody asks anything from inside."""
+        shown = self.shows_row or self.shows_keys or self.recorder.asked.looks_into(self.number)
+        if shown or self.recorder.ops.opened:
+            return False
+        return policy is None and self.keys is None and self.only is None and self.relative is None
 
-        branch = layout.inside(block, opened, y, rope)
-    stream = x if queries is None else attention.some(x, queries)
-    branch = layout.end(block, branch, ops)
-    after = ops.add(stream, branch if share is None else branch * share)
-    if recorded is not None and tape is not None and tape.streams:
-        recorded.before, recorded.after = x.detach(), after.detach()
-    return after, row, recorded, key_mean
+    def _look(
+        self, y: Tensor, rope: Tensor | None, policy: Tensor | None, recorded: Attended | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The attention opened: what it gives for y [B, N, D], the read-out row, and the keys' mean."""
+        layout, block, only, asked = self.layout, self.block, self.only, self.recorder.asked
+        attn = layout.attentions(block)[0]
+        # Without anybody to show it to, the others' queries need not be computed.
+        going = y if only is None else attention.some(y, only)
+        alone = None
+        unasked = recorded is None and not (self.shows_row or self.shows_keys)
+        if only is not None and policy is None and unasked and layout.opens:
+            alone = attention.heads_of_some(attn, y, going)
+        q, k, v = layout.heads(block, y, rope, self.recorder.ops) if alone is None else alone
+        asking = q if only is None or alone is not None else attention.some(q, only, 2)
+        out, matrix = self._gathered(asking, q, k, v, policy)
+        row = self._row(q, k, policy, matrix) if self.shows_row else None
+        if recorded is not None:
+            if matrix is not None and asked.wants_matrix(self.number):
+                recorded.attention = matrix if asked.reduce is None else asked.reduce(matrix)
+            if self.number in asked.head_rows:
+                recorded.head_rows = self._head_rows(q, k, policy)
+            recorded.row, recorded.value = row, v.detach() if asked.streams else None
+        key_mean = attention.over_heads(promoted(k.detach())) if self.shows_keys else None
+        return layout.project(block, out, going, self.recorder.ops), row, key_mean
 
+    def _gathered(
+        self, asking: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs [B, H, m, d] of the tokens that go on, and the attention matrix where there is one."""
+        ops, only, keys, relative = self.recorder.ops, self.only, self.keys, self.relative
+        attn, asked = self.layout.attentions(self.block)[0], self.recorder.asked
+        dropout = attn.attn_drop.p if self.block.training else 0.0
+        added = relative if relative is None or only is None else attention.some(relative, only, 2)
+        wants_matrix = asked.wants_matrix(self.number)
+        weighed = policy is not None and keys is not None and keys.factor is not None
+        unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
+        # The matrix costs N x N numbers a head: only where somebody reads it, or no kernel knows the weights.
+        if wants_matrix or ops.matrices or weighed or unusual:
+            matrix = attention.matrix(asking, k, attn.scale, policy, keys, only, ops, added)
+            if wants_matrix and asked.gradients and torch.is_grad_enabled():
+                matrix.requires_grad_()
+            return ops.gather(attn.attn_drop(matrix), v), matrix
+        if policy is not None:
+            more: dict[str, Tensor | None] = {} if keys is None else {"sizes": keys.sizes}
+            if relative is not None:
+                more["relative"] = relative
+            out = under_policy(q, k, v, policy, attn.scale, dropout, **more)
+            return out if only is None else attention.some(out, only, 2), None
+        if ops.opened:
+            return ops.attention(asking, k, v), None
+        return attention.fused(asking, k, v, dropout, keys, relative=added), None
 
-def _look(
-    block: Any,
-    y: Tensor,
-    anatomy: Anatomy,
-    weights: tuple[Tensor | None, KeyWeights | None, Tensor | None, Tensor | None],
-    queries: tuple[int, ...] | Tensor | None,
-    rope: Tensor | None,
-    wants: tuple[bool, bool],
-    tape: Tape | None,
-    recorded: Attended | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The attention of a block, opened: what it gives, the read-out row, and the keys' mean.
+    def _row(self, q: Tensor, k: Tensor, policy: Tensor | None, matrix: Tensor | None) -> Tensor:
+        """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
 
-    Args:
-        block: timm's block.
-        y: [B, N, D], what the attention reads.
-        anatomy: Of the model.
-        weights: Policy, weights of the keys, sizes, and relative bias, as for :func:`attend`.
-        queries: As for :func:`attend`, like all that follow.
-        rope: The rotary table.
-        wants: Whether the row is wanted, and whether the keys' mean is.
-        tape: Records what it asks for, or None.
-        recorded: What it records into.
-    """
-    (policy, keys, sizes, relative), (want_row, want_keys) = weights, wants
-    ops, layout = PLAIN if tape is None else tape.ops, layout_of(block)
-    attn = layout.attentions(block)[0]
-    going = y if queries is None else attention.some(y, queries)
-    alone = None
-    if queries is not None and policy is None and tape is None and layout.opens and not (want_row or want_keys):
-        alone = attention.heads_of_some(attn, y, going)
-    q, k, v = layout.heads(block, y, rope, ops) if alone is None else alone
-    added = relative if relative is None or queries is None else attention.some(relative, queries, 2)
-    asking = q if queries is None or alone is not None else attention.some(q, queries, 2)
-    dropout = attn.attn_drop.p if block.training else 0.0
-    wants_matrix = tape is not None and recorded is not None and tape.wants_matrix(recorded.block)
-    ruled = policy is not None and keys is not None and keys.factor is not None
-    unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
-    whole = None
-    if wants_matrix or ops.matrices or ruled or unusual:
-        whole = attention.matrix(asking, k, attn.scale, policy, keys, queries, ops, added)
-        if wants_matrix and tape is not None and tape.gradients and torch.is_grad_enabled():
-            whole.requires_grad_()
-        out = ops.gather(attn.attn_drop(whole), v)
-    elif policy is not None:
-        more: dict[str, Tensor | None] = {} if keys is None else {"sizes": keys.sizes}
-        if relative is not None:
-            more["relative"] = relative
-        out = under_policy(q, k, v, policy, attn.scale, dropout, **more)
-        out = out if queries is None else attention.some(out, queries, 2)
-    elif ops.opened:
-        out = ops.attention(asking, k, v)
-    else:
-        out = attention.fused(asking, k, v, dropout, keys, relative=added)
-    row = _row(q, k, attn.scale, anatomy, policy, whole, keys, sizes, relative) if want_row else None
-    if tape is not None and recorded is not None:
-        if wants_matrix and whole is not None:
-            recorded.attention = whole if tape.reduce is None else tape.reduce(whole)
-        if recorded.block in tape.head_rows:
-            recorded.head_rows = _head_rows(q, k, attn.scale, anatomy, policy, keys, sizes, relative)
-        recorded.row, recorded.value = row, v.detach() if tape.streams else None
-    key_mean = attention.over_heads(promoted(k.detach())) if want_keys else None
-    return layout.project(block, out, going, ops), row, key_mean
+        Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a
+        fused token took from it.
+        """
+        anatomy, start = self.state.anatomy, self._first_row
+        counts = None if anatomy.readers else self._counts(policy, start)
+        if matrix is None and (anatomy.readers or counts is not None):
+            return attention.over_heads(self._head_rows(q, k, policy))
+        if matrix is None:
+            scale, relative = self.layout.attentions(self.block)[0].scale, _rows_of(self.relative, start)
+            return attention.rows(q[:, :, start:], k, scale, keys=self.keys, relative=relative)
+        if anatomy.readers:
+            return attention.over_heads(matrix[:, :, 0])
+        if counts is None:
+            return attention.over_heads(matrix[:, :, start:]).mean(1)
+        # Images differ in which rows hold a dropped token, and those must not count: each is weighed by its policy.
+        counts = counts.to(torch.promote_types(q.dtype, torch.float32))
+        total = counts.sum(1, keepdim=True).clamp(min=1) * max(1, q.shape[1])
+        return torch.einsum("bm,bhmn->bn", counts, matrix[:, :, start:]) / total
 
+    def _head_rows(self, q: Tensor, k: Tensor, policy: Tensor | None) -> Tensor:
+        """The read-out row of each head, [B, H, N]."""
+        start, last = self._first_row, 1 if self.state.anatomy.readers else None
+        counts = None if last else self._counts(policy, start)
+        relative = _rows_of(self.relative, start, last)
+        scale = self.layout.attentions(self.block)[0].scale
+        return attention.rows_of_heads(q[:, :, start:last], k, scale, policy, counts, self.keys, relative)
 
-def _row(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    anatomy: Anatomy,
-    policy: Tensor | None,
-    whole: Tensor | None,
-    keys: KeyWeights | None = None,
-    sizes: Tensor | None = None,
-    relative: Tensor | None = None,
-) -> Tensor:
-    """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
+    @property
+    def _first_row(self) -> int:
+        """The first token whose row tells who is looked at: the class token, or the first one that is pooled."""
+        anatomy = self.state.anatomy
+        return 0 if anatomy.readers or anatomy.pool_prefix else anatomy.prefix
 
-    Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a fused
-    token took from it.
-    """
-    if anatomy.readers:
-        if whole is not None:
-            return attention.over_heads(whole[:, :, 0])
-        return attention.rows(q[:, :, :1], k, scale, policy, keys=keys, relative=_from(relative, 0, 1))
-    start = 0 if anatomy.pool_prefix else anatomy.prefix
-    asking, relative = q[:, :, start:], _from(relative, start)
-    there = _counting(policy, sizes, start)
-    if there is None:
-        if whole is not None:
-            return attention.over_heads(whole[:, :, start:]).mean(1)
-        return attention.rows(asking, k, scale, keys=keys, relative=relative)
-    # Images differ in which rows hold a dropped token, and those must not count: every row is weighed by its policy.
-    there = there.to(torch.promote_types(q.dtype, torch.float32))
-    if whole is None:
-        return attention.over_heads(attention.rows_of_heads(asking, k, scale, policy, there, keys, relative))
-    seen = whole[:, :, start:]
-    return torch.einsum("bm,bhmn->bn", there, seen) / (there.sum(1, keepdim=True).clamp(min=1) * max(1, q.shape[1]))
+    def _counts(self, policy: Tensor | None, start: int) -> Tensor | None:
+        """How often each token's row counts from a position on: 0 for a dropped one, else its size; None: once, all."""
+        there = None if policy is None else policy[:, start:] > 0
+        if self.sizes is None:
+            return there
+        return self.sizes[:, start:] if there is None else self.sizes[:, start:] * there
 
+    def _feed(self, x: Tensor, entered: Tensor | None) -> tuple[Tensor, Fed | None]:
+        """From [B, n, D], and what entered a parallel block, to the stream after the MLP, and the recording."""
+        ops, layout = self.recorder.ops, self.layout
+        branch = layout.feed(self.block, x if entered is None else entered, ops)
+        fed = None
+        if self.recorder.asked.streams:
+            fed = Fed(self.number, x.detach(), branch.detach(), self.state.policy)
+        branch = layout.drop_fed(self.block, branch)
+        return ops.add(x, branch if self.share is None else branch * self.share), fed
 
-def _counting(policy: Tensor | None, sizes: Tensor | None, start: int) -> Tensor | None:
-    """How often each token's row counts from a position on: 0 for a dropped one, else its size; None: once, all."""
-    there = None if policy is None else policy[:, start:] > 0
-    if sizes is None:
-        return there
-    return sizes[:, start:] if there is None else sizes[:, start:] * there
-
-
-def _head_rows(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    anatomy: Anatomy,
-    policy: Tensor | None,
-    keys: KeyWeights | None = None,
-    sizes: Tensor | None = None,
-    relative: Tensor | None = None,
-) -> Tensor:
-    """The read-out row of each head, [B, H, N]."""
-    if anatomy.readers:
-        return attention.rows_of_heads(q[:, :, :1], k, scale, policy, keys=keys, relative=_from(relative, 0, 1))
-    start = 0 if anatomy.pool_prefix else anatomy.prefix
-    there = _counting(policy, sizes, start)
-    return attention.rows_of_heads(q[:, :, start:], k, scale, policy, there, keys, _from(relative, start))
+    def _attend_packed(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
+        """The first half where nothing is computed for empty slots: the stream, zeros in these, and the row."""
+        layout, block, packed = self.layout, self.block, packing.pack(x)
+        y = layout.read(block, packed, PLAIN)
+        q, k, v = layout.heads(block, y, None, PLAIN)
+        branch = layout.project(block, packing.attend(q, k, v), y, PLAIN)
+        after = packing.unpack(packed + layout.end(block, branch, PLAIN))
+        if not self.shows_row:
+            return after, None
+        # Each image is its own sequence: its row is a softmax over its own tokens.
+        images = zip(packing.split(q), packing.split(k), strict=True)
+        row = torch.cat([self._row(queries, keys, None, None) for queries, keys in images], 1)
+        return after, packing.unpack(row.unsqueeze(2)).squeeze(2)
 
 
-def _from(relative: Tensor | None, first: int, last: int | None = None) -> Tensor | None:
+def packing_of(state: TokenState, recorder: Recorder) -> Packing | None:
+    """Which slots hold a token, where images differ in length and nobody asks for more than the output."""
+    if not state.ragged or state.policy is None or state.masked or state.training:
+        return None
+    if recorder.tape is not None or state.attending is not None or state.positions is not None:
+        return None
+    if state.packs is None:  # the halves of others are not known token by token, and hooks expect whole images
+        state.packs = all(layout_of(b).opens and not hooked_within(b) for b in state.model.blocks)
+    if not state.packs:
+        return None
+    known = state.packing
+    return known if known is not None and known.policy is state.policy else Packing.of(state.policy)
+
+
+def _rows_of(relative: Tensor | None, first: int, last: int | None = None) -> Tensor | None:
     """Some rows of a relative bias."""
     return None if relative is None else relative[:, :, first:last]
-
-
-def feed(
-    block: Any,
-    x: Tensor,
-    tape: Tape | None = None,
-    policy: Tensor | None = None,
-    entered: Tensor | None = None,
-    share: Tensor | None = None,
-) -> tuple[Tensor, Fed | None]:
-    """The second half of a block: ``x + drop_path(ls(mlp(norm(x))))``.
-
-    Args:
-        block: timm's block.
-        x: [B, n, D].
-        tape: Records what it asks for, or None.
-        policy: [B, n] or None, for the recording.
-        entered: [B, n, D], the stream of the same tokens as it entered the block, which the MLP of a parallel block
-            reads; None: it reads ``x``.
-        share: As for :func:`attend`.
-    """
-    ops, layout = PLAIN if tape is None else tape.ops, layout_of(block)
-    branch = layout.feed(block, x if entered is None else entered, ops)
-    recorded = Fed(-1, x.detach(), branch.detach(), policy) if tape is not None and tape.streams else None
-    branch = layout.drop_fed(block, branch)
-    return ops.add(x, branch if share is None else branch * share), recorded
-
-
-def attend_packed(
-    block: Any, x: Tensor, packing: Packing, anatomy: Anatomy, want_row: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`attend` in eval mode for images of different lengths: nothing is computed for empty slots.
-
-    Args:
-        block: timm's block.
-        x: [B, N, D].
-        packing: Which slots hold a token.
-        anatomy: Of the model.
-        want_row: Whether the read-out row is wanted.
-
-    Returns:
-        The stream [B, N, D], zeros in empty slots, and the row [B, N] if asked for.
-    """
-    layout, packed = layout_of(block), packing.pack(x)
-    y = layout.read(block, packed, PLAIN)
-    q, k, v = layout.heads(block, y, None, PLAIN)
-    branch = layout.project(block, packing.attend(q, k, v), y, PLAIN)
-    after = packing.unpack(packed + layout.end(block, branch, PLAIN))
-    if not want_row:
-        return after, None
-    pairs = zip(packing.split(q), packing.split(k), strict=True)
-    row = torch.cat([_row(*pair, block.attn.scale, anatomy, None, None) for pair in pairs], 1)
-    return after, packing.unpack(row.unsqueeze(2)).squeeze(2)
-
-
-def feed_packed(block: Any, x: Tensor, packing: Packing) -> Tensor:
-    """:func:`feed` in eval mode for images of different lengths."""
-    return packing.unpack(feed(block, packing.pack(x))[0])

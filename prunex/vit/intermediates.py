@@ -10,8 +10,8 @@ from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
-from prunex.vit.decisions import TokenState
 from prunex.vit.mount import mounted
+from prunex.vit.state import TokenState
 
 FORMATS = ("NCHW", "NLC")
 
@@ -98,10 +98,10 @@ def intermediates(
     grids: list[Any] = [watch.grids[i] for i in wanted]
     fronts = [watch.fronts[i] for i in wanted] if return_prefix_tokens and model.num_prefix_tokens else None
     if output_dict:
-        told: dict[str, Any] = {"image_intermediates": grids}
+        answer: dict[str, Any] = {"image_intermediates": grids}
         if fronts is not None:
-            told["image_intermediates_prefix"] = fronts
-        return told if intermediates_only else {**told, "image_features": final}
+            answer["image_intermediates_prefix"] = fronts
+        return answer if intermediates_only else {**answer, "image_features": final}
     if fronts is not None:
         grids = list(zip(grids, fronts, strict=True))
     return grids if intermediates_only else (final, grids)

@@ -48,18 +48,11 @@ class Packing(Brief):
         return x.split(self.lengths, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, one_by_one: bool | None = None) -> Tensor:
-        """Fused attention within each image, without any N x N matrix.
+        """Fused attention within each image, [1, H, S, d] three times and out, without any N x N matrix.
 
-        Args:
-            q: [1, H, S, d].
-            k: [1, H, S, d].
-            v: [1, H, S, d].
-            one_by_one: A call for each image, nothing computed for empty slots: fastest on a CPU
-                (``benchmarks/lengths.py``). False: one call over all slots, empty keys hidden, which spares a GPU the
-                many small kernels. None: by the device.
-
-        Returns:
-            [1, H, S, d].
+        ``one_by_one``: a call for each image, nothing computed for empty slots: fastest on a CPU
+        (``benchmarks/lengths.py``). False: one call over all slots, empty keys hidden, which spares a GPU the many
+        small kernels. None: by the device.
         """
         one_by_one = q.device.type == "cpu" if one_by_one is None else one_by_one
         if one_by_one:
@@ -70,6 +63,7 @@ class Packing(Brief):
         wide = [
             self.unpack(t.transpose(1, 2).flatten(2)).unflatten(2, (q.shape[1], -1)).transpose(1, 2) for t in (q, k, v)
         ]
+        # Empty slots are asked for too, and thrown away: one large kernel beats many small ones on a GPU.
         seen = (self.policy > 0)[:, None, None, :]
         out = fused_attention(wide[0], wide[1], wide[2], seen)
         return self.pack(out.transpose(1, 2).flatten(2)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)

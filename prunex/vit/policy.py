@@ -23,7 +23,7 @@ def under_policy(
     sizes: Tensor | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    r"""Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
+    """Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
     Computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij = exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1,
     and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0; up to e^40). With
@@ -39,17 +39,18 @@ def under_policy(
     - a key column lowers the scores of dropped tokens by c while their value columns are raised by e^c: nothing
       changes but the range, so a dropped key far above the kept ones neither leaks nor underflows them.
 
-    A relative bias is part of A; it is given to the kernel as it is, with its diagonal for the further key.
+    A relative bias [1 or B, H, N, N] is part of A; the kernel gets it with its diagonal for the further key. float16 is
+    computed in float32, whose range the quotient needs; the denominator is taken without dropout.
 
     Args:
-        q: [B, H, N, d]. float16 is computed in float32, whose range the quotient needs.
-        k: [B, H, N, d].
-        v: [B, H, N, d].
+        q: [B, H, N, d], as k and v.
+        k: See q.
+        v: See q.
         policy: [B, N] in 0..1.
         scale: Of the scores, d ** -0.5.
-        dropout: Probability for attention entries; the denominator is taken without it.
+        dropout: Probability for attention entries.
         sizes: [B, N] or None: how many equal tokens each key stands for.
-        relative: Added to the scores, [1 or B, H, N, N]; or None.
+        relative: Added to the scores, or None.
 
     Returns:
         [B, H, N, d] in the dtype of ``v``.

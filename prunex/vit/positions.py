@@ -52,7 +52,7 @@ class Positions(Brief):
     relative: bool = False
     index: Tensor | None = None
     links: tuple[Tensor, Tensor, Tensor] | None = None
-    _found: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _looked_up: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def whole(self) -> bool:
@@ -82,7 +82,7 @@ class Positions(Brief):
             links = _follow(links, index, group, weight)
             count = torch.zeros(b, out + 1, device=device).scatter_add(1, aim, there.float())[:, :out]
             places = torch.where(count > 1, -1, places)
-        return replace(self, index=places, links=links, _found={})
+        return replace(self, index=places, links=links, _looked_up={})
 
     def rope_of(self, number: int) -> Tensor | None:
         """A block's rotary table: [P, 2d] or [H, P, 2d] for all patches, [B, 1, n, 2d] or [B, H, n, 2d] for tokens."""
@@ -93,9 +93,9 @@ class Positions(Brief):
             return table
         if table.ndim == 3:
             return self._of_tokens(table)
-        if "rope" not in self._found:
-            self._found["rope"] = self._of_tokens(table[None])
-        return self._found["rope"]
+        if "rope" not in self._looked_up:
+            self._looked_up["rope"] = self._of_tokens(table[None])
+        return self._looked_up["rope"]
 
     def relative_of(self, own: Tensor | None) -> Tensor | None:
         """What a block adds to its scores: [1 or B, H, N, N], from its own bias [H, prefix + P, prefix + P]."""
@@ -109,9 +109,10 @@ class Positions(Brief):
             return whole[None]
         side = whole.shape[1]
         pairs = self._pairs(side)
-        found = whole.flatten(1)[:, pairs].transpose(0, 1)
+        # One gather in the flattened table is cheaper than rows, then columns.
+        bias = whole.flatten(1)[:, pairs].transpose(0, 1)
         if self.links is None:
-            return found
+            return bias
         # Rows first, then columns: a token of several patches has the mean over its members on either side.
         joined = self._joined()
         patch, token, share = self._all_links()
@@ -124,19 +125,19 @@ class Positions(Brief):
         mean = whole.new_zeros(b, whole.shape[0], n, n)
         mean = mean.scatter_add(3, token[:, None, None, :].expand(-1, whole.shape[0], n, e), columns)
         either = (joined.unsqueeze(2) | joined.unsqueeze(1)).unsqueeze(1)
-        return torch.where(either, mean, found)
+        return torch.where(either, mean, bias)
 
     def _of_tokens(self, table: Tensor) -> Tensor:
         """Rows of a table [K, P, c] for the tokens there: [B, K, n, c]."""
         index = torch.as_tensor(self.index)
-        found = table[:, index.clamp(min=0)].transpose(0, 1)
+        rows_alone = table[:, index.clamp(min=0)].transpose(0, 1)
         if self.links is None:
-            return found
+            return rows_alone
         patch, token, share = self.links
         mine = share * (index < 0).gather(1, token)  # links of tokens that are one patch would count it twice
         rows = table[:, patch].transpose(0, 1) * mine[:, None, :, None].to(table.dtype)
         at = token[:, None, :, None].expand(-1, table.shape[0], -1, table.shape[2])
-        return found.masked_fill((index < 0)[:, None, :, None], 0).scatter_add(2, at, rows)
+        return rows_alone.masked_fill((index < 0)[:, None, :, None], 0).scatter_add(2, at, rows)
 
     def _numbers(self) -> Tensor:
         """Each token's row in a bias over prefix and patches, [B, prefix + n]; 0 for tokens of several patches."""
@@ -146,10 +147,10 @@ class Positions(Brief):
 
     def _pairs(self, side: int) -> Tensor:
         """Where each pair of tokens is in a flattened bias, [B, N, N]; found once a stage."""
-        if "pairs" not in self._found:
+        if "pairs" not in self._looked_up:
             numbers = self._numbers()
-            self._found["pairs"] = numbers.unsqueeze(2) * side + numbers.unsqueeze(1)
-        return self._found["pairs"]
+            self._looked_up["pairs"] = numbers.unsqueeze(2) * side + numbers.unsqueeze(1)
+        return self._looked_up["pairs"]
 
     def _joined(self) -> Tensor:
         """Which tokens are several patches, bool [B, prefix + n]."""
@@ -195,12 +196,8 @@ def positions_of(
 ) -> Positions | None:
     """The tables of a model for one patch grid; None for models whose attention knows no positions.
 
-    Args:
-        model: A supported ViT.
-        prefix: Number of prefix tokens.
-        grid: Patch grid of the images.
-        places: Which patches there are, where not all of them; their grid then counts.
-        rope: The rotary table, where embedding the images has given it already; None: it is looked up.
+    ``places`` says which patches there are, where not all of them (their grid then counts); ``rope`` is the rotary
+    table where embedding the images has given it already.
     """
     inner: Any = model
     index = None if places is None else places.index
@@ -208,6 +205,7 @@ def positions_of(
     if isinstance(model, Eva):
         table = rotary_table(model, grid) if rope is None else rope
         return None if table is None else Positions(prefix, rope=table, index=index)
+    # BEiT adds one bias for all blocks or one a block; both are looked up by pairs of patches.
     if isinstance(model, Beit):
         shared = None if inner.rel_pos_bias is None else inner.rel_pos_bias()
         own = any(b.attn.relative_position_bias_table is not None for b in inner.blocks)
@@ -221,6 +219,7 @@ def rotary_table(model: Eva, grid: tuple[int, int]) -> Tensor | None:
     rope: Any = model.rope
     if rope is None:
         return None
+    # A table of a fixed size was made with the model; others are made for the grid.
     if model.dynamic_img_size or not hasattr(rope, "feat_shape"):
         return rope.get_embed(shape=grid)
     return rope.get_embed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,39 +13,26 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit import attention
-from prunex.vit.anatomy import Anatomy, ViT, head_classes
+from prunex.vit.anatomy import ViT, head_classes
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted, unknown_layer
 from prunex.vit.calls import inside
+from prunex.vit.handover import Handed
 
 POOLS = ("avg", "max", "avgmax")
 
 TAIL = "prunex_tail"  # on a ViT that stands for a whole module: what the module makes of its ViT's output
 
 
-def head(
-    model: ViT,
-    x: Tensor,
-    policy: Tensor | None,
-    anatomy: Anatomy,
-    ops: Arithmetic = PLAIN,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    """From the final tokens to the model's output, as timm's ``forward_head`` in eval mode.
+def head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
+    """From final tokens x [B, N, D] to the model's output, as timm's ``forward_head`` in eval mode.
 
-    A ViT that stands for the module round it (:mod:`prunex.vit.surroundings`) gives the module's output.
-
-    Args:
-        model: The ViT.
-        x: [B, N, D] after the final norm.
-        policy: [B, N] or None: 0 for slots of dropped tokens, which are not pooled.
-        anatomy: Of the model.
-        ops: The arithmetic.
-        sizes: [B, N] or None: how many patches each token stands for; means over tokens count by it.
+    Dropped tokens are not pooled; means over tokens count each by its size. A ViT that stands for the module round it
+    (:mod:`prunex.vit.surroundings`) gives the module's output.
 
     Returns:
         [B, classes], or the pooled features without a head.
     """
-    out = _own_head(model, x, policy, anatomy, ops, sizes)
+    out = _own_head(model, x, left, ops)
     tail = vars(model).get(TAIL)
     return out if tail is None else tail(out, ops)
 
@@ -71,100 +59,71 @@ def outputs(model: ViT) -> int:
     return head_classes(model) if tail is None else tail.classes
 
 
-def _own_head(
-    model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic, sizes: Tensor | None
-) -> Tensor:
+def _own_head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
     """The ViT's own output."""
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
-        x = for_heads(model, x, policy, anatomy, ops)
+        x = for_heads(model, x, left, ops)
         first, second = (
             classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
         )
         return ops.mean(first, second)
-    features = _features(model, x, policy, anatomy, ops, sizes)
-    return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, features)), ops)
+    return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, _features(model, x, left, ops))), ops)
 
 
-def _features(
-    model: ViT,
-    x: Tensor,
-    policy: Tensor | None,
-    anatomy: Anatomy,
-    ops: Arithmetic,
-    sizes: Tensor | None = None,
-) -> Tensor:
+def _features(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
     """The pooled tokens, [B, D]."""
-    if ops.opened and anatomy.pool == "map":
+    pool = left.anatomy.pool
+    if ops.opened and pool == "map":
         inner: Any = model
         raise unknown_layer(inner.attn_pool, "token and average pooling")
-    if not ops.opened or anatomy.pool not in ("avg", "avgmax"):
-        return masked_pool(model, x, None, policy, anatomy, sizes)
-    features = pooled(x, anatomy.readout(x.shape[1], policy, x, sizes), ops)
-    if anatomy.pool == "avgmax":
-        features = ops.mean(masked_pool(model, x, "max", policy, anatomy), features)
+    if not ops.opened or pool not in ("avg", "avgmax"):
+        return masked_pool(model, x, left)
+    features = pooled(x, left.anatomy.readout(x.shape[1], left.policy, x, left.sizes), ops)
+    if pool == "avgmax":
+        features = ops.mean(masked_pool(model, x, replace(left, sizes=None), "max"), features)
     return features
 
 
-def for_heads(model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, ops: Arithmetic = PLAIN) -> Tensor:
+def for_heads(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
     """Final tokens as timm's ``forward_head`` wants them.
 
     Where the two tokens that a distilled DeiT's heads read did not enter, both heads read the pooled ones, [B, 2, D].
     """
-    if not isinstance(model, VisionTransformerDistilled) or anatomy.readers:
+    if not isinstance(model, VisionTransformerDistilled) or left.anatomy.readers:
         return x
-    features = _features(model, x, policy, anatomy, ops)
+    features = _features(model, x, left, ops)
     return torch.stack([features, features], 1)
 
 
-def masked_pool(
-    model: ViT,
-    x: Tensor,
-    pool_type: str | None,
-    policy: Tensor | None,
-    anatomy: Anatomy,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    """Pool as timm does, but over the tokens that are there, and means by size: sum s x / sum s.
+def masked_pool(model: ViT, x: Tensor, left: Handed, pool_type: str | None = None) -> Tensor:
+    """Pool x [B, N, D] as timm does, but over the tokens that are there, and means by size: sum s x / sum s.
 
-    Args:
-        model: The ViT.
-        x: [B, N, D] after the final norm.
-        pool_type: timm's override, or None.
-        policy: [B, N] or None.
-        anatomy: Of the model.
-        sizes: [B, N] or None: how many patches each token stands for.
+    ``pool_type`` is timm's override, or None.
     """
     inner: Any = model
+    anatomy = left.anatomy
     kind = anatomy.pool if pool_type is None else pool_type
     # Tokens of another number are the user's own, and not what the last forward left.
-    policy, sizes = (None if t is None or t.shape[1] != x.shape[1] else t for t in (policy, sizes))
+    policy, sizes = (None if t is None or t.shape[1] != x.shape[1] else t for t in (left.policy, left.sizes))
+    start, all_alike = 0 if anatomy.pool_prefix else anatomy.prefix, policy is None and sizes is None
     if anatomy.prefix != model.num_prefix_tokens:  # timm's own would look for prefix tokens that did not enter
         if kind == "token":
             raise PrunexError("pool_type='token' is not allowed: this pruned model has no class token; use 'avg'")
         if kind == "":
             return x
-    elif anatomy.pool == "map" and not (policy is None and sizes is None):
-        start = 0 if anatomy.pool_prefix else anatomy.prefix
+    elif anatomy.pool == "map" and not all_alike:
         weights = _weights(policy, sizes, start)
         return inside(inner.attn_pool, lambda x: attention.latent(inner.attn_pool, x, weights)[0], x[:, start:])
-    elif (policy is None and sizes is None) or kind in ("token", "", "map") or not isinstance(kind, str):
+    elif all_alike or kind in ("token", "", "map") or not isinstance(kind, str):
         if isinstance(model, Beit):
             return global_pool_nlc(x, kind, anatomy.prefix)
         return type(inner).pool(inner, x, pool_type)
-    return over_patches(x, policy, sizes, 0 if anatomy.pool_prefix else anatomy.prefix, kind)
+    return over_patches(x, policy, sizes, start, kind)
 
 
 def over_patches(x: Tensor, policy: Tensor | None, sizes: Tensor | None, start: int, kind: str) -> Tensor:
-    """Mean, maximum, or the mean of both, over the tokens from a position on that are there, [B, D].
-
-    Args:
-        x: [B, N, D].
-        policy: [B, N] or None: 0 for slots of dropped tokens.
-        sizes: [B, N] or None: how often each token counts in a mean.
-        start: The position.
-        kind: One of ``POOLS``.
-    """
+    """Mean, maximum, or the mean of both, over the tokens from ``start`` on that are there, [B, D]; means by size."""
     body = x[:, start:]
     p = (x.new_ones(x.shape[:2]) if policy is None else policy)[:, start:, None].to(x.dtype)
     if sizes is None:
@@ -186,19 +145,9 @@ def _weights(policy: Tensor | None, sizes: Tensor | None, start: int) -> Tensor 
     return policy[:, start:] if sizes is None else (policy * sizes)[:, start:]
 
 
-def pool_attention(
-    model: ViT, x: Tensor, policy: Tensor | None, anatomy: Anatomy, sizes: Tensor | None = None
-) -> Tensor:
-    """What an attention-pooling head looks at: float [B, N], mean over its heads, 0 for prefix tokens it skips.
-
-    Args:
-        model: A ViT with ``global_pool="map"``.
-        x: [B, N, D] after the final norm.
-        policy: [B, N] or None.
-        anatomy: Of the model.
-        sizes: [B, N] or None: how many patches each token stands for.
-    """
+def pool_attention(model: ViT, x: Tensor, left: Handed) -> Tensor:
+    """What an attention-pooling head looks at: float [B, N], mean over its heads, 0 for prefix tokens it skips."""
     inner: Any = model
-    start = 0 if anatomy.pool_prefix else anatomy.prefix
-    seen = attention.latent(inner.attn_pool, x[:, start:], _weights(policy, sizes, start))[1]
+    start = 0 if left.anatomy.pool_prefix else left.anatomy.prefix
+    seen = attention.latent(inner.attn_pool, x[:, start:], _weights(left.policy, left.sizes, start))[1]
     return nn.functional.pad(seen, (start, 0))

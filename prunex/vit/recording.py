@@ -17,12 +17,14 @@ from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.aside import as_found
 from prunex.vit.attention import KeyWeights
-from prunex.vit.decisions import Pruner, Replay, TokenState
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_pruners, record, resume
 from prunex.vit.readout import classifies
+from prunex.vit.replay import Replay
+from prunex.vit.state import TokenState
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
+from prunex.vit.turns import Pruner
 from prunex.vit.weights import by_name, check_gradients
 
 

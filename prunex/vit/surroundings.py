@@ -20,9 +20,9 @@ from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
 from prunex.vit.anatomy import ViT, head_classes
 from prunex.vit.aside import as_found
-from prunex.vit.forward import own_anatomy, own_pruners, run
+from prunex.vit.forward import predict
 from prunex.vit.mount import mounted
-from prunex.vit.readout import TAIL, head
+from prunex.vit.readout import TAIL
 from prunex.vit.tail import Tail, alike, cannot, fields, fits, kind, precise, rows_of, shallow, stand_in, with_another
 from prunex.vit.trace import TokenTrace
 from prunex.vit.weights import is_packed, wrapped_layers
@@ -278,10 +278,8 @@ def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
         inner: Any = vit
         out, tail = type(inner).forward(inner, images), vars(vit).get(TAIL)
         return out if tail is None else tail(out), None
-    attached: Any = mounted(vit)
-    anatomy = own_anatomy(vit)
-    tokens, state = run(vit, images, anatomy, own_pruners(vit), masked=bool(attached.masked))
-    return head(vit, tokens, state.policy, anatomy, sizes=state.sizes), state.trace
+    prediction = predict(vit, images)
+    return prediction.logits, prediction.state.trace
 
 
 def _chosen(module: nn.Module, answer: Any, count: int) -> tuple[str, Tensor]:

@@ -295,7 +295,8 @@ def _local(model: Any, spec: WidthSpec, known: WidthSpec) -> WidthSpec:
 def _read_blocks(model: Any) -> frozenset[int]:
     """Blocks whose attention an attached token pruner ranks by."""
     hooked = mounted(model)
-    return frozenset() if hooked is None else hooked.pruner.rows() | hooked.pruner.key_means()
+    turns = [] if hooked is None else hooked.pruner.plan()
+    return frozenset(turn.block for turn in turns if turn.shown)
 
 
 def _renamed(kept: Sequence[int], known: Sequence[int] | None, count: int, what: str) -> Kept:

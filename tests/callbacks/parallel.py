@@ -47,7 +47,6 @@ TRAINED = {
     "evit": lambda: [TokenPruning("evit", keep_ratio=0.6)],
     "topk": lambda: [TokenPruning("topk", keep_ratio=0.6)],
     "ia_red2": lambda: [TokenPruning("ia_red2", keep_ratio=0.6)],
-    "ia_red2_reward": lambda: [TokenPruning("ia_red2", keep_ratio=0.6, options={"train": "reward"})],
     "diffmask": lambda: [TokenPruning("diffmask", keep_ratio=0.6, options={"count": "fixed", "layer": 2})],
     "xpruner": lambda: [MaskPruning("xpruner", budget=0.6, **UNITS)],
     "taylor": lambda: [MaskPruning("taylor", budget=0.6, images=BATCH, remove=False)],

@@ -55,7 +55,6 @@ def test_xpruner_learns_the_masks_of_labels_and_not_of_view_numbers(tmp_path, mo
     [
         lambda: MaskPruning("xpruner", **MASKS),
         lambda: MaskPruning("taylor", budget=0.7),
-        lambda: TokenPruning("ia_red2", options={"train": "reward"}),
     ],
 )
 def test_who_learns_from_labels_does_not_guess_between_two(tmp_path, callback):

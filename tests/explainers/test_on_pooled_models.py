@@ -7,8 +7,9 @@ import prunex
 from prunex.relevance.gradients import ModifiedGradients
 from prunex.relevance.rules import RelevanceRules
 from prunex.removal.game import Removal
-from prunex.vit.decisions import Pool, TokenState, apply
+from prunex.vit.decisions import Pool, apply
 from prunex.vit.forward import record
+from prunex.vit.state import TokenState
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 from tests.explainers.quick import EXPLAINERS, explain
@@ -61,7 +62,7 @@ def test_relevance_goes_to_the_winner_of_each_channel(ops):
     anatomy = prunex.vit.anatomy.read(tiny("avg_pool_no_class"))
     state = TokenState(tokens, anatomy, TokenTrace((1, 7), 0, 2, tokens.device), False, False, ops=ops, left=7)
     position = 0.3 * torch.randn(1, 3, 48, dtype=torch.float64)
-    apply(Pool(None, position), 0, False, state)
+    apply(Pool(None, position), 0, "before", state)
     relevance = torch.rand(2, 3, 48, dtype=torch.float64)
     if isinstance(ops, RelevanceRules):
         ops.relevance = True

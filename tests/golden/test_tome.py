@@ -42,13 +42,13 @@ def test_the_metric_and_the_token_streams_after_every_block(seed, proportional):
         for i in range(6):
             after = model.norm if i == 5 else model.blocks[i + 1].norm1
             after.register_forward_pre_hook(lambda m, args: streams.append(args[0]))
-        real = pruning.pruner.between
+        real = pruning.pruner.decide
 
-        def watch(block, state):
+        def watch(turn, state):
             metrics.append(state.key_mean)
-            return real(block, state)
+            return real(turn, state)
 
-        pruning.pruner.between = watch
+        pruning.pruner.decide = watch
         model(images)
     assert relative(metrics[0], want[f"{run}_metric_block0"]) < 2e-5
     for i in range(6):

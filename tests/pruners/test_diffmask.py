@@ -11,10 +11,10 @@ from prunex import PrunexError
 from prunex.callbacks import TokenPruning, load_from_checkpoint
 from prunex.learned.diffmask import DiffMaskExplainer, MaskGates, load_explainer
 from prunex.removal.game import Removal
-from prunex.vit.decisions import Absent, Fill
 from prunex.vit.embedding import embed, embed_patches, place, unplace
-from prunex.vit.forward import look_ahead, resume
+from prunex.vit.forward import begin, look_ahead, resume
 from prunex.vit.recording import recording
+from prunex.vit.replay import Absent
 from prunex.vit.tape import Tape
 from tests.callbacks.modules import Plain, trainer
 from tests.callbacks.modules import loader as module_loader
@@ -23,14 +23,14 @@ from tests.explainers.test_diffmask import explainer, force, liven
 from tests.vit.test_cost import counted
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, relative, state_of, tiny
 
-WAYS = [(count, removal) for count in ("adaptive", "fixed") for removal in ("drop", "placeholder")]
-ways = pytest.mark.parametrize(("count", "removal"), WAYS)
+WAYS = ("adaptive", "fixed")
+ways = pytest.mark.parametrize("count", WAYS)
 
 
-def attach(model, count="adaptive", removal="drop", seed=3, **options):
+def attach(model, count="adaptive", seed=3, **options):
     """Lively gates, with which images keep some patches each."""
     options = {"keep_ratio": 0.6, "threshold": 0.01} | options
-    pruning = prunex.attach(model, "diffmask", count=count, removal=removal, **options)
+    pruning = prunex.attach(model, "diffmask", count=count, **options)
     liven(pruning.pruner, seed)
     return pruning
 
@@ -54,19 +54,12 @@ def test_what_the_explainer_keeps_is_what_goes_on(family, layer):
             dropped = model(x)
             assert pruning.trace.kept().flatten(1).equal(kept)
             assert largest(pruning.trace.stages[0].score.exp(), votes) < 1e-9
-        with prunex.attach(
-            model, "diffmask", explainer=found, threshold=bound, layer=layer, removal="placeholder"
-        ) as pruning:
-            filled = model(x)
-            assert pruning.trace.kept().flatten(1).equal(kept)
-        assert largest(filled, found.masked(found.observe(x), kept)) < 1e-9
         # Dropping them is running the model on what is left of its embedded tokens.
         for i in range(4):
             tokens, _ = embed(model, x[i : i + 1])
             prefix = model.num_prefix_tokens
             rows = torch.cat([torch.arange(prefix), prefix + kept[i].nonzero()[:, 0]])
             assert largest(dropped[i], resume(model, tokens[:, rows], (1, len(rows) - prefix))[0]) < 1e-9
-        assert relative(dropped, filled) > 1e-3
 
 
 def test_a_fixed_count_keeps_the_likeliest():
@@ -83,10 +76,9 @@ def test_a_fixed_count_keeps_the_likeliest():
 
 
 @pytest.mark.parametrize("family", ["vit", "avg_pool_no_class"])
-@pytest.mark.parametrize("removal", ["drop", "placeholder"])
-def test_where_no_patch_is_wanted(family, removal):
+def test_where_no_patch_is_wanted(family):
     model = tiny(family)
-    pruning = attach(model, removal=removal)
+    pruning = attach(model)
     force(pruning.pruner, -50.0)
     with torch.no_grad():
         assert torch.isfinite(model(images(2))).all()
@@ -100,7 +92,7 @@ def test_where_no_patch_is_wanted(family, removal):
 
 @ways
 @pytest.mark.parametrize("family", ["vit", "avg_pool"])
-def test_keep_ratio_one_and_threshold_nought_are_dense(count, removal, family):
+def test_keep_ratio_one_and_threshold_nought_are_dense(count, family):
     model = tiny(family)
     x = images_for(model)
     dense = prunex.cost(model).macs
@@ -109,7 +101,7 @@ def test_keep_ratio_one_and_threshold_nought_are_dense(count, removal, family):
         for options in ({"keep_ratio": 1.0}, {"threshold": 0.0}):
             if "threshold" in options and count == "fixed":
                 continue
-            with attach(model, count, removal, **options) as pruning:
+            with attach(model, count, **options) as pruning:
                 for masked in (None, True, False):
                     pruning.masked = masked
                     assert model(x).equal(logits)
@@ -121,13 +113,13 @@ def test_keep_ratio_one_and_threshold_nought_are_dense(count, removal, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "count", "removal"),
-    [(f, *way) for f in FAMILIES for way in (WAYS if f in ("vit", "avg_pool_no_class", "clip") else WAYS[:1])],
+    ("family", "count"),
+    [(f, way) for f in FAMILIES for way in (WAYS if f in ("vit", "avg_pool_no_class", "clip") else WAYS[:1])],
 )
-def test_masked_equals_removed_and_one_equals_many(family, count, removal):
+def test_masked_equals_removed_and_one_equals_many(family, count):
     model = tiny(family).double()
     x = images_for(model)
-    pruning = attach(model, count, removal)
+    pruning = attach(model, count)
     with torch.no_grad():
         removed, kept, share = model(x), pruning.trace.kept(), pruning.trace.share()
         assert not kept.all()
@@ -143,10 +135,10 @@ def test_masked_equals_removed_and_one_equals_many(family, count, removal):
 
 
 @ways
-def test_training_mode_decides_the_same_without_chance(count, removal):
+def test_training_mode_decides_the_same_without_chance(count):
     model = tiny(drop_path_rate=0.5)
     x = images()
-    pruning = attach(model, count, removal)
+    pruning = attach(model, count)
     with torch.no_grad():
         model(x)
         kept = pruning.trace.kept()
@@ -160,19 +152,19 @@ def test_training_mode_decides_the_same_without_chance(count, removal):
 
 
 @ways
-def test_fine_tuning_moves_the_model_and_not_the_gates(count, removal):
+def test_fine_tuning_moves_the_model_and_not_the_gates(count):
     model = tiny().train()
-    pruning = attach(model, count, removal)
+    pruning = attach(model, count)
     model(images()).square().sum().backward()
     assert all(p.grad is None for p in pruning.pruner.parameters())
     assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("prunex."))
 
 
 @ways
-def test_one_image_cannot_poison_its_neighbours(count, removal):
+def test_one_image_cannot_poison_its_neighbours(count):
     model = tiny()
     x = images(3)
-    pruning = attach(model, count, removal)
+    pruning = attach(model, count)
     with torch.no_grad():
         clean = model(x)
         spoiled = x.clone()
@@ -183,10 +175,10 @@ def test_one_image_cannot_poison_its_neighbours(count, removal):
 
 
 @ways
-def test_prefix_tokens_are_left_alone(count, removal):
+def test_prefix_tokens_are_left_alone(count):
     model = tiny("dinov2_reg").double()
     x = images_for(model)
-    with attach(model, count, removal), recording(model, x, None, Tape(streams=True)) as recorded:
+    with attach(model, count), recording(model, x, None, Tape(streams=True)) as recorded:
         dense, _ = embed(model, x)
         entering = recorded.tape.attended()[0].before
     assert entering[:, :5].equal(dense[:, :5])
@@ -194,10 +186,10 @@ def test_prefix_tokens_are_left_alone(count, removal):
 
 @ways
 @pytest.mark.parametrize("train", [False, True])
-def test_detach_restores_bit_for_bit(count, removal, train):
+def test_detach_restores_bit_for_bit(count, train):
     model = tiny(drop_path_rate=0.1).train(train)
     before = state_of(model)
-    pruning = attach(model, count, removal)
+    pruning = attach(model, count)
     model(images())
     pruning.detach()
     assert_same_state(model, before)
@@ -213,16 +205,13 @@ def test_dense_weights_load_strictly():
         assert pruning.detach()(images()).equal(other(images()))
 
 
-@pytest.mark.parametrize(
-    ("count", "removal"),
-    [pytest.param(*way, marks=[pytest.mark.slow] * (way not in (WAYS[0], WAYS[3]))) for way in WAYS],
-)
+@ways
 @pytest.mark.parametrize("explainer", EXPLAINERS)
-def test_every_explainer_works_on_it(explainer, count, removal):
+def test_every_explainer_works_on_it(explainer, count):
     model = tiny().double()
     x = images(2, dtype=torch.float64)
     tolerance = 1e-9 if explainer == "r_cut" else 1e-10
-    with attach(model, count, removal) as pruning:
+    with attach(model, count) as pruning:
         removed = explain(explainer, model, x)
         pruning.masked = True
         masked = explain(explainer, model, x)
@@ -240,9 +229,9 @@ def test_every_explainer_works_on_it(explainer, count, removal):
 @pytest.mark.parametrize("masked", [None, True])
 @pytest.mark.parametrize("frozen", [True, False])
 @ways
-def test_unaltered_tokens_give_the_logits_of_the_forward(count, removal, masked, frozen):
+def test_unaltered_tokens_give_the_logits_of_the_forward(count, masked, frozen):
     model = tiny().double()
-    attach(model, count, removal).masked = masked
+    attach(model, count).masked = masked
     x = images(dtype=torch.float64)
     index = torch.tensor([2, 0, 0, 1])
     with recording(model, x, None, Tape()) as recorded, torch.no_grad():
@@ -253,45 +242,38 @@ def test_unaltered_tokens_give_the_logits_of_the_forward(count, removal, masked,
 @pytest.mark.parametrize("family", ["vit", "avg_pool", "dinov2_reg", "clip"])
 @pytest.mark.parametrize("absent_masked", [False, True])
 def test_it_decides_among_the_patches_that_are_there(family, absent_masked):
-    """The first pass, and the placeholders, know which patches the slots hold."""
+    """The first pass knows which patches the slots hold."""
     model = tiny(family).double()
     x = images_for(model, 2)
     prefix = model.num_prefix_tokens
     present = torch.zeros(2, 16, dtype=torch.bool)
     present[:, [1, 2, 4, 7, 8, 11, 13, 14]] = True
     present[1] = present[1].roll(1)
-    for removal in ("drop", "placeholder"):
-        pruning = attach(model, removal=removal)
-        gates: MaskGates = pruning.pruner.gates
-        with torch.no_grad():
-            tokens, grid = embed(model, x)
-            told = resume(
-                model, tokens, grid, (Absent(present, masked=absent_masked), pruning.pruner), masked=absent_masked
-            )
-            for i in range(2):
-                rows = torch.cat([torch.arange(prefix), prefix + present[i].nonzero()[:, 0]])
-                few = tokens[i : i + 1, rows]
-                first = unplace(model, few, grid, present[i].nonzero().T)
-                stream = look_ahead(model, few, pruning._attached.anatomy, 4)
-                states = [first, *(s[:, prefix:] for s in stream)]
-                logits = gates(states)
-                kept = (torch.sigmoid(logits + 0.2 * math.log(5)).prod(1) > 0.01)[0]
-                assert 0 < int(kept.sum()) < 8
-                if removal == "drop":
-                    few = few[:, torch.cat([torch.arange(prefix), prefix + kept.nonzero()[:, 0]])]
-                else:
-                    blank = place(model, gates.placeholder.expand(1, 16, -1), grid)[:, rows]
-                    few = torch.where(torch.cat([torch.ones(prefix).bool(), kept])[None, :, None], few, blank)
-                assert largest(told[i], resume(model, few, (1, few.shape[1] - prefix))[0]) < 1e-9
-        pruning.detach()
+    pruning = attach(model)
+    gates: MaskGates = pruning.pruner.gates
+    with torch.no_grad():
+        tokens, grid = embed(model, x)
+        absent = Absent(present, masked=absent_masked)
+        answers = resume(model, tokens, grid, (absent, pruning.pruner), masked=absent_masked)
+        for i in range(2):
+            rows = torch.cat([torch.arange(prefix), prefix + present[i].nonzero()[:, 0]])
+            few = tokens[i : i + 1, rows]
+            first = unplace(model, few, grid, present[i].nonzero().T)
+            stream = look_ahead(begin(model, few, (1, 8), pruning._attached.anatomy), 4)
+            states = [first, *(s[:, prefix:] for s in stream)]
+            logits = gates(states)
+            kept = (torch.sigmoid(logits + 0.2 * math.log(5)).prod(1) > 0.01)[0]
+            assert 0 < int(kept.sum()) < 8
+            few = few[:, torch.cat([torch.arange(prefix), prefix + kept.nonzero()[:, 0]])]
+            assert largest(answers[i], resume(model, few, (1, few.shape[1] - prefix))[0]) < 1e-9
 
 
 @pytest.mark.parametrize("family", ["vit", "avg_pool_no_class"])
 @ways
-def test_removal_games_of_both_routes_agree(count, removal, family):
+def test_removal_games_of_both_routes_agree(count, family):
     model = tiny(family).double()
     x = images_for(model, 2)
-    attach(model, count, removal)
+    attach(model, count)
     coalitions = torch.rand(2, 6, 16, generator=torch.Generator().manual_seed(1)) < 0.6
     coalitions[:, 0], coalitions[:, 1] = True, False
     dropped, masked = (Removal(model, x, removal=r)(coalitions) for r in ("drop", "mask"))
@@ -301,24 +283,6 @@ def test_removal_games_of_both_routes_agree(count, removal, family):
     adaptive = Removal(model, x, selection="free")(coalitions)
     assert torch.isfinite(adaptive).all()
     assert largest(adaptive[:, 0], dropped[:, 0]) < 1e-9
-
-
-def test_a_fill_replaces_and_says_so():
-    model = tiny().double()
-    pruning = attach(model, removal="placeholder")
-    with torch.no_grad(), recording(model, images(2, dtype=torch.float64), None, Tape()) as recorded:
-        [decision] = recorded.state.decisions
-        assert isinstance(decision.answer, Fill)
-        [stage] = recorded.trace.stages
-    assert stage.n_out == 16
-    assert stage.counted == 16
-    gone = stage.group < 0
-    assert gone.any()
-    assert (stage.weight[gone] == 0).all()
-    assert (stage.weight[~gone] == 1).all()
-    lifted = stage.lift(torch.ones(2, 17), 1)
-    assert (lifted[:, 1:][gone] == 0).all()
-    assert pruning.counts() == [16]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -337,11 +301,10 @@ def test_unplacing_takes_back_what_placing_adds(family):
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_giant", "avg_pool_no_class"])
-@pytest.mark.parametrize("removal", ["drop", "placeholder"])
 @pytest.mark.parametrize("layer", [0, 1, 2, -1])
-def test_the_cost_is_what_torch_counts(family, removal, layer):
+def test_the_cost_is_what_torch_counts(family, layer):
     model = tiny(family)
-    attach(model, "fixed", removal, layer=layer)
+    attach(model, "fixed", layer=layer)
     assert counted(model, images_for(model)) == pytest.approx(prunex.cost(model).macs, rel=1e-9)
 
 
@@ -374,12 +337,10 @@ def test_measured_counts():
 
 
 @ways
-def test_slim_saved_and_loaded_it_says_the_same(count, removal, tmp_path):
+def test_slim_saved_and_loaded_it_says_the_same(count, tmp_path):
     model, found = tiny(), explainer()
     found.save(tmp_path / "explainer")
-    prunex.attach(
-        model, "diffmask", explainer=tmp_path / "explainer", count=count, removal=removal, threshold=0.2, layer=2
-    )
+    prunex.attach(model, "diffmask", explainer=tmp_path / "explainer", count=count, threshold=0.2, layer=2)
     x = images()
     with torch.no_grad():
         logits = model(x)
@@ -395,10 +356,10 @@ def test_slim_saved_and_loaded_it_says_the_same(count, removal, tmp_path):
 
 
 @ways
-def test_the_callback_fine_tunes_with_gates_from_a_folder(tmp_path, count, removal):
+def test_the_callback_fine_tunes_with_gates_from_a_folder(tmp_path, count):
     module = Plain()
     folder = str(explainer(module.vit).save(tmp_path / "explainer"))
-    options = {"explainer": folder, "count": count, "removal": removal, "threshold": 0.01}
+    options = {"explainer": folder, "count": count, "threshold": 0.01}
     run = trainer(tmp_path, TokenPruning("diffmask", keep_ratio=0.6, options=options))
     before = {n: p.clone() for n, p in module.named_parameters()}
     run.fit(module, module_loader(), module_loader())
@@ -418,10 +379,9 @@ def test_the_callback_fine_tunes_with_gates_from_a_folder(tmp_path, count, remov
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("removal", ["drop", "placeholder"])
-def test_a_graph_is_exported(removal, tmp_path):
+def test_a_graph_is_exported(tmp_path):
     model = tiny(depth=2, embed_dim=24)
-    attach(model, "fixed", removal)
+    attach(model, "fixed")
     path = prunex.export(model, tmp_path / "model.pt2")
     x = images(3)
     with torch.no_grad():
@@ -463,9 +423,7 @@ def test_half_precision():
         ({"layer": 6}, "layer=6 does not exist"),
         ({"layer": 1.0}, "layer=1.0"),
         ({"count": "some"}, "unknown count 'some'"),
-        ({"removal": "noise"}, "unknown removal 'noise'.*drop, placeholder"),
         ({"keep_ratio": 0}, "keep_ratio=0"),
-        ({"keep_ratio": [0.5, 0.5]}, "has 2 values for 1 stages"),
         ({"stages": [1]}, "unknown option of diffmask 'stages'"),
         ({"mul": -1}, "mul=-1"),
         ({"explainer": 3}, "explainer=3 is not allowed"),

@@ -125,7 +125,7 @@ def test_a_training_forward_under_a_mask_equals_the_gathered_one(scripted):
     with torch.no_grad():
         features = model.forward_features(x)
         chosen = keep.nonzero()[:, 1].view(3, 5)
-        pruning.pruner.before = lambda block, state: prunex.vit.decisions.Keep(chosen) if block == 1 else None
+        pruning.pruner.decide = lambda turn, state: prunex.vit.decisions.Keep(chosen)
         pruning.masked = False
         gathered = model.forward_features(x)
     assert largest(features[:, :5], gathered[:, :5]) < 1e-9

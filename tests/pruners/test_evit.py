@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import prunex
-from prunex.vit.anatomy import read
 from prunex.vit.forward import run
+from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 from tests.vits import images_for, largest, tiny, weightless
 
@@ -39,10 +39,9 @@ def test_counts_at_224(rate, fuse, kept):
 def test_the_fused_token_is_the_attention_weighted_sum_of_the_dropped():
     model = tiny("dinov2_reg").double()
     x = images_for(model)
-    anatomy = read(model)
     with torch.no_grad():
         dense = Tape(attention=True, streams=True)
-        run(model, x, anatomy, tape=dense)
+        run(model, x, recorder=Recorder(dense))
         a = dense.attended()[1].attention[:, :, 0, 5:].mean(1)  # class row over the patches
         between = next(s for s in dense.steps if getattr(s, "block", None) == 1 and hasattr(s, "branch")).before
         body = between[:, 5:]

@@ -8,13 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prunex
 from prunex import PrunexError
-from prunex.vit.arithmetic import PLAIN
-from prunex.vit.decisions import Absent, Pool, Replay, TokenState, apply
+from prunex.vit.decisions import Pool, apply
 from prunex.vit.embedding import embed
-from prunex.vit.forward import own_anatomy, record, run
-from prunex.vit.readout import head
+from prunex.vit.forward import answer, begin, encode, own_anatomy, predict, record, run
+from prunex.vit.replay import Absent, Replay
+from prunex.vit.state import TokenState
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage, TokenTrace
+from prunex.vit.turns import Turns
 from tests.vits import (
     FAMILIES,
     assert_same_state,
@@ -169,7 +170,7 @@ def test_without_pooling_it_is_timms_average_pooled_model():
     with torch.no_grad():
         want = model(x)
         pruning = prunex.attach(model, "hvt")
-        pruning.pruner.acts_after = lambda block: False
+        pruning.pruner.plan = list
         assert relative(model(x), want) < 1e-12
 
 
@@ -194,8 +195,7 @@ def shuffled(model, x, order):
     anatomy = own_anatomy(model)
     prefix = anatomy.prefix
     moved = torch.cat([tokens[:, :prefix], tokens[:, prefix:][:, order]], 1)
-    out, state = prunex.vit.forward.encode(model, moved, grid, anatomy, pruners)
-    return head(model, out, state.policy, anatomy, PLAIN)
+    return answer(encode(begin(model, moved, grid, anatomy), Turns(pruners)))
 
 
 def test_only_pooling_minds_the_order_of_patches():
@@ -230,11 +230,11 @@ def test_windows_and_shares(grid, prefix):
     state = state_for(tokens, prefix, (1, n))
     want = torch.stack([slow_pool(t) if grid is None else slow_pool_2d(t, grid) for t in tokens[:, prefix:]])
     position = torch.randn(1, want.shape[1], 48, dtype=torch.float64)
-    (stage,) = apply(Pool(grid, position), 0, False, state, after=True)
+    (stage,) = apply(Pool(grid, position), 0, "after", state)
     assert torch.equal(state.tokens[:, prefix:], want + position)
     assert torch.equal(state.tokens[:, :prefix], tokens[:, :prefix])
     assert stage.n_out == state.left == stage.counted == want.shape[1]
-    assert state.decisions[0].after
+    assert state.decisions[0].when == "after"
     whole = state.trace.composition()
     assert largest(whole.sum(1), torch.ones(3, stage.n_out)) < 1e-9  # shares of one token sum to 1
     for image in range(3):
@@ -246,13 +246,13 @@ def test_windows_and_shares(grid, prefix):
 
 def test_ties_go_to_the_first():
     state = state_for(torch.zeros(1, 5, 48), 0, (1, 5))
-    apply(Pool(), 0, False, state)
+    apply(Pool(), 0, "before", state)
     assert state.trace.composition()[0].tolist() == [[1, 0], [0, 0], [0, 1], [0, 0], [0, 0]]
 
 
 def test_an_even_sequence_loses_its_last_token():
     state = state_for(torch.randn(2, 6, 48), 0, (2, 3))
-    (stage,) = apply(Pool(), 0, False, state)
+    (stage,) = apply(Pool(), 0, "before", state)
     assert stage.n_out == 2
     assert (state.trace.composition()[:, 5] == 0).all()
     assert (state.trace.tokens()[:, 5] == -1).all()
@@ -264,7 +264,7 @@ def test_the_maximum_is_over_tokens_that_are_there(grid):
     policy = torch.ones(3, 12, dtype=torch.float64)
     policy[0, [1, 2, 3, 4]] = policy[1, 5:] = policy[2] = 0
     state = state_for(tokens, 0, (3, 4), policy, masked=True)
-    (stage,) = apply(Pool(grid), 0, False, state)
+    (stage,) = apply(Pool(grid), 0, "before", state)
     members = Pool(grid).layout(12, tokens.device)[0]
     whole = state.trace.composition()
     for image in range(3):
@@ -311,7 +311,7 @@ def test_the_trace_equals_the_slow_composition(pool, absent):
         present[2] = False
         pruners = (Absent(present, masked=True), *pruners)
     with torch.no_grad():
-        trace = run(model, x, own_anatomy(model), pruners, masked=absent)[1].trace
+        trace = run(model, x, pruners, masked=absent).trace
     assert trace.prefix == 0
     assert trace.pooled
     generator = torch.Generator().manual_seed(0)
@@ -403,13 +403,14 @@ def test_kept_prefix_tokens_are_never_pooled():
     x = images_for(model)
     seen = []
     with hvt(model, stages=(0, 3), class_token="keep") as pruning:
-        real = pruning.pruner.after
+        real = pruning.pruner.decide
 
-        def watch(block, state):
-            seen.append((state, state.tokens[:, :5].clone()))
-            return real(block, state)
+        def watch(turn, state):
+            if turn.when == "after":
+                seen.append((state, state.tokens[:, :5].clone()))
+            return real(turn, state)
 
-        pruning.pruner.after = watch
+        pruning.pruner.decide = watch
         with torch.no_grad():
             model(x)
             final = record(model, x, Tape()).tokens
@@ -484,7 +485,7 @@ def test_a_training_step_reaches_positions_and_backbone(family):
 def test_gradients_go_to_the_winner_of_each_channel():
     tokens = torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)
     state = state_for(tokens, 0, (1, 7))
-    apply(Pool(), 0, False, state)
+    apply(Pool(), 0, "before", state)
     seed = torch.randn_like(state.tokens)
     (grad,) = torch.autograd.grad(state.tokens, tokens, seed)
     want = torch.zeros_like(tokens)
@@ -512,13 +513,13 @@ def test_replayed_decisions_for_any_selection_of_images():
     model = tiny().double()
     x = images_for(model)
     hvt(model, stages=(0, 2, 3))
-    anatomy, index = own_anatomy(model), torch.tensor([2, 0, 0, 1])
+    index = torch.tensor([2, 0, 0, 1])
     with torch.no_grad():
-        tokens, state = run(model, x, anatomy, (model.prunex.pruner,))
-        again, other = run(model, x[index], anatomy, (Replay(state.decisions, index),))
-    assert largest(again, tokens[index]) < 1e-12
+        state = run(model, x)
+        other = run(model, x[index], (Replay(state.decisions, index),))
+    assert largest(other.tokens, state.tokens[index]) < 1e-12
     assert [s.n_out for s in other.trace.stages] == [7, 3, 1]
-    assert all(d.after for d in other.decisions)
+    assert all(d.when == "after" for d in other.decisions)
     assert all(not d.answer.position.requires_grad for d in other.decisions)
 
 
@@ -527,11 +528,10 @@ def test_absent_patches_do_not_matter_and_one_image_is_no_other_s_business():
     x = images_for(model)
     present = torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) > 0.5
     hvt(model, stages=(0, 2))
-    anatomy, own = own_anatomy(model), model.prunex.pruner
+    own = model.prunex.pruner
 
     def logits(images, there):
-        tokens, state = run(model, images, anatomy, (Absent(there, masked=True), own), masked=True)
-        return head(model, tokens, state.policy, anatomy, PLAIN)
+        return predict(model, images, (Absent(there, masked=True), own), masked=True).logits
 
     with torch.no_grad():
         want = logits(x, present)

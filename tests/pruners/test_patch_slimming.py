@@ -15,9 +15,10 @@ from prunex.pruners.base import calibration_images
 from prunex.pruners.patch_slimming_search import Search, impact
 from prunex.removal.game import Removal
 from prunex.vit.anatomy import read
-from prunex.vit.decisions import Absent, Replay
 from prunex.vit.embedding import embed
 from prunex.vit.forward import resume, run, through
+from prunex.vit.recorder import Recorder
+from prunex.vit.replay import Absent, Replay
 from prunex.vit.tape import Tape
 from tests.vit.test_cost import counted
 from tests.vits import FAMILIES, assert_same_state, geometry, images, images_for, largest, state_of, tiny
@@ -218,7 +219,7 @@ def test_replaying_its_decisions_gives_its_logits():
         logits = model(x)
         tokens, grid = embed(model, x)
         for tape in (None, Tape(attention=True)):
-            state = run(model, x, read(model), (model.prunex.pruner,), tape)[1]
+            state = run(model, x, recorder=Recorder(tape))
             again = torch.tensor([2, 2, 0])
             assert largest(resume(model, tokens[again], grid, (Replay(state.decisions, again),)), logits[again]) < 1e-12
 

@@ -7,7 +7,8 @@ import torch
 
 import prunex
 from prunex.pruners.base import ceil_share, check_stages, floor_share, top
-from prunex.vit.decisions import Keep, TokenState
+from prunex.vit.decisions import Keep
+from prunex.vit.state import TokenState
 from tests.vits import (
     ALL_FAMILIES,
     QUICK_FAMILIES,
@@ -152,30 +153,27 @@ def test_prefix_tokens_are_never_pruned(family, pruner, masked):
     seen = []
     own = pruning.pruner
 
-    def watch(name):
-        real = getattr(own, name)
+    decide = own.decide
 
-        def call(block, state):
-            decision = real(block, state)
-            if decision is not None:
-                seen.append((state, state.tokens[:, :prefix].clone(), state.tokens.shape[1]))
-            return decision
+    def watch(turn, state):
+        decision = decide(turn, state)
+        if decision is not None:
+            seen.append((state, state.tokens[:, :prefix].clone(), state.tokens.shape[1]))
+        return decision
 
-        setattr(own, name, call)
-
-    watch("before")
-    watch("between")
+    own.decide = watch
     after = []
-    apply = prunex.vit.forward.apply
+    apply = prunex.vit.turns.apply
 
-    def applied(decision, block, inside, state):
-        stages = apply(decision, block, inside, state)
+    def applied(decision, *place):
+        stages = apply(decision, *place)
+        state = place[2]
         if decision is not None:
             after.append((state.tokens[:, :prefix].clone(), state.policy))
         return stages
 
     patch = pytest.MonkeyPatch()
-    patch.setattr("prunex.vit.forward.apply", applied)
+    patch.setattr("prunex.vit.turns.apply", applied)
     try:
         with torch.no_grad():
             model(images_for(model))
@@ -199,17 +197,16 @@ def test_permuting_kept_patches_leaves_the_logits(pruner):
     with torch.no_grad():
         logits = model(x)
         own = pruning.pruner
-        name = "before" if pruner == "dynamicvit" else "between"
-        real = getattr(own, name)
+        real = own.decide
 
-        def shuffled(block, state):
-            d = real(block, state)
+        def shuffled(turn, state):
+            d = real(turn, state)
             if d is None:
                 return None
             order = torch.randperm(d.index.shape[1], generator=torch.Generator().manual_seed(2))
             return Keep(d.index[:, order], d.score, d.fuse)
 
-        setattr(own, name, shuffled)
+        own.decide = shuffled
         kept = pruning.trace.kept()
         assert largest(model(x), logits) < 1e-10
         assert torch.equal(pruning.trace.kept(), kept)
@@ -370,14 +367,14 @@ def test_a_pruner_is_shown_what_is_there():
     pruning = attach(model, "evit", stages=(1, 2))
     pruning.masked = True
     shown: list[TokenState] = []
-    real = pruning.pruner.between
+    real = pruning.pruner.decide
 
-    def watch(block, state):
+    def watch(turn, state):
         shown.append((state.left, state.patches.shape[1], None if state.present is None else state.present.sum(1)))
         assert largest(state.row.sum(1), torch.ones(3)) < 1e-5
-        return real(block, state)
+        return real(turn, state)
 
-    pruning.pruner.between = watch
+    pruning.pruner.decide = watch
     with torch.no_grad():
         model(images_for(model))
     assert shown[0] == (16, 16, None)

@@ -12,9 +12,11 @@ from prunex.removal.game import Removal
 from prunex.vit import attention, forward
 from prunex.vit.anatomy import read
 from prunex.vit.attention import KeyWeights
-from prunex.vit.decisions import Absent, Merge, TokenState, apply
+from prunex.vit.decisions import Merge, apply
 from prunex.vit.forward import resume
 from prunex.vit.policy import under_policy
+from prunex.vit.replay import Absent
+from prunex.vit.state import TokenState
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
 from tests.vit.test_cost import counted
@@ -106,14 +108,14 @@ def merges(monkeypatch):
     """What every merge found and left: (tokens before, sizes before, state after), in order."""
     seen, real = [], apply
 
-    def watched(answer, block, inside, state):
+    def watched(answer, block, when, state, entered):
         before = state.tokens, state.sizes
-        stages = real(answer, block, inside, state)
+        stages = real(answer, block, when, state, entered)
         if answer is not None:
             seen.append((*before, state.tokens, state.sizes, state.policy, stages[0]))
         return stages
 
-    monkeypatch.setattr("prunex.vit.forward.apply", watched)
+    monkeypatch.setattr("prunex.vit.turns.apply", watched)
     return seen
 
 
@@ -336,7 +338,7 @@ def test_a_merge_among_absent_tokens_is_the_mean_of_the_others():
     trace = TokenTrace((1, 4), 1, 1, tokens.device)
     state = TokenState(tokens, anatomy, trace, masked=True, training=False, left=4)
     state.policy = torch.tensor([[1.0, 1, 1, 0, 1]])
-    apply(Merge(torch.tensor([[0, 1, 1, 1]]), 2), 0, True, state)
+    apply(Merge(torch.tensor([[0, 1, 1, 1]]), 2), 0, "inside", state)
     assert largest(state.tokens[:, 1:3], torch.stack([tokens[:, 1], (tokens[:, 2] + tokens[:, 4]) / 2], 1)) < 1e-12
     assert state.policy.tolist() == [[1, 1, 1, 0, 0]]
     assert state.sizes.tolist() == [[1, 1, 2, 1, 1]]

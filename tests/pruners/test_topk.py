@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.forward import run
+from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 from tests.vits import ALL_FAMILIES, images_for, largest, tiny, weightless
 
@@ -37,7 +38,7 @@ def test_the_best_attended_patches_are_kept(family):
     anatomy = read(model)
     with torch.no_grad():
         tape = Tape(attention=True)
-        run(model, x, anatomy, tape=tape)
+        run(model, x, recorder=Recorder(tape))
         full = tape.attended()[1].attention  # [B, H, N, N]
         if anatomy.readers:
             score = full[:, :, 0].mean(1)

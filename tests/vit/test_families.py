@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import prunex
-from prunex.vit.anatomy import read
 from prunex.vit.forward import run
+from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 from tests.vit.families import FAMILIES, build, double, table
 from tests.vits import assert_same_state, images_for, largest, randomise, relative, state_of
@@ -37,11 +37,11 @@ def test_dense_parity(family):
     x = images_for(model)
     with torch.no_grad():
         features, logits = model.forward_features(x), model(x)
-        assert largest(run(model, x, read(model))[0], features) == 0  # whole blocks: the very same calls
-        opened = run(model, x, read(model), tape=Tape(rows=frozenset(range(len(model.blocks)))))[0]
+        assert largest(run(model, x).tokens, features) == 0  # whole blocks: the very same calls
+        opened = run(model, x, recorder=Recorder(Tape(rows=frozenset(range(len(model.blocks)))))).tokens
         assert relative(opened, features) < 5e-6
         tape = Tape(attention=True, streams=True)
-        assert relative(run(model, x, read(model), tape=tape)[0], features) < 5e-6
+        assert relative(run(model, x, recorder=Recorder(tape)).tokens, features) < 5e-6
         for step in tape.attended():
             assert largest(step.attention.sum(-1), torch.ones_like(step.attention[..., 0])) < 1e-5
         before = state_of(model)

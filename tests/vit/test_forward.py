@@ -10,10 +10,10 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 import prunex
-from prunex.vit.anatomy import read
 from prunex.vit.embedding import embed, embed_patches, place
 from prunex.vit.forward import run
 from prunex.vit.methods import check_parity
+from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 from tests.vits import ALL_FAMILIES, images, images_for, largest, lively, randomise, relative, tiny
 
@@ -23,7 +23,7 @@ DROPS = {"drop_rate": 0.1, "pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_pa
 
 def opened(model, x):
     """Our forward with every block opened into its halves."""
-    return run(model, x, read(model), tape=Tape(rows=frozenset(range(len(model.blocks)))))[0]
+    return run(model, x, recorder=Recorder(Tape(rows=frozenset(range(len(model.blocks)))))).tokens
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -43,9 +43,9 @@ def test_forward_equals_timm_in_eval(family):
     x = images_for(model)
     with torch.no_grad():
         features, logits = model.forward_features(x), model(x)
-        assert largest(run(model, x, read(model))[0], features) == 0  # whole blocks: the very same calls
+        assert largest(run(model, x).tokens, features) == 0  # whole blocks: the very same calls
         assert relative(opened(model, x), features) < 2e-6
-        with_map = run(model, x, read(model), tape=Tape(attention=True, streams=True))[0]
+        with_map = run(model, x, recorder=Recorder(Tape(attention=True, streams=True))).tokens
         assert relative(with_map, features) < 2e-6
         for method in METHODS:
             with prunex.attach(model, method, keep_ratio=1.0):
@@ -61,7 +61,7 @@ def test_forward_equals_timm_in_float64(family):
     with torch.no_grad():
         features = model.forward_features(x)
         assert largest(opened(model, x), features) < 1e-12
-        assert largest(run(model, x, read(model), tape=Tape(attention=True))[0], features) < 1e-12
+        assert largest(run(model, x, recorder=Recorder(Tape(attention=True))).tokens, features) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["vit", "deit_distilled", "dinov2_reg", "avg_pool_no_class", "qk_norm"])
@@ -495,7 +495,7 @@ def test_tape_records_in_forward_order():
     x = images_for(model)
     tape = Tape(attention=True, streams=True)
     with torch.no_grad():
-        run(model, x, read(model), tape=tape)
+        run(model, x, recorder=Recorder(tape))
         seen, inputs = [], []
         for block in model.blocks:
             block.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))

@@ -11,6 +11,7 @@ from prunex.vit import attention
 from prunex.vit.anatomy import read
 from prunex.vit.arithmetic import PLAIN
 from prunex.vit.decisions import Keep
+from prunex.vit.handover import Handed
 from prunex.vit.layouts import LAYOUTS, layout_of
 from prunex.vit.policy import under_policy
 from prunex.vit.readout import pool_attention
@@ -42,7 +43,7 @@ def test_between_a_parallel_blocks_halves(kind, fuse):
     weights = torch.rand(3, 16, dtype=torch.float64)
     entered = []
     with prunex.attach(model, "topk", keep_ratio=0.5, stages=(1,)) as pruning, torch.no_grad():
-        pruning.pruner.between = lambda block, state: Keep(kept, fuse=weights if fuse else None)
+        pruning.pruner.decide = lambda turn, state: Keep(kept, fuse=weights if fuse else None)
         model.blocks[0].register_forward_hook(lambda m, args, out: entered.append(out))
         after = []
         model.blocks[2].register_forward_pre_hook(lambda m, args: after.append(args[0]))
@@ -73,7 +74,7 @@ def test_stochastic_depth_is_drawn_once_for_both_halves(kind):
     model.train()
     x = images_for(model, 8)
     with torch.no_grad(), prunex.attach(model, "topk", keep_ratio=0.5, stages=(1,)) as pruning:
-        pruning.pruner.between = lambda block, state: None
+        pruning.pruner.decide = lambda turn, state: None
         entered, left = [], []
         model.blocks[0].register_forward_hook(lambda m, args, out: entered.append(out))
         model.blocks[2].register_forward_pre_hook(lambda m, args: left.append(args[0]))
@@ -153,7 +154,7 @@ def test_what_an_attention_pooling_head_reads(family):
     prefix = model.num_prefix_tokens
     assert read(model).pool_prefix == (family == "pe")
     with torch.no_grad():
-        row = pool_attention(model, model.forward_features(x), None, read(model))
+        row = pool_attention(model, model.forward_features(x), Handed(read(model)))
         assert row.shape == (3, prefix + 16)
         assert (float(row[:, :prefix].abs().max()) > 0) == (family == "pe")
         with prunex.attach(model, "topk", keep_ratio=0.5, stages=(3,)):

@@ -6,11 +6,12 @@ import torch
 import prunex
 from prunex.vit.anatomy import read
 from prunex.vit.attention import matrix
-from prunex.vit.decisions import Drop, Keep, Replay
+from prunex.vit.decisions import Drop, Keep
 from prunex.vit.embedding import embed
-from prunex.vit.forward import encode, run
+from prunex.vit.forward import answer, begin, encode, predict
 from prunex.vit.packing import Packing
-from prunex.vit.readout import head
+from prunex.vit.replay import Replay
+from prunex.vit.turns import Turn, Turns
 from tests.vits import images_for, largest, relative, tiny
 
 SHOWN = ["vit", "dinov2_reg", "avg_pool_no_class", "max_pool", "attn_norm"]
@@ -22,34 +23,17 @@ class Scripted:
     def __init__(self, present, inside=(), fuse=False):
         self.present, self.inside, self.fuse = present, inside, fuse
 
-    def rows(self):
-        return frozenset()
+    def plan(self):
+        return [Turn(block, "inside" if block in self.inside else "before") for block in self.present]
 
-    def key_means(self):
-        return frozenset()
-
-    def acts_after(self, block):
-        return False
-
-    def acts_between(self, block):
-        return block in self.inside
-
-    def _answer(self, block, state):
-        if block not in self.present:
-            return None
+    def decide(self, turn, state):
         where = state.trace.tokens()  # slot of each patch
-        wanted = self.present[block].to(where.device)
+        wanted = self.present[turn.block].to(where.device)
         count = state.patches.shape[1]
         slots = torch.zeros(len(where), count + 1, dtype=torch.bool)
         slots.scatter_(1, where.masked_fill(where < 0, count), wanted & (where >= 0))
         weights = torch.full((len(where), count), 0.5, dtype=state.tokens.dtype) if self.fuse else None
         return Drop(slots[:, :count], fuse=weights)
-
-    def before(self, block, state):
-        return None if block in self.inside else self._answer(block, state)
-
-    def between(self, block, state):
-        return self._answer(block, state)
 
 
 def script(counts, seed=0, **options):
@@ -61,9 +45,8 @@ def script(counts, seed=0, **options):
 
 
 def logits(model, x, pruner, masked=False, grid=None):
-    a = read(model)
-    tokens, state = run(model, x, a, (pruner,), masked=masked)
-    return head(model, tokens, state.policy, a), state
+    prediction = predict(model, x, (pruner,), masked=masked)
+    return prediction.logits, prediction.state
 
 
 @pytest.mark.parametrize("inside", [(), (2,)])
@@ -154,15 +137,14 @@ def test_decisions_repeat_for_any_selection_of_images(index, masked, fuse):
     """Slots of later decisions are those of the clean batch, whatever the longest image of the selection is."""
     model = tiny("dinov2_reg").double()
     x = images_for(model, 4)
-    a = read(model)
     counts = {1: (14, 3, 5, 8), 2: (2, 3, 0, 8)}
     with torch.no_grad():
         clean, state = logits(model, x, script(counts, fuse=fuse), masked=masked)
         rows = torch.arange(4) if index is None else torch.tensor(index)
         tokens, grid = embed(model, x[rows])
         again = Replay(state.decisions, None if index is None else rows)
-        out, state = encode(model, tokens, grid, a, (again,), masked=masked)
-        assert largest(head(model, out, state.policy, a), clean[rows]) < 1e-12
+        state = encode(begin(model, tokens, grid, read(model), masked), Turns((again,)))
+        assert largest(answer(state), clean[rows]) < 1e-12
 
 
 def test_a_keep_after_a_drop_hides_slots():
@@ -171,10 +153,13 @@ def test_a_keep_after_a_drop_hides_slots():
     x = images_for(model)
 
     class Both(Scripted):
-        def before(self, block, state):
-            if block == 2:
+        def plan(self):
+            return [*super().plan(), Turn(2)]
+
+        def decide(self, turn, state):
+            if turn.block == 2:
                 return Keep(torch.arange(3).expand(3, -1))
-            return super().before(block, state)
+            return super().decide(turn, state)
 
     with torch.no_grad():
         _, state = logits(model, x, Both(script({1: (16, 2, 5)}).present))

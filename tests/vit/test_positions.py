@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import prunex
-from prunex.vit.anatomy import read
 from prunex.vit.embedding import embed
 from prunex.vit.forward import resume, run
 from prunex.vit.positions import Places, Positions, joins, positions_of
+from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 from prunex.vit.trace import Stage
+from prunex.vit.turns import Turn
 from tests.vits import images, images_for, largest, randomise, tiny
 
 
@@ -107,8 +108,8 @@ def test_a_pruned_block_attends_as_the_dense_one_among_the_kept(family):
     x = images_for(model)
     kept = torch.tensor([[0, 3, 5, 6, 10, 15]] * 3)
     with prunex.attach(model, "topk", keep_ratio=0.5, stages=(0,)) as pruning, torch.no_grad():
-        pruning.pruner.rows = frozenset
-        pruning.pruner.before = lambda block, state: prunex.vit.decisions.Keep(kept)
+        pruning.pruner.plan = lambda: [Turn(0)]
+        pruning.pruner.decide = lambda turn, state: prunex.vit.decisions.Keep(kept)
         features = model.forward_features(x)
     prefix = model.num_prefix_tokens
     hidden = torch.ones(3, prefix + 16, dtype=torch.bool)
@@ -146,7 +147,7 @@ def test_a_shortened_sequence_knows_its_places(family):
     slots = torch.tensor([[1, 2, 7, 12], [0, 5, 6, 15], [3, 4, 8, 9]])
     present.scatter_(1, slots, True)
     with torch.no_grad():
-        wanted = resume(model, x, grid, (prunex.vit.decisions.Absent(present),))
+        wanted = resume(model, x, grid, (prunex.vit.replay.Absent(present),))
         short = torch.cat([x[:, :1], x[:, 1:].gather(1, slots.unsqueeze(-1).expand(-1, -1, 48))], 1)
         found = resume(model, short, (1, 4), places=Places(slots, grid))
         assert largest(found, wanted) < 1e-12
@@ -172,7 +173,9 @@ def test_rotary_tables_follow_the_image_size():
         with torch.no_grad():
             wanted = model(x)
             assert (
-                largest(run(model, x, read(model), tape=Tape(rows=frozenset(range(4))))[0], model.forward_features(x))
+                largest(
+                    run(model, x, recorder=Recorder(Tape(rows=frozenset(range(4))))).tokens, model.forward_features(x)
+                )
                 < 1e-5
             )
             with prunex.attach(model, "evit", keep_ratio=1.0):
@@ -231,13 +234,13 @@ def test_dynamicvit_trains_and_hidden_patches_do_not_matter(family):
         keep = torch.nn.functional.pad(hidden, (prefix, 0), value=True)
         return torch.where(keep.unsqueeze(-1), out, out + noise)
 
-    own = pruning.pruner.before
+    decide = pruning.pruner.decide
     decisions = {}
     torch.manual_seed(3)
     with torch.no_grad():
-        pruning.pruner.before = lambda block, state: decisions.setdefault(block, own(block, state))
+        pruning.pruner.decide = lambda turn, state: decisions.setdefault(turn.block, decide(turn, state))
         wanted = model(x)
-        pruning.pruner.before = lambda block, state: decisions[block]
+        pruning.pruner.decide = lambda turn, state: decisions[turn.block]
         handle = model.blocks[0].register_forward_hook(disturb)
         assert largest(model(x), wanted) < 1e-10
         handle.remove()

@@ -189,14 +189,14 @@ def test_without_pruning_the_results_are_timm_s(family, call):
 
 def spied(monkeypatch):
     """Patch tokens before every stage, as a list that fills while the model runs."""
-    before, apply = [], prunex.vit.forward.apply
+    before, apply = [], prunex.vit.turns.apply
 
-    def applied(answer, block, inside, state):
+    def applied(answer, block, when, state, entered):
         if answer is not None:
             before.append(state.patches.detach().clone())
-        return apply(answer, block, inside, state)
+        return apply(answer, block, when, state, entered)
 
-    monkeypatch.setattr("prunex.vit.forward.apply", applied)
+    monkeypatch.setattr("prunex.vit.turns.apply", applied)
     return before
 
 

@@ -6,6 +6,7 @@ import torch
 import prunex
 from prunex.vit.decisions import Keep
 from prunex.vit.trace import Stage, TokenTrace
+from prunex.vit.turns import Turn
 from tests.vits import images, largest, randomise, tiny
 
 
@@ -119,10 +120,8 @@ def test_kept_is_raster_order_of_the_original_grid():
     pruning = prunex.attach(model, "topk", keep_ratio=0.5, stages=(1, 2))
     first, second = [1, 4, 7, 10, 13, 14], [0, 3, 5]  # of 15; then positions among these
     chosen = {1: first, 2: second}
-    pruning.pruner.before = lambda block, state: (
-        Keep(torch.tensor([chosen[block]] * len(state.tokens))) if block in chosen else None
-    )
-    pruning.pruner.rows = frozenset
+    pruning.pruner.plan = lambda: [Turn(1), Turn(2)]
+    pruning.pruner.decide = lambda turn, state: Keep(torch.tensor([chosen[turn.block]] * len(state.tokens)))
     with torch.no_grad():
         model(images(2, (40, 24)))
     want = torch.zeros(15, dtype=torch.bool)

@@ -1,0 +1,98 @@
+"""What one forward carries from block to block: all that a pruner is shown, and that its decisions change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from prunex.brief import Brief
+from prunex.vit.anatomy import Anatomy
+from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.attention import KeyWeights
+from prunex.vit.packing import Packing
+from prunex.vit.positions import Positions
+from prunex.vit.trace import TokenTrace
+
+if TYPE_CHECKING:
+    from prunex.vit.decisions import Decided
+
+
+@dataclass(eq=False, repr=False)
+class TokenState(Brief):
+    """The token stream of one forward, as it goes.
+
+    Attributes:
+        tokens: [B, prefix + n, D], the residual stream.
+        anatomy: Of the model.
+        trace: What was removed so far.
+        masked: Whether dropped tokens keep their slots under a policy (training, or on request) instead of leaving.
+        training: Whether the model is in training mode.
+        policy: [B, prefix + n] or None: 1 for tokens that are there, 0 for dropped ones in their slots.
+        row: [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there
+            is none), mean over heads; present between the halves of a block that a pruner asked it for.
+        left: Patch tokens that are there (an upper bound where images differ).
+        ragged: Whether a ``Drop`` left images of different lengths, so that some slots hold nobody.
+        masks: The differentiable policies [B, n] set so far, one a masking decision.
+        keys: Weights of tokens as attention keys, or None; they follow their tokens.
+        ops: How elementary operations are carried out.
+        decisions: What was decided so far, in order.
+        model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
+        leaving: The patch tokens [B, n, D] each stage was given, where somebody watches; else None.
+        sizes: float [B, prefix + n] or None: how many patches each token stands for; None: one each. Prefix tokens and
+            slots that nobody is left in have 1.
+        proportional: Whether attention counts a key as often as its size says.
+        key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
+            between the halves of a block that a pruner asked them for.
+        positions: Rotary tables and relative biases of the tokens, for models that have them; they follow every stage.
+        beside: [B, prefix + n, D] or None: between the halves of a parallel block, the stream as it entered.
+        packing: Where the tokens of images of different lengths are, while nothing is computed for empty slots.
+        packs: Whether all blocks can work so; None: not looked at yet.
+    """
+
+    tokens: Tensor
+    anatomy: Anatomy
+    trace: TokenTrace
+    masked: bool
+    training: bool
+    policy: Tensor | None = None
+    row: Tensor | None = None
+    left: int = 0
+    ragged: bool = False
+    masks: list[Tensor] = field(default_factory=list)
+    keys: KeyWeights | None = None
+    ops: Arithmetic = PLAIN
+    decisions: list[Decided] = field(default_factory=list)
+    model: Any = None
+    leaving: list[Tensor] | None = None
+    sizes: Tensor | None = None
+    proportional: bool = False
+    key_mean: Tensor | None = None
+    positions: Positions | None = None
+    beside: Tensor | None = None
+    packing: Packing | None = None
+    packs: bool | None = None
+
+    @property
+    def attending(self) -> KeyWeights | None:
+        """What the next attention weighs its keys by: the given weights, and sizes where attention counts them."""
+        if self.sizes is None or not self.proportional:
+            return self.keys
+        return KeyWeights(sizes=self.sizes) if self.keys is None else replace(self.keys, sizes=self.sizes)
+
+    @property
+    def patches(self) -> Tensor:
+        """The patch tokens [B, n, D] of the stream, dropped slots included."""
+        return self.tokens[:, self.anatomy.prefix :]
+
+    @property
+    def present(self) -> Tensor | None:
+        """The policy of the patch tokens [B, n], or None when all of them are there."""
+        return None if self.policy is None else self.policy[:, self.anatomy.prefix :]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all tokens are there, count once, and lie where timm's own blocks expect them."""
+        in_place = self.positions is None or self.positions.whole
+        return in_place and self.policy is None and self.attending is None

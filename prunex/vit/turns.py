@@ -1,0 +1,92 @@
+"""Whose turn it is to decide, where, and what they must be shown for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from prunex.brief import Brief
+from prunex.vit.calls import hooked_within
+from prunex.vit.decisions import Answer, When, apply
+from prunex.vit.recorder import Recorder
+from prunex.vit.state import TokenState
+
+
+@dataclass(eq=False, repr=False)
+class Turn(Brief):
+    """Where a pruner decides.
+
+    Attributes:
+        block: Block index.
+        when: Before the block, between its halves ("inside"), or after it. "never": nothing is decided, and ``only``
+            alone is told.
+        shown: What a turn inside must be shown of the block's attention: "row", who is looked at
+            (``TokenState.row``), or "keys", their mean over heads (``TokenState.key_mean``).
+        only: The tokens that go on after the block's attention, int64 [m], prefix included, where that is known before
+            it and the same for all images. Where nobody needs the others, only their queries are computed; what is
+            decided inside must say the same.
+        ahead: How many blocks are run on all patches only to decide here; None: nothing is run twice.
+    """
+
+    block: int
+    when: When | Literal["never"] = "before"
+    shown: tuple[Literal["row", "keys"], ...] = ()
+    only: Tensor | None = None
+    ahead: int | None = None
+
+
+class Pruner(Protocol):
+    """What the forward asks of a token pruner; see ``prunex.pruners.base``."""
+
+    def plan(self) -> Sequence[Turn]:
+        """Where it decides in the forward that begins now."""
+
+    def decide(self, turn: Turn, state: TokenState) -> Answer:
+        """Decide; None leaves all as it is."""
+
+
+class Turns:
+    """The turns of one forward, of several pruners in their order.
+
+    Args:
+        pruners: Asked in this order at every place.
+    """
+
+    def __init__(self, pruners: Sequence[Pruner] = ()) -> None:
+        self.alone = len(pruners) == 1
+        self.plans = [(pruner, turn) for pruner in pruners for turn in pruner.plan()]
+
+    def at(self, when: str, block: int) -> list[tuple[Pruner, Turn]]:
+        """Whose turn it is at one place."""
+        return [(pruner, turn) for pruner, turn in self.plans if turn.block == block and turn.when == when]
+
+    def show(self, what: Literal["row", "keys"], block: int) -> bool:
+        """Whether somebody must be shown this of a block's attention."""
+        return any(what in turn.shown for _, turn in self.plans if turn.block == block)
+
+    def only(self, number: int, block: Any, state: TokenState, recorder: Recorder) -> Tensor | None:
+        """The tokens that go on after a block's attention, where that is known before it and nobody needs the others.
+
+        Whoever records, watches, hooks, masks or weighs keys needs all: then tokens leave after the attention, as
+        always.
+        """
+        needed = recorder.tape is not None or recorder.watch is not None or state.masked
+        if not self.alone or needed or state.policy is not None or state.keys is not None:
+            return None
+        known = [turn.only for _, turn in self.plans if turn.block == number and turn.only is not None]
+        return known[0] if known and not hooked_within(block) else None
+
+    def decide(self, when: When, block: int, state: TokenState, recorder: Recorder, entered: int | None = None) -> None:
+        """Ask those whose turn it is, and carry their answers out; ``entered`` as for :func:`apply`."""
+        asked = self.at(when, block)
+        for pruner, turn in asked:
+            recorder.note(apply(pruner.decide(turn, state), block, when, state, entered))
+        # A decision inside or after the last block changes which tokens the head sees.
+        if asked and when != "before":
+            recorder.leave(state)
+
+
+NOBODY = Turns()

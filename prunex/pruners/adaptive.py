@@ -53,6 +53,8 @@ class Adaptive(TokenPruner):
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__(anatomy, keep_ratio, stages, **schedule)
+        # The share of the original patches that fixed counts keep after each stage.
+        self.targets = cumulative(self.rates)
         check_choice("count", count, COUNTS)
         self.count = count
         self.threshold = check_number("threshold", threshold, 0, 1)
@@ -116,6 +118,7 @@ class Adaptive(TokenPruner):
             rates = [now / max(was, _LEAST) for now, was in zip(self.expected, before, strict=True)]
             self.rates = tuple(min(1.0, max(_LEAST, r)) for r in rates)
             self.options["keep_ratio"] = list(self.rates)
+        self.targets = cumulative(self.rates)
         self.expected = None
         self.options |= {"count": "fixed", "expected": None}
 
@@ -123,6 +126,7 @@ class Adaptive(TokenPruner):
         """Keep the rates and the threshold in force now."""
         self.threshold = self.options["threshold"] = self.mass()
         super().inference_only()
+        self.targets = cumulative(self.rates)
 
     def likely(self, patches: int, extra: int = 0) -> list[int] | None:
         """The expected counts in adaptive mode, ``extra`` tokens added; None where they are fixed or not measured."""

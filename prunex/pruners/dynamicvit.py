@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunex.checks import check_choice, check_flag, check_number
 from prunex.errors import PrunexError
-from prunex.pruners.adaptive import Adaptive, above, cumulative
+from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.pruners.schedules import ScheduleOptions
 from prunex.registry import register
@@ -121,7 +121,6 @@ class DynamicViT(Adaptive):
         check_choice("token_loss", token_loss, ("mse", "kl"))
         if anatomy.width < 4:
             raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
-        self.targets = cumulative(self.rates)
         self.predictors = nn.ModuleList(Predictor(anatomy.width) for _ in self.stages)
         for predictor, target in zip(self.predictors, self.targets, strict=True):
             # One that is never asked must not wait for a gradient: DDP would take it for a mistake.
@@ -245,15 +244,9 @@ class DynamicViT(Adaptive):
                 own[".".join(["predictors", parts[1], names[parts[2]], *parts[3:]])] = value
         return own
 
-    def fix(self) -> None:
-        """Turn to fixed counts."""
-        super().fix()
-        self.targets = cumulative(self.rates)
-
     def inference_only(self) -> None:
         """Let the teacher go, and keep the targets in force now."""
         super().inference_only()
-        self.targets = tuple(math.prod(self.rates[: s + 1]) for s in range(len(self.stages)))
         self._teacher = ()
         self.distills = False
         self.options["teacher"] = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunex.checks import check_number
 from prunex.errors import PrunexError
-from prunex.pruners.adaptive import Adaptive, above, cumulative
+from prunex.pruners.adaptive import Adaptive, above
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
@@ -111,7 +111,6 @@ class IARED2(Adaptive):
         heads = anatomy.dividing_heads if heads is None else heads
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or anatomy.width % heads:
             raise PrunexError(f"heads={heads!r} is not allowed: give a number that divides the width {anatomy.width}")
-        self.targets = cumulative(self.rates)
         self.interpreters = nn.ModuleList(Interpreter(anatomy.width, heads) for _ in self.stages)
         for interpreter, rate in zip(self.interpreters, self.rates, strict=True):
             interpreter.requires_grad_(rate < 1)  # one that is never asked must not wait for a gradient
@@ -177,11 +176,6 @@ class IARED2(Adaptive):
             for g, value in enumerate(projections):
                 own[f"interpreters.{g}.qk.{kind}"] = value[: 2 * len(value) // 3]
         return own
-
-    def fix(self) -> None:
-        """Turn to fixed counts."""
-        super().fix()
-        self.targets = cumulative(self.rates)
 
 
 def _equal(groups: int | None, stages: Sequence[int] | None, depth: int) -> list[int]:

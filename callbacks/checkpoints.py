@@ -21,7 +21,7 @@ from prunex.files import write_whole
 from prunex.handles.base import MARK
 from prunex.handles.tokens import Pruning
 from prunex.handles.units import UnitPruning
-from prunex.vit.mount import TOKENS, UNITS, mounted
+from prunex.vit.mount import TOKENS, UNITS, mounted, mounted_units
 
 LAST = "last.ckpt"
 CHECKPOINT_KEY = "prunex"
@@ -70,7 +70,7 @@ def _entries(part: nn.Module) -> dict[str, dict[str, Any]]:
     if mounted(part) is not None:
         tokens = Pruning(part)
         entries[TOKENS] = {"pruning": tokens.spec, "progress": tokens.progress}
-    if mounted(part, UNITS) is not None:
+    if mounted_units(part) is not None:
         entries[UNITS] = {"units": UnitPruning(part).spec}
     return entries
 

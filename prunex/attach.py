@@ -18,7 +18,7 @@ from prunex.registry import lookup
 from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import Anatomy, ViT, find
 from prunex.vit.methods import check_parity, put_on
-from prunex.vit.mount import TOKENS, UNITS, mounted
+from prunex.vit.mount import TOKENS, mounted, mounted_units
 from prunex.vit.units import Backbone
 
 UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
@@ -103,7 +103,7 @@ def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]
     """Mount a token pruner on a ViT whose forward is timm's, as is known."""
     pruner: TokenPruner = make(anatomy, **options)
     # Before anything is put on the model: whatever is refused leaves it as it was.
-    check_readable(vit, pruner, mounted(vit, UNITS))
+    check_readable(vit, pruner, mounted_units(vit))
     pruner.prepare(vit)
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)
@@ -137,6 +137,6 @@ def attached(model: nn.Module, path: str | None = None, units: bool = False) -> 
     """
     if units:
         backbone = find(model, path, Backbone)[1]
-        return UnitPruning(backbone) if mounted(backbone, UNITS) is not None else None
+        return UnitPruning(backbone) if mounted_units(backbone) is not None else None
     vit = find(model, path)[1]
     return Pruning(vit) if mounted(vit) is not None else None

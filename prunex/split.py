@@ -23,7 +23,7 @@ from prunex.units.base import UnitPruner
 from prunex.units.batches import labelled_batches, undisturbed
 from prunex.vit.anatomy import ViT, find
 from prunex.vit.cost import tally
-from prunex.vit.mount import TOKENS, UNITS, mounted
+from prunex.vit.mount import TOKENS, UNITS, mounted_units
 from prunex.vit.units import branches
 
 
@@ -221,7 +221,7 @@ def _check_ready(pruner: TokenPruner) -> None:
 
 def _left(vit: Any) -> tuple[int, int]:
     """Heads and MLP channels that are open, in all blocks together."""
-    gated = mounted(vit, UNITS)
+    gated = mounted_units(vit)
     closed = {} if gated is None else gated.pruner.closed()
     counts = {"heads": 0, "channels": 0}
     for b in branches(vit):

@@ -17,7 +17,7 @@ from prunex.units.xpruner import UnitRelevance, XPruner
 from prunex.vit.anatomy import head_classes
 from prunex.vit.cost import tally, tokens_of
 from prunex.vit.cuts import check_cuts
-from prunex.vit.mount import UNITS, mounted, unmount
+from prunex.vit.mount import UNITS, mounted, mounted_units, unmount
 from prunex.vit.optimisers import check_followed
 from prunex.vit.surroundings import answering
 from prunex.vit.units import (
@@ -299,9 +299,9 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
         PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
             asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
     """
-    if mounted(model, UNITS) is not None:
+    if mounted_units(model) is not None:
         raise PrunexError(
-            f"units of this {type(model).__name__} are pruned already by {mounted(model, UNITS).method}: detach() first"
+            f"units of this {type(model).__name__} are pruned already by {mounted_units(model).method}: detach() first"
         )
     pruner: UnitPruner = make(unit_branches(model), head_classes(model), **options)
     pruner.known = widths_of(model)
@@ -381,7 +381,7 @@ def dense_macs(model: nn.Module) -> int:
 
 def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict from after the removal: take the same units out before its weights are loaded."""
-    gated = mounted(model, UNITS)
+    gated = mounted_units(model)
     if gated is None:
         return
     own = f"{prefix}{UNITS}.{gated.method}."

@@ -11,7 +11,7 @@ from prunex.attach import attached
 from prunex.checks import called_as
 from prunex.vit.anatomy import find
 from prunex.vit.describe import outline
-from prunex.vit.mount import UNITS, mounted
+from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import Backbone
 from prunex.vit.weights import copy_of, fold, wrapped_layers
 from prunex.vit.widths import WidthSpec, narrow
@@ -71,7 +71,7 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
 def slim_of(vit: Any) -> Any:
     """The model itself where it is slim already, so that nothing is copied for nothing; else :func:`slim` of it."""
     tokens = mounted(vit)
-    pruned = mounted(vit, UNITS) is not None or (tokens is not None and not getattr(tokens, "slim", False))
+    pruned = mounted_units(vit) is not None or (tokens is not None and not getattr(tokens, "slim", False))
     return slim(vit) if pruned or next(wrapped_layers(vit), None) else vit
 
 

@@ -18,7 +18,7 @@ from prunex.units.batches import labelled_batches, undisturbed, widened
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.arithmetic import Arithmetic
 from prunex.vit.layouts import layout_of
-from prunex.vit.mount import UNITS, mounted
+from prunex.vit.mount import mounted_units
 from prunex.vit.recording import gradients, recording
 from prunex.vit.tape import Tape
 from prunex.vit.units import Branch, blocks_of, last_layer
@@ -111,7 +111,7 @@ class Relevance(UnitPruner):
         with undisturbed(model):
             totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
-            gated = mounted(working, UNITS)
+            gated = mounted_units(working)
             with gated.pruner.all_open():
                 for images, labels in labelled_batches(batches, working):
                     for key, found in self.relevance(working, images, labels).items():

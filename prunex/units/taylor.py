@@ -13,7 +13,7 @@ from prunex.checks import check_flag
 from prunex.registry import register
 from prunex.units.base import Scores, UnitPruner
 from prunex.units.batches import classes_of, labelled_batches, undisturbed, widened
-from prunex.vit.mount import UNITS, mounted
+from prunex.vit.mount import mounted_units
 from prunex.vit.recording import gradients
 from prunex.vit.surroundings import own_output
 from prunex.vit.units import Branch
@@ -99,7 +99,7 @@ class Taylor(UnitPruner):
         with undisturbed(model):
             totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
             working = widened(model)
-            own: Taylor = mounted(working, UNITS).pruner
+            own: Taylor = mounted_units(working).pruner
             with own.all_open():
                 for images, labels in labelled_batches(batches, working):
                     for key, gradient in own._gradients(working, images, labels).items():

@@ -15,7 +15,7 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.blocks.plain import linear_macs
 from prunex.vit.layouts import layout_of
-from prunex.vit.mount import UNITS, mounted
+from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import Backbone, blocks_of, branches, head_dim, unit_params
 
 
@@ -109,10 +109,10 @@ def tally(model: nn.Module, image_size: tuple[int, int] | None = None, gates: bo
         a = read(vit)
         attached = mounted(vit) if tokens else None
         pruner = None if attached is None else attached.pruner
-        unit = mounted(vit, UNITS) if gates else None
+        unit = mounted_units(vit) if gates else None
         closed = {} if unit is None else unit.pruner.closed()
         found = count(vit, pruner, a.grid if image_size is None else _grid(a, image_size), closed)
-    gated = mounted(vit, UNITS) if gates else None
+    gated = mounted_units(vit) if gates else None
     return found if gated is None else _without(vit, found, gated.pruner.closed())
 
 

@@ -8,8 +8,13 @@ TOKENS, UNITS = "prunex", "prunex_units"  # submodules of the backbone: its toke
 
 
 def mounted(model: Any, kind: str = TOKENS) -> Any:
-    """What hangs on a backbone under ``TOKENS`` or ``UNITS``, or None."""
+    """What hangs on a backbone: its token pruner (or, by ``UNITS``, the gates of its units), or None."""
     return getattr(model, kind, None)
+
+
+def mounted_units(model: Any) -> Any:
+    """The gates of a backbone's units, or None."""
+    return mounted(model, UNITS)
 
 
 def unmount(model: Any, kind: str) -> bool:

@@ -16,7 +16,7 @@ from prunex.recipes.report.page import write_report
 from prunex.recipes.runs import SUMMARY, compare, slim_folder, table, token_pruning, write_summary
 from prunex.untrusted import read_json
 from prunex.vit.anatomy import find
-from prunex.vit.mount import UNITS, mounted
+from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import Backbone
 
 
@@ -52,7 +52,7 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep a copy of the dense model."""
         backbone = find(pl_module, self.model, Backbone)[1]
-        if stage == "fit" and not self._dense and mounted(backbone) is None and mounted(backbone, UNITS) is None:
+        if stage == "fit" and not self._dense and mounted(backbone) is None and mounted_units(backbone) is None:
             self._dense = (copy.deepcopy(backbone).eval().requires_grad_(False),)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -71,6 +71,7 @@ def explain(
     if model is vit:
         check_images(anatomy, images, values=True)
     with as_found(model, train=False):
+        # What enters the ViT and what becomes of its output is only known from a call of the model.
         call = look(model, vit, images, path is not None)
         check_images(anatomy, call.entered, values=True)
         try:
@@ -78,6 +79,7 @@ def explain(
         except Unreached as error:
             raise PrunexError(f"{method} needs gradients: {error}") from error
         call.check(method, explanation.logits, explanation.trace)
+    # What a method cannot know of itself: its name, and what was done round its ViT.
     explanation.method, explanation.options = method, {**defaults, **options}
     explanation.entered, explanation.output = call.prepared, call.field
     explanation.resized = explanation.image_size != tuple(images.shape[2:])

@@ -36,40 +36,36 @@ def atman(
     freeze_selection: bool = True,
     chunk: int | None = None,
 ) -> Explanation:
-    r"""Attention manipulation (arXiv 2301.08110): delta_i = CE(y_t | patch i damped) - CE(y_t), one forward a patch.
+    """Attention manipulation (arXiv 2301.08110): delta_i = CE(y_t | patch i damped) - CE(y_t), one forward a patch.
 
-    Damped is patch i as a key: in all blocks, heads and query rows. Its factor f acts by one of three rules:
+    Patch i is damped as a key, in all blocks, heads and query rows; other keys gain what it loses, so that delta can be
+    negative. Prefix tokens are never damped. Its factor f acts by one of three rules:
 
     - ``rule="log"`` (default, **ours, not the paper's**): the softmax weight is multiplied by f (log f is added to the
-      score). It means the same at every scale of the scores, any f below 1 lowers the key, and attention stays fused.
+      score). It means the same at every scale of the scores, and attention stays fused.
     - ``rule="shift"``: the score's height above its row's lowest is multiplied, as the authors' code for language
       models does. It needs the matrix.
-    - ``rule="scale"``: the score itself is multiplied, as the authors' code for vision encoders does. Damping *raises*
-      a key whose score is negative; for comparison with their numbers alone.
+    - ``rule="scale"``: the score itself is multiplied, as the authors' code for vision encoders does, which *raises* a
+      key whose score is negative; for comparison with their numbers alone.
 
-    With ``similarity`` kappa, patches that look like i are damped along with it (the paper's conceptual suppression):
-    every j whose patch embedding, taken before positions are added, has cosine s_ij >= kappa gets
-    f_j = (1 - f)(1 - s_ij) + f. Above 1, i is alone. The authors use kappa 0.6; ``None`` (default) damps i alone.
+    With ``similarity`` kappa (0.6 in the paper), patches whose embedding, taken before positions are added, has cosine
+    s_ij >= kappa with that of i are damped along with it: f_j = (1 - f)(1 - s_ij) + f.
 
-    Prefix tokens are never damped. Other keys gain what a damped one loses, so that delta can be negative.
-
-    On pruned models the unperturbed selection is frozen: every run removes and fuses the same tokens. A patch is damped
-    in the blocks where it is; a token that holds a share u of it gets 1 - u (1 - f). With ``freeze_selection=False``
-    the model's own pruner decides again in every run, and delta holds that change too.
+    On pruned models the unperturbed selection is frozen. A patch is damped in the blocks where it is; a token that
+    holds a share u of it gets 1 - u (1 - f).
 
     Args:
         factor: f, at least 0; 1 changes nothing, more amplifies. 0 removes the key (nearly, so that no row is empty).
-        similarity: kappa, at least 0, or None.
+        similarity: kappa, at least 0, or None: i alone is damped.
         rule: "log", "shift" or "scale".
-        freeze_selection: Whether the selection of the unperturbed run is kept.
+        freeze_selection: False: the model's own pruner decides again in every run, and delta holds that change too.
         chunk: Damped runs in one forward; changes memory and speed only. None: what is fastest.
 
     Returns:
         ``maps``, signed: positive where damping hurts the class. ``raw`` [B, P, classes]: the logits of every run.
 
     Raises:
-        PrunexError: For a factor or similarity below 0 or not finite, an unknown rule, a chunk below 1, or a model with
-            a single output, whose cross entropy is always 0.
+        PrunexError: For a model with a single output, whose cross entropy is always 0.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -86,6 +82,7 @@ def atman(
     with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded:
         if recorded.logits.shape[1] == 1:
             raise PrunexError("this model has one output, whose cross entropy is always 0: use grad_sam or rollout")
+        # Zeros are like nothing, themselves included: without a similarity i is damped alone.
         vectors = torch.zeros_like(recorded.embedded[:, recorded.anatomy.prefix :, :1])
         if similarity is not None:
             vectors = patch_vectors(model, images)
@@ -116,6 +113,7 @@ def _damped(recorded: Recording, factors: Tensor, rule: Any, frozen: bool, chunk
     batch, patches, _ = factors.shape
     logits = []
     for part in torch.arange(batch * patches, device=factors.device).split(sequences(chunk, recorded.embedded)):
+        # A run is an image and one of its patches; runs of several images share a forward.
         index, patch = part // patches, part % patches
         keys = KeyWeights(F.pad(factors[index, patch], (recorded.anatomy.prefix, 0), value=1), rule)
         logits.append(recorded.again(recorded.embedded[index], index, keys=keys, frozen=frozen))

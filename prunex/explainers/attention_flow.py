@@ -42,26 +42,24 @@ def attention_flow(
 ) -> Explanation:
     """Maximum flow from the head's token to each input token through 0.5 A + 0.5 I (arXiv 2005.00928, Sec. 3).
 
-    One node a token and layer; block l joins token i above it to token j below it with capacity M_l[i, j], where A is
-    the head mean. Every input token j is the only sink of a maximum flow f_j of its own, solved exactly on capacities
-    rounded to 1 / scale. A cut of m edges is thereby off by at most m / (2 * scale).
+    One node a token and layer; block l joins token i above it to token j below it with capacity M_l[i, j], A being the
+    head mean. Every input token j is the only sink of a maximum flow f_j of its own, solved exactly on capacities
+    rounded to 1 / scale: a cut of m edges is off by at most m / (2 * scale).
 
-    The source feeds each token by what the head reads of it: 1 into the class token, half each into class and
-    distillation token, 1 / m into each of m pooled tokens. So no flow exceeds 1, and f_j is at least token j's rollout,
-    which is one feasible flow. (The paper has a class token only; the other rules are ours.)
-
-    Where tokens leave, the survivors are the nodes they were before, a fused token reaches its members by their
-    shares, and a removed token has no node above the block it left at. Masked slots of dropped tokens have no nodes.
+    The source feeds each token by what the head reads of it: 1 into the class token (the paper's only case), half each
+    into class and distillation token, 1 / m into each of m pooled tokens. So no flow exceeds 1, and f_j is at least
+    token j's rollout, which is one feasible flow. Where tokens leave, survivors are the nodes they were before, a fused
+    token reaches its members by their shares, and a removed token or masked slot has no node above the block it left
+    at.
 
     **Degenerate**: f_j <= min(1, c_j) with c_j the column sum of the first used M, and from some six layers on nearly
     every patch sits at that bound (97 % over four images in the digits ViT, 65 tokens and six layers). The map then
     says nothing about the layers above the first and ties all patches with c_j >= 1. The share of patches at the bound
-    is logged under "prunex" once a call, as a warning when it is all of them; use rollout then. Ties are left as they
-    are: rank them by patch index (a stable sort). A class is not known to it.
+    is logged under "prunex" once a call, as a warning when it is all of them; use rollout then. No class is known to
+    it.
 
-    Exact shortcut: a part of a network never carries more than all of it, so a flow that meets the bound through the
-    strongest edges of each token is the maximum flow, and only the other sinks are solved on all edges. It is tried
-    where that is a small part, from some 100 tokens on.
+    Exact shortcut: a flow that meets the bound through the strongest edges of each token alone is the maximum flow, and
+    only the other sinks are solved on all edges. It is tried where that is a small part, from some 100 tokens on.
 
     Args:
         start_layer: First block included.
@@ -71,7 +69,7 @@ def attention_flow(
     Returns:
         ``maps`` >= 0: the flows divided by their sum over all input tokens, as the authors' code does, so that they
         compare with rollout's; ``raw`` [B, prefix + P] in 0..1 up to rounding: the flows themselves, which compare
-        between images and show how many are at 1. An image whose attention is not finite gets NaN.
+        between images. An image whose attention is not finite gets NaN.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -86,6 +84,7 @@ def attention_flow(
     with recording(model, images, target, tape) as recorded:
         prefix, readout = recorded.anatomy.prefix, recorded.readout()
         tokens = prefix + recorded.trace.grid[0] * recorded.trace.grid[1]
+        # Image by image: a network of its own each, for a solver that knows no batches.
         flows, at_bound = np.full((len(images), tokens), np.nan), []
         for i, read_by_head in enumerate(readout.double().cpu().numpy()):
             network = build(tape.steps, i, read_by_head, prefix, tokens, start, scale)
@@ -177,6 +176,7 @@ def build(
     top = max((s.block for s in steps if isinstance(s, Attended)), default=start)
     parts = []
     for step in steps:
+        # Upwards: every block adds a layer of nodes above the present ones.
         if isinstance(step, Stage):
             nodes, count, edges = _reduced(step, image, nodes, count, prefix, scale)
         elif isinstance(step, Attended) and step.block >= start:
@@ -198,22 +198,23 @@ def _mixed(
     attention: NDArray[np.float64], nodes: Integers, count: int, scale: int, strongest: int | None
 ) -> tuple[Integers, int, Integers]:
     """A layer of new nodes above the present tokens, and the edges of one block."""
-    there = np.flatnonzero(nodes >= 0)
-    own = 0.5 if attention.any() else 1  # without heads, a block mixes nothing
-    mixing = 0.5 * attention[np.ix_(there, there)] + own * np.eye(len(there))
+    present = np.flatnonzero(nodes >= 0)
+    stay = 0.5 if attention.any() else 1  # without heads, a block mixes nothing
+    mixing = 0.5 * attention[np.ix_(present, present)] + stay * np.eye(len(present))
     capacity = np.rint(mixing * scale).astype(np.int64)
     strong = np.ones_like(capacity)
-    if strongest is not None and strongest < len(there):
+    if strongest is not None and strongest < len(present):
+        # The strongest edges out of and into each token make the small network.
         strong[:] = 0
         order = np.argpartition(-capacity, strongest, axis=1)[:, :strongest]
         np.put_along_axis(strong, order, 1, axis=1)
         order = np.argpartition(-capacity, strongest, axis=0)[:strongest]
         np.put_along_axis(strong, order, 1, axis=0)
     above = np.full_like(nodes, -1)
-    above[there] = np.arange(count, count + len(there))
+    above[present] = np.arange(count, count + len(present))
     i, j = capacity.nonzero()
-    edges = np.stack([above[there[i]], nodes[there[j]], capacity[i, j], strong[i, j]])
-    return above, count + len(there), edges
+    edges = np.stack([above[present[i]], nodes[present[j]], capacity[i, j], strong[i, j]])
+    return above, count + len(present), edges
 
 
 def _reduced(
@@ -231,6 +232,7 @@ def _reduced(
     held = (group >= 0) & (before >= 0) & (share > 0)
     whole, part = held & (share >= scale), held & (share < scale)
     above[prefix + group[whole]] = before[whole]
+    # Several members of one group share the new node above them.
     made = np.unique(prefix + group[part])
     made = made[above[made] < 0]
     above[made] = np.arange(count, count + len(made))
@@ -240,6 +242,7 @@ def _reduced(
 
 def _split(parts: list[Integers], source: int, tokens: int) -> Network:
     """Drop the edges nothing can flow through, and set those into input tokens apart."""
+    # From the source down: an edge whose upper end it never reaches carries nothing.
     reached = np.zeros(source + 1, dtype=bool)
     reached[source] = True
     for i in reversed(range(len(parts))):

@@ -35,34 +35,31 @@ def beyond_intuition(
     feedback: Literal["survivor", "none"] = "survivor",
     chunk: int = 64,
 ) -> Explanation:
-    r"""Attention perception times reasoning feedback ("Beyond Intuition", TMLR 2023): T = sum_i w_i P_i * F_i.
+    """Attention perception times reasoning feedback ("Beyond Intuition", TMLR 2023): T = sum_i w_i P_i * F_i.
 
-    Perception P = (Abar_{L-1} + I) ... (Abar_s + I), without normalisation. ``variant="token"``: Abar[i, j] is the head
-    mean of A[i, j] times ||W_O v_j|| / ||z_j||, the length of the value that token j gives away over the length of its
-    stream before the norm (output bias left out; LayerScale taken in, which the paper's models have not; a norm or gate
-    after the heads or the projection, ``scale_attn_norm``, gated attention and post-norm blocks, left out).
-    ``variant="head"``: Abar = sum_h theta_h A_h, theta_h the share of the head in mean |A_h^T G_h|, G the gradient of
-    the class's logit; shares are those of each image alone (the authors' code mixes a batch).
+    Perception P = (Abar_{L-1} + I) ... (Abar_s + I), not normalised. ``variant="token"``: Abar[i, j] is the head mean
+    of A[i, j] times ||W_O v_j|| / ||z_j||, the length of the value that token j gives away over that of its stream
+    before the norm (output bias and a norm or gate behind heads or projection left out, LayerScale taken in).
+    ``variant="head"``: Abar = sum_h theta_h A_h, theta_h the head's share in mean |A_h^T G_h|, G the gradient of the
+    class's logit; shares are those of each image alone (the authors' code mixes a batch).
 
     Feedback F is the gradient of the logit for the last block's attention, averaged over images scaled by ``steps``
     values from 0 to 1 (both ends; of the *normalised* image, so that 0 is the mean colour), then ReLU, then the head
-    mean. The class and the tokens that leave are those of the unscaled image at every step. Only the last block is part
-    of the graph.
+    mean. The class and the tokens that leave are those of the unscaled image at every step.
 
     w says which rows the head reads: the class token's; half of each token's in a distilled model; the mean over the
     pooled tokens in a pooled one, which needs the whole of P (O(L n^3)).
 
-    After pruning, P's columns are the original patches, F's the tokens of the last block: each patch gets the F of the
-    token it is part of, undivided, and 0 where it was removed, whose relevance is then 0 (order such ties by
-    ``trace.depth()``). ``feedback="none"`` is perception alone, for models without supervision as in the authors'
-    ``ssl`` option; class-agnostic with "token".
+    After pruning, each patch gets the F of the token of the last block that it is part of, undivided, and 0 where it
+    was removed (order such ties by ``trace.depth()``).
 
     Args:
         variant: "token" (the paper's Ours-T) or "head" (Ours-H).
         start_layer: First block of the rollout, counted from 1 as the authors do: 1 takes all. For ViT-B they evaluate
             with 7 (token) and 4 (head).
-        steps: Images on the path; 1 takes the image itself.
-        feedback: "survivor" or "none".
+        steps: Images on the path, at least 1, which takes the image itself.
+        feedback: "survivor", or "none": perception alone, for models without supervision as in the authors' ``ssl``
+            option; class-agnostic with "token".
         chunk: Scaled images in one forward; changes memory and speed only.
 
     Returns:
@@ -87,6 +84,7 @@ def beyond_intuition(
         weights = _head_weighted(recorded) if variant == "head" else _token_weighted(recorded)
         gradient = _path_gradient(recorded, images, steps, chunk) if felt else None
         with torch.no_grad():
+            # What the head reads sits behind the last stage, P and F in front of the last attention.
             read = recorded.leaving(last).lift(recorded.readout())
             if recorded.anatomy.readers:
                 read = read[:, list(recorded.anatomy.readers)]
@@ -111,6 +109,7 @@ def _token_weighted(recorded: Recording) -> dict[int, Tensor]:
     weights = {}
     for step, attention in recorded.tape.matrices():
         block = recorded.model.blocks[step.block]
+        # W_O v_j of all heads together: the length of their sum, not the sum of lengths.
         value, before = promoted(torch.as_tensor(step.value)), promoted(torch.as_tensor(step.before))
         given = value.transpose(1, 2).flatten(2) @ layout_of(block).output(block).to(value).T
         length = torch.linalg.vector_norm(before, dim=-1).clamp(min=1e-12)
@@ -140,6 +139,7 @@ def _head_shares(attention: Tensor, grad: Tensor) -> Tensor:
 
 def _perception(recorded: Recording, weights: dict[int, Tensor], start: int) -> Tensor:
     """The rows of P that the head reads, [B, R, prefix + P]."""
+    # P ends at the last attention: what leaves behind it is already in what the head reads.
     steps = recorded.tape.steps
     at = max(i for i, step in enumerate(steps) if isinstance(step, Attended))
     last = next(reversed(weights.values()))
@@ -160,6 +160,7 @@ def _path_gradient(recorded: Recording, images: Tensor, steps: int, chunk: int) 
     wide = torch.promote_types(images.dtype, torch.float32)
     alphas = torch.linspace(1 if steps == 1 else 0, 1, steps, dtype=wide, device=images.device).to(images.dtype)
     total: Tensor | None = None
+    # Points of all images share forwards; each goes to its own image's sum.
     for part in torch.arange(steps * batch, device=images.device).split(chunk):
         index = part % batch
         tokens = recorded.embed(images[index] * alphas[part // batch, None, None, None])

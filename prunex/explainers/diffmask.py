@@ -36,10 +36,8 @@ def diffmask(
 
     Explained is the explainer's **own copy** of the dense model it was trained beside, not ``model`` itself, which may
     be pruned or fine-tuned since: ``model`` gives the logits, the target and the trace. The maps know no class.
-
-    Training kept the whole distribution of classes while patches were replaced by a learned placeholder; patches that
-    say the same may be dropped until one is left. It tells what may go better than what matters most (the authors' own
-    curves), and pixels replaced by noise are another removal.
+    Training kept the whole distribution of classes while patches were replaced by a learned placeholder; of patches
+    that say the same all but one may be dropped. It tells what may go better than what matters most.
 
     Departures from the authors' code: the multipliers ascend (theirs descend under their Lightning, by our reading, not
     run), and only patches are gated and counted (theirs count the class token, too).
@@ -55,8 +53,7 @@ def diffmask(
         ``maps`` in 0..1, of one layer; ``raw`` [B, L + 2, P], of all of them.
 
     Raises:
-        PrunexError: Without an explainer, for a folder that holds none, one for another grid or other classes, or a
-            layer that does not exist.
+        PrunexError: Without an explainer, for a folder that holds none, or one for another grid or other classes.
 
     >>> import prunex, timm, torch
     >>> from prunex.learned.diffmask import DiffMaskExplainer
@@ -68,6 +65,7 @@ def diffmask(
     gates = held(explainer, DiffMaskExplainer, KIND, "rollout") or load_explainer(str(explainer))
     check_fits(gates.anatomy, read(model), KIND)
     layer, aggregated = check_layer(layer, gates.anatomy.depth), check_flag("aggregated", aggregated)
+    # The gates may lie elsewhere, and in another precision, than the model.
     weight = next(gates.parameters())
     with recording(model, images, target, Tape()) as recorded, as_found(gates, train=False):
         votes = log_keep(gates.observe(images.to(weight.device, weight.dtype)).gates)

@@ -20,26 +20,21 @@ def dino(
 ) -> Explanation:
     """Class-token attention of one block, head by head, as in "Emerging Properties" (arXiv 2104.14294, Figs. 1 and 4).
 
-    Heads look at different things, so ``raw`` keeps them apart; ``maps`` is their mean. With a threshold m, each head's
-    attention becomes a mask instead: of its mass on the patches (prefix tokens left out, the rest scaled to sum 1), the
-    smallest set of patches that holds at least m. The authors' script uses 0.6, and the last block.
+    Only that row is computed; attention stays fused. Average-pooled models have no class row: the mean row of the
+    pooled tokens is taken (our rule). Not class-specific. With a threshold m, each head's attention becomes a mask: of
+    its mass on the patches (prefix tokens left out, the rest scaled to sum 1), the smallest set of patches that holds
+    at least m. The authors' script uses 0.6, and the last block.
 
-    Only the class token's row is computed; the model keeps its fused attention. Average-pooled models have no class
-    row: the mean row of the pooled tokens is taken (our rule). Distilled models are read at the class token. Not
-    class-specific.
-
-    A patch that left before the block has no attention there: 0, and outside every mask. A token that EViT fused stands
-    for the whole rest of the picture and would drag all of it into a mask: the patches inside it get 0 as well, and the
-    mass is that of the others. ``raw_attention`` shows what the fused token got. Patches merged into one token (ToMe)
-    share what it got.
+    A patch that left before the block, or was fused (a fused token stands for the whole rest of the picture and would
+    drag all of it into a mask), gets 0 and is outside every mask. Patches merged into one token (ToMe) share what it
+    got.
 
     Args:
         threshold: Share of each head's mass to keep, in [0, 1]; None: the attention itself.
         layer: Block index, negative from the end.
 
     Returns:
-        ``raw`` [B, heads, P]: each head's attention to the patches, or its mask of 0 and 1; ``maps`` >= 0, the mean
-        over heads.
+        ``raw`` [B, heads, P]: each head's attention to the patches, or its mask of 0 and 1; ``maps`` >= 0, their mean.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -60,6 +55,7 @@ def head_rows(recorded: Recording, layer: int) -> Tensor:
     """Each head's recorded row over the original patches, [B, heads, P]; 0 where a patch left or was fused."""
     trace = recorded.entering(layer)
     rows = trace.lift(torch.as_tensor(recorded.tape.attended()[layer].head_rows))[..., trace.prefix :]
+    # A fused token's share would fall on all patches inside it.
     return rows * (trace.tokens() >= 0).unsqueeze(1)
 
 

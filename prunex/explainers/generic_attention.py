@@ -47,6 +47,7 @@ def generic_attention(
             prefix, readout = recorded.anatomy.prefix, recorded.readout()
             if not full:
                 return answer(recorded, through_skips(tape, readout, prefix, weights, start))
+            # All rows of R at once: one unit vector for each token that came out.
             identity = torch.eye(tape.tokens, device=images.device, dtype=readout.dtype).expand(len(images), -1, -1)
             whole = through_skips(tape, identity, prefix, weights, start)
             return answer(recorded, times(readout, whole), raw=whole)

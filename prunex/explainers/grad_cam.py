@@ -28,24 +28,20 @@ def grad_cam(
     kind: Literal["tokens", "attention", "layercam", "elementwise"] = "tokens",
     layer: int = -1,
 ) -> Explanation:
-    r"""Gradient-weighted class activation (arXiv 1610.02391, Eqs. 1-2), read from one block.
+    """Gradient-weighted class activation (arXiv 1610.02391, Eqs. 1-2), read from one block.
 
     With A the activation and G the gradient of the class's logit, over the patch tokens p and channels d:
 
     - "tokens": ReLU(sum_d w_d A_pd), w_d = mean_p G_pd, at the output of the block's ``norm1``. Behind the attention of
       the last block a class-token head gives patches no gradient at all; before it they always have one.
-    - "layercam": ReLU(sum_d max(0, G_pd) A_pd), and "elementwise": sum_d max(0, G_pd A_pd), at the same place, as
-      pytorch-grad-cam has them.
+    - "layercam": ReLU(sum_d max(0, G_pd) A_pd), and "elementwise": sum_d max(0, G_pd A_pd), at the same place.
     - "attention": the "GradCAM" of Chefer et al. (arXiv 2012.09838): A_ph is head h's attention of the class token for
-      patch p, G its gradient, and the heads' mean is taken instead of their sum. Where the head reads several tokens
-      (distillation, pooled patches), A is the mean of their rows and G the sum of their gradients: how the logit
-      changes with that mean row.
+      patch p, G its gradient, and the heads' mean is taken instead of their sum. Where the head reads several tokens, A
+      is the mean of their rows and G the sum of their gradients: how the logit changes with that mean row.
 
-    Class-specific, and 0 all over where everything is against the class. Only the part of the network from the block on
-    is differentiated, one block for the last; all kinds but "attention" keep fused attention.
-
-    A patch that left before the block, or was fused into another token, gets exactly 0; a fused token counts neither in
-    the mean nor in the map.
+    Class-specific, and 0 all over where everything is against the class. Only the network from the block on is
+    differentiated; all kinds but "attention" keep fused attention. A patch that left before the block, or was fused
+    into another token, gets exactly 0; a fused token counts neither in the mean nor in the map.
 
     Args:
         kind: What is weighted by what.
@@ -87,6 +83,7 @@ def _rows(recorded: Recording, layer: int, score: Tensor) -> Features:
     """What the tokens that the head reads pay to each patch token, and its gradient; heads are the channels."""
     ((step, attention),) = recorded.tape.matrices()
     gradient = promoted(gradients(score.sum(), [attention])[0])
+    # Rows that the head reads count as one: their mean, with the sum of their gradients.
     readers = recorded.anatomy.readout(attention.shape[3], step.policy, attention.detach(), step.sizes)
     if step.queries is not None:
         readers = readers[:, list(step.queries)]

@@ -33,22 +33,20 @@ def grad_sam(
     """Gradient self-attention maps (arXiv 2204.11073): r = 1 / (L H N) * sum over blocks and heads of A * ReLU(dy/dA).
 
     **Unverified**: no official code was found, and which index of the matrix is summed could not be read from the
-    paper. ``axis="key"`` (default) sums over the queries: how much a token is read. ``axis="query"`` sums over the
-    keys; the last block then says something about the tokens that the head reads alone. ``axis="cls"`` (ours) takes
-    only the rows of the tokens that the head reads: the class token, both tokens of a distilled model, all of a pooled
-    one. L is the number of blocks and N the number of tokens of the dense model, for every axis and keep ratio.
-
-    Class-specific. Blocks are not chained: attention to a token is credited to the place it sits in, though deep tokens
-    are mixtures.
+    paper. Class-specific. Blocks are not chained: attention to a token is credited to the place it sits in, though deep
+    tokens are mixtures. L is the number of blocks and N the number of tokens of the dense model, for every axis and
+    keep ratio.
 
     After pruning, each block scores the tokens that are there, and its scores go back to the original patches by their
-    shares of the tokens. ``lift="direct"`` adds them up, so that a patch removed early has few blocks to collect from;
-    ``lift="presence"`` divides by the share of the blocks a patch lived in (inside a fused token it counts by its share
-    of it), so that early removal does not pass for low relevance. Use the first for comparisons with the dense model.
+    shares of the tokens.
 
     Args:
-        axis: "key", "query" or "cls".
-        lift: "direct" or "presence".
+        axis: "key" sums over the queries: how much a token is read; "query" over the keys, where the last block says
+            something about the tokens that the head reads alone; "cls" (ours) takes only the rows that the head reads:
+            the class token's, both of a distilled model, all of a pooled one.
+        lift: "direct" adds the blocks up, so that a patch removed early has few to collect from: for comparisons with
+            the dense model. "presence" divides by the share of the blocks a patch lived in (inside a fused token it
+            counts by its share of it), so that early removal does not pass for low relevance.
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P], all tokens.
@@ -65,6 +63,7 @@ def grad_sam(
     with recording(model, images, target, tape, needs_class=True) as recorded:
         scores = _scores(recorded, axis)
         with torch.no_grad():
+            # The walk adds each block's scores where they arise, and stages carry the sum back.
             start = torch.zeros_like(recorded.readout())
             prefix = recorded.anatomy.prefix
             total = propagate(tape, start, prefix, lambda row, step: row + scores[step.block])

@@ -47,6 +47,7 @@ def head_maps(model: nn.Module, images: Tensor, pairs: Sequence[tuple[int, int]]
     anatomy = read(vit)
     check_images(anatomy, images, values=True)
     weight = next(vit.parameters())
+    # A row serves all pairs of its block.
     blocks = sorted({block for block, _ in places})
     tape = Tape(head_rows=frozenset(blocks), narrow=True)
     with recording(vit, images.detach().to(weight.device, weight.dtype), None, tape) as recorded:
@@ -60,6 +61,7 @@ def _places(vit: Any, pairs: Any) -> list[tuple[int, int]]:
     many = isinstance(pairs, Sequence) and not isinstance(pairs, str) and len(pairs) > 0
     if not many or not all(_is_pair(pair) for pair in pairs):
         raise PrunexError(f"pairs={pairs!r} is not allowed: give (block, head) pairs, such as [(3, 0), (11, 2)]")
+    # Numbers are the dense model's: what was taken out leaves gaps, not new numbers.
     widths = widths_of(vit)
     blocks = list(range(len(vit.blocks)) if widths.blocks is None else widths.blocks)
     places = []

@@ -41,39 +41,31 @@ def integrated_gradients(
     rule: Literal["gausslegendre", "middle", "trapezoid", "left", "right"] = "gausslegendre",
     chunk: int | None = None,
 ) -> Explanation:
-    r"""IG = (x - x0) * integral of dy/dx from x0 to x (arXiv 1703.01365, Eq. 1; a weighted sum of gradients, Eq. 3).
+    """IG = (x - x0) * integral of dy/dx from x0 to x (arXiv 1703.01365, Eq. 1; a weighted sum of gradients, Eq. 3).
 
     Attributions sum to y(x) - y(x0), up to the error of the sum: ``info["delta"]``. In "pixels" space the images
-    themselves are moved; in "tokens" space what the patches are embedded as, from the embedding of the baseline image,
-    while positions and prefix tokens stay as they are (and get 0). Both start from the same output, since nothing but
-    patches depends on the image.
+    themselves are moved; in "tokens" space what the patches are embedded as, while positions and prefix tokens stay
+    (and get 0). Both start from the same output, since nothing but patches depends on the image.
 
-    **On a pruned model the selection of the image itself is frozen** for every step and for the baseline: along the
-    path it would jump, which no gradient sees, and the sum would be wrong without notice. EViT's fusing weights are
-    frozen likewise. A patch dropped before it met another one gets exactly 0 (in masked mode up to rounding).
+    **On a pruned model the selection of the image itself is frozen**, EViT's fusing weights too, for every step and for
+    the baseline: along the path it would jump, which no gradient sees, and the sum would be wrong without notice. A
+    patch dropped before it met another one gets exactly 0 (in masked mode up to rounding).
 
-    "trapezoid" weighs by 1 / (steps - 1), so that the weights sum to 1; Captum's sum to 1 - 1 / steps. With
-    ``rule="right", steps=1`` and baseline 0 this is input times gradient.
-
-    The class is fixed once, from the images. Only activations are differentiated, attention stays fused, sums are at
-    least float32. A baseline of 0 is the mean colour of normalised images, not black, and what equals the baseline gets
-    0: the baseline decides the picture.
+    "trapezoid" weighs by 1 / (steps - 1), so that the weights sum to 1; Captum's sum to 1 - 1 / steps. ``rule="right",
+    steps=1`` with baseline 0 is input times gradient. A baseline of 0 is the mean colour of normalised images, not
+    black, and what equals the baseline gets 0. Attention stays fused, sums are at least float32.
 
     Args:
         steps: Points on the path (two at least for "trapezoid"). 32 do for watching, 100 and more for tables.
-        baseline: What is "nothing": a number, or a tensor that broadcasts to the images, normalised as they are.
+        baseline: What is "nothing": a finite number, or a tensor that broadcasts to the images, normalised as they are.
         space: What is moved.
         rule: Where the points lie and what they weigh; see :func:`quadrature`.
-        chunk: Sequences in one forward, over images and steps; memory grows with it, results do not change. None: what
-            is fastest.
+        chunk: Sequences in one forward, over images and steps; changes memory and speed only. None: what is fastest.
 
     Returns:
         ``maps`` signed, a patch's pixels and channels summed; ``raw`` [B, C, H, W] in pixels space, [B, prefix + P] in
-        tokens space; ``pixels`` [B, H, W] in pixels space, channels summed. ``info``: ``difference`` = y(x) - y(x0)
-        and ``delta`` = sum - difference, [B] each: judge |delta / difference|, and with doubt run twice the steps.
-
-    Raises:
-        PrunexError: For an option that is none of these, or a baseline that is not finite or does not fit the images.
+        tokens space; ``pixels`` [B, H, W] in pixels space, channels summed. ``info``: ``difference`` = y(x) - y(x0) and
+        ``delta`` = sum - difference, [B] each: judge |delta / difference|, and with doubt run twice the steps.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -123,6 +115,7 @@ class _Path:
         """The weighted sum of gradients over the nodes, shaped as what is moved."""
         total = torch.zeros_like(self.end)
         for image, step in self._pairs(len(nodes)):
+            # One node a sequence, whatever is moved.
             shape = (-1, *[1] * (total.ndim - 1))
             alpha, weight = (t.to(total)[step].view(shape) for t in (nodes, weights))
             start = self.start[image]

@@ -35,14 +35,14 @@ def lrp(
     gamma: float | tuple[float, float] | None = None,
     rule_set: RuleSet = "conserving",
 ) -> Explanation:
-    r"""A logit decomposed backwards through every layer, to tokens and pixels.
+    """A logit decomposed backwards through every layer, to tokens and pixels.
 
     - ``"zplus"``: the "LRP" baseline of arXiv 2012.09838 (alpha 1, beta 0): from a one-hot 1, positive products alone;
       norms, GELU and softmax pass relevance through; zB at the pixels with each image's lowest and highest value.
     - ``"epsilon"``, ``"gamma"``: the same pass with those rules in linear layers and the patch convolution.
     - ``"attnlrp"`` (arXiv 2402.05602, Eqs. 13-16): softmax s gives x_i (R_i - s_i sum_j R_j), products half each, norms
       are constants but for the mean. As activation times modified gradient (arXiv 2502.15886), with fused attention.
-    - ``"cplrp"`` (arXiv 2202.07304): attention and norm deviations are constants. What public ViT examples use, with
+    - ``"cplrp"`` (arXiv 2202.07304): attention and norm deviations are constants. Public ViT examples use it with
       ``gamma``.
 
     Relevance sums to the logit only without biases (they absorb some), and under "attnlrp" not even then. Plain epsilon
@@ -63,8 +63,7 @@ def lrp(
         channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours.
 
     Raises:
-        PrunexError: For unknown rules, a gamma or rule set that the rule does not have, a gamma below 0, or layers that
-            the rules do not know.
+        PrunexError: For a gamma or rule set that the rule does not have, or layers that the rules do not know.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -77,6 +76,7 @@ def lrp(
     if rule != "zplus" and rule_set != "conserving":
         raise PrunexError(f"rule_set={rule_set!r} with rule={rule!r} is not allowed: rule sets belong to rule='zplus'")
     model, images = widened(model, images)
+    # The pixels become part of the graph, which the caller's own tensor must not.
     with torch.inference_mode(False):
         images = images.clone().requires_grad_()
     if rule == "attnlrp" or rule == "cplrp":
@@ -89,6 +89,7 @@ def lrp(
         if isinstance(ops, RelevanceRules):
             ops.relevance = True
         tokens, pixels = gradients(recorded.logits, [recorded.embedded, images], one_hot)
+        # These give gradients, to be multiplied; the rules give relevance itself.
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images
         return answer(recorded, tokens.sum(-1), pixels, signed=True, fine=pixels.sum(1))

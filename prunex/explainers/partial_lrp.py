@@ -30,20 +30,19 @@ def partial_lrp(
     rule_set: RuleSet = "conserving",
     gradient: bool = False,
 ) -> Explanation:
-    r"""Head mean of max(0, R) in the read-out row, R the last block's attention relevance under the z+ rule.
+    """Head mean of max(0, R) in the read-out row, R the last block's attention relevance under the z+ rule.
 
-    From a one-hot 1 at the class through head, final norm, MLP and projection down to the product A V, where
-    R_A = A * (S V^T) / 2 with S = R / (A V). Blocks below the last are not part of the pass, and in class-token models
-    it touches the read-out tokens alone: that is where relevance is. Class-specific in name; published positive and
-    negative scores hardly change with the class.
+    From a one-hot 1 at the class through head, final norm, MLP and projection down to the product A V, where R_A = A *
+    (S V^T) / 2 with S = R / (A V). Blocks below the last are not part of the pass. Class-specific in name; published
+    positive and negative scores hardly change with the class.
 
     Two rule sets go by this name in published tables: "published_baseline" (the figures of arXiv 2012.09838; linear
     layers divide each sign of their inputs by its own sum, so relevance is not conserved) and "conserving" (shared
-    denominators, rescaled skips; the figures of later papers). How the method's first authors weigh heads could not
-    be checked (unverified); maps do not use it. Half-precision weights are read in float32.
+    denominators, rescaled skips; the figures of later papers). How the method's first authors weigh heads could not be
+    checked (unverified); maps do not use it. Half-precision weights are read in float32.
 
-    A patch that left before the last block gets 0 here by definition (order such ties by ``trace.depth()``); a patch
-    inside a fused token gets its share. ``transformer_attribution`` follows relevance through all blocks.
+    A patch that left before the last block gets 0 by definition (order such ties by ``trace.depth()``); one inside a
+    fused token gets its share. ``transformer_attribution`` follows relevance through all blocks.
 
     Args:
         rule_set: "conserving" or "published_baseline".
@@ -53,7 +52,7 @@ def partial_lrp(
         ``maps`` >= 0; ``raw`` [B, H, prefix + P], each head's signed relevance of the read-out row on all tokens.
 
     Raises:
-        PrunexError: For an unknown rule set, or layers that the rules do not know.
+        PrunexError: For layers that the rules do not know.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -70,6 +69,7 @@ def partial_lrp(
         ((step, attention),) = tape.matrices()
         relevance = weighed_relevance(recorded, rules, [attention], gradient)[0]
         with torch.no_grad():
+            # Only the last block is walked: what the head reads, back to its attention, and on to the patches.
             readout = recorded.leaving(last).lift(recorded.readout())
             entering, heads = recorded.entering(last), relevance.shape[1]
             by_head = [entering.lift(times(readout, relevance[:, head], step.queries)) for head in range(heads)]

@@ -16,11 +16,9 @@ from prunex.vit.tape import Tape
 def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None, *, layer: int = -1) -> Explanation:
     """Head-mean class-token attention of one block, the cheapest map and the very signal EViT prunes by.
 
-    Only that row is computed (N numbers a head); the model keeps its fused attention. Average-pooled models have no
-    class row: the mean row of the pooled tokens is taken.
-
-    A patch that left before the block has no attention there and gets 0 (order such ties by ``trace.depth()``); a patch
-    inside a fused token gets its share of that token's value. Not class-specific.
+    Only that row is computed (N numbers a head); attention stays fused. Average-pooled models have no class row: the
+    mean row of the pooled tokens is taken. A patch that left before the block gets 0 (order such ties by
+    ``trace.depth()``), one inside a fused token its share of that token's value. Not class-specific.
 
     Args:
         layer: Block index, negative from the end.

@@ -38,13 +38,12 @@ def rollout(
     """Product over blocks of 0.5 A + 0.5 I, rows normalised, read at the head's tokens (arXiv 2005.00928, Sec. 3).
 
     A public code for ViTs divides columns by row sums, discards in the first image only and protects one entry; here
-    rows are normalised, every image is treated alike, and prefix columns and the diagonal are never discarded.
-    Not class-specific: two target classes rightly give the same map.
+    rows are normalised, every image is treated alike, and prefix columns and the diagonal are never discarded. Not
+    class-specific: two target classes rightly give the same map.
 
     With ``gradient`` a block's matrix is max(0, mean over heads of A * dy/dA) in the place of A, y the class's logit:
-    what that code calls gradient rollout. It has no publication of its own; the code pairs a block's attention with
-    another block's gradient, and takes it before the softmax. Here both are the same block's, after the softmax. The
-    published method of this idea is ``generic_attention``.
+    what that code calls gradient rollout, but there a block's attention meets another block's gradient, before the
+    softmax. It has no publication of its own; the published method of this idea is ``generic_attention``.
 
     Args:
         head_fusion: "mean" (the paper), "max" or "min" over heads; with ``gradient`` "mean".
@@ -86,6 +85,7 @@ def rollout(
                 return torch.where(mixes, 0.5 * times(row, fused, step.queries) + 0.5 * row, row)
             if discard_ratio > 0:
                 fused = _discard(fused, discard_ratio, prefix, step.policy)
+            # Rows of fused maxima, minima or what is left of them sum to anything: normalise A + I.
             row = row / (fused.sum(-1) + 1)
             return times(row, fused) + row
 
@@ -97,9 +97,9 @@ def _discard(fused: Tensor, ratio: float, prefix: int, policy: Tensor | None) ->
     """Zero each image's floor(ratio * m * m) smallest entries, sparing prefix columns and the diagonal."""
     n = fused.shape[-1]
     # The m tokens that are there count alone: slots of dropped ones hold zeros, which would use the share up.
-    there = fused.new_ones(fused.shape[:2], dtype=torch.bool) if policy is None else policy > 0
-    counts = torch.tensor([int(m * m * ratio) for m in there.sum(1).tolist()], device=fused.device)
-    among = (there.unsqueeze(1) & there.unsqueeze(2)).flatten(1)
+    present = fused.new_ones(fused.shape[:2], dtype=torch.bool) if policy is None else policy > 0
+    counts = torch.tensor([int(m * m * ratio) for m in present.sum(1).tolist()], device=fused.device)
+    among = (present.unsqueeze(1) & present.unsqueeze(2)).flatten(1)
     flat = fused.flatten(1)
     order = flat.masked_fill(~among, float("inf")).argsort(dim=1, stable=True)
     lowest = torch.arange(n * n, device=fused.device) < counts[:, None]

@@ -41,25 +41,25 @@ def shap(
 ) -> Explanation:
     """Shapley values phi of the patches in the game v(S) = the class's probability with only the patches S there.
 
-    They sum to v(all) - v(none) at every budget, for every class. All classes share the forwards. Absent patches are
-    taken out before the first block (see ``prunex.removal.game``), never painted over: baseline games, where
-    grey patches keep their positions, give other numbers and should not stand in one table with these.
+    They sum to v(all) - v(none) at every budget, for every class. Absent patches are taken out before the first block
+    (see ``prunex.removal.game``), never painted over: games of grey patches give other numbers and should not stand in
+    one table with these.
 
     - "permutation": phi_i = mean over orders of v(earlier ones and i) - v(earlier ones), in antithetic pairs (an order
       and its reverse). Unbiased; exact after one pair where patches interact at most in pairs.
     - "kernel": weighted least squares (arXiv 1705.07874, Thm. 2) on coalitions drawn by size with their complements
       (Covert & Lee, arXiv 2012.01536), constraint exact, no l1 selection of patches. Often less noisy.
 
-    Error falls as 1 / sqrt(budget); ``prunex.removal.coalitions`` gives standard errors. Models that never saw
-    missing patches are off their training distribution where few are there. Some hundred evaluations an image are a
-    sketch; the paper behind ``vit_shapley`` reports about 10^5 to converge on ViT-B (unverified).
+    Error falls as 1 / sqrt(budget); ``prunex.removal.coalitions`` gives standard errors. Models that never saw missing
+    patches are off their training distribution where few are there. Some hundred evaluations an image are a sketch; the
+    paper behind ``vit_shapley`` reports about 10^5 to converge on ViT-B (unverified).
 
     Args:
         estimator: "permutation" or "kernel".
         removal: "drop" (cost falls with the number of patches there) or "mask" (all slots kept). Equal results.
-        budget: Most forwards of one token sequence each an image, v(all) and v(none) included. Permutation: 2 +
-            2 (P - 1) for every pair of orders. Kernel: at least 2 + 2 P, to be useful 20 times as many. None: 20 pairs,
-            2 + 40 (P - 1); 7,802 for 196 patches.
+        budget: Most forwards of one token sequence each an image, v(all) and v(none) included. Permutation: 2 + 2 (P -
+            1) for every pair of orders. Kernel: at least 2 + 2 P, to be useful 20 times as many. None: 20 pairs, 2 + 40
+            (P - 1); 7,802 for 196 patches.
         selection: Of a pruned model: "frozen" (the clean run's decisions are kept) or "free" (the pruner decides anew
             among the patches there; needs ``removal="drop"``), also known as "adaptive".
         output: "probability", "logit", or "log_odds".
@@ -70,8 +70,7 @@ def shap(
         ``maps`` signed; ``raw`` [B, P, C], all classes.
 
     Raises:
-        PrunexError: For options not allowed or that exclude each other, a budget too small for the estimator, or a
-            model without a classifier.
+        PrunexError: For options that exclude each other, a budget too small, or a model without a classifier.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
@@ -91,6 +90,7 @@ def shap(
 def estimate(value: Removal, batch: int, estimator: str, budget: int | None, seed: int) -> Estimate:
     """Shapley values of all classes with their standard errors, as :func:`shap` makes them for a batch of images."""
     players = value.players
+    # An order of P patches passes P - 1 coalitions between nothing and everything.
     pair = 2 * (players - 1)
     budget = 2 + PAIRS * pair if budget is None else budget
     if estimator == "permutation":
@@ -99,6 +99,7 @@ def estimate(value: Removal, batch: int, estimator: str, budget: int | None, see
                 f"budget={budget} is too small: one antithetic pair of orders of {players} patches takes {2 + pair} "
                 "evaluations"
             )
+        # v(all) and v(none) are known; an order and its reverse take the others.
         orders = 2 * ((budget - 2) // pair) if pair else 2
         return permutation_sampling(value, players, batch, orders, seeded(seed))
     least = 2 + PER_PLAYER * players

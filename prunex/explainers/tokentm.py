@@ -31,10 +31,11 @@ def tokentm(
     variant: Literal["per_head", "libragrad"] = "per_head",
     necc_scale: Literal["n0"] | None = None,
 ) -> Explanation:
-    r"""Token transformation matters (arXiv 2403.14552, Eqs. 12-18): C_l = U_ffn U_att C_{l-1}, C_0 = diag(||E0||).
+    """Token transformation matters (arXiv 2403.14552, Eqs. 12-18): C_l = U_ffn U_att C_{l-1}, C_0 = diag(||E0||).
 
     A token-wise transformation from E to Et weighs each token by w = ||Et|| / ||E|| times NECC, the softmax over the
     tokens of cos(E, Et). Then U_att = I + mean_h(ReLU(dy/dA_h) * A_h diag(w_h)) and U_ffn = I + diag(w).
+    Class-specific.
 
     **Unverified**: the authors published no code, and the paper's text beyond its introduction could not be read. Which
     E and Et are meant follows two public re-implementations that differ: ``variant="per_head"`` (default) takes the
@@ -42,16 +43,14 @@ def tokentm(
     in, output bias out, LayerScale in) and, for the MLP, its output before the skip; ``variant="libragrad"`` takes the
     stream after the skips and one weight for all heads. That norm and bias are inside Et is our reading.
 
-    Attention with a norm or gate after the heads or the projection (``scale_attn_norm``, gated, post-norm blocks) has
-    W_O v_h taken without it. The MLP of a parallel block is compared with the stream that attention has been added to.
-
-    Class-specific. The class row alone is propagated; norms and angles come from Gram matrices of W_O, never from
-    [n, H, D] tensors. After pruning, NECC spreads over fewer tokens, so maps of different keep ratios differ in scale;
-    ``necc_scale="n0"`` (ours, not the paper's) multiplies by n / N_0 and takes that effect out.
+    A norm or gate behind heads or projection is left out of W_O v_h. The MLP of a parallel block is compared with the
+    stream that attention has been added to. The class row alone is propagated; norms and angles come from Gram matrices
+    of W_O, never from [n, H, D] tensors. After pruning, NECC spreads over fewer tokens, so maps of different keep
+    ratios differ in scale.
 
     Args:
         variant: Which re-implementation's reading.
-        necc_scale: None, or "n0".
+        necc_scale: None, or "n0" (ours, not the paper's), which multiplies by n / N_0 and takes that effect out.
 
     Returns:
         ``maps`` >= 0; ``raw`` [B, prefix + P], all tokens.
@@ -109,8 +108,10 @@ def _head_weights(block: nn.Module, step: Attended, total: int, scale: str | Non
     value, before = _wide(step.value), _wide(step.before)
     h, d = value.shape[1], value.shape[3]
     out = layout_of(block).output(block).to(value)
+    # ||W_O v||^2 = v^T (W_O^T W_O) v: d x d a head instead of D numbers a token.
     gram = torch.einsum("xhd,xhe->hde", out.unflatten(1, (h, d)), out.unflatten(1, (h, d)))
     stretched = (value @ gram * value).sum(-1).clamp(min=0).sqrt()
+    # z . (W_O v) = (W_O^T z) . v, likewise.
     back = (before @ out).unflatten(2, (h, d)).transpose(1, 2)
     length = torch.linalg.vector_norm(before, dim=-1).unsqueeze(1)
     cosine = (back * value).sum(-1) / (length * stretched + 1e-8)
@@ -124,6 +125,6 @@ def _necc(cosine: Tensor, policy: Tensor | None, total: int, scale: str | None) 
         cosine = cosine.masked_fill(policy <= 0, float("-inf"))
     share = cosine.softmax(-1)
     if scale == "n0":
-        there = cosine.shape[-1] if policy is None else (policy > 0).sum(-1, keepdim=True)
-        share = share * there / total
+        count = cosine.shape[-1] if policy is None else (policy > 0).sum(-1, keepdim=True)
+        share = share * count / total
     return share

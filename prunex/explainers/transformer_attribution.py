@@ -25,31 +25,27 @@ from prunex.vit.tape import Tape
 def transformer_attribution(
     model: ViT, images: Tensor, target: int | Tensor | None = None, *, start_layer: int = 0, gradient: bool = True
 ) -> Explanation:
-    r"""C = Abar_{L-1} ... Abar_s with Abar_l = I + mean_h max(0, dy/dA_l * R_l) (arXiv 2012.09838, Eqs. 13-14).
+    """C = Abar_{L-1} ... Abar_s with Abar_l = I + mean_h max(0, dy/dA_l * R_l) (arXiv 2012.09838, Eqs. 13-14).
 
     R_l is the relevance of block l's attention under the z+ rule: from a one-hot 1 at the class, linear layers pass on
     positive products only, skips split in proportion (and are rescaled to conserve an image's sum), a product of two
     signals gives each half, everything else passes through. The product is clamped before the head mean and the
-    aggregate is not normalised, as in the authors' ViT code. One graph is walked twice, once as gradients and once as
-    relevance, from the head down to block ``start_layer``'s attention and no further; then the read-out row alone is
-    rolled out.
+    aggregate is not normalised, as in the authors' ViT code. One graph is walked twice, as gradients and as relevance,
+    down to block ``start_layer``'s attention and no further; then the read-out row alone is rolled out.
 
     Departures from the authors' code: sums of the skip rule are taken per image (theirs take the whole batch, which
-    must be 1). All published ViT figures use ``start_layer=1``; their notebooks use 0, as here.
-
-    A fused token's weights (EViT) are constants to the relevance pass and part of the gradient. Half-precision weights
-    are read in float32.
+    must be 1). All published ViT figures use ``start_layer=1``; their notebooks use 0, as here. A fused token's weights
+    (EViT) are constants to the relevance pass and part of the gradient. Half-precision weights are read in float32.
 
     Args:
         start_layer: First block included.
-        gradient: False rolls out the relevance alone, head mean of max(0, R_l) (the paper's ablation); its rows are
-            not normalised either.
+        gradient: False rolls out the relevance alone, head mean of max(0, R_l) (the paper's ablation).
 
     Returns:
         ``maps`` >= 0; ``raw`` is the read-out row [B, prefix + P].
 
     Raises:
-        PrunexError: For a block that does not exist, or layers that the rules do not know.
+        PrunexError: For layers that the rules do not know.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)

@@ -36,20 +36,19 @@ def vit_cx(
     max_masks: int | None = None,
     selection: Literal["frozen", "free", "adaptive"] = "frozen",
 ) -> Explanation:
-    r"""Causal impact of patch-embedding masks (arXiv 2211.03064): neither gradients nor attention, but many forwards.
+    """Causal impact of patch-embedding masks (arXiv 2211.03064): neither gradients nor attention, but many forwards.
 
     Each channel of a block's first norm, scaled to 0..1 over the patches, is a mask; masks within a cosine distance of
     ``distance`` (complete linkage) are summed to K cluster masks m_k, enlarged bilinearly and scaled to 0..1 again.
     With noise n_k ~ N(0, ``noise``^2) in normalised pixel space, damped by (1 - m_k), and f the class's probability:
     s_k = f(x m_k + n_k) - f(x + n_k) + f(x), and the map is (1/K) sum_k s_k m_k / sum_j m_j, pixel by pixel.
-    Class-specific; the class is the clean image's. The cost is 1 + 2K forwards an image (1 + K without noise).
+    Class-specific. The cost is 1 + 2K forwards an image (1 + K without noise).
 
     Departures from the authors' code: channels are clustered at patch resolution, 256 times cheaper for 16-pixel
     patches (similarities differ slightly), and constant channels, which give it 0/0, are left out. Where all are
-    constant, one mask of all patches remains.
-
-    On a pruned model the masks are made of the patches that still are tokens of their own when they enter the block;
-    all others are 0 in every mask, and so is the map there, up to the blur of enlarging.
+    constant, one mask of all patches remains. On a pruned model the masks are made of the patches that still are tokens
+    of their own when they enter the block; all others are 0 in every mask, and so is the map there, up to the blur of
+    enlarging.
 
     Args:
         layer: Block whose first norm is read, negative from the end.
@@ -58,7 +57,7 @@ def vit_cx(
         seed: Of the noise. Every image draws its own K noises from it, so neighbours and ``chunk`` change nothing.
         chunk: Masked images a forward.
         max_masks: Largest K, or None for no limit (K can reach the width). Where ``distance`` leaves more clusters,
-            they are merged further, nearest first, beyond ``distance``.
+            they are merged further, nearest first.
         selection: What a pruned model does with masked images: keep the patches that it kept of the clean image
             ("frozen"), or choose anew ("free", also known as "adaptive").
 
@@ -80,11 +79,12 @@ def vit_cx(
     selection = check_selection(selection)
     with recording(model, images, target, features_tape(layer, gradients=False), needs_class=True) as recorded:
         seen = features(recorded, layer)
-        masks, lively = channel_masks(seen.activation, seen.there)
-        patches = seen.on_grid(seen.there.to(masks.dtype))
+        masks, lively = channel_masks(seen.activation, seen.present)
+        patches = seen.on_grid(seen.present.to(masks.dtype))
+        # Each image has clusters of its own, in any number.
         merged = []
-        for m, use, there in zip(seen.on_grid(masks), lively, patches, strict=True):
-            merged.append(cluster_masks(m, use, there, distance, max_masks))
+        for m, use, present in zip(seen.on_grid(masks), lively, patches, strict=True):
+            merged.append(cluster_masks(m, use, present, distance, max_masks))
 
         def of_target(logits: Tensor, image: Tensor) -> Tensor:
             probabilities = score(before_softmax(model, logits), "probability")
@@ -106,13 +106,13 @@ def _check_count(name: str, value: Any, low: int) -> None:
         raise PrunexError(f"{name}={value!r} is not allowed: give an integer of at least {low}")
 
 
-def channel_masks(activation: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+def channel_masks(activation: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Each channel of [B, n, D] scaled to 0..1 over the tokens that are there, bool [B, n].
 
     Returns:
         Masks [B, D, n], 0 where no token is; and which channels are not constant (beyond rounding): bool [B, D].
     """
-    gone = ~there.unsqueeze(2)
+    gone = ~present.unsqueeze(2)
     low = activation.masked_fill(gone, float("inf")).amin(1, keepdim=True)
     high = activation.masked_fill(gone, float("-inf")).amax(1, keepdim=True)
     lively = high - low > 1e-6 * torch.maximum(low.abs(), high.abs())
@@ -134,6 +134,7 @@ def clusters(masks: Tensor, distance: float, most: int | None = None) -> Tensor:
     count = len(masks)
     if count < 2:
         return torch.zeros(count, dtype=torch.long)
+    # Symmetric and 0 on the diagonal to the last bit, as the clustering wants it.
     unit = F.normalize(masks.double(), dim=1)
     apart = (1 - unit @ unit.mT).clamp(min=0).fill_diagonal_(0)
     matrix = (0.5 * (apart + apart.mT)).cpu().numpy()
@@ -145,19 +146,19 @@ def clusters(masks: Tensor, distance: float, most: int | None = None) -> Tensor:
     return torch.tensor([order.setdefault(label, len(order)) for label in tree.labels_.tolist()])
 
 
-def cluster_masks(masks: Tensor, lively: Tensor, there: Tensor, distance: float, most: int | None) -> Tensor:
+def cluster_masks(masks: Tensor, lively: Tensor, present: Tensor, distance: float, most: int | None) -> Tensor:
     """One image's K cluster masks on the patch grid, [K, gh, gw]: sums, not scaled yet.
 
     Args:
         masks: [D, gh, gw].
         lively: bool [D]: which of them count. Without any, one mask of all patches is the answer.
-        there: [gh, gw], 1 for patches that have a token.
+        present: [gh, gw], 1 for patches that have a token.
         distance: See :func:`clusters`.
         most: See :func:`clusters`.
     """
     masks = masks[lively]
     if not len(masks):
-        return there[None]
+        return present[None]
     labels = clusters(masks.flatten(1), distance, most).to(masks.device)
     return masks.new_zeros(int(labels.max()) + 1, *masks.shape[1:]).index_add_(0, labels, masks)
 
@@ -172,6 +173,7 @@ def enlarged(masks: Tensor, patch: tuple[int, int], size: tuple[int, int]) -> Te
     height, width = (min(a, b) for a, b in zip(whole, size, strict=True))
     fine = fine[:, :height, :width]
     low, high = fine.amin((1, 2), keepdim=True), fine.amax((1, 2), keepdim=True)
+    # A constant mask has no range to scale to.
     even = high - low <= 1e-6 * high
     fine = torch.where(even, fine, (fine - low) / torch.where(even, 1, high - low))
     return F.pad(fine, (0, size[1] - width, 0, size[0] - height))
@@ -204,21 +206,22 @@ def causal_saliency(
         [B, H, W] in the type of ``clean``.
     """
     device, size = images.device, (images.shape[2], images.shape[3])
+    # Masks of all images in one row, so that forwards are always full.
     counts = torch.tensor([len(m) for m in masks], device=device)
     owner = torch.arange(len(masks), device=device).repeat_interleave(counts)
     draws = _draws(images, owner.tolist(), seed)
     spread = clean.new_zeros(len(images), *size)
     coverage = torch.zeros_like(spread)
-    for part, own in zip(torch.cat(masks).split(chunk), owner.split(chunk), strict=True):
+    for part, owners in zip(torch.cat(masks).split(chunk), owner.split(chunk), strict=True):
         fine = enlarged(part, patch, size)
-        x, m = images[own], fine.unsqueeze(1).to(images.dtype)
+        x, m = images[owners], fine.unsqueeze(1).to(images.dtype)
         if noise > 0:
-            n = noise * (1 - m) * torch.stack([next(draws) for _ in own]).to(x)
-            scores = probability(x * m + n, own) - probability(x + n, own) + clean[own]
+            n = noise * (1 - m) * torch.stack([next(draws) for _ in owners]).to(x)
+            scores = probability(x * m + n, owners) - probability(x + n, owners) + clean[owners]
         else:
-            scores = probability(x * m, own)
-        for b in own.unique().tolist():  # image by image, and always in the same order
-            mine = own == b
+            scores = probability(x * m, owners)
+        for b in owners.unique().tolist():  # image by image, and always in the same order
+            mine = owners == b
             spread[b] += (scores[mine, None, None] * fine[mine]).sum(0)
             coverage[b] += fine[mine].sum(0)
     return spread / coverage.clamp(min=1e-8) / counts[:, None, None]

@@ -51,6 +51,7 @@ def vit_shapley(
     """
     shapley = held(explainer, ShapleyExplainer, KIND, "shap") or load_explainer(str(explainer))
     check_fits(read(shapley.surrogate), read(model), KIND)
+    # The explainer may lie elsewhere, and in another precision, than the model.
     weight = next(shapley.parameters())
     with recording(model, images, target, Tape(), needs_class=True) as recorded, as_found(shapley, train=False):
         values = shapley(images.to(weight.device, weight.dtype)).to(images.device)

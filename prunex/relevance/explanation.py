@@ -113,6 +113,7 @@ class Explanation(Brief):
                 f"pictures have size {list(size)}, and the maps lie over what the module made of them, "
                 f"{list(self.image_size)}: call overlay() without pictures"
             )
+        # Pictures that end with the grid are drawn from it; others need the pixels beyond it left out.
         maps = self.maps if self.covered == self.image_size else self.upsample()
         return overlay(pictures, maps.float().cpu().numpy(), signed=self.signed)
 
@@ -123,6 +124,7 @@ def _as_bytes(images: Tensor) -> NDArray[np.uint8]:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise PrunexError(f"images have shape {list(images.shape)}: give [B, 3, H, W], or a uint8 array [B, H, W, 3]")
     images = images.expand(-1, 3, -1, -1)
+    # Normalised images are stretched to 0..1, others are left as they are.
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     outside = (low < 0) | (high > 1)
     images = (images - low * outside) / ((high - low) * outside + ~outside).clamp(min=1e-8)

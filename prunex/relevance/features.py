@@ -21,8 +21,8 @@ class Features(Brief):
     Attributes:
         activation: [B, n, D], at least float32.
         gradient: [B, n, D] of a score, likewise; None unless a score was given.
-        there: bool [B, n], the tokens that are a patch of the image, or were pooled from some: no fused token, no slot
-            of a dropped one.
+        present: bool [B, n], the tokens that are a patch of the image, or were pooled from some: no fused token, no
+            slot of a dropped one.
         where: int64 [B, P], the token that stands for each patch (of pooled ones that with the patch's largest part);
             -1 for a patch that left or was fused before.
         grid: Patch grid (gh, gw).
@@ -30,14 +30,14 @@ class Features(Brief):
 
     activation: Tensor
     gradient: Tensor | None
-    there: Tensor
+    present: Tensor
     where: Tensor
     grid: tuple[int, int]
 
     def weights(self) -> Tensor:
         """Grad-CAM's channel weights: the mean gradient over the patch tokens that are there, [B, D]."""
-        there = self.there.unsqueeze(2)
-        return torch.as_tensor(self.gradient).masked_fill(~there, 0).sum(1) / there.sum(1).clamp(min=1)
+        present = self.present.unsqueeze(2)
+        return torch.as_tensor(self.gradient).masked_fill(~present, 0).sum(1) / present.sum(1).clamp(min=1)
 
     def on_grid(self, values: Tensor, fill: Tensor | float = 0.0) -> Tensor:
         """One value a token, [B, n] or several an image [B, k, n], put where its patch is: [B, (k,) gh, gw].
@@ -88,11 +88,12 @@ def on_patches(recorded: Recording, layer: int, activation: Tensor, gradient: Te
         )
     trace = recorded.entering(layer)
     where = trace.tokens()
+    # A token without a patch is a fused one, or the slot of one that was dropped.
     patches = torch.zeros(activation.shape[:2], dtype=torch.long, device=where.device)
-    there = patches.scatter_add(1, where.clamp(min=0), (where >= 0).long()) > 0
+    present = patches.scatter_add(1, where.clamp(min=0), (where >= 0).long()) > 0
     if trace.pooled:  # a token need not be any patch's first choice
-        there = trace.composition().sum(1) > 0
-    return Features(activation, gradient, there, where, trace.grid)
+        present = trace.composition().sum(1) > 0
+    return Features(activation, gradient, present, where, trace.grid)
 
 
 def _wide(tokens: Tensor, prefix: int) -> Tensor:

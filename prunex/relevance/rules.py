@@ -125,6 +125,7 @@ def gamma_rule(layer: Layer, x: Tensor, out: Tensor, r: Tensor, gamma: float, ep
     For z_k > 0 these are x_j w_jk > 0, for z_k < 0 those below 0; the bias is favoured alike.
     """
     up, down = _by_sign(x)
+    # Outputs above and below 0 favour products of their own sign.
     positive = layer.weight + gamma * layer.weight.clamp(min=0)
     negative = layer.weight + gamma * layer.weight.clamp(max=0)
     total = torch.zeros_like(x)
@@ -165,6 +166,7 @@ def conserving_add(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor
     sums = [p.sum(axes, keepdim=True) for p in parts]
     size = sums[0].abs() + sums[1].abs()
     whole = r.sum(axes, keepdim=True)
+    # Scaled so that the two parts keep their sign and sum to what came.
     first, second = (p.mul_(ratio(ratio(s.abs(), size) * whole, s)) for p, s in zip(parts, sums, strict=True))
     return first, second
 

@@ -36,6 +36,7 @@ def propagate(
     """
     row = readout
     for step in reversed(tape.steps):
+        # Tokens return where they left, also before the first block that mixes.
         if isinstance(step, Stage):
             row = step.lift(row, prefix)
         elif step.block < start:

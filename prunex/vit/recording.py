@@ -24,7 +24,6 @@ from prunex.vit.replay import Replay
 from prunex.vit.state import TokenState
 from prunex.vit.tape import Tape
 from prunex.vit.trace import TokenTrace
-from prunex.vit.turns import Pruner
 from prunex.vit.weights import by_name, check_gradients
 
 
@@ -75,10 +74,8 @@ class Recording(Brief):
         tokens: Tensor,
         index: Tensor | None = None,
         *,
-        before: Sequence[Pruner] = (),
         keys: KeyWeights | None = None,
         tape: Tape | None = None,
-        masked: bool | None = None,
         frozen: bool = True,
     ) -> Tensor:
         """The model's output [R, classes] for altered tokens, in the precision of this forward, autocast included.
@@ -86,17 +83,14 @@ class Recording(Brief):
         Args:
             tokens: [R, prefix + P, D], entering the first block.
             index: int64 [R], which image each is made from; None: one an image, in order.
-            before: Asked before the frozen decisions, such as an ``Absent``.
             keys: Weights of the tokens as attention keys.
             tape: Records what it asks for.
-            masked: Whether dropped tokens keep their slots; None: as in this forward, whose decisions must have been
-                made likewise.
             frozen: Whether tokens leave as in this forward; False: the model's own pruner decides again.
         """
-        masked = self.state.masked if masked is None else masked
+        # Frozen: what the clean run decided is decided again, and the model's own pruner is not asked.
         decides = [Replay(self.state.decisions, index)] if frozen else own_pruners(self.model)
         with self._as_recorded():
-            return resume(self.model, tokens, self.trace.grid, [*before, *decides], tape, masked, keys)
+            return resume(self.model, tokens, self.trace.grid, decides, tape, self.state.masked, keys)
 
     def embed(self, images: Tensor) -> Tensor:
         """Other images as tokens for :meth:`again`, [R, prefix + P, D], off the graph."""
@@ -138,12 +132,11 @@ def recording(
     target: int | Tensor | None,
     tape: Tape,
     needs_class: bool = False,
-    masked: bool | None = None,
     precise: bool = False,
 ) -> Iterator[Recording]:
     """Run the model once under a tape, in eval mode and full view of autograd if gradients are asked for.
 
-    The model's train flags, its last training forward and the caller's grad mode are left as they were.
+    Train flags, the last training forward and the caller's grad mode are left as they were.
 
     Args:
         model: A supported ViT, pruned or dense.
@@ -151,12 +144,7 @@ def recording(
         target: Class to explain, or None for the predicted one.
         tape: Says what to record.
         needs_class: Whether the method explains a class, so that a model without a head is refused.
-        masked: Whether dropped tokens keep their slots; None: as the model is set.
         precise: Run the forward outside the caller's autocast too.
-
-    Raises:
-        PrunexError: For a target out of range, a headless model where a class is needed or asked for, or weights that
-            cannot be read or differentiated through.
     """
     if tape.gradients and any(p.is_inference() for p in model.parameters()):
         raise PrunexError(
@@ -175,13 +163,14 @@ def recording(
         # A tensor of the caller's inference mode can be part of no graph.
         images = images.clone() if images.is_inference() else images
         with torch.autocast(device, enabled=False) if precise else nullcontext():
-            state = record(model, images, tape, masked)
+            state = record(model, images, tape)
         if classifies(model):
             chosen = choose_target(tape.logits, target)
         elif needs_class or target is not None:
             raise PrunexError("this model has no classifier (num_classes=0): explain a class with one, or use rollout")
         else:
             chosen = torch.full((len(images),), -1, device=images.device)
+        # Explainers compute in the precision of what was recorded, whatever the caller casts to.
         size = (images.shape[2], images.shape[3])
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -189,15 +178,7 @@ def recording(
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
-    """The class of each image: int64 [B].
-
-    Args:
-        logits: float [B, classes].
-        target: An int, an integer tensor [B], or None for the predicted class.
-
-    Raises:
-        PrunexError: For anything else, or a class out of range.
-    """
+    """The class of each image, int64 [B]: of an int, an integer tensor [B], or None for the predicted one."""
     allowed = "a class index, an integer tensor [B], or None"
     if logits is None or logits.ndim != 2:
         raise PrunexError("this model gives no logits [B, classes]: explain a model with a pooled head")
@@ -212,8 +193,7 @@ def choose_target(logits: Tensor | None, target: Any) -> Tensor:
     chosen = torch.as_tensor(target, device=logits.device)
     if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
         raise PrunexError(f"target has dtype {chosen.dtype}: give {allowed}")
-    if chosen.ndim == 0:
-        chosen = chosen.expand(batch)
+    chosen = chosen.expand(batch) if chosen.ndim == 0 else chosen
     if chosen.shape != (batch,):
         raise PrunexError(
             f"target has shape {list(chosen.shape)} for {batch} images: give one class for all or one each"
@@ -233,16 +213,11 @@ def gradients(
 ) -> list[Tensor]:
     """What ``torch.autograd.grad`` gives for activations. A place that nothing reaches is no place without worth.
 
-    Args:
-        output: A scalar, or a tensor that ``start`` is shaped as.
-        inputs: Where to differentiate.
-        start: What the backward pass starts from.
-        retain_graph: Whether the graph is walked again.
-
     Raises:
         Unreached: Where a layer computes without autograd.
     """
     grads: Sequence[Tensor | None] = [None] * len(inputs)
+    # A place off the graph would raise in torch's words; it is told in ours.
     if output.requires_grad and all(x.requires_grad for x in inputs):
         grads = torch.autograd.grad(output, inputs, start, retain_graph, allow_unused=True)
     if any(g is None and x.numel() for g, x in zip(grads, inputs, strict=True)):  # a block without heads has no entries
@@ -276,13 +251,9 @@ def check_chunk(value: Any) -> None:
 
 
 def sequences(chunk: int | None, tokens: Tensor, most: int = 64, graph: bool = False) -> int:
-    """How many sequences go through the model at once: what the caller wishes, else as many as run fastest.
+    """How many sequences [B, N, D] go through the model at once: the caller's ``chunk``, else as many as run fastest.
 
-    Args:
-        chunk: The caller's wish, or None.
-        tokens: [B, N, D], the stream entering the first block.
-        most: On an accelerator, and for small models.
-        graph: Whether gradients are recorded.
+    ``most`` is for accelerators and small models; ``graph`` says that gradients are recorded.
     """
     if chunk is not None:
         return chunk
@@ -303,10 +274,6 @@ def check_layer(value: Any, depth: int) -> int:
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
-    """Values of which so many leading bits count: what rounding alone keeps apart becomes equal.
-
-    >>> rounded(torch.tensor([1.0, 1.0001, 3.0]), 8).tolist()
-    [1.0, 1.0, 3.0]
-    """
+    """Values of which so many leading bits count: what rounding alone keeps apart becomes equal."""
     mantissa, exponent = torch.frexp(values)
     return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)

@@ -92,7 +92,7 @@ class Stage(Brief):
         body = torch.where(self._sums(torch.ones_like(moved)) > 0, self._sums(moved), 1)
         return torch.cat([values[:, :prefix], body], 1)
 
-    def back(self, values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def back(self, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Give each token before the stage the vector of the token it went into; of several ones, their mean.
 
         From [B, n_out, D], and bool [B, n_out]: which of them stand for something, to [B, n_in, D], 0 for tokens that
@@ -101,10 +101,10 @@ class Stage(Brief):
         group = self.group if self.pooled else self.group.unsqueeze(-1)
         b, n, m = group.shape
         if self.n_out == 0:
-            return values.new_zeros(b, n, values.shape[2]), there.new_zeros(b, n)
+            return values.new_zeros(b, n, values.shape[2]), present.new_zeros(b, n)
         at = group.clamp(min=0).flatten(1)
         parts = values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[2])).view(b, n, m, -1)
-        used = (group >= 0) & there.gather(1, at).view(b, n, m)
+        used = (group >= 0) & present.gather(1, at).view(b, n, m)
         if self.pooled:  # a window counts a token that is not there with no weight
             used = used & (self.weight > 0)
         parts = parts.masked_fill(~used.unsqueeze(-1), 0)

@@ -68,27 +68,29 @@ class Call(Brief):
         Raises:
             PrunexError: Where it is not.
         """
-        output, own, state = self.output, self.trace, None
+        output, own_trace, state = self.output, self.trace, None
         if output is None:
             state = _state(self.vit)
             if method in _methods_checked(self.vit, state):
                 return
+            # Who counts a method's forwards shall not count this one.
             running = ASKING.set(True)
             try:
                 with torch.no_grad():
-                    output, own = own_output(self.vit, self.entered[:1])
+                    output, own_trace = own_output(self.vit, self.entered[:1])
             finally:
                 ASKING.reset(running)
-        if output.ndim != 2:
-            return  # tokens, of which an explainer may need some alone
+        if output.ndim != 2:  # tokens, of which an explainer may need some alone
+            return
         # Quantised layers round their inputs, too, and fall on the other side wherever these differ in the last bit.
         exact = precise(self.entered) and not any(is_packed(layer) for *_, layer in wrapped_layers(self.vit))
         if alike(logits[: len(output)], output, exact):
             if state is not None:
                 _CHECKED[self.vit] = (state, _methods_checked(self.vit, state) | {method})
             return
-        if own is not None and not own.tokens().equal(trace.tokens()[: len(output)]):
+        if own_trace is not None and not own_trace.tokens().equal(trace.tokens()[: len(output)]):
             return  # scores within rounding of each other: other patches left, which says nothing of the model
+        # Hooks are the usual reason: name some.
         hooked = [name for name, m in self.vit.named_modules() if m._forward_hooks and name]
         such_as = f", such as on {', '.join(hooked[:3])}" if hooked else ""
         text = (
@@ -204,8 +206,10 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
         if not isinstance(entered, Tensor) or len(entered) != len(images):
             what = len(entered) if isinstance(entered, Tensor) else type(entered).__name__
             raise cannot(module, f"gives its {kind(vit)} {what} images for {len(images)}")
+        # The ViT's very tensor came out unchanged: nothing follows it.
         if answer is handed and torch.equal(answer, out):
             return Call(module, vit, images, entered, out, "", trace)
+        # Something follows the ViT: the ViT that is explained ends in it.
         field, output = _chosen(module, answer, len(images))
         seen = shallow(vit)
         seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output)
@@ -266,6 +270,7 @@ def answering(model: nn.Module, vit: Any) -> Any:
 def _tried(model: nn.Module, vit: Any) -> Call:
     """A call on one image of the ViT's size."""
     weight, embed = next(vit.parameters()), vit.patch_embed
+    # Any image does: what is looked at is where it goes, not what is on it.
     image = torch.rand(1, embed.proj.in_channels, *embed.img_size, generator=torch.Generator().manual_seed(0))
     with as_found(model, train=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -60,6 +60,7 @@ class Tail:
 
     def __call__(self, out: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
         """The module's output for a ViT's output; by an arithmetic's own rule where that opens every layer."""
+        # Relevance rules need the layer itself, gradients only its values.
         if ops.opened:
             return ops.linear(self.linear().to(out), out)
         answer = self._run(out.to(self.given.dtype))
@@ -69,6 +70,7 @@ class Tail:
         """The tail as one linear layer; refused where it is more than that."""
         given, width = self.given, self.given.shape[1]
         with torch.no_grad():
+            # f(0) is the bias, f(unit vector) - f(0) a column of the weight.
             rows = torch.cat([given.new_zeros(1, width), torch.eye(width, dtype=given.dtype, device=given.device)])
             answers = torch.cat([self._run(part) for part in rows.split(ROWS)])
             # Its values come from nobody's random numbers.
@@ -120,6 +122,7 @@ def precise(images: Tensor) -> bool:
 
 def with_another(module: nn.Module, vit: nn.Module, other: nn.Module) -> nn.Module:
     """A module that shares all with this one, but for another ViT in the place of its own."""
+    # A compiled wrapper would run the graph of the module it was made for.
     compiled = module._modules.get("_orig_mod")
     if compiled is not None:
         return with_another(compiled, vit, other)

@@ -95,6 +95,7 @@ class TokenTrace(Brief):
             shares = s.weight.masked_fill(s.group < 0, 0)
             if not bool(torch.isfinite(shares).all()) or bool((shares < 0).any()):
                 raise PrunexError(f"stage {number} has shares that are no numbers of at least 0")
+            # Only groups that have a member have shares to sum.
             peopled = s._sums(torch.ones_like(shares)) > 0
             if bool(((s._sums(shares) - 1).abs() > 1e-2)[peopled].any()):
                 raise PrunexError(f"stage {number} has shares of one group that do not sum to 1")
@@ -115,6 +116,7 @@ class TokenTrace(Brief):
         Raises:
             PrunexError: For a stage that does not exist.
         """
+        # The product of all maps, for pooled tokens that many patches are part of.
         whole = torch.eye(self.grid[0] * self.grid[1], device=self.device).expand(self.batch, -1, -1)
         for s in self._upto(stage):
             group, weight = (t if t.ndim == 3 else t.unsqueeze(-1) for t in (s.group, s.weight))
@@ -243,6 +245,7 @@ class TokenTrace(Brief):
                 "the last block of this forward computed prefix tokens alone, there is no grid in them: take one from "
                 "model.forward_intermediates(images), or set pruning.masked = True"
             )
+        # Prefix tokens may be in front or not.
         left = self.stages[-1].n_out if self.stages else self.grid[0] * self.grid[1]
         fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and tokens.is_floating_point()
         if not fits or tokens.shape[0] != self.batch or tokens.shape[1] not in (left, self.prefix + left):
@@ -253,8 +256,8 @@ class TokenTrace(Brief):
             )
         body = tokens[:, -left:]
         filling = self._filling(fill, body, channels_first)
-        full, there = self.unfold(body)
-        full = torch.where(there.unsqueeze(-1), full, filling).unflatten(1, self.grid)
+        full, present = self.unfold(body)
+        full = torch.where(present.unsqueeze(-1), full, filling).unflatten(1, self.grid)
         return full.permute(0, 3, 1, 2).contiguous() if channels_first else full
 
     def unfold(self, body: Tensor, leaving: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
@@ -263,13 +266,14 @@ class TokenTrace(Brief):
         Removed ones get theirs of ``leaving``, the patch tokens [B, n_in, D] that each stage was given, else 0. Returns
         [B, P, D], and bool [B, P]: which patches something is known of.
         """
-        there = torch.ones(body.shape[:2], dtype=torch.bool, device=body.device)
+        present = torch.ones(body.shape[:2], dtype=torch.bool, device=body.device)
+        # From the last stage to the first; what left at a stage is known from there on.
         for number in reversed(range(len(self.stages))):
-            body, there = self.stages[number].back(body, there)
+            body, present = self.stages[number].back(body, present)
             if leaving:
-                body = torch.where(there.unsqueeze(-1), body, leaving[number])
-                there = torch.ones_like(there)
-        return body, there
+                body = torch.where(present.unsqueeze(-1), body, leaving[number])
+                present = torch.ones_like(present)
+        return body, present
 
     def _filling(self, fill: Any, body: Tensor, channels_first: bool) -> Tensor:
         """What removed patches get, ready to broadcast to [B, P, D]."""

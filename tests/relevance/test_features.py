@@ -41,7 +41,7 @@ def test_equal_a_hook(family, layer):
         assert relative(seen.gradient[i], gradient[prefix:]) < 1e-10
         assert relative(seen.weights()[i], gradient[prefix:].mean(0)) < 1e-10
     assert seen.gradient.abs().amax((1, 2)).min() > 0
-    assert seen.there.all()
+    assert seen.present.all()
     assert seen.where.equal(torch.arange(16).expand(3, -1))
     assert read(model, x, layer, gradients=False).gradient is None
     assert read(model, x, layer, gradients=False).activation.equal(seen.activation)
@@ -68,7 +68,7 @@ def test_pruned(pruner, masked):
             weights = seen.weights()
             assert placed.shape == (3, 48, 4, 4)
             assert (seen.where >= 0).equal(kept.flatten(1))
-            assert seen.there.sum(1).equal(kept.flatten(1).sum(1))
+            assert seen.present.sum(1).equal(kept.flatten(1).sum(1))
             assert (placed.masked_select(~kept[:, None]) == 0).all()
             fill = torch.tensor([-1.0, -2.0, -3.0]).double()
             assert seen.on_grid(seen.activation[..., 0], fill)[1][~kept[1]].eq(-2).all()

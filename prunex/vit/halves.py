@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prunex.vit import attention
+from prunex.vit import policy as masking
 from prunex.vit.arithmetic import PLAIN, promoted, unknown_layer
 from prunex.vit.calls import hooked_within, inside
 from prunex.vit.layouts import layout_of
 from prunex.vit.packing import Packing
-from prunex.vit.policy import under_policy
 from prunex.vit.recorder import Recorder
 from prunex.vit.state import TokenState
 from prunex.vit.tape import Attended, Fed
@@ -223,7 +223,7 @@ class Halves:
             more: dict[str, Tensor | None] = {} if keys is None else {"sizes": keys.sizes}
             if relative is not None:
                 more["relative"] = relative
-            out = under_policy(q, k, v, policy, attn.scale, dropout, **more)
+            out = masking.under_policy(q, k, v, policy, attn.scale, dropout, **more)
             return out if only is None else attention.some(out, only, 2), None
         if ops.opened:
             return ops.attention(asking, k, v), None

@@ -57,7 +57,7 @@ def gradients(seed, monkeypatch, kernel=None):
     """Gradients of the reference's total loss, relative errors against the stored ones, and by name."""
     model, pruning, images, labels, want = attached(seed, token_loss="kl")
     if kernel is not None:
-        monkeypatch.setattr("prunex.vit.halves.under_policy", kernel)
+        monkeypatch.setattr("prunex.vit.policy.under_policy", kernel)
     use_stored_noise(monkeypatch, want)
     model.train()
     total = F.cross_entropy(model(images), labels) + sum(pruning.losses().values())
@@ -106,7 +106,7 @@ def test_token_streams_in_evaluation(seed):
 def test_training_forward_under_the_stored_noise(seed, softmax, monkeypatch):
     model, pruning, images, _, want = attached(seed)
     if softmax == "theirs":
-        monkeypatch.setattr("prunex.vit.halves.under_policy", dense_policy(eps=1e-6, safe=False))
+        monkeypatch.setattr("prunex.vit.policy.under_policy", dense_policy(eps=1e-6, safe=False))
     use_stored_noise(monkeypatch, want)
     model.train()
     logits = model(images)

@@ -177,14 +177,6 @@ def test_labels_go_to_every_view_that_they_fit():
         pruning.losses(torch.zeros(4, dtype=torch.long))
 
 
-def test_labels_must_fit_all_views_of_a_method_that_learns_from_them():
-    model, pruning = pruned("ia_red2", train="reward")
-    for count in (3, 2):
-        model(images(count))
-    with pytest.raises(prunex.PrunexError, match="each of the 3 and 2 images"):
-        pruning.losses(torch.tensor([0, 1, 2]))
-
-
 def test_every_view_is_given_to_further_losses():
     model, pruning = pruned(teacher=False)
     counts = []

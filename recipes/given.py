@@ -10,6 +10,7 @@ from typing import Any
 from prunex.errors import PrunexError
 from prunex.files import is_there
 
+# Whatever is imported here, --help waits for.
 SHIPPED = files("prunex.recipes") / "weights"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 FULL_RANGE = 2**16 - 1
@@ -72,6 +73,7 @@ def check_checkpoint_path(path: str) -> None:
         raise PrunexError(
             f"--ckpt_path {path} is an address, and what is downloaded could run code: download it, and give the file"
         )
+    # These are for Lightning to find, or depend on what else the config says.
     resolved_later = path in ("", "null", "last", "best", "hpc", "registry") or path.startswith(("registry:", "${"))
     if not resolved_later and not is_there(Path(path), Path.is_file):
         raise PrunexError(f"--ckpt_path {path[:200]}: there is no such file; give a checkpoint, or last")
@@ -80,6 +82,7 @@ def check_checkpoint_path(path: str) -> None:
 def _is_timms(name: str) -> bool:
     """Whether timm's sources define a model of that name."""
     timm = find_spec("timm")
+    # By its text: importing timm takes seconds.
     if timm is None or timm.origin is None or not name.isidentifier():
         return False
     sources = (Path(timm.origin).parent / "models").glob("*.py")

@@ -68,6 +68,7 @@ def config_of(run: str | Path) -> dict[str, Any]:
 def home(where: str | Path) -> Path:
     """The folder of a run's results: that of the run which a slim model says it is of, else the folder itself."""
     folder = Path(where)
+    # A slim model lies in its run, or says where that is.
     around = folder.parent if folder.name == "slim" else folder
     run = read_record(around).get("run")
     if isinstance(run, str) and is_there(Path(run), Path.is_dir):
@@ -112,6 +113,7 @@ def open_model(where: str | Path) -> nn.Module:
                 "prunex fit wrote it, or a run or slim folder"
             )
         return _from_checkpoint(read_run(run), path)
+    # What was exported last is what the run is for; a checkpoint stands in for it.
     slim = slim_folder(path)
     if slim is not None:
         return prunex.load(slim)
@@ -178,10 +180,12 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
     module_class = type(instantiate(LightningModule, config["model"]))
     ours: dict[str, Any] = {}
     if module_class.__module__.startswith("prunex."):  # whatever a checkpoint says, no other weights are looked for
+        # The config says what is built; a checkpoint may come from anywhere.
         named = (config["model"].get("init_args") or {}).get("architecture")
         ours = {"weights": None, "pretrained": False} | ({} if named is None else {"architecture": named})
         ours = {k: v for k, v in ours.items() if k in inspect.signature(module_class).parameters}
     module = restore(module_class, checkpoint, str(path), **ours)
+    # Of a module that trains an explainer, the model is the classifier that it explains.
     explained = getattr(module, "classifier", module) if isinstance(module, ExplainerTraining) else module
     where = (told(checkpoint) or {}).get("path")
     warn_of_the_rest(explained, find(explained, where, Backbone)[1], "what a run is opened for")
@@ -212,6 +216,7 @@ def instantiate(base: type, spec: dict[str, Any]) -> Any:
         PrunexError: When the class or its arguments are not as the config says.
     """
     deny_imports()
+    # jsonargparse knows how configs name classes, links and types.
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "part")
     try:
@@ -226,6 +231,7 @@ def instantiate(base: type, spec: dict[str, Any]) -> Any:
 def open_data(run: str | Path) -> LightningDataModule:
     """The data module a run was trained with, ready for validation."""
     data = instantiate(LightningDataModule, read_run(run)["data"])
+    # As a Trainer would.
     data.prepare_data()
     data.setup("validate")
     return data
@@ -256,14 +262,15 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
         for number, batch in enumerate(batches):
             if limit is not None and number >= limit:
                 break
-            known = parts(batch)
-            images = known.need("images", "accuracy", "the validation batch")
-            labels = known.need("labels", "accuracy", "the validation batch")
+            named = parts(batch)
+            images = named.need("images", "accuracy", "the validation batch")
+            labels = named.need("labels", "accuracy", "the validation batch")
             predicted = model(images.to(weight)).argmax(1).cpu()
             right += int((predicted == labels.cpu()).sum())
             seen += len(predicted)
-            if pruning is not None and "masks" in known and not pruning.trace.pooled:
-                cover.append((object_kept(pruning.trace.kept().cpu(), known["masks"].cpu()), len(predicted)))
+            # Pooled tokens are no patches, so that none of them covers an object.
+            if pruning is not None and "masks" in named and not pruning.trace.pooled:
+                cover.append((object_kept(pruning.trace.kept().cpu(), named["masks"].cpu()), len(predicted)))
     if not seen:
         raise PrunexError("there are no validation images to evaluate on")
     measured = {"accuracy": right / seen}
@@ -301,6 +308,7 @@ def compare(
     """
     batch, first = 32, next(iter(models.values()))
     images = noise(first, batch)
+    # In turn, round after round: a busy machine then slows all of them alike.
     calls = [(name, partial(forward, model, images)) for name, model in models.items()]
     timings = side_by_side(calls, images.device.type, 0, seconds=float(len(models)), least=5)
     rows = []

@@ -43,6 +43,7 @@ def macs_unit(gmacs: Iterable[Any]) -> tuple[float, str]:
     >>> macs_unit([0.049, 0.033]), macs_unit([4.6, None])
     ((1000.0, 'MMACs'), (1.0, 'GMACs'))
     """
+    # One unit for a page: its numbers are compared.
     largest = max((value for value in map(as_number, gmacs) if value is not None), default=1.0)
     return (1e3, "MMACs") if largest < 1 else (1.0, "GMACs")
 

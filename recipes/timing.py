@@ -52,9 +52,11 @@ def side_by_side(
     for _, call in contestants:  # warm-up: allocator, kernels chosen by shape
         call()
         call()
+    # What was queued on a GPU must not count in the first round.
     wait()
     began, done = time.perf_counter(), 0
     while done < repeats or (repeats == 0 and (done < least or time.perf_counter() - began < seconds)):
+        # Whoever runs first in a round changes from round to round.
         turn = done % len(contestants)
         for name, call in [*contestants[turn:], *contestants[:turn]]:
             start = now()

@@ -57,13 +57,13 @@ RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 class Contestant:
     """One of the models beside each other, in eval mode.
 
-    ``known`` says whether its weights are worth evaluating, ``size`` the bytes of its weights as a safetensors file;
+    ``evaluable`` says whether its weights are worth evaluating, ``size`` are their bytes as a safetensors file;
     ``graph`` is its exported ONNX graph, where there is one already.
     """
 
     name: str
     model: nn.Module
-    known: bool
+    evaluable: bool
     size: int
     graph: Path | None = None
 
@@ -122,6 +122,7 @@ def measure(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise PrunexError(f"--device {device} cannot be used ({reason}): give cpu or cuda") from error
+    # The process may be somebody's notebook.
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -175,9 +176,10 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
     if narrow and not config:
         notes.append("the dense model is not known: its weights are gone with the units that were taken out")
         return [pruned], notes
-    dense, known = _dense_shape(config, notes) if narrow else (_detached(slim), True)
+    # Removed tokens leave the weights as they were, removed units do not.
+    dense, evaluable = _dense_shape(config, notes) if narrow else (_detached(slim), True)
     name = "dense (start)" if narrow else f"dense ({methods[0]} taken off)"
-    return [Contestant(name, dense, known, _bytes(dense)), pruned], notes
+    return [Contestant(name, dense, evaluable, _bytes(dense)), pruned], notes
 
 
 def _unit_method(config: dict[str, Any]) -> str:
@@ -257,7 +259,8 @@ def _evaluate(
 ) -> None:
     """Put accuracies into the rows of models whose weights are known."""
     for contestant, row in zip(models, rows, strict=True):
-        if not contestant.known:
+        # Weights of chance would have the accuracy of chance.
+        if not contestant.evaluable:
             continue
         loader = data.val_dataloader()
         if limit is not None:
@@ -272,12 +275,12 @@ def _first(batches: Any, limit: int | None) -> Iterator[Any]:
     """Batches up to so many images."""
     seen = 0
     for batch in batches:
-        known = parts(batch)
-        if limit is None or "images" not in known or known.unclear:  # whoever evaluates says what is wrong
+        named = parts(batch)
+        if limit is None or "images" not in named or named.unclear:  # whoever evaluates says what is wrong
             yield batch
             continue
-        yield {name: values[: limit - seen] for name, values in known.items()}
-        seen += len(known["images"])
+        yield {name: values[: limit - seen] for name, values in named.items()}
+        seen += len(named["images"])
         if seen >= limit:
             return
 
@@ -294,6 +297,7 @@ def _images(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tensor
     if not images:
         notes.append("timed on random images, since the validation data hold none")
         return noise(model, count)
+    # Repeated where there are fewer than a batch needs.
     return torch.stack(list(islice(cycle(images), count))).to(next(model.parameters()))
 
 
@@ -360,6 +364,7 @@ def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # As many as torch has.
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Threads that wait by spinning would take the processor from the model whose turn it is.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

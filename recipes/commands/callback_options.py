@@ -54,12 +54,13 @@ def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
             config, or a value that YAML cannot read.
     """
     callbacks, rest, last = _callbacks(arguments), list(arguments), 0
-    own = any(a.partition("=")[0].rstrip("+") == f"--{_LISTED}" for a in arguments)  # jsonargparse's own spelling
+    spelt_out = any(a.partition("=")[0].rstrip("+") == f"--{_LISTED}" for a in arguments)  # jsonargparse's own spelling
     given: list[tuple[str, str, str]] = []
     place = 0
     while place < len(rest):
         name, equals, value = rest[place].partition("=")
-        known = None if own and name.startswith(f"--{_LISTED}") else _meant(name, callbacks)
+        # Whoever writes the list by jsonargparse's own spelling means that.
+        known = None if spelt_out and name.startswith(f"--{_LISTED}") else _meant(name, callbacks)
         if name in ("--config", "-c"):
             last = place + (1 if equals else 2)
         if known is None:
@@ -75,6 +76,7 @@ def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
         _set(_one(kind, callbacks), kind, {option: value for k, option, value in given if k == kind})
     path = Path(folder) / "callbacks.yaml"
     path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    # After the other configs, whose callbacks it replaces, and before options of other kinds.
     return [*rest[:last], "--config", str(path), *rest[last:]]
 
 
@@ -118,10 +120,11 @@ def _meant(name: str, callbacks: Sequence[dict[str, Any]]) -> tuple[str, str] | 
         return SHORT[head], option.removeprefix("init_args.")
     kinds = [_kind(entry) for entry in callbacks]
     if dot and (head in kinds or head in SHORT.values()):
-        return _told(name, head, option.removeprefix("init_args."))
+        return _taken_for(name, head, option.removeprefix("init_args."))
     listed = name.startswith(f"--{_LISTED}.")
     if not listed and (dot or head in _TOP):
         return None
+    # A guess from here on: an option by its bare name, or by a path through the list.
     words = name.removeprefix(f"--{_LISTED}." if listed else "--").replace(".init_args", "").split(".")
     named = [kind for kind in kinds if kind in words]
     words = [w for w in words if w != "init_args" and w not in kinds and not w.isdigit()]
@@ -130,14 +133,14 @@ def _meant(name: str, callbacks: Sequence[dict[str, Any]]) -> tuple[str, str] | 
         spelt = " or ".join(f"--{spelling(k)}.{'.'.join(words)}" for k in candidates)
         raise PrunexError(f"{name} may be of {' or '.join(candidates)}: say which with {spelt}")
     if candidates:
-        return _told(name, candidates[0], ".".join(words))
+        return _taken_for(name, candidates[0], ".".join(words))
     if listed:
         every = [f"{spelling(k)}.{o}" for k in kinds for o in options_of(k, callbacks) or ()]
         raise unknown("option of the config's callbacks", ".".join(words), every)
     return None
 
 
-def _told(name: str, kind: str, option: str) -> tuple[str, str]:
+def _taken_for(name: str, kind: str, option: str) -> tuple[str, str]:
     right = f"--{spelling(kind)}.{option}"
     if right != name:
         print(f"prunex: {name} is taken for {right}", file=sys.stderr)
@@ -175,6 +178,7 @@ def _set(options: dict[str, Any], kind: str, given: dict[str, str]) -> None:
     if values.get("method", options.get("method")) != options.get("method"):
         _other_method(options, kind, str(values["method"]))
     for name, value in values.items():
+        # An option may be inside another, as in options.NAME.
         first, *deeper = name.split(".")
         known = options_of(kind, (), str(values.get("method", options.get("method"))))
         if known is not None and first not in known and name not in known:
@@ -217,6 +221,7 @@ def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str 
     >>> options_of("SlimExport")
     ['folder', 'monitor', 'mode', 'formats', 'model', 'mean', 'std']
     """
+    # A class of the user's own is known by its path alone.
     paths = [entry["class_path"] for entry in callbacks if _kind(entry) == kind] or [kind]
     names = parameters(paths[0])
     if names is not None and method and kind in ("TokenPruning", "MaskPruning"):
@@ -232,8 +237,8 @@ def parameters(path: str) -> list[str] | None:
     made = next((getattr(r, name) for r in rooms if inspect.isclass(getattr(r, name, None))), None)
     if made is None:
         return None
-    told = inspect.signature(made).parameters
-    return None if any(p.kind is p.VAR_KEYWORD for p in told.values()) else list(told)
+    signature = inspect.signature(made).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in signature.values()) else list(signature)
 
 
 def near_name(arguments: Sequence[str]) -> PrunexError | None:
@@ -246,6 +251,7 @@ def near_name(arguments: Sequence[str]) -> PrunexError | None:
         head, dot, option = name.partition(".")
         if head not in _TOP and head not in SHORT:
             return unknown("option", f"--{head}", [f"--{n}" for n in (*_TOP, *(f"{s}.*" for s in SHORT))])
+        # The class that the last config names says which options there are.
         paths = [str(tree[head].get("class_path")) for tree in trees if isinstance(tree.get(head), dict)]
         known = list(inspect.signature(Trainer).parameters) if head == "trainer" else None
         known = parameters(paths[-1]) if known is None and paths and head in ("model", "data") else known

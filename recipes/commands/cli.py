@@ -26,14 +26,12 @@ def packaged_configs() -> dict[str, Traversable]:
     >>> "digits/dense.yaml" in packaged_configs()
     True
     """
+    # Configs lie in the package, which may be a zip file.
     root = files("prunex.configs")
-    return {
-        f"{folder.name}/{file.name}": file
-        for folder in root.iterdir()
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.name.endswith(".yaml")
-    }
+    configs = {}
+    for folder in (entry for entry in root.iterdir() if entry.is_dir()):
+        configs |= {f"{folder.name}/{file.name}": file for file in folder.iterdir() if file.name.endswith(".yaml")}
+    return configs
 
 
 def find_config(name: str) -> str:
@@ -45,6 +43,7 @@ def find_config(name: str) -> str:
         return name
     known = packaged_configs()
     short = Path(name).as_posix().removeprefix("./").removeprefix("configs/")
+    # Names are typed as they are seen in a clone, or short.
     for candidate in (short, f"{short}.yaml"):
         if candidate in known:
             with as_file(known[candidate]) as path:
@@ -73,6 +72,7 @@ def take_out(arguments: list[str]) -> str | None:
     ('x.csv', ['--data.root', 'photos'])
     """
     file = None
+    # From the last on, so that places before it stay as they are.
     for place, _, file in reversed(typed(arguments, "--out")):
         if file is None:
             raise PrunexError("--out needs the name of a file, such as predictions.csv")
@@ -86,19 +86,15 @@ def run_lightning(arguments: Sequence[str]) -> int:
         arguments = [arguments[0], "--help"]
     subcommand, rest = arguments[0], resolve_configs(arguments[1:], DEFAULT_CONFIG)
     out = take_out(rest) if subcommand == "predict" else None
-    _check_checkpoint(rest)
+    # A checkpoint that is not there is told at once; with --weights_only it is Lightning's business.
+    if not any(argument.startswith("--weights_only") for argument in rest):
+        for _, _, path in typed(rest, "--ckpt_path"):
+            if path is not None:
+                check_checkpoint_path(path)
+    # Lightning is imported when there is something for it to do.
     from prunex.recipes.commands.lightning_cli import run_cli
 
     return run_cli(subcommand, rest, out)
-
-
-def _check_checkpoint(arguments: Sequence[str]) -> None:
-    """Refuse a checkpoint that is typed and not there, before Lightning is imported."""
-    if any(argument.startswith("--weights_only") for argument in arguments):
-        return  # Lightning's business then
-    for _, _, path in typed(arguments, "--ckpt_path"):
-        if path is not None:
-            check_checkpoint_path(path)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -126,6 +122,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check_argument(argument: str) -> None:
     """Refuse what no operating system hands over, but whoever calls :func:`main` might."""
+    # Surrogates and zero bytes would otherwise surface wherever a path is first opened.
     try:
         fine = b"\0" not in os.fsencode(argument)
     except UnicodeEncodeError:
@@ -153,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print("prunex: terminated; the same command with --ckpt_path last goes on", file=sys.stderr)
         code = 143
+    # 130 is what a shell says of Ctrl-C.
     except KeyboardInterrupt:
         if os.environ.get(DEBUG):
             raise

@@ -41,6 +41,7 @@ def explain(args: Any) -> int:
     check_out(out, root, files)
     vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
     renormalise(vit, args.mean, args.std)
+    # Everything that can be refused is refused before the first image is explained.
     to_device(args.device, [vit])
     _check_target(vit, args.target)
     prepare = preparation(vit)
@@ -82,6 +83,7 @@ class Explainers:
     def __init__(self, methods: str | Sequence[str] = "all", options: Mapping[str, Mapping[str, Any]] | None = None):
         self.options = dict(options or {})
         given = split_names(methods) if isinstance(methods, str) else list(methods)
+        # What is registered when it is called: others may have registered theirs.
         every = [m.name for m in prunex.methods("explainer")] if "all" in given else []
         named = [name for name in given if name != "all"]
         self.names = list(dict.fromkeys([*every, *named]))
@@ -114,6 +116,7 @@ class Explainers:
                 with _forwards(find(model)[1]) as forwards:
                     e = prunex.explain(name, model, images, target, **self.options.get(name, {}))
             except PrunexError as error:
+                # After the first batch a method has shown that it can take the model.
                 if name in self._required or self.images:
                     raise PrunexError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
                 self.names.remove(name)
@@ -121,7 +124,8 @@ class Explainers:
                 bar.total = max(0, (bar.total or 0) - left)
                 bar.write(f"skipped {name}: {error}")
                 continue
-            e.maps = e.maps.float().cpu()  # waits for the device, so that its time counts
+            # Waits for the device, so that its time counts.
+            e.maps = e.maps.float().cpu()
             explanations[name] = e
             self._seconds[name] += perf_counter() - start
             self._forwards[name] += sum(forwards)
@@ -169,6 +173,7 @@ def _forwards(vit: Any) -> Iterator[list[int]]:
         if not ASKING.get():
             sizes.append(len(inputs[0]))
 
+    # Every forward passes the last block once, whichever way it was made.
     handle = vit.blocks[-1].norm1.register_forward_pre_hook(count)
     try:
         yield sizes
@@ -198,7 +203,8 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
                 f"--option {text[:100]!r}: {value[:100]!r} is no YAML value; put text into quotes"
             ) from error
         if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
-            read_as = float(read_as)  # YAML 1.1 reads 1e-3, without a dot, as text
+            # YAML 1.1 reads 1e-3, without a dot, as text.
+            read_as = float(read_as)
         options.setdefault(method, {})[name] = read_as
     return options
 
@@ -221,6 +227,7 @@ def batches(count: int, size: int) -> Iterator[range]:
     >>> list(batches(6, 3))
     [range(0, 1), range(1, 4), range(4, 6)]
     """
+    # From one image it is known what a method takes, before minutes are spent.
     yield range(min(1, count))
     for start in range(1, count, size):
         yield range(start, min(start + size, count))

@@ -34,6 +34,7 @@ def run_cli(command: str, arguments: Sequence[str], out: str | None = None) -> i
     # Without this an override such as --model.init_args.x would not reach a callback's ${model.init_args.x}.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    # Options of callbacks become a config, and what a run that is looked at logs is thrown away.
     with TemporaryDirectory(prefix="prunex-") as scratch:
         CommandLine(command, put_in_config(arguments, scratch), out, scratch)
     return 0
@@ -74,7 +75,10 @@ class CommandLine(LightningCLI):
             super().parse_arguments(parser, args)
         config = self.config[self.command]
         if config.get("ckpt_path") and config.get("weights_only") is None:
-            check_checkpoint(str(config.ckpt_path))
+            # Lightning would unpickle it, and does so with --weights_only false.
+            check_checkpoint_path(str(config.ckpt_path))
+            if is_there(Path(config.ckpt_path), Path.is_file):
+                read_checkpoint(str(config.ckpt_path))
             if "weights_only" in config:  # Lightning's own, from 2.6 on
                 config["weights_only"] = True
 
@@ -101,10 +105,15 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the last run, and have a run that is only looked at stay as it is."""
         config, training = self.config[self.command], self.command == "fit"
+        # The first logger numbers the runs, of which the last is meant.
         if config.get("ckpt_path") == "last":
             self.save_config_kwargs["resumed"] = go_on(config, training)
         if not training:
-            keep_out(config, self.scratch)
+            # A run that is only looked at stays as it is: what loggers and callbacks write goes nowhere.
+            config.trainer["logger"] = False
+            config.trainer["default_root_dir"] = self.scratch
+            if not config.get("ckpt_path"):
+                print("prunex: without --ckpt_path the model is what the config starts from", file=sys.stderr)
         if self.command == "predict":
             config["return_predictions"] = False  # the table is what is wanted
             run = run_of(Path(config["ckpt_path"])) if config.get("ckpt_path") else None
@@ -119,6 +128,7 @@ class CommandLine(LightningCLI):
             if "num_classes" in arguments and arguments["num_classes"] is None and config.get("data") is not None:
                 data = instantiate(LightningDataModule, config.data.as_dict())
                 arguments["num_classes"] = getattr(data, "num_classes", None)
+            # The command line gives one size, and the config has two.
             follow_size(config, self.typed)
             super().instantiate_classes()
             if isinstance(self.model, Restored):  # now, before the run has a folder
@@ -142,14 +152,6 @@ def follow_size(config: Any, arguments: Sequence[str]) -> None:
         data["image_size"] = sizes["img_size"]
 
 
-def keep_out(config: Any, scratch: str) -> None:
-    """Have a run that is only looked at stay as it is: what loggers and callbacks write goes nowhere."""
-    config.trainer["logger"] = False
-    config.trainer["default_root_dir"] = scratch
-    if not config.get("ckpt_path"):
-        print("prunex: without --ckpt_path the model is what the config starts from", file=sys.stderr)
-
-
 @contextmanager
 def mistakes(arguments: Sequence[str] = ()) -> Iterator[None]:
     """Whatever parsing a config and building its parts raise, as one line: it is what the config says.
@@ -164,13 +166,6 @@ def mistakes(arguments: Sequence[str] = ()) -> Iterator[None]:
             f"the config cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:300]}): "
             f"correct it, or set {DEBUG}=1 to see where"
         ) from error
-
-
-def check_checkpoint(path: str) -> None:
-    """Refuse what Lightning would unpickle: with ``--weights_only false`` it does so all the same."""
-    check_checkpoint_path(path)
-    if is_there(Path(path), Path.is_file):
-        read_checkpoint(path)
 
 
 def plain_hyperparameters(path: str) -> dict[str, Any]:

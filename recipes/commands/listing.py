@@ -28,6 +28,7 @@ def declared() -> list[Entry]:
     entries: list[Entry] = []
     for file in Path(str(prunex.__file__)).parent.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
+        # Most files register nothing, and need not be parsed.
         if "@register(" in text:
             entries += _entries(ast.parse(text))
     return sorted(entries)
@@ -37,6 +38,7 @@ def _entries(tree: ast.Module) -> list[Entry]:
     constants: dict[str, str] = {}
     entries = []
     for node in tree.body:
+        # Papers that several methods share are constants.
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             constants[node.targets[0].id] = _text(node.value, constants)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
+        # argparse would print its usage over several lines and leave by itself.
         raise PrunexError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
@@ -116,6 +117,7 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     args = parser.parse_args(arguments)
     _check_count("--batch", args.batch)
     _check_explaining(args, args.methods)
+    # A folder that is there is walked once, when the model has been opened.
     if not is_there(Path(args.images)):
         image_files(Path(args.images))  # which says what it looked for
     return args
@@ -162,6 +164,7 @@ def parse_score(arguments: Sequence[str]) -> Any:
             raise unknown("metric", name, ["all", "perturbation", *METRICS])
     if not split_names(args.metrics):
         raise PrunexError(f"metrics={args.metrics!r} names no metric: give all, or names with commas between")
+    # Random maps are no explainer, and may be all that is asked for.
     without_random = [name for name in args.methods.split(",") if name.strip() != RANDOM]
     if without_random:
         _check_explaining(args, ",".join(without_random))
@@ -176,6 +179,7 @@ def _add_model(parser: Parser) -> None:
     """What ``explain`` and ``score`` are told of the model and of its images."""
     add = parser.add_argument
     add("--device", help="cpu, cuda, cuda:1")
+    # Both would be weights.
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", help="safetensors file for a timm model name")
     source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")

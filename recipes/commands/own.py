@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 
@@ -18,6 +19,7 @@ def methods(arguments: Sequence[str]) -> int:
     """``prunex methods``: every method, its paper and what it needs; of those named also the options."""
     names = options.parse_methods(arguments).name
     defaults = {}
+    # Their options are in signatures, for which the methods have to be imported.
     if names:
         import prunex
 
@@ -56,36 +58,23 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
-def bench(arguments: Sequence[str]) -> int:
-    """``prunex bench RUN``: accuracy, cost and measured speed, dense beside slim."""
-    args = options.parse_bench(arguments)
-    from prunex.recipes.commands.bench import bench
+def worked_by(name: str) -> Callable[[Sequence[str]], int]:
+    """The command that a file of that name does the work of, once its options are read."""
 
-    return bench(args)
+    def run(arguments: Sequence[str]) -> int:
+        args = getattr(options, f"parse_{name}")(arguments)
+        code: int = getattr(import_module(f"prunex.recipes.commands.{name}"), name)(args)
+        return code
 
-
-def explain(arguments: Sequence[str]) -> int:
-    """``prunex explain RUN --images DIR``: a contact sheet an image, maps.npz and times.csv."""
-    args = options.parse_explain(arguments)
-    from prunex.recipes.commands.explain import explain
-
-    return explain(args)
-
-
-def score(arguments: Sequence[str]) -> int:
-    """``prunex score RUN``: a table of explainers by metrics, scores.csv, and a section of the report."""
-    args = options.parse_score(arguments)
-    from prunex.recipes.commands.score import score
-
-    return score(args)
+    return run
 
 
 # name -> (one line of help, function of the remaining arguments that returns an exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "explain": ("maps and pictures of a trained model for one's own images", explain),
-    "score": ("explainers by metrics, dense beside slim, with intervals and costs", score),
+    "explain": ("maps and pictures of a trained model for one's own images", worked_by("explain")),
+    "score": ("explainers by metrics, dense beside slim, with intervals and costs", worked_by("score")),
     "export": ("the slim model as a checked ONNX or torch.export graph", export),
-    "bench": ("accuracy, MACs, parameters and images/s, dense beside slim", bench),
+    "bench": ("accuracy, MACs, parameters and images/s, dense beside slim", worked_by("bench")),
     "report": ("report.html from what a run wrote", report),
     "methods": ("every pruner and explainer, its paper and what it needs", methods),
 }

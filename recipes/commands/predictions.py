@@ -50,9 +50,11 @@ class PredictionTable(BasePredictionWriter):
         shares = probabilities(prediction)
         loaders: Any = trainer.predict_dataloaders
         loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
-        if batch_indices is None or len(batch_indices) != len(shares):  # a stream, whose images have no numbers
+        # Images of a stream have no numbers.
+        if batch_indices is None or len(batch_indices) != len(shares):
             first = sum(number == dataloader_idx for number, _ in self._rows)
             batch_indices = range(first, first + len(shares))
+        # Now: the next batch writes another trace.
         kept = _kept(trainer, pl_module, len(shares))
         for row, index in enumerate(batch_indices):
             share = None if kept is None else float(kept[row])
@@ -65,7 +67,8 @@ class PredictionTable(BasePredictionWriter):
         if dist.is_available() and dist.is_initialized():
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, rows)
-            rows = {key: row for part in parts for key, row in part.items()}  # samplers repeat some to fill up
+            # Samplers repeat some images, so that all processes have equally many.
+            rows = {key: row for part in parts for key, row in part.items()}
         if not trainer.is_global_zero:
             return
         if not rows:
@@ -96,6 +99,7 @@ def probabilities(prediction: Any) -> Tensor:
     values = prediction.detach().float().cpu()
     if not values.isfinite().all():
         raise PrunexError("predict_step returned NaN or infinite numbers: take the weights of an earlier epoch")
+    # Numbers in 0..1 that add up to 1 are probabilities; others in 0..1 may be of several labels.
     within = bool(((values >= 0) & (values <= 1)).all())
     if within and torch.allclose(values.sum(1), torch.ones(len(values)), atol=1e-3):
         return values
@@ -115,6 +119,7 @@ def path_of(dataset: Any, index: int) -> str:
     """
     if isinstance(dataset, Subset):
         return path_of(dataset.dataset, int(dataset.indices[index]))
+    # As torchvision's datasets have it.
     listed = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     try:
         entry = listed[index]  # type: ignore[index]
@@ -128,6 +133,7 @@ def _kept(trainer: Trainer, module: LightningModule, count: int) -> Tensor | Non
     """The share of patches that each image of the last batch has kept; None without a token pruner that says it."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     pruning = next((c.pruning for c in callbacks if isinstance(c, TokenPruning)), None)
+    # The module may have attached its pruner itself.
     if pruning is None:
         try:
             pruning = prunex.attached(module)
@@ -147,6 +153,7 @@ def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: S
     pruned = any(kept is not None for _, _, kept in rows)
     table.writerow(["path", "predicted", "probability", *["kept"] * pruned, *(f"p({name})" for name in names)])
     for path, shares, kept in rows:
+        # The first of equals, as argmax has it.
         best = max(range(classes), key=shares.__getitem__)
         told = ["" if kept is None else f"{kept:.4f}"] * pruned
         table.writerow([path, names[best], f"{shares[best]:.6f}", *told, *(f"{share:.6f}" for share in shares)])

@@ -34,22 +34,25 @@ def go_on(config: Any, training: bool) -> bool:
         )
     root = Path(logger["save_dir"], logger.get("name") or "")
     chosen = logger.get("version") is None
-    found = runs(root) if chosen else [f for f in [_folder(root, logger["version"])] if f.is_dir()]
-    if not found:
+    # A config that names its version means that one.
+    folders = runs(root) if chosen else [f for f in [_folder(root, logger["version"])] if f.is_dir()]
+    if not folders:
         if not training:
             raise PrunexError(f"ckpt_path='last': there is no run in {root}; train first, or give a path")
         rank_zero_info(f"prunex: there is no run in {root} yet, so this is the first")
         config["ckpt_path"] = None
         return False
-    run = next((f for f in found if _last(f).is_file()), found[0])
+    # A newer folder without a checkpoint was stopped before its first epoch had ended.
+    run = next((f for f in folders if _last(f).is_file()), folders[0])
     if not training and not _last(run).is_file():
         raise PrunexError(f"ckpt_path='last': there is no {_last(run)}; give the path of a checkpoint")
     if training:
         logger["version"] = run.name
+        # What a killed process was writing when it was killed.
         remove_drafts(run)
     if _last(run).is_file():
         config["ckpt_path"] = str(_last(run))
-        later = f"; {found[0].name} is newer, but has no checkpoint" if run != found[0] else ""
+        later = f"; {folders[0].name} is newer, but has no checkpoint" if run != folders[0] else ""
         rank_zero_info(f"prunex: going on from {_last(run)}{later}" if training else f"prunex: reading {_last(run)}")
     else:
         config["ckpt_path"] = None
@@ -77,6 +80,7 @@ def _folder(root: Path, version: int | str) -> Path:
 
 def _logger(logger: Any) -> Any:
     """The options of the first logger, where it numbers its runs' folders."""
+    # The first logger's folder is the run's.
     if isinstance(logger, list):
         logger = logger[0] if logger else None
     path = logger.get("class_path", "") if hasattr(logger, "get") else ""

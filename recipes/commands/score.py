@@ -17,7 +17,6 @@ from prunex.errors import PrunexError, unknown
 from prunex.files import is_there, write_whole
 from prunex.metrics.scoring import (
     MEASURES,
-    Measure,
     by_chance,
     interval,
     measures,
@@ -33,15 +32,7 @@ from prunex.recipes.commands.score_record import digest
 from prunex.recipes.commands.score_row import Model, Refused, Row, Setting
 from prunex.recipes.report.page import write_report
 from prunex.recipes.report.score_table import LEFT, Score, by_removal, table, write_scores
-from prunex.recipes.runs import (
-    open_data,
-    open_model_or_name,
-    read_run,
-    renormalise,
-    run_of,
-    to_device,
-    token_pruning,
-)
+from prunex.recipes.runs import open_data, open_model_or_name, read_run, renormalise, run_of, to_device, token_pruning
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
 from prunex.vit.anatomy import find, read
@@ -68,6 +59,7 @@ def score(args: Any) -> int:
     except OSError as error:
         raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     print(table(cells, shutil.get_terminal_size((120, 24)).columns))
+    # What the signs in the table mean.
     print("\n± half of the 95 % interval (bootstrap over images); ↓ less is better")
     print("* best explainer of the model, where its interval meets no other's")
     for removal, names in by_removal(cells).items():
@@ -90,10 +82,11 @@ def open_models(args: Any) -> tuple[list[Model], list[str]]:
     """The models asked for, dense first, and what is to be said about them."""
     where = Path(args.run)
     notes: list[str] = []
+    # A run has both models; a slim folder knows its dense one only where tokens alone are pruned.
     if is_there(where / "config.yaml", Path.is_file) and not (where / "config.json").is_file():
         contest, notes = contestants(where, read_run(where))
         first, pruned = contest[0], contest[1:]
-        dense = first.model if first.known else None
+        dense = first.model if first.evaluable else None
         models = [] if dense is None else [Model("dense", dense)]
         models += [Model("slim", c.model, dense) for c in pruned]
     else:
@@ -174,6 +167,7 @@ class Scoring:
         vit: Any = m.model
         handle, predicted, kept = token_pruning(vit), [], []
         with torch.no_grad():
+            # Not every grid is what the anatomy says: images of another size are resampled.
             m.grid = embed(vit, self.setting.images(slice(0, 1)))[1]
             for part in self.setting.parts():
                 logits = vit(self.setting.images(part))
@@ -260,6 +254,7 @@ class Scoring:
                     bar.write(f"skipped {row.method}: {error}")
                 row.refused = str(error)
                 bar.total = max(0, bar.total - rounds * len(self.setting.scenes.images))
+        # A table of random maps alone would look like a result.
         tried = [row for row in self.rows if row.method != RANDOM]
         if tried and all(row.refused for row in tried):
             raise PrunexError(f"no explainer can take this model; the last one said: {tried[-1].refused}")
@@ -283,18 +278,15 @@ class Scoring:
             mean = interval(measure.name, values[measure.name])
             what = (m.name, method, measure.name, measure.group, measure.higher)
             numbers = (mean.mean, mean.low, mean.high, mean.images, cost[0], cost[1])
-            removal = removed_by(measure, self.args.removal)
-            cells.append(Score(*what, *numbers, removal, self._judge_of(method, measure)))
+            judge = ""
+            if measure.group == "agreement" and method != "chance":
+                judge = RANDOM if method == RANDOM else f"dense/{method}"
+            cells.append(Score(*what, *numbers, removed_by(measure, self.args.removal), judge))
         return cells
-
-    def _judge_of(self, method: str, measure: Measure) -> str:
-        """Whose map kept patches are held against."""
-        if measure.group != "agreement" or method == "chance":
-            return ""
-        return RANDOM if method == RANDOM else f"dense/{method}"
 
     def _chance(self, m: Model) -> dict[str, Tensor]:
         scenes = self.setting.scenes
+        # Chance is what a map that says nothing scores, and random maps say nothing.
         judge = None if m.kept is None else random_maps(scenes.images, m.grid)
         # How many signs agree by chance depends on the judge's own, and random maps have one sign.
         names = [x.name for x in self.setting.metrics if x.name != "sign_agreement"]
@@ -305,14 +297,14 @@ class Scoring:
         labels = self.setting.scenes.labels
         if labels is None:
             return {}
-        known = [m for m in self.models if m.predicted is not None]
-        return {m.name: float((m.predicted == labels).double().mean()) for m in known}  # type: ignore[attr-defined]
+        classifying = [m for m in self.models if m.predicted is not None]
+        return {m.name: float((m.predicted == labels).double().mean()) for m in classifying}  # type: ignore[attr-defined]
 
     def about(self) -> dict[str, Any]:
         """The conditions, in plain values."""
         images, device = len(self.setting.scenes.images), self.setting.device.type
         seconds = {}
-        for row in (r for r in self.rows if r.record.there):
+        for row in (r for r in self.rows if r.record.has_maps):
             seconds[f"{row.model.name}/{row.method}"] = {"explain": row.record.cost[0] * images, **row.record.seconds}
         return {
             "images": images,

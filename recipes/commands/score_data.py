@@ -67,6 +67,7 @@ def spread(loader: Any, wanted: int) -> tuple[Any, str]:
     indexed = (
         isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
     )
+    # A stream cannot be asked for its tenth image.
     if not indexed:
         return loader, f"images: the first {wanted:,}, since the validation data cannot be indexed"
     places = spaced(len(dataset), wanted)
@@ -76,6 +77,7 @@ def spread(loader: Any, wanted: int) -> tuple[Any, str]:
 
 def from_run(data: Any, wanted: int) -> Scenes:
     """So many validation images of a data module: evenly spaced where the data can be indexed, else the first ones."""
+    # Evenly spaced, as bench and explainers of other runs see them too.
     loader, which = spread(data.val_dataloader(), wanted)
     seen: list[Parts] = []
     for batch in loader:
@@ -86,11 +88,11 @@ def from_run(data: Any, wanted: int) -> Scenes:
     if not seen:
         raise PrunexError("there are no validation images to score on")
     keys = set.intersection(*(set(p) for p in seen))
-    whole = {k: torch.cat([p[k] for p in seen])[:wanted] for k in keys}
-    left_out = [name for name in ("labels", "masks") if name not in whole and name in seen[0].unclear | seen[0].unfit]
+    tensors = {k: torch.cat([p[k] for p in seen])[:wanted] for k in keys}
+    left_out = [name for name in ("labels", "masks") if name not in tensors and name in seen[0].unclear | seen[0].unfit]
     notes = [which, *(f"{name} are unknown: {seen[0].why(name)}" for name in left_out)]
-    mean, std = read_normalisation([data], whole["images"].shape[1]) or (None, None)
-    return Scenes(whole["images"], whole.get("labels"), whole.get("masks"), mean, std, notes)
+    mean, std = read_normalisation([data], tensors["images"].shape[1]) or (None, None)
+    return Scenes(tensors["images"], tensors.get("labels"), tensors.get("masks"), mean, std, notes)
 
 
 def from_folder(
@@ -111,6 +113,7 @@ def from_folder(
     if masks is not None and not masks.is_dir():
         raise PrunexError(f"--masks {masks} is not a folder: give one that holds <class>/<image's stem>.png")
     files = image_files(top, besides=named)
+    # Files lie in the order of their classes.
     files = [files[i] for i in spaced(len(files), wanted)]
     shapes = (named / "val" if (named / "val").is_dir() else named) if named.is_dir() else None
     prepare, size = preparation(model), read(model).image
@@ -122,8 +125,8 @@ def from_folder(
         if shapes is not None:
             objects.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))
     labels, notes = _labels(files, top, model)
-    known = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (list(known[k]) if known.get(k) else [0.5] * images[0].shape[0] for k in ("mean", "std"))
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (list(cfg[k]) if cfg.get(k) else [0.5] * images[0].shape[0] for k in ("mean", "std"))
     return Scenes(torch.stack(images), labels, torch.stack(objects) if objects else None, mean, std, notes)
 
 
@@ -149,6 +152,7 @@ def _labels(files: Sequence[Path], top: Path, model: Any) -> tuple[Tensor | None
     names, classes = [str(n) for n in getattr(model, "label_names", None) or []], read(model).classes
     if classes == 0:  # nothing could be right
         return None, []
+    # Names say which class a folder is; without names as many folders as classes are taken in order.
     if folders and set(folders) <= set(names):
         order = {name: names.index(name) for name in folders}
     elif folders and len(folders) == classes:

@@ -41,6 +41,7 @@ class Record:
         """Take what is there; a file that is damaged counts as none, one of something else is put aside."""
         if self.again:
             return
+        # Another model's values may have been put in this place since.
         if not self._read(self.path) and self._read(self._aside(self.key)):
             self._put_aside()
             os.replace(self._aside(self.key), self.path)
@@ -79,6 +80,7 @@ class Record:
         """Whether arrays are of these images: a file may come from anywhere."""
         maps, target = arrays["maps"], arrays["target"]
         count = len(maps) if self.images is None else self.images
+        # A file may come from anywhere.
         values = {k: v for k, v in arrays.items() if k not in ("maps", "target")}
         return (
             maps.dtype.kind == "f"
@@ -92,7 +94,7 @@ class Record:
         )
 
     @property
-    def there(self) -> bool:
+    def has_maps(self) -> bool:
         """Whether there are maps."""
         return "maps" in self.arrays
 
@@ -131,6 +133,7 @@ def _stored(name: str, key: str) -> str:
 def digest(model: nn.Module) -> str:
     """A hash of a model's weights, its modules' plain settings and its pruner's options."""
     content = hashlib.sha256()
+    # Options that are no weights, such as a pruner's rate, change what a model computes.
     for name, module in model.named_modules():
         plain = {
             k: v

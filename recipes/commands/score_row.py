@@ -81,6 +81,7 @@ class Row:
         self.setting, self.model, self.method, self.lenient = setting, model, method, lenient
         self.refused: str | None = None
         options = sorted(setting.options.get(method, {}).items())
+        # Whatever maps depend on: with another of these they are computed anew.
         facts: list[Any] = [LAYOUT, model.digest, setting.scenes.digest(), method, options]
         facts += [target] if target else []
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -111,10 +112,12 @@ class Row:
         missing, name = self._missing(), self.model.name
         if self._explains():
             bar.set_postfix_str(f"{name}, {self.method}")
+            # On the finest map, which is not kept: these are measured while it is there.
             places = [x for x in missing if x.group == "localisation"]
             self._explain([x.name for x in places], bar)
             self.record.add({}, {x.name: self.key(x) for x in places})
             missing = [x for x in missing if x not in places]
+        # Metrics of one kind share their forwards.
         for kind in dict.fromkeys(x.kind for x in missing):
             bar.set_postfix_str(f"{name}, {self.method}, {kind}")
             alike = [x for x in missing if x.kind == kind]
@@ -134,7 +137,7 @@ class Row:
     def _explains(self) -> bool:
         """Whether maps must be made: there are none, or only coarse ones of a method that is finer."""
         places = any(x.group == "localisation" for x in self._missing())
-        return not self.record.there or (self.record.fine and places)
+        return not self.record.has_maps or (self.record.fine and places)
 
     def _explain(self, places: Sequence[str], bar: Any) -> None:
         """Maps of all images, and where they lie (on the finest map, which is not kept)."""
@@ -221,6 +224,7 @@ class Row:
                 std=setting.scenes.std,
             )
             _gather(values, held)
+            # An image counts once for each thing done with it.
             bar.update(part.stop - part.start)
         self.record.seconds |= dict.fromkeys(names, perf_counter() - start)
         return {name: torch.cat(parts) for name, parts in values.items()}
@@ -228,12 +232,12 @@ class Row:
     def _judge(self, bar: Any, dense: Row | None) -> Tensor | None:
         """The dense model's maps for the classes that this model predicts; None where the method refuses it."""
         m, count = self.model, len(self.setting.scenes.images)
-        if m.judge is None or (dense is not None and dense.refused is not None and not dense.record.there):
+        if m.judge is None or (dense is not None and dense.refused is not None and not dense.record.has_maps):
             return None
         if self.method == RANDOM:
             return random_maps(self.setting.scenes.images, m.grid)
         which, maps = torch.arange(count), torch.zeros(0)
-        if dense is not None and dense.record.there:
+        if dense is not None and dense.record.has_maps:
             # Of the dense model's own row only those images are explained anew whose classes differ.
             maps = dense.record.tensor("maps").clone()
             differs = torch.zeros(count, dtype=torch.bool)

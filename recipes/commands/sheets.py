@@ -36,17 +36,19 @@ class Output:
         self._times = ""  # of what maps.npz does not hold yet
         self._written, self._took = -math.inf, 0.0  # when maps.npz was written last, and how long that took
 
-    def add(self, pictures: Sequence[Picture], found: Mapping[str, prunex.Explanation], times: str) -> None:
+    def add(self, pictures: Sequence[Picture], explanations: Mapping[str, prunex.Explanation], times: str) -> None:
         """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time."""
-        e = next(iter(found.values()))
+        e = next(iter(explanations.values()))
         target = e.target.cpu().numpy()
-        predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())  # features have no class
+        # Features have no class.
+        predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())
         kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
-        maps = {name: each.maps.numpy() for name, each in found.items()}
+        maps = {name: each.maps.numpy() for name, each in explanations.items()}
         shares = e.logits.float().softmax(1).cpu().numpy()
         first, self.done = self.done, self.done + len(pictures)
         self._parts.append({"predicted": predicted, "target": target, **maps, **kept})
         self._times = times
+        # The file is written whole, and grows: most of the time should go into explaining.
         if perf_counter() - self._written > PATIENCE * self._took:
             self.finish()
         for place, picture in enumerate(pictures):
@@ -54,11 +56,11 @@ class Output:
             sheet = contact_sheet(
                 under_grid(picture[None], e.covered),
                 {name: values[one] for name, values in maps.items()},
-                [name for name, each in found.items() if each.signed],
+                [name for name, each in explanations.items() if each.signed],
                 kept["kept"][one] if kept else None,
                 heading=[
                     readable(self.files[first + place]),
-                    _told(int(predicted[place]), int(target[place]), shares[place], self.class_names, found),
+                    _in_words(int(predicted[place]), int(target[place]), shares[place], self.class_names, explanations),
                 ],
             )
             with self._writing():
@@ -83,12 +85,12 @@ class Output:
             raise PrunexError(f"cannot write to {self.out}: {error.strerror or error}; choose another --out") from error
 
 
-def _told(
+def _in_words(
     predicted: int,
     target: int,
     shares: NDArray[np.float32],
     class_names: Sequence[str] | None,
-    found: Mapping[str, prunex.Explanation],
+    explanations: Mapping[str, prunex.Explanation],
 ) -> str:
     """Which class was predicted and which explained, in words, and which methods know none."""
     if target < 0:
@@ -98,8 +100,8 @@ def _told(
         share = "below 1%" if shares[number] < 0.005 else f"{shares[number]:.0%}"
         return f"{class_name(number, class_names)} ({share})"
 
-    classless = [name for name, e in found.items() if not e.class_specific]
-    if len(classless) == len(found):
+    classless = [name for name, e in explanations.items() if not e.class_specific]
+    if len(classless) == len(explanations):
         return f"predicted: {named(predicted)} · maps of no class"
     end = f" · of no class: {', '.join(classless)}" if classless else ""
     if target == predicted:
@@ -111,6 +113,7 @@ def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
     """Refuse a folder in which sheets would replace images, or anything that no earlier call wrote."""
     if out.resolve() == root.resolve():
         raise PrunexError(f"--out {out} is the folder of the images, among which sheets would lie: give another")
+    # Sheets of an earlier call may be replaced, pictures of somebody else may not.
     ours = (out / "maps.npz").exists()
     images = {file.resolve() for file in files}
     for name in sheet_names(files, root):
@@ -147,6 +150,7 @@ def sheet_names(files: Sequence[Path], root: Path) -> list[str]:
     ['a.png', 'b.jpg.png', 'b.png.png']
     """
     names = [Path(name_of(file, root)) for file in files]
+    # a.jpg and a.png would have one sheet between them.
     bare = [name.with_suffix("") for name in names]
     return [
         f"{(name if bare.count(short) > 1 else short).as_posix()}.png" for name, short in zip(names, bare, strict=True)

@@ -43,11 +43,13 @@ def uniform(key: Sequence[int], counters: np.ndarray, draws: int = DRAWS) -> Ten
     (True, False)
     """
 
-    def mix(z: np.ndarray) -> np.ndarray:  # the finaliser of SplitMix64: every input bit reaches every output bit
+    # The finaliser of SplitMix64: every input bit reaches every output bit.
+    def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
+    # 2^64 over the golden ratio, SplitMix64's step: counters in a row land far apart.
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         state = np.zeros(1, np.uint64)
@@ -64,13 +66,15 @@ def _digits(held_out: bool) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
+    # By class, so that both sides hold all digits in equal parts.
     held = np.zeros(len(labels), bool)
     for digit in range(10):
         held[np.flatnonzero(labels == digit)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True
     chosen = held if held_out else ~held
     coarse = torch.from_numpy(pixels[chosen]).float().view(-1, 1, 8, 8) / 16
     fine = F.interpolate(coarse, size=(STROKE, STROKE), mode="bicubic", align_corners=False)
-    strokes = ((fine - 0.38) / 0.2).clamp(0, 1)  # a pen's edge instead of the blur of 8 x 8 pixels
+    # A pen's edge instead of the blur of 8 x 8 pixels.
+    strokes = ((fine - 0.38) / 0.2).clamp(0, 1)
     return strokes, torch.from_numpy(labels[chosen]).long()
 
 
@@ -84,10 +88,12 @@ def _photos(held_out: bool, side: int) -> tuple[Tensor, Tensor]:
         whole = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
         edge = round(whole.shape[2] * HELD_OUT_WIDTH)
         region = whole[:, :, :edge] if held_out else whole[:, :, edge:]
-        for zoom in ZOOMS:  # scaled after the cut, so that no pixel crosses it
+        # Scaled after the cut, so that no pixel crosses it.
+        for zoom in ZOOMS:
             height, width = (max(side, round(n * zoom)) for n in region.shape[1:])
             small = F.interpolate(region[None].float(), size=(height, width), mode="bilinear", antialias=True)
             parts.append(small[0].round().clamp(0, 255).byte())
+    # One picture, so that a batch of crops is one indexing, whichever photos they are of.
     atlas = torch.zeros(3, sum(p.shape[1] for p in parts), max(p.shape[2] for p in parts), dtype=torch.uint8)
     table, top = [], 0
     for part in parts:
@@ -146,6 +152,7 @@ class DigitDataset(Dataset[Batch]):
         which = (u[0] * len(self.labels)).long()
         photos = self._crops(u[1], u[2], u[3], flip=u[4] < 0.5)
         mean = photos.mean((2, 3), keepdim=True)
+        # An easy scene has a faded photo.
         photos = mean + (photos - mean) * (1 - 0.8 * ease).view(-1, 1, 1, 1)
         alpha = self._place(self.strokes[which], u[7:13], ease)
         photos, ink = self._light(photos, alpha, u[13:18])
@@ -161,6 +168,7 @@ class DigitDataset(Dataset[Batch]):
     def _crops(self, which: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
         top, height, width = self.places[(which * len(self.places)).long()].unbind(1)
         y, x = top + (down * height).long(), (right * width).long()
+        # A view: nothing is copied before the crops are taken.
         windows = self.atlas.unfold(1, self.image_size, 1).unfold(2, self.image_size, 1)
         crops = windows[:, y, x].transpose(0, 1).float() / 255
         return torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops)
@@ -172,13 +180,15 @@ class DigitDataset(Dataset[Batch]):
         side = side + (0.7 * self.image_size - side).clamp(min=0) * ease
         angle, slant = math.radians(24) * (u[1] - 0.5), 0.3 * (u[2] - 0.5)
         stretch = torch.exp(0.3 * (u[3] - 0.5))
-        room = (self.image_size - side) / self.image_size  # the centre may lie this far from the middle, in half images
+        # In half images, how far from the middle the centre may lie.
+        room = (self.image_size - side) / self.image_size
         centre_x, centre_y = (2 * u[4] - 1) * room, (2 * u[5] - 1) * room
         scale = self.image_size / side
         cos, sin = angle.cos() * scale, angle.sin() * scale
         a, b = cos * stretch, sin * stretch + slant * cos
         c, d = -sin / stretch, cos / stretch
         rows = (a, b, -a * centre_x - b * centre_y, c, d, -c * centre_x - d * centre_y)
+        # The inverse map, from pixels of the scene to the digit, as affine_grid wants it.
         theta = torch.stack(rows, 1).view(-1, 2, 3)
         grid = F.affine_grid(theta, [len(side), 1, self.image_size, self.image_size], align_corners=False)
         return F.grid_sample(strokes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -187,11 +197,13 @@ class DigitDataset(Dataset[Batch]):
         """Photos dimmed where they leave no room above them, and lighter ink ``[B, 3, 1, 1]`` to paint with."""
         weights = torch.tensor(LUMINANCE).view(1, 3, 1, 1)
         behind = (photos * weights * alpha).sum((1, 2, 3)) / alpha.sum((1, 2, 3)).clamp(min=1)
+        # Photos that are too light leave no room for lighter ink, and are dimmed.
         wanted = behind.clamp(max=0.15 + (0.8 - self.contrast) * u[0])
         photos = photos * (wanted / behind.clamp(min=1e-3)).clamp(max=1).view(-1, 1, 1, 1)
         level = wanted + self.contrast + (0.95 - self.contrast - wanted).clamp(min=0) * u[1]
         tint = 0.3 * (torch.stack(list(u[2:5]), 1).view(-1, 3, 1, 1) - 0.5)
-        tint = tint - (tint * weights).sum(1, keepdim=True)  # colour without a change of luminance
+        # Colour without a change of luminance, which is what contrast is measured in.
+        tint = tint - (tint * weights).sum(1, keepdim=True)
         return photos, (level.view(-1, 1, 1, 1) + tint).clamp(0, 1)
 
 
@@ -296,6 +308,7 @@ class DigitScenes(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
+            # The dataset draws whole batches.
             collate_fn=_as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

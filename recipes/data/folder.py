@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +131,8 @@ class ImageFolder(LightningDataModule):
         self._class_names = [readable(name) for name in _classes(self.root)]
         wanted = SPLITS if stage in (None, "fit") else SPLITS[1:]
         for split in wanted:
-            if split in self._splits:  # Lightning calls setup again for every fit, validate, test and predict.
+            # Lightning calls setup again for every fit, validate, test and predict.
+            if split in self._splits:
                 continue
             samples = _samples(self.root / split)
             masks = self._masks_of(split, samples)
@@ -162,6 +164,7 @@ class ImageFolder(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             shuffle=split == "train",
+            # A last batch of one image would be a step of its own, and spoil what needs a batch.
             drop_last=split == "train" and len(dataset) > self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -192,6 +195,7 @@ class ImageFolder(LightningDataModule):
     def _range(self) -> int | None:
         """Both splits count, whichever is read: validation alone must see what training saw."""
         splits = [[path for path, _ in _samples(self.root / split)] for split in SPLITS]
+        # Whoever does without verifying has millions of images: some of each split must do.
         steps = [1 if self.verify else max(1, len(paths) // 256) for paths in splits]
         some = [path for paths, step in zip(splits, steps, strict=True) for path in paths[::step]]
         return choose_range(some, self.value_range, "value_range", whole=False, say=rank_zero_info)
@@ -206,6 +210,7 @@ class ImageFolder(LightningDataModule):
                 f"masks={self.masks!r} is not a folder in '{self.root}': "
                 "make it with <split>/<class>/<image's stem>.png, or give masks=null"
             )
+        # A split without a folder of masks has none; validation alone may be annotated.
         if not (top / split).is_dir():
             return None
         masks = [top / split / path.parent.relative_to(self.root / split) / f"{path.stem}.png" for path, _ in samples]
@@ -218,23 +223,17 @@ class ImageFolder(LightningDataModule):
         return masks
 
 
+@dataclass(eq=False)
 class FolderSplit(Dataset):
     """One split: item i is ``(image [3, S, S], label)`` or ``(image, label, mask bool [S, S])``.
 
     The transform takes a PIL image, or an image and a `torchvision.tv_tensors.Mask` that must move with it.
     """
 
-    def __init__(
-        self,
-        samples: list[tuple[Path, int]],
-        masks: list[Path] | None,
-        transform: Callable[..., Any],
-        value_range: int | None = None,
-    ) -> None:
-        self.samples = samples
-        self.masks = masks
-        self.transform = transform
-        self.value_range = value_range
+    samples: list[tuple[Path, int]]
+    masks: list[Path] | None
+    transform: Callable[..., Any]
+    value_range: int | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -245,6 +244,7 @@ class FolderSplit(Dataset):
         if self.masks is None:
             return self.transform(image).as_subclass(Tensor), label
         mask = tv_tensors.Mask(read_file(self.masks[index], object_pixels))
+        # Both in one call, so that every random crop and flip is the same for both.
         image, mask = self.transform(image, mask)
         return image.as_subclass(Tensor), label, mask.as_subclass(Tensor).bool()
 
@@ -296,15 +296,14 @@ class _VisibleFolder(datasets.ImageFolder):
     """torchvision's own scan, blind to what starts with a dot (notebook checkpoints, the file copies of macOS)."""
 
     def __init__(self, root: str, allow_empty: bool) -> None:
-        super().__init__(root, is_valid_file=_is_image, allow_empty=allow_empty)
+        def shows(path: str) -> bool:
+            return _visible(Path(path)) and path.lower().endswith(IMG_EXTENSIONS)
+
+        super().__init__(root, is_valid_file=shows, allow_empty=allow_empty)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         classes = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and _visible(p))
         return classes, {name: label for label, name in enumerate(classes)}
-
-
-def _is_image(path: str) -> bool:
-    return _visible(Path(path)) and path.lower().endswith(IMG_EXTENSIONS)
 
 
 def _check_files(samples: list[tuple[Path, int]], masks: list[Path] | None, decode: bool) -> None:
@@ -312,9 +311,11 @@ def _check_files(samples: list[tuple[Path, int]], masks: list[Path] | None, deco
 
     def shown_size(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
+        # Readers turn images as EXIF says, and masks are drawn on turned images.
         turned = image.getexif().get(0x0112) in _TURNED
         if decode:
-            image.draft("RGB", (1, 1))  # JPEG: read the whole file, but build an eighth of the picture
+            # Of a JPEG the whole file is read, but an eighth of the picture built.
+            image.draft("RGB", (1, 1))
             image.convert("RGB")
         return (height, width) if turned else (width, height)
 
@@ -335,7 +336,8 @@ def _check_files(samples: list[tuple[Path, int]], masks: list[Path] | None, deco
             )
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for _ in pool.map(check, range(len(samples))):  # in order, so that the first bad file is the one named
+        # In order, so that the first bad file is the one named.
+        for _ in pool.map(check, range(len(samples))):
             pass
 
 

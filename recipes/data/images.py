@@ -67,6 +67,7 @@ def choose_range(
             _rgb(image, FULL_RANGE)
         return -1
 
+    # One scale for all: each by its own would make a dark image as bright as a bright one.
     with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes outside the interpreter's lock
         highest = max(pool.map(lambda path: read_file(path, peak), paths), default=-1)
     if given is not None or highest < 0:
@@ -124,6 +125,7 @@ def _deep(image: Any, value_range: int) -> NDArray[np.int64]:
             # Read as if the bytes of each number were exchanged, so that Pillow keeps the lower one.
             low.tile = [tile._replace(args=str(tile[3]).replace("16B", "16L")) for tile in low.tile]
             lower = np.asarray(low).astype(np.int64)
+        # Pillow gives the upper byte of each number.
         pixels = (np.asarray(image).astype(np.int64) * 256 + lower)[..., :3]  # without the alpha channel
     if pixels.max() > value_range:
         raise ValueError(f"its pixels go up to {pixels.max()}, over the range {value_range}; give a larger one")
@@ -166,8 +168,8 @@ def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor
     a = read(vit)
     if a.channels not in (1, 3):
         raise PrunexError(f"this model takes {a.channels} channels: only grey and RGB images can be read from files")
-    known = getattr(vit, "pretrained_cfg", None) or {}
-    mean, std = (list(known.get(key) or (0.5,) * a.channels)[: a.channels] for key in ("mean", "std"))
+    cfg = getattr(vit, "pretrained_cfg", None) or {}
+    mean, std = (list(cfg.get(key) or (0.5,) * a.channels)[: a.channels] for key in ("mean", "std"))
     height, width = a.image
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 

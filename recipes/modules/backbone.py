@@ -56,6 +56,7 @@ def create_model(
     foreign = [name for name in model_args or {} if name in _NOT_THE_MODELS]
     if foreign:
         raise PrunexError(f"model_args={foreign[0]} is not allowed: give arguments of the model; weights= takes a file")
+    # With a colon timm looks elsewhere, and says itself what is wrong.
     if ":" not in architecture and not timm.is_model(architecture.split(".")[0]):
         near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
         raise PrunexError(
@@ -79,6 +80,7 @@ def create_model(
 def read_weights(weights: str) -> dict[str, Tensor]:
     """Tensors by name of a safetensors file, or of the shipped weights of that name."""
     with _located(weights) as path:
+        # Nothing is unpickled here.
         if zipfile.is_zipfile(path):
             raise PrunexError(
                 f"weights={weights!r} is a file of torch.save, which may run code when it is read: convert it once by "
@@ -116,21 +118,25 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     Raises:
         PrunexError: If the file cannot be read or does not belong to this architecture.
     """
-    state, own = read_weights(weights), model.state_dict()
-    if not any(name in own for name in state) and any(name.removeprefix("model.") in own for name in state):
+    state, parameters = read_weights(weights), model.state_dict()
+    # A checkpoint of a LightningModule holds the model under a name.
+    if not any(name in parameters for name in state) and any(
+        name.removeprefix("model.") in parameters for name in state
+    ):
         state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-    _resample(state, own, model, weights)
-    for name in [n for n in state if n.startswith(HEADS) and n in own and state[n].shape != own[n].shape]:
+    _resample(state, parameters, model, weights)
+    # Fine-tuning on other classes begins with a new classifier.
+    for name in [n for n in state if n.startswith(HEADS) and n in parameters and state[n].shape != parameters[n].shape]:
         log.warning(
             "Classifier %s of %s has shape %s, the model needs %s: it starts untrained.",
-            name, weights, list(state[name].shape), list(own[name].shape),
+            name, weights, list(state[name].shape), list(parameters[name].shape),
         )  # fmt: skip
         del state[name]
-    missing = [name for name in own if name not in state]
-    wrong = [n for n, t in state.items() if n in own and t.shape != own[n].shape]
+    missing = [name for name in parameters if name not in state]
+    wrong = [n for n, t in state.items() if n in parameters and t.shape != parameters[n].shape]
     problems = {
-        "wrong shape": [f"{n} {list(state[n].shape)} instead of {list(own[n].shape)}" for n in wrong],
-        "unknown": [n for n in state if n not in own and not n.startswith(HEADS) and n != "mask_token"],
+        "wrong shape": [f"{n} {list(state[n].shape)} instead of {list(parameters[n].shape)}" for n in wrong],
+        "unknown": [n for n in state if n not in parameters and not n.startswith(HEADS) and n != "mask_token"],
         "missing": [n for n in missing if not n.startswith(HEADS)],
     }
     if any(problems.values()):
@@ -138,16 +144,16 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
         raise PrunexError(
             f"weights={weights!r} do not fit the model ({'; '.join(said)}): check architecture and model_args"
         )
-    model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name in parameters}, strict=False)
     return missing
 
 
-def _resample(state: dict[str, Tensor], own: Mapping[str, Tensor], model: Any, weights: str) -> None:
+def _resample(state: dict[str, Tensor], parameters: Mapping[str, Tensor], model: Any, weights: str) -> None:
     """Bring position embeddings in a state dict to the model's patch grid."""
     position = state.get("pos_embed")
-    if position is None or "pos_embed" not in own or not position.ndim == own["pos_embed"].ndim == 3:
+    if position is None or "pos_embed" not in parameters or not position.ndim == parameters["pos_embed"].ndim == 3:
         return
-    if position.shape[1] == own["pos_embed"].shape[1]:
+    if position.shape[1] == parameters["pos_embed"].shape[1]:
         return
     grid = model.patch_embed.grid_size
     prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
@@ -177,8 +183,10 @@ def model_from_weights(architecture: str, weights: str, image_size: int | None =
     classes = 0 if head is None or head.ndim == 0 else len(head)
     if image_size is not None:
         args["img_size"] = image_size
+    # Metadata of a small file could describe a model that fills the memory.
     check_described(architecture, classes, args, state)
     model = create_model(architecture, classes, args)
+    # Position embeddings tell the size of the images where the file says nothing.
     side = None if "img_size" in args else _side(model, state.get("pos_embed"))
     if side is not None:
         model = create_model(architecture, classes, {**args, "img_size": side})
@@ -200,11 +208,12 @@ def _model_args(architecture: str, weights: str) -> dict[str, Any]:
 
 def check_described(architecture: str, classes: int | None, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Refuse a model that a file's metadata describe and that is far larger than its tensors, before it is built."""
-    held = sum(t.numel() * t.element_size() for t in state.values())
+    file_bytes = sum(t.numel() * t.element_size() for t in state.values())
     numbers = [n for name in ("depth", "depths") for n in _flat(args.get(name))]
     if any(not isinstance(n, int) or n > max(_DEEP, len(state)) for n in numbers):
         raise PrunexError(f"model_args={str(args)[:120]} describe more blocks than the file has tensors")
     try:
+        # Without memory and without drawing random numbers.
         with torch.device("meta"), Still():
             twin = create_model(architecture, classes, args)
     except PrunexError as error:
@@ -216,8 +225,8 @@ def check_described(architecture: str, classes: int | None, args: dict[str, Any]
     if height * width * args.get("in_chans", 3) > _PIXELS:
         raise PrunexError(f"model_args={str(args)[:120]} describe images of {height} x {width} pixels")
     size = sum(t.numel() * t.element_size() for t in (*twin.parameters(), *twin.buffers()))
-    if size > _ROOM + _TIMES * held:
-        raise PrunexError(f"model_args={str(args)[:120]} describe {size:,} bytes, the file holds {held:,}")
+    if size > _ROOM + _TIMES * file_bytes:
+        raise PrunexError(f"model_args={str(args)[:120]} describe {size:,} bytes, the file holds {file_bytes:,}")
 
 
 def _flat(value: Any) -> list[Any]:
@@ -227,11 +236,11 @@ def _flat(value: Any) -> list[Any]:
 def _side(model: nn.Module, position: Tensor | None) -> int | None:
     """The square image, in pixels, that position embeddings belong to; None where it is the model's own or unknown."""
     embed: Any = getattr(model, "patch_embed", None)
-    own: Any = getattr(model, "pos_embed", None)
-    if position is None or embed is None or own is None or position.ndim != 3:
+    positions: Any = getattr(model, "pos_embed", None)
+    if position is None or embed is None or positions is None or position.ndim != 3:
         return None
     grid, patch = embed.grid_size, embed.patch_size
-    patches = position.shape[1] - (own.shape[1] - grid[0] * grid[1])
+    patches = position.shape[1] - (positions.shape[1] - grid[0] * grid[1])
     side = math.isqrt(max(patches, 0))
     square = side > 0 and side * side == patches and patch[0] == patch[1]
     return side * patch[0] if square and (side, side) != tuple(grid) else None
@@ -262,7 +271,7 @@ class SaveWeights(Callback):
         state = {
             name: tensor.detach().float().cpu().contiguous()
             for name, tensor in model.state_dict().items()
-            if not name.startswith((f"{TOKENS}.", f"{UNITS}."))  # a pruner's own are not the classifier's
+            if not name.startswith((f"{TOKENS}.", f"{UNITS}."))  # a pruner's parameters are not the classifier's
         }
         hparams = pl_module.hparams
         batches = trainer.global_step * trainer.accumulate_grad_batches

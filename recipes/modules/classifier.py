@@ -21,16 +21,10 @@ PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the pa
 
 
 def patch_labels(masks: Tensor, labels: Tensor, grid: tuple[int, int], background: int) -> Tensor:
-    """The class each patch shows: the image's label where the mask touches it, else ``background``.
-
-    Args:
-        masks: bool ``[B, H, W]``, true on the object.
-        labels: int64 ``[B]``.
-        grid: Patches down and across.
-        background: The label of the other patches.
+    """The class each patch shows: the image's label where the mask bool ``[B, H, W]`` touches it, else ``background``.
 
     Returns:
-        int64 ``[B, gh * gw]`` in raster order.
+        int64 ``[B, gh * gw]`` in raster order, of a grid of patches down and across.
 
     >>> masks = torch.zeros(1, 4, 4, dtype=torch.bool); masks[0, 0, 3] = True
     >>> patch_labels(masks, torch.tensor([7]), (2, 2), 10).tolist()
@@ -139,8 +133,8 @@ class ImageClassifier(Restored, LightningModule):
             spec = dict(self.hparams.get(name) or {})
             if not spec:
                 continue
-            known: Any = prunex.attached(self.model, units=True) if units else prunex.attached(self.model)
-            if known is not None:
+            handle: Any = prunex.attached(self.model, units=True) if units else prunex.attached(self.model)
+            if handle is not None:
                 continue
             if "method" not in spec:
                 raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
@@ -152,8 +146,10 @@ class ImageClassifier(Restored, LightningModule):
             raise PrunexError("a training batch has one part: give (images, labels) or (images, labels, masks)")
         images, labels, masks = batch[0], batch[1], batch[2] if len(batch) > 2 else None
         self._check_labels(labels)
-        if self.mix is not None and len(images) % 2 == 0:  # Mixup pairs the images of a batch
+        # Mixup pairs images; a mixed image has no mask of its own.
+        if self.mix is not None and len(images) % 2 == 0:
             images, targets = self.mix(images, labels)
+            # By hand, since mixed labels are shares of two classes.
             loss = -(targets * F.log_softmax(self(images).float(), 1)).sum(1).mean()
         else:
             logits, tokens = self._logits_and_tokens(images) if self.patch_head is not None else (self(images), None)
@@ -185,6 +181,7 @@ class ImageClassifier(Restored, LightningModule):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
+                # Decay would pull norms and biases to zero, which nothing pushes back.
                 decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
                 head = name.startswith(("model.head.", "model.head_dist."))
                 groups.setdefault((decayed, head), []).append(parameter)
@@ -224,6 +221,7 @@ class ImageClassifier(Restored, LightningModule):
     def _logits_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, num_classes]`` and the final patch tokens ``[B, gh * gw, D]`` of one forward."""
         final: list[Tensor] = []
+        # The tokens of the same forward, so that the patch loss costs no second one.
         handle = self.model.norm.register_forward_hook(lambda module, inputs, output: final.append(output))
         try:
             logits = self(images)

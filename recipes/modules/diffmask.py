@@ -97,6 +97,7 @@ class DiffMask(ExplainerTraining):
             check_number(name, value, 0)
         check_whole("warmup_steps", warmup_steps, 0)
         check_flag("weighted_layer_distribution", weighted_layer_distribution)
+        # Now, and not when training begins.
         LookaheadAdam([torch.zeros(1)], slow_steps=slow_steps, slow_rate=slow_rate)  # refuses what it cannot take
         self.save_hyperparameters()
         self.automatic_optimization = False
@@ -115,6 +116,7 @@ class DiffMask(ExplainerTraining):
         chances = torch.ones(self.explainer.layers)
         if self.hparams["weighted_layer_distribution"]:
             agrees, few = self.running_agreement > EASY["agreement"], self.running_l0 < EASY["l0"]
+            # A layer that agrees with few patches has little left to learn.
             easy = agrees & few & (self.draws > EASY["draws"])
             chances[easy.cpu()] = EASY["weight"]
         return int(torch.multinomial(chances, 1))
@@ -125,6 +127,7 @@ class DiffMask(ExplainerTraining):
         terms = self.explainer.terms(images_of(batch), layer)
         alpha = self.explainer.alpha[layer]
         optimizers, schedule = cast(list, self.optimizers()), cast(Any, self.lr_schedulers())
+        # Gates descend and multipliers ascend on one loss: one backward serves both optimisers.
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(terms.loss(alpha, self.hparams["eps"]))
@@ -132,6 +135,7 @@ class DiffMask(ExplainerTraining):
             optimizer.step()
         schedule.step()
         with torch.no_grad():
+            # The multiplier ascends without end while a layer cannot meet eps.
             alpha.clamp_(0, MOST)
             agreement = _agreement(terms.wanted, terms.told)
             l0 = terms.log_keep.exp().mean()
@@ -188,8 +192,8 @@ class DiffMask(ExplainerTraining):
         self.best = (float(first), float(second))
 
 
-def _agreement(wanted: Tensor, told: Tensor) -> Tensor:
+def _agreement(logits: Tensor, masked: Tensor) -> Tensor:
     """Share of images whose predicted class stays; of one logit, whose sign does."""
-    if wanted.shape[1] == 1:
-        return ((wanted > 0) == (told > 0)).float().mean()
-    return (wanted.argmax(1) == told.argmax(1)).float().mean()
+    if logits.shape[1] == 1:
+        return ((logits > 0) == (masked > 0)).float().mean()
+    return (logits.argmax(1) == masked.argmax(1)).float().mean()

@@ -14,17 +14,8 @@ class LookaheadAdam(torch.optim.Adam):
 
     After every ``slow_steps`` steps of a parameter: slow <- slow + slow_rate (fast - slow), fast <- slow (Zhang et al.,
     NeurIPS 2019, arXiv 1907.08610). Every parameter counts its own steps, and one without a gradient is left alone, so
-    that a parameter that is trained now and then is not moved in between.
-
-    Args:
-        params: As for ``torch.optim.Adam``.
-        lr: Likewise.
-        slow_steps: Steps between two pulls; 0 leaves plain Adam.
-        slow_rate: How far the slow weights follow, in (0, 1].
-        **options: As for ``torch.optim.Adam``, such as ``maximize``.
-
-    Raises:
-        PrunexError: If slow_steps or slow_rate is outside its range.
+    that a parameter that is trained now and then is not moved in between (timm's Lookahead counts by group). With
+    ``slow_steps`` 0 it is plain Adam, whose other options it takes; ``slow_rate`` lies in (0, 1].
 
     >>> p = torch.nn.Parameter(torch.zeros(()))
     >>> optimizer = LookaheadAdam([p], lr=1.0, slow_steps=2)
@@ -58,6 +49,7 @@ class LookaheadAdam(torch.optim.Adam):
         super().step()
         if not self.slow_steps:
             return loss
+        # Only what has moved is pulled.
         with torch.no_grad():
             for p in moving:
                 state = self.state[p]

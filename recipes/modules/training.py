@@ -73,6 +73,7 @@ class Restored:
     def check_size(self, data: Any) -> None:
         """Refuse images of another size (``data.image_size``) than the model's; timm would at the first step."""
         size = getattr(data, "image_size", None)
+        # A module may hold several ViTs, such as a teacher.
         for vit in (m for m in self.modules() if hasattr(m, "patch_embed")):  # type: ignore[attr-defined]
             embed: Any = vit.patch_embed
             side = getattr(embed, "img_size", None)
@@ -107,6 +108,7 @@ class Restored:
                 f"the checkpoint names the architecture {architecture[:100]!r}, which would be looked up elsewhere: "
                 "give architecture= yourself"
             )
+        # A small file could describe a model that fills the memory.
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         check_described(architecture, options.get("num_classes"), dict(args or {}), tensors)
         return chosen
@@ -156,6 +158,7 @@ class ExplainerTraining(Restored, LightningModule):
 
     def on_validation_end(self) -> None:
         """Write the explainer where it is the best so far."""
+        # Neither a validation of its own nor the check before training judges.
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         score = self.score() if fitting and self.explaining else None
         if score is not None and score < self.best:
@@ -164,6 +167,7 @@ class ExplainerTraining(Restored, LightningModule):
 
     def on_train_end(self) -> None:
         """Write the explainer where no validation chose one."""
+        # Without validation data the last explainer is all there is.
         if self.explaining and self.best == self.worst:
             self._write()
 

@@ -130,13 +130,15 @@ class ViTShapley(ExplainerTraining):
         self.explaining = True
         surrogate = self.explainer.surrogate
         surrogate.requires_grad_(False)
-        own = self.explainer.backbone.state_dict()
-        self.explainer.backbone.load_state_dict({k: v for k, v in surrogate.state_dict().items() if k in own})
+        # The explainer's backbone has no classifier.
+        names = self.explainer.backbone.state_dict().keys()
+        self.explainer.backbone.load_state_dict({k: v for k, v in surrogate.state_dict().items() if k in names})
         self.train(self.training)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of the stage that is on."""
         images = images_of(batch)
+        # From torch's generator, so that a run that goes on draws what it would have drawn.
         draws = seeded(int(torch.randint(2**62, ())))
         name = "explainer" if self.explaining else "surrogate"
         if self.explaining:
@@ -147,24 +149,15 @@ class ViTShapley(ExplainerTraining):
         return loss
 
     def surrogate_loss(self, images: Tensor, present: Tensor) -> Tensor:
-        """KL(classifier on images || surrogate on the patches present), a scalar.
-
-        Args:
-            images: float ``[B, 3, H, W]``.
-            present: bool ``[B, P]``.
-        """
+        """KL(classifier on images ``[B, 3, H, W]`` || surrogate on the patches present, bool ``[B, P]``), a scalar."""
         with torch.no_grad():
             wanted = self.classifier(images)
         x, grid = embed(self.explainer.surrogate, images)
         return divergence(wanted, masked(self.explainer.surrogate, x, grid, present.to(x.device))).mean()
 
     def explainer_loss(self, images: Tensor, coalitions: Tensor) -> Tensor:
-        """P times the mean squared error of v(0) + z^T phi against v(z), a scalar.
-
-        Args:
-            images: float ``[B, 3, H, W]``.
-            coalitions: bool ``[B, M, P]``.
-        """
+        """P times the mean squared error of v(0) + z^T phi against v(z) of coalitions bool ``[B, M, P]``, a scalar."""
+        # All patches and none, which every set of values must add up to, come with the coalitions.
         ends = torch.tensor([[True], [False]]).expand(len(images), -1, -1).expand(-1, -1, self.players)
         game = Removal(self.explainer.surrogate, images, chunk=self.hparams["chunk"])
         values = game(torch.cat([ends, coalitions], 1)).to(images.dtype)
@@ -181,19 +174,22 @@ class ViTShapley(ExplainerTraining):
 
     def _evaluate(self, stage: str, images: Tensor) -> None:
         count = len(images)
+        # By the image's number, so that the batch size changes nothing.
         draws = [seeded(self._validated + i) for i in range(count)]
         self._validated += count
         uniform = torch.cat([uniform_coalitions(1, self.players, d) for d in draws])
         with torch.no_grad():
             whole, surrogate = self.classifier(images), self.explainer.surrogate(images)
-            told = {
+            metrics = {
                 "surrogate_loss": self.surrogate_loss(images, uniform),
                 "surrogate_kl": divergence(whole, surrogate).mean(),
                 "surrogate_agreement": (whole.argmax(1) == surrogate.argmax(1)).float().mean(),
             }
             if self.explaining:
-                told["explainer_loss"] = self.explainer_loss(images, torch.cat([self._coalitions(1, d) for d in draws]))
-        for name, value in told.items():
+                metrics["explainer_loss"] = self.explainer_loss(
+                    images, torch.cat([self._coalitions(1, d) for d in draws])
+                )
+        for name, value in metrics.items():
             self.log(f"{stage}_{name}", value, batch_size=count, sync_dist=True, prog_bar=name == "explainer_loss")
 
     def _coalitions(self, images: int, draws: torch.Generator) -> Tensor:
@@ -207,16 +203,13 @@ class ViTShapley(ExplainerTraining):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over both stages, each with its own warm-up and cosine."""
         surrogate = list(self.explainer.surrogate.parameters())
-        known = {id(p) for p in surrogate}
-        rest = [p for p in self.explainer.parameters() if id(p) not in known]
-        rates = [self.hparams["surrogate_learning_rate"], self.hparams["learning_rate"]]
-        optimizer = torch.optim.AdamW(
-            [{"params": surrogate, "lr": rates[0]}, {"params": rest, "lr": rates[1]}],
-            lr=rates[1],
-            weight_decay=self.hparams["weight_decay"],
-        )
+        rest = [p for name, p in self.explainer.named_parameters() if not name.startswith("surrogate.")]
+        first_rate, rate = self.hparams["surrogate_learning_rate"], self.hparams["learning_rate"]
+        groups = [{"params": surrogate, "lr": first_rate}, {"params": rest, "lr": rate}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=self.hparams["weight_decay"])
         total, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 0
         first = self.hparams["surrogate_epochs"]
+        # The step at which the second stage begins.
         change = total * first / epochs if epochs > 0 and math.isfinite(total) else 0
 
         def factor(begin: float, end: float) -> Any:
@@ -240,19 +233,16 @@ class ViTShapley(ExplainerTraining):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Go on in the stage the checkpoint was written in."""
-        told = checkpoint.get("vit_shapley", {})
-        self.explaining, self.best = bool(told.get("explaining")), float(told.get("best", math.inf))
+        saved = checkpoint.get("vit_shapley", {})
+        self.explaining, self.best = bool(saved.get("explaining")), float(saved.get("best", math.inf))
         self.explainer.surrogate.requires_grad_(not self.explaining)
 
 
 def regression_loss(phi: Tensor, empty: Tensor, coalitions: Tensor, wanted: Tensor) -> Tensor:
     """P times the mean squared error of v(0) + z^T phi, over images, coalitions and classes.
 
-    Args:
-        phi: ``[B, P, C]``, values that already sum to v(all) - v(0).
-        empty: ``[B, C]``, v(0).
-        coalitions: bool ``[B, M, P]``, drawn as :func:`~prunex.removal.coalitions.shapley_coalitions` does.
-        wanted: ``[B, M, C]``, v of each.
+    phi ``[B, P, C]`` already sums to v(all) - v(0), empty ``[B, C]`` is v(0), wanted ``[B, M, C]`` is v of each of the
+    coalitions, bool ``[B, M, P]``, drawn as :func:`~prunex.removal.coalitions.shapley_coalitions` does.
     """
-    told = empty[:, None] + coalitions.to(phi) @ phi
-    return coalitions.shape[2] * F.mse_loss(told.float(), wanted.float())
+    estimated = empty[:, None] + coalitions.to(phi) @ phi
+    return coalitions.shape[2] * F.mse_loss(estimated.float(), wanted.float())

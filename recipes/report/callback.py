@@ -51,6 +51,7 @@ class RunReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep a copy of the dense model."""
+        # A resumed run has its pruner attached already, and no dense model any more.
         backbone = find(pl_module, self.model, Backbone)[1]
         if stage == "fit" and not self._dense and mounted(backbone) is None and mounted_units(backbone) is None:
             self._dense = (copy.deepcopy(backbone).eval().requires_grad_(False),)
@@ -60,7 +61,7 @@ class RunReport(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         run, batches = run_folder(trainer), trainer.val_dataloaders
-        if batches is None:
+        if batches is None:  # nothing to compare models on
             return
         trained = prunex.slim(pl_module, self.model)
         pruning, units = token_pruning(trained), prunex.attached(pl_module, self.model, units=True)
@@ -73,6 +74,7 @@ class RunReport(Callback):
             models["dense"] = dense
             if self.dense_accuracy:
                 evaluated.add("dense")
+                # How far one comes without training, at the same cost.
                 baseline = _untrained(pruning) if self.untrained_topk and pruning is not None else None
                 if baseline is not None:
                     plain = copy.deepcopy(dense)
@@ -83,6 +85,7 @@ class RunReport(Callback):
         most = trainer.num_val_batches[0] if isinstance(trainer.num_val_batches, list) else None
         limit = most if isinstance(most, int) else None  # inf for loaders without a length
         summary = compare(models, batches[0] if isinstance(batches, list) else batches, evaluated, limit)
+        # What the others are compared with stands first.
         order = {"dense": 0, name: 1}
         summary["rows"] = sorted(summary["rows"] + self.beside, key=lambda r: order.get(r["model"], 2))
         write_summary(run, summary)
@@ -108,6 +111,7 @@ def _trained_row(run: Path) -> dict:
         rows = [r for r in read_json(path)["rows"] if isinstance(r["model"], str)]
     except (ValueError, KeyError, TypeError) as error:  # a PrunexError is a ValueError
         raise PrunexError(f"beside={str(run)!r}: no whole {SUMMARY} there; give a run folder that finished") from error
+    # The first row that is neither what the run started from nor the untrained baseline.
     trained = [r for r in rows if r["model"] != "dense" and not r["model"].endswith(", untrained")]
     if not trained:
         raise PrunexError(f"beside={str(run)!r}: its {SUMMARY} names no trained model")

@@ -51,17 +51,20 @@ class Curves:
 
 def curves_of(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple[float, str]) -> Curves:
     """What was logged (by key, steps and values), as charts and numbers; multiply-adds in the page's unit."""
-    found, grouped = Curves(), _grouped(metrics, unit)
+    curves, grouped = Curves(), _grouped(metrics, unit)
+    # What everybody looks for first comes first, parts of the loss last.
     order = [*(name for name in _FIRST if name in grouped), *sorted({*grouped} - {*_FIRST, _LAST})]
     for title in [*order, *([_LAST] if _LAST in grouped else [])]:
         lines, kind = grouped[title].lines, grouped[title].kind
         heading = f"{title} ({unit[1]} an image)" if kind == "macs" else title
-        if any(_moves(values) for _, values in lines.values()):
+        changes = [max(values) - min(values) > _STILL * max(map(abs, values)) for _, values in lines.values()]
+        if any(changes):
             svg = curves_svg(lines, title=heading, percent=kind == "share", size=(520, 300))
-            found.charts.append(Markup(svg))  # it escapes names itself
+            curves.charts.append(Markup(svg))  # it escapes names itself
         else:
-            found.numbers.append((heading, [(name, _told(values[-1], kind)) for name, (_, values) in lines.items()]))
-    return found
+            form = "{:.1%}" if kind == "share" else "{:.4g}"
+            curves.numbers.append((heading, [(name, form.format(values[-1])) for name, (_, values) in lines.items()]))
+    return curves
 
 
 def _grouped(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple[float, str]) -> dict[str, Chart]:
@@ -73,11 +76,13 @@ def _grouped(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tuple
         if key in twice:
             continue
         title, name, kind = _named(key, values)
+        # In the page's unit.
         if kind == "macs":
             values = [value * unit[0] for value in values]
         chart = grouped.setdefault(title, Chart(kind))
         if kind != chart.kind:  # shares and other numbers have no axis in common
             chart.kind = ""
+        # Two keys of one name have two lines.
         chart.lines[key if name in chart.lines else name] = (steps, values)
     return grouped
 
@@ -104,11 +109,3 @@ def _words(text: str) -> str:
     """A key as words: ``stage2`` is "stage 2"."""
     text = _PARTS.get(text.lower(), text)
     return re.sub(r"(?<=stage)(?=\d)", " ", text.replace("/", ", ").replace("_", " ").strip())
-
-
-def _moves(values: Sequence[float]) -> bool:
-    return max(values) - min(values) > _STILL * max(map(abs, values))
-
-
-def _told(value: float, kind: str) -> str:
-    return f"{value:.1%}" if kind == "share" else f"{value:.4g}"

@@ -57,6 +57,7 @@ def epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Ga
     for method in methods:
         values = last[f"relevance/{method}"]
         drawn = overlay(cells, values[rows], signed=bool((values < 0).any()))
+        # What was kept in another epoch is not what this map explains.
         if kept and max(kept) == max(maps):
             drawn = outline(drawn, kept[max(kept)][rows], thick=1)
         _add(gallery, method, _explained(last.get(f"target/{method}"), last), drawn)
@@ -83,17 +84,22 @@ def stage_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Ga
 def _chosen(arrays: Arrays, most: int) -> list[int]:
     """Which images are shown: the first of each class, then the second of each, as many as there is room for."""
     labels = arrays["labels"].tolist() if "labels" in arrays else [0] * len(arrays["images"])
+    # As many classes as there is room for, rather than the first images of one.
     turn = [labels[:place].count(label) for place, label in enumerate(labels)]
     return sorted(sorted(range(len(labels)), key=lambda place: turn[place])[:most])
 
 
 def _stage_shown(arrays: Arrays, stage: int, shown: Arrays, cells: Picture, rows: list[int]) -> tuple[str, Picture]:
     """What is left after a stage, in words and drawn on the images."""
+    # Merged tokens are drawn as groups: no patch of theirs is gone.
     if "groups" in arrays:
         groups = arrays["groups"][stage]
         return f"{tokens_left(groups):.0%} of tokens", paint_groups(cells, groups[rows])
     kept = arrays["kept"][stage]
-    return _kept_words(kept, shown), dim_dropped(cells, kept[rows])
+    words = f"{kept.mean():.0%} kept"
+    cover = covered(kept.astype(bool), shown["masks"].astype(bool)) if "masks" in shown else math.nan
+    words = words if math.isnan(cover) else f"{words}, {cover:.0%} of object"
+    return words, dim_dropped(cells, kept[rows])
 
 
 def _gallery(arrays: Arrays, names: Sequence[str] | None, chosen: list[int]) -> tuple[Gallery, Picture]:
@@ -118,15 +124,10 @@ def _add(gallery: Gallery, heading: str, words: str, pictures: Picture) -> None:
         tiles.append(Tile(data_uri(picture), f"{name}, {heading}"))
 
 
-def _kept_words(kept: NDArray[Any], arrays: Arrays) -> str:
-    words = f"{kept.mean():.0%} kept"
-    cover = covered(kept.astype(bool), arrays["masks"].astype(bool)) if "masks" in arrays else math.nan
-    return words if math.isnan(cover) else f"{words}, {cover:.0%} of object"
-
-
 def _explained(target: NDArray[Any] | None, arrays: Arrays) -> str:
     if target is not None and (target < 0).all():
         return "of no class"
+    # The predicted class is what is explained unless somebody asked for another.
     for key, words in (("predicted", "for the predicted class"), ("labels", "for the true class")):
         if target is not None and key in arrays and np.array_equal(target, arrays[key]):
             return words
@@ -136,6 +137,7 @@ def _explained(target: NDArray[Any] | None, arrays: Arrays) -> str:
 def data_uri(picture: Picture, most: int = _PNG_BYTES) -> str:
     """A picture as an address that holds it; JPEG above ``most`` bytes."""
     content, kind = png_bytes(picture), "png"
+    # A photo as PNG takes ten times the space, and a page holds dozens.
     if len(content) > most:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)

@@ -74,6 +74,7 @@ def write_report(run: str | Path) -> Path:
     if not is_there(Path(run).expanduser(), Path.is_dir):
         raise PrunexError(f"run='{run}' is not a folder: give the folder that a training run wrote")
     folder = home(Path(run).expanduser())
+    # The page lies in the run, wherever its slim model is.
     slim_path = slim_folder(folder)
     known = any((folder / name).exists() for name in ("metrics.csv", "config.yaml", RECORD, "maps"))
     if not known and slim_path is None:
@@ -176,6 +177,7 @@ def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays], unit: 
     def short(value: Any) -> str:
         return f"{float(value):,.0f}" if float(value) >= 100 else f"{float(value):.3g}"
 
+    # Of several pruned models the first is the run's own.
     dense = _dense(rows)
     pruned = next((r for r in rows if r is not dense and "untrained" not in str(r.get("model", "")).lower()), {})
     cards = []
@@ -204,6 +206,7 @@ def _table(rows: Sequence[Mapping[str, Any]], unit: str) -> Table:
         ("kept_digit_cover", "object patches kept", "{:.1%}"),
     ]
     columns = [column for column in columns if any(as_number(row.get(column[0])) is not None for row in rows)]
+    # Bars show shares of the longest in their column.
     most = {key: max(as_number(row.get(key)) or 0.0 for row in rows) for key, *_ in columns}
     dense = _dense(rows)
     lines = []

@@ -18,6 +18,17 @@ from prunex.untrusted import read_npz, read_text
 NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger or a monitor."
 
 Arrays = Mapping[str, NDArray[Any]]
+# Of the arrays in a file of maps, by the first part of their names: kinds of numbers, and what their shape must fit.
+_FITS = {
+    "labels": ("iu", "each"),
+    "predicted": ("iu", "each"),
+    "target": ("iu", "each"),
+    "masks": ("biu", "pixels"),
+    "kept": ("biu", "stages"),
+    "groups": ("iu", "stages"),
+    "relevance": ("biuf", "grid"),
+    "share": ("biuf", "filled"),
+}
 
 
 def text_of(path: Path, missing: str) -> tuple[str, str]:
@@ -84,6 +95,7 @@ def metrics_of(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], 
         rows = rows or list(csv.DictReader(io.StringIO(text)))
     except csv.Error as error:
         return {}, f"{path.name} could not be read ({error}) and is left out."
+    # Lightning writes a row whenever something is logged, and leaves the other cells empty.
     for number, row in enumerate(rows):
         step = as_number(row.get("step"))
         for name, cell in row.items():
@@ -97,7 +109,7 @@ def metrics_of(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], 
 
 def maps_of(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
     """The arrays of every epoch that draws the same images as the last one."""
-    found: dict[int, Arrays] = {}
+    maps: dict[int, Arrays] = {}
     notes: list[str] = []
     paths = epochs_of(folder, "epoch=*.npz")
     for epoch in sorted(paths, reverse=True):
@@ -107,11 +119,12 @@ def maps_of(folder: Path) -> tuple[dict[int, Arrays], list[str]]:
         except (ValueError, KeyError) as error:  # a PrunexError is a ValueError
             notes.append(f"maps/{paths[epoch].name} could not be read ({reason_of(error)}) and is left out.")
             continue
-        if found and not np.array_equal(arrays["images"], next(iter(found.values()))["images"]):
+        # Columns of a gallery are epochs of one image.
+        if maps and not np.array_equal(arrays["images"], next(iter(maps.values()))["images"]):
             notes.append(f"maps/{paths[epoch].name} shows other images than the last epoch and is left out.")
             continue
-        found[epoch] = arrays
-    return dict(sorted(found.items())), notes
+        maps[epoch] = arrays
+    return dict(sorted(maps.items())), notes
 
 
 def _check(arrays: Arrays) -> None:
@@ -121,17 +134,17 @@ def _check(arrays: Arrays) -> None:
         raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 [M, H, W, 3]")
     count = len(images)
     for key, values in arrays.items():
-        grid, one = key.startswith("relevance/"), key in ("labels", "predicted") or key.startswith("target/")
-        plain = "iu" if one else "biu" if key in ("masks", "kept") else "iu" if key == "groups" else "biuf"
-        if values.dtype.kind not in plain:
+        wanted, shape = _FITS.get(key.partition("/")[0], ("biuf", None))
+        if values.dtype.kind not in wanted:
             raise ValueError(f"{key} is {values.dtype}")
-        wrong = (
-            (one and values.shape != (count,))
-            or (grid and (values.ndim != 3 or len(values) != count))
-            or (key in ("kept", "groups") and (values.ndim != 4 or values.shape[1] != count or not len(values)))
-            or (key == "masks" and values.shape != images.shape[:3])
-            or (grid or key in ("kept", "groups", "share"))
-            and 0 in values.shape
-        )
-        if wrong:
+        # Of stages there are as many as there are; the first axis after them is the images.
+        images_of = values.shape[1:2] if shape == "stages" else values.shape[:1]
+        fits = {
+            "each": values.shape == (count,),
+            "grid": values.ndim == 3 and images_of == (count,) and 0 not in values.shape,
+            "stages": values.ndim == 4 and images_of == (count,) and 0 not in values.shape,
+            "pixels": values.shape == images.shape[:3],
+            "filled": 0 not in values.shape,
+        }
+        if shape is not None and not fits[shape]:
             raise ValueError(f"{key} of shape {values.shape} does not fit {count} images")

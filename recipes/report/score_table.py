@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunex.files import write_whole
-from prunex.recipes.tables import as_number
+from prunex.recipes.tables import as_number, line
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made
@@ -76,20 +76,18 @@ def _written(value: Any) -> Any:
 
 def read_scores(text: str) -> list[Score]:
     """The rows of ``scores.csv`` that name a model, a method and a metric and hold a finite mean."""
-    found = []
+    scores = []
     for row in csv.DictReader(io.StringIO(text)):
-        names = [str(row.get(key) or "") for key in ("model", "method", "metric", "group")]
-        keys = ("mean", "low", "high", "images", "seconds_per_image", "forwards_per_image")
-        numbers = [as_number(row.get(key)) for key in keys]
-        mean, low, high, images, seconds, forwards = (math.nan if n is None else n for n in numbers)
-        if not all(names[:3]) or math.isnan(mean):
+        values: dict[str, Any] = {field.name: str(row.get(field.name) or "") for field in fields(Score)}
+        for name in ("mean", "low", "high", "images", "seconds_per_image", "forwards_per_image"):
+            number = as_number(row.get(name))
+            values[name] = math.nan if number is None else number
+        if not (values["model"] and values["method"] and values["metric"]) or math.isnan(values["mean"]):
             continue
-        count = 0 if math.isnan(images) else int(images)
-        better = str(row.get("higher_is_better")).strip().lower() != "false"
-        model, method, metric, group = names
-        how = [str(row.get(key) or "") for key in ("removal", "judge")]
-        found.append(Score(model, method, metric, group, better, mean, low, high, count, seconds, forwards, *how))
-    return found
+        values["images"] = 0 if math.isnan(values["images"]) else int(values["images"])
+        values["higher_is_better"] = values["higher_is_better"].strip().lower() != "false"
+        scores.append(Score(**values))
+    return scores
 
 
 def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:
@@ -102,14 +100,14 @@ def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:
     for s in scores:
         if s.method not in BASELINES and s.group != "agreement" and not math.isnan(s.mean):
             rivals.setdefault((s.model, s.metric), []).append(s)
-    found = {}
+    winners = {}
     for key, row in rivals.items():
         first, *others = sorted(row, key=lambda s: s.mean, reverse=row[0].higher_is_better)
         # A NaN end compares as false: without intervals nobody is ahead.
         ahead = [first.low > s.high if first.higher_is_better else first.high < s.low for s in others]
         if others and all(ahead):
-            found[key] = first.method
-    return found
+            winners[key] = first.method
+    return winners
 
 
 def table(scores: Sequence[Score], width: int = 120) -> str:
@@ -124,85 +122,78 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
     """
     rows = list(dict.fromkeys((s.method, s.model) for s in scores))
     methods = list(dict.fromkeys(method for method, _ in rows))
+    # Baselines come last, below what they are compared with.
     order = {m: (m in BASELINES and BASELINES.index(m) + 1, methods.index(m)) for m in methods}
     rows.sort(key=lambda row: order[row[0]])
-    cells = {(s.method, s.model, s.metric): s for s in scores}
-    columns: list[Column] = []
     winners = best(scores)
-    for metric, s in {s.metric: s for s in scores}.items():
-        heading = (*metric.split("_", 1), "")[:2]
-        arrow = "↑" if s.higher_is_better else "↓"
-        shown = {
-            row: _cell(cells[*row, metric], row[0] == winners.get((row[1], metric)))
-            for row in rows
-            if (*row, metric) in cells
-        }
-        told = (heading[0], f"{heading[1]} {arrow}".strip(), UNITS.get(metric, "0..1"))
-        columns.append((s.group, told, shown))
+    columns: list[Column] = []
+    for metric, cells in by_metric(scores).items():
+        first, _, second = metric.partition("_")
+        arrow = "↑" if cells[-1].higher_is_better else "↓"
+        heading = (first, f"{second} {arrow}".strip(), UNITS.get(metric, "0..1"))
+        shown = {(s.method, s.model): _cell(s, s.method == winners.get((s.model, metric))) for s in cells}
+        columns.append((cells[-1].group, heading, shown))
     columns += _costs(scores)
-    names = [method[:_LABEL] for method, _ in rows]
-    first, second = max(map(len, names), default=0), max((len(model) for _, model in rows), default=0)
-    room = max(1, (width - first - second - 2) // 14)
-    blocks: list[list[Any]] = []
+    wide = max((len(method[:_LABEL]) for method in methods), default=0)
+    second_wide = max((len(model) for _, model in rows), default=0)
+    room = max(1, (width - wide - second_wide - 2) // 14)
+    blocks: list[list[Column]] = []
     for column in columns:
-        if not blocks or len(blocks[-1]) >= room or (column[0] not in ("cost", blocks[-1][-1][0])):
+        # A group of metrics begins a block of its own; costs stand beside whatever came last.
+        if not blocks or len(blocks[-1]) >= room or column[0] not in ("cost", blocks[-1][-1][0]):
             blocks.append([])
         blocks[-1].append(column)
-    return "\n\n".join(_block(block, rows, first, second) for block in blocks)
+    return "\n\n".join(_block(block, rows, [-wide, -second_wide]) for block in blocks)
 
 
-def _block(block: Sequence[Any], rows: Sequence[tuple[str, str]], first: int, second: int) -> str:
-    lines = [
-        f"{'':<{first}} {'':<{second}}" + "".join(f"{heading[i][:13]:>14}" for _, heading, _ in block) for i in range(3)
-    ]
-    lines = [line for line in lines if line.strip()]
+def _block(block: Sequence[Column], rows: Sequence[tuple[str, str]], names: list[int]) -> str:
+    widths = [*names, *[13] * len(block)]
+    lines = [line(["", "", *(heading[i][:13] for _, heading, _ in block)], widths) for i in range(3)]
+    lines = [text for text in lines if text]
     for method, model in rows:
         shown = [cells.get((method, model)) for *_, cells in block]
         if any(shown):
-            lines.append(
-                f"{method[:_LABEL]:<{first}} {model:<{second}}"
-                + "".join(f"{cell if cell is not None else '–':>14}" for cell in shown)
-            )
-    return "\n".join(line.rstrip() for line in lines)
+            lines.append(line([method[:_LABEL], model, *(cell or "–" for cell in shown)], widths))
+    return "\n".join(lines)
 
 
 def _costs(scores: Sequence[Score]) -> list[Column]:
-    seconds = {
-        (s.method, s.model): f"{s.seconds_per_image:#.3g}" for s in scores if not math.isnan(s.seconds_per_image)
-    }
-    forwards = {
-        (s.method, s.model): f"{s.forwards_per_image:,.0f}" for s in scores if not math.isnan(s.forwards_per_image)
-    }
-    pairs = ((("seconds", "an image", ""), seconds), (("forwards", "an image", ""), forwards))
-    return [("cost", heading, cells) for heading, cells in pairs if cells]
+    columns: list[Column] = []
+    for name, form in (("seconds", "{:#.3g}"), ("forwards", "{:,.0f}")):
+        values = {(s.method, s.model): getattr(s, f"{name}_per_image") for s in scores}
+        cells = {row: form.format(value) for row, value in values.items() if not math.isnan(value)}
+        if cells:
+            columns.append(("cost", (name, "an image", ""), cells))
+    return columns
 
 
 def _cell(score: Score, wins: bool) -> str:
     if math.isnan(score.mean):
         return "–"
     half = (score.high - score.low) / 2
-    told = not math.isnan(half) and half > 0  # where all images agree, or there is one, drawing among them says nothing
+    # Where all images agree, or there is one, drawing among them says nothing.
+    spreads = not math.isnan(half) and half > 0
     star = "*" if wins else " "
     if 0 < abs(score.mean) < 0.01:
-        spread = f"±{half:.0e}" if told else ""
+        spread = f"±{half:.0e}" if spreads else ""
         return f"{score.mean:.1e}{spread}".replace("e-0", "e-") + star
     digits = 3 if abs(score.mean) < 10 else 1
-    spread = f"±{half:.{digits - 1}f}".replace("±0.", "±.") if told else ""
+    spread = f"±{half:.{digits - 1}f}".replace("±0.", "±.") if spreads else ""
     return f"{score.mean:.{digits}f} {spread}{star}"
 
 
 def by_metric(scores: Sequence[Score]) -> Mapping[str, list[Score]]:
     """The scores of each metric, in order."""
-    found: dict[str, list[Score]] = {}
+    metrics: dict[str, list[Score]] = {}
     for score in scores:
-        found.setdefault(score.metric, []).append(score)
-    return found
+        metrics.setdefault(score.metric, []).append(score)
+    return metrics
 
 
 def by_removal(scores: Sequence[Score]) -> dict[str, list[str]]:
     """The metrics that took patches away, by how; numbers of different ways do not compare."""
-    found: dict[str, list[str]] = {}
+    removals: dict[str, list[str]] = {}
     for metric, cells in by_metric(scores).items():
         if cells[0].removal:
-            found.setdefault(cells[0].removal, []).append(metric)
-    return found
+            removals.setdefault(cells[0].removal, []).append(metric)
+    return removals

@@ -44,20 +44,21 @@ def scores_of(folder: Path) -> tuple[Scores | None, str]:
     about, _ = json_of(folder / "about.json", "")
     methods = list(dict.fromkeys(row.method for row in rows))
     listed = {m for m in methods if m not in BASELINES}
+    # A chart has room for so many bars.
     hidden = len(listed) - SCORED
     models = list(dict.fromkeys(row.model for row in rows))
     shown = {*sorted(listed, key=methods.index)[:SCORED], *BASELINES}
-    found = Scores(conditions(about))
+    content = Scores(conditions(about))
     for metric, cells in by_metric([row for row in rows if row.method in shown]).items():
         if any(cell.method != "chance" for cell in cells):
-            found.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
-    found.winners = _winners(rows)
-    found.removals = [(LEFT.get(how, how), ", ".join(names)) for how, names in by_removal(rows).items()]
-    found.judged = any(row.judge for row in rows)
-    found.notes = [str(n) for n in entries(about.get("notes"))]
+            content.groups.setdefault(cells[0].group or "other", []).append(_score_chart(metric, cells, models))
+    content.winners = _winners(rows)
+    content.removals = [(LEFT.get(how, how), ", ".join(names)) for how, names in by_removal(rows).items()]
+    content.judged = any(row.judge for row in rows)
+    content.notes = [str(n) for n in entries(about.get("notes"))]
     if hidden > 0:
-        found.notes.append(f"{hidden} more explainers are in score/scores.csv.")
-    return found, ""
+        content.notes.append(f"{hidden} more explainers are in score/scores.csv.")
+    return content, ""
 
 
 def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> Markup:
@@ -77,8 +78,10 @@ def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> M
         for method in sorted((m for m in by_method if m != "chance"), key=place)
     }
     lines: dict[str, float] = {}
+    # Not every metric has a chance level in closed form; random maps have a score in all of them.
     level = "chance" if "chance" in by_method else "random"
     for model, cell in by_method.get(level, {}).items():
+        # Models of one level share a line.
         if cell.mean not in lines.values():
             named = level if all(c.mean == cell.mean for c in by_method[level].values()) else f"{level}, {model}"
             lines[named] = cell.mean

@@ -50,6 +50,7 @@ def units_of(folder: Path, names: Sequence[str] | None) -> Units | None:
         epoch = re.search(r"epoch=(\d+)", path.name)
         words = f"epoch {int(epoch[1])}, {words}" if epoch else words
         try:
+            # As PNG: a chart's letters suffer from JPEG.
             source = data_uri(np.asarray(read_image(path)), _CHART_BYTES)
         except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
             units.notes.append(f"maps/{path.name} could not be read ({error}) and is left out.")
@@ -77,6 +78,7 @@ def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
     if not table:
         units.notes.append("units.csv holds no relevance, so no head is named.")
         return
+    # Some heads serve every class: what is told is how much more one serves than the mean class.
     means = {head: float(np.mean(list(row.values()))) for head, row in table.items()}
     excess = {head: {c: v - means[head] for c, v in row.items()} for head, row in table.items() if kept[head]}
     classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not _is_number(c), c.zfill(12)))
@@ -109,6 +111,7 @@ def _relevance(
         now, block, head, value = (n for n in numbers if n is not None)
         if now < epoch:
             continue
+        # The last epoch of the file is what the page shows.
         if now > epoch:
             epoch, table, kept, seen = int(now), {}, {}, {}
         place, name = (int(block), int(head)), str(row["class"])

@@ -165,7 +165,7 @@ def test_a_bomb_is_not_unpacked(room, monkeypatch):
 def test_scores_that_are_damaged_are_computed_anew(room, content):
     path = room.work / "rollout.npz"
     path.write_bytes(content)
-    assert not Record(path, "key").there
+    assert not Record(path, "key").has_maps
 
 
 FORGED = {
@@ -189,7 +189,7 @@ def test_scores_that_lie_are_computed_anew(room, what):
     record.maps(torch.zeros(2, 4, 4), torch.tensor([0, 1]), False, {})
     record.add({"deletion": torch.zeros(2)}, {"deletion": ""})
     np.savez(path, **change(read_npz(path)))
-    assert Record(path, "key", images=2, grid=(4, 4)).there is taken
+    assert Record(path, "key", images=2, grid=(4, 4)).has_maps is taken
 
 
 # --- traces

@@ -6,8 +6,9 @@ import functools
 import inspect
 import math
 import re
+import types
 from collections.abc import Callable, Collection
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from prunex.brief import brief
 from prunex.errors import PrunexError, unknown
@@ -93,6 +94,21 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise unknown(name, value, allowed)
     return value
+
+
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """See that an option is one of the names, or the flag, that its annotation says; other kinds are not looked at.
+
+    >>> check_kind("rule", "shift", Literal["log", "shift"] | None)
+    """
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) is Union else (kind,)
+    if value is None and types.NoneType in kinds:
+        return
+    names = [word for part in kinds if get_origin(part) is Literal for word in get_args(part)]
+    if names:
+        check_choice(name, value, names)
+    elif kind is bool:
+        check_flag(name, value)
 
 
 def check_index(name: str, value: Any, count: int, what: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
-from prunex.checks import called_as
+from prunex.checks import called_as, check_kind
 from prunex.errors import PrunexError, Unreached, unknown
 from prunex.registry import lookup
 from prunex.relevance.explanation import Explanation
@@ -59,9 +61,11 @@ def explain(
     """
     known = lookup("explainer", method)
     make, defaults = known.make, known.options
-    for name in options:
+    kinds = _kinds(make)
+    for name, value in options.items():
         if name not in defaults:
             raise unknown(f"option of {method}", name, defaults)
+        check_kind(name, value, kinds.get(name))
     vit = find(model, path)[1]
     anatomy = read(vit)
     check_methods(vit)
@@ -84,3 +88,12 @@ def explain(
     explanation.entered, explanation.output = call.prepared, call.field
     explanation.resized = explanation.image_size != tuple(images.shape[2:])
     return explanation
+
+
+@functools.cache
+def _kinds(make: Callable[..., Any]) -> dict[str, Any]:
+    """What a method's signature says of its options."""
+    try:
+        return get_type_hints(make)
+    except NameError:  # names that a stranger's method imports for its type checker alone
+        return {}

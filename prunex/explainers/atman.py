@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_choice, check_flag, check_number
+from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
@@ -20,8 +20,6 @@ from prunex.vit.embedding import patch_vectors
 from prunex.vit.readout import before_softmax
 from prunex.vit.recording import Recording, check_chunk, recording, sequences
 from prunex.vit.tape import Tape
-
-_RULES = ("log", "shift", "scale")
 
 
 @register("explainer", "atman", "Deiseroth et al., NeurIPS 2023, arXiv 2301.08110", "one forward a patch, no gradients")
@@ -75,8 +73,6 @@ def atman(
     check_number("factor", factor, 0)
     if similarity is not None:
         check_number("similarity", similarity, 0)
-    check_choice("rule", rule, _RULES)
-    check_flag("freeze_selection", freeze_selection)
     check_chunk(chunk)
     # One output says nothing about itself: its softmax is 1.
     with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded:

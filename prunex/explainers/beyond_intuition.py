@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice, check_whole
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
@@ -18,9 +18,6 @@ from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
 from prunex.vit.recording import Recording, attention_gradients, gradients, recording
 from prunex.vit.tape import Attended, Tape
-
-_VARIANTS = ("token", "head")
-_FEEDBACKS = ("survivor", "none")
 
 
 @register("explainer", "beyond_intuition", "Chen et al., TMLR 2023, OpenReview rm0zIzlhcX", "21 forwards")
@@ -70,8 +67,6 @@ def beyond_intuition(
     >>> prunex.explain("beyond_intuition", model, torch.randn(2, 3, 64, 64), variant="head", steps=4).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("variant", variant, _VARIANTS)
-    check_choice("feedback", feedback, _FEEDBACKS)
     start, last = _check_start(start_layer, len(model.blocks)), len(model.blocks) - 1
     check_whole("steps", steps, 1)
     check_whole("chunk", chunk, 1)

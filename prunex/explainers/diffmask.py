@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from prunex.checks import check_flag
 from prunex.learned.diffmask import KIND, DiffMaskExplainer, check_layer, load_explainer, log_keep
 from prunex.learned.folder import check_fits, held
 from prunex.registry import register
@@ -64,7 +63,7 @@ def diffmask(
     """
     gates = held(explainer, DiffMaskExplainer, KIND, "rollout") or load_explainer(str(explainer))
     check_fits(gates.anatomy, read(model), KIND)
-    layer, aggregated = check_layer(layer, gates.anatomy.depth), check_flag("aggregated", aggregated)
+    layer = check_layer(layer, gates.anatomy.depth)
     # The gates may lie elsewhere, and in another precision, than the model.
     weight = next(gates.parameters())
     with recording(model, images, target, Tape()) as recorded, as_found(gates, train=False):

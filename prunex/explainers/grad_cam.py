@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import Features, features, features_tape, on_patches
@@ -15,8 +14,6 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.recording import Recording, check_layer, gradients, recording
 from prunex.vit.tape import Tape
-
-_KINDS = ("tokens", "attention", "layercam", "elementwise")
 
 
 @register("explainer", "grad_cam", "Selvaraju et al., ICCV 2017, arXiv 1610.02391", "one forward, a short backward")
@@ -55,7 +52,6 @@ def grad_cam(
     >>> prunex.explain("grad_cam", model, torch.randn(2, 3, 64, 64), kind="layercam").maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("kind", kind, _KINDS)
     layer = check_layer(layer, len(model.blocks))
     tape = features_tape(layer)
     if kind == "attention":

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.walk import propagate
@@ -16,9 +15,6 @@ from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.attention import over_heads
 from prunex.vit.recording import Recording, gradients, recording, unreached
 from prunex.vit.tape import Attended, Tape
-
-_AXES = ("key", "query", "cls")
-_LIFTS = ("direct", "presence")
 
 
 @register("explainer", "grad_sam", "Barkan et al., CIKM 2021, arXiv 2204.11073", "one forward, one backward")
@@ -56,8 +52,6 @@ def grad_sam(
     >>> prunex.explain("grad_sam", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("axis", axis, _AXES)
-    check_choice("lift", lift, _LIFTS)
     # Only the rows of tokens that the head reads have a gradient in the last block: the others need not be computed.
     tape = Tape(attention=True, gradients=True, narrow=True)
     with recording(model, images, target, tape, needs_class=True) as recorded:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
@@ -19,9 +18,6 @@ from prunex.vit.arithmetic import promoted
 from prunex.vit.embedding import embed, embed_patches, place
 from prunex.vit.recording import Recording, check_chunk, gradients, recording, sequences
 from prunex.vit.tape import Tape
-
-_SPACES = ("pixels", "tokens")
-_RULES = ("gausslegendre", "middle", "trapezoid", "left", "right")
 
 
 @register(
@@ -72,7 +68,6 @@ def integrated_gradients(
     >>> prunex.explain("integrated_gradients", model, torch.randn(2, 3, 64, 64), steps=8).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("space", space, _SPACES)
     nodes, weights = quadrature(rule, steps)
     check_chunk(chunk)
     _check_baseline(baseline, images)
@@ -147,7 +142,6 @@ def quadrature(rule: str, steps: int) -> tuple[Tensor, Tensor]:
     "gausslegendre" is exact for polynomials up to degree 2 steps - 1, "trapezoid" takes both ends in, "left" and
     "right" are an even grid from 0, or to 1, and "middle" lies between them.
     """
-    check_choice("rule", rule, _RULES)
     least = 2 if rule == "trapezoid" else 1
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
         raise PrunexError(f"steps={steps!r} is not allowed: {rule} takes an integer of at least {least}")

@@ -7,12 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.gradients import ModifiedGradients
-from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet
+from prunex.relevance.rules import RelevanceRules, RuleSet
 from prunex.vit.anatomy import ViT
 from prunex.vit.recording import gradients, recording, widened
 from prunex.vit.tape import Tape
@@ -70,8 +69,6 @@ def lrp(
     >>> prunex.explain("lrp", model, torch.randn(2, 3, 64, 64), rule="attnlrp").maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("rule", rule, RULES)
-    check_choice("rule_set", rule_set, RULE_SETS)
     strengths = _strengths(rule, gamma)
     if rule != "zplus" and rule_set != "conserving":
         raise PrunexError(f"rule_set={rule_set!r} with rule={rule!r} is not allowed: rule sets belong to rule='zplus'")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice, check_flag
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
-from prunex.relevance.rules import RULE_SETS, RelevanceRules, RuleSet, weighed_relevance
+from prunex.relevance.rules import RelevanceRules, RuleSet, weighed_relevance
 from prunex.relevance.walk import times
 from prunex.vit.anatomy import ViT
 from prunex.vit.attention import over_heads
@@ -59,8 +58,6 @@ def partial_lrp(
     >>> prunex.explain("partial_lrp", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("rule_set", rule_set, RULE_SETS)
-    gradient = check_flag("gradient", gradient)
     model, images = widened(model, images)
     last = len(model.blocks) - 1
     rules = RelevanceRules(rule_set=rule_set)

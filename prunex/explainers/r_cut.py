@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
@@ -18,8 +17,6 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.readout import before_softmax
 from prunex.vit.recording import check_layer, recording
 
-_ORIENTS = ("peak", "grad_cam")
-_OBJECTIVES = ("probability", "logit")
 _FLOOR = 1e-5  # affinity of two patches that are not alike
 _GAP = 1e-6  # eigenvalues closer than this leave the second eigenvector open
 _BEYOND = 3.0  # above every eigenvalue of a normalised Laplacian, which end at 2
@@ -74,8 +71,6 @@ def r_cut(
     layer = check_layer(layer, len(model.blocks))
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold < 1:
         raise PrunexError(f"threshold={threshold!r} is not allowed: give a cosine in [-1, 1)")
-    check_choice("orient", orient, _ORIENTS)
-    check_choice("objective", objective, _OBJECTIVES)
     with recording(model, images, target, features_tape(layer), needs_class=True) as recorded:
         if objective == "logit":
             score = recorded.score()

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunex.checks import check_choice, check_flag
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
@@ -59,11 +58,10 @@ def rollout(
     >>> prunex.explain("rollout", model, torch.randn(2, 3, 64, 64), head_fusion="max", discard_ratio=0.5).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("head_fusion", head_fusion, _FUSIONS)
     if isinstance(discard_ratio, bool) or not isinstance(discard_ratio, int | float) or not 0 <= discard_ratio < 1:
         raise PrunexError(f"discard_ratio={discard_ratio!r} is not allowed: give a number in [0, 1)")
     start = check_layer(start_layer, len(model.blocks))
-    if check_flag("gradient", gradient) and head_fusion != "mean":
+    if gradient and head_fusion != "mean":
         raise PrunexError(f"head_fusion={head_fusion!r} goes without gradient=True: give 'mean'")
     plain = head_fusion == "mean" and discard_ratio == 0 and not gradient
     tape = Tape(attention=True, reduce=_FUSIONS[head_fusion], narrow=plain)

@@ -6,12 +6,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from prunex.checks import check_choice, check_whole
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer_of_classes
 from prunex.removal.coalitions import PER_PLAYER, Estimate, kernel_shap, permutation_sampling, seeded
-from prunex.removal.game import TOKENS, Removal
+from prunex.removal.game import Removal
 from prunex.vit.anatomy import ViT
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
@@ -34,7 +34,7 @@ def shap(
     estimator: Literal["permutation", "kernel"] = "permutation",
     removal: Literal["drop", "mask"] = "drop",
     budget: int | None = None,
-    selection: Literal["frozen", "free", "adaptive"] = "frozen",
+    selection: str = "frozen",
     output: Literal["probability", "logit", "log_odds"] = "probability",
     seed: int = 0,
     chunk: int | None = None,
@@ -77,8 +77,6 @@ def shap(
     >>> prunex.explain("shap", model, torch.randn(2, 3, 64, 64), budget=40).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("estimator", estimator, ESTIMATORS)
-    check_choice("removal", removal, TOKENS)
     check_whole("seed", seed, 0)
     if budget is not None:
         check_whole("budget", budget, 1)

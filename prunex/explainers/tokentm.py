@@ -7,8 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_choice
-from prunex.errors import unknown
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.walk import propagate, times
@@ -18,8 +16,6 @@ from prunex.vit.attention import over_heads
 from prunex.vit.layouts import layout_of
 from prunex.vit.recording import attention_gradients, recording
 from prunex.vit.tape import Attended, Fed, Tape
-
-_VARIANTS = ("per_head", "libragrad")
 
 
 @register("explainer", "tokentm", "Wu et al., CVPR 2024, arXiv 2403.14552", "one forward, one backward")
@@ -60,9 +56,6 @@ def tokentm(
     >>> prunex.explain("tokentm", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    check_choice("variant", variant, _VARIANTS)
-    if necc_scale not in (None, "n0"):
-        raise unknown("necc_scale", necc_scale, ("n0",))
     tape = Tape(attention=True, gradients=True, streams=True)
     with recording(model, images, target, tape, needs_class=True) as recorded:
         gradients = attention_gradients(recorded)

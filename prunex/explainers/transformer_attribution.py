@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunex.checks import check_flag
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.rules import RelevanceRules, weighed_relevance
@@ -53,7 +52,6 @@ def transformer_attribution(
     torch.Size([2, 4, 4])
     """
     start = check_layer(start_layer, len(model.blocks))
-    gradient = check_flag("gradient", gradient)
     model, images = widened(model, images)
     rules = RelevanceRules()
     blocks = frozenset(range(start, len(model.blocks)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def vit_cx(
     seed: int = 0,
     chunk: int = 50,
     max_masks: int | None = None,
-    selection: Literal["frozen", "free", "adaptive"] = "frozen",
+    selection: str = "frozen",
 ) -> Explanation:
     """Causal impact of patch-embedding masks (arXiv 2211.03064): neither gradients nor attention, but many forwards.
 

@@ -76,18 +76,13 @@ class Adaptive(TokenPruner):
     def calibrate(self, model: ViT, images: Any, **options: Any) -> list[float]:
         """Measure how many patches images keep; with adaptive counts, remember it as what :meth:`counts` tells.
 
-        Train flags and the model's last forward stay as they are.
-
         Args:
-            model: The ViT this pruner is on.
-            images: A loader, an iterable of batches, or one tensor [B, C, H, W], normalised as in training.
+            model: The ViT this pruner is on; its train flags and last forward stay as they are.
+            images: As for :meth:`prunex.Pruning.calibrate`.
             **options: None.
 
         Returns:
             The mean share of the patches kept after each stage.
-
-        Raises:
-            PrunexError: For an option, or without any image.
         """
         for name in options:
             raise PrunexError(f"{name}={options[name]!r} is not allowed: calibrating {self.name} has no options")

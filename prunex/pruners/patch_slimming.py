@@ -238,17 +238,15 @@ class PatchSlimming(TokenPruner):
 
         Args:
             model: The ViT this pruner is on.
-            images: A loader, an iterable of batches, or one tensor [B, C, H, W], normalised as in training.
+            images: As for :meth:`prunex.Pruning.calibrate`.
             verbose: Whether a progress bar is shown.
-            **options: ``tolerance``, ``step``, ``epochs``, ``learning_rate``, ``calibration_images``, ``criterion``,
-                ``seed``, for those given to ``attach``.
+            **options: For those given to ``attach``, but ``keep``.
 
         Returns:
             The report: counts and errors block by block; printed, it is a table.
 
         Raises:
-            PrunexError: For unknown options, numbers out of range, or images the model cannot take. Model and sets are
-                then as they were.
+            PrunexError: For unknown options, numbers out of range, or images the model cannot take, and nothing changes.
         """
         known = {k: v for k, v in self.options.items() if k != "keep"}
         for name in options:

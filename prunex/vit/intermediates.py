@@ -68,24 +68,12 @@ def intermediates(
     output_dict: bool = False,
     fill: float | Tensor | None = None,
 ) -> Any:
-    """What timm's ``forward_intermediates`` returns, of a pruned model.
+    """What timm's ``forward_intermediates`` returns, of a pruned model, by timm's arguments and ``fill``.
 
     Every grid is whole: a patch that is left has its token, members of a fused or merged token have that token, and a
-    patch that was removed has ``fill``. Without any pruning the results are timm's. The final features, where they are
-    returned, are those of ``forward_features``: the tokens that are left.
-
-    Args:
-        model: A pruned ViT.
-        x: Images [B, C, H, W].
-        indices: The last n blocks, or block indices (negative ones from the end); None: all.
-        return_prefix_tokens: Pair each grid with its prefix tokens.
-        norm: Apply the final norm to the intermediates (not to ``fill``).
-        stop_early: Stop after the last block asked for.
-        output_fmt: "NCHW" ([B, D, gh, gw]) or "NLC" ([B, gh * gw, D]).
-        intermediates_only: Leave the final features out.
-        output_dict: Return a dictionary instead.
-        fill: As in :meth:`TokenTrace.scatter`. None: each removed patch keeps the last value it had, the token as it
-            left.
+    patch that was removed has ``fill`` (see :meth:`TokenTrace.scatter`; None: the last value it had, the token as it
+    left), to which ``norm`` is not applied. Without any pruning the results are timm's. The final features, where they
+    are returned, are those of ``forward_features``: the tokens that are left.
 
     Raises:
         PrunexError: For blocks that do not exist, another format, or a ``fill`` that does not fit.

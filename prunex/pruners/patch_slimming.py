@@ -246,7 +246,7 @@ class PatchSlimming(TokenPruner):
             The report: counts and errors block by block; printed, it is a table.
 
         Raises:
-            PrunexError: For unknown options, numbers out of range, or images the model cannot take, and nothing changes.
+            PrunexError: For unknown options, numbers out of range, or images it cannot take; nothing changes then.
         """
         known = {k: v for k, v in self.options.items() if k != "keep"}
         for name in options:

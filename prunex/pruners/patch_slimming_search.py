@@ -21,7 +21,14 @@ from prunex.vit.tape import Tape
 
 CHUNK = 64  # images in one pass, and in one step of the fine-tuning
 MATRICES = 16  # images whose attention matrices are held at once, in float64
-SETTINGS = {"tolerance": 0.01, "step": 10, "epochs": 3, "learning_rate": 1e-5, "criterion": "mean", "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "tolerance": 0.01,
+    "step": 10,
+    "epochs": 3,
+    "learning_rate": 1e-5,
+    "criterion": "mean",
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True)

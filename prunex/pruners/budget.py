@@ -171,6 +171,7 @@ class Budget:
                         return line(rounded)
             return shares
 
+        # Users read these numbers: 0.769 rather than fifteen digits of the same count.
         if len(set(shares)) == 1:
             return shortened(lambda x: (x,) * len(shares), shares[0])
         for s in range(len(shares)):

@@ -51,5 +51,6 @@ class EViT(TopK):
         **schedule: Unpack[ScheduleOptions],
     ) -> None:
         super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
+        # All else is Top-K's: only what becomes of the dropped patches differs.
         self.fuses = check_flag("fuse", fuse)
         self.options["fuse"] = self.fuses

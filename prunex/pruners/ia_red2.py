@@ -190,5 +190,6 @@ def _equal(groups: int | None, stages: Sequence[int] | None, depth: int) -> list
 
 def _straight_through(p: Tensor) -> Tensor:
     """Hard Bernoulli draws of p with the gradient of their Gumbel relaxation."""
+    # Logarithms of 0 have no gradient.
     p = p.clamp(1e-6, 1 - 1e-6)
     return F.gumbel_softmax(torch.stack([p.log(), (1 - p).log()], -1), tau=1.0, hard=True, dim=-1)[..., 0]

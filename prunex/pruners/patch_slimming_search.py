@@ -203,6 +203,7 @@ class Search:
         tried: list[Candidate] = []
         for added in [*range(0, len(order), self.step), len(order)]:
             self.kept[block] = base.clone().index_fill(0, order[:added], True)
+            # Nothing is left out, so nothing need be made up for.
             if self.kept[block].all():
                 self.student[block].load_state_dict(self.teacher[block].state_dict())
             elif self.epochs and self.moving[block]:
@@ -262,6 +263,7 @@ class Search:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+        # Gradients of one block must not wait while others are tuned.
         optimizer.zero_grad()
         self.student[block].requires_grad_(False)
 

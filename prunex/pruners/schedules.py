@@ -45,6 +45,7 @@ class Schedule:
 
     def rate(self, base: float, progress: float) -> float:
         """The keep rate in force at a progress of 0..1, for ``base`` in (0, 1] at the end."""
+        # First, so that a length of 0 divides nothing.
         if progress >= self.start + self.length:
             return base
         if progress < self.start:

@@ -67,6 +67,7 @@ class TopK(Adaptive):
 
     def plan(self) -> list[Turn]:
         """Inside the blocks whose class row ranks the patches."""
+        # All of the attention is held by all patches alone: no row is needed.
         if self.adaptive and self.mass() >= 1:
             return []
         return [Turn(b, "inside", shown=("row",)) for s, b in enumerate(self.stages) if self.rate(s) < 1]
@@ -102,5 +103,6 @@ class TopK(Adaptive):
     def macs(self, entering: int, inner: int = 0) -> int:
         """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
         a = self.anatomy
+        # Models without a class token pay a row for every token that is pooled.
         asking = 1 if a.readers else entering + a.prefix * a.pool_prefix
         return asking * (entering + a.prefix) * inner + self.fuses * entering * a.width

@@ -137,6 +137,7 @@ def _mlp(module: nn.Module, ops: Arithmetic, x: Tensor) -> Tensor:
     if type(module) is SwiGLU:
         hidden = ops.product(ops.activation(m.act, ops.linear(m.fc1_g, x)), ops.linear(m.fc1_x, x))
     elif type(module) is GluMlp:
+        # One layer makes both halves; which of them is the gate differs.
         first, second = ops.linear(m.fc1, x).chunk(2, -1)
         gate, signal = (second, first) if m.gate_last else (first, second)
         hidden = ops.product(ops.activation(m.act, gate), signal)

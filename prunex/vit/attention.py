@@ -67,6 +67,7 @@ def over_heads(x: Tensor) -> Tensor:
 
 def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of timm's ``Attention`` for normed tokens x [B, N, D]: three of [B, H, N, d]."""
+    # A block whose heads were all taken out still has a width to unflatten by.
     width = -1 if attn.num_heads else attn.head_dim
     qkv = ops.linear(attn.qkv, x).unflatten(2, (3, attn.num_heads, width)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
@@ -121,6 +122,7 @@ def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Ten
             torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2).type_as(v)
             for t in (q, k)
         )
+    # Fewer keys than queries: each serves a group of heads.
     groups = attn.num_heads // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

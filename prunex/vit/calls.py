@@ -46,6 +46,7 @@ def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs
 
 @torch.compiler.disable(reason="hooks see the call of a module that is opened: remove them, or leave fullgraph out")
 def _call(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Found on the instance, which nn.Module's call looks at before the class.
     switch = _Switch.enter(module)
     # By context, so that another thread in the same module runs the module's own forward.
     mine = _WORK.set([(module, function)])

@@ -93,6 +93,7 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     with torch.no_grad():
         empty = torch.zeros_like(x)
         added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
+    # Prefix tokens are parameters: no relevance goes past them.
     prefix = model.num_prefix_tokens
     parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
     own = [t for t in parts if t is not None]

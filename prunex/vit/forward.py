@@ -263,6 +263,7 @@ def through(
     recorder = Recorder(tape)
     halves = Halves(block, number, state, NOBODY, recorder)
     expected = queries is not None and hooked_within(block)  # hooks expect all tokens
+    # Nobody decides here, so what goes on is said by hand.
     halves.only = None if expected else queries
     halves.inside_call(partial(_opened, NOBODY))
     recorded = None if tape is None else tape.attended()[-1]

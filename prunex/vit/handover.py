@@ -77,6 +77,7 @@ class Handover:
         """What is known of tokens that are about to be read; None for those that no forward gave."""
         if torch.compiler.is_compiling():
             return self._traced
+        # The tensor itself knows best; changed on its way, the thread's last forward is meant.
         candidates = (self._known.get(tokens), getattr(self._here, "last", None), self._traced)
         handed = next((h for h in candidates if h is not None and h.fits(tokens)), None)
         if handed is not None:
@@ -87,6 +88,7 @@ class Handover:
         """Let go of what this thread's last forward left, counting those in a row that nobody who knew has read."""
         last: Handed | None = getattr(self._here, "last", None)
         if last is not None:
+            # Only slots of dropped tokens can be read wrongly.
             passed = last.policy is not None and not last.read
             self._here.unread = getattr(self._here, "unread", 0) + 1 if passed else 0
         self._here.last = self._traced = None

@@ -37,6 +37,7 @@ def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
 
 
 def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+    # A head of its own, since it must not pool tokens that are not there.
     if isinstance(self, Beit):  # timm's own pools inside, whoever is there
         out = _beit_head(self, x, pre_logits)
     else:

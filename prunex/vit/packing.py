@@ -31,6 +31,7 @@ class Packing(Brief):
     @classmethod
     def of(cls, policy: Tensor) -> Packing:
         """The packing of a policy [B, N]; this waits for the device."""
+        # Counting waits for the device; it is done once a stage, not once a block.
         there = policy > 0
         return cls(policy, there.flatten().nonzero().squeeze(1), there.sum(1).tolist())
 

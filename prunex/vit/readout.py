@@ -79,6 +79,7 @@ def _features(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
         raise unknown_layer(inner.attn_pool, "token and average pooling")
     if not ops.opened or pool not in ("avg", "avgmax"):
         return masked_pool(model, x, left)
+    # Means are sums with weights, so that relevance is shared by them.
     features = pooled(x, left.anatomy.readout(x.shape[1], left.policy, x, left.sizes), ops)
     if pool == "avgmax":
         features = ops.mean(masked_pool(model, x, replace(left, sizes=None), "max"), features)

@@ -55,6 +55,7 @@ class Recorder:
     def leave(self, state: TokenState) -> None:
         """These tokens may be the last."""
         if self.tape is not None:
+            # Asked again after every decision: the last answer stays.
             self.tape.policy, self.tape.tokens, self.tape.sizes = state.policy, state.tokens.shape[1], state.sizes
 
     def passed(self, block: int, state: TokenState) -> None:

@@ -28,6 +28,7 @@ class Replay:
 
     def plan(self) -> list[Turn]:
         """Where something was decided."""
+        # Several decisions at one place are one turn.
         places = dict.fromkeys((d.block, d.when) for d in self.decisions)
         return [Turn(block, when) for block, when in places]
 

@@ -76,6 +76,7 @@ class Turns:
         needed = recorder.tape is not None or recorder.watch is not None or state.masked
         if not self.alone or needed or state.policy is not None or state.keys is not None:
             return None
+        # Last, since looking for hooks walks through the block's modules.
         known = [turn.only for _, turn in self.plans if turn.block == number and turn.only is not None]
         return known[0] if known and not hooked_within(block) else None
 

@@ -51,6 +51,7 @@ class EvaLayout(Layout):
             return block.attn(y, rope=rope)
 
         def opened(y: Tensor, rope: Tensor | None = rope) -> Tensor:
+            # As timm's own, but for tokens in front that are not there.
             q, k, v = self.heads(block, y, rope, PLAIN)
             dropout = block.attn.attn_drop.p if block.training else 0.0
             return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)

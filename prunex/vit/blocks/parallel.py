@@ -129,6 +129,7 @@ class Scaling(Layout):
         gathered = out.transpose(1, 2).flatten(2)
         if fused_out(block) is None:
             return block.attn_out_proj(gathered)
+        # Without its bias, which is added once: with the MLP's part.
         return F.linear(gathered, block.out_proj.weight[:, : gathered.shape[-1]])
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
@@ -144,6 +145,7 @@ class Scaling(Layout):
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
         """From the stream that entered the block."""
         hidden = F.linear(block.in_norm(x), *_outputs(block.in_proj, 0, block.in_split[0]))
+        # timm adds the bias behind the joint projection, whose attention part has its own.
         hidden = hidden if block.mlp_bias is None else hidden + block.mlp_bias
         hidden = block.mlp_drop(block.mlp_act(hidden))
         if fused_out(block) is None:

@@ -77,6 +77,7 @@ class Layout:
         count = block.attn.num_heads
         left = heads_left(block.attn.proj) if out.shape[1] != count else None
         if left is not None:
+            # The projection wants all heads: closed ones say nothing.
             at = torch.tensor(left, dtype=torch.long, device=out.device)
             out = out.new_zeros(out.shape[0], count, *out.shape[2:]).index_copy(1, at, out)
         return attention.project(block.attn, out, y, ops)
@@ -157,6 +158,7 @@ def linear_macs(*modules: nn.Module) -> int:
 
 
 def _linear_macs(module: nn.Module, name: str) -> int:
+    # An adapter round a linear layer counts once, not with the layer in it.
     if stands_for_linear(module, name):
         return math.prod(sizes(module))
     return sum(_linear_macs(child, name) for name, child in module.named_children())

@@ -95,14 +95,7 @@ def run_of(where: Path) -> Path | None:
 def open_model(where: str | Path) -> nn.Module:
     """The slim model of a slim folder, a run folder (its slim/, else its newest checkpoint) or a checkpoint file.
 
-    Args:
-        where: ``runs/NAME/version_0``, ``.../slim`` or ``.../checkpoints/x.ckpt``.
-
-    Returns:
-        The ViT, pruned if it was trained so, in eval mode.
-
-    Raises:
-        PrunexError: When there is nothing to open.
+    The ViT is pruned if it was trained so, and in eval mode.
     """
     path = Path(where)
     if is_there(path, Path.is_file):
@@ -127,16 +120,9 @@ def open_model(where: str | Path) -> nn.Module:
 def open_model_or_name(
     where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """What `open_model` opens, or a timm model by name: with weights from a file, or its own, downloaded.
+    """What `open_model` opens, or a timm model by name: with weights from a safetensors file, or its own, downloaded.
 
-    Args:
-        where: A path as for `open_model`, or a name known to ``timm.list_models()``.
-        weights: Path of a safetensors file with timm's names, for a timm model.
-        image_size: Side of the square images in pixels, for a timm model; None: what its weights were trained for.
-        pretrained: Download timm's weights.
-
-    Raises:
-        PrunexError: When there is nothing to open, weights do not fit, or a timm model is named without weights.
+    ``image_size`` is the side of a timm model's images in pixels; None: what its weights were trained for.
     """
     check_model(where, weights, image_size, pretrained)
     if is_there(Path(where)):
@@ -243,15 +229,10 @@ def token_pruning(model: nn.Module) -> prunex.Pruning | None:
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> dict[str, float]:
-    """Accuracy, and how much of the object the kept patches cover.
+    """Accuracy (0..1) on batches of images and labels, at most so many.
 
-    Args:
-        model: A ViT, dense or pruned.
-        batches: Validation batches: images, labels and (optionally) object masks.
-        limit: Look at no more than this many batches.
-
-    Returns:
-        ``accuracy`` 0..1, and ``kept_digit_cover`` 0..1 for a pruned model where masks are known.
+    Of a pruned model also ``kept_digit_cover`` (0..1), how much of the object its kept patches cover, where the batches
+    have masks.
     """
     weight = next(model.parameters())
     pruning = token_pruning(model)
@@ -297,11 +278,7 @@ def compare(
 ) -> dict[str, Any]:
     """Cost, speed and accuracy of models that take turns in one process: what the report's cost table shows.
 
-    Args:
-        models: ViTs by the name to show.
-        batches: Validation batches, walked once for each model.
-        evaluated: Names of those whose accuracy is measured.
-        limit: Look at no more than this many batches.
+    Validation batches (at most ``limit``) are walked once for each of the models whose names are in ``evaluated``.
 
     Returns:
         ``{"machine": str, "rows": [...]}`` in plain values; images a second with their quartiles over the rounds.

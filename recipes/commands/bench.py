@@ -98,23 +98,13 @@ def measure(
     Models are timed in turn, round after round, on the first validation images; on a processor exported graphs too,
     where onnxruntime is installed.
 
-    Args:
-        run: A run folder; of a run that ``prunex fit`` did not write, and of a slim folder, the data are not known, so
-            that its models are timed on random images and not evaluated.
-        batches: Batch sizes to time.
-        threads: Of the processor; None: as many as torch takes.
-        seconds: For each batch size and runtime, at least 5 rounds.
-        device: "cpu", "cuda" or "cuda:1".
-        accuracy: Whether to evaluate on the validation data.
-        limit: Images to evaluate on, evenly spaced over the validation data; None: all.
-        tell: Whether to show progress on stderr.
+    Arguments are those of ``prunex bench``; ``tell`` shows progress on stderr. Of a run that ``prunex fit`` did not
+    write, and of a slim folder, the data are not known, so that its models are timed on random images and not
+    evaluated.
 
     Returns:
         ``machine``, the conditions, ``rows`` (model, accuracy 0..1, gmacs, params_m, file_mb), ``speed`` (runtime,
         batch, and for each model the quartiles of images a second and of the ratio to the first model's) and ``notes``.
-
-    Raises:
-        PrunexError: For a folder that is no whole run, a device that is not there, or data that cannot be opened.
     """
     config = config_of(run)
     try:

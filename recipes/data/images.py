@@ -48,12 +48,8 @@ def choose_range(
     The files say 16 bits whatever a camera filled of them. The smallest of 8, 10, 12, 14 and 16 bits that holds every
     pixel is taken for all images, so that a dark image stays darker than a bright one.
 
-    Args:
-        paths: Image files; all of them are read.
-        given: What a user says, which every pixel must keep to.
-        name: Of the option that says it.
-        whole: Read images of 8 bits too, so that broken ones are found.
-        say: Is told what was chosen; None: standard error.
+    What a user gives by the option of that name is what every pixel must keep to. With ``whole`` images of 8 bits are
+    read too, so that broken ones are found; ``say`` is told what was chosen (None: standard error).
 
     Returns:
         ``given``, or 255, 1023, 4095, 16383 or 65535; None where all images have 8 bits.

@@ -185,7 +185,7 @@ class ImageClassifier(Restored, LightningModule):
                 decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
                 head = name.startswith(("model.head.", "model.head_dist."))
                 groups.setdefault((decayed, head), []).append(parameter)
-        settings = []
+        settings: list[dict[str, Any]] = []
         for (decayed, head), parameters in groups.items():
             own = {"weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
             settings.append({"params": parameters, **own})

@@ -90,13 +90,7 @@ class Restored:
     ) -> dict[str, Any]:
         """A checkpoint's hyperparameters without files, downloads and models far larger than its weights.
 
-        Args:
-            saved: What the file says.
-            given: What the caller says instead.
-            state: The file's state dict, which holds all weights.
-
-        Raises:
-            PrunexError: For an architecture that would be looked up in a network, or a model that cannot be the file's.
+        What the caller gives counts instead of what is saved; ``state`` is the file's state dict.
         """
         chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
         options = {**chosen, **given}

@@ -205,7 +205,7 @@ class ViTShapley(ExplainerTraining):
         surrogate = list(self.explainer.surrogate.parameters())
         rest = [p for name, p in self.explainer.named_parameters() if not name.startswith("surrogate.")]
         first_rate, rate = self.hparams["surrogate_learning_rate"], self.hparams["learning_rate"]
-        groups = [{"params": surrogate, "lr": first_rate}, {"params": rest, "lr": rate}]
+        groups: list[dict[str, Any]] = [{"params": surrogate, "lr": first_rate}, {"params": rest, "lr": rate}]
         optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=self.hparams["weight_decay"])
         total, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 0
         first = self.hparams["surrogate_epochs"]

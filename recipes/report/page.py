@@ -246,7 +246,8 @@ def _speed(bench: Mapping[str, Any]) -> Table:
         names += [name for name in models if name not in names]
         if models:
             measured.append((title, models))
-    headings, lines = [], [[Cell(title)] for title, _ in measured]
+    headings: list[str] = []
+    lines = [[Cell(title)] for title, _ in measured]
     for name in names:
         headings += [name] if name == names[0] else [name, f"to {names[0]}"]
         for line, (_, models) in zip(lines, measured, strict=True):

@@ -63,14 +63,9 @@ METHODS: dict[tuple[str, str], Method] = {}
 def register(
     kind: str, name: str, paper: str, needs: str, handed_on: Mapping[str, Any] | None = None
 ) -> Callable[[T], T]:
-    """Class or function decorator that makes a method known under its name.
+    """Class or function decorator that makes a :class:`Method` known under its name.
 
-    Args:
-        kind: "pruner", "explainer" or "metric".
-        name: See :class:`Method`, and so are the next two.
-        paper: Likewise.
-        needs: Likewise.
-        handed_on: Defaults of a function's ``**options``; a class has them as an attribute.
+    ``handed_on`` are the defaults of a function's ``**options``; a class has them as an attribute.
     """
 
     def add(make: T) -> T:
@@ -83,11 +78,7 @@ def register(
 
 
 def lookup(kind: str, name: str) -> Method:
-    """The method of that kind and name.
-
-    Raises:
-        PrunexError: When there is none; near names are offered and all are listed.
-    """
+    """The method of that kind and name; where there is none, near names are offered and all are listed."""
     if not isinstance(name, str) or (kind, name) not in METHODS:
         raise no_method(kind, name, METHODS)
     return METHODS[kind, name]

@@ -23,11 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8.
-
-    Raises:
-        PrunexError: For a file that cannot be read, is no text, or is larger than any of its kind.
-    """
+    """A text file in UTF-8; what cannot be read, is no text, or is larger than any of its kind is refused."""
     try:
         if not path.is_file():
             raise PrunexError(f"{path} is no file")
@@ -41,11 +37,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        PrunexError: For a file that is damaged, nested beyond all measure, or has numbers that JSON does not know.
-    """
+    """What a JSON file holds; what is damaged, nested beyond all measure, or no JSON number is refused."""
     text = read_text(path)
     try:
         return parse_json(text)
@@ -54,12 +46,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """What JSON says, of numbers that everybody reads alike.
-
-    Raises:
-        ValueError: For anything else.
-        RecursionError: For what is nested beyond all measure.
-    """
+    """What JSON says, of numbers that everybody reads alike; else a ValueError, or a RecursionError."""
     return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
 
 
@@ -79,11 +66,7 @@ def _whole(text: str) -> int:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        PrunexError: For a file that is damaged, or holds numbers that no layer computes with.
-    """
+    """The tensors of a safetensors file; what is damaged, or numbers that no layer computes with, is refused."""
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors has its own error, and older versions stumble over new types
@@ -95,11 +78,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an npz file: numbers, booleans and text; nothing is unpickled.
-
-    Raises:
-        PrunexError: For a file that is damaged, holds other things than arrays, or more than `NPZ_BYTES` of them.
-    """
+    """The arrays of an npz file: numbers, booleans and text, `NPZ_BYTES` of them at most; nothing is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
             # Sizes are promises, read before anything is unpacked.

@@ -130,12 +130,8 @@ def mean_of(
 ) -> type[MeanOf]:
     """The class of a function's mean over images; ``update`` takes what the function takes.
 
-    Args:
-        name: Of the class.
-        function: From data to one number an image; its parameters with a default, ``target`` aside, become options.
-        base: What the class is made from.
-        higher_is_better: As torchmetrics has it.
-        **checks: By option, what sees to its value before the first batch.
+    The function's parameters with a default, ``target`` aside, become options; ``checks`` are by option what sees to
+    its value before the first batch.
 
     >>> from prunex.metrics import EqualAreaIoU
     >>> metric = EqualAreaIoU(judge="dense")

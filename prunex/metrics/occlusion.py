@@ -29,18 +29,10 @@ class Occlusion:
 
     Gradients are off; the model answers in eval mode, and its flags and the trace of its last training forward stay.
 
-    Args:
-        model: A supported ViT, pruned or dense, or a module that holds exactly one.
-        images: float [B, C, H, W], normalised as the model expects.
-        **options: See :class:`prunex.removal.game.RemovalOptions`.
-
     Attributes:
         clean: float64 [B, classes], logits of the whole images, by the same route.
         grid: Patch grid.
         size: Height and width in pixels.
-
-    Raises:
-        PrunexError: For an option that is none of these, images the model cannot take, or a model without classifier.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, **options: Unpack[RemovalOptions]) -> None:

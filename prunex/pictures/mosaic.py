@@ -13,16 +13,7 @@ from prunex.pictures.sheet import INK, RIGHT, WRONG, Column, compose
 
 
 class Scenes:
-    """Images at the size of a cell, and what is known of each: its classes and its object.
-
-    Args:
-        images: uint8 [M, H, W, 3].
-        labels: True classes, integers [M].
-        predicted: Predicted classes, integers [M].
-        class_names: Names of the classes; numbers are shown without them.
-        masks: Object pixels, booleans [M, H, W].
-        side: Wanted side of one cell, in pixels; see `resized`.
-    """
+    """Images at the size of a cell, and what is known of each: its classes and its object. As for `kept_mosaic`."""
 
     def __init__(
         self,
@@ -248,11 +239,7 @@ def class_name(number: int, class_names: Sequence[str] | None) -> str:
 
 
 def covered(kept: Bools, objects: Bools) -> float:
-    """Mean share of the objects' pixels that lie in kept patches; NaN where no image has an object.
-
-    Args:
-        kept: [M, gh, gw].
-        objects: [M, H, W].
+    """Mean share of the objects' pixels [M, H, W] that lie in kept patches [M, gh, gw]; NaN without any object.
 
     >>> float(covered(np.array([[[True, False]]]), np.array([[[True, True, True, False]]])).__round__(2))
     0.67
@@ -266,8 +253,7 @@ def covered(kept: Bools, objects: Bools) -> float:
 def tokens_left(groups: NDArray[Any]) -> float:
     """Mean number of tokens that hold patches, over the number of patches.
 
-    Args:
-        groups: Whole numbers [M, gh, gw], equal for patches that share a token; negative for removed ones.
+    Groups are whole numbers [M, gh, gw], equal for patches that share a token; negative for removed ones.
 
     >>> tokens_left(np.array([[[0, 0, 1, -1]]]))
     0.5

@@ -113,14 +113,7 @@ def compose(
 ) -> Picture:
     """Lay columns of equal cells side by side, with titles above, rows named on the left and a key below.
 
-    Args:
-        columns: The columns, all with the same number and size of cells.
-        rows: For each row its lines of text with their colours; no lines at all leave the margin out.
-        title: A line above everything.
-        key: What the colours mean, joined to one line below.
-
-    Returns:
-        uint8 [height, width, 3], black on white.
+    A row has lines of text with their colours; no lines at all leave the margin out. The key says what colours mean.
     """
     count, tall, wide = columns[0].cells.shape[:3]
     # The margin is as wide as the longest name needs, within reason.

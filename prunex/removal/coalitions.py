@@ -157,18 +157,9 @@ def kernel_shap(
     as one system with the constraint, which needs A to be regular only on vectors that sum to 0. Errors are jackknifed:
     ten disjoint parts of the draws are left out in turn; NaN where the rest would leave the solution open.
 
-    Args:
-        value: The games, see the module.
-        players: P.
-        batch: Number of games B.
-        samples: Coalitions drawn: many times P for useful values; even where they are paired.
-        generator: Of :func:`seeded`.
-        paired: Draw each coalition with its complement.
-        closed_form: Take A as it is for infinitely many draws instead of their mean: unbiased, but noisier, and no
-            longer exact for additive games.
-
-    Raises:
-        PrunexError: For fewer than 2 P coalitions, or coalitions that leave the solution open.
+    ``samples`` coalitions are drawn, many times P for useful values and an even number where each is ``paired`` with
+    its complement; fewer than 2 P are refused. With ``closed_form`` A is that of infinitely many draws instead of their
+    mean: unbiased, but noisier, and no longer exact for additive games.
     """
     empty, full = _ends(value, players, batch)
     total = full - empty

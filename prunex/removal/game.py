@@ -100,20 +100,8 @@ class Removal:
     share of these for ``topk`` and ``evit``, of the whole grid for ``dynamicvit``). A pruner that decides by place
     alone (``hvt``) plays one game: both selections are the same, and absent patches keep their slots by either route.
 
-    A model that only pools patches gives its head zeros when no patch is there.
-
-    Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        removal: "drop", "mask", or a paint.
-        selection: "frozen" or "free"; free needs another route than mask.
-        output: "probability" (softmax; sigmoid for a single output), "logit", or "log_odds" log(p / (1 - p)).
-        mean: Of the normalisation, for "black".
-        std: Likewise.
-        chunk: Most token sequences in one forward. It bounds memory and changes no result. None: what is fastest.
-
-    Raises:
-        PrunexError: For an unknown route, selection or output, a chunk below 1, or decisions that cannot be repeated.
+    A model that only pools patches gives its head zeros when no patch is there. Images are float [B, C, H, W]; options
+    are those of :class:`ScoreOptions`, and "mask" is a route too, though no free pruner can take it.
     """
 
     def __init__(
@@ -173,11 +161,7 @@ class Removal:
 
     @torch.no_grad()
     def __call__(self, coalitions: Tensor) -> Tensor:
-        """Values of M coalitions of each image: bool [B, M, P], true for present patches, to float64 [B, M, C].
-
-        Raises:
-            PrunexError: For coalitions of another shape or type.
-        """
+        """Values of M coalitions of each image: bool [B, M, P], true for present patches, to float64 [B, M, C]."""
         b, m, p = (*coalitions.shape, 0, 0, 0)[:3]
         if coalitions.ndim != 3 or coalitions.dtype != torch.bool or (b, p) != (self.batch, self.players):
             raise PrunexError(
@@ -192,9 +176,6 @@ class Removal:
         """Values of coalitions of any images: float64 [R, C] for image int64 [R] and present bool [R, P].
 
         Where pixels are painted ``present`` may be of pixels, bool [R, H * W].
-
-        Raises:
-            PrunexError: Where nothing is asked.
         """
         values: Tensor | None = None
         for rows in self._groups(present.sum(1)):

@@ -15,13 +15,10 @@ KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
 
 
 def substrate(images: Tensor, removal: str, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-    """What painted pixels become: [B, C, H, W], or what broadcasts to it for one colour an image.
+    """What painted pixels of normalised images [B, C, H, W] become: as they, or what broadcasts to it for one colour.
 
-    Args:
-        images: float [B, C, H, W], normalised.
-        removal: "black" (0 before normalisation), "grey" (0 after it), "mean" (the image's own colour) or "blur".
-        mean: Of the normalisation, [C, 1, 1]; for "black".
-        std: Likewise.
+    ``removal`` is "black" (0 before normalisation, whose ``mean`` and ``std`` are [C, 1, 1]), "grey" (0 after it),
+    "mean" (the image's own colour) or "blur".
 
     >>> substrate(torch.ones(1, 1, 2, 2), "black", torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25)).unique()
     tensor([-2.])
@@ -46,11 +43,7 @@ def blurred(images: Tensor) -> Tensor:
 
 
 def normalisation(model: Any, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation as [C, 1, 1], as given or as the model's ``pretrained_cfg`` says.
-
-    Raises:
-        PrunexError: For what is neither one number nor one a channel, or is not told at all.
-    """
+    """Mean and standard deviation as [C, 1, 1], one number or one a channel, given or of ``pretrained_cfg``."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels = int(model.patch_embed.proj.in_channels)
     columns = []

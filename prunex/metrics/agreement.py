@@ -401,20 +401,14 @@ def _judge(maps: Any, judge: str | None) -> str:
 
 
 class Agreement(MeanOf):
-    """Mean over images of one measure of agreement, and whose map judged.
+    """Mean over images of one measure of agreement, and whose map judged: ``judge`` is "dense" or "self".
 
-    Args:
-        judge: "dense" or "self": whose maps :meth:`update` is given.
-        *args: The measure's own options, then ``keep``: also keep every image's number.
-        **kwargs: Likewise, and torchmetrics' own.
-
-    Raises:
-        PrunexError: For an unknown judge.
+    It is the first argument, before the measure's own options and ``keep``, to keep every image's number too.
     """
 
-    def __init__(self, judge: str = "dense", *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.judge = check_judge(judge)
+    extras = {"judge": "dense"}
+    checks = {"judge": check_judge}
+    judge: str
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(judge={self.judge!r})"

@@ -96,18 +96,19 @@ class MeanOf(MeanOverImages):
     """Mean over images of one function, made by :func:`mean_of`; the function's options are attributes."""
 
     function: ClassVar[Callable[..., Tensor]]
-    options: ClassVar[dict[str, Any]]
-    checks: ClassVar[dict[str, Callable[[Any], Any]]]
-    signature: ClassVar[inspect.Signature]
+    options: ClassVar[dict[str, Any]] = {}  # the function's, with their defaults
+    extras: ClassVar[dict[str, Any]] = {}  # of the class alone
+    checks: ClassVar[dict[str, Callable[[Any], Any]]] = {}
+    __signature__: ClassVar[inspect.Signature]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = self.signature.bind(*args, **kwargs)
+        given = self.__signature__.bind(*args, **kwargs)
         given.apply_defaults()
         rest, keep = given.arguments.pop("kwargs"), given.arguments.pop("keep")
         # torchmetrics would name what it does not know, but offer no near name.
         for name in rest:
             if name not in TORCHMETRICS:
-                raise unknown(f"option of {type(self).__name__}", name, self.options)
+                raise unknown(f"option of {type(self).__name__}", name, {*self.extras, *self.options})
         super().__init__(keep, **rest)
         for name, value in given.arguments.items():
             setattr(self, name, self.checks[name](value) if name in self.checks else value)
@@ -143,17 +144,18 @@ def mean_of(
     taken = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in taken if p.default is not p.empty and p.name != "target"}
     defaults |= getattr(function, "handed_on", {})
-    parameters = [inspect.Parameter(option, KEYWORD, default=value) for option, value in defaults.items()]
-    parameters += [inspect.Parameter("keep", KEYWORD, default=False), inspect.Parameter("kwargs", REST)]
+    every = {**base.extras, **defaults, "keep": False}
+    parameters = [inspect.Parameter(option, KEYWORD, default=value) for option, value in every.items()]
     words = (inspect.getdoc(function) or "").split(">>> ")[0].rstrip()
     body = {
         "__module__": function.__module__,  # where pickle looks the class up
         "__doc__": f"Mean over images of :func:`{function.__name__}`. {words}",
         "function": staticmethod(function),
         "options": defaults,
-        "checks": checks,
-        "signature": inspect.Signature(parameters),
+        "checks": {**base.checks, **checks},
+        "__signature__": inspect.Signature([*parameters, inspect.Parameter("kwargs", REST)]),
         "higher_is_better": higher_is_better,
     }
-    made: type[MeanOf] = type(base)(name, (base,), body)
+    metaclass: Any = type(base)
+    made: type[MeanOf] = metaclass(name, (base,), body)
     return made

@@ -171,7 +171,8 @@ def saco(
     formula would give 1, whatever the map). K = 10 and the image's mean colour in the place of a group (``removal``
     "mean" where nothing is said) are unverified: the published code is a template.
     """
-    occlusion = ClassOcclusion(model, images, maps, target, **{"removal": "mean", **options})
+    options = {"removal": "mean", **options}
+    occlusion = ClassOcclusion(model, images, maps, target, **options)
     batch, patches = occlusion.values.shape
     check_whole("groups", groups, 2, most=patches)
     place = ranked(occlusion.values, "positive")[0].long()

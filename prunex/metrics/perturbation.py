@@ -210,7 +210,8 @@ class PerturbationAUC(MeanOverImages):
         keep: bool = False,
         **options: Any,
     ) -> None:
-        self.order, self.steps = check_choice("order", order, ORDERS), check_steps(steps, first=True)
+        check_choice("order", order, ORDERS)
+        self.order, self.steps = order, check_steps(steps, first=True)
         check_choice("removal", options.get("removal", "black"), ROUTES)
         check_choice("selection", options.get("selection", "free"), SELECTIONS)
         # One ** for two owners: what is no option of the game is torchmetrics' to take or refuse.

@@ -158,7 +158,7 @@ class MaxSensitivity(MeanOverImages):
     def __init__(
         self, explainer: Explainer, *, options: dict[str, Any] | None = None, keep: bool = False, **drawn: Any
     ) -> None:
-        names = sensitivity_of.__kwdefaults__
+        names: dict[str, Any] = sensitivity_of.__kwdefaults__ or {}
         super().__init__(keep, **{name: value for name, value in drawn.items() if name not in names})
         if not callable(explainer):
             lookup("explainer", explainer)

@@ -1,6 +1,7 @@
 """The mean over images in several processes, and what a metric is registered as."""
 
 import copy
+import inspect
 import math
 import pickle
 import socket
@@ -25,6 +26,7 @@ from prunex.metrics import (
     PixelAccuracy,
     PointingGame,
     RankAccuracy,
+    RankBiasedOverlap,
     TopKOverlap,
 )
 
@@ -169,6 +171,7 @@ def test_generated_classes_are_pickled_copied_and_told():
         assert getattr(prunex.metrics, made.__name__) is made
         assert made.__doc__.startswith(f"Mean over images of :func:`{made.function.__name__}`. ")
         assert ">>>" not in made.__doc__
+    assert list(inspect.signature(RankBiasedOverlap).parameters) == ["judge", "persistence", "keep", "kwargs"]
     with pytest.raises(TypeError, match="too many"):
         PointingGame(1, True, 2)
     with pytest.raises(prunex.PrunexError, match="unknown option of PointingGame 'tolerence': did you mean"):

@@ -215,11 +215,10 @@ class Removal:
         grid, places = (1, slots.shape[1]), Places(slots, self.grid)
         if not self.decisions and not spare:
             return resume(self.model, x, grid, places=places)
-        there = torch.arange(slots.shape[1], device=x.device).expand(len(x), -1) < count
-        place = torch.full_like(present, count, dtype=torch.long).scatter(
-            1, slots, torch.arange(slots.shape[1], device=x.device).expand(len(x), -1)
-        )
-        return masked(self.model, x, grid, there, self.decisions, image, place, places)
+        number = torch.arange(slots.shape[1], device=x.device).expand(len(x), -1)
+        # Patches without a slot are placed in the spare one, which nobody reads.
+        place = torch.full_like(present, count, dtype=torch.long).scatter(1, slots, number)
+        return masked(self.model, x, grid, number < count, self.decisions, image, place, places)
 
     def _pixels(self, present: Tensor) -> Tensor:
         """Patches [r, P], or pixels [r, H * W], as pixels [r, 1, H, W]; pixels beyond the grid, never seen, stay."""

@@ -64,9 +64,6 @@ def bootstrap(
     Returns:
         The interval; NaN where no image has a number.
 
-    Raises:
-        PrunexError: For other shapes or types, or numbers out of range.
-
     >>> print(bootstrap(torch.tensor([0.0, 1.0, 1.0, 1.0]), seed=0))
     0.750 [0.250, 1.000]
     """
@@ -118,9 +115,6 @@ def compare(
     Returns:
         Interval by method, and by pair of methods that of first - second, over the images where both have a number.
         An interval without 0 inside tells the two apart.
-
-    Raises:
-        PrunexError: For other shapes or types, unequal numbers of images, or numbers out of range.
 
     >>> a = torch.tensor([0.1, 0.5, 0.9])
     >>> means, differences = compare({"ours": a + 0.1, "theirs": a})

@@ -23,18 +23,14 @@ def chance(kept: Tensor, maps: Tensor) -> dict[str, Tensor]:
     flat, relevance = check_kept(kept, maps)
     rho = flat.double().mean(1)
     nothing = torch.zeros_like(rho)
-    return {
+    corrected = ("corrected_overlap", "mass_efficiency", "rank_spearman", "rank_kendall", "depth_correlation")
+    return dict.fromkeys(corrected, nothing) | {
         "equal_area_iou": rho / (2 - rho),
         "topk_overlap": rho,
-        "corrected_overlap": nothing,
         "mass_kept": rho,
-        "mass_efficiency": nothing,
         "kept_auc": nothing + 0.5,
         "sign_agreement": (relevance > 0).double().mean(1),
-        "rank_spearman": nothing,
-        "rank_kendall": nothing,
         "rank_biased_overlap": nothing + rank_biased_chance(flat.shape[1]),
-        "depth_correlation": nothing,
     }
 
 
@@ -49,28 +45,17 @@ def baselines(
 ) -> dict[str, dict[str, Tensor]]:
     """What to print beside every agreement: the same measures of masks and maps that know less, or something else.
 
-    Args:
-        kept: bool [B, gh, gw].
-        maps: float [B, gh, gw], the judge's relevance.
-        other_maps: float [B, gh, gw], another method's maps of the same images.
-        random_maps: float [B, gh, gw], the same method's maps of the model with random weights
-            (:func:`prunex.metrics.randomised`).
-        draws: Random masks per image.
-        seed: Of the random masks.
+    From ``kept`` bool and ``maps`` float [B, gh, gw], and further maps of the same shape, by baseline, by measure,
+    float64 [B]; what does not fit is refused:
 
-    Returns:
-        By baseline, by measure, float64 [B]:
-
-        - "random": the mean over random masks of the same K;
-        - "centre": the K patches nearest to the centre (of those equally near, the first in row order);
-        - "another_image": the same mask with the map of the next image of the batch, the last's with the first's; NaN
-          for a batch of one. What a mask scores above it is specific to the image;
-        - "other_method", with ``other_maps``: the other method's K most relevant patches in place of the mask, and the
-          rank measures of the two maps. Methods disagree: it is the ceiling;
-        - "random_model", with ``random_maps``: the mask judged by the random model's map.
-
-    Raises:
-        PrunexError: For shapes or types that do not fit, or numbers out of range.
+    - "random": the mean over ``draws`` random masks of the same K, with a ``seed``;
+    - "centre": the K patches nearest to the centre (of those equally near, the first in row order);
+    - "another_image": the same mask with the map of the next image of the batch, the last's with the first's; NaN for
+      a batch of one. What a mask scores above it is specific to the image;
+    - "other_method", with ``other_maps`` of another method: its K most relevant patches in place of the mask, and the
+      rank measures of the two maps. Methods disagree: it is the ceiling;
+    - "random_model", with ``random_maps``, of the model with random weights (:func:`prunex.metrics.randomised`): the
+      mask judged by the random model's map.
 
     >>> measured = baselines(torch.tensor([[[True, False, False]]]), torch.tensor([[[3.0, 1.0, 2.0]]]))
     >>> sorted(measured), measured["centre"]["topk_overlap"]

@@ -56,10 +56,7 @@ def max_sensitivity(
         **options: The explainer's own.
 
     Returns:
-        float64 [B]; NaN for an image whose maps hold NaN.
-
-    Raises:
-        PrunexError: For options that do not fit, and whatever ``explain`` refuses.
+        float64 [B]; NaN for an image whose maps hold NaN. What ``explain`` refuses is refused.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)

@@ -107,19 +107,9 @@ def model_randomisation(
     The paper judges by eye. Here an explainer **survives** (fails) where its mean correlation at the end is above 0.5
     and above what 99 % of shuffled maps reach: our thresholds, not published ones.
 
-    Args:
-        method: An explainer's name.
-        model: A supported ViT, or any module that holds exactly one. It is copied, and left as it is.
-        images: float [B, C, H, W], normalised as the model expects.
-        target: As for :func:`prunex.explain`.
-        path: Dotted path to the ViT when ``model`` holds several.
-        cascade: Add up the stages, or take each alone.
-        seed: Of the noise; the global random state stays as it is.
-        threshold: The least mean correlation, in 0..1, that counts as surviving.
-        **options: The explainer's own.
-
-    Raises:
-        PrunexError: As :func:`prunex.explain`, or for a seed or threshold out of range.
+    What is given and what is refused is as for :func:`prunex.explain`, beside ``cascade``, the ``seed`` of the noise
+    and ``threshold``, the least mean correlation in 0..1 that counts as surviving. The model and the global random
+    state stay as they are.
 
     >>> import prunex, timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2).eval()

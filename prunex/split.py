@@ -23,7 +23,7 @@ from prunex.units.base import UnitPruner
 from prunex.units.batches import labelled_batches, undisturbed
 from prunex.vit.anatomy import ViT, find
 from prunex.vit.cost import tally
-from prunex.vit.mount import TOKENS, UNITS, mounted_units
+from prunex.vit.mount import TOKENS, UNITS, mounted
 from prunex.vit.units import branches
 
 
@@ -144,16 +144,16 @@ def search_split(
     """
     vit: ViT = find(model, path)[1]
     for name in (TOKENS, UNITS):
-        if hasattr(vit, name):
+        if mounted(vit, name) is not None:
             raise PrunexError(
-                f"{type(vit).__name__} is pruned already by {getattr(vit, name).method}: detach() it first"
+                f"{type(vit).__name__} is pruned already by {mounted(vit, name).method}: detach() it first"
             )
     _check_methods(token_method, unit_method)
-    tokens, units = dict(token_options or {}), dict(unit_options or {})
+    tokens, units = {"method": token_method, **(token_options or {})}, {"method": unit_method, **(unit_options or {})}
     for options, whose in ((tokens, "token_options"), (units, "unit_options")):
         if "budget" in options:
             raise PrunexError(f"budget in {whose} is not allowed: give one budget for both, and shares")
-    wanted = _check_shares(shares)
+    shares = _check_shares(shares)
     dense = tally(vit).macs
     allowed = check_budget(budget, dense)
     if allowed > dense:
@@ -161,58 +161,66 @@ def search_split(
     limit = check_whole("images", images, 1)
     with undisturbed(vit), torch.no_grad():
         data = list(_limited(labelled_batches(batches, vit), limit))
-        said = [vit(x) for x, _ in data]
-        loss, agreement = _measured(vit, data, said)
+        dense_logits = [vit(x) for x, _ in data]
+        trial = _Trial(vit, data, dense_logits)
+        dense_loss = trial.measured()[0]
         rows = []
-        for share in wanted:
+        for share in shares:
             target = 1 - share * (1 - allowed / dense)
             try:
-                rows.append(_tried(vit, token_method, tokens, unit_method, units, share, target, budget, data, said))
+                rows.append(trial.of(share, tokens | {"budget": target}, units | {"budget": budget}))
             except OutOfReach as error:
                 rows.append(Share(share, why_not=str(error)))
-    found = Split(tuple(rows), dense, loss, data[0][1] is not None, sum(len(x) for x, _ in data))
     if all(row.why_not for row in rows):
-        raise PrunexError(f"budget={budget!r} is out of reach for every share in {wanted}: {rows[0].why_not}")
-    return found
+        raise PrunexError(f"budget={budget!r} is out of reach for every share in {shares}: {rows[0].why_not}")
+    return Split(tuple(rows), dense, dense_loss, data[0][1] is not None, sum(len(x) for x, _ in data))
 
 
-def _tried(
-    vit: Any,
-    token_method: str,
-    token_options: Mapping[str, Any],
-    unit_method: str,
-    unit_options: Mapping[str, Any],
-    share: float,
-    target: float,
-    budget: float | str,
-    data: list[tuple[Tensor, Tensor | None]],
-    said: list[Tensor],
-) -> Share:
-    """One split, attached, measured, and taken off again."""
-    token_spec = unit_spec = None
-    with ExitStack() as stack:
-        if share > 0:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # whole tokens come near a budget as they can: the table says how near
-                pruning = stack.enter_context(attach(vit, token_method, budget=target, **token_options))
-            _check_ready(pruning.pruner)
-            token_spec = pruning.spec
-        if share < 1:
-            gated = attach(vit, unit_method, budget=budget, **unit_options)
-            stack.callback(gated.detach)
-            gated.calibrate(data)
-            unit_spec = gated.spec
-        loss, agreement = _measured(vit, data, said)
-        heads, channels = _left(vit)
-        return Share(share, token_spec, unit_spec, tally(vit).macs, heads, channels, loss, agreement)
+@dataclass(frozen=True)
+class _Trial:
+    """A model, the batches that splits are tried on, and its dense logits of each."""
+
+    vit: Any
+    data: list[tuple[Tensor, Tensor | None]]
+    dense_logits: list[Tensor]
+
+    def of(self, share: float, tokens: dict[str, Any], units: dict[str, Any]) -> Share:
+        """One split, attached, measured, and taken off again."""
+        token_spec = unit_spec = None
+        with ExitStack() as stack:
+            if share > 0:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # whole tokens come near a budget as they can: the table tells
+                    pruning = stack.enter_context(attach(self.vit, **tokens))
+                _check_ready(pruning.pruner)
+                token_spec = pruning.spec
+            if share < 1:
+                gated = attach(self.vit, **units)
+                stack.callback(gated.detach)
+                gated.calibrate(self.data)
+                unit_spec = gated.spec
+            loss, agreement = self.measured()
+            heads, channels = _left(self.vit)
+            return Share(share, token_spec, unit_spec, tally(self.vit).macs, heads, channels, loss, agreement)
+
+    def measured(self) -> tuple[float, float]:
+        """Mean loss and agreement over all images, in float64."""
+        loss = right = count = 0.0
+        for (x, labels), dense in zip(self.data, self.dense_logits, strict=True):
+            logits, dense = self.vit(x).double(), dense.double()
+            if labels is None:
+                parts = F.kl_div(logits.log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True)
+                labels = dense.argmax(1)
+            else:
+                parts = F.cross_entropy(logits, labels, reduction="sum")
+            loss += float(parts)
+            right += int((logits.argmax(1) == labels).sum())
+            count += len(x)
+        return loss / count, right / count
 
 
 def _check_ready(pruner: TokenPruner) -> None:
-    """Refuse what cannot be tried at once.
-
-    Raises:
-        PrunexError: For predictors without training, sets that were not found yet, counts that no budget fixes.
-    """
+    """Refuse what cannot be tried at once: predictors without training, sets not found yet, counts that stay open."""
     if any(True for _ in pruner.parameters()) or pruner.needs_calibration:
         raise PrunexError(f"{pruner.name} has to be trained or calibrated first: search with evit, topk or tome")
     if pruner.count != "fixed":
@@ -227,22 +235,6 @@ def _left(vit: Any) -> tuple[int, int]:
     for b in branches(vit):
         counts[b.kind] += b.units - closed.get(b.key, 0)
     return counts["heads"], counts["channels"]
-
-
-def _measured(vit: Any, data: list[tuple[Tensor, Tensor | None]], said: list[Tensor]) -> tuple[float, float]:
-    """Mean loss and agreement over all images, in float64."""
-    loss = right = count = 0.0
-    for (x, labels), dense in zip(data, said, strict=True):
-        logits, dense = vit(x).double(), dense.double()
-        if labels is None:
-            parts = F.kl_div(logits.log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True)
-            labels = dense.argmax(1)
-        else:
-            parts = F.cross_entropy(logits, labels, reduction="sum")
-        loss += float(parts)
-        right += int((logits.argmax(1) == labels).sum())
-        count += len(x)
-    return loss / count, right / count
 
 
 def _limited(data: Iterator[tuple[Tensor, Tensor | None]], limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -261,11 +253,7 @@ def _check_shares(shares: Any) -> tuple[float, ...]:
 
 
 def _check_methods(token_method: str, unit_method: str) -> None:
-    """Both exist, are of their kind, and decide without training.
-
-    Raises:
-        PrunexError: Otherwise.
-    """
+    """Refuse methods that are not of their kind, or have to be trained."""
     tokens: Any = lookup("pruner", token_method).make
     units: Any = lookup("pruner", unit_method).make
     if not issubclass(tokens, TokenPruner):

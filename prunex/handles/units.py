@@ -53,20 +53,16 @@ class Gated(nn.Module):
     @property
     def pruner(self) -> UnitPruner:
         """The pruner itself."""
-        found: Any = getattr(self, self.method)
-        return found
+        pruner: UnitPruner = getattr(self, self.method)
+        return pruner
 
     def gate(self, key: str, batch: int) -> Tensor | None:
-        """What the layer behind a branch's units shall have its input multiplied by.
-
-        Raises:
-            PrunexError: For other images than labels were told for.
-        """
+        """What the layer behind a branch's units shall have its input multiplied by; refuses labels of other images."""
         self.ran = True
-        found = self.pruner.gate(key, self.labels)
-        if found is not None and found.ndim == 2 and len(found) != batch:
-            raise PrunexError(f"labelled(...) was given {len(found)} labels for {batch} images: give one an image")
-        return found
+        factors = self.pruner.gate(key, self.labels)
+        if factors is not None and factors.ndim == 2 and len(factors) != batch:
+            raise PrunexError(f"labelled(...) was given {len(factors)} labels for {batch} images: give one an image")
+        return factors
 
     def left(self, key: str) -> tuple[int, ...] | None:
         """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
@@ -87,8 +83,8 @@ class UnitPruning(Handle):
 
     @property
     def _gated(self) -> Gated:
-        found: Gated = self._holder()
-        return found
+        gated: Gated = self._holder()
+        return gated
 
     @property
     def pruner(self) -> UnitPruner:
@@ -144,21 +140,18 @@ class UnitPruning(Handle):
     def losses(self, images: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Weighted auxiliary losses of the stage, each a scalar; empty where nothing is learned.
 
-        Args:
-            images: float [B, C, H, W], what the training forward was given, for losses that :meth:`also` added.
-            labels: int64 [B], their classes, likewise.
+        Losses that :meth:`also` added need the training forward's images [B, C, H, W] and their classes int64 [B].
         """
-        found = dict(self.pruner.losses())
+        losses = dict(self.pruner.losses())
         if images is not None and labels is not None:
             for more in self._gated.more:
-                found |= more(images, labels)
-        return found
+                losses |= more(images, labels)
+        return losses
 
     def also(self, loss: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> None:
-        """Add a loss to those of the method: from images and labels to named scalars, weighted.
+        """Add a loss to those that :meth:`losses` gives: from images and labels to named scalars, weighted.
 
-        Args:
-            loss: Called by :meth:`losses`. Copies of the model, such as slim ones, do not have it.
+        Copies of the model, such as slim ones, do not have it.
         """
         self._gated.more.append(loss)
 
@@ -193,21 +186,15 @@ class UnitPruning(Handle):
     def budget(self) -> float:
         """Tell the pruner what units cost and may cost, with as many tokens as are left at the schedule's end.
 
-        Called before units are chosen, since tokens may have been pruned after the units were gated.
-
-        Returns:
-            Multiply-adds that all units together may cost.
-
-        Raises:
-            PrunexError: For a budget out of reach.
+        Called before units are chosen, since tokens may have been pruned after the units were gated. Gives the
+        multiply-adds that all units together may cost; a budget out of reach is refused.
         """
         pruner = self.pruner
-        if not self.removed:
-            check_gates(self.model)
         with _schedule_done(self.model):
             if not self.removed:
+                check_gates(self.model)
                 pruner.price(unit_branches(self.model))
-            allowed = pruner.aim(whole_macs(self.model), dense_macs(self.model))
+            allowed = _aim(pruner, self.model)
         pruner.may_spend(allowed)
         return allowed
 
@@ -217,10 +204,9 @@ class UnitPruning(Handle):
         Raises:
             PrunexError: For another method, or a budget out of reach.
         """
-        if not isinstance(self.pruner, XPruner):
-            raise PrunexError(f"{self.method} does not search: call calibrate(...)")
+        pruner = self._searching("does not search: call calibrate(...)")
         self.budget()
-        self.pruner.conclude()
+        pruner.conclude()
         return self.widths
 
     def relevance_table(self) -> UnitRelevance:
@@ -229,9 +215,12 @@ class UnitPruning(Handle):
         Raises:
             PrunexError: For the others.
         """
+        return self._searching("scores units without a class axis: attach xpruner for a relevance table").relevance()
+
+    def _searching(self, why: str) -> XPruner:
         if not isinstance(self.pruner, XPruner):
-            raise PrunexError(f"{self.method} scores units without a class axis: attach xpruner for a relevance table")
-        return self.pruner.relevance()
+            raise PrunexError(f"{self.method} {why}")
+        return self.pruner
 
     def remove(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> nn.Module:
         """Take the closed units out of the model for good; training can go on with these optimisers.
@@ -249,10 +238,7 @@ class UnitPruning(Handle):
         return self.model
 
     def check_removable(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        """Refuse what :meth:`remove` would refuse, before anything is spent on it.
-
-        Args:
-            optimizers: Those that :meth:`remove` will be given.
+        """Refuse what :meth:`remove` would refuse with these optimisers, before anything is spent on it.
 
         Raises:
             PrunexError: By name, for a layer that is adapted, reparametrised, quantised or shares its weights, or an
@@ -264,12 +250,12 @@ class UnitPruning(Handle):
         check_cuts(self.model, WidthSpec(heads=every["heads"], channels=every["channels"]))
         check_followed(optimizers)
 
-    def _take_out(self, spec: WidthSpec | None = None, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        """Narrow the model to a spec (None: to the units that are open), without asking whether that was decided."""
-        narrow(self.model, self.pruner.widths() if spec is None else spec, optimizers)
+    def _take_out(self, spec: WidthSpec, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Narrow the model, without asking whether that was decided."""
+        narrow(self.model, spec, optimizers)
         take_gates_off(self.model)
         self.pruner.remove()
-        tokens: Any = mounted(self.model)
+        tokens = mounted(self.model)
         if tokens is not None:
             tokens.refit(self.model)
 
@@ -290,14 +276,8 @@ class UnitPruning(Handle):
 def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruning:
     """Gate the units of a backbone by a unit pruner made for it.
 
-    Args:
-        model: The backbone, without gates.
-        make: The method's class.
-        options: Its options.
-
-    Raises:
-        PrunexError: For options out of range, or a model without known units. Whether the budget can be reached is
-            asked when units are chosen: fewer tokens, pruned later, may bring it within reach.
+    Whether the budget can be reached is asked when units are chosen: fewer tokens, pruned later, may bring it within
+    reach.
     """
     if mounted_units(model) is not None:
         raise PrunexError(
@@ -306,14 +286,12 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     pruner: UnitPruner = make(unit_branches(model), head_classes(model), **options)
     pruner.known = widths_of(model)
     pruner.prepare(model)
-    hooked = mounted(model)
-    if hooked is not None:
-        check_readable(model, hooked.pruner, pruner)
+    if mounted(model) is not None:
+        check_readable(model, mounted(model).pruner, pruner)
     with suppress(PrunexError):
-        pruner.may_spend(pruner.aim(whole_macs(model), dense_macs(model)))
-    weight = next(model.parameters())
+        pruner.may_spend(_aim(pruner, model))
     gated = Gated(pruner)
-    gated.to(weight.device)
+    gated.to(next(model.parameters()).device)
     gated.train(model.training)
     model.add_module(UNITS, gated)
     put_gates(model, gated.gate, gated.left)
@@ -339,16 +317,7 @@ def _schedule_done(model: nn.Module) -> Iterator[None]:
 
 
 def check_readable(model: nn.Module, tokens: Any, units: Any = None) -> None:
-    """Refuse to rank tokens by the attention of blocks that have no heads, or may lose all of them.
-
-    Args:
-        model: A backbone.
-        tokens: The token pruner.
-        units: The unit pruner, or what holds it, or None.
-
-    Raises:
-        PrunexError: By block.
-    """
+    """Refuse a token pruner that ranks by the attention of blocks that have no heads, or may lose all of them."""
     read = sorted({turn.block for turn in tokens.plan() if turn.shown})
     blocks: list[Any] = [block for _, block in blocks_of(model)]
     bare = [b for b in read if opens_heads(blocks[b]) and blocks[b].attn.num_heads == 0]
@@ -369,14 +338,9 @@ def unit_branches(model: nn.Module) -> list[Branch]:
     return branches(model, tokens_of(tally(model, gates=False)) if mounted(model) is not None else None)
 
 
-def whole_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units that are there, tokens pruned or not."""
-    return tally(model, gates=False).macs
-
-
-def dense_macs(model: nn.Module) -> int:
-    """Multiply-adds with all units and all tokens."""
-    return tally(model, gates=False, tokens=False).macs
+def _aim(pruner: UnitPruner, model: nn.Module) -> float:
+    """What the units may cost of a model, with the tokens that are there."""
+    return pruner.aim(tally(model, gates=False).macs, tally(model, gates=False, tokens=False).macs)
 
 
 def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -394,4 +358,4 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
             known = gated.pruner._buffers.get(name)
             if name.startswith("open_") and known is not None and known.shape == value.shape:
                 known.copy_(value)
-        UnitPruning(model)._take_out()
+        UnitPruning(model)._take_out(gated.pruner.widths())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from prunex.brief import Brief
-from prunex.checks import check_flag, check_number, check_whole
+from prunex.checks import check_flag, check_index, check_number, check_whole
 from prunex.errors import PrunexError
-from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_folder, write
-from prunex.vit.anatomy import ViT, read
-from prunex.vit.describe import describe
+from prunex.learned.folder import CONFIG, WEIGHTS, Beside, load_into, quietly, read_folder
+from prunex.vit.anatomy import ViT
 from prunex.vit.embedding import embed_patches, place, unplace
 from prunex.vit.forward import begin, look_ahead, resume
 from prunex.vit.handover import Handed
-from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
 from prunex.vit.readout import head
 from prunex.vit.rebuild import build_like
@@ -38,8 +35,7 @@ TEMPERATURE, LOW, HIGH = 0.2, -0.2, 1.0  # of the hard concrete distribution: st
 class Gate(nn.Module):
     """A vote on each patch: logits [B, n] from its embedding [B, n, D] and one hidden state [B, n, D].
 
-    mul * tanh(w2 . tanh(W1 [h_0, h_i] + b1) + b2) + add, hidden width D / 4, both layers under weight norm, ``add``
-    learned.
+    mul * tanh(w2 . tanh(W1 [h_0, h_i] + b1) + b2) + add, hidden width D / 4, both layers under weight norm.
     """
 
     def __init__(self, width: int, mul: float, add: float) -> None:
@@ -59,14 +55,8 @@ class MaskGates(nn.Module):
     """One gate for every hidden state h_0 .. h_{L+1}, and what stands in the place of a masked patch.
 
     h_0 are the patch embeddings before positions are added, h_1 .. h_L what enters the L blocks, h_{L+1} what leaves
-    the last one before the final norm; see :func:`hidden_states`.
-
-    Args:
-        width: D.
-        depth: L.
-        mul: Half the range of a gate's logits.
-        add: Where they start; everything is kept at first.
-        no_placeholder: Masked patches become zeros instead of one learned vector.
+    the last one before the final norm; see :func:`hidden_states`. Logits start at ``add`` (all is kept) and reach
+    ``mul`` to either side; with ``no_placeholder`` masked patches become zeros instead of one learned vector.
     """
 
     def __init__(
@@ -86,13 +76,8 @@ class MaskGates(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments that make gates of this kind, in plain values."""
-        return {
-            "width": self.width,
-            "depth": self.depth,
-            "mul": self.mul,
-            "add": self.add,
-            "no_placeholder": self.no_placeholder,
-        }
+        names = ("width", "depth", "mul", "add", "no_placeholder")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Logits of the first K gates, float32 (or 64) [B, K, n], for K hidden states [B, n, D]."""
@@ -119,18 +104,12 @@ def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def check_layer(layer: Any, depth: int) -> int:
-    """The number of a hidden state in 0..depth + 1, counted from the end when negative.
-
-    Raises:
-        PrunexError: For anything else.
-    """
-    count = depth + 2
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
-        raise PrunexError(
-            f"layer={layer!r} does not exist: hidden states are 0 (patch embeddings), 1..{depth} (what enters a "
-            f"block) and {depth + 1} (the last block's output), or negative from the end"
-        )
-    return layer % count
+    """The number of a hidden state in 0..depth + 1, counted from the end when negative."""
+    what = (
+        f"hidden states are 0 (patch embeddings), 1..{depth} (what enters a block) and {depth + 1} (the last block's "
+        "output)"
+    )
+    return check_index("layer", layer, depth + 2, what)
 
 
 def blocks_before(layer: int) -> int:
@@ -141,15 +120,10 @@ def blocks_before(layer: int) -> int:
 def hidden_states(
     model: ViT, state: TokenState, layer: int, index: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """The patches' rows of h_0 .. h_layer for tokens entering the first block: layer + 1 of [B, n, D].
+    """The patches' rows of h_0 .. h_layer for tokens x entering the first block: layer + 1 of [B, n, D].
 
-    Returned beside them: the whole stream [B, N, D] where the pass ended.
-
-    Args:
-        model: A supported ViT in eval mode; a pruner on it is not asked.
-        state: With the tokens that enter; its policy and keys count, its trace tells the whole patch grid.
-        layer: 0..L + 1.
-        index: int64 [B, n], the patches that these are; None: all of them.
+    Returned beside them: the stream [B, N, D] where the pass ended. Policy and keys of the state count, its trace
+    tells the grid of all patches; ``index`` int64 [B, n] says which these are. A pruner on the model is not asked.
     """
     x, grid, anatomy = state.tokens, state.trace.grid, state.anatomy
     places = None if index is None else Places(index, grid)
@@ -166,11 +140,7 @@ def gate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> MaskGates:
-    """Gates from the description in a folder, with fresh weights.
-
-    Raises:
-        PrunexError: For a description that does not build any, or other ones than the folder's weights are of.
-    """
+    """Gates from the description in a folder, with fresh weights, where they are those of the folder's weights."""
     try:
         if check_whole("depth", settings["depth"], 1) > len(tensors):
             raise ValueError("its weights are of fewer gates")
@@ -193,15 +163,9 @@ MOST = 200.0  # of a multiplier
 
 @dataclass(eq=False, repr=False)
 class Seen(Brief):
-    """One pass over images.
+    """One pass over images: patches before positions are added, and logits of the ViT and of the first gates."""
 
-    Attributes:
-        patches: [B, P, D], embedded, before positions are added.
-        grid: Patch grid.
-        logits: [B, classes] of the ViT.
-        gates: [B, K, P], logits of the first K gates.
-    """
-
+    # [B, P, D], the patch grid, [B, classes] and [B, K, P]
     patches: Tensor
     grid: tuple[int, int]
     logits: Tensor
@@ -210,13 +174,10 @@ class Seen(Brief):
 
 @dataclass(eq=False, repr=False)
 class Terms(Brief):
-    """What one training step weighs up.
+    """What one training step weighs up, on the graph.
 
-    Attributes:
-        divergence: [B], KL(softmax wanted || softmax told) for one sample of the votes, on the graph.
-        log_keep: [B, P], c_k, on the graph.
-        wanted: [B, classes], logits of the whole images.
-        told: [B, classes], of the masked ones.
+    KL(softmax wanted || softmax masked) [B] for one sample of the votes, and c_k [B, P]; logits [B, classes] of the
+    unmasked images and of the masked ones.
     """
 
     divergence: Tensor
@@ -229,7 +190,7 @@ class Terms(Brief):
         return (alpha * (self.divergence - eps)).mean() + self.log_keep.mean()
 
 
-class DiffMaskExplainer(nn.Module):
+class DiffMaskExplainer(Beside):
     """Gates, a placeholder and multipliers beside the ViT that they explain, which never changes (arXiv 2304.06391).
 
     Training minimises, over gates and placeholder, a_k (KL(softmax z || softmax z') - eps) + mean_p c_k(p), with z' the
@@ -248,6 +209,9 @@ class DiffMaskExplainer(nn.Module):
         PrunexError: For a model without a classifier, or a pruned one.
     """
 
+    kind, explained = KIND, "model"
+    model: ViT
+
     def __init__(
         self,
         model: ViT,
@@ -257,25 +221,13 @@ class DiffMaskExplainer(nn.Module):
         alpha_init: float = 20.0,
     ) -> None:
         super().__init__()
-        anatomy = read(model)
-        if anatomy.classes < 1:
-            raise PrunexError("the model has no classifier (num_classes=0): give one that does")
-        if mounted(model) is not None:
-            raise PrunexError("the model is pruned: detach() it first, the gates read all its patch tokens")
         alpha_init = check_number("alpha_init", alpha_init, 0, MOST)
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.anatomy = anatomy
+        self.anatomy = anatomy = self.keep(model)
         self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)
         # One parameter a layer: a step on one must leave the others' optimiser state alone.
         self.alpha = nn.ParameterList(torch.tensor(alpha_init) for _ in range(anatomy.depth + 2))
         weight = next(model.parameters())
         self.to(device=weight.device, dtype=weight.dtype)
-
-    def train(self, mode: bool = True) -> DiffMaskExplainer:
-        """Train or eval mode; the explained ViT stays in eval mode."""
-        super().train(mode)
-        self.model.eval()
-        return self
 
     @property
     def layers(self) -> int:
@@ -283,12 +235,7 @@ class DiffMaskExplainer(nn.Module):
         return self.anatomy.depth + 2
 
     def observe(self, images: Tensor, layer: int = -1) -> Seen:
-        """One pass of the explained ViT without gradients, and the logits of the gates 0..layer, on the graph.
-
-        Args:
-            images: float [B, C, H, W].
-            layer: k in 0..L + 1, or negative from the end.
-        """
+        """One pass of the explained ViT without gradients, and the logits of the gates 0..layer, on the graph."""
         layer = check_layer(layer, self.anatomy.depth)
         with torch.no_grad():
             patches, grid = embed_patches(self.model, images)
@@ -299,54 +246,28 @@ class DiffMaskExplainer(nn.Module):
         return Seen(patches, grid, logits, self.gates(states[: layer + 1]))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities c_k of getting every vote up to a layer: [B, L + 2, P], falling along the layers.
-
-        Args:
-            images: float [B, C, H, W].
-        """
+        """Log-probabilities c_k of getting every vote up to a layer: [B, L + 2, P], falling along the layers."""
         return log_votes(self.observe(images).gates)
 
     def masked(self, seen: Seen, kept: Tensor) -> Tensor:
-        """The ViT's output [B, classes] for h'_0 = v h_0 + (1 - v) placeholder; positions are added after.
-
-        Args:
-            seen: What :meth:`observe` gave for the images.
-            kept: [B, P], v in 0..1 (or bool).
-        """
+        """The ViT's output [B, classes] for h'_0 = v h_0 + (1 - v) placeholder, v [B, P] in 0..1, then placed."""
         v = kept.to(seen.patches.dtype).unsqueeze(-1)
         mixed = v * seen.patches + (1 - v) * self.gates.placeholder.to(seen.patches.dtype)
         return resume(self.model, place(self.model, mixed, seen.grid), seen.grid)
 
     def terms(self, images: Tensor, layer: int, generator: torch.Generator | None = None) -> Terms:
-        """What the loss is made of, for the votes 0..layer.
-
-        Args:
-            images: float [B, C, H, W].
-            layer: k in 0..L + 1.
-            generator: Of the sampled votes; None: torch's own.
-        """
+        """What the loss is made of, for one sample of the votes 0..layer."""
         seen = self.observe(images, layer)
         told = self.masked(seen, sample(seen.gates, generator).prod(1))
         return Terms(divergence(seen.logits, told), log_keep(seen.gates).sum(1), seen.logits, told)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``model.safetensors`` and ``config.json``, which :func:`load_explainer` reads.
-
-        Args:
-            folder: Made if missing; the two files are replaced.
-
-        Raises:
-            PrunexError: For a folder that cannot be written, or a model that plain values cannot describe.
-        """
-        return write(folder, KIND, {"model": describe(self.model), "gates": self.gates.settings}, self)
+    def described(self) -> dict[str, Any]:
+        """The gates."""
+        return {"gates": self.gates.settings}
 
 
 def divergence(wanted: Tensor, told: Tensor) -> Tensor:
-    """KL(wanted || told) of class distributions from logits [B, C], in at least float32; of two outcomes for one logit.
-
-    Returns:
-        [B].
-    """
+    """KL(wanted || masked) [B] of classes from logits [B, C], in at least float32; of two outcomes for one logit."""
     if wanted.shape[1] == 1:
         wanted, told = (torch.cat([x, torch.zeros_like(x)], 1) for x in (wanted, told))
     wide = torch.promote_types(told.dtype, torch.float32)
@@ -355,10 +276,7 @@ def divergence(wanted: Tensor, told: Tensor) -> Tensor:
 
 
 def load_explainer(path: str | Path) -> DiffMaskExplainer:
-    """A saved explainer again, in eval mode.
-
-    Args:
-        path: The folder given to :meth:`DiffMaskExplainer.save`, or the ``model.safetensors`` in it.
+    """A saved explainer again, in eval mode, from its folder or the ``model.safetensors`` in it.
 
     Raises:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.untrusted import read_json, read_tensors
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT, read
+from prunex.vit.describe import describe
+from prunex.vit.mount import mounted
 from prunex.vit.weights import misfits
 
 VERSION = 1
@@ -28,43 +31,57 @@ def how(kind: str) -> str:
     return f"train one with prunex fit --config configs/digits/{kind}.yaml"
 
 
-def write(folder: str | Path, kind: str, spec: Mapping[str, Any], module: nn.Module) -> Path:
-    """Write a module's tensors and what it takes to build it again.
+class Beside(nn.Module):
+    """A network beside the ViT that it explains, which is part of it: frozen, in eval mode whatever is trained."""
 
-    Args:
-        folder: Made if missing; its ``model.safetensors`` and ``config.json`` are replaced.
-        kind: The method's name.
-        spec: Plain values that build the module.
-        module: Whose state dict is written.
+    kind: ClassVar[str]  # the method's name
+    explained: ClassVar[str]  # the attribute that holds the ViT, by which folders describe it too
 
-    Raises:
-        PrunexError: For a folder that cannot be written.
-    """
-    folder = Path(folder)
-    config = {"prunex": {"version": VERSION, "kind": kind, **spec}}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (
-            (WEIGHTS, save(tensors, metadata={"format": "pt"})),
-            (CONFIG, (json.dumps(config, indent=2) + "\n").encode()),
-        ):
-            write_whole(folder / name, content)
-    except OSError as error:
-        raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    return folder
+    def keep(self, model: ViT) -> Anatomy:
+        """Hold a frozen copy of the ViT, which must have a classifier and all its tokens; its anatomy."""
+        anatomy = read(model)
+        if anatomy.classes < 1:
+            raise PrunexError(f"the {self.explained} has no classifier (num_classes=0): give one that does")
+        if mounted(model) is not None:
+            raise PrunexError(f"the {self.explained} is pruned: detach() it first, all its patch tokens are read")
+        self.add_module(self.explained, copy.deepcopy(model).eval().requires_grad_(False))
+        return anatomy
+
+    def train(self, mode: bool = True) -> Self:
+        """Train or eval mode; the explained ViT stays in eval mode."""
+        super().train(mode)
+        self.get_submodule(self.explained).eval()
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """What builds the network beside the ViT, in plain values."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``model.safetensors`` and ``config.json``, which ``load_explainer`` reads.
+
+        Args:
+            folder: Made if missing; the two files are replaced.
+
+        Raises:
+            PrunexError: For a folder that cannot be written, or a ViT that plain values cannot describe.
+        """
+        folder = Path(folder)
+        vit: Any = self.get_submodule(self.explained)
+        spec = {self.explained: describe(vit), **self.described()}
+        config = {"prunex": {"version": VERSION, "kind": self.kind, **spec}}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+            write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        except OSError as error:
+            raise PrunexError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        return folder
 
 
 def read_folder(path: str | Path, kind: str, needs: str) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    """What :func:`write` wrote.
-
-    Args:
-        path: The folder, or the ``model.safetensors`` in it.
-        kind: The method's name.
-        needs: A key its description must have.
-
-    Returns:
-        The description, the tensors and the folder.
+    """The description, which must have a key, the tensors and the folder that :meth:`Beside.save` wrote.
 
     Raises:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.
@@ -91,11 +108,7 @@ def read_folder(path: str | Path, kind: str, needs: str) -> tuple[dict[str, Any]
 
 
 def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
-    """Tensors of a folder into the module built from its description: frozen, in eval mode, each in its own dtype.
-
-    Raises:
-        PrunexError: Where names or shapes differ.
-    """
+    """Tensors of a folder into the module built from its description: frozen, in eval mode, each in its own dtype."""
     odd = misfits(module.state_dict(), tensors)
     if odd:
         raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
@@ -109,14 +122,7 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
 def held(given: Any, wanted: type[M], kind: str, instead: str = "") -> M | None:
     """The one network of a kind that a user's ``explainer=`` holds; None for a path.
 
-    Args:
-        given: A module, or what may be a path.
-        wanted: The network's class.
-        kind: The method's name.
-        instead: What else to use, for the message.
-
-    Raises:
-        PrunexError: For None, a module that holds none or several, or anything that is no path.
+    ``instead`` says what else to use where nothing is given.
     """
     if given is None:
         more = f"; or use {instead}" if instead else ""
@@ -125,10 +131,10 @@ def held(given: Any, wanted: type[M], kind: str, instead: str = "") -> M | None:
             f"(on the command line --option {kind}.explainer=FOLDER){more}"
         )
     if isinstance(given, nn.Module):
-        found = [m for m in given.modules() if isinstance(m, wanted)]
-        if len(found) != 1:
-            raise PrunexError(f"{type(given).__name__} holds {len(found)} {kind} explainers: give one; {how(kind)}")
-        return found[0]
+        networks = [m for m in given.modules() if isinstance(m, wanted)]
+        if len(networks) != 1:
+            raise PrunexError(f"{type(given).__name__} holds {len(networks)} {kind} explainers: give one; {how(kind)}")
+        return networks[0]
     if not isinstance(given, str | Path):
         raise PrunexError(
             f"explainer={given!r} is not allowed: give the explainer's folder or the module itself; {how(kind)}"
@@ -137,11 +143,7 @@ def held(given: Any, wanted: type[M], kind: str, instead: str = "") -> M | None:
 
 
 def check_fits(theirs: Anatomy, ours: Anatomy, kind: str) -> None:
-    """Whether a network trained beside one model can be used with another.
-
-    Raises:
-        PrunexError: For other classes, image or patch sizes.
-    """
+    """Refuse a network that was trained beside a model of other classes, image or patch sizes."""
     for what, a, b in (
         ("number of classes", theirs.classes, ours.classes),
         ("image size", theirs.image, ours.image),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -11,17 +12,15 @@ from torch import Tensor, nn
 
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
-from prunex.learned.folder import CONFIG, WEIGHTS, load_into, quietly, read_folder, write
+from prunex.learned.folder import CONFIG, WEIGHTS, Beside, load_into, quietly, read_folder
 from prunex.removal.game import Removal
 from prunex.vit.anatomy import ViT, read
-from prunex.vit.describe import describe
-from prunex.vit.mount import mounted
 from prunex.vit.rebuild import build_like
 
 KIND = "vit_shapley"
 
 
-class ShapleyExplainer(nn.Module):
+class ShapleyExplainer(Beside):
     """The explainer network, with the surrogate whose game it has learnt (arXiv 2206.05282).
 
     A ViT that starts as a copy of the surrogate without its head gives prefix and patch tokens after the final norm;
@@ -40,15 +39,13 @@ class ShapleyExplainer(nn.Module):
         PrunexError: For a surrogate without a classifier, or a pruned one.
     """
 
+    kind, explained = KIND, "surrogate"
+    surrogate: ViT
+
     def __init__(self, surrogate: ViT, mlp_ratio: int = 4) -> None:
         super().__init__()
         check_whole("mlp_ratio", mlp_ratio, 1)
-        anatomy = read(surrogate)
-        if anatomy.classes < 1:
-            raise PrunexError("the surrogate has no classifier (num_classes=0): give one that does")
-        if mounted(surrogate) is not None:
-            raise PrunexError("the surrogate is pruned: detach() it first, the explainer reads all its patch tokens")
-        self.surrogate = copy.deepcopy(surrogate).eval().requires_grad_(False)
+        anatomy = self.keep(surrogate)
         self.backbone = copy.deepcopy(surrogate).requires_grad_(True)
         self.backbone.reset_classifier(0)
         width, heads = anatomy.width, anatomy.dividing_heads
@@ -70,12 +67,6 @@ class ShapleyExplainer(nn.Module):
         weight = next(surrogate.parameters())
         self.to(device=weight.device, dtype=weight.dtype)
 
-    def train(self, mode: bool = True) -> ShapleyExplainer:
-        """Train or eval mode; the surrogate stays in eval mode."""
-        super().train(mode)
-        self.surrogate.eval()
-        return self
-
     def ends(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the surrogate makes of all patches and of none: float64 [B, C] each."""
         game = Removal(self.surrogate, images)
@@ -86,26 +77,16 @@ class ShapleyExplainer(nn.Module):
     def forward(self, images: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Estimated Shapley values of patches: [B, P, C], each class summing to v(all) - v(none).
 
-        Args:
-            images: float [B, C, H, W].
-            ends: v(all) and v(none), [B, C] each, where they are known; None: asked of the surrogate.
+        These ``ends`` [B, C] are asked of the surrogate where they are not given.
         """
         tokens = self.backbone.forward_features(images)
         raw = self.mlp(self.norm(self.block(tokens)))[:, self.prefix :].tanh()
         full, empty = self.ends(images) if ends is None else ends
         return normalise(raw, (full - empty).to(raw.dtype))
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``model.safetensors`` and ``config.json``, which :func:`load_explainer` reads.
-
-        Args:
-            folder: Made if missing; the two files are replaced.
-
-        Raises:
-            PrunexError: For a folder that cannot be written, or a surrogate that plain values cannot describe.
-        """
-        spec = {"surrogate": describe(self.surrogate), "mlp_ratio": self.mlp_ratio}
-        return write(folder, KIND, spec, self)
+    def described(self) -> dict[str, Any]:
+        """The head's width."""
+        return {"mlp_ratio": self.mlp_ratio}
 
 
 def normalise(raw: Tensor, total: Tensor) -> Tensor:
@@ -114,10 +95,7 @@ def normalise(raw: Tensor, total: Tensor) -> Tensor:
 
 
 def load_explainer(path: str | Path) -> ShapleyExplainer:
-    """A saved explainer again, in eval mode.
-
-    Args:
-        path: The folder given to :meth:`ShapleyExplainer.save`, or the ``model.safetensors`` in it.
+    """A saved explainer again, in eval mode, from its folder or the ``model.safetensors`` in it.
 
     Raises:
         PrunexError: For a missing, damaged or foreign folder, or one of a later version.

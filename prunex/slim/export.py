@@ -29,7 +29,7 @@ SUFFIXES = (".onnx", ".pt2")
 BATCH = "batch"
 _MORE = 6  # batches of random images beside the example, where none of its images can be compared
 _TRIES, _ROUNDINGS = 8, 8
-_NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript"}
+_NEEDS = ("onnx", "onnxscript")
 
 
 class Graph(nn.Module):
@@ -73,10 +73,9 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
         raise PrunexError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
     if path.is_dir():
         raise PrunexError(f"{path} is a folder: give the name of a file in it, such as {path / 'model.pt2'}")
-    if path.suffix == ".onnx":
-        for module, package in _NEEDS.items():
-            if find_spec(module) is None:
-                raise PrunexError(f"ONNX export needs {package}: pip install 'prunex-vit[onnx]', or export to .pt2")
+    missing = [name for name in _NEEDS if path.suffix == ".onnx" and find_spec(name) is None]
+    if missing:
+        raise PrunexError(f"ONNX export needs {missing[0]}: pip install 'prunex-vit[onnx]', or export to .pt2")
     small = _plain(find(model, kinds=Backbone)[1])
     anatomy = outline(small)
     if kept and isinstance(small, SwinTransformer):
@@ -133,7 +132,7 @@ def _fix_counts(small: nn.Module, path: Path) -> None:
 
 
 def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, kept: bool) -> None:
-    spec = json.dumps(_told(small))
+    spec = json.dumps(_spec(small))
     if path.suffix == ".pt2":
         torch.export.save(program, path, extra_files={"prunex.json": spec})
         return
@@ -164,28 +163,25 @@ def _name_batch(graph: Any) -> None:
                 shape[axis] = BATCH
 
 
-def _told(small: Any) -> dict[str, Any]:
+def _spec(small: Any) -> dict[str, Any]:
     """What a graph's user has to know: size and normalisation of its images, labels, and how it was pruned."""
     pruning, anatomy = _pruning(small), outline(small)
-    known = known_cfg(small, anatomy.channels)
+    cfg = known_cfg(small, anatomy.channels)
     return {
         "prunex": __version__,
         "pruning": None if pruning is None else pruning.spec,
         "input_size": [anatomy.channels, *anatomy.image],
-        "mean": known.get("mean"),
-        "std": known.get("std"),
+        "mean": cfg.get("mean"),
+        "std": cfg.get("std"),
         "labels": class_names(small, anatomy.classes) or None,
     }
 
 
 def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -> None:
-    """Run the written file on one, two and more images and compare logits with the model's.
+    """Run the written file on one, two and more images and refuse it where its logits are not the model's.
 
     Where two scores lie within rounding of each other, file and model may keep other patches, and neither is wrong:
     such an image is no evidence against the file. Others are drawn until one is evidence for it.
-
-    Raises:
-        PrunexError: For an image that rounding does not explain.
     """
     if path.suffix == ".onnx" and find_spec("onnxruntime") is None:
         return
@@ -214,10 +210,10 @@ def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -
 
 def _gap(path: Path, graph: Graph, images: Tensor) -> Tensor:
     """How far each image's logits are from the model's, in units of the largest of these: [B]."""
-    wanted = graph(images)
-    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-    found = _run_onnx(path, images) if path.suffix == ".onnx" else _run_pt2(path, images)
-    return (found - wanted).abs().flatten(1).amax(1) / wanted.abs().max().clamp(min=1e-6)
+    logits = graph(images)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    written = _run_onnx(path, images) if path.suffix == ".onnx" else _run_pt2(path, images)
+    return (written - logits).abs().flatten(1).amax(1) / logits.abs().max().clamp(min=1e-6)
 
 
 def _near_ties(graph: Graph, images: Tensor) -> Tensor:
@@ -248,8 +244,7 @@ def _decided(graph: Graph, images: Tensor) -> list[Tensor]:
     nothing = [torch.zeros(len(images), 1)]
     if mounted(vit) is None:
         return nothing
-    state = run(vit, images, masked=False)
-    return [stage.group for stage in state.trace.stages] or nothing
+    return [stage.group for stage in run(vit, images, masked=False).trace.stages] or nothing
 
 
 def _run_onnx(path: Path, images: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def save(
 ) -> Path:
     """Write a ViT, pruned or dense, as a folder that :func:`load` and any safetensors reader can open.
 
-    Files are written beside the folder and moved in when all are whole, so an interrupted save leaves the old ones.
+    Files are written beside the folder and moved in when all are complete: an interrupted save leaves the old ones.
 
     Args:
         model: What :func:`prunex.slim` gave; or any supported ViT or timm Swin.
@@ -215,10 +215,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise PrunexError(f"{folder} has no {CONFIG}: give a folder written by prunex.save, such as runs/NAME/slim")
     config = read_json(path)
     ours = config.get("prunex") if isinstance(config, Mapping) else None
-    ours = ours if isinstance(ours, Mapping) else {}
-    version = ours.get("version")
+    version = ours.get("version") if isinstance(ours, Mapping) else None
     foreign = f"{path} was not written by prunex (it has no whole 'prunex' entry): give a folder of prunex.save"
-    if isinstance(version, bool) or not isinstance(version, int):
+    if type(version) is not int or ours is None:
         raise PrunexError(foreign)
     if version > VERSION:
         raise PrunexError(f"{path} is of format {version}, this prunex reads up to {VERSION}: upgrade prunex-vit")
@@ -268,9 +267,9 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
     check_tensors(vit.state_dict())
     model = describe(vit)
     windowed = model["class"] == "SwinTransformer"
-    cfg = known_cfg(vit, anatomy.channels, mean, std)
-    cfg |= {"input_size": [anatomy.channels, *anatomy.image], "num_classes": anatomy.classes}
-    cfg |= {
+    cfg = known_cfg(vit, anatomy.channels, mean, std) | {
+        "input_size": [anatomy.channels, *anatomy.image],
+        "num_classes": anatomy.classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head.fc" if windowed else "head",
         "fixed_input_size": not anatomy.dynamic,
@@ -307,7 +306,7 @@ def _widths(vit: Any) -> list[dict[str, int]]:
     """What each block has, where its units are known one by one: heads, the width of one, MLP channels."""
     rows = []
     for _, block in blocks_of(vit):
-        row = {}
+        row: dict[str, int] = {}
         if opens_heads(block):
             row |= {"heads": block.attn.num_heads, "head_width": head_dim(block.attn)}
         if opens_channels(block):
@@ -327,12 +326,12 @@ def _sha256(path: Path) -> str:
 
 
 def _width_rows(widths: Sequence[Mapping[str, int]]) -> str:
-    rows = {"heads": "heads in each block", "head_width": "width of a head", "hidden": "MLP channels in each block"}
-    return "".join(
-        f"| {title} | {', '.join(str(w[name]) for w in widths)} |\n"
-        for name, title in rows.items()
-        if all(name in w for w in widths)
-    )
+    titles = {"heads": "heads in each block", "head_width": "width of a head", "hidden": "MLP channels in each block"}
+    rows = ""
+    for name, title in titles.items():
+        if all(name in block for block in widths):
+            rows += f"| {title} | {', '.join(str(block[name]) for block in widths)} |\n"
+    return rows
 
 
 def _card(config: Mapping[str, Any]) -> str:

@@ -20,17 +20,8 @@ _LOWEST = {"mean": -math.inf, "std": 0.0}
 def known_cfg(vit: Any, channels: int, mean: Any = None, std: Any = None) -> dict[str, Any]:
     """How a model's images are prepared, in plain values: what was told, else what its ``pretrained_cfg`` knows.
 
-    A mean and a standard deviation that were made for other channels, as timm's own are for colour images, are left
-    out.
-
-    Args:
-        vit: The model.
-        channels: Of its images.
-        mean: One number a channel, or one for all; None: as ``pretrained_cfg`` says.
-        std: Likewise, above 0.
-
-    Raises:
-        PrunexError: For a given mean or std of another number of values, or of values that are no numbers.
+    A mean and a standard deviation (above 0) are one number a channel, or one for all. Those that were made for other
+    channels, as timm's own are for colour images, are left out; given ones of another number are refused.
     """
     cfg = {k: v for k, v in _known(vit).items() if k in _KEPT and v is not None}
     for name, given in (("mean", mean), ("std", std)):
@@ -76,30 +67,22 @@ def _fits(numbers: Any, channels: int) -> bool:
 
 
 def class_names(vit: Any, classes: int, labels: Any = None) -> list[str]:
-    """Names of the classes: those given, else the model's own where there is one a class; else none.
-
-    Raises:
-        PrunexError: For given names of another number, or that are no texts.
-    """
+    """Names of the classes: those given, which must be one text a class, else the model's own, else none."""
     if labels is None:
         names = getattr(vit, "label_names", None)
         fits = isinstance(names, list | tuple) and len(names) == classes and all(isinstance(n, str) for n in names)
-        return [str(n) for n in names or ()] if fits else []
+        return list(map(str, names or ())) if fits else []
     names = [labels] if isinstance(labels, str) else list(labels)
     if isinstance(labels, str) or len(names) != classes:
         raise PrunexError(f"{len(names)} labels for {classes} classes: give one name a class, in a list")
-    odd = next((n for n in names if not isinstance(n, str)), None)
-    if odd is not None:
-        raise PrunexError(f"labels hold {odd!r}, which is no text: give names, such as list(map(str, labels))")
-    return [str(n) for n in names]
+    for name in names:
+        if not isinstance(name, str):
+            raise PrunexError(f"labels hold {name!r}, which is no text: give names, such as list(map(str, labels))")
+    return list(map(str, names))
 
 
 def as_read(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A description as whoever reads the file will find it.
-
-    Raises:
-        PrunexError: For what JSON cannot hold, or what :func:`check_told` refuses.
-    """
+    """A description as whoever reads the file will find it; refused where JSON cannot hold it, or nobody could read."""
     try:
         read = parse_json(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -109,37 +92,32 @@ def as_read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_told(config: Mapping[str, Any], wrong: str) -> None:
-    """What pictures, tables and graphs show of a model: names are text, and there is a number a channel.
+    """What pictures, tables and graphs show of a model: names are text, and there is a number a channel; or refused.
 
     Args:
-        config: The whole of ``config.json``.
+        config: The complete ``config.json``.
         wrong: How a message begins.
-
-    Raises:
-        PrunexError: By the entry.
     """
     names, cfg = config.get("label_names") or [], config.get("pretrained_cfg", {})
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise PrunexError(f"{wrong}: label_names must be a list of texts")
-    size = config["prunex"]["model"].get("args")
-    told = size.get("in_chans", 3) if isinstance(size, Mapping) else 3
-    channels = told if type(told) is int else 3
-    for name, low in _LOWEST.items():
-        numbers = cfg.get(name)
-        each = numbers if isinstance(numbers, list) else []
-        real = all(isinstance(v, int | float) and not isinstance(v, bool) and low < v < math.inf for v in each)
-        if numbers is not None and not (isinstance(numbers, list) and real and (not each or _fits(each, channels))):
+    args = config["prunex"]["model"].get("args")
+    channels = args.get("in_chans", 3) if isinstance(args, Mapping) else 3
+    for name in _LOWEST:
+        given = cfg.get(name)
+        numbers = _numbers(name, given) if isinstance(given, list) and not any(map(_no_number, given)) else None
+        if given is not None and not (numbers == [] or _fits(numbers, channels if type(channels) is int else 3)):
             raise PrunexError(f"{wrong}: {name} must be one number a channel{', above 0' * (name == 'std')}")
     if not isinstance(cfg.get("architecture", ""), str | None):
         raise PrunexError(f"{wrong}: architecture must be a name")
 
 
-def check_tensors(state: Mapping[str, Tensor]) -> None:
-    """Refuse weights that no file of plain numbers holds, or that nobody could compute with after reading them.
+def _no_number(value: Any) -> bool:
+    return type(value) not in (int, float)
 
-    Raises:
-        PrunexError: By the first one's name.
-    """
+
+def check_tensors(state: Mapping[str, Tensor]) -> None:
+    """Refuse, by name, weights that no file of plain numbers holds, or that nobody could compute with afterwards."""
     for name, value in state.items():
         if value.is_meta:
             raise PrunexError(f"cannot save {name}: it is on the meta device and has no values; load the weights first")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,36 @@ from prunex.vit.widths import WidthSpec
 Scores = dict[str, Tensor]
 
 
-class UnitPruner(nn.Module):
-    """A module that says which heads and MLP channels are worth their multiply-adds; it never touches them itself.
+class UnitOptions(TypedDict, total=False):
+    """What every unit pruner can be asked for.
 
-    Whatever the criterion, it ends in one boolean a unit, ``open``, chosen so that the model costs what the budget
-    allows; :meth:`widths` tells them as a :class:`~prunex.vit.widths.WidthSpec`. Until then all units are open and the
-    model computes what the dense one does.
-
-    Args:
-        branches: Of the model, with what each unit costs.
-        classes: Outputs of the head.
+    Attributes:
         budget: What the slim model may cost: a share of the dense multiply-adds in (0, 1], or "2.4GMACs".
         min_heads: Heads left in every block at least.
         min_channels: MLP channels left in every block at least (or all, where there are fewer).
         round_to: Kept MLP channels are rounded up to a multiple, 8 or 16 for hardware that likes such widths.
     """
 
+    budget: float | str
+    min_heads: int
+    min_channels: int
+    round_to: int
+
+
+class UnitPruner(nn.Module):
+    """A module that says which heads and MLP channels are worth their multiply-adds; it never touches them itself.
+
+    Whatever the criterion, it ends in one boolean a unit, ``open``, chosen so that the model costs what the budget
+    allows; :meth:`widths` tells them as a :class:`~prunex.vit.widths.WidthSpec`. Until then all units are open and the
+    model computes what the dense one does. Options of all: :class:`UnitOptions`.
+    """
+
     name = ""
+    handed_on: ClassVar[UnitOptions] = {"budget": 0.5, "min_heads": 1, "min_channels": 8, "round_to": 1}
     needs: ClassVar[str | None] = None  # what calibrate() has to be given: None, "model", "images" or "labels"
     trains = False  # whether it learns in training, by itself
     within = True  # whether scores compare within a branch alone, so that each branch's mean is made 1
+    known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
 
     decided: Tensor
     removed: Tensor
@@ -54,19 +64,16 @@ class UnitPruner(nn.Module):
         check_budget(budget)
         self.branches = tuple(branches)
         self.classes = classes
+        self._allowed: float | None = None
         self.least = {
             "heads": check_whole("min_heads", min_heads, 0),
             "channels": check_whole("min_channels", min_channels, 0),
         }
         self.round_to = check_whole("round_to", round_to, 1)
-        self.options: dict[str, Any] = {
-            "budget": budget,
-            "min_heads": min_heads,
-            "min_channels": min_channels,
-            "round_to": round_to,
-        }
+        self.options: dict[str, Any] = {"budget": budget, "min_heads": min_heads, "min_channels": min_channels}
+        self.options["round_to"] = round_to
         for b in self.branches:
-            self.register_buffer(_slot("open", b.key), torch.ones(b.units, dtype=torch.bool))
+            self.register_buffer(slot("open", b.key), torch.ones(b.units, dtype=torch.bool))
         self.register_buffer("decided", torch.tensor(False))
         self.register_buffer("removed", torch.tensor(False))
         self.register_load_state_dict_post_hook(_after_loading)
@@ -74,9 +81,12 @@ class UnitPruner(nn.Module):
 
     def refresh(self) -> None:
         """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
-        gone = not bool(self.decided) or bool(self.removed)
-        self._closed = {b.key for b in self.branches if not gone and not bool(self.open(b.key).all())}
-        self._left = {key: tuple(self.open(key).nonzero().flatten().tolist()) for key in self._closed}
+        self._left: dict[str, tuple[int, ...]] = {}
+        if not bool(self.decided) or bool(self.removed):
+            return
+        for b in self.branches:
+            if not bool(self.open(b.key).all()):
+                self._left[b.key] = tuple(self.open(b.key).nonzero().flatten().tolist())
 
     def prepare(self, model: nn.Module) -> None:
         """Called once with the model, before anything is put on it; refuses what the criterion cannot score."""
@@ -89,22 +99,22 @@ class UnitPruner(nn.Module):
     @contextmanager
     def all_open(self) -> Iterator[None]:
         """Let every unit through for a while, whatever was decided: a criterion looks at the whole model."""
-        closed, self._closed, left, self._left = self._closed, set(), self._left, {}
+        left, self._left = self._left, {}
         try:
             yield
         finally:
-            self._closed, self._left = closed, left
+            self._left = left
 
     def open(self, key: str) -> Tensor:
         """Which units of a branch are kept: bool [units]."""
-        return self.get_buffer(_slot("open", key))
+        return self.get_buffer(slot("open", key))
 
     def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
         """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
 
         None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
         """
-        if key not in self._closed:
+        if key not in self._left:
             return None
         return self.open(key).float().repeat_interleave(self.branch(key).width)
 
@@ -130,7 +140,7 @@ class UnitPruner(nn.Module):
 
     def closed(self) -> dict[str, int]:
         """How many units of each branch are closed, and still in the model."""
-        return {b.key: b.units - int(self.open(b.key).sum()) for b in self.branches if b.key in self._closed}
+        return {key: self.branch(key).units - len(units) for key, units in self._left.items()}
 
     def remove(self) -> None:
         """Be told that what is closed was taken out of the model for good."""
@@ -149,32 +159,24 @@ class UnitPruner(nn.Module):
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
         blocks = self.known.blocks
         for b in self.branches:
-            found = opened[b.key]
-            if not bool(found.all()):
-                number = b.block if blocks is None else blocks[b.block]
-                names = getattr(self.known, b.kind).get(number, range(b.units))
-                kept[b.kind][number] = tuple(names[u] for u in found.nonzero().flatten().tolist())
+            if bool(opened[b.key].all()):
+                continue
+            number = b.block if blocks is None else blocks[b.block]
+            names = getattr(self.known, b.kind).get(number, range(b.units))
+            kept[b.kind][number] = tuple(names[u] for u in opened[b.key].nonzero().flatten().tolist())
         return WidthSpec(heads=kept["heads"], channels=kept["channels"])
 
     def prunable(self) -> int:
         """Multiply-adds of all units together."""
         return sum(b.units * b.macs for b in self.branches)
 
-    def spent(self) -> int:
-        """Multiply-adds of the units that are open."""
-        return sum(int(self.open(b.key).sum()) * b.macs for b in self.branches)
-
-    def aim(self, whole: int, dense: int) -> float:
-        """Multiply-adds that the units may spend.
-
-        Args:
-            whole: What the model costs with all units, tokens pruned or not.
-            dense: What the dense model costs, which a share counts of.
+    def aim(self, full: int, dense: int) -> float:
+        """What units may cost in a model that costs ``full`` with all units, and ``dense`` with all tokens too.
 
         Raises:
-            PrunexError: Where the budget is out of reach even with the fewest units.
+            OutOfReach: Where the budget cannot be met even with the fewest units.
         """
-        rest = whole - self.prunable()
+        rest = full - self.prunable()
         budget = self.options["budget"]
         allowed = check_budget(budget, dense)
         least = rest + sum(b.macs * self._least(b) for b in self.branches)
@@ -187,35 +189,27 @@ class UnitPruner(nn.Module):
         return min(float(self.prunable()), allowed - rest)
 
     def decide(self, scores: Mapping[str, Tensor], allowed: float | None = None) -> None:
-        """Open the units of the highest scores, as many as the budget allows.
+        """Open the units of the highest scores (by branch, float [units]), as many as the budget allows.
 
         One threshold counts for all units. Methods whose scores say nothing across branches have each branch's mean
-        made 1 first; those of the others are loss per unit and are divided by what the unit costs. Ties go to the
-        lower number.
-
-        Args:
-            scores: By branch, float [units].
-            allowed: Multiply-adds for the units; None: those told before.
-
-        Raises:
-            PrunexError: For scores that are not finite, or before the allowance is known.
+        made 1 first; those of the others are loss per unit and are divided by what the unit costs. Ties go to the lower
+        number.
         """
         allowed = self.allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
                 raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
         levels = {b.key: self.level(b, scores[b.key]) for b in self.branches}
-        every = torch.cat([levels[b.key] for b in self.branches]).unique()
-        low, high = -1, len(every) - 1  # kept: above every[i]; -1 keeps all
+        thresholds = [float("-inf"), *torch.cat([levels[b.key] for b in self.branches]).unique().tolist()]
+        # The lowest threshold that the allowance can pay for: what is open, and so the cost, falls with it.
+        low, high = 0, len(thresholds) - 1
         while low < high:
             middle = (low + high) // 2
-            threshold = float("-inf") if middle < 0 else float(every[middle])
-            if self._cost({k: v > threshold for k, v in levels.items()}, levels) <= allowed:
+            if self._cost(_above(thresholds[middle], levels), levels) <= allowed:
                 high = middle
             else:
                 low = middle + 1
-        threshold = float("-inf") if low < 0 else float(every[low])
-        wanted = {k: v > threshold for k, v in levels.items()}
+        wanted = _above(thresholds[low], levels)
         self._fill(wanted, levels, allowed)
         self.keep(wanted, levels)
 
@@ -230,8 +224,9 @@ class UnitPruner(nn.Module):
             wanted[b.key] = self._rounded(b, wanted[b.key], levels[b.key])
             closed = (~wanted[b.key]).nonzero().flatten()
             closed = closed[torch.sort(levels[b.key][closed], descending=True, stable=True).indices]
-            parts = closed.split(self.round_to if b.kind == "channels" else 1)
-            steps += [(-float(levels[b.key][p[0]]), i, n, p) for n, p in enumerate(parts) if len(p)]
+            for n, units in enumerate(closed.split(self.round_to if b.kind == "channels" else 1)):
+                if len(units):
+                    steps.append((-float(levels[b.key][units[0]]), i, n, units))
         full: set[int] = set()
         for _, i, _, units in sorted(steps, key=lambda s: s[:3]):
             b = self.branches[i]
@@ -243,17 +238,10 @@ class UnitPruner(nn.Module):
 
     @property
     def allowed(self) -> float:
-        """Multiply-adds that all units together may cost.
-
-        Raises:
-            PrunexError: Before that is known.
-        """
+        """Multiply-adds that all units together may cost; refused before that is known."""
         if self._allowed is None:
             raise PrunexError(f"what {self.name}'s units may cost is not known yet: call budget() on its handle first")
         return self._allowed
-
-    _allowed: float | None = None
-    known = WidthSpec()  # what is left of the model already, so that widths are told in the dense model's numbers
 
     def may_spend(self, allowed: float) -> None:
         """Be told how many multiply-adds the units may cost together."""
@@ -291,7 +279,11 @@ class UnitPruner(nn.Module):
         return torch.zeros(branch.units, dtype=torch.bool, device=level.device).index_fill(0, best, True)
 
 
-def _slot(what: str, key: str) -> str:
+def _above(threshold: float, levels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: level > threshold for key, level in levels.items()}
+
+
+def slot(what: str, key: str) -> str:
     """The name of a branch's buffer."""
     return f"{what}_{key.replace('.', '_')}"
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
-from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from prunex.checks import check_choice
 from prunex.registry import register
-from prunex.units.base import Scores, UnitPruner
-from prunex.vit.units import Branch, last_layer
+from prunex.units.base import Scores, UnitOptions, UnitPruner
+from prunex.vit.units import Branch, first_layers, last_layer
 from prunex.vit.weights import by_name, effective, scale_of
 
 Weights = Literal["all", "out"]
@@ -36,11 +35,8 @@ class Magnitude(UnitPruner):
     Args:
         branches: Of the model.
         classes: Outputs of the head.
-        budget: What the slim model may cost: a share of the dense multiply-adds, or "2.4GMACs".
-        min_heads: Heads left in every block at least.
-        min_channels: MLP channels left in every block at least.
-        round_to: Kept MLP channels are rounded up to a multiple.
         weights: "all", or "out" for the columns of ``proj`` and ``fc2`` alone.
+        **shared: See :class:`~prunex.units.base.UnitOptions`.
 
     >>> import prunex, timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32)
@@ -53,16 +49,9 @@ class Magnitude(UnitPruner):
     needs = None
 
     def __init__(
-        self,
-        branches: Sequence[Branch],
-        classes: int,
-        budget: float | str = 0.5,
-        min_heads: int = 1,
-        min_channels: int = 8,
-        round_to: int = 1,
-        weights: Weights = "all",
+        self, branches: Sequence[Branch], classes: int, weights: Weights = "all", **shared: Unpack[UnitOptions]
     ) -> None:
-        super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
+        super().__init__(branches, classes, **shared)
         check_choice("weights", weights, WEIGHTS)
         self.weights = weights
         self.options["weights"] = weights
@@ -93,13 +82,8 @@ def layer_scale(block: Any, branch: Branch) -> Tensor | None:
 
 def _rows(branch: Branch, block: Any) -> list[Tensor]:
     """The weights whose rows are a branch's inputs to the layer behind it: each [units * width, D]."""
-    if branch.kind == "heads":
-        gate = getattr(block.attn, "gate", None)
-        return [*effective(block.attn.qkv)[0].chunk(3), *(() if gate is None else (effective(gate)[0],))]
-    mlp = block.mlp
-    if type(mlp) is GluMlp:
-        return list(effective(mlp.fc1)[0].chunk(2))
-    return [effective(getattr(mlp, n))[0] for n in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, n)]
+    parts = (effective(layer)[0].chunk(rows) for layer, rows in first_layers(block, branch.kind))
+    return [weight for chunks in parts for weight in chunks]
 
 
 def _wide(weight: Tensor) -> Tensor:

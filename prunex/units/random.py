@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from prunex.checks import check_whole
 from prunex.registry import register
-from prunex.units.base import Scores, UnitPruner
+from prunex.units.base import Scores, UnitOptions, UnitPruner
 from prunex.vit.units import Branch
 
 
@@ -23,11 +23,8 @@ class Random(UnitPruner):
     Args:
         branches: Of the model.
         classes: Outputs of the head.
-        budget: What the slim model may cost: a share of the dense multiply-adds, or "2.4GMACs".
-        min_heads: Heads left in every block at least.
-        min_channels: MLP channels left in every block at least.
-        round_to: Kept MLP channels are rounded up to a multiple.
         seed: Of the generator; equal seeds remove equal units.
+        **shared: See :class:`~prunex.units.base.UnitOptions`.
 
     >>> import prunex, timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32)
@@ -39,17 +36,8 @@ class Random(UnitPruner):
     name = "random"
     needs = None
 
-    def __init__(
-        self,
-        branches: Sequence[Branch],
-        classes: int,
-        budget: float | str = 0.5,
-        min_heads: int = 1,
-        min_channels: int = 8,
-        round_to: int = 1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
+    def __init__(self, branches: Sequence[Branch], classes: int, seed: int = 0, **shared: Unpack[UnitOptions]) -> None:
+        super().__init__(branches, classes, **shared)
         self.seed = check_whole("seed", seed, 0)
         self.options["seed"] = seed
 

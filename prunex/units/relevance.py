@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,11 @@ from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.gradients import ModifiedGradients
 from prunex.relevance.rules import RelevanceRules
-from prunex.units.base import Scores, UnitPruner
-from prunex.units.batches import labelled_batches, undisturbed, widened
+from prunex.units.base import Scores, UnitOptions, UnitPruner
+from prunex.units.batches import mean_over_images
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.arithmetic import Arithmetic
 from prunex.vit.layouts import layout_of
-from prunex.vit.mount import mounted_units
 from prunex.vit.recording import gradients, recording
 from prunex.vit.tape import Tape
 from prunex.vit.units import Branch, blocks_of, last_layer
@@ -51,12 +50,9 @@ class Relevance(UnitPruner):
     Args:
         branches: Of the model.
         classes: Outputs of the head.
-        budget: What the slim model may cost: a share of the dense multiply-adds, or "2.4GMACs".
-        min_heads: Heads left in every block at least.
-        min_channels: MLP channels left in every block at least.
-        round_to: Kept MLP channels are rounded up to a multiple.
         rule: "zplus" or "attnlrp", see :func:`prunex.explainers.lrp`.
         within: Compare within branches alone: each branch's mean score is made 1, and multiply-adds do not count.
+        **shared: See :class:`~prunex.units.base.UnitOptions`.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32)
@@ -73,14 +69,11 @@ class Relevance(UnitPruner):
         self,
         branches: Sequence[Branch],
         classes: int,
-        budget: float | str = 0.5,
-        min_heads: int = 1,
-        min_channels: int = 8,
-        round_to: int = 1,
         rule: Rule = "zplus",
         within: bool = False,
+        **shared: Unpack[UnitOptions],
     ) -> None:
-        super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
+        super().__init__(branches, classes, **shared)
         check_choice("rule", rule, RULES)
         self.rule = rule
         self.within = check_flag("within", within)
@@ -97,38 +90,19 @@ class Relevance(UnitPruner):
         read(model)
 
     def scores(self, model: nn.Module, batches: Any = None) -> Scores:
-        """Mean absolute relevance, float64 [units] a branch.
+        """Mean absolute relevance over labelled or plain batches, float64 [units] a branch."""
 
-        Args:
-            model: The backbone.
-            batches: See :func:`~prunex.units.batches.labelled_batches`.
+        def absolute(pruner: Relevance, working: nn.Module, images: Tensor, labels: Tensor | None) -> Scores:
+            by_branch = pruner.relevance(working, images, labels)
+            return {key: r.abs().sum((0, 1)).cpu().double() for key, r in by_branch.items()}
 
-        Raises:
-            PrunexError: For batches that do not fit the model, a model without a classifier, or layers that the rules
-                do not know.
-        """
-        count = 0
-        with undisturbed(model):
-            totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
-            working = widened(model)
-            gated = mounted_units(working)
-            with gated.pruner.all_open():
-                for images, labels in labelled_batches(batches, working):
-                    for key, found in self.relevance(working, images, labels).items():
-                        totals[key] += found.abs().sum((0, 1)).cpu().double()
-                    count += len(images)
-        return {key: total / count for key, total in totals.items()}
+        return mean_over_images(self, model, batches, absolute)
 
     def relevance(self, model: Any, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
-        """Signed relevance of each unit at each token, by branch: float [B, n, units].
+        """Signed relevance of each unit at each token for classes int64 [B] (None: predicted), by branch [B, n, units].
 
         In the last block only tokens that the head reads have any; where those are known beforehand, n counts them
         alone.
-
-        Args:
-            model: The backbone, with gates or without.
-            images: float [B, C, H, W].
-            target: int64 [B], or None for the predicted classes.
         """
         watched: dict[nn.Module, str] = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
         ops = _Rules(watched) if self.rule == "zplus" else _Gradients(watched)
@@ -140,14 +114,17 @@ class Relevance(UnitPruner):
                 one_hot = recorded.one_hot()
                 if isinstance(ops, RelevanceRules):
                     ops.relevance = True
-                found = gradients(recorded.logits, list(ops.seen.values()), one_hot)
+                arrived = gradients(recorded.logits, list(ops.seen.values()), one_hot)
+                relevance = dict(zip(ops.seen, arrived, strict=True))
             seen = {key: x.detach() for key, x in ops.seen.items()}
         finally:
             ops.seen.clear()  # the graph knows the rules: they must not know the graph, or neither is ever let go
-        told = {}
-        for (key, x), r in zip(seen.items(), found, strict=True):
-            told[key] = (r if self.rule == "zplus" else r * x).detach()
-        return {b.key: told[b.key].unflatten(2, (b.units, b.width)).sum(3) for b in self.branches}
+        units = {}
+        for b in self.branches:
+            x, r = seen[b.key], relevance[b.key]
+            channels = (r if self.rule == "zplus" else r * x).detach()
+            units[b.key] = channels.unflatten(2, (b.units, b.width)).sum(3)
+        return units
 
 
 class _Watching(Arithmetic):

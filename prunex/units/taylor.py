@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.checks import check_flag
 from prunex.registry import register
-from prunex.units.base import Scores, UnitPruner
-from prunex.units.batches import classes_of, labelled_batches, undisturbed, widened
-from prunex.vit.mount import mounted_units
+from prunex.units.base import Scores, UnitOptions, UnitPruner
+from prunex.units.batches import classes_of, mean_over_images
 from prunex.vit.recording import gradients
 from prunex.vit.surroundings import own_output
 from prunex.vit.units import Branch
@@ -42,11 +40,8 @@ class Taylor(UnitPruner):
     Args:
         branches: Of the model.
         classes: Outputs of the head.
-        budget: What the slim model may cost: a share of the dense multiply-adds, or "2.4GMACs".
-        min_heads: Heads left in every block at least.
-        min_channels: MLP channels left in every block at least.
-        round_to: Kept MLP channels are rounded up to a multiple.
         within: Compare within branches alone: each branch's mean score is made 1, and multiply-adds do not count.
+        **shared: See :class:`~prunex.units.base.UnitOptions`.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32)
@@ -61,16 +56,9 @@ class Taylor(UnitPruner):
     needs = "images"
 
     def __init__(
-        self,
-        branches: Sequence[Branch],
-        classes: int,
-        budget: float | str = 0.5,
-        min_heads: int = 1,
-        min_channels: int = 8,
-        round_to: int = 1,
-        within: bool = False,
+        self, branches: Sequence[Branch], classes: int, within: bool = False, **shared: Unpack[UnitOptions]
     ) -> None:
-        super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
+        super().__init__(branches, classes, **shared)
         self.within = check_flag("within", within)
         self.options["within"] = within
         self._probes: dict[str, Tensor] | None = None
@@ -86,26 +74,13 @@ class Taylor(UnitPruner):
         return super().gate(key, labels)
 
     def scores(self, model: nn.Module, batches: Any = None) -> Scores:
-        """The mean squared gradients of the gates, float64 [units] a branch.
+        """The mean squared gradients of the gates over labelled or plain batches, float64 [units] a branch."""
 
-        Args:
-            model: The backbone whose gates this pruner answers for.
-            batches: See :func:`~prunex.units.batches.labelled_batches`.
+        def squares(pruner: Taylor, working: nn.Module, images: Tensor, labels: Tensor | None) -> Scores:
+            gradients = pruner._gradients(working, images, labels)
+            return {key: gradient.cpu().double().square().sum(0) for key, gradient in gradients.items()}
 
-        Raises:
-            PrunexError: For batches that do not fit the model, or a model without a classifier.
-        """
-        count = 0
-        with undisturbed(model):
-            totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in self.branches}
-            working = widened(model)
-            own: Taylor = mounted_units(working).pruner
-            with own.all_open():
-                for images, labels in labelled_batches(batches, working):
-                    for key, gradient in own._gradients(working, images, labels).items():
-                        totals[key] += gradient.cpu().double().square().sum(0)
-                    count += len(images)
-        return {key: total / count for key, total in totals.items()}
+        return mean_over_images(self, model, batches, squares)
 
     def _gradients(self, model: Any, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """dL/dg of each image: [B, units] a branch."""
@@ -114,7 +89,7 @@ class Taylor(UnitPruner):
         try:
             logits = own_output(model, images)[0]
             loss = F.cross_entropy(logits, classes_of(logits, labels), reduction="sum")
-            found = gradients(loss, list(probes.values()))
+            by_branch = gradients(loss, list(probes.values()))
         finally:
             self._probes = None
-        return dict(zip(probes, found, strict=True))
+        return dict(zip(probes, by_branch, strict=True))

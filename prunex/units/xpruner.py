@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from prunex.brief import Brief
 from prunex.checks import check_choice, check_number
 from prunex.errors import PrunexError
 from prunex.registry import register
-from prunex.units.base import Scores, UnitPruner, _slot
+from prunex.units.base import Scores, UnitOptions, UnitPruner, slot
 from prunex.vit.units import Branch
 from prunex.vit.weights import check_gradients
 from prunex.vit.widths import WidthSpec
@@ -45,13 +45,12 @@ class UnitRelevance(Brief):
         The excess is the head's relevance for the class less its mean over classes; without taking the mean away, heads
         that serve every class would lead every list.
         """
-        found = [
-            (block, head, float(table[label, head] - table[:, head].mean()))
-            for block, table in self.heads.items()
-            for head in range(table.shape[1])
-            if bool(self.kept[f"{block}.heads"][head])
-        ]
-        return sorted(found, key=lambda f: -f[2])[:k]
+        heads = []
+        for block, table in self.heads.items():
+            excess = table[label] - table.mean(0)
+            for head in self.kept[f"{block}.heads"].nonzero().flatten().tolist():
+                heads.append((block, head, float(excess[head])))
+        return sorted(heads, key=lambda h: -h[2])[:k]
 
     def top_classes(self, block: int, head: int, k: int = 5) -> list[tuple[int, float]]:
         """The classes a head matters most for: (class, relevance)."""
@@ -60,19 +59,14 @@ class UnitRelevance(Brief):
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a class and head, in plain values: class, block, head, relevance, kept, updates."""
-        return [
-            {
-                "class": label,
-                "block": block,
-                "head": head,
-                "relevance": round(float(table[label, head]), 6),
-                "kept": bool(self.kept[f"{block}.heads"][head]),
-                "updates": int(self.updates[label]),
-            }
-            for block, table in self.heads.items()
-            for label in range(table.shape[0])
-            for head in range(table.shape[1])
-        ]
+        rows = []
+        for block, table in self.heads.items():
+            kept = self.kept[f"{block}.heads"].tolist()
+            for label, relevances in enumerate(table.tolist()):
+                for head, relevance in enumerate(relevances):
+                    row = {"class": label, "block": block, "head": head, "relevance": round(relevance, 6)}
+                    rows.append(row | {"kept": kept[head], "updates": int(self.updates[label])})
+        return rows
 
 
 @register("pruner", "xpruner", "Yu and Xiang, CVPR 2023, arXiv 2303.04935", "training with labels")
@@ -106,10 +100,6 @@ class XPruner(UnitPruner):
     Args:
         branches: Of the model.
         classes: Outputs of the head.
-        budget: What the slim model may cost: a share of the dense multiply-adds, or "2.4GMACs".
-        min_heads: Heads left in every block at least.
-        min_channels: MLP channels left in every block at least.
-        round_to: Kept MLP channels are rounded up to a multiple.
         class_groups: For many classes: which group's mask row each class uses, one whole number from 0 a class. Without
             it the masks have classes * units values: as many as DeiT-S has weights, for 1000 classes.
         sparse: Weight of mean(M^2).
@@ -118,6 +108,7 @@ class XPruner(UnitPruner):
         weight: Of the cost constraint.
         beta: Of its square.
         rho: Step of the multiplier.
+        **shared: See :class:`~prunex.units.base.UnitOptions`.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32)
@@ -141,10 +132,6 @@ class XPruner(UnitPruner):
         self,
         branches: Sequence[Branch],
         classes: int,
-        budget: float | str = 0.5,
-        min_heads: int = 1,
-        min_channels: int = 8,
-        round_to: int = 1,
         class_groups: Sequence[int] | None = None,
         sparse: float = 10.0,
         smooth: float = 0.01,
@@ -152,8 +139,9 @@ class XPruner(UnitPruner):
         weight: float = 10.0,
         beta: float = 1.0,
         rho: float = 0.1,
+        **shared: Unpack[UnitOptions],
     ) -> None:
-        super().__init__(branches, classes, budget, min_heads, min_channels, round_to)
+        super().__init__(branches, classes, **shared)
         if classes < 1:
             raise PrunexError("xpruner needs a model with a classifier: its masks are a row a class")
         numbers = {"sparse": sparse, "smooth": smooth, "slope": slope, "weight": weight, "beta": beta, "rho": rho}
@@ -166,7 +154,7 @@ class XPruner(UnitPruner):
         # Buffers that require grad, not parameters: whoever optimises model.parameters() does not know their rates, and
         # weight decay on masks would make classes that are seldom seen look unimportant.
         for b in self.branches:
-            self.register_buffer(_slot("mask", b.key), torch.ones(rows, b.units * b.width, requires_grad=True))
+            self.register_buffer(slot("mask", b.key), torch.ones(rows, b.units * b.width, requires_grad=True))
         self.register_buffer("thresholds", torch.zeros(len(self.branches), requires_grad=True))
         self.register_buffer("multiplier", torch.zeros(()))
         self.register_buffer("updates", torch.zeros(classes, dtype=torch.long))
@@ -196,15 +184,15 @@ class XPruner(UnitPruner):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moved to a device or dtype; what is learned stays float32, and a leaf that gathers gradients."""
         super()._apply(fn, recurse)
-        for name in [*(_slot("mask", b.key) for b in self.branches), "thresholds"]:
-            found = self._buffers[name]
-            if found is not None and (not found.is_leaf or found.dtype != torch.float32):
-                self._buffers[name] = found.detach().float().requires_grad_()
+        for name in [*(slot("mask", b.key) for b in self.branches), "thresholds"]:
+            learned = self.get_buffer(name)
+            if not learned.is_leaf or learned.dtype != torch.float32:
+                self._buffers[name] = learned.detach().float().requires_grad_()
         return self
 
     def mask(self, branch: Branch) -> Tensor:
         """The branch's masks, [groups, units * width]."""
-        return self.get_buffer(_slot("mask", branch.key))
+        return self.get_buffer(slot("mask", branch.key))
 
     def masks(self) -> list[Tensor]:
         """All masks: what the first stage learns."""
@@ -225,20 +213,21 @@ class XPruner(UnitPruner):
 
     def left(self, key: str) -> tuple[int, ...] | None:
         """Those of the hard gates while thresholds are learned, but not in training: there closed ones count too."""
-        if self.stage == "masks" or (self.stage == "thresholds" and self.training):
-            return None
         if self.stage == "done":
             return super().left(key)
+        if self.stage == "masks" or self.training:
+            return None
+        kept = self._passed()[key]
+        return None if bool(kept.all()) else tuple(kept.nonzero().flatten().tolist())
+
+    def _passed(self) -> dict[str, Tensor]:
+        """The units whose hard gates are open while thresholds are learned, by branch: bool [units]."""
         with torch.no_grad():
-            found = self.hard(self.branch(key)) > 0
-        return None if bool(found.all()) else tuple(found.nonzero().flatten().tolist())
+            return {b.key: self.hard(b) > 0 for b in self.branches}
 
     def present(self) -> WidthSpec:
         """As the hard gates have them while thresholds are learned."""
-        if self.stage != "thresholds":
-            return super().present()
-        with torch.no_grad():
-            return self._spec({b.key: self.hard(b) > 0 for b in self.branches})
+        return self._spec(self._passed()) if self.stage == "thresholds" else super().present()
 
     def saw(self, labels: Tensor) -> None:
         """Count the classes that a training step of the masks has seen."""
@@ -255,8 +244,7 @@ class XPruner(UnitPruner):
         """As the hard gates have them while thresholds are learned."""
         if self.stage != "thresholds":
             return super().closed()
-        with torch.no_grad():
-            return {b.key: b.units - int(self.hard(b).sum()) for b in self.branches}
+        return {key: len(kept) - int(kept.sum()) for key, kept in self._passed().items()}
 
     def _number(self, branch: Branch) -> int:
         return next(i for i, b in enumerate(self.branches) if b.key == branch.key)
@@ -287,19 +275,20 @@ class XPruner(UnitPruner):
 
     def losses(self) -> dict[str, Tensor]:
         """The penalties on the masks, or the constraint on the rate."""
-        if self.stage == "masks":
-            masks = self.masks()
-            count = sum(m.numel() for m in masks)
-            found = {}
-            if self.terms["sparse"] > 0:
-                found["sparse"] = self.terms["sparse"] * torch.stack([m.square().sum() for m in masks]).sum() / count
-            if self.terms["smooth"] > 0:
-                found["smooth"] = self.terms["smooth"] * self._roughness()
-            return found
+        terms = self.terms
+        if self.stage == "done":
+            return {}
         if self.stage == "thresholds":
             gap = self.target - self.rate()
-            return {"rate": self.terms["weight"] * (self.terms["beta"] * gap.square() + self.multiplier * gap)}
-        return {}
+            return {"rate": terms["weight"] * (terms["beta"] * gap.square() + self.multiplier * gap)}
+        losses = {}
+        if terms["sparse"] > 0:
+            masks = self.masks()
+            squares = torch.stack([m.square().sum() for m in masks]).sum()
+            losses["sparse"] = terms["sparse"] * squares / sum(m.numel() for m in masks)
+        if terms["smooth"] > 0:
+            losses["smooth"] = terms["smooth"] * self._roughness()
+        return losses
 
     def _roughness(self) -> Tensor:
         """Mean of abs(M[u-1] - 2 M[u] + M[u+1]) over neighbours in one head, or in one MLP."""
@@ -337,24 +326,19 @@ class XPruner(UnitPruner):
         for b in self.branches:
             rows = self.mask(b).detach().abs()[self.groups]
             tables[b.kind][b.block] = rows.view(len(rows), b.units, b.width).mean(2).cpu()
-        with torch.no_grad():
-            searching = self.stage == "thresholds"
-            kept = {b.key: (self.hard(b) > 0 if searching else self.open(b.key)).cpu() for b in self.branches}
+        searching = self.stage == "thresholds"
+        kept = self._passed() if searching else {b.key: self.open(b.key) for b in self.branches}
+        kept = {key: units.cpu() for key, units in kept.items()}
         return UnitRelevance(tables["heads"], tables["channels"], kept, self.updates.cpu())
 
 
 def _check_groups(given: Any, classes: int) -> list[int]:
-    """One group a class, numbered from 0 without gaps.
-
-    Raises:
-        PrunexError: For anything else.
-    """
+    """One group a class, numbered from 0 without gaps."""
     if given is None:
         return list(range(classes))
-    many = isinstance(given, Iterable) and not isinstance(given, str)
-    groups = list(given) if many else []
-    whole = all(isinstance(g, int) and not isinstance(g, bool) for g in groups)
-    if not many or not whole or len(groups) != classes or set(groups) != set(range(max(groups, default=-1) + 1)):
+    groups = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    numbers = all(type(g) is int for g in groups)
+    if not numbers or len(groups) != classes or set(groups) != set(range(max(groups, default=-1) + 1)):
         raise PrunexError(
             f"class_groups={given!r} is not allowed: give a group for each of the {classes} classes, whole numbers "
             "from 0 without gaps"

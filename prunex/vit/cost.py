@@ -16,7 +16,7 @@ from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.blocks.plain import linear_macs
 from prunex.vit.layouts import layout_of
 from prunex.vit.mount import mounted, mounted_units
-from prunex.vit.units import Backbone, blocks_of, branches, head_dim, unit_params
+from prunex.vit.units import Backbone, blocks_of, branches, head_dim, tokens_in, unit_params
 
 
 @dataclass(frozen=True)
@@ -94,51 +94,37 @@ def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
 
 
 def tally(model: nn.Module, image_size: tuple[int, int] | None = None, gates: bool = True, tokens: bool = True) -> Cost:
-    """:func:`cost`, with or without what the closed gates of units and the token pruner save.
-
-    Args:
-        model: As for :func:`cost`.
-        image_size: As for :func:`cost`.
-        gates: Whether units that are closed count as taken out.
-        tokens: Whether the attached token pruner counts.
-    """
+    """:func:`cost`, with or without what closed gates of units (``gates``) and the token pruner (``tokens``) save."""
     vit = find(model, kinds=Backbone)[1]
+    units = mounted_units(vit) if gates else None
+    closed = {} if units is None else units.pruner.closed()
     if isinstance(vit, SwinTransformer):
-        found = count_windows(vit, image_size)
+        full = count_windows(vit, image_size)
     else:
         a = read(vit)
         attached = mounted(vit) if tokens else None
-        pruner = None if attached is None else attached.pruner
-        unit = mounted_units(vit) if gates else None
-        closed = {} if unit is None else unit.pruner.closed()
-        found = count(vit, pruner, a.grid if image_size is None else _grid(a, image_size), closed)
-    gated = mounted_units(vit) if gates else None
-    return found if gated is None else _without(vit, found, gated.pruner.closed())
+        grid = a.grid if image_size is None else _grid(a, image_size)
+        full = count(vit, None if attached is None else attached.pruner, grid, closed)
+    return full if units is None else _without(vit, full, closed)
 
 
-def _without(vit: Any, found: Cost, closed: Mapping[str, int]) -> Cost:
+def _without(vit: Any, full: Cost, closed: Mapping[str, int]) -> Cost:
     """The cost when so many units of each branch were taken out, at the tokens counted."""
-    tokens = None if isinstance(vit, SwinTransformer) else tokens_of(found)
-    blocks, params, saved = list(found.blocks), found.params, 0
+    tokens = None if isinstance(vit, SwinTransformer) else tokens_of(full)
+    blocks, macs, params = list(full.blocks), full.macs, full.params
     for branch in branches(vit, tokens):
-        less = closed.get(branch.key, 0) * branch.macs
-        blocks[branch.block] = replace(blocks[branch.block], macs=blocks[branch.block].macs - less)
-        saved += less
-        params -= closed.get(branch.key, 0) * unit_params(vit, branch)
-    return Cost(found.macs - saved, params, tuple(blocks))
+        count = closed.get(branch.key, 0)
+        block = blocks[branch.block]
+        blocks[branch.block] = replace(block, macs=block.macs - count * branch.macs)
+        macs -= count * branch.macs
+        params -= count * unit_params(vit, branch)
+    return Cost(macs, params, tuple(blocks))
 
 
 def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Mapping[str, int] | None = None) -> Cost:
-    """What a ViT would cost under a pruner that need not be attached to it.
+    """What a ViT would cost under a pruner (None: dense) that need not be attached to it, at a patch grid (gh, gw).
 
-    Args:
-        vit: A supported ViT.
-        pruner: A token pruner made for it, or None for the dense model.
-        grid: Patch grid (gh, gw); None: the model's own.
-        closed: By branch, how many units are closed: no token is ranked by these. What they cost is still counted.
-
-    Returns:
-        The cost of one image; ``params`` are those the model has now.
+    ``closed`` says of branches how many units are closed: no token is ranked by these. What they cost is still counted.
     """
     a = read(vit) if pruner is None else pruner.alter(read(vit))
     gh, gw = a.grid if grid is None else grid
@@ -172,21 +158,17 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
 
 
 def count_windows(vit: Any, image_size: tuple[int, int] | None = None) -> Cost:
-    """What a Swin costs: windowed attention over padded grids, MLPs, patch merging, embedding and head.
-
-    Raises:
-        PrunexError: For an image size other than its own.
-    """
-    own = tuple(vit.patch_embed.img_size)
-    if image_size is not None and tuple(image_size) != own:
-        raise PrunexError(f"image_size={image_size!r} is not allowed: this Swin is built for {own}")
+    """What a Swin costs: windowed attention over padded grids, MLPs, patch merging, embedding and head."""
+    built_for = tuple(vit.patch_embed.img_size)
+    if image_size is not None and tuple(image_size) != built_for:
+        raise PrunexError(f"image_size={image_size!r} is not allowed: this Swin is built for {built_for}")
+    units: dict[int, int] = {}
+    for branch in branches(vit):
+        units[branch.block] = units.get(branch.block, 0) + branch.units * branch.macs
     blocks = []
-    found = {b.key: b for b in branches(vit)}
     for number, (_, block) in enumerate(blocks_of(vit)):
-        (h, w), (wh, ww) = block.input_resolution, block.window_size
-        padded = -(-h // wh) * wh * (-(-w // ww) * ww)
-        own_units = [found[k] for k in (f"{number}.heads", f"{number}.channels") if k in found]
-        blocks.append(BlockCost(padded, h * w, sum(b.units * b.macs for b in own_units)))
+        padded, tokens, _ = tokens_in(vit, block)
+        blocks.append(BlockCost(padded, tokens, units.get(number, 0)))
     gh, gw = vit.patch_embed.grid_size
     rest = gh * gw * vit.patch_embed.proj.weight.numel()
     for stage in vit.layers:
@@ -199,9 +181,9 @@ def count_windows(vit: Any, image_size: tuple[int, int] | None = None) -> Cost:
     return Cost(rest + sum(b.macs for b in blocks), params, tuple(blocks))
 
 
-def tokens_of(found: Cost) -> list[tuple[int, int, int]]:
+def tokens_of(counted: Cost) -> list[tuple[int, int, int]]:
     """Tokens in each block's attention, those of them that ask, and tokens in its MLP, prefix included."""
-    return [(b.attention_tokens, b.query_tokens or b.attention_tokens, b.mlp_tokens) for b in found.blocks]
+    return [(b.attention_tokens, b.query_tokens or b.attention_tokens, b.mlp_tokens) for b in counted.blocks]
 
 
 def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost:

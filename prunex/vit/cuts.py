@@ -1,4 +1,4 @@
-"""Before and around taking units out for good: every layer that is cut can be cut, and what fails leaves no trace."""
+"""Taking units out of layers for good: every layer that is cut can be cut, and what fails leaves no trace."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from timm.layers import GluMlp
+from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.optimisers import chain
-from prunex.vit.units import blocks_of
+from prunex.vit.narrow import NarrowAttention
+from prunex.vit.optimisers import Slices, chain, sliced
+from prunex.vit.units import blocks_of, head_dim
 from prunex.vit.weights import Unread, by_name, stands_for_linear, what_is_on
 
 _HEADS = ("qkv", "gate", "proj")
@@ -19,15 +23,9 @@ _CHANNELS = ("fc1", "fc1_g", "fc1_x", "fc2")
 
 
 def check_cuts(model: Any, spec: Any) -> None:
-    """Refuse to cut layers that are more than their own weights, or not their own alone.
+    """Refuse, by name, to cut layers that are more than their own weights, or not their own alone.
 
-    Args:
-        model: A backbone.
-        spec: A :class:`~prunex.vit.widths.WidthSpec` in the numbers of the blocks that the model has now; only which
-            blocks it names counts.
-
-    Raises:
-        PrunexError: By layer.
+    Of the :class:`~prunex.vit.widths.WidthSpec`, in the model's present numbers, only which blocks it names counts.
     """
     layers = dict(_to_cut(model, spec))
     with by_name(model):
@@ -35,8 +33,8 @@ def check_cuts(model: Any, spec: Any) -> None:
             what = what_is_on(layer)
             if what:
                 raise Unread(layer, what, path)
-    cut = {id(p): f"{path}.{name}" for path, layer in layers.items() for name, p in layer.named_parameters()}
-    _check_alone(model, cut)
+    names = {id(p): f"{path}.{name}" for path, layer in layers.items() for name, p in layer.named_parameters()}
+    _check_alone(model, names)
 
 
 def _to_cut(model: Any, spec: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -49,8 +47,10 @@ def _to_cut(model: Any, spec: Any) -> Iterator[tuple[str, nn.Module]]:
     for number, (path, block) in enumerate(blocks_of(model)):
         heads = number in spec.heads or number in spec.query_dims
         for half, names, cuts in (("attn", _HEADS, heads), ("mlp", _CHANNELS, number in spec.channels)):
-            found = ((name, getattr(getattr(block, half, None), name, None)) for name in names)
-            yield from ((f"{path}.{half}.{name}", layer) for name, layer in found if cuts and layer is not None)
+            for name in names if cuts else ():
+                layer = getattr(getattr(block, half, None), name, None)
+                if layer is not None:
+                    yield f"{path}.{half}.{name}", layer
 
 
 def _check_alone(model: nn.Module, cut: dict[int, str]) -> None:
@@ -91,3 +91,146 @@ def whole_or_not(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] =
 def _refill(now: dict[str, Any], before: dict[str, Any]) -> None:
     now.clear()
     now.update(before)
+
+
+def cut(model: Any, spec: Any) -> Slices:
+    """Take the units out that a spec does not keep, in the numbers that the model has now."""
+    slices: Slices = {}
+    blocks = list(blocks_of(model))
+    for number, kept in spec.heads.items():
+        _take_heads(blocks[number][1].attn, tuple(kept), slices)
+    for number in spec.query_dims:
+        _take_dims(blocks[number][1].attn, spec.query_dims[number], spec.value_dims[number], slices)
+    for number, kept in spec.channels.items():
+        _take_channels(blocks[number][1].mlp, tuple(kept), slices)
+    if spec.embedding is not None:
+        _take_embedding(model, spec.embedding, slices)
+    if spec.blocks is not None:
+        _take_blocks(model, spec.blocks)
+    return slices
+
+
+def _take_heads(attn: Any, kept: tuple[int, ...], slices: Slices) -> None:
+    d, count = head_dim(attn), attn.num_heads
+    if len(kept) == count:
+        return
+    places = torch.arange(count * d).view(count, d)[list(kept)].flatten()
+    rows = torch.cat([places + s * count * d for s in range(3)])
+    _cut(attn.qkv, rows, 0, slices)
+    _cut(attn.proj, places, 1, slices)
+    if getattr(attn, "gate", None) is not None:
+        _cut(attn.gate, places, 0, slices)
+    if isinstance(attn, WindowAttention):
+        _swap(attn, "relative_position_bias_table", [(1, torch.tensor(kept))], slices)
+    attn.num_heads, attn.head_dim = len(kept), d
+    _settle(attn, d)
+
+
+def _take_dims(attn: Any, queries: Any, values: Any, slices: Slices) -> None:
+    count, d = attn.num_heads, head_dim(attn)
+    left = len(queries[0])
+    if left == d:
+        return
+    at = torch.arange(count * d).view(count, d)
+    q = torch.cat([at[h][list(kept)] for h, kept in enumerate(queries)])
+    v = torch.cat([at[h][list(kept)] for h, kept in enumerate(values)])
+    _cut(attn.qkv, torch.cat([q, q + count * d, v + 2 * count * d]), 0, slices)
+    _cut(attn.proj, v, 1, slices)
+    if getattr(attn, "gate", None) is not None:
+        _cut(attn.gate, v, 0, slices)
+    with torch.no_grad():  # scores are scaled by the new width from now on
+        attn.qkv.weight[: count * left] *= (left / d) ** 0.5
+        if attn.qkv.bias is not None:
+            attn.qkv.bias[: count * left] *= (left / d) ** 0.5
+    attn.head_dim = left
+    attn.scale = left**-0.5
+    _settle(attn, left)
+
+
+def _settle(attn: Any, d: int) -> None:
+    """What timm's forward reads beside the weights; an older one, which takes widths to be equal, gets ours."""
+    known = hasattr(attn, "attn_dim") or isinstance(attn, WindowAttention)
+    if known:
+        attn.attn_dim = attn.num_heads * d
+    if type(attn) is Attention and not (known and attn.num_heads):
+        attn.__class__ = NarrowAttention
+
+
+def _take_channels(mlp: Any, kept: tuple[int, ...], slices: Slices) -> None:
+    count = mlp.fc2.in_features
+    if len(kept) == count:
+        return
+    places = torch.tensor(kept, dtype=torch.long)
+    if type(mlp) is GluMlp:  # one layer holds both halves
+        _cut(mlp.fc1, torch.cat([places, places + count]), 0, slices)
+    else:
+        for first in _first_layers(mlp):
+            _cut(first, places, 0, slices)
+    _cut(mlp.fc2, places, 1, slices)
+
+
+def _first_layers(mlp: Any) -> list[Any]:
+    return [getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
+
+
+def _take_embedding(model: Any, kept: tuple[int, ...], slices: Slices) -> None:
+    places = torch.tensor(kept, dtype=torch.long)
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        if getattr(model, name, None) is not None:
+            _swap(model, name, [(2, places)], slices)
+    _swap(model.patch_embed.proj, "weight", [(0, places)], slices)
+    _swap(model.patch_embed.proj, "bias", [(0, places)], slices)
+    model.patch_embed.proj.out_channels = len(kept)
+    norms = [model.patch_embed.norm, model.norm_pre, model.norm, model.fc_norm]
+    for _, block in blocks_of(model):
+        for name in ("norm1", "norm2", "ls1", "ls2"):
+            norms.append(getattr(block, name, nn.Identity()))
+        for first in (block.attn.qkv, getattr(block.attn, "gate", None)):
+            if first is not None:
+                _cut(first, places, 1, slices)
+        _cut(block.attn.proj, places, 0, slices)
+        _settle(block.attn, head_dim(block.attn))
+        for first in _first_layers(block.mlp):
+            _cut(first, places, 1, slices)
+        _cut(block.mlp.fc2, places, 0, slices)
+    for norm in norms:
+        for name in ("weight", "bias", "gamma"):
+            if isinstance(getattr(norm, name, None), nn.Parameter):
+                _swap(norm, name, [(0, places)], slices)
+        if hasattr(norm, "normalized_shape"):
+            norm.normalized_shape = (len(kept),)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if isinstance(head, nn.Linear):
+            _cut(head, places, 1, slices)
+    model.embed_dim = model.num_features = model.head_hidden_size = len(kept)
+    model.feature_info = [dict(entry, num_chs=len(kept)) for entry in getattr(model, "feature_info", [])]
+
+
+def _take_blocks(model: Any, kept: tuple[int, ...]) -> None:
+    blocks = list(model.blocks)
+    model.blocks = nn.Sequential(*(blocks[i] for i in kept))
+    model.feature_info = [dict(model.feature_info[i], module=f"blocks.{n}") for n, i in enumerate(kept)]
+
+
+def _cut(linear: Any, places: Tensor, dim: int, slices: Slices) -> None:
+    """Keep some outputs (dim 0) or inputs (dim 1) of a linear layer."""
+    _swap(linear, "weight", [(dim, places)], slices)
+    if dim == 0:
+        if linear.bias is not None:
+            _swap(linear, "bias", [(0, places)], slices)
+        linear.out_features = len(places)
+    else:
+        linear.in_features = len(places)
+
+
+def _swap(module: nn.Module, name: str, cuts: list[tuple[int, Tensor]], slices: Slices) -> None:
+    """Put a sliced parameter in the place of a whole one, and note which came from which."""
+    old = module._parameters[name]
+    if old is None:
+        return
+    new = nn.Parameter(sliced(old.detach(), cuts), requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = sliced(old.grad, cuts)
+    setattr(module, name, new)
+    first, before = next(((k, c) for k, (p, c) in slices.items() if p is old), (old, []))
+    slices[first] = (new, [*before, *cuts])

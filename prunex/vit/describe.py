@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import timm.layers
 import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import AttentionRope, Eva, EvaBlockPostNorm
@@ -19,7 +19,7 @@ from prunex.vit.blocks.parallel import fused_out
 from prunex.vit.rebuild import BLOCKS, MLPS, sketch
 from prunex.vit.units import Backbone, blocks_of, head_dim
 from prunex.vit.weights import misfits
-from prunex.vit.widths import Shape, dense_shape, widths_of
+from prunex.vit.widths import Shape, dense_shape, shape_of, widths_of
 
 _ROPES = {
     "RotaryEmbeddingCat": "cat",
@@ -32,11 +32,7 @@ _ROPES = {
 def outline(model: Backbone) -> Anatomy:
     """What a model looks like from outside: images, classes, width and depth, of a timm Swin too.
 
-    Of a Swin, ``width`` is that of its last stage, ``hidden`` and ``heads`` are those of all blocks, and there are no
-    prefix tokens.
-
-    Raises:
-        PrunexError: For an unsupported family, by name.
+    Of a Swin, ``width`` is that of its last stage, and ``hidden`` and ``heads`` are those of all blocks.
     """
     if not isinstance(model, SwinTransformer):
         return read(model)
@@ -90,72 +86,61 @@ def _described(model: ViT) -> dict[str, Any]:
     a = _dense(read(model), dense_shape(model))
     if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
         raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
-    inner: Any = model
-    args: dict[str, Any] = {
+    if isinstance(model, Eva):
+        name, more = "Eva", _eva(model, a)
+    elif isinstance(model, Beit):
+        name, more = "Beit", _beit(model, a)
+    else:
+        distilled = isinstance(model, VisionTransformerDistilled)
+        name, more = "VisionTransformerDistilled" if distilled else "VisionTransformer", _plain(model, a)
+    return {"class": name, "args": _outside(a) | {"embed_dim": a.width, "depth": a.depth} | more}
+
+
+def _outside(a: Anatomy) -> dict[str, Any]:
+    return {
         "img_size": list(a.image),
         "patch_size": list(a.patch),
         "in_chans": a.channels,
         "num_classes": a.classes,
         "global_pool": a.pool,
-        "embed_dim": a.width,
-        "depth": a.depth,
     }
-    if isinstance(model, Eva):
-        name, more = "Eva", _eva(inner, a)
-    elif isinstance(model, Beit):
-        name, more = "Beit", _beit(inner, a)
-    else:
-        distilled = isinstance(model, VisionTransformerDistilled)
-        name, more = "VisionTransformerDistilled" if distilled else "VisionTransformer", _plain(inner, a)
-    return {"class": name, "args": args | more}
 
 
 def _dense(a: Anatomy, shape: Shape | None) -> Anatomy:
     """A narrowed model's anatomy with the widths it had when it was dense."""
     if shape is None:
         return a
-    heads = tuple(a.heads[0] if found is None else found[0] for found in shape.heads)
-    hidden = tuple(a.hidden[0] if found is None else found for found in shape.hidden)
-    d = next((found[1] for found in shape.heads if found is not None), a.head_dim)
+    heads = tuple(a.heads[0] if known is None else known[0] for known in shape.heads)
+    hidden = tuple(a.hidden[0] if known is None else known for known in shape.hidden)
+    d = next((known[1] for known in shape.heads if known is not None), a.head_dim)
     return replace(a, depth=len(heads), width=shape.embedding, heads=heads, head_dim=d, hidden=hidden)
 
 
 def _windowed(model: Any) -> dict[str, Any]:
     """A Swin's constructor call."""
-    a, shape = outline(model), dense_shape(model)
-    depths = [len(stage.blocks) for stage in model.layers]
-    firsts = [sum(depths[:s]) for s in range(len(depths))]
+    a, shape = outline(model), dense_shape(model) or shape_of(model)
     blocks: list[Any] = [block for _, block in blocks_of(model)]
-    if shape is None:
-        heads = [(b.attn.num_heads, head_dim(b.attn)) for b in blocks]
-        hidden = [b.mlp.fc2.in_features for b in blocks]
-    else:
-        heads, hidden = [h or (0, 0) for h in shape.heads], [h or 0 for h in shape.hidden]
-    even = all(
-        len(set(found[first : first + depth])) == 1
-        for found in (heads, hidden)
-        for first, depth in zip(firsts, depths, strict=True)
-    )
-    if not even:
-        raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
-    mlps = {(type(b.mlp), _act_name(b.mlp.act), type(b.mlp.norm)) for b in blocks}
-    if mlps != {(timm.layers.Mlp, "gelu", nn.Identity)}:
+    if {(type(b.mlp), _act_name(b.mlp.act), type(b.mlp.norm)) for b in blocks} != {(Mlp, "gelu", nn.Identity)}:
         raise PrunexError("cannot save a Swin with other MLPs than timm's Mlp of GELU")
+    depths = [len(stage.blocks) for stage in model.layers]
+    heads, ratios, first = [], [], 0
+    for depth in depths:
+        stage = set(zip(shape.heads[first : first + depth], shape.hidden[first : first + depth], strict=True))
+        if len(stage) > 1:
+            raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")
+        heads.append(shape.heads[first] or (0, 0))
+        ratios.append(_ratio(shape.hidden[first] or 0, blocks[first].dim))
+        first += depth
     windows = [tuple(b.window_size) for b in blocks]
-    args: dict[str, Any] = {
-        "img_size": list(a.image),
-        "patch_size": list(a.patch),
-        "in_chans": a.channels,
-        "num_classes": a.classes,
-        "global_pool": a.pool,
+    args: dict[str, Any] = _outside(a) | {
         "embed_dim": model.embed_dim,
         "depths": depths,
-        "num_heads": [heads[first][0] for first in firsts],
-        "head_dim": [heads[first][1] for first in firsts],
+        "num_heads": [count for count, _ in heads],
+        "head_dim": [width for _, width in heads],
         "window_size": [max(w[0] for w in windows), max(w[1] for w in windows)],
         "always_partition": bool(blocks[0].always_partition),
         "strict_img_size": not a.dynamic,
-        "mlp_ratio": [_ratio(hidden[first], blocks[first].dim) for first in firsts],
+        "mlp_ratio": ratios,
         "qkv_bias": blocks[0].attn.qkv.bias is not None,
         "norm_layer": _norm(model.norm),
     }
@@ -207,7 +192,7 @@ def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
     first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
     count, each, hidden = attn.num_heads, attn.head_dim, first.out_features
     if dense_shape(model) is not None and kind != "ParallelThingsBlock":  # a narrowed one's own widths are not timm's
-        count, each, hidden = a.heads[0], a.head_dim, a.hidden[0] * (2 if type(mlp) is timm.layers.GluMlp else 1)
+        count, each, hidden = a.heads[0], a.head_dim, a.hidden[0] * (2 if type(mlp) is GluMlp else 1)
     if count * each != a.width or getattr(attn, "gate", None) is not None:
         raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
     args: dict[str, Any] = _shared(model, a) | {
@@ -345,17 +330,13 @@ def _beit(model: Any, a: Anatomy) -> dict[str, Any]:
 
 
 def _mlp_of(mlp: Any, a: Anatomy) -> dict[str, Any]:
-    """EVA's and BEiT's way to name an MLP.
-
-    Raises:
-        PrunexError: For one that they have not.
-    """
+    """EVA's and BEiT's way to name an MLP; others than theirs are refused."""
     scaled = not isinstance(mlp.norm, nn.Identity)
-    gated = type(mlp) in (timm.layers.SwiGLU, timm.layers.GluMlp) and isinstance(mlp.act, nn.SiLU)
-    if not gated and (type(mlp) is not timm.layers.Mlp or _act_name(mlp.act) != "gelu"):
+    gated = type(mlp) in (SwiGLU, GluMlp) and isinstance(mlp.act, nn.SiLU)
+    if not gated and (type(mlp) is not Mlp or _act_name(mlp.act) != "gelu"):
         raise PrunexError(f"cannot save a model with {type(mlp).__name__} of {type(mlp.act).__name__} in this family")
     args = {"mlp_ratio": _ratio(a.hidden[0], a.width), "swiglu_mlp": gated, "scale_mlp": scaled}
-    if type(mlp) is timm.layers.SwiGLU and not scaled:
+    if type(mlp) is SwiGLU and not scaled:
         args["swiglu_align_to"] = 1  # says which of two equal layers: the width is whole already
     return args
 
@@ -376,9 +357,10 @@ def _norm(norm: nn.Module) -> list[Any]:
 
 def _norm_name(norm: nn.Module) -> str:
     known = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm", "simplenorm": "SimpleNorm"}
+    name, wide = type(norm).__name__.removesuffix("Fp32"), type(norm).__name__.endswith("Fp32")
     for key, cls in known.items():
-        if type(norm).__name__ in (cls, cls + "Fp32"):
-            return key + ("fp32" if type(norm).__name__.endswith("Fp32") else "")
+        if name == cls:
+            return key + "fp32" * wide
     raise PrunexError(f"cannot save a model with {type(norm).__name__}: known are {', '.join(known.values())}")
 
 

@@ -26,11 +26,7 @@ def chain(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
 
 
 def check_followed(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Refuse optimisers that hold tensors of parameters where they cannot be cut.
-
-    Raises:
-        PrunexError: By name.
-    """
+    """Refuse, by name, optimisers that hold tensors of parameters where they cannot be cut."""
     for optimizer in (each for whole in optimizers for each in chain(whole)):
         kept = [name for name, value in vars(optimizer).items() if name not in _KNOWN and _holds_tensors(value)]
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -57,8 +53,7 @@ def _holds_tensors(value: Any, deep: int = 4) -> bool:
 def follow(optimizers: Iterable[torch.optim.Optimizer], slices: Slices) -> None:
     """Give optimisers the new parameters, and what they remember of the old ones, cut likewise.
 
-    Warns:
-        UserWarning: Where a state of another shape than its parameter cannot be cut: it begins anew.
+    A state of another shape than its parameter, as factored moments have it, begins anew, with a warning.
     """
     for optimizer in (each for whole in optimizers for each in chain(whole)):
         for group in optimizer.param_groups:  # in place: some hold the list itself

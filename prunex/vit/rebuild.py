@@ -55,30 +55,19 @@ _BLOCKS_AT_LEAST = 1000  # that may be described; more where the weights have as
 
 
 def build(spec: Mapping[str, Any]) -> Any:
-    """The model that :func:`~prunex.vit.describe.describe` described, fresh, in eval mode; narrowed if it was.
-
-    Raises:
-        PrunexError: For a description this version cannot build.
-    """
-    with _told_in_one_line():
+    """The model that :func:`~prunex.vit.describe.describe` described, fresh, in eval mode; narrowed if it was."""
+    with _refused_in_one_line():
         return _narrowed(_dense_model(spec), spec)
 
 
 def sketch(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) -> Any:
     """What :func:`build` makes, but parameters have shapes alone; tables that no file holds are computed.
 
-    Args:
-        spec: What :func:`~prunex.vit.describe.describe` wrote, or what says so.
-        held: Tensors of the file beside it. The description is of a model in proportion to these, or nothing is built.
-
-    Raises:
-        PrunexError: For a description that this version cannot build, or of a far larger model than the file's.
+    With ``held``, the tensors of the file beside the description, nothing is built that is out of proportion to these.
     """
-    with _told_in_one_line(), torch.random.fork_rng(devices=[]):
-        if held is not None:
-            _check_size(spec["args"], held)
+    with _refused_in_one_line(), torch.random.fork_rng(devices=[]):
         with Still():
-            model = _dense_model(spec)
+            model = _dense_model(spec, held)
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 module.register_parameter(name, nn.Parameter(p.to("meta"), p.requires_grad))
@@ -86,15 +75,9 @@ def sketch(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) ->
 
 
 def build_like(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """The described model with a file's weights, for a description that need not be true.
+    """The described model with those of a file's tensors that begin with a prefix, for a description that may be false.
 
-    Args:
-        spec: What :func:`~prunex.vit.describe.describe` wrote, or what says so.
-        tensors: Of the file beside it; each keeps the dtype it was saved in.
-        prefix: Of the model's tensors among them.
-
-    Raises:
-        PrunexError: For a description that this version cannot build, or of another model than the file's.
+    Each tensor keeps the dtype it was saved in.
     """
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     model = sketch(spec, weights)
@@ -111,7 +94,7 @@ def build_like(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: s
 
 
 @contextmanager
-def _told_in_one_line() -> Iterator[None]:
+def _refused_in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # timm's constructors stumble over bad numbers in many ways
@@ -120,9 +103,11 @@ def _told_in_one_line() -> Iterator[None]:
         ) from error
 
 
-def _dense_model(spec: Mapping[str, Any]) -> Any:
+def _dense_model(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) -> Any:
     args = dict(spec["args"])
     _check_arguments(args)
+    if held is not None:
+        _check_size(args, held)
     for name in {"norm_layer", "embed_norm_layer"} & {"norm_layer", *args}:
         norm, eps = args[name]
         args[name] = partial(timm.layers.get_norm_layer(norm), eps=eps)
@@ -158,26 +143,26 @@ def _check_size(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
 
     Bytes are counted in closed form, rather too many than too few.
     """
-    _check_arguments(args)
     depths = _several(args.get("depths", args.get("depth", 12)))
     parallel = args["block_fn"][1].get("num_parallel", 1) if "block_fn" in args else 1
-    most = max(len(weights), _BLOCKS_AT_LEAST)
-    if max(sum(depths), len(depths)) * parallel > most:
+    blocks, most = max(sum(depths), len(depths)) * parallel, max(len(weights), _BLOCKS_AT_LEAST)
+    if blocks > most:
         raise PrunexError(f"more blocks than its weights have tensors for ({most})")
     width = args["embed_dim"] * 2 ** (len(depths) - 1)  # a Swin's is doubled from stage to stage
     (height, across), (down, side) = _pair(args["img_size"]), _pair(args["patch_size"])
     patches = (height // down) * (across // side)
     registers = args.get("reg_tokens", 0) + args.get("num_reg_tokens", 0)
-    outside = args["in_chans"] * down * side + args["num_classes"] + patches + registers
-    ratio = max(float(r or 0) for name in ("mlp_ratio", "attn_pool_mlp_ratio") for r in _several(args.get(name, 4.0)))
+    rows = args["in_chans"] * down * side + args["num_classes"] + patches + registers
+    # Each block: attention, of which a Swin's heads may be wider than its stream, and an MLP of three layers at most.
+    ratios = [r or 0 for name in ("mlp_ratio", "attn_pool_mlp_ratio") for r in _several(args.get(name, 4.0))]
     groups = max(_several(args.get("num_kv_heads", 1)))
-    heads = max(_several(args["num_heads"])) * max(_several(args.get("head_dim", 0)))
-    block = width * (8 + 2 * groups + 3 * ratio) + 4 * width / args["embed_dim"] * heads
-    # A window's table has an entry for each pair of its tokens; BEiT's window is the image.
+    inner = max(_several(args["num_heads"])) * max(_several(args.get("head_dim", 0)))
+    rows += (blocks + 1) * (width * (8 + 2 * groups + 3 * max(ratios)) + 4 * inner)
+    # Windows have a table of their tokens' pairs, and a mask for each of them; BEiT's window is the image.
     window = math.prod(_pair(args["window_size"])) if "window_size" in args else 0
-    biased = args.get("use_rel_pos_bias") or args.get("use_shared_rel_pos_bias")
-    pairs = max(window**2, (patches + 1) ** 2 if biased else 0)
-    size = 4.0 * width * ((sum(depths) + 1) * parallel * block + outside) + 8.0 * (sum(depths) + 1) * pairs
+    if args.get("use_rel_pos_bias") or args.get("use_shared_rel_pos_bias"):
+        window = patches + 1
+    size = 4.0 * width * rows + 8.0 * (blocks + 1) * window * max(window, patches)
     held = sum(v.numel() * v.element_size() for v in weights.values())
     if size > _ROOM + _TIMES * held:
         raise PrunexError(f"it takes {size:.3g} bytes, its weights have {held:,}")

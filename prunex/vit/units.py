@@ -91,66 +91,62 @@ def head_dim(attn: Any) -> int:
 
 
 def branches(model: nn.Module, tokens: Sequence[tuple[int, int, int]] | None = None) -> list[Branch]:
-    """The branches whose units can be gated, with what a unit costs.
+    """The branches whose units can be gated, with what a unit costs; refuses a model none of whose units are known.
 
     A head costs 4 n D d + 2 n m d multiply-adds (d its width, n tokens of m keys each: all n, or those of a window), an
     MLP channel 2 n D (3 n D where the MLP is gated). Where only q of n tokens ask: 2 n D d + 2 q D d + 2 q n d.
-
-    Args:
-        model: A supported backbone.
-        tokens: Tokens in each block's attention, those of them that ask, and tokens in its MLP; None: those of the
-            dense model.
-
-    Raises:
-        PrunexError: For a model none of whose units are known.
+    ``tokens``: those in each block's attention, those of them that ask, and those in its MLP; None: the dense model's.
     """
     if not isinstance(model, Backbone):
         raise PrunexError(f"{type(model).__name__} has no units that are known; what works: {WORKS}")
-    found: list[Branch] = []
+    known: list[Branch] = []
     for number, (path, block) in enumerate(blocks_of(model)):
         if tokens is None:
-            attending, feeding, keys = _tokens(model, path, block)
+            attending, feeding, keys = tokens_in(model, block)
             asking = attending
         else:
             attending, asking, feeding = tokens[number]
             keys = attending
         if opens_heads(block):
-            attn = block.attn
-            width, d = sizes(attn.qkv)[0], head_dim(attn)
+            width, d = sizes(block.attn.qkv)[0], head_dim(block.attn)
             macs = 2 * (attending + asking) * width * d + 2 * asking * keys * d
-            found.append(Branch(f"{number}.heads", number, path, "heads", attn.num_heads, d, macs))
+            known.append(Branch(f"{number}.heads", number, path, "heads", block.attn.num_heads, d, macs))
         if opens_channels(block):
-            mlp = block.mlp
-            layers = 2 if type(mlp) is Mlp else 3
-            hidden, width = sizes(mlp.fc2)
-            macs = layers * feeding * width
-            found.append(Branch(f"{number}.channels", number, path, "channels", hidden, 1, macs))
-    if not found:
+            hidden, width = sizes(block.mlp.fc2)
+            layers = 2 if type(block.mlp) is Mlp else 3
+            known.append(Branch(f"{number}.channels", number, path, "channels", hidden, 1, layers * feeding * width))
+    if not known:
+        block = next(blocks_of(model))[1]
         raise PrunexError(
-            f"{type(model).__name__} with {type(next(blocks_of(model))[1]).__name__} has no units that are known; "
-            f"what works: {WORKS}"
+            f"{type(model).__name__} with {type(block).__name__} has no units that are known; what works: {WORKS}"
         )
-    return found
+    return known
 
 
 def unit_params(model: nn.Module, branch: Branch) -> int:
     """Parameters of one unit of a branch: its rows in the layers before, and its columns in the layer behind."""
     block: Any = model.get_submodule(branch.path)
+    columns = branch.width * sizes(last_layer(block, branch.kind))[1]
     if branch.kind == "heads":
-        attn, d = block.attn, branch.width
-        table = getattr(attn, "relative_position_bias_table", None)
-        gate = getattr(attn, "gate", None)
-        before = [(attn.qkv, 3 * d), *(((gate, d),) if gate is not None else ())]
-        rest = d * sizes(attn.proj)[1] + (0 if table is None else table.shape[0])
-    else:
-        mlp = block.mlp
-        before = [(getattr(mlp, n), 1) for n in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, n)]
-        before = [(layer, 2 * n if type(mlp) is GluMlp else n) for layer, n in before]
-        rest = sizes(mlp.fc2)[1]
-    return rest + sum(rows * (sizes(layer)[0] + (getattr(layer, "bias", None) is not None)) for layer, rows in before)
+        table = getattr(block.attn, "relative_position_bias_table", None)
+        columns += 0 if table is None else table.shape[0]
+    return columns + sum(
+        rows * branch.width * (sizes(layer)[0] + (getattr(layer, "bias", None) is not None))
+        for layer, rows in first_layers(block, branch.kind)
+    )
 
 
-def _tokens(model: Any, path: str, block: Any) -> tuple[int, int, int]:
+def first_layers(block: Any, kind: Kind) -> list[tuple[Any, int]]:
+    """The layers that a branch's units are computed by, and how many rows for each of their inputs to the last one."""
+    if kind == "heads":
+        gate = getattr(block.attn, "gate", None)
+        return [(block.attn.qkv, 3)] + ([] if gate is None else [(gate, 1)])
+    if type(block.mlp) is GluMlp:
+        return [(block.mlp.fc1, 2)]
+    return [(getattr(block.mlp, name), 1) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(block.mlp, name)]
+
+
+def tokens_in(model: Any, block: Any) -> tuple[int, int, int]:
     """Tokens in a block's attention (those that pad windows included) and in its MLP, and keys that a token sees."""
     if isinstance(model, SwinTransformer):
         (h, w), (wh, ww) = block.input_resolution, block.window_size
@@ -162,31 +158,24 @@ def _tokens(model: Any, path: str, block: Any) -> tuple[int, int, int]:
 
 
 def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
-    """Let a function say, in every forward, how far each unit is open.
+    """Let functions say, in every forward, how far each unit is open.
 
-    Args:
-        model: A supported backbone.
-        gate: From a branch's key and the number of images to None (all open), or factors for the inputs of the layer
-            behind the units: [units * width], or [B, units * width] where images differ.
-        left: From a branch's key to the units that are open, where its gates are 0 or 1 now; None where they are not,
-            or all are open. See :func:`heads_left`.
+    ``gate`` makes of a branch's key and the number of images None (all open), or factors for the inputs of the layer
+    behind the units: [units * width], or [B, units * width]. ``left`` makes of a key the units that are open, where
+    gates are 0 or 1 now; None where they are not, or all are open.
     """
     for branch in branches(model):
         block = model.get_submodule(branch.path)
         windows = 1
         if branch.kind == "heads" and isinstance(model, SwinTransformer):
-            padded, _, keys = _tokens(model, branch.path, block)
+            padded, _, keys = tokens_in(model, block)
             windows = padded // keys
         hook = OwnHook(_through, gate, left, branch.key, windows)
         last_layer(block, branch.kind).register_forward_pre_hook(hook)
 
 
 def check_gates(model: nn.Module) -> None:
-    """See that nobody put other layers in the place of those that :func:`put_gates` put gates in front of.
-
-    Raises:
-        PrunexError: By layer.
-    """
+    """Refuse a model in which others stand in the place of layers that :func:`put_gates` put gates in front of."""
     for branch in branches(model):
         layer = last_layer(model.get_submodule(branch.path), branch.kind)
         if not any(isinstance(hook, OwnHook) for hook in layer._forward_pre_hooks.values()):
@@ -206,28 +195,23 @@ def take_gates_off(model: nn.Module) -> None:
 
 
 def let_through(module: nn.Module, x: Tensor) -> Tensor:
-    """What the gates in front of a layer let through, for those who compute the layer themselves.
-
-    At inference gates are 0 or 1, and asking twice is asking once.
-    """
+    """What the gates in front of a layer let through, for those who compute the layer themselves."""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, OwnHook):
-            found = hook(module, (x,))
-            x = x if found is None else found[0]
+        gated = hook(module, (x,)) if isinstance(hook, OwnHook) else None
+        x = x if gated is None else gated[0]
     return x
 
 
 def heads_left(projection: nn.Module) -> tuple[int, ...] | None:
     """The heads in front of a projection that hard gates leave open, None for all of them.
 
-    Whoever looks into attention asks: what closed heads look at reaches nothing, and is gone from the slim model, so
-    that rankings and maps must not count it.
+    What closed heads look at reaches nothing and is gone from the slim model: rankings and maps must not count it.
     """
     for hook in projection._forward_pre_hooks.values():
         if isinstance(hook, OwnHook) and hook.args[1] is not None:
-            found = hook.args[1](hook.args[2])
-            if found is not None:
-                return tuple(found)
+            left = hook.args[1](hook.args[2])
+            if left is not None:
+                return tuple(left)
     return None
 
 

@@ -69,12 +69,10 @@ def stands_for_linear(layer: Any, name: str) -> bool:
 
 def sizes(layer: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, also of a wrapper that does not tell them itself."""
-    if _tells_sizes(layer):
-        return layer.in_features, layer.out_features
-    inner = _inner(layer)
-    if inner is None:
+    linear = layer if _tells_sizes(layer) else _inner(layer)
+    if linear is None:
         raise Unread(layer, "is no linear layer")
-    return inner.in_features, inner.out_features
+    return linear.in_features, linear.out_features
 
 
 def _tells_sizes(layer: Any) -> bool:
@@ -113,22 +111,15 @@ def _ordinary(tensor: Tensor) -> bool:
 
 
 def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias that a linear layer or patch convolution computes with in eval mode, detached.
+    """Weight [out, in] (or [out, C, h, w]) and bias [out] or None that a layer computes with in eval mode, detached.
 
-    Args:
-        layer: An ``nn.Linear``, an ``nn.Conv2d`` whose stride is its kernel, or whatever stands in one's place: peft's
-            adapters, ``torch.nn.utils.parametrize`` and ``prune``, quantised tensors that have a ``dequantize()``,
-            modules of one's own.
-
-    Returns:
-        [out, in] (or [out, C, h, w]), and [out] or None.
-
-    Raises:
-        Unread: A layer that is not linear, or whose forward does not run on its own.
+    Of an ``nn.Linear``, an ``nn.Conv2d`` whose stride is its kernel, or whatever stands in one's place: peft's
+    adapters, ``torch.nn.utils.parametrize`` and ``prune``, quantised tensors that have a ``dequantize()``, modules of
+    one's own. One that is not linear, or does not run on its own, is :class:`Unread`.
     """
     kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
     if is_plain(layer, kind):
-        return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        return _held(layer)
     run = _bare(layer)
     with _aside(layer):
         try:
@@ -144,10 +135,14 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"is not linear (its outputs differ by {gap:.1e} of their size from what a weight would make of the "
                 "same inputs), so it has no weights to read; use a method that needs none, such as taylor or rollout",
             )
-        if _holds_plain(layer) and isinstance(layer, kind):  # hooks that only watch change nothing, not even rounding
-            own = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
-            return own if _equal(own, (weight, bias), _tolerance(layer)) else (weight, bias)
+        # Hooks that only watch change nothing, not even rounding: the layer's own weights are exact then.
+        if _holds_plain(layer) and isinstance(layer, kind) and _equal(_held(layer), (weight, bias), _tolerance(layer)):
+            return _held(layer)
     return weight, bias
+
+
+def _held(layer: Any) -> tuple[Tensor, Tensor | None]:
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
 def _unpacked(layer: Any) -> tuple[Tensor, Tensor | None] | None:
@@ -246,11 +241,7 @@ def _equal(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None], tol
 
 
 def scale_of(module: nn.Module) -> Tensor | None:
-    """What LayerScale, or whatever stands in its place, multiplies each channel by, [D]; None for an identity.
-
-    Raises:
-        Unread: For a module that does something else.
-    """
+    """What LayerScale, or whatever stands in its place, multiplies each channel by, [D]; None for an identity."""
     if isinstance(module, nn.Identity):
         return None
     if type(module) is LayerScale and forwards_plainly(module, LayerScale):
@@ -271,11 +262,11 @@ def scale_of(module: nn.Module) -> Tensor | None:
 def wrapped_layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Layers of a timm model that stand where linear ones do and are not plain: path, parent, name there, layer."""
     for name, child in model.named_children():
-        if stands_for_linear(child, name):
-            if not is_plain(child):
-                yield path + name, model, name, child
-        elif name not in (TOKENS, UNITS):
-            yield from wrapped_layers(child, f"{path}{name}.")
+        if not stands_for_linear(child, name):
+            if name not in (TOKENS, UNITS):
+                yield from wrapped_layers(child, f"{path}{name}.")
+        elif not is_plain(child):
+            yield path + name, model, name, child
 
 
 def what_is_on(layer: nn.Module) -> str:
@@ -302,10 +293,9 @@ def what_is_on(layer: nn.Module) -> str:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Put plain linear layers in the place of all wrapped ones, in place, each with its effective weights.
+    """Put plain linear layers with the effective weights in the place of all wrapped ones, in place.
 
-    Raises:
-        PrunexError: By name, for a layer that is quantised or not linear; the model is then unchanged.
+    Where one is quantised or not linear the model is unchanged.
     """
     made = []
     with by_name(model):
@@ -346,41 +336,41 @@ def _plain(layer: nn.Module) -> nn.Linear:
 
 
 def check_gradients(model: nn.Module, instead: str) -> None:
-    """Refuse layers that gradients do not pass, or do not pass whole: what reaches earlier layers would be wrong.
+    """Refuse, by name, layers that gradients do not pass, or not whole: what reaches earlier layers would be wrong.
 
-    Args:
-        model: A timm model; only what was put round its layers, or into them, is looked at.
-        instead: What else to use, for the message.
-
-    Raises:
-        PrunexError: By name.
+    Only what was put round a timm model's layers, or into them, is looked at; ``instead`` says what else to use.
     """
     for path, _, _, layer in wrapped_layers(model):
         if type(layer).forward is nn.Linear.forward and _holds_plain(layer) and "forward" not in vars(layer):
             continue  # it has hooks, which shall see nothing but what the model is given
-        inputs, outputs = sizes(layer)
-        with _aside(layer, graph=True):
-            run, r = _bare(layer), _random(layer, outputs)
-            x = _random(layer, inputs)
-            x[2] = x[0] + x[1]
-            try:
-                zero, out = run(torch.zeros_like(x)[None])[0], run(x.requires_grad_()[None])[0]
-            except Exception:  # noqa: S112  (one that does not run on its own says nothing of its gradient)
-                continue
-            found = torch.autograd.grad(out, x, r, allow_unused=True)[0] if out.requires_grad else None
-        with torch.no_grad():
-            moved = out - zero
-            near = _tolerance(layer) * moved.abs().max()
-            linear = bool(((moved[2] - moved[0] - moved[1]).abs() <= near).all())
-            # Of a linear layer <r, f(x) - f(0)> is <gradient, x>: an equation that needs no weights.
-            whole = found is not None and bool(
-                (((r * moved).sum(1) - (found * x).sum(1)).abs() <= _tolerance(layer) * (r * moved).abs().sum(1)).all()
-            )
-        if found is None or (linear and not whole):
-            how = "lets no gradient through" if found is None else "lets only a part of the gradient through"
+        how = _stops_gradients(layer)
+        if how:
             raise Unread(
                 layer, f"{how}: use the model as it was before it was quantised or wrapped, or {instead}", path
             )
+
+
+def _stops_gradients(layer: nn.Module) -> str:
+    """What a layer does to gradients that it should not; of one that does not run on its own nothing is known."""
+    inputs, outputs = sizes(layer)
+    with _aside(layer, graph=True):
+        run, r = _bare(layer), _random(layer, outputs)
+        x = _random(layer, inputs)
+        x[2] = x[0] + x[1]
+        try:
+            zero, out = run(torch.zeros_like(x)[None])[0], run(x.requires_grad_()[None])[0]
+        except Exception:
+            return ""
+        gradient = torch.autograd.grad(out, x, r, allow_unused=True)[0] if out.requires_grad else None
+    if gradient is None:
+        return "lets no gradient through"
+    with torch.no_grad():
+        moved = out - zero
+        linear = (moved[2] - moved[0] - moved[1]).abs() <= _tolerance(layer) * moved.abs().max()
+        # Of a linear layer <r, f(x) - f(0)> is <gradient, x>: an equation that needs no weights.
+        gap = ((r * moved).sum(1) - (gradient * x).sum(1)).abs()
+        passed = gap <= _tolerance(layer) * (r * moved).abs().sum(1)
+    return "lets only a part of the gradient through" if bool(linear.all()) and not bool(passed.all()) else ""
 
 
 def _kind(layer: nn.Module) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 import prunex
 from prunex import PrunexError, WidthSpec
 from prunex.slim.files import CARD, CONFIG, WEIGHTS
+from prunex.vit.cost import tally
 from prunex.vit.describe import describe
 from prunex.vit.rebuild import build
 from prunex.vit.widths import widths_of
@@ -62,9 +63,7 @@ def test_units_that_were_closed_are_gone_and_the_logits_stay(family):
 
 
 def pruning_dense(model):
-    from prunex.handles.units import dense_macs
-
-    return dense_macs(model)
+    return tally(model, gates=False, tokens=False).macs
 
 
 def test_a_slim_model_is_the_removed_one():

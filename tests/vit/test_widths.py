@@ -12,7 +12,7 @@ import prunex
 from prunex import PrunexError, WidthSpec
 from prunex.vit.describe import describe
 from prunex.vit.rebuild import build
-from prunex.vit.widths import dense_shape, leading, narrow, widths_of
+from prunex.vit.widths import dense_shape, narrow, widths_of
 from tests.vit.narrowed import masked, tiny_of, tiny_swin
 from tests.vits import assert_same_state, gated, images, images_for, state_of, tiny
 
@@ -80,7 +80,7 @@ def test_keeping_everything_changes_no_bit(name):
     wanted = model(x)
     heads = {i: range(b.attn.num_heads) for i, (_, b) in enumerate(blocks(model))}
     channels = {i: range(b.mlp.fc2.in_features) for i, (_, b) in enumerate(blocks(model))}
-    narrow(model, WidthSpec(heads=heads, channels=channels), remember=False)
+    narrow(model, WidthSpec(heads=heads, channels=channels))
     assert_same_state(model, before)
     assert torch.equal(model(x), wanted)
 
@@ -169,14 +169,6 @@ def test_narrowing_twice_is_narrowing_once():
     assert dense_shape(once) == dense_shape(twice)
     with pytest.raises(PrunexError, match="has no 0"):
         narrow(twice, WidthSpec(heads={0: (0,)}))
-
-
-def test_leading_keeps_widths_and_takes_the_first():
-    spec = WidthSpec(
-        heads={0: (1, 2)}, channels={1: (5, 9)}, query_dims={0: ((3,), (5,))}, value_dims={0: ((3,), (5,))}
-    )
-    assert leading(spec).heads == {0: (0, 1)}
-    assert leading(spec).query_dims == {0: ((0,), (0,))}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from prunex.units.base import UnitPruner
 from prunex.units.batches import labelled_batches, undisturbed
 from prunex.vit.anatomy import ViT, find
 from prunex.vit.cost import tally
-from prunex.vit.mount import TOKENS, UNITS, mounted
+from prunex.vit.mount import TOKENS, UNITS, mounted, mounted_units
 from prunex.vit.units import branches
 
 

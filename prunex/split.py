@@ -161,8 +161,7 @@ def search_split(
     limit = check_whole("images", images, 1)
     with undisturbed(vit), torch.no_grad():
         data = list(_limited(labelled_batches(batches, vit), limit))
-        dense_logits = [vit(x) for x, _ in data]
-        trial = _Trial(vit, data, dense_logits)
+        trial = _Trial(vit, data)
         dense_loss = trial.measured()[0]
         rows = []
         for share in shares:
@@ -176,13 +175,12 @@ def search_split(
     return Split(tuple(rows), dense, dense_loss, data[0][1] is not None, sum(len(x) for x, _ in data))
 
 
-@dataclass(frozen=True)
 class _Trial:
     """A model, the batches that splits are tried on, and its dense logits of each."""
 
-    vit: Any
-    data: list[tuple[Tensor, Tensor | None]]
-    dense_logits: list[Tensor]
+    def __init__(self, vit: Any, data: list[tuple[Tensor, Tensor | None]]) -> None:
+        self.vit, self.data = vit, data
+        self.dense_logits = [vit(x) for x, _ in data]
 
     def of(self, share: float, tokens: dict[str, Any], units: dict[str, Any]) -> Share:
         """One split, attached, measured, and taken off again."""

@@ -170,6 +170,10 @@ class UnitPruner(nn.Module):
         """Multiply-adds of all units together."""
         return sum(b.units * b.macs for b in self.branches)
 
+    def spent(self) -> int:
+        """Multiply-adds of the units that are open."""
+        return sum(int(self.open(b.key).sum()) * b.macs for b in self.branches)
+
     def aim(self, full: int, dense: int) -> float:
         """What units may cost in a model that costs ``full`` with all units, and ``dense`` with all tokens too.
 

@@ -129,7 +129,9 @@ def widths_of(model: nn.Module) -> WidthSpec:
     return getattr(model, "prunex_widths", None) or WidthSpec()
 
 
-def narrow(model: nn.Module, spec: WidthSpec, optimizers: Iterable[torch.optim.Optimizer] = ()) -> nn.Module:
+def narrow(
+    model: nn.Module, spec: WidthSpec, optimizers: Iterable[torch.optim.Optimizer] = (), remember: bool = True
+) -> nn.Module:
     """Take all units out that a spec does not keep, in place, for good; give the model back.
 
     Heads and MLP channels leave what they computed behind exactly as if their gates were 0. Channels of queries, keys
@@ -140,6 +142,7 @@ def narrow(model: nn.Module, spec: WidthSpec, optimizers: Iterable[torch.optim.O
         model: A supported backbone, dense, or narrowed before (numbers stay those of the dense model).
         spec: What is kept.
         optimizers: Whose parameters and states follow, wrapped ones' too: momenta of what stays are kept.
+        remember: Whether :func:`widths_of` shall know.
 
     Raises:
         PrunexError: For widths that the model does not have or that cannot be taken out, adapted, quantised or shared
@@ -154,8 +157,9 @@ def narrow(model: nn.Module, spec: WidthSpec, optimizers: Iterable[torch.optim.O
     check_followed(optimizers)
     with whole_or_not(model, optimizers):
         follow(optimizers, cut(model, places))
-    model.__dict__["prunex_widths"] = _joined(left, spec, shape)
-    model.__dict__["prunex_dense"] = shape
+    if remember:
+        model.__dict__["prunex_widths"] = _joined(left, spec, shape)
+        model.__dict__["prunex_dense"] = shape
     return model
 
 

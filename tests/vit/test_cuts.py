@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 import prunex
 from prunex import PrunexError
 from prunex.slim.files import check_savable
-from prunex.vit import widths
+from prunex.vit import cuts, widths
 from tests.vit.test_effective_weights import Bent, adapted, doubled, hooked, lora, masked, vit_of, weight_normed
 from tests.vits import images, relative, state_of, tiny
 
@@ -147,14 +147,14 @@ def test_what_is_not_linear_is_not_saved(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fails", ["_take_channels", "follow"])
-def test_whatever_is_raised_half_way_leaves_no_trace(monkeypatch, fails):
+@pytest.mark.parametrize(("where", "fails"), [(cuts, "_take_channels"), (widths, "follow")])
+def test_whatever_is_raised_half_way_leaves_no_trace(monkeypatch, where, fails):
     model = tiny(depth=2)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     model(X).sum().backward()
     optimizer.step()
     pruning = chosen(model)
-    before, whole = everything(model, optimizer), getattr(widths, fails)
+    before, whole = everything(model, optimizer), getattr(where, fails)
     calls = []
 
     def out_of_memory(*args):
@@ -165,7 +165,7 @@ def test_whatever_is_raised_half_way_leaves_no_trace(monkeypatch, fails):
             raise MemoryError("no room")
         return whole(*args)
 
-    monkeypatch.setattr(widths, fails, out_of_memory)
+    monkeypatch.setattr(where, fails, out_of_memory)
     with pytest.raises(MemoryError):
         pruning.remove([optimizer])
     assert_nothing_happened(model, before, optimizer)

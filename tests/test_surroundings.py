@@ -393,6 +393,41 @@ def test_a_vit_is_asked_once_for_each_of_its_states():
     assert times("rollout") == [1, 3]
 
 
+class Sometimes(Around):
+    twice = False
+
+    def forward(self, x):
+        out = self.model(normalised(x))
+        return 2 * out if self.twice or x.mean() > 0.9 else out
+
+
+def test_a_module_that_gives_its_vits_output_on_is_asked_once_for_each_of_its_states():
+    model = tiny().eval()
+    module, asked = Sometimes(model).eval(), []
+    model.norm.register_forward_hook(lambda _, args, out: asked.append(len(args[0])))
+
+    def times():
+        asked.clear()
+        e = explain("rollout", module, pictures())
+        seen = sorted(asked)
+        assert torch.allclose(e.logits, module(pictures()), atol=1e-5)
+        return seen
+
+    assert times() == [3, 3]
+    assert times() == [1, 3]  # now the ViT itself, once
+    assert times() == [3]
+    with pytest.raises(PrunexError, match="answers by more than its VisionTransformer's output"):
+        explain("rollout", module, torch.ones(3, 3, 32, 32))
+    assert times() == [3, 3]
+    assert times() == [3]
+    module.twice = True  # what nothing but its answer tells
+    assert times() == [3, 3]
+    module.twice = False
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert times() == [3, 3]
+
+
 # -------------------------------------------------------------------------------------------- where no gradient arrives
 
 

@@ -166,7 +166,7 @@ def conserving_add(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor
     sums = [p.sum(axes, keepdim=True) for p in parts]
     size = sums[0].abs() + sums[1].abs()
     whole = r.sum(axes, keepdim=True)
-    # Scaled so that the two parts keep their sign and sum to what came.
+    # Together the parts sum to what came, each by its share of both sums' magnitudes.
     first, second = (p.mul_(ratio(ratio(s.abs(), size) * whole, s)) for p, s in zip(parts, sums, strict=True))
     return first, second
 

@@ -69,10 +69,10 @@ class RelevancyGuidance(Layered):
         super().__init__()
         check_whole("every_n_steps", every_n_steps, 1)
         check_guidance(method, weight, judge, loss, temperature, share, every_n_steps, cache)
-        self.method, self.weight, self.judge, self.loss = method, weight, judge, loss
-        self.temperature, self.share, self.every, self.cache = temperature, share, every_n_steps, cache
+        self.method, self.judge, self.share, self.model = method, judge, share, model
         self.options = check_options(options)
-        self.model = model
+        self._shared: dict[str, Any] = {"weight": weight, "share": share, "every": every_n_steps}  # by both guides
+        self._on_scores: dict[str, Any] = {"judge": judge, "loss": loss, "temperature": temperature, "cache": cache}
         self._teacher: tuple[nn.Module, ...] = ()
         self._guides: list[Guidance | UnitGuidance] = []
         self._steps: list[int] = []
@@ -92,11 +92,7 @@ class RelevancyGuidance(Layered):
         self._teacher = (dense_copy(find(module, self.model, Backbone)[1]),)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the pruners' losses, now that every callback has attached its own.
-
-        Raises:
-            PrunexError: Where there is nothing to guide, or labels are no classes of the ViT itself.
-        """
+        """Join the pruners' losses, now that every callback has attached its own; refused where there are none."""
         backbone = find(pl_module, self.model, Backbone)[1]
         tokens: Any = prunex.attached(pl_module, self.model) if mounted(backbone) is not None else None
         units = prunex.attached(pl_module, self.model, units=True)
@@ -112,13 +108,11 @@ class RelevancyGuidance(Layered):
                     f"{tokens.method} ranks no tokens by scores that training could move: RelevancyGuidance takes "
                     "dynamicvit, evit, topk and ia_red2"
                 )
-            guide = Guidance(
-                backbone, self.method, self.weight, self.judge, self.loss, self.temperature, self.share, self.every,
-                self.cache, self.options, teacher=self._teacher[0] if self._teacher else None,
-            )  # fmt: skip
-            self._join(tokens._attached.more, guide)
+            options = {**self._shared, **self._on_scores, "options": self.options}
+            teacher = self._teacher[0] if self._teacher else None
+            self._join(tokens._attached.more, Guidance(backbone, self.method, **options, teacher=teacher))
         if units is not None and isinstance(units.pruner, XPruner):
-            self._join(units._gated.more, UnitGuidance(backbone, self.weight, self.share, self.every))
+            self._join(units._gated.more, UnitGuidance(backbone, **self._shared))
 
     @property
     def state_key(self) -> str:

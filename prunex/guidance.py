@@ -36,21 +36,14 @@ class Guidance:
         kl:       L_s = mean over images of KL(softmax(r / t) || softmax(u / t)), r and u standardised per image
 
     with r the explainer's map, negative values cut to 0, held constant. The loss is ``weight`` times the mean over
-    stages. Its gradient goes into u alone, and from there to where scores come from: predictors and what they read,
-    or the queries and keys of the class token's attention. Nothing flows through the explanation.
-
-    Images whose map or scores are constant have no correlation and are left out.
+    stages; images whose map or scores are constant are left out. Its gradient goes into u alone, and from there to
+    predictors and what they read, or the queries and keys of the class token's attention.
 
     ``judge="dense"`` explains a frozen dense copy of the model as it was when this was made (in fine-tuning: what the
     trained model looks at); ``judge="self"`` the pruned model as it is now, whose map is 0 on removed patches by
-    construction, so that it can only sharpen what the pruner does anyway. Explained is the image's
-    label where labels are known, else the judge's own prediction.
-
-    It costs one explanation of ``share`` of the images, every ``every`` steps. With ``cache`` the maps of images that
-    come again bit for bit (no augmentation) are kept, by a hash of the pixels and the class, up to ``cache`` of them.
-
-    The loss follows two published ideas (PEAR, arXiv 2303.13299: correlation of two explanations as a training
-    objective); using it for token selection is ours.
+    construction, so that it can only sharpen what the pruner does anyway. Explained is the image's label where labels
+    are known, else the judge's own prediction. Correlation of two explanations as a training objective is PEAR's
+    (arXiv 2303.13299); using it for token selection is ours.
 
     Args:
         model: A ViT with a token pruner attached, or a module that holds exactly one.
@@ -60,13 +53,12 @@ class Guidance:
         loss: "pearson" or "kl", with ``temperature`` t.
         share: Share of each batch's images that are explained, in (0, 1].
         every: Training forwards (steps, where each runs the model once) between explanations.
-        cache: Maps kept for images that come again; 0 keeps none.
+        cache: Maps kept for images that come again bit for bit (no augmentation) with their class; 0 keeps none.
         path: Dotted path to the ViT when ``model`` holds several.
         teacher: The dense model that judges, where it is not to be a copy of the model as it is now.
 
     Raises:
-        PrunexError: For an unknown explainer, judge or loss, numbers out of range, or a model whose tokens nobody
-            prunes.
+        PrunexError: For an unknown explainer, numbers out of range, or a model whose tokens nobody prunes.
 
     >>> import prunex, timm, torch
     >>> from prunex.guidance import Guidance
@@ -192,20 +184,11 @@ class UnitGuidance:
 
         L = weight * mean over branches and images of 1 - corr(m, r)
 
-    Rows that are constant, as a mask is at the start, are left out.
+    Rows that are constant, as a mask is at the start, are left out. The model's weights stand still while masks are
+    learned, so it is its own dense judge: no teacher is kept. Ours.
 
-    The model's weights stand still while masks are learned, so it is its own dense judge: no teacher is kept. Ours.
-
-    Args:
-        model: A ViT whose units ``xpruner`` prunes, or a module that holds exactly one.
-        weight: Of the loss.
-        share: Share of each batch's images that are explained, in (0, 1].
-        every: Steps between explanations.
-        path: Dotted path to the ViT when ``model`` holds several.
-
-    Raises:
-        PrunexError: For numbers out of range, another unit pruner or none, or a model that relevance cannot be led
-            through.
+    Arguments are :class:`Guidance`'s. Refused are numbers out of range, another unit pruner than ``xpruner`` or none,
+    and a model that relevance cannot be led through.
     """
 
     def __init__(

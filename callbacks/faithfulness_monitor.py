@@ -105,14 +105,14 @@ class FaithfulnessMonitor(ExplainingMonitor):
         for name in self.methods:
             options = self.options.get(name, {})
             e = prunex.explain(name, call.vit, call.entered, **options)
-            known = {part: batch[part].to(e.maps.device) for part in ("labels", "masks") if part in batch}
+            tensors = {part: batch[part].to(e.maps.device) for part in ("labels", "masks") if part in batch}
             # Agreement compares what was kept with what the dense model of the same weights rests on.
             kept, judge = None, None
             if any(m.group == "agreement" for m in self.metrics) and _chooses(e):
                 dense = without_pruning(call.vit) if dense is None else dense
                 target = e.target if bool((e.target >= 0).all()) else None
                 kept, judge = e.trace.kept(), prunex.explain(name, dense, call.entered, target, **options).maps
-            chosen = [m.name for m in self.metrics if _applies(trainer, m, known.get("masks"), kept)]
+            chosen = [m.name for m in self.metrics if _applies(trainer, m, tensors.get("masks"), kept)]
             if not chosen:
                 continue
             values = scores(
@@ -121,7 +121,7 @@ class FaithfulnessMonitor(ExplainingMonitor):
                 call.entered,
                 e.maps,
                 e.target,
-                **known,
+                **tensors,
                 pixels=e.pixels.float(),
                 kept=kept,
                 judge=judge,

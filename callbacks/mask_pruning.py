@@ -241,16 +241,16 @@ class MaskPruning(Participant):
             self._resting = []
 
     def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
-        pruner, known = self._xpruner, parts(batch)
+        pruner, fields = self._xpruner, parts(batch)
         if pruner is None or pruner.stage == "done":
-            return self._end_step(module, step(), {}, known)
-        labels = known.get("labels")
+            return self._end_step(module, step(), {}, fields)
+        labels = fields.get("labels")
         # Masks have a row a class, so that stage cannot do without labels; thresholds are the same for all classes.
         if pruner.stage == "masks":
             if labels is None:
                 raise PrunexError(
                     f"{self.method} learns masks by the images' labels, and this training batch "
-                    f"({known.kind}) holds none: {known.why('labels')}"
+                    f"({fields.kind}) holds none: {fields.why('labels')}"
                 )
             with self.pruning.labelled(labels):
                 output = step()
@@ -261,8 +261,8 @@ class MaskPruning(Participant):
         if pruner.stage == "thresholds":
             for name, value in (("removed", pruner.rate().detach()), ("target", pruner.target)):
                 module.log(f"prunex/units_{name}", value, on_step=False, on_epoch=True, batch_size=images)
-        losses = self.pruning.losses(known.get("images"), labels)
-        return self._end_step(module, output, losses, known, images)
+        losses = self.pruning.losses(fields.get("images"), labels)
+        return self._end_step(module, output, losses, fields, images)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -332,8 +332,8 @@ def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
 def _first(batches: Iterable[Parts], count: int) -> list[tuple[Tensor, Tensor] | Tensor]:
     """The first images of some batches, with labels where there are any."""
     taken: list[tuple[Tensor, Tensor] | Tensor] = []
-    for known in batches:
-        images, labels = known["images"][:count], known.labels("calibration", "the training batch")
+    for fields in batches:
+        images, labels = fields["images"][:count], fields.labels("calibration", "the training batch")
         taken.append(images if labels is None else (images, labels[:count]))
         count -= len(images)
         if count <= 0:

@@ -159,13 +159,13 @@ class TokenPruning(Participant):
     def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
         output, pruning = step(), self.pruning
         self._log_ratios(module, "prunex/keep_ratio")
-        forwards, known = list(pruning._attached.forwards), parts(batch)
+        forwards, fields = list(pruning._attached.forwards), parts(batch)
         if output is None or not forwards:  # optimised by hand, a skipped batch, or a step that did not run the model
             pruning.forget()
-            return self._end_step(module, output, {}, known)
+            return self._end_step(module, output, {}, fields)
         # Who goes by labels is told of ones that cannot be read; the others take them where they are.
         reads = bool(pruning._attached.more)
-        labels = known.labels(self.method, "the training batch") if reads else known.get("labels")
+        labels = fields.labels(self.method, "the training batch") if reads else fields.get("labels")
         if labels is not None and all(len(labels) != len(f.images) for f in forwards):
             labels = None
         losses = pruning.losses(labels)
@@ -173,7 +173,7 @@ class TokenPruning(Participant):
         # What the forward took and gave is nearer to the loss than the batch, which the module may have altered.
         last = forwards[-1]
         if len(forwards) > 1:  # of several views only the batch says which images a loss that is not finite comes from
-            return self._end_step(module, output, losses, known, len(last.images))
+            return self._end_step(module, output, losses, fields, len(last.images))
         return self._end_step(module, output, losses, {"images": last.images}, len(last.images), last.logits)
 
     def _log_ratios(self, module: LightningModule, name: str) -> None:
@@ -216,7 +216,7 @@ class TokenPruning(Participant):
 
     def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
         with training_batches(trainer, module, self.pruning.model) as batches:
-            report = self.pruning.calibrate(known["images"] for known in batches)
+            report = self.pruning.calibrate(fields["images"] for fields in batches)
         rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
 
     def _say_what_is_left(self) -> None:

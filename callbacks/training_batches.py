@@ -67,14 +67,14 @@ def _walk(trainer: Trainer, module: LightningModule, vit: Any) -> Generator[Any,
         if not fetches:
             batch = handed_over(trainer, module, batch)
         entered = _entering(trainer, vit, step, batch, index) if follow else None
-        known = parts(batch, entered)
+        fields = parts(batch, entered)
         if entered is None:
             follow = False  # told once
             try:
-                known.need("images", "calibration", "the training batch")
+                fields.need("images", "calibration", "the training batch")
             except PrunexError as error:
                 raise PrunexError(f"{error}, or {BY_HAND}") from None
-        yield known.cpu()
+        yield fields.cpu()
 
 
 def handed_over(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -97,16 +97,16 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
     >>> parts((x, y, torch.arange(2))).unclear["labels"]
     "batch[1] and batch[2] may both be meant: give a dict that holds the right one as 'label'"
     """
-    known = Parts(type(batch).__name__)
+    fields = Parts(type(batch).__name__)
     leaves = list(_leaves(batch))
     if images is None:
-        first = _images(known, [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()])
+        first = _images(fields, [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()])
     else:
-        first = known["images"] = images
+        first = fields["images"] = images
     if first is not None:
-        _labels(known, leaves, len(first))
-        _masks(known, leaves, first)
-    return known
+        _labels(fields, leaves, len(first))
+        _masks(fields, leaves, first)
+    return fields
 
 
 class _Leaf(NamedTuple):
@@ -165,23 +165,23 @@ def _several(leaves: Sequence[_Leaf], part: str) -> str:
     return f"{which} be meant: give a dict that holds the right one as {_NAMES[part][0]!r}"
 
 
-def _images(known: Parts, pictures: Sequence[_Leaf]) -> Tensor | None:
+def _images(fields: Parts, pictures: Sequence[_Leaf]) -> Tensor | None:
     """Find the images; give the tensor that tells how many there are, whatever its dtype."""
     candidates = _named(pictures, "images") or pictures
     floating = _distinct(leaf for leaf in candidates if leaf.value.is_floating_point())
     if floating:
-        known["images"] = floating[0].value
+        fields["images"] = floating[0].value
         if len(floating) > 1:
-            known.unclear["images"] = _several(floating, "images")
+            fields.unclear["images"] = _several(floating, "images")
         return floating[0].value
     raw = [leaf for leaf in candidates if leaf.value.dtype == torch.uint8 or leaf.name in IMAGES]
     if not raw:
         return None
-    known.unfit["images"] = f"{raw[0]}: give float images, normalised as for the model, such as x.float() / 255"
+    fields.unfit["images"] = f"{raw[0]}: give float images, normalised as for the model, such as x.float() / 255"
     return raw[0].value
 
 
-def _labels(known: Parts, leaves: Sequence[_Leaf], count: int) -> None:
+def _labels(fields: Parts, leaves: Sequence[_Leaf], count: int) -> None:
     named = _named(leaves, "labels")
     if named:
         lists = [leaf for leaf in named if _is_list(leaf.value, column=True)]
@@ -193,17 +193,17 @@ def _labels(known: Parts, leaves: Sequence[_Leaf], count: int) -> None:
         others = [leaf for leaf in unnamed if leaf.value.ndim == 2 and len(leaf.value) == count]
     indices = _distinct(leaf for leaf in lists if len(leaf.value) == count)
     if len(indices) == 1 and (named or not others):
-        known["labels"] = indices[0].value.reshape(count)
+        fields["labels"] = indices[0].value.reshape(count)
     elif indices:
-        known.unclear["labels"] = _several(indices if named else [*indices, *others], "labels")
+        fields.unclear["labels"] = _several(indices if named else [*indices, *others], "labels")
     elif others:
-        known.unfit["labels"] = f"{others[0]} and no class index of each image: give those as integers [{count}]"
+        fields.unfit["labels"] = f"{others[0]} and no class index of each image: give those as integers [{count}]"
     elif lists:
         shape = list(lists[0].value.shape)
-        known.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
+        fields.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
 
 
-def _masks(known: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:
+def _masks(fields: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:
     fitting = []
     for leaf in leaves:
         mask = leaf.value[:, 0] if leaf.value.ndim == 4 and leaf.value.shape[1] == 1 else leaf.value
@@ -211,9 +211,9 @@ def _masks(known: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:
             fitting.append(leaf._replace(value=mask))
     candidates = _distinct(_named(fitting, "masks") or fitting)
     if len(candidates) == 1:
-        known["masks"] = candidates[0].value
+        fields["masks"] = candidates[0].value
     elif candidates:
-        known.unclear["masks"] = _several(candidates, "masks")
+        fields.unclear["masks"] = _several(candidates, "masks")
 
 
 def _is_list(tensor: Tensor, column: bool = False) -> bool:

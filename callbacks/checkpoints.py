@@ -82,13 +82,8 @@ def guard_loading(
 ) -> list[Callable[[], None]]:
     """Let the module take no checkpoint that was written with other options, and say which they are.
 
-    Args:
-        module: Its ``on_load_checkpoint`` and ``load_state_dict`` get a layer each.
-        specs: How the model is pruned now, by the name under which checkpoints tell it ("pruning", "units").
-        take_over: Given what a checkpoint says that fits.
-
-    Returns:
-        Calls that take the layers off again.
+    Its ``on_load_checkpoint`` and ``load_state_dict`` get a layer each, which the returned calls take off again.
+    ``specs`` tell how the model is pruned now, by checkpoints' names for it; ``take_over`` is given what one says.
     """
     hparams: dict[str, Any] = {}
 
@@ -228,11 +223,7 @@ def told(checkpoint: Any) -> dict[str, Any] | None:
 
 
 def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **arguments: Any) -> LightningModule:
-    """The module of a checkpoint that was read, pruned where that was; only ``module_class`` is ever built.
-
-    Raises:
-        PrunexError: A checkpoint of a later version, or one that does not fit the class.
-    """
+    """The module of a checkpoint that was read, pruned where that was; only ``module_class`` is ever built."""
     try:
         return _restored(module_class, checkpoint, path, arguments)
     except PrunexError:

@@ -29,11 +29,7 @@ def warn_once(trainer: Trainer, text: str) -> None:
 def said_normalisation(
     trainer: Trainer, module: LightningModule, vit: Any, mean: Any = None, std: Any = None
 ) -> Pair | None:
-    """What images are normalised by: as given to the callback, else as data module or module say; None: nobody does.
-
-    Raises:
-        PrunexError: For numbers given to the callback that do not fit the model's channels.
-    """
+    """What images are normalised by: as given to the callback, else as data module or module say; None: nobody does."""
     channels = vit.patch_embed.proj.in_channels
     given = given_normalisation(mean, std, channels)
     owners = (getattr(trainer, "datamodule", None), module)

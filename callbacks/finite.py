@@ -62,11 +62,7 @@ class LossGuard:
         batch: Mapping[str, Tensor],
         logits: Tensor | None = None,
     ) -> None:
-        """Take the loss of one training step: a scalar, what it is the sum of by name, and which images it is about.
-
-        Raises:
-            PrunexError: In training by one process, when this loss (or, not on the CPU, the one before) is not finite.
-        """
+        """Take the loss of one training step: a scalar, what it is the sum of by name, and which images it is about."""
         # One number is looked at: the parts and the images only when it is bad.
         bad = ~torch.isfinite(total.detach()).all()
         where = f"epoch {trainer.current_epoch}, global step {trainer.global_step}"

@@ -80,12 +80,9 @@ class KeptTokenMonitor(Monitor):
 
 
 def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
-    """Share of object patches that are kept, mean over the images that show an object; NaN without any.
+    """Share of object patches that are kept (bool [B, gh, gw]), mean over the images that show an object.
 
-    Args:
-        kept: bool [B, gh, gw].
-        masks: bool [B, H, W].
-        least: Share of a patch that must lie on the object for the patch to count as the object's.
+    Masks are bool [B, H, W]; a patch is the object's where ``least`` of it lies on the object. NaN without any object.
     """
     area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], (kept.shape[1], kept.shape[2]))[:, 0]
     touched = (area > least).flatten(1)

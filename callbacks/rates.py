@@ -26,13 +26,8 @@ Group = dict[str, Any]
 def give_rates(trainer: Trainer, pruner: TokenPruner, scale: float | None) -> list[Callable[[], None]]:
     """Give what a pruner brings its rate in each of the trainer's optimisers, and say where it cannot learn.
 
-    Args:
-        trainer: Its optimisers are there and have read no checkpoint: a resumed training has the rates of the first.
-        pruner: The one in training.
-        scale: As for :class:`PrunerRate`.
-
-    Returns:
-        Calls that leave the optimisers as they were.
+    Optimisers have read no checkpoint yet: a resumed training has the rates of the first. The calls that are returned
+    leave them as they were.
     """
     if scale not in (None, 1) and not any(p.requires_grad for p in pruner.parameters()):
         rank_zero_warn(f"lr_scale={scale:g} has no effect: {pruner.name} brings no parameters that learn; leave it out")
@@ -85,13 +80,10 @@ class PrunerRate:
     While the optimiser's step runs, and not longer, each of its groups that holds such parameters is two, which differ
     by their rate. Any optimiser that goes by its groups' rates is right with that, its own slow weights and moments
     included, while schedules, checkpoints, resumes and loggers meet the user's groups alone. Steps that a gradient
-    scaler skips are skipped here too.
+    scaler skips are skipped here too. Of optimisers that wrap others the one that really steps is watched.
 
-    Args:
-        optimizer: Anybody's. One that wraps another is looked through: whoever really steps is watched.
-        pruner: Whose parameters are meant.
-        scale: Times their group's rate. None: the pruner's ``lr`` at the schedule's peak, where their group
-            has less; never above it, and never below the group's own.
+    ``scale`` times their group's rate is theirs. None: the pruner's ``lr`` at the schedule's peak, where their group
+    has less; never above it, and never below the group's own.
     """
 
     def __init__(self, optimizer: Optimizer, pruner: TokenPruner, scale: float | None = None) -> None:

@@ -91,11 +91,7 @@ class Runs:
         self._pruner_moved |= any(p.grad is not None and bool(p.grad.any()) for p in learned)
 
     def look(self) -> None:
-        """Before the first step of an optimiser (after it, where the module optimises by hand): is anything pruned?
-
-        Raises:
-            PrunexError: For a ViT that is trained without its pruned forward.
-        """
+        """Before the first step of an optimiser (after it, where the module optimises by hand): is anything pruned?"""
         if self._looked or self.steps == 0:
             return
         self._looked = True

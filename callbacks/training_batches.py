@@ -36,12 +36,9 @@ def training_batches(trainer: Trainer, module: LightningModule, vit: Any) -> Ite
     the ViT, so that what either does to the images (to floats, normalised, augmented) is done here too. Random states
     (Python, NumPy, torch, all devices), samplers, workers, buffers and logs of the training stay as they are.
 
-    Yields:
-        An iterator over :class:`~prunex.batches.Parts` on the CPU: images [B, C, H, W] that entered the ViT, and labels
-        where the batch has them. It ends with the epoch; no worker process outlives the context.
-
-    Raises:
-        PrunexError: For loaders that can be walked only once, and batches without images.
+    The iterator gives :class:`~prunex.batches.Parts` on the CPU: images [B, C, H, W] that entered the ViT, and labels
+    where the batch has them. It ends with the epoch; no worker process outlives the context. Loaders that can be walked
+    only once are refused, as are batches without images.
     """
     with isolate_rng(), _untouched(module, vit):
         walk = _walk(trainer, module, vit)

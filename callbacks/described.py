@@ -44,6 +44,7 @@ def normalisation(trainer: Trainer, module: LightningModule, vit: Any, mean: Any
 
 def names_of(trainer: Trainer, module: LightningModule, count: int) -> list[str] | None:
     """Names of ``count`` classes from data module, module or the loaders' datasets; None where nobody tells them."""
+    # Who made the data knows best, then who trains on them; datasets come last, since many have classes of their own.
     owners = (getattr(trainer, "datamodule", None), module, *_datasets(trainer))
     return class_names(owners, count, functools.partial(warn_once, trainer)) if count else None
 
@@ -71,6 +72,7 @@ def shown_channels(images: Tensor, mean: list[float], std: list[float]) -> tuple
 
 def check_pixels(trainer: Trainer, images: Tensor, mean: list[float], std: list[float]) -> None:
     """Warn where images lie outside 0..1 after their normalisation is undone: pictures would have false colours."""
+    # A few images tell: this runs on the first batch of a training.
     x, shift, scale = shown_channels(images[:8].detach().float(), mean, std)
     pixels = x * x.new_tensor(scale)[:, None, None] + x.new_tensor(shift)[:, None, None]
     outside = float(((pixels < -0.01) | (pixels > 1.01)).float().mean())

@@ -74,6 +74,7 @@ class ExactResume(Layered, Checkpoint):
         if not self._first and epoch % self.every_n_epochs == 0:
             self._save(trainer)
         resumed, self._first = self._first and epoch > 0, False
+        # By rank too: processes must not augment alike.
         state = np.random.SeedSequence([self._seed, epoch, trainer.global_rank]).generate_state(2)
         random.seed(int(state[0]))
         np.random.seed(int(state[0]))  # noqa: NPY002  (augmentations draw from it)

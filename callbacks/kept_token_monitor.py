@@ -47,6 +47,7 @@ class KeptTokenMonitor(Monitor):
         if pruning is None:
             warn_once(trainer, "KeptTokenMonitor: nothing prunes this model, so nothing is drawn: add TokenPruning")
             return
+        # One forward for everything: the trace says what was kept, the tape what was predicted.
         call, tape = self.answered(trainer, pl_module, batch), Tape()
         with as_found(call.vit, train=False), torch.no_grad():
             trace = record(call.vit, call.entered, tape).trace
@@ -85,6 +86,7 @@ def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
     Masks are bool [B, H, W]; a patch is the object's where ``least`` of it lies on the object. NaN without any object.
     """
     area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], (kept.shape[1], kept.shape[2]))[:, 0]
+    # A patch that the object merely grazes is background to the eye.
     touched = (area > least).flatten(1)
     shares = (touched & kept.flatten(1)).sum(1) / touched.sum(1).clamp(min=1)
     return float(shares[touched.any(1)].mean())

@@ -101,6 +101,7 @@ class RelevancyGuidance(Layered):
                 "RelevancyGuidance guides token scores or xpruner's masks, and this model has neither: add "
                 "TokenPruning or MaskPruning('xpruner') to the callbacks"
             )
+        # Explained is the label's class: a head of the module's own behind the ViT has other classes.
         check_own_classes(pl_module, backbone, "RelevancyGuidance")
         if tokens is not None:
             if tokens.pruner.chooses != "image" or tokens.method == "tome":
@@ -128,6 +129,7 @@ class RelevancyGuidance(Layered):
         self._steps = [int(step) for step in state_dict["steps"]]
 
     def _join(self, losses: list[Callable[..., Any]], guide: Guidance | UnitGuidance) -> None:
+        # Pruners call these with every step's forwards; the callback that trains adds what they return.
         losses.append(guide)
         if len(self._guides) < len(self._steps):
             guide.step = self._steps[len(self._guides)]

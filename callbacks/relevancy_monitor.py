@@ -69,6 +69,7 @@ class RelevancyMonitor(ExplainingMonitor):
                 kept = e.trace.kept()
                 share = share_inside(e.maps.clamp(min=0), kept)
                 log_share(pl_module, self.key(f"prunex/relevancy_kept/{name}"), share)
+            # Masks are finer than patches, so the map is taken to their size and not they to its.
             if "masks" in batch:
                 share = share_inside(e.upsample().clamp(min=0).cpu(), batch["masks"])
                 log_share(pl_module, self.key(f"prunex/relevancy_on_object/{name}"), share)

@@ -72,6 +72,7 @@ def add_rows(
                 if earlier or (replace is not None and tuple(cells[:replace]) not in new):
                     table.writerow(cells)
     table.writerows(rows)
+    # As one file that is whole: a report may read it while training goes on.
     write_whole(path, text.getvalue().encode())
 
 

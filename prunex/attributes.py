@@ -138,12 +138,14 @@ def _numbers(name: str, value: Any, channels: int | None) -> list[float]:
 
 
 def _in_unit_range(mean: list[float], std: list[float]) -> Pair:
+    # No channel's mean or deviation in 0..1 comes near 2.
     scale = 255 if max(*map(abs, mean), *std) > 2 else 1
     return [v / scale for v in mean], [v / scale for v in std]
 
 
 def _names(value: Any, count: int) -> list[str]:
     if isinstance(value, Mapping):
+        # class_to_idx, or names by number, whose keys JSON has made strings.
         by_name = not all(str(key).isdigit() for key in value)
         numbered = {str(n): name for name, n in value.items()} if by_name else {str(n): v for n, v in value.items()}
         if set(numbered) != set(map(str, range(count))):

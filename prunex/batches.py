@@ -103,6 +103,7 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
         first = _images(fields, [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()])
     else:
         first = fields["images"] = images
+    # Labels and masks are told by how many images there are, so nothing is made of them without images.
     if first is not None:
         _labels(fields, leaves, len(first))
         _masks(fields, leaves, first)
@@ -139,6 +140,7 @@ def _entries(value: Any, depth: int) -> Iterable[tuple[str, str | None, Any]]:
         single = depth > 0 and len(value) > 1 and isinstance(value[0], Mapping)
         return [] if single else [(f"[{i}]", None, inner) for i, inner in enumerate(value)]
     slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
+    # Properties are found by the names that would count; walking all of a stranger's attributes could run anything.
     names = dict.fromkeys([*getattr(value, "__dict__", {}), *slots, *IMAGES, *LABELS, *MASKS])
     return [(f".{key}", key, inner) for key in names if (inner := _attribute(value, key)) is not None]
 

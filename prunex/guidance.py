@@ -105,6 +105,7 @@ class Guidance:
         trace = forward.trace
         if trace is None or trace.pooled or (self.step - 1) % self.every:
             return {}
+        # Scores without a gradient, such as a frozen attention's, cannot be moved by a loss.
         stages = [i for i, s in enumerate(trace.stages) if s.score is not None and s.score.requires_grad]
         count = max(1, round(self.share * len(forward.images)))
         if not stages or not _are_numbers(forward.images[:count]):
@@ -121,6 +122,7 @@ class Guidance:
         images = forward.images[:count].detach()
         labels = None if forward.labels is None else forward.labels[:count]
         judge = self._judge(forward, labels is not None)
+        # The pruned model's own maps change with every step.
         if not self.cache or self.judge != "dense":
             return self._explained(judge, images, labels)
         keys = _keys(images, labels)
@@ -156,6 +158,7 @@ class Guidance:
                 "give the model its head (reset_classifier) before guidance is made, or judge='self'"
             )
         wanted, has = ((tuple(m.patch_embed.img_size), tuple(m.patch_embed.patch_size)) for m in (model, vit))
+        # Positions are resampled as for the trained model, whose size may have changed since the copy was made.
         if wanted != has and not vit.dynamic_img_size:
             vit.set_input_size(img_size=wanted[0], patch_size=wanted[1])
         return teacher
@@ -218,6 +221,7 @@ class UnitGuidance:
             relevance = self.judge.relevance(self.model, images.float(), labels)
         distances = []
         for b in self.pruner.branches:
+            # Units that speak against the class matter to it as well.
             r = relevance[b.key].abs().sum(1)
             m = self.pruner.mask(b)[self.pruner.groups[labels]].unflatten(1, (b.units, b.width)).mean(2)
             every_unit = torch.ones_like(m, dtype=torch.bool)

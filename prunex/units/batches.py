@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.units.base import Scores, UnitPruner
-from prunex.vit.anatomy import check_images
+from prunex.vit.anatomy import check_images, read
 from prunex.vit.aside import as_found
-from prunex.vit.describe import outline
 from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.readout import outputs
 from prunex.vit.surroundings import follow
@@ -35,14 +35,14 @@ def labelled_batches(source: Any, model: Any) -> Iterator[Batch]:
         PrunexError: For something that holds no images, images that the model cannot take, labels that do not fit them
             or run out of the model's classes, several tensors that may be meant, or batches with and without labels.
     """
-    weight, anatomy, classes = next(model.parameters()), outline(model), outputs(model)
+    weight, classes = next(model.parameters()), outputs(model)
     labelled, seen = None, 0
     if classes == 0:
         raise PrunexError("this model has no classifier (num_classes=0), so units have no class to matter for")
     for batch in _batches(source):
         given = parts(batch)
         images = given.need("images", "calibration")
-        check_images(anatomy, images, values=True)
+        _check_images(model, images)
         labels = given.labels("calibration")
         if labelled is not None and labelled != (labels is not None):
             raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
@@ -91,6 +91,18 @@ def _check_labels(labels: Tensor, classes: int) -> Tensor:
     if low < 0 or high >= classes:
         raise PrunexError(f"calibration labels run from {low} to {high}: this model has classes 0..{classes - 1}")
     return labels.long()
+
+
+def _check_images(model: Any, images: Tensor) -> None:
+    if not isinstance(model, SwinTransformer):
+        check_images(read(model), images, values=True)
+        return
+    embed: Any = model.patch_embed
+    wanted = [embed.proj.in_channels, *embed.img_size]
+    if list(images.shape[1:]) != wanted or len(images) == 0:
+        raise PrunexError(f"images have shape {list(images.shape)}: this model takes {['B', *wanted]}, B at least 1")
+    if not torch.isfinite(images).all():
+        raise PrunexError("images hold NaN or infinite values: clean them first")
 
 
 @contextmanager

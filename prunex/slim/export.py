@@ -119,10 +119,11 @@ def _pruning(small: Any) -> Pruning | None:
 def _fix_counts(small: nn.Module, path: Path) -> None:
     """A graph has one shape for all images: counts that differ between them become their expected ones."""
     pruning = _pruning(small)
-    if pruning is None or pruning.pruner.count == "fixed":
+    pruner: Any = None if pruning is None else pruning.pruner
+    if pruning is None or pruner.count == "fixed":
         return
     measured = pruning.options.get("expected") is not None
-    pruning.pruner.fix()
+    pruner.fix()
     source = "the mean that was measured" if measured else "as keep_ratio says; pruning.calibrate(images) measures them"
     warnings.warn(
         f"{path.name} keeps {pruning.counts()} patch tokens of every image ({source}): a graph cannot let images "

@@ -108,10 +108,6 @@ class Modulo(torch.utils.data.Dataset):
             [TokenPruning("evit"), RelevancyGuidance("rollout")],
             "RelevancyGuidance goes by the VisionTransformer's own 5 classes",
         ),
-        (
-            [TokenPruning("ia_red2", options={"train": "reward"})],
-            "ia_red2 goes by the VisionTransformer's own 5 classes",
-        ),
     ],
 )
 def test_who_compares_the_vits_own_logits_with_labels(tmp_path, callbacks, says):

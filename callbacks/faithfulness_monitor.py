@@ -105,7 +105,9 @@ class FaithfulnessMonitor(ExplainingMonitor):
         for name in self.methods:
             options = self.options.get(name, {})
             e = prunex.explain(name, call.vit, call.entered, **options)
-            tensors = {part: batch[part].to(e.maps.device) for part in ("labels", "masks") if part in batch}
+            tensors: dict[str, Any] = {
+                part: batch[part].to(e.maps.device) for part in ("labels", "masks") if part in batch
+            }
             # Agreement compares what was kept with what the dense model of the same weights rests on.
             kept, judge = None, None
             if any(m.group == "agreement" for m in self.metrics) and _chooses(e):

@@ -37,17 +37,19 @@ _ROOMS = ("callbacks", "configs", "explainers", "metrics", "pictures", "pruners"
 __all__ = [*_PLACES]
 
 if _typing.TYPE_CHECKING:
-    from prunex import callbacks as callbacks, configs as configs, explainers as explainers, metrics as metrics
-    from prunex import pictures as pictures, pruners as pruners, recipes as recipes
     from prunex.attach import attach as attach, attached as attached
     from prunex.handles.tokens import Pruning as Pruning
     from prunex.catalogue import methods as methods
     from prunex.errors import PrunexError as PrunexError
     from prunex.explain import explain as explain
     from prunex.relevance.explanation import Explanation as Explanation
-    from prunex.slim import export as export, load as load, save as save, slim as slim
+    from prunex.slim.export import export as export
+    from prunex.slim.files import load as load, save as save
+    from prunex.slim.slim import slim as slim
     from prunex.vit.cost import Cost as Cost, cost as cost
     from prunex.vit.widths import WidthSpec as WidthSpec
+    from prunex import callbacks as callbacks, configs as configs, explainers as explainers, metrics as metrics
+    from prunex import pictures as pictures, pruners as pruners, recipes as recipes
 else:
 
     def __getattr__(name):

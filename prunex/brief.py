@@ -23,11 +23,11 @@ class Brief:
     Cost(macs=233191680, params=1268776, tokens=[197, 197])
     """
 
-    shown: ClassVar[tuple[str, ...]] = ()  # attributes worth the room; empty: every field that is not None
+    in_repr: ClassVar[tuple[str, ...]] = ()  # attributes worth the room; empty: every field that is not None
 
     def __repr__(self) -> str:
         # What is None was not asked for, and says nothing.
-        names = self.shown or tuple(f.name for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        names = self.in_repr or tuple(f.name for f in fields(self) if f.repr)  # type: ignore[arg-type]
         held = [(name, getattr(self, name)) for name in names]
         return f"{type(self).__name__}({', '.join(f'{name}={brief(v)}' for name, v in held if v is not None)})"
 

@@ -46,7 +46,7 @@ class Explanation(Brief):
         output: Which part of the module's output is explained, such as ``"logits"``; empty where it is one tensor.
     """
 
-    shown = ("method", "maps", "target", "signed", "image_size")
+    in_repr = ("method", "maps", "target", "signed", "image_size")
 
     maps: Tensor
     raw: Tensor

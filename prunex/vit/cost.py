@@ -42,7 +42,7 @@ class Cost(Brief):
         blocks: Block by block; a pruner's decision counts to the block it is made at.
     """
 
-    shown = ("macs", "params", "tokens")
+    in_repr = ("macs", "params", "tokens")
 
     macs: int
     params: int

@@ -227,8 +227,8 @@ def look_ahead(state: TokenState, blocks: int) -> list[Tensor]:
     return streams.seen
 
 
-@dataclass
-class _Streams:
+@dataclass(eq=False, repr=False)
+class _Streams(Brief):
     """A watch that takes the stream itself."""
 
     stop: int | None

@@ -28,7 +28,7 @@ def packaged_configs() -> dict[str, Traversable]:
     """
     # Configs lie in the package, which may be a zip file.
     root = files("prunex.configs")
-    configs = {}
+    configs: dict[str, Traversable] = {}
     for folder in (entry for entry in root.iterdir() if entry.is_dir()):
         configs |= {f"{folder.name}/{file.name}": file for file in folder.iterdir() if file.name.endswith(".yaml")}
     return configs

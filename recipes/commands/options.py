@@ -224,7 +224,7 @@ def typed(arguments: Sequence[str], *names: str) -> list[tuple[slice, str, str |
     >>> typed(["--out", "x.csv", "--out=y.csv"], "--out")
     [(slice(0, 2, None), '--out', 'x.csv'), (slice(2, 3, None), '--out', 'y.csv')]
     """
-    places = []
+    places: list[tuple[slice, str, str | None]] = []
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in names and equals:

@@ -276,12 +276,26 @@ class Scoring:
         cells = []
         for measure in (x for x in self.setting.metrics if x.name in values):
             mean = interval(measure.name, values[measure.name])
-            what = (m.name, method, measure.name, measure.group, measure.higher)
-            numbers = (mean.mean, mean.low, mean.high, mean.images, cost[0], cost[1])
             judge = ""
             if measure.group == "agreement" and method != "chance":
                 judge = RANDOM if method == RANDOM else f"dense/{method}"
-            cells.append(Score(*what, *numbers, removed_by(measure, self.args.removal), judge))
+            cells.append(
+                Score(
+                    m.name,
+                    method,
+                    measure.name,
+                    measure.group,
+                    measure.higher,
+                    mean.mean,
+                    mean.low,
+                    mean.high,
+                    mean.images,
+                    cost[0],
+                    cost[1],
+                    removed_by(measure, self.args.removal),
+                    judge,
+                )
+            )
         return cells
 
     def _chance(self, m: Model) -> dict[str, Tensor]:
@@ -297,8 +311,8 @@ class Scoring:
         labels = self.setting.scenes.labels
         if labels is None:
             return {}
-        classifying = [m for m in self.models if m.predicted is not None]
-        return {m.name: float((m.predicted == labels).double().mean()) for m in classifying}  # type: ignore[attr-defined]
+        right = {m.name: m.predicted.eq(labels) for m in self.models if m.predicted is not None}
+        return {name: float(answers.double().mean()) for name, answers in right.items()}
 
     def about(self) -> dict[str, Any]:
         """The conditions, in plain values."""

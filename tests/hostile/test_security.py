@@ -9,7 +9,7 @@ from PIL import Image
 from prunex import errors, untrusted
 from prunex.recipes.data import images
 from prunex.recipes.modules import backbone
-from prunex.vit import describe as rebuild
+from prunex.vit import rebuild
 
 TEXT = (Path(__file__).resolve().parents[2] / "SECURITY.md").read_text(encoding="utf-8")
 

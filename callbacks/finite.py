@@ -43,16 +43,17 @@ class LossGuard:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Flag, Callable[[], str]]] = deque()  # with what there is to say of it
-        self._asked: deque[Flag] = deque()  # of all processes
+        self._waiting: deque[tuple[Flag, int, Callable[[], str]]] = deque()  # its optimiser step, what there is to say
+        self._asked: deque[tuple[Flag, int]] = deque()  # of all processes
+        self._round = 0  # optimiser steps that were asked about
         self._since: Tensor | None = None  # whether anything was not finite since the last optimiser step
-        self._message = ""  # of this process's first such loss
+        self._first: tuple[int, str] | None = None  # of this process's first such loss
 
     def clear(self) -> None:
         """Forget all that is waiting."""
         self._waiting.clear()
         self._asked.clear()
-        self._since, self._message = None, ""
+        self._since, self._first = None, None
 
     def saw(
         self,
@@ -73,7 +74,7 @@ class LossGuard:
         # Held detached: the graph goes when the backward pass is through.
         losses = {"": total.detach(), **{name: value.detach() for name, value in parts.items()}}
         rows = {"inputs": batch.get("images"), "logits": None if logits is None else logits.detach()}
-        self._waiting.append((Flag(bad), lambda: _described(where, losses, rows)))
+        self._waiting.append((Flag(bad), self._round, lambda: _described(where, losses, rows)))
         self._read(trainer, int(later(total)))
 
     def agree(self, trainer: Trainer) -> None:
@@ -84,7 +85,8 @@ class LossGuard:
         bad = torch.zeros((), device=device) if self._since is None else self._since.to(device, torch.float32)
         self._since = None
         dist.all_reduce(bad, dist.ReduceOp.MAX)
-        self._asked.append(Flag(bad))
+        self._asked.append((Flag(bad), self._round))
+        self._round += 1
         self._hear(trainer, int(later(bad)))
 
     def settle(self, trainer: Trainer) -> None:
@@ -95,18 +97,22 @@ class LossGuard:
     def _read(self, trainer: Trainer, left: int) -> None:
         """Read this process's flags but the last ``left``."""
         while len(self._waiting) > left:
-            bad, describe = self._waiting.popleft()
+            bad, number, describe = self._waiting.popleft()
             if bad:
-                self._message = self._message or describe()
+                self._first = self._first or (number, describe())
                 if trainer.world_size == 1:
-                    raise PrunexError(self._message)
+                    raise PrunexError(self._first[1])
 
     def _hear(self, trainer: Trainer, left: int) -> None:
         """Read what all processes have seen but the last ``left``."""
         while len(self._asked) > left:
-            if self._asked.popleft():
+            bad, number = self._asked.popleft()
+            if bad:
                 self._read(trainer, 0)
-                raise PrunexError(self._message or "the training loss of another process is not finite: it says more")
+                # A loss that is bad after the shared step may be what another process's did to the weights.
+                if self._first is not None and self._first[0] <= number:
+                    raise PrunexError(self._first[1])
+                raise PrunexError("the training loss of another process is not finite: it says more")
 
 
 def later(tensor: Tensor) -> bool:

@@ -102,9 +102,10 @@ class Participant(Layered):
         # The others' images are other ones, and their choice would be, too.
         if trainer.world_size > 1:
             state = None
+            # The whole model: patch_slimming's search tunes its blocks too.
             if trainer.is_global_zero:
-                state = {name: value.cpu() for name, value in self.pruning.pruner.state_dict().items()}
-            self.pruning.pruner.load_state_dict(trainer.strategy.broadcast(state))
+                state = {name: value.cpu() for name, value in self.pruning.model.state_dict().items()}
+            self.pruning.model.load_state_dict(trainer.strategy.broadcast(state))
 
     def _around_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer round ``training_step``."""

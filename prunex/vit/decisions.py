@@ -167,7 +167,9 @@ class Merge(Decision):
         group = slots.values(self.group + 1) - 1  # -1 for slots that are no token of the clean run
         group = group.masked_fill(~there, -1)
         width = max(self.count, there.shape[1])
-        left = there.new_zeros(len(there), width + 1).scatter(1, group.masked_fill(group < 0, width), True)[:, :width]
+        left = there.new_zeros(there.shape[0], width + 1).scatter(1, group.masked_fill(group < 0, width), True)[
+            :, :width
+        ]
         slots.merged(self.group.shape[1], self.count, width)
         return [Merge(group, self.count, self.proportional)], left
 

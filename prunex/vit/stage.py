@@ -125,5 +125,6 @@ class Stage(Brief):
         """Sums over each group's members, [B, n_out]; values are shaped as ``group``."""
         # What was removed goes to a slot behind the last, which is cut off.
         group = self.group.masked_fill(self.group < 0, self.n_out).flatten(1)
-        room = values.new_zeros(len(values), self.n_out + 1)
+        # Not len(): that would fix an exported graph to the batch of its example.
+        room = values.new_zeros(values.shape[0], self.n_out + 1)
         return room.scatter_add(1, group, values.flatten(1))[:, : self.n_out]

@@ -130,7 +130,10 @@ def _described(where: str, losses: Mapping[str, Tensor], rows: Mapping[str, Tens
     text = f"the training loss is {float(losses[''].float().sum()):g} at {where}; not finite is {part}; "
     faults = {}
     for what, values in rows.items():
-        bad = () if values is None else (~torch.isfinite(values.flatten(1))).any(1).nonzero().flatten().tolist()
+        if values is None or values.ndim == 0:
+            continue
+        # Also of logits [B], which a module may have squeezed.
+        bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten().tolist()
         if bad:
             more = f" and {len(bad) - MOST} more" if len(bad) > MOST else ""
             faults[what] = f"{what} of {', '.join(map(str, bad[:MOST]))}{more}"

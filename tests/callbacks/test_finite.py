@@ -207,3 +207,9 @@ def test_infinite_gradients_under_a_scaler_are_nobodys_business(tmp_path):
 def test_long_lists_are_cut(tmp_path):
     said, _ = broken(tmp_path, TokenPruning("evit"), batches=poisoned(40, 20, at=range(20)))
     assert "inputs of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 4 more, logits" in said
+
+
+def test_logits_of_one_dimension_are_looked_at():
+    logits = torch.tensor([0.0, float("nan"), 1.0])
+    text = finite._described("epoch 0", {"": torch.tensor(float("nan"))}, {"inputs": None, "logits": logits})
+    assert "logits of 1: lower the learning rate" in text

@@ -30,10 +30,7 @@ _ROPES = {
 
 
 def outline(model: Backbone) -> Anatomy:
-    """What a model looks like from outside: images, classes, width and depth, of a timm Swin too.
-
-    Of a Swin, ``width`` is that of its last stage, and ``hidden`` and ``heads`` are those of all blocks.
-    """
+    """What a model, also a timm Swin, looks like from outside; of that ``width`` is the last stage's."""
     if not isinstance(model, SwinTransformer):
         return read(model)
     if type(model).forward is not SwinTransformer.forward:
@@ -62,17 +59,10 @@ def outline(model: Backbone) -> Anatomy:
 
 
 def describe(model: Backbone) -> dict[str, Any]:
-    """The constructor call that makes an equal model, in plain values.
+    """The constructor call that makes an equal model, ``{"class": name, "args": {...}}``, as JSON holds it.
 
-    Args:
-        model: A supported ViT or timm Swin, also one that was narrowed.
-
-    Returns:
-        ``{"class": name, "args": {...}}``, as JSON holds it; of a narrowed model the call makes the dense one, and
-        ``"widths"`` says what is left of it (:meth:`~prunex.vit.widths.WidthSpec.plain`).
-
-    Raises:
-        PrunexError: For parts that plain values cannot name.
+    Of a narrowed model the call makes the dense one, and ``"widths"`` says what is left of it
+    (:meth:`~prunex.vit.widths.WidthSpec.plain`). Parts that plain values cannot name are refused.
     """
     spec = _windowed(model) if isinstance(model, SwinTransformer) else _described(model)
     widths = widths_of(model).plain()
@@ -259,7 +249,7 @@ def _eva(model: Any, a: Anatomy) -> dict[str, Any]:
     post = isinstance(block, EvaBlockPostNorm)
     args: dict[str, Any] = _mlp_of(block.mlp, a) | {
         "num_heads": attn.num_heads,
-        "qkv_bias": (attn.q_bias if getattr(attn, "q_bias", None) is not None else _first(attn).bias) is not None,
+        "qkv_bias": getattr(attn, "q_bias", None) is not None or (attn.qkv or attn.q_proj).bias is not None,
         "qkv_fused": attn.qkv is not None,
         "scale_attn_inner": not isinstance(attn.norm, nn.Identity),
         "class_token": model.cls_token is not None,
@@ -341,27 +331,21 @@ def _mlp_of(mlp: Any, a: Anatomy) -> dict[str, Any]:
     return args
 
 
-def _first(attn: Any) -> nn.Linear:
-    return attn.qkv if attn.qkv is not None else attn.q_proj
-
-
 def _ratio(hidden: int, width: int) -> float:
     """A ratio that timm's ``int(width * ratio)`` makes the hidden width of again."""
     plain = hidden / width
     return plain if int(width * plain) == hidden else (hidden + 0.5) / width
 
 
+_NORMS = ("LayerNorm", "RmsNorm", "SimpleNorm")
+
+
 def _norm(norm: nn.Module) -> list[Any]:
-    return [_norm_name(norm), float(getattr(norm, "eps", 1e-6))]
-
-
-def _norm_name(norm: nn.Module) -> str:
-    known = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm", "simplenorm": "SimpleNorm"}
-    name, wide = type(norm).__name__.removesuffix("Fp32"), type(norm).__name__.endswith("Fp32")
-    for key, cls in known.items():
-        if name == cls:
-            return key + "fp32" * wide
-    raise PrunexError(f"cannot save a model with {type(norm).__name__}: known are {', '.join(known.values())}")
+    """Timm's name of a norm, and its epsilon."""
+    name = type(norm).__name__
+    if name.removesuffix("Fp32") not in _NORMS:
+        raise PrunexError(f"cannot save a model with {name}: known are {', '.join(_NORMS)}")
+    return [name.lower(), float(getattr(norm, "eps", 1e-6))]
 
 
 def _act_name(act: nn.Module | None) -> str:

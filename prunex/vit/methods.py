@@ -19,8 +19,6 @@ from prunex.vit.mount import mounted
 from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 
-_METHODS = ("forward_features", "forward_head", "pool", "forward_intermediates")
-
 
 def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     _check_no_mask(attn_mask, *kwargs.values())
@@ -59,10 +57,17 @@ def _beit_head(self: Any, x: Tensor, pre_logits: bool) -> Tensor:
     return pooled if pre_logits else self.head(pooled)
 
 
+_METHODS: dict[str, Callable[..., Any]] = {
+    "forward_features": _forward_features,
+    "forward_head": _forward_head,
+    "pool": _pool,
+    "forward_intermediates": _forward_intermediates,
+}
+
+
 def put_on(model: ViT) -> None:
     """Route the model's forward through ``model.prunex`` (an object with features, pool, for_heads and saw_logits)."""
-    ours: tuple[Callable[..., Any], ...] = (_forward_features, _forward_head, _pool, _forward_intermediates)
-    for name, function in zip(_METHODS, ours, strict=True):
+    for name, function in _METHODS.items():
         if hasattr(type(model), name):
             model.__dict__[name] = partial(function, model)  # pickle would look a bound method up by its name
 
@@ -75,30 +80,20 @@ def take_off(model: ViT) -> None:
 
 def check_methods(model: nn.Module) -> None:
     """Refuse a model with a forward of its own, set on the object by others than prunex or torch.compile."""
-    ours = mounted(model) is not None
-    own = [
-        name
-        for name in ("forward", *_METHODS)
-        if name in vars(model)
-        and not (ours and name in _METHODS)
-        and not hasattr(vars(model)[name], "_torchdynamo_orig_callable")
-    ]
-    if own:
+    suspects = ("forward",) if mounted(model) is not None else ("forward", *_METHODS)
+    set_here = [name for name in suspects if name in vars(model)]
+    foreign = [name for name in set_here if not hasattr(vars(model)[name], "_torchdynamo_orig_callable")]
+    if foreign:
         raise PrunexError(
-            f"this {type(model).__name__} has its own {', '.join(own)}, set on the object: restore the class's methods "
-            "first, or make a subclass and give the plain model"
+            f"this {type(model).__name__} has its own {', '.join(foreign)}, set on the object: restore the class's "
+            "methods first, or make a subclass and give the plain model"
         )
 
 
 def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
     """Send one small random input through timm's own forward and through ours; the anatomy of the model comes back.
 
-    Args:
-        model: A supported ViT, nothing attached.
-        tolerance: Largest difference allowed, relative to the largest output.
-
-    Raises:
-        PrunexError: By name, for a model whose outputs differ (a new timm, a subclass with something of its own).
+    Refused by name is a model whose outputs differ by more than ``tolerance``, relative to the largest of them.
     """
     anatomy = read(model)
     check_methods(model)

@@ -24,13 +24,10 @@ TAIL = "prunex_tail"  # on a ViT that stands for a whole module: what the module
 
 
 def head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
-    """From final tokens x [B, N, D] to the model's output, as timm's ``forward_head`` in eval mode.
+    """From final tokens x [B, N, D] to [B, classes] (or the features), as timm's ``forward_head`` in eval mode.
 
     Dropped tokens are not pooled; means over tokens count each by its size. A ViT that stands for the module round it
     (:mod:`prunex.vit.surroundings`) gives the module's output.
-
-    Returns:
-        [B, classes], or the pooled features without a head.
     """
     out = _own_head(model, x, left, ops)
     tail = vars(model).get(TAIL)
@@ -46,10 +43,7 @@ def before_softmax(model: ViT, out: Tensor) -> Tensor:
 
 
 def classifies(model: ViT) -> bool:
-    """Whether a model gives classes and no bare features.
-
-    The head itself tells, not num_classes: users put heads on and take them off by assignment.
-    """
+    """Whether a model gives classes and no bare features: the head tells, since users assign it."""
     return not isinstance(model.head, nn.Identity) or TAIL in vars(model)
 
 
@@ -87,10 +81,7 @@ def _features(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
 
 
 def for_heads(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
-    """Final tokens as timm's ``forward_head`` wants them.
-
-    Where the two tokens that a distilled DeiT's heads read did not enter, both heads read the pooled ones, [B, 2, D].
-    """
+    """Final tokens as timm's ``forward_head`` wants them; pooled, [B, 2, D], where a DeiT's own two did not enter."""
     if not isinstance(model, VisionTransformerDistilled) or left.anatomy.readers:
         return x
     features = _features(model, x, left, ops)
@@ -98,10 +89,7 @@ def for_heads(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> T
 
 
 def masked_pool(model: ViT, x: Tensor, left: Handed, pool_type: str | None = None) -> Tensor:
-    """Pool x [B, N, D] as timm does, but over the tokens that are there, and means by size: sum s x / sum s.
-
-    ``pool_type`` is timm's override, or None.
-    """
+    """Pool x [B, N, D] as timm does (or by its override ``pool_type``), over tokens that are there, means by size."""
     inner: Any = model
     anatomy = left.anatomy
     kind = anatomy.pool if pool_type is None else pool_type

@@ -63,7 +63,7 @@ def build(spec: Mapping[str, Any]) -> Any:
 def sketch(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) -> Any:
     """What :func:`build` makes, but parameters have shapes alone; tables that no file holds are computed.
 
-    With ``held``, the tensors of the file beside the description, nothing is built that is out of proportion to these.
+    With ``held``, the tensors beside the description, nothing is built out of proportion to these.
     """
     with _refused_in_one_line(), torch.random.fork_rng(devices=[]):
         with Still():
@@ -75,10 +75,7 @@ def sketch(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) ->
 
 
 def build_like(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """The described model with those of a file's tensors that begin with a prefix, for a description that may be false.
-
-    Each tensor keeps the dtype it was saved in.
-    """
+    """The described model with a file's tensors that begin with a prefix, in their dtype; any of it may be false."""
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     model = sketch(spec, weights)
     names = model.state_dict()
@@ -139,10 +136,7 @@ class Still(TorchFunctionMode):
 
 
 def _check_size(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse a model far larger than its weights, or of so many blocks that building them would take long.
-
-    Bytes are counted in closed form, rather too many than too few.
-    """
+    """Refuse far more bytes than the weights have, in closed form, or more blocks than they could fill."""
     depths = _several(args.get("depths", args.get("depth", 12)))
     parallel = args["block_fn"][1].get("num_parallel", 1) if "block_fn" in args else 1
     blocks, most = max(sum(depths), len(depths)) * parallel, max(len(weights), _BLOCKS_AT_LEAST)

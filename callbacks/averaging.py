@@ -95,9 +95,8 @@ def check_own_averages(trainer: Trainer, module: LightningModule, callback: Call
 class Copies:
     """What the module and the callbacks of others hold that has the shapes of the ViT's blocks.
 
-    That may be an average of the weights, which does not follow removed units, or a teacher, which never changes: after
-    the first steps the two are told apart by whether the numbers moved. A second network that an optimiser steps is
-    neither.
+    After the first steps an average, which does not follow removed units, and a teacher, which never changes, are told
+    apart by whether the numbers moved. A second network that an optimiser steps is neither.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, vit: nn.Module) -> None:

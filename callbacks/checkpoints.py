@@ -32,11 +32,8 @@ _HOW = "ask for the options it was written with, or open it with prunex.callback
 def say_when_saved(module: LightningModule, path: str | None) -> None:
     """Let every checkpoint of a module say how the ViT at ``path`` is pruned, also one of weights only.
 
-    Lightning asks callbacks about whole checkpoints alone, and the module about all of them. What is put on the module
-    stays when a run ends, as the pruning does, since a checkpoint may still be saved; copies and pickles take it along.
-
-    Among the weights of a checkpoint lies a key that a dense module refuses, and that names what opens the file:
-    without it the weights of a method that has no parameters would load into a dense model, silently.
+    Among its weights lies a key that a dense module refuses, and that names what opens the file: without it the weights
+    of a method that has no parameters would load into a dense model, silently.
     """
     # A second callback, or a second fit, finds ours there already and does not wrap it again.
     before = vars(module).get("on_save_checkpoint")
@@ -80,9 +77,8 @@ def guard_loading(
     specs: Mapping[str, Callable[[], dict[str, Any]]],
     take_over: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> list[Callable[[], None]]:
-    """Let the module take no checkpoint that was written with other options, and say which they are.
+    """Let the module take no checkpoint that was written with other options, until the returned calls undo that.
 
-    Its ``on_load_checkpoint`` and ``load_state_dict`` get a layer each, which the returned calls take off again.
     ``specs`` tell how the model is pruned now, by checkpoints' names for it; ``take_over`` is given what one says.
     """
     hparams: dict[str, Any] = {}

@@ -36,11 +36,9 @@ class FaithfulnessMonitor(ExplainingMonitor):
     Args:
         methods: Names of explainers.
         metrics: Names of metrics, as ``prunex score`` takes them.
-        images: How many validation images to watch.
-        every_n_epochs: Watch every so many epochs.
+        images: As all monitors', see :class:`~prunex.callbacks.monitor.Monitor`; so are those left out here.
         removal: How patches are taken away; None: as published, see :func:`prunex.metrics.scores`.
         chunk: Most altered images in one forward; None: what is fastest.
-        model: Dotted path of the ViT in the module, when it holds several.
         options: Of the explainers, by method: ``{"rollout": {"discard_ratio": 0.9}}``.
 
     Raises:

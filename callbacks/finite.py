@@ -35,11 +35,9 @@ class Flag:
 class LossGuard:
     """Looks at every training loss, and raises where one is not finite.
 
-    On the CPU that is at once, before the backward pass. On another device the flag is read one step later, when its
-    copy has arrived anyway: nothing waits, at the price of one optimiser step with what was not finite. Several
-    processes raise together, in front of the same optimiser step (or the one after it), so that none is left waiting:
-    one reduction of one number an optimiser step. Gradients are not looked at: a gradient scaler makes infinite ones
-    and recovers from them.
+    On the CPU that is at once; on another device the flag is read one step later, when its copy has arrived anyway:
+    nothing waits, at the price of one optimiser step. Several processes raise together, in front of the same optimiser
+    step, so that none is left waiting. Gradients are not looked at: a gradient scaler recovers from infinite ones.
     """
 
     def __init__(self) -> None:

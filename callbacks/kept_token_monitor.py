@@ -30,14 +30,8 @@ class KeptTokenMonitor(Monitor):
     A method that pools (``hvt``) keeps no patch as itself: the picture then shows how large a part each patch has in
     the tokens, and ``kept`` and the logged share are left out.
 
-    In ``trainer.validate`` files are called ``validate`` in place of the epoch.
-
-    Args:
-        images: How many validation images to watch.
-        every_n_epochs: Watch every so many epochs.
-        model: Dotted path of the ViT in the module, when it holds several.
-        mean: What the images are normalised by, one number or one a channel; None: as data or model say.
-        std: Likewise.
+    In ``trainer.validate`` files are called ``validate`` in place of the epoch. Arguments are those of all monitors:
+    :class:`~prunex.callbacks.monitor.Monitor` tells them.
     """
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
@@ -81,9 +75,9 @@ class KeptTokenMonitor(Monitor):
 
 
 def object_kept(kept: Tensor, masks: Tensor, least: float = 0.03) -> float:
-    """Share of object patches that are kept (bool [B, gh, gw]), mean over the images that show an object.
+    """Share of object patches that are kept (bool [B, gh, gw]), mean over the images that show an object, else NaN.
 
-    Masks are bool [B, H, W]; a patch is the object's where ``least`` of it lies on the object. NaN without any object.
+    Masks are bool [B, H, W]; a patch is the object's where ``least`` of it lies on the object.
     """
     area = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], (kept.shape[1], kept.shape[2]))[:, 0]
     # A patch that the object merely grazes is background to the eye.

@@ -56,10 +56,7 @@ class Layered(Callback):
 
 
 def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], None]:
-    """Put a layer round a method of one module object; the call that is returned takes it off again.
-
-    Layers come off in any order; with the last one the object has its own method back.
-    """
+    """Put a layer round a method of one module object; the call that is returned takes it off, in any order."""
     before = module.__dict__.get(name)
     layers: list[Layer] | None = getattr(before, "_prunex_layers", None)
     if layers is None:

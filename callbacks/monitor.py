@@ -36,13 +36,12 @@ from prunex.vit.surroundings import Call, answering, follow, look
 class Monitor(Callback):
     """Base of the monitors: collects images once, then calls :meth:`watch` after validation epochs on rank zero.
 
-    Images are what enters the ViT in the steps of the first validation loader, whatever the module does to a batch
-    before: the first that come, but rather of many classes than several of one where labels are known, since loaders
-    are often sorted by class. Logits and classes are those of the module's forward, or of the outermost module round
-    the ViT that a step calls, as :func:`prunex.explain` has them. Where a step runs the ViT several times (views,
-    crops) the first time is watched, where it does not run it the batch's images are, with a warning.
-    :func:`prunex.batches.parts` says which tensors of a batch are labels and object masks; what may be meant by several
-    tensors is left out, with a warning, as are labels and masks that do not fit what entered the ViT.
+    Images are what enters the ViT in the steps of the first validation loader: the first that come, but rather of many
+    classes than several of one where labels are known, since loaders are often sorted by class. Logits and classes are
+    those of the module's forward, or of the outermost module round the ViT that a step calls. Where a step runs the ViT
+    several times (views, crops) the first time is watched, where it does not run it the batch's images are, with a
+    warning. What may be meant by several tensors of a batch (:func:`prunex.batches.parts`) is left out, with a warning,
+    as are labels and masks that do not fit what entered the ViT.
 
     When the ViT's input size, channels or classes change, images are collected anew. Monitors of several models in one
     Trainer write into folders named by the models' paths, in the run folder.
@@ -190,12 +189,10 @@ class Monitor(Callback):
             self.watch(trainer, pl_module, batch)
 
     def _due(self, trainer: Trainer) -> bool:
-        """Whether a multiple of ``every_n_epochs`` lies between the last watched epoch and this one, or training ends.
-
-        Validation itself may come only every so many epochs, and several times in one.
-        """
+        """Whether a multiple of ``every_n_epochs`` lies behind the last watched epoch, or training ends."""
         if trainer.state.fn != "fit":
             return True
+        # Validation itself may come only every so many epochs, and several times in one.
         epoch, every = trainer.current_epoch, self.every_n_epochs
         last = epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
         return last or epoch == self._seen or self._seen < 0 or epoch // every > self._seen // every
@@ -276,11 +273,7 @@ class Monitor(Callback):
 
 
 class ExplainingMonitor(Monitor):
-    """Base of RelevancyMonitor and FaithfulnessMonitor.
-
-    ``methods`` are names of explainers, ``tokentm`` where none are given; ``options`` theirs by name, by method. What
-    is unknown among them is refused at once.
-    """
+    """Base of the monitors that explain: names of explainers (None: ``tokentm``), and their options by method."""
 
     def __init__(self, methods: Any, options: Any, *args: Any) -> None:
         super().__init__(*args)

@@ -25,11 +25,7 @@ from prunex.vit.units import Backbone
 
 
 class Participant(Layered):
-    """Base of TokenPruning and MaskPruning, which attach a pruner to a ViT and train it with its user's own loss.
-
-    In the order of a run: :meth:`setup` refuses what cannot work and attaches, every training step goes through
-    :meth:`_training_step`, and until the first step of an optimiser it is asked whether anything was pruned at all.
-    """
+    """Base of TokenPruning and MaskPruning, which attach a pruner to a ViT and train it with its user's own loss."""
 
     units = False  # whether heads and channels are pruned, not tokens
     entry, hparam = "pruning", "pruning"  # what checkpoints and a module's hyperparameters call it
@@ -131,10 +127,7 @@ class Participant(Layered):
         images: int = 1,
         logits: Tensor | None = None,
     ) -> STEP_OUTPUT:
-        """:func:`with_losses` of so many images, and a look at the sum: one that is not finite ends the training.
-
-        ``batch`` holds the images that the loss is about, where there are any, ``logits`` what the forward gave.
-        """
+        """:func:`with_losses`, and a look at the sum: one that is not finite ends the training."""
         result = with_losses(module, output, losses, images)
         task, total, trainer = loss_of(output), loss_of(result), module._trainer
         if task is not None and total is not None and trainer is not None:  # somebody may call the step by hand
@@ -190,11 +183,8 @@ class Participant(Layered):
 
 
 def check_strategy(trainer: Trainer, callback: Callback) -> None:
-    """Refuse strategies that cut the weights up among processes.
-
-    Blocks are opened from inside, where sharded ones have no whole weights, and one process alone explains, counts and
-    exports, while their gathering needs all.
-    """
+    """Refuse strategies that cut the weights up among processes: one process alone explains, counts and exports."""
+    # Blocks are opened from inside, where sharded ones have no whole weights, and gathering them needs all processes.
     strategy: Any = getattr(trainer, "strategy", None)
     kinds = {c.__name__ for c in type(strategy).__mro__}
     if kinds & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
@@ -205,10 +195,7 @@ def check_strategy(trainer: Trainer, callback: Callback) -> None:
 
 
 def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:
-    """What ``training_step`` returned, with weighted scalars added and logged as ``prunex/loss_*``.
-
-    An output is a loss, or a dict with a "loss"; None (a skipped batch of ``batch`` images) stays None.
-    """
+    """What ``training_step`` returned, with weighted scalars added and logged; None (a skipped batch) stays None."""
     for name, value in losses.items():
         module.log(
             f"prunex/loss_{name}", value.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=batch
@@ -233,11 +220,8 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 def progress(trainer: Trainer, batches: int) -> float:
-    """Fraction of training done after so many batches of this epoch; an open-ended run counts as done.
-
-    Batches are counted, not steps, since steps come in several a batch (optimised by hand) or change their length;
-    within one accumulation of gradients the progress stands still.
-    """
+    """Fraction of training done after so many batches of this epoch; an open-ended run counts as done."""
+    # Batches are counted, not steps: those come several a batch where somebody optimises by hand.
     epochs, most, total = trainer.max_epochs, trainer.max_steps, trainer.num_training_batches
     done = []
     if epochs is not None and epochs > 0:
@@ -252,13 +236,10 @@ def progress(trainer: Trainer, batches: int) -> float:
 
 
 def tell_hparams(module: LightningModule, name: str, spec: dict[str, Any]) -> None:
-    """Tell a module that rebuilds its structure from hyperparameters how it is pruned.
-
-    Such a module says so with ``rebuilds_pruning = True``. Without that a hyperparameter is somebody else's, unless it
-    names one of prunex's methods.
-    """
+    """Tell a module that rebuilds its structure from hyperparameters (``rebuilds_pruning``) how it is pruned."""
     if name not in module.hparams:
         return
+    # A hyperparameter is somebody else's, unless it names one of prunex's methods.
     value = module.hparams[name]
     ours = isinstance(value, dict) and value.get("method") in {m.name for m in prunex.methods("pruner")}
     if ours or (value is None and getattr(module, "rebuilds_pruning", False)):

@@ -24,11 +24,7 @@ Group = dict[str, Any]
 
 
 def give_rates(trainer: Trainer, pruner: TokenPruner, scale: float | None) -> list[Callable[[], None]]:
-    """Give what a pruner brings its rate in each of the trainer's optimisers, and say where it cannot learn.
-
-    Optimisers have read no checkpoint yet: a resumed training has the rates of the first. The calls that are returned
-    leave them as they were.
-    """
+    """Give what a pruner brings its rate in each optimiser, until the returned calls undo that."""
     if scale not in (None, 1) and not any(p.requires_grad for p in pruner.parameters()):
         rank_zero_warn(f"lr_scale={scale:g} has no effect: {pruner.name} brings no parameters that learn; leave it out")
     undo = []
@@ -78,12 +74,8 @@ class PrunerRate:
     """Steps a pruner's parameters at another rate than the others of their group, in one optimiser.
 
     While the optimiser's step runs, and not longer, each of its groups that holds such parameters is two, which differ
-    by their rate. Any optimiser that goes by its groups' rates is right with that, its own slow weights and moments
-    included, while schedules, checkpoints, resumes and loggers meet the user's groups alone. Steps that a gradient
-    scaler skips are skipped here too. Of optimisers that wrap others the one that really steps is watched.
-
-    ``scale`` times their group's rate is theirs. None: the pruner's ``lr`` at the schedule's peak, where their group
-    has less; never above it, and never below the group's own.
+    by their rate: schedules, checkpoints and loggers meet the user's groups alone. ``scale`` times their group's rate
+    is theirs; None: the pruner's ``lr`` at the schedule's peak, where their group has less, never below its rate.
     """
 
     def __init__(self, optimizer: Optimizer, pruner: TokenPruner, scale: float | None = None) -> None:
@@ -185,10 +177,7 @@ class PrunerRate:
 
 
 def check_stepped(trainer: Trainer, pruning: Pruning, learned: dict[str, torch.nn.Parameter]) -> None:
-    """Refuse a training in which nothing moves what a pruner learns by losses of its own; of any other it is told.
-
-    ``learned`` was to be trained when the pruner was attached; what had been attached before may be frozen.
-    """
+    """Refuse a training in which nothing moves what a pruner learns by losses of its own; of any other it is told."""
     frozen = [name for name, p in learned.items() if not p.requires_grad]
     stepped = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     missing = [name for name, p in learned.items() if p.requires_grad and id(p) not in stepped]

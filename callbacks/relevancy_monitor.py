@@ -29,12 +29,8 @@ class RelevancyMonitor(ExplainingMonitor):
 
     Args:
         methods: Names of explainers.
-        images: How many validation images to watch.
-        every_n_epochs: Watch every so many epochs.
-        model: Dotted path of the ViT in the module, when it holds several.
+        images: As all monitors', see :class:`~prunex.callbacks.monitor.Monitor`; so are those left out here.
         options: Of the explainers, by method: ``{"rollout": {"discard_ratio": 0.9}}``.
-        mean: What the images are normalised by, one number or one a channel; None: as data or model say.
-        std: Likewise.
 
     Raises:
         PrunexError: For an unknown explainer or option, at once.
@@ -88,8 +84,5 @@ class RelevancyMonitor(ExplainingMonitor):
 
 
 def share_inside(mass: Tensor, region: Tensor) -> float:
-    """Share of each map's mass [B, h, w] inside a region [B, h, w], mean over images with any mass and any region.
-
-    0..1; NaN when no image has both.
-    """
+    """Share of each map's mass [B, h, w] inside a region [B, h, w], mean over images with both, in 0..1; else NaN."""
     return float(energy_inside(mass, region).nanmean())

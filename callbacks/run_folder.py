@@ -28,10 +28,7 @@ RECORD = "prunex.json"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder: the first logger's, where Lightning puts checkpoints too, or the trainer's root.
-
-    Call it on all processes: it is a broadcast.
-    """
+    """The run's own folder, where Lightning puts checkpoints too; a broadcast: call it on all processes."""
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
         return Path(trainer.log_dir or trainer.default_root_dir)
@@ -43,10 +40,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def moment(trainer: Trainer) -> tuple[str, str]:
-    """What files and titles of a look are called: by the epoch of training, else by what runs ("validate").
-
-    The Trainer of a validation counts from epoch 0 as well, and may have the folder of the training.
-    """
+    """What files and titles of a look are called: by the epoch of training, else by what runs ("validate")."""
     if trainer.state.fn == TrainerFn.FITTING:
         return f"epoch={trainer.current_epoch:03d}", f"epoch {trainer.current_epoch}"
     fn = str(getattr(trainer.state.fn, "value", trainer.state.fn))
@@ -98,10 +92,9 @@ def record_slim(run: Path, slim: Path) -> None:
 
 
 def record_metrics(trainer: Trainer, folder: Path) -> None:
-    """Note this epoch's metrics where the run's folder is no ``CSVLogger``'s; several callbacks may ask for the same.
+    """Note this epoch's metrics where the run's folder is no ``CSVLogger``'s; on rank zero, when a training epoch ends.
 
-    Call it on rank zero, when a training epoch ends. A metric that stayed as it was is noted only in epochs that were
-    validated: else it is the last validation's, which the Trainer still holds.
+    A metric that stayed as it was is noted only in epochs that were validated: else it is the last validation's.
     """
     # The first logger's folder is the run's: a CSVLogger behind it writes into another one.
     if isinstance(trainer.logger, CSVLogger) or getattr(trainer, "fast_dev_run", False):

@@ -16,10 +16,8 @@ from prunex.vit.units import blocks_of
 class Runs:
     """Which steps ran the ViT as it is pruned.
 
-    A module may go through the blocks itself, or run a copy, a traced or a functional one: then nothing is pruned, and
-    what is logged and exported would be about a model that nobody ran. Gradients tell the two apart when the first ones
-    are there: weights that are trained by another way are refused, and a ViT that did not take part is told of, since
-    its turn may come later.
+    A module may go through the blocks itself, or run a copy, a traced or a functional one: then nothing is pruned. The
+    first gradients tell: weights that are trained by another way are refused, of a ViT that took no part one is told.
     """
 
     def __init__(self, handle: Pruning | UnitPruning) -> None:

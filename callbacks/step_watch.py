@@ -13,10 +13,7 @@ from prunex.vit.anatomy import ViT, find, head_classes
 
 
 class StepWatch:
-    """Looks on while one step runs, and notes which images entered the ViT and which the modules round it.
-
-    ``path`` is the ViT's in the module, when that holds several.
-    """
+    """Looks on while one step runs, and notes which images entered the ViT and which the modules round it."""
 
     def __init__(self, module: LightningModule, path: str | None = None) -> None:
         self.path, self.vit = find(module, path)
@@ -60,10 +57,8 @@ class StepWatch:
 def watched_part(step: StepWatch, batch: Parts, who: str) -> tuple[str | None, dict[str, Tensor], list[str]]:
     """What is collected of a step, through which module it is explained, and what there is to say about it.
 
-    Returns:
-        The path of the outermost module that answers for the images that entered the ViT (None: the ViT alone); of
-        these images "images", "given" (what that module was called on), "batch" (the loader's), "labels" and "masks",
-        where they are known; warnings.
+    Returns the path of the outermost module that answers for the images that entered the ViT (None: the ViT alone); of
+    these "images", "given" (what that module was called on), "batch" (the loader's), "labels" and "masks"; warnings.
     """
     kind, outermost, complaints = type(step.vit).__name__, step.outermost(), []
     through: str | None

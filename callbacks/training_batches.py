@@ -30,15 +30,11 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 
 @contextmanager
 def training_batches(trainer: Trainer, module: LightningModule, vit: Any) -> Iterator[Iterator[Parts]]:
-    """The first training batches, as they enter the ViT.
+    """The first training batches, as :class:`~prunex.batches.Parts` on the CPU of what enters the ViT.
 
     Batches go through the hooks that Lightning calls on them and through the module's own ``training_step`` as far as
-    the ViT, so that what either does to the images (to floats, normalised, augmented) is done here too. Random states
-    (Python, NumPy, torch, all devices), samplers, workers, buffers and logs of the training stay as they are.
-
-    The iterator gives :class:`~prunex.batches.Parts` on the CPU: images [B, C, H, W] that entered the ViT, and labels
-    where the batch has them. It ends with the epoch; no worker process outlives the context. Loaders that can be walked
-    only once are refused, as are batches without images.
+    the ViT, so that what either does to the images is done here too. Random states, samplers, workers, buffers and logs
+    of the training stay as they are. Loaders that can be walked only once are refused, as are batches without images.
     """
     with isolate_rng(), _untouched(module, vit):
         walk = _walk(trainer, module, vit)

@@ -39,12 +39,8 @@ class UnitMonitor(Monitor):
     Criteria without a class axis give the first picture alone.
 
     Args:
-        images: How many validation images to watch, each of another class where labels are known.
+        images: As all monitors', see :class:`~prunex.callbacks.monitor.Monitor`; so are those left out here.
         heads: How many of a class's heads to draw.
-        every_n_epochs: Watch every so many epochs.
-        model: Dotted path of the ViT in the module, when it holds several.
-        mean: What the images are normalised by, one number or one a channel; None: as data or model say.
-        std: Likewise.
 
     Raises:
         PrunexError: For numbers below 1; in training for a model whose units nobody prunes.

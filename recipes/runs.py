@@ -40,11 +40,7 @@ SUMMARY = "summary.json"
 
 
 def read_run(run: str | Path) -> dict[str, Any]:
-    """The config.yaml of a run folder.
-
-    Raises:
-        PrunexError: When it is no folder of a run, or the file is damaged.
-    """
+    """The config.yaml of a run folder; refused where it is damaged or there is none."""
     config = config_of(run)
     if not config:
         lacks = "model and data in its config.yaml" if (Path(run) / "config.yaml").is_file() else "config.yaml"
@@ -93,10 +89,7 @@ def run_of(where: Path) -> Path | None:
 
 
 def open_model(where: str | Path) -> nn.Module:
-    """The slim model of a slim folder, a run folder (its slim/, else its newest checkpoint) or a checkpoint file.
-
-    The ViT is pruned if it was trained so, and in eval mode.
-    """
+    """The slim model of a slim folder, a run (its slim/, else its newest checkpoint) or a checkpoint, in eval mode."""
     path = Path(where)
     if is_there(path, Path.is_file):
         run = path.parent.parent
@@ -120,10 +113,7 @@ def open_model(where: str | Path) -> nn.Module:
 def open_model_or_name(
     where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """What `open_model` opens, or a timm model by name: with weights from a safetensors file, or its own, downloaded.
-
-    ``image_size`` is the side of a timm model's images in pixels; None: what its weights were trained for.
-    """
+    """What `open_model` opens, or a timm model by name, with images of ``image_size`` (None: what its weights had)."""
     check_model(where, weights, image_size, pretrained)
     if is_there(Path(where)):
         return open_model(where)
@@ -133,11 +123,7 @@ def open_model_or_name(
 
 
 def renormalise(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Say in a model's ``pretrained_cfg`` by what its images are normalised: a number a channel, or one for all.
-
-    Raises:
-        PrunexError: For another number of numbers.
-    """
+    """Say in a model's ``pretrained_cfg`` by what its images are normalised: a number a channel, or one for all."""
     vit: Any = find(model)[1]
     channels = vit.patch_embed.proj.in_channels
     chosen = {}
@@ -196,11 +182,7 @@ def deny_imports() -> None:
 
 
 def instantiate(base: type, spec: dict[str, Any]) -> Any:
-    """An object from ``class_path`` and ``init_args``, as configs hold them.
-
-    Raises:
-        PrunexError: When the class or its arguments are not as the config says.
-    """
+    """An object from ``class_path`` and ``init_args``, as configs hold them."""
     deny_imports()
     # jsonargparse knows how configs name classes, links and types.
     parser = ArgumentParser(exit_on_error=False)
@@ -229,11 +211,7 @@ def token_pruning(model: nn.Module) -> prunex.Pruning | None:
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> dict[str, float]:
-    """Accuracy (0..1) on batches of images and labels, at most so many.
-
-    Of a pruned model also ``kept_digit_cover`` (0..1), how much of the object its kept patches cover, where the batches
-    have masks.
-    """
+    """Accuracy (0..1) on so many batches; of a pruned model also ``kept_digit_cover``, where they have masks."""
     weight = next(model.parameters())
     pruning = token_pruning(model)
     right = seen = 0
@@ -278,10 +256,8 @@ def compare(
 ) -> dict[str, Any]:
     """Cost, speed and accuracy of models that take turns in one process: what the report's cost table shows.
 
-    Validation batches (at most ``limit``) are walked once for each of the models whose names are in ``evaluated``.
-
-    Returns:
-        ``{"machine": str, "rows": [...]}`` in plain values; images a second with their quartiles over the rounds.
+    Those whose names are in ``evaluated`` go through validation batches (at most ``limit``). Returns plain values,
+    ``{"machine": str, "rows": [...]}``, with images a second and their quartiles over the rounds.
     """
     batch, first = 32, next(iter(models.values()))
     images = noise(first, batch)

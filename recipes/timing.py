@@ -42,9 +42,8 @@ def side_by_side(
 ) -> list[Timing]:
     """Time callables by name in turn, round after round; the first is the reference.
 
-    The order rotates, so that nobody always runs after the same neighbour (whose data fill the caches). There are
-    ``repeats`` rounds or, with 0, as many as fit into ``seconds``, at least ``least``; the clock is "wall", or "cpu"
-    for processor time. A "cuda" device is waited for before the clock is read.
+    There are ``repeats`` rounds or, with 0, as many as fit into ``seconds``, at least ``least``; the clock is "wall",
+    or "cpu" for processor time.
     """
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     now = time.process_time if clock == "cpu" else time.perf_counter

@@ -11,10 +11,7 @@ from prunex.errors import PrunexError
 
 
 def check_grid(name: str, value: Any, floats: bool = True) -> Tensor:
-    """A tensor [B, H, W], off the graph; floats in at least float32 where it must hold ``floats``.
-
-    ``name`` is what it is called in the message; a plural.
-    """
+    """A tensor [B, H, W], off the graph; floats in at least float32 where it must hold ``floats``."""
     if not isinstance(value, Tensor) or value.ndim != 3:
         came = f"have shape {list(value.shape)}" if isinstance(value, Tensor) else f"are a {type(value).__name__}"
         raise PrunexError(f"{name} {came}: give a tensor [B, H, W]")
@@ -26,10 +23,7 @@ def check_grid(name: str, value: Any, floats: bool = True) -> Tensor:
 
 
 def check_masks(maps: Any, masks: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps, and the pixels of each that are the object's, and those that have a label at all: [B, H, W] each.
-
-    ``masks`` are bool, true on the object; or whole numbers: 1 object, 0 background, -1 ignored.
-    """
+    """Maps, and the pixels of each that are the object's, and those that have a label at all: [B, H, W] each."""
     for name, value in (("maps", maps), ("masks", masks)):
         check_grid(name, value, floats=False)
     maps = check_grid("maps", maps)

@@ -244,10 +244,7 @@ def sufficiency(curves: Curves, fractions: Sequence[float] = PERCENT) -> Tensor:
 
 
 def curves_of(without: Tensor, only: Tensor | None = None, least: Tensor | None = None) -> Curves:
-    """Curves from scores that are known, float [B, K] each, at evenly spaced steps from 0 to 1.
-
-    The first column of ``without`` is the clean score; without ``only`` it is taken backwards.
-    """
+    """Curves from scores that are known, float [B, K] each, at evenly spaced steps from 0 to 1."""
     without = without.double()
     steps = tuple(k / (without.shape[1] - 1) for k in range(without.shape[1]))
     no_target = torch.full((len(without),), -1)

@@ -290,13 +290,7 @@ ObjectShare = mean_of("ObjectShare", _share_of_objects, higher_is_better=None)
 
 
 class OverDataSet(Metric):
-    """Sums of :func:`segmentation_counts` over all images, in one process or several.
-
-    Attributes:
-        total: The sums, float64 [6].
-        count: Images that went in.
-        undefined: Images left out, their map holding NaN.
-    """
+    """Sums of :func:`segmentation_counts` over all images, in one process or several; ``undefined`` hold NaN."""
 
     is_differentiable = False
     higher_is_better = True

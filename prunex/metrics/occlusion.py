@@ -28,11 +28,6 @@ class Occlusion:
     """A model and a batch of images, asked what is left of the prediction when parts are taken away.
 
     Gradients are off; the model answers in eval mode, and its flags and the trace of its last training forward stay.
-
-    Attributes:
-        clean: float64 [B, classes], logits of the whole images, by the same route.
-        grid: Patch grid.
-        size: Height and width in pixels.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, **options: Unpack[RemovalOptions]) -> None:
@@ -58,8 +53,7 @@ class Occlusion:
     def __call__(self, image: Tensor, removed: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of R altered images, float64 [R, classes], each made of ``image`` int64 [R].
 
-        ``removed`` gives for row numbers int64 [r] what is taken away in them: bool [r, P] patches, or [r, H * W]
-        pixels where pixels are painted.
+        ``removed`` gives for row numbers what is taken away in them: bool [r, P] patches, or [r, H * W] painted pixels.
         """
         if not len(image):
             return self.clean[:0]
@@ -71,14 +65,7 @@ class Occlusion:
 
 
 class ClassOcclusion(Occlusion):
-    """The class's score f of altered images, and the maps that say what to alter.
-
-    Attributes:
-        score: float64 [B], f(x).
-        maps: As given, in at least float32.
-        values: float [B, P], one a patch.
-        forwards: Altered images the model has seen.
-    """
+    """The class's score f of altered images, and the maps that say what to alter."""
 
     def __init__(
         self,
@@ -117,11 +104,7 @@ class ClassOcclusion(Occlusion):
         return self.of_rows(one[:, 0].long(), lambda part: sets[part], sets.sum(1))[again]
 
     def lost(self, after: Tensor) -> Tensor:
-        """f(x) less f of altered images [B, K], float64; what the model's rounding alone keeps apart is made equal.
-
-        Else a model that does not depend on what was removed would be judged by its last bits, which other images in
-        the batch may change.
-        """
+        """f(x) less f of altered images [B, K], float64; what the model's rounding alone keeps apart is made equal."""
         # A unit in the last place of the largest score, or 32 of them where precision leaves room.
         info = torch.finfo(self.images.dtype)
         most = torch.maximum(self.score.abs(), after.abs().amax(1))[:, None]
@@ -146,10 +129,7 @@ def on_patches(maps: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> T
 
 
 def on_pixels(maps: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """One value a pixel, [B, H * W]: maps of patches bilinearly, as an explanation's ``upsample``, but in float64.
-
-    Interpolated values lose their last bits: in a region of equal patches pixels are equal, not ordered by rounding.
-    """
+    """One value a pixel, [B, H * W]: maps of patches bilinearly, as an explanation's ``upsample``, but in float64."""
     if tuple(maps.shape[1:]) == size:
         return maps.flatten(1)
     covered = (maps.shape[1] * patch[0], maps.shape[2] * patch[1])

@@ -193,13 +193,8 @@ class PerturbationAUC(MeanOverImages):
 
     Positive order: lower is better; negative: higher. On n images acc(q) has a standard error of
     sqrt(acc (1 - acc) / n); with 1,000 images that of the area can reach 1.4 points. Compare methods on the same
-    images (``keep=True`` and a paired bootstrap over :meth:`values`).
-
-    Args:
-        order: "positive" or "negative".
-        steps: Rising fractions that begin with 0.
-        keep: Keep every image's hits too.
-        **options: Those of :func:`perturbation`, and torchmetrics' own.
+    images (``keep=True`` and a paired bootstrap over :meth:`values`). Options are those of :func:`perturbation`, and
+    torchmetrics' own.
     """
 
     def __init__(

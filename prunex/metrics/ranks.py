@@ -73,10 +73,7 @@ def spearman(first: Tensor, second: Tensor, counted: Tensor | None = None) -> Te
 
 
 def kendall(first: Tensor, second: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Kendall's tau-b within each row, (concordant - discordant) / sqrt(pairs untied in one x untied in the other).
-
-    From rows [B, P] and the places that count: float64 [B]; NaN where either is constant.
-    """
+    """Kendall's tau-b within each row [B, P], over the places that count: float64 [B]; NaN where either is constant."""
     counted = torch.ones_like(first, dtype=torch.bool) if counted is None else counted
     taus = []
     for rows in _parts(first):
@@ -103,7 +100,7 @@ def rank_biased(first: Tensor, second: Tensor, persistence: float, counted: Tens
     """Extrapolated rank-biased overlap of two whole rankings, largest first (Webber et al. 2010, equation 23).
 
     p^n + (1 - p) / p sum_d p^d X_d / d over depths d = 1..n, where X_d is how many of the d largest both share; of ties
-    the expectation, each ranking breaking its own. From rows [B, P] and the places that count: float64 [B] in 0..1.
+    the expectation, each ranking breaking its own.
     """
     counted = torch.ones_like(first, dtype=torch.bool) if counted is None else counted
     depth = torch.arange(1, first.shape[1] + 1, device=first.device, dtype=torch.float64)
@@ -124,10 +121,7 @@ def rank_biased(first: Tensor, second: Tensor, persistence: float, counted: Tens
 
 
 def inside_top(values: Tensor, inside: Tensor, count: Tensor, counted: Tensor | None = None) -> Tensor:
-    """How many of each row's ``count`` [B] largest values lie inside, float64 [B]; of ties for the last, expected.
-
-    From rows [B, P], bool [B, P], and the places that count; ``count`` is at most as many.
-    """
+    """How many of each row's ``count`` [B] largest values lie inside, float64 [B]; of ties for the last, expected."""
     counted = torch.ones_like(inside) if counted is None else counted
     lowered = values.masked_fill(~counted, -torch.inf)
     # The value of the last place decides: what is larger is in, and what equals it shares the places left.
@@ -139,10 +133,7 @@ def inside_top(values: Tensor, inside: Tensor, count: Tensor, counted: Tensor | 
 
 
 def separation(values: Tensor, inside: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Area under the ROC curve: P(value inside > value outside) + half the ties; float64 [B], NaN without both kinds.
-
-    From rows [B, P], bool [B, P], and the places that count.
-    """
+    """Area under the ROC curve, P(value inside > value outside) and half the ties: [B]; NaN without both kinds."""
     counted = torch.ones_like(inside) if counted is None else counted
     inside, outside = inside & counted, ~inside & counted
     ordered, order = values.sort(1)
@@ -156,10 +147,7 @@ def separation(values: Tensor, inside: Tensor, counted: Tensor | None = None) ->
 
 
 def average_precision(scores: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
-    """Sum over thresholds of (recall step) x precision, tied scores being one threshold: float64 [B].
-
-    As scikit-learn's ``average_precision_score`` of rows [B, N] over the places that count; NaN without positives.
-    """
+    """Sum over thresholds of (recall step) x precision, tied scores being one threshold, as scikit-learn's: [B]."""
     ordered, order = scores.sort(1, descending=True)
     hits, seen = (positive & counted).gather(1, order), counted.gather(1, order)
     end = _runs(ordered)[1] - 1
@@ -169,10 +157,7 @@ def average_precision(scores: Tensor, positive: Tensor, counted: Tensor) -> Tens
 
 
 def ranked(values: Tensor, order: str) -> tuple[Tensor, Tensor]:
-    """The place of each unit when units leave in order, ties by the lower index first.
-
-    From values [B, U] and "positive" (largest first) or "negative": int32 [B, U], 0 for who leaves first; and int64
-    [B], how many units share their value with another.
+    """The place of each unit when they leave in "positive" (largest first) or "negative" order, and how many tie.
 
     >>> ranked(torch.tensor([[0.2, 0.7, 0.2, 0.9]]), "negative")
     (tensor([[0, 2, 1, 3]], dtype=torch.int32), tensor([2]))

@@ -143,11 +143,7 @@ def _norm(maps: Tensor) -> Tensor:
 class MaxSensitivity(MeanOverImages):
     """Mean of :func:`max_sensitivity` over images; ``update(model, images, target=None)``.
 
-    Args:
-        explainer: A name or a callable.
-        options: The explainer's own.
-        keep: Also keep every image's number.
-        **drawn: ``radius``, ``samples``, ``of``, ``seed`` and ``chunk`` of the function, and torchmetrics' own.
+    ``explainer`` is a name or a callable, ``options`` are its own; all else is the function's, or torchmetrics'.
     """
 
     higher_is_better = False

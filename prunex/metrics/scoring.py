@@ -14,8 +14,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from prunex.attach import attached
 from prunex.errors import PrunexError, unknown
+from prunex.handles.tokens import Pruning
+from prunex.handles.units import UnitPruning
 from prunex.metrics.bootstrap import Interval, bootstrap, bootstrap_ratios
 from prunex.metrics.curves import removal_curves
 from prunex.metrics.localization import segmentation_counts
@@ -26,6 +27,7 @@ from prunex.registry import lookup
 from prunex.removal.game import GameOptions, Route
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import over_pixels
+from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import Backbone
 
 GROUPS = ("faithfulness", "localisation", "agreement", "robustness")
@@ -33,16 +35,7 @@ GROUPS = ("faithfulness", "localisation", "agreement", "robustness")
 
 @dataclass(frozen=True)
 class Measure:
-    """What one number of the table is.
-
-    Attributes:
-        name: As it is asked for; the function's in ``prunex.metrics``, perturbation by its order.
-        group: One of :data:`GROUPS`.
-        kind: What measures share: "positive", "negative" (perturbation), "curves", "mask", "counts", "kept", or the
-            name where nothing is shared.
-        higher: Whether more is better.
-        usual: Whether it is taken when all are asked for.
-    """
+    """What one number of the table is; measures of one ``kind`` share what they compute."""
 
     name: str
     group: str
@@ -303,9 +296,11 @@ def without_pruning(model: nn.Module) -> nn.Module:
     """A copy of the ViT with its pruners taken off, in eval mode: the dense model of the same weights."""
     with torch.inference_mode(False):  # weights made under it cannot be differentiated through
         dense = copy.deepcopy(find(model, kinds=Backbone)[1])
-    for handle in (attached(dense), attached(dense, units=True)):
-        if handle is not None:
-            handle.detach()
+    # What is mounted is asked for, and not attached(): tokens of a Swin cannot be pruned.
+    if mounted(dense) is not None:
+        Pruning(dense).detach()
+    if mounted_units(dense) is not None:
+        UnitPruning(dense).detach()
     return dense.eval()
 
 

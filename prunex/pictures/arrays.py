@@ -127,8 +127,7 @@ def save_png(path: str | Path, picture: Any) -> Path:
 def save_npz(path: str | Path, arrays: Mapping[str, Any], compressed: bool = True) -> Path:
     """Write arrays of numbers, booleans or text as an npz file that opens with ``allow_pickle=False``.
 
-    The file's folder is made where it is missing, and a reader never sees half of it. ``compressed`` files are smaller,
-    at about a second for 30 MB.
+    Its folder is made, and a reader never sees half of it. ``compressed`` is smaller, at about a second for 30 MB.
 
     Raises:
         PrunexError: For arrays of Python objects.

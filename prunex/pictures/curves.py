@@ -63,10 +63,7 @@ def curves_svg(
     xlabel: str = "step",
     size: tuple[int, int] = (640, 360),
 ) -> str:
-    """The same chart as `curves` as an ``<svg>`` element for an HTML page; ``size`` is where text has its natural size.
-
-    It has no background, and text and axes take the page's text colour and font, so it reads in light and dark. Names
-    are escaped.
+    """The same chart as `curves` as an ``<svg>`` element for an HTML page, in its text colour; names are escaped.
 
     >>> curves_svg({"<loss>": ([0, 1], [1.0, 0.5])}).startswith("<svg")
     True

@@ -251,9 +251,7 @@ def covered(kept: Bools, objects: Bools) -> float:
 
 
 def tokens_left(groups: NDArray[Any]) -> float:
-    """Mean number of tokens that hold patches, over the number of patches.
-
-    Groups are whole numbers [M, gh, gw], equal for patches that share a token; negative for removed ones.
+    """Mean number of tokens that hold patches, over the number of patches [M, gh, gw], equal where they share a token.
 
     >>> tokens_left(np.array([[[0, 0, 1, -1]]]))
     0.5

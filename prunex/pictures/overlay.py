@@ -89,10 +89,9 @@ def dim_dropped(images: Any, kept: Any, boundary: bool = True) -> Picture:
 
 
 def paint_groups(images: Any, groups: Any) -> Picture:
-    """Images uint8 [..., H, W, 3] with merged patches in the mean colour of their group, and a line around each group.
+    """Images with merged patches in the mean colour of their group, and a line around each; removed ones grey and pale.
 
-    ``groups`` are whole numbers [..., gh, gw], equal for patches that share a token. A patch that is its own token
-    keeps its pixels; one that was removed, a negative number, is grey and pale.
+    ``groups`` are whole numbers [..., gh, gw], equal for patches that share a token, negative for removed ones.
 
     >>> image = np.array([[[0] * 3, [100] * 3, [30] * 3, [90] * 3]] * 2, dtype=np.uint8)
     >>> paint_groups(image, np.array([[0, 0, 1, -1]]))[0, :, 0].tolist()

@@ -111,10 +111,7 @@ def compose(
     title: str | None = None,
     key: Sequence[str] = (),
 ) -> Picture:
-    """Lay columns of equal cells side by side, with titles above, rows named on the left and a key below.
-
-    A row has lines of text with their colours; no lines at all leave the margin out. The key says what colours mean.
-    """
+    """Lay columns of equal cells side by side, titles above, a row's coloured words on its left and a key below."""
     count, tall, wide = columns[0].cells.shape[:3]
     # The margin is as wide as the longest name needs, within reason.
     longest = max((len(line) for lines in rows for line, _ in lines), default=0)

@@ -26,6 +26,7 @@ import prunex
 from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.files import write_whole
+from prunex.metrics.scoring import without_pruning
 from prunex.recipes.commands.score_data import spread
 from prunex.recipes.modules.backbone import load_weights
 from prunex.recipes.runs import (
@@ -55,11 +56,7 @@ RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
 @dataclass
 class Contestant:
-    """One of the models beside each other, in eval mode.
-
-    ``evaluable`` says whether its weights are worth evaluating, ``size`` are their bytes as a safetensors file;
-    ``graph`` is its exported ONNX graph, where there is one already.
-    """
+    """One of the models beside each other, in eval mode."""
 
     name: str
     model: nn.Module
@@ -89,18 +86,11 @@ def measure(
     limit: int | None = None,
     tell: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate and time a run's model beside its dense one.
+    """Evaluate and time a run's model beside its dense one; arguments are those of ``prunex bench``.
 
     Where tokens are pruned, the dense model is the run's own with the pruner taken off: the same weights. Where units
     were taken out, the dense weights are gone; the dense model then has the weights that the config starts from, or
     (where it names none) those of chance, and its accuracy is left unknown. A run that pruned nothing has one row.
-
-    Models are timed in turn, round after round, on the first validation images; on a processor exported graphs too,
-    where onnxruntime is installed.
-
-    Arguments are those of ``prunex bench``; ``tell`` shows progress on stderr. Of a run that ``prunex fit`` did not
-    write, and of a slim folder, the data are not known, so that its models are timed on random images and not
-    evaluated.
 
     Returns:
         ``machine``, the conditions, ``rows`` (model, accuracy 0..1, gmacs, params_m, file_mb), ``speed`` (runtime,
@@ -167,7 +157,7 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
         notes.append("the dense model is not known: its weights are gone with the units that were taken out")
         return [pruned], notes
     # Removed tokens leave the weights as they were, removed units do not.
-    dense, evaluable = _dense_shape(config, notes) if narrow else (_detached(slim), True)
+    dense, evaluable = _dense_shape(config, notes) if narrow else (without_pruning(slim), True)
     name = "dense (start)" if narrow else f"dense ({methods[0]} taken off)"
     return [Contestant(name, dense, evaluable, _bytes(dense)), pruned], notes
 
@@ -182,15 +172,6 @@ def _unit_method(config: dict[str, Any]) -> str:
     return str(options["method"]) if isinstance(options, dict) and "method" in options else "narrow"
 
 
-def _detached(model: nn.Module) -> nn.Module:
-    """A copy without pruners: the dense model of the same weights."""
-    dense = copy.deepcopy(model)
-    for handle in (token_pruning(dense), prunex.attached(dense, units=True)):
-        if handle is not None:
-            handle.detach()
-    return dense.eval()
-
-
 def _dense_shape(config: dict[str, Any], notes: list[str]) -> tuple[nn.Module, bool]:
     """The backbone as the config builds it, with the weights the run started from; and whether these are all there."""
     spec = copy.deepcopy(config["model"])
@@ -199,21 +180,22 @@ def _dense_shape(config: dict[str, Any], notes: list[str]) -> tuple[nn.Module, b
     for name, nothing in (("weights", None), ("pretrained", False)):  # a benchmark downloads nothing
         if name in options:
             options[name] = nothing
-    dense = _detached(find(instantiate(LightningModule, spec), kinds=Backbone)[1])
-    gone = "the dense weights are gone with the units that were taken out, and"
+    dense = without_pruning(instantiate(LightningModule, spec))
+    # The dense weights are gone with the units that were taken out: those that the run started from stand in.
+    lacks = ""
     if not isinstance(start, str):
-        notes.append(f"{gone} the config names no file of those it started from: dense accuracy is unknown")
-        return dense, False
-    try:
-        missing = load_weights(dense, start)
-    except PrunexError as error:
-        notes.append(f"{gone} those it started from cannot be read ({error}): dense accuracy is unknown")
-        return dense, False
-    if missing:
-        notes.append(f"the weights {start!r} have no classifier for these classes: dense accuracy is unknown")
-        return dense, False
-    notes.append(f"the dense model has the weights {start!r} that the run started from, not fine-tuned ones")
-    return dense, True
+        lacks = "the config names no file of the weights that the run started from"
+    else:
+        try:
+            if load_weights(dense, start):
+                lacks = f"the weights {start!r} have no classifier for these classes"
+        except PrunexError as error:
+            lacks = f"the weights that the run started from cannot be read ({error})"
+    if lacks:
+        notes.append(f"{lacks}: dense accuracy is unknown")
+    else:
+        notes.append(f"the dense model has the weights {start!r} that the run started from, not fine-tuned ones")
+    return dense, not lacks
 
 
 def _bytes(model: nn.Module) -> int:
@@ -255,7 +237,8 @@ def _evaluate(
         loader = data.val_dataloader()
         if limit is not None:
             loader, which = spread(loader, limit)
-            notes += [f"accuracy on some {which}"] if f"accuracy on some {which}" not in notes else []
+            if f"accuracy on some {which}" not in notes:
+                notes.append(f"accuracy on some {which}")
         total = len(loader) if hasattr(loader, "__len__") else None
         batches = tqdm(_first(loader, limit), f"accuracy, {contestant.name}", total, unit="batch", disable=not tell)
         row |= evaluate(contestant.model, batches)

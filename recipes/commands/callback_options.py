@@ -47,12 +47,7 @@ _INSTEAD = {"budget": "keep_ratio", "keep_ratio": "budget"}
 
 
 def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
-    """Arguments in which options of callbacks have become a config of their own, written into a folder.
-
-    Raises:
-        PrunexError: For an option that the callback does not have or that several have, no such callback in the
-            config, or a value that YAML cannot read.
-    """
+    """Arguments in which options of callbacks have become a config of their own, written into a folder."""
     callbacks, rest, last = _callbacks(arguments), list(arguments), 0
     spelt_out = any(a.partition("=")[0].rstrip("+") == f"--{_LISTED}" for a in arguments)  # jsonargparse's own spelling
     given: list[tuple[str, str, str]] = []

@@ -35,10 +35,7 @@ def packaged_configs() -> dict[str, Traversable]:
 
 
 def find_config(name: str) -> str:
-    """A path to a config file: the user's own where it exists, else the packaged one of that name.
-
-    Of a packaged one the leading ``configs/`` and the ``.yaml`` may be left out.
-    """
+    """A path to a config file: the user's own where it exists, else the packaged one of that name, in full or short."""
     if is_there(Path(name), Path.is_file):
         return name
     known = packaged_configs()
@@ -132,10 +129,7 @@ def _check_argument(argument: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a user's mistake ends in one line on stderr and exit code 2, never in a traceback.
-
-    So do a file system's refusals. With the environment variable ``PRUNEX_DEBUG`` they have their tracebacks.
-    """
+    """Entry point: a user's mistake ends in one line on stderr and exit code 2; with ``PRUNEX_DEBUG`` a traceback."""
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception as error:

@@ -75,9 +75,8 @@ def explain(args: Any) -> int:
 class Explainers:
     """Several explainers on one model, batch by batch, and what each of them took.
 
-    Methods are ``"all"``, names with commas between, or a list of names. With ``"all"``, every registered method is
-    tried on the first batch, and those that refuse the model are left out; a method that is named, or has options, must
-    work. ``names`` are the methods in use, ``skipped`` says why each of the others was left out.
+    With ``"all"`` among the methods, those that refuse the model on the first batch are left out, and ``skipped`` says
+    why; a method that is named, or has options, must work.
     """
 
     def __init__(self, methods: str | Sequence[str] = "all", options: Mapping[str, Mapping[str, Any]] | None = None):
@@ -103,10 +102,7 @@ class Explainers:
     def __call__(
         self, model: nn.Module, images: Tensor, target: int | Tensor | None = None, bar: Any = None, left: int = 0
     ) -> dict[str, prunex.Explanation]:
-        """Explain a batch of normalised images with every method in use: one explanation each.
-
-        ``bar`` is a tqdm bar that counts maps, ``left`` the images that are not explained yet, these included.
-        """
+        """One explanation a method of normalised images; ``bar`` counts maps, of ``left`` images that are to come."""
         bar = tqdm(disable=True) if bar is None else bar
         explanations = {}
         for name in list(self.names):
@@ -183,9 +179,6 @@ def _forwards(vit: Any) -> Iterator[list[int]]:
 
 def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Options by method from ``METHOD.NAME=VALUE``, values as YAML reads them.
-
-    Raises:
-        PrunexError: For another form, an unknown method or option (near names are offered), or a value YAML refuses.
 
     >>> read_options(["rollout.head_fusion=max", "rollout.discard_ratio=0.9"])
     {'rollout': {'head_fusion': 'max', 'discard_ratio': 0.9}}

@@ -41,10 +41,7 @@ def run_cli(command: str, arguments: Sequence[str], out: str | None = None) -> i
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI that finds the last run, trusts its configs but no checkpoint, and tells mistakes in one line.
-
-    A model without a number of classes gets the data's. What is not to be kept goes into ``scratch``.
-    """
+    """LightningCLI that finds the last run, trusts its configs but no checkpoint, and tells mistakes in one line."""
 
     def __init__(self, command: str, typed: list[str], out: str | None, scratch: str) -> None:
         self.command, self.typed, self.out, self.scratch = command, typed, out, scratch
@@ -154,10 +151,7 @@ def follow_size(config: Any, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def mistakes(arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Whatever parsing a config and building its parts raise, as one line: it is what the config says.
-
-    An option among the arguments that nobody knows is named first.
-    """
+    """Whatever parsing a config and building its parts raise, as one line; an option that nobody knows goes first."""
     try:
         yield
     except Exception as error:

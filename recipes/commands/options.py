@@ -30,8 +30,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as ours: one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        # argparse would print its usage over several lines and leave by itself.
+        """Raise, where argparse would print its usage over several lines and leave by itself."""
         raise PrunexError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
@@ -78,10 +77,9 @@ def parse_bench(arguments: Sequence[str]) -> Any:
     add("--no-accuracy", action="store_true", help="do not evaluate, time alone")
     add("--limit", type=int, default=None, metavar="N", help="evaluate on N images alone, evenly spaced")
     args = parser.parse_args(arguments)
-    for size in args.batches:
-        _check_count("--batches", size)
-    _check_count("--threads", args.threads)
-    _check_count("--limit", args.limit)
+    _check_counts(args, "threads", "limit")
+    if min(args.batches) < 1:
+        raise PrunexError(f"--batches {min(args.batches)} is not allowed: give whole numbers of at least 1")
     if not (math.isfinite(args.seconds) and args.seconds >= 0):
         raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
     if args.no_accuracy and args.limit is not None:
@@ -100,22 +98,11 @@ def parse_explain(arguments: Sequence[str]) -> Any:
         description="Explain a model's predictions on your own images: a contact sheet an image, maps.npz, times.csv.",
     )
     add = parser.add_argument
-    add("run", help="run folder, slim folder, checkpoint, or a timm model name (with --weights)")
     add("--images", required=True, help="folder of images (or one image)")
-    add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="METHOD.NAME=VALUE",
-        help="an option of a method, such as rollout.head_fusion=max; may be repeated",
-    )
     add("--target", type=int, default=None, help="class index; default the predicted class")
     add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL")
-    add("--batch", type=int, default=8, help="images explained at once; default 8")
-    _add_model(parser)
+    _add_explaining(parser, batch=8)
     args = parser.parse_args(arguments)
-    _check_count("--batch", args.batch)
     _check_explaining(args, args.methods)
     # A folder that is there is walked once, when the model has been opened.
     if not is_there(Path(args.images)):
@@ -131,8 +118,6 @@ def parse_score(arguments: Sequence[str]) -> Any:
         "What is done is kept: an interrupted start is continued by the same command.",
     )
     add = parser.add_argument
-    add("run", help="run folder, slim folder, checkpoint, or a timm model name (with --weights)")
-    add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
     add("--metrics", default="all", help="names with commas between, or all usual ones (default)")
     add("--images", type=int, default=100, metavar="N", help="validation images; default 100")
     add("--data", metavar="DIR", help="folder of images instead: val/<class>/, <class>/ or images alone")
@@ -145,20 +130,14 @@ def parse_score(arguments: Sequence[str]) -> Any:
         default="predicted",
         help="class that is explained and scored: the model's own (default) or the image's",
     )
-    add("--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="as prunex explain")
     add("--out", help="folder to write to; default RUN/score, or score")
     add("--again", action="store_true", help="compute anew what is there already")
-    add("--batch", type=int, default=25, help="images explained at once; default 25")
-    _add_model(parser)
+    _add_explaining(parser, batch=25)
     args = parser.parse_args(arguments)
-    _check_count("--images", args.images)
-    _check_count("--batch", args.batch)
-    if args.masks and not args.data:
-        raise PrunexError("--masks goes with --data: a run's own data bring their masks")
-    if (args.mean or args.std) and not args.data:
-        raise PrunexError("--mean and --std go with --data: a run's own data say how they are normalised")
-    if args.range is not None and not args.data:
-        raise PrunexError("--range goes with --data: a run's own data say what their pixels are")
+    _check_counts(args, "images")
+    for name in ("masks", "mean", "std", "range"):
+        if getattr(args, name) and not args.data:
+            raise PrunexError(f"--{name} goes with --data: a run's own data bring their masks, and say what pixels are")
     for name in split_names(args.metrics):
         if name not in (*METRICS, "all", "perturbation"):
             raise unknown("metric", name, ["all", "perturbation", *METRICS])
@@ -175,9 +154,19 @@ def parse_score(arguments: Sequence[str]) -> Any:
     return args
 
 
-def _add_model(parser: Parser) -> None:
-    """What ``explain`` and ``score`` are told of the model and of its images."""
+def _add_explaining(parser: Parser, batch: int) -> None:
+    """What ``explain`` and ``score`` are told of the model, its images and the methods."""
     add = parser.add_argument
+    add("run", help="run folder, slim folder, checkpoint, or a timm model name (with --weights)")
+    add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="an option of a method, such as rollout.head_fusion=max; may be repeated",
+    )
+    add("--batch", type=int, default=batch, help=f"images explained at once; default {batch}")
     add("--device", help="cpu, cuda, cuda:1")
     # Both would be weights.
     source = parser.add_mutually_exclusive_group()
@@ -197,7 +186,7 @@ def _add_model(parser: Parser) -> None:
 
 def _check_explaining(args: Any, methods: str) -> None:
     """What ``explain`` and ``score`` have in common, but for names of options, which signatures tell."""
-    _check_count("--img-size", args.img_size)
+    _check_counts(args, "batch", "img_size")
     if args.device is not None:
         _check_device(args.device)
     for name, values in (("--mean", args.mean), ("--std", args.std)):
@@ -255,9 +244,12 @@ def split_option(text: str) -> tuple[str, str, str]:
     return method, name, value
 
 
-def _check_count(flag: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise PrunexError(f"{flag} {value} is not allowed: give a whole number of at least 1")
+def _check_counts(args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise PrunexError(f"--{flag} {value} is not allowed: give a whole number of at least 1")
 
 
 def _check_device(name: str) -> None:

@@ -25,11 +25,7 @@ FILE = "predictions.csv"
 
 
 class PredictionTable(BasePredictionWriter):
-    """Write a CSV file with a row an image: path, predicted class, its probability, kept share, all probabilities.
-
-    Images are called by the paths that their dataset lists (``samples`` or ``imgs``, as torchvision's do), else by
-    their number in it. The kept share, 0..1, is what the last stage of a token pruner leaves of the image's patches.
-    """
+    """Write a CSV file with a row an image: path, predicted class, its probability, kept share, all probabilities."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(write_interval="batch")
@@ -80,10 +76,7 @@ class PredictionTable(BasePredictionWriter):
 
 
 def probabilities(prediction: Any) -> Tensor:
-    """Class probabilities [B, C], on the CPU, of what a ``predict_step`` returned.
-
-    That is logits or probabilities [B, C], C above 1, or a dict that holds them as "probabilities" or "logits";
-    anything else is refused, since whether it is logits must not be guessed.
+    """Class probabilities [B, C] of what a ``predict_step`` returned, as such or as logits; never guessed which.
 
     >>> probabilities(torch.tensor([[0.0, 0.0]])).tolist()
     [[0.5, 0.5]]

@@ -19,12 +19,8 @@ LOGGERS = ("CSVLogger", "TensorBoardLogger")  # whose folders are save_dir/name/
 def go_on(config: Any, training: bool) -> bool:
     """Put the path of the last run's checkpoint in place of ``ckpt_path: last``, and let training use its folder again.
 
-    The last run is the ``version_N`` of the highest number under the logger's ``save_dir/name`` that has a checkpoint:
-    what else made such a folder is no run. Where none has one, the last was stopped before its first epoch had ended,
-    and training begins again in its folder. Validate, test and predict look at runs and continue none.
-
-    Returns:
-        Whether the run's folder was chosen here, and not by the config.
+    The last run is the ``version_N`` of the highest number that has a checkpoint: other such folders are no runs.
+    Returns whether the run's folder was chosen here, and not by the config.
     """
     logger = _logger(config.trainer.get("logger"))
     if logger is None:
@@ -90,11 +86,7 @@ def _logger(logger: Any) -> Any:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Lightning's callback, writing ``config.yaml`` whole.
-
-    Where :func:`go_on` chose the run's folder (``resumed``), the file says what the run's first start said, so that
-    another ``prunex fit`` with it is another run.
-    """
+    """Lightning's callback, writing ``config.yaml`` whole; of a run that is ``resumed``, as its first start did."""
 
     def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})

@@ -111,16 +111,7 @@ def open_models(args: Any) -> tuple[list[Model], list[str]]:
 
 
 class Scoring:
-    """Everything that one call scores, and what of it is there already.
-
-    Args:
-        args: Of the command line.
-        out: Where results lie.
-        run: The run folder, whose validation images are taken where no others are given.
-
-    Raises:
-        PrunexError: For images, metrics or methods that do not fit the models.
-    """
+    """Everything that one call scores, and what of it is there already."""
 
     def __init__(self, args: Any, out: Path, run: Path | None) -> None:
         self.args = args
@@ -159,11 +150,7 @@ class Scoring:
         ]
 
     def _look(self, m: Model) -> None:
-        """Predictions and kept patches of all images.
-
-        Raises:
-            PrunexError: For outputs that are not finite, or labels that the model does not have.
-        """
+        """Predictions and kept patches of all images; outputs and labels that do not fit are refused."""
         vit: Any = m.model
         handle, predicted, kept = token_pruning(vit), [], []
         with torch.no_grad():

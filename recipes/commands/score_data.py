@@ -25,10 +25,7 @@ from prunex.vit.anatomy import read
 
 @dataclass
 class Scenes:
-    """Images float [N, C, H, W], normalised by mean and std (None: as the model says), to score on.
-
-    Labels are int64 [N], masks bool [N, H, W]; ``notes`` say what a reader would otherwise have to guess.
-    """
+    """Images float [N, C, H, W], normalised by mean and std (None: as the model says), to score on."""
 
     images: Tensor
     labels: Tensor | None = None
@@ -58,10 +55,7 @@ def spaced(count: int, wanted: int) -> list[int]:
 
 
 def spread(loader: Any, wanted: int) -> tuple[Any, str]:
-    """Batches of so many images of a loader (or the first of several), evenly spaced, and which these are in words.
-
-    Datasets are often sorted by class. Of a stream they are the first ones, and may be more.
-    """
+    """Batches of so many images of a loader (or the first of several), and which these are, in words."""
     loader = loader[0] if isinstance(loader, list | tuple) else loader
     dataset: Any = getattr(loader, "dataset", None)
     indexed = (
@@ -100,13 +94,8 @@ def from_folder(
 ) -> Scenes:
     """Images of a folder, evenly spaced, prepared as the model expects.
 
-    Layouts: ``root/val/<class>/<image>``, ``root/<class>/<image>``, or images alone. A class folder is a label where
-    its name is one of the model's class names, or where there are as many folders as classes (in alphabetical order).
-    The mask of ``a/b.jpg`` is ``a/b.png`` below the masks' folder (None: ``root/masks`` where that is there), or below
-    its ``val``.
-
-    Raises:
-        PrunexError: For no images, a broken one, or masks that are missing or of another size than their image.
+    Layouts: ``root/val/<class>/<image>``, ``root/<class>/<image>``, or images alone. The mask of ``a/b.jpg`` is
+    ``a/b.png`` below the masks' folder (None: ``root/masks`` where that is there), or below its ``val``.
     """
     top = root / "val" if (root / "val").is_dir() else root
     named = root / "masks" if masks is None else masks

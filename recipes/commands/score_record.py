@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from prunex.recipes.runs import token_pruning
 from prunex.removal.game import ROUTES
 from prunex.untrusted import read_npz
 
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # a PrunexError is a ValueError
+
 
 @dataclass
 class Record:
     """What is known of one method on one model: its maps, and values per image of each metric; a file."""
 
     path: Path
-    key: str  # a hash of the model, images, method and options; a file of another is put aside
+    key: str  # a hash of the model, images, method and options
     again: bool = False  # start anew whatever the file holds
     images: int | None = None  # how many there are, or any
     grid: tuple[int, int] | None = None
@@ -38,60 +41,51 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)  # of metrics, together with those they share with
 
     def __post_init__(self) -> None:
-        """Take what is there; a file that is damaged counts as none, one of something else is put aside."""
-        if self.again:
+        """Take what is there; a file that is damaged counts as none, one of something else waits beside it."""
+        key = self._key_of(self.path)
+        if key not in ("", self.key):
+            os.replace(self.path, self._beside(key))
+        if not self.path.is_file() and self._key_of(self._beside(self.key)):
+            os.replace(self._beside(self.key), self.path)
+        if self.again or not self.path.is_file():
             return
-        # Another model's values may have been put in this place since.
-        if not self._read(self.path) and self._read(self._aside(self.key)):
-            self._put_aside()
-            os.replace(self._aside(self.key), self.path)
+        with suppress(*_DAMAGED):
+            self._take(read_npz(self.path))
 
-    def _aside(self, key: str) -> Path:
+    def _beside(self, key: str) -> Path:
         """Where a file waits while one of another model, data or options has its name."""
         return self.path.with_name(f"{self.path.stem}-{key[:12]}.npz")
 
-    def _put_aside(self) -> None:
-        """Keep what somebody else computed."""
-        try:
-            key = str(json.loads(str(read_npz(self.path)["about"]))["key"])
-        except (ValueError, KeyError, TypeError, RecursionError):  # none, or damaged
-            return
-        if key != self.key and re.fullmatch("[0-9a-f]{64}", key):
-            os.replace(self.path, self._aside(key))
+    def _key_of(self, path: Path) -> str:
+        """What a file is of; "" where there is none that is whole."""
+        with suppress(*_DAMAGED):
+            key = str(json.loads(str(read_npz(path)["about"]))["key"])
+            return key if re.fullmatch("[0-9a-f]{64}", key) else ""
+        return ""
 
-    def _read(self, path: Path) -> bool:
-        """Whether a file is of this, and then its content is taken."""
-        if not path.is_file():
-            return False
-        try:
-            arrays = read_npz(path)
-            about = json.loads(str(arrays.pop("about")))
-            if about["key"] == self.key and self._fits(arrays):
-                cost = [float(x) for x in about["cost"]][:2] + [0.0] * (2 - len(about["cost"]))
-                keys = {k: str(v) for k, v in about["keys"].items() if k in arrays}
-                seconds, fine = {k: float(v) for k, v in about["seconds"].items()}, bool(about["fine"])
-                self.arrays, self.keys, self.cost, self.seconds, self.fine = arrays, keys, cost, seconds, fine
-                return True
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a PrunexError is a ValueError
-            pass
-        return False
+    def _take(self, arrays: dict[str, Any]) -> None:
+        about = json.loads(str(arrays.pop("about")))
+        if about["key"] != self.key or not self._fits(arrays):
+            return
+        seconds, explanation = about["cost"]
+        keys = {name: str(key) for name, key in about["keys"].items() if name in arrays}
+        spent = {name: float(value) for name, value in about["seconds"].items()}
+        self.cost, self.fine = [float(seconds), float(explanation)], bool(about["fine"])
+        self.arrays, self.keys, self.seconds = arrays, keys, spent
 
     def _fits(self, arrays: Mapping[str, Any]) -> bool:
         """Whether arrays are of these images: a file may come from anywhere."""
         maps, target = arrays["maps"], arrays["target"]
         count = len(maps) if self.images is None else self.images
-        # A file may come from anywhere.
-        values = {k: v for k, v in arrays.items() if k not in ("maps", "target")}
-        return (
-            maps.dtype.kind == "f"
-            and maps.ndim == 3
-            and (self.grid is None or maps.shape[1:] == self.grid)
-            and target.dtype == np.int64
-            and target.shape == (count,) == maps.shape[:1]
-            and all(
-                v.dtype.kind in "fbi" and v.shape == (count, *columns(k.partition("@")[0])) for k, v in values.items()
-            )
-        )
+        if maps.dtype.kind != "f" or maps.ndim != 3 or len(maps) != count or target.dtype != np.int64:
+            return False
+        if target.shape != (count,) or self.grid not in (None, maps.shape[1:]):
+            return False
+        for name, values in arrays.items():
+            wanted = (count, *columns(name.partition("@")[0]))
+            if name not in ("maps", "target") and (values.dtype.kind not in "fbi" or values.shape != wanted):
+                return False
+        return True
 
     @property
     def has_maps(self) -> bool:
@@ -120,7 +114,6 @@ class Record:
         """Take values by metric, and write everything, whole or not at all."""
         self.arrays |= {_stored(name, keys[name]): tensor.numpy() for name, tensor in values.items()}
         self.keys |= {_stored(name, key): key for name, key in keys.items()}
-        self._put_aside()
         about = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
         save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(about))}, compressed=False)
 

@@ -62,11 +62,7 @@ class Refused(Exception):
 
 
 class Row:
-    """One explainer (or random maps) on one model.
-
-    A lenient one is left out where it refuses the model on the first image. ``target`` says what else than the
-    predicted class is explained; ``again`` computes anew what lies in the folder.
-    """
+    """One explainer (or random maps) on one model; a lenient one is left out where it refuses the first image."""
 
     def __init__(
         self,
@@ -105,10 +101,7 @@ class Row:
         return len(kinds) + explains
 
     def work(self, bar: Any, dense: Row | None) -> None:
-        """Compute what is missing, and write it as soon as it is there; ``Refused`` where it cannot and need not be.
-
-        ``dense`` is the same method on the dense model, whose maps judge kept patches; None where it has no row.
-        """
+        """Compute and write what is missing; ``dense`` is the same method on the dense model, the judge."""
         missing, name = self._missing(), self.model.name
         if self._explains():
             bar.set_postfix_str(f"{name}, {self.method}")
@@ -157,11 +150,7 @@ class Row:
     def _explained(
         self, model: nn.Module, bar: Any, record: Record | None = None, which: Tensor | None = None
     ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Place, maps and finer maps batch by batch, for this row's classes.
-
-        ``model`` is this row's or its judge; the record takes the cost. With ``which`` some images instead of all,
-        which the bar does not count.
-        """
+        """Place, maps and finer maps batch by batch; ``which`` are some images, which the bar does not count."""
         setting, target = self.setting, self.model.target
         if self.method == RANDOM:
             maps = random_maps(setting.scenes.images, self.model.grid)

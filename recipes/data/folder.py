@@ -225,10 +225,7 @@ class ImageFolder(LightningDataModule):
 
 @dataclass(eq=False)
 class FolderSplit(Dataset):
-    """One split: item i is ``(image [3, S, S], label)`` or ``(image, label, mask bool [S, S])``.
-
-    The transform takes a PIL image, or an image and a `torchvision.tv_tensors.Mask` that must move with it.
-    """
+    """One split: item i is ``(image [3, S, S], label)`` or ``(image, label, mask bool [S, S])``."""
 
     samples: list[tuple[Path, int]]
     masks: list[Path] | None

@@ -46,13 +46,9 @@ def choose_range(
     """The largest value that pixels of some images of 16 bits can have: as given, or from what all of them use.
 
     The files say 16 bits whatever a camera filled of them. The smallest of 8, 10, 12, 14 and 16 bits that holds every
-    pixel is taken for all images, so that a dark image stays darker than a bright one.
+    pixel is taken for all images, so that a dark image stays darker than a bright one; None where all have 8 bits.
 
-    What a user gives by the option of that name is what every pixel must keep to. With ``whole`` images of 8 bits are
-    read too, so that broken ones are found; ``say`` is told what was chosen (None: standard error).
-
-    Returns:
-        ``given``, or 255, 1023, 4095, 16383 or 65535; None where all images have 8 bits.
+    With ``whole`` images of 8 bits are read too, so that broken ones are found.
     """
     check_range(given, name)
 
@@ -78,11 +74,7 @@ def choose_range(
 
 
 def read_image(path: Path, value_range: int | None = None) -> Image.Image:
-    """One image as RGB, turned as its EXIF data say.
-
-    ``value_range`` is the largest value of pixels of 16 bits, which becomes 255 (None: 65535): an image by itself does
-    not tell it, :func:`choose_range` does.
-    """
+    """One image as RGB, turned as EXIF says; ``value_range`` is what becomes white of 16 bits (None: 65535)."""
     return read_file(path, lambda image: _rgb(image, FULL_RANGE if value_range is None else value_range))
 
 
@@ -157,10 +149,7 @@ def object_pixels(image: Image.Image) -> Tensor:
 
 
 def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor]]:
-    """How an RGB image becomes what a model sees, as uint8 [H, W, 3] and, normalised, as float [C, H, W].
-
-    It is cropped to the model's shape at the centre and resized; a model of one channel sees the image's grey.
-    """
+    """How an RGB image becomes what a model sees: uint8 [H, W, 3], fitted and cropped, and normalised [C, H, W]."""
     a = read(vit)
     if a.channels not in (1, 3):
         raise PrunexError(f"this model takes {a.channels} channels: only grey and RGB images can be read from files")

@@ -107,16 +107,10 @@ def _located(weights: str) -> Iterator[Path]:
 
 
 def load_weights(model: nn.Module, weights: str) -> list[str]:
-    """Load a safetensors file into a timm ViT.
+    """Load a safetensors file into a timm ViT, and give the names of the parameters that it did not set.
 
     Position embeddings of another patch grid are resampled. A classifier head of another width is left as it is
     (and logged); so is a missing one.
-
-    Returns:
-        Names of the model's parameters that the file did not set.
-
-    Raises:
-        PrunexError: If the file cannot be read or does not belong to this architecture.
     """
     state, parameters = read_weights(weights), model.state_dict()
     # A checkpoint of a LightningModule holds the model under a name.
@@ -168,11 +162,7 @@ def _resample(state: dict[str, Tensor], parameters: Mapping[str, Tensor], model:
 
 
 def model_from_weights(architecture: str, weights: str, image_size: int | None = None) -> nn.Module:
-    """A timm ViT with the weights of a safetensors file, as wide and (where it tells) as large as these.
-
-    The classifier has as many outputs as the file's, none where the file has no classifier. Constructor arguments come
-    from the file's metadata where ``SaveWeights`` wrote them for this architecture. Without ``image_size``, in pixels,
-    images are as large as those that the file's position embeddings were trained for. In eval mode.
+    """A timm ViT with the weights of a safetensors file, as wide and (where it tells) as large as these, in eval mode.
 
     >>> model_from_weights("vit_tiny_patch16_224", "digits").num_classes
     10
@@ -247,16 +237,9 @@ def _side(model: nn.Module, position: Tensor | None) -> int | None:
 
 
 class SaveWeights(Callback):
-    """Writes the classifier's weights as one safetensors file when training ends.
+    """Writes the classifier's weights as one safetensors file, to a ``path`` of that ending, when training ends.
 
-    The metadata tells how to build the model (``architecture``, ``model_args``, ``num_classes`` as JSON), which
-    command made it, how much it was trained, and every validation metric.
-
-    Args:
-        path: File to write, ending in ``.safetensors``.
-
-    Raises:
-        PrunexError: If the path has another suffix.
+    The metadata tells how to build the model, which command made it, how much it was trained, and its metrics.
     """
 
     def __init__(self, path: str) -> None:

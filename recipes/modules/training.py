@@ -88,10 +88,7 @@ class Restored:
     def check_saved(
         cls, saved: Mapping[str, Any], given: Mapping[str, Any], state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """A checkpoint's hyperparameters without files, downloads and models far larger than its weights.
-
-        What the caller gives counts instead of what is saved; ``state`` is the file's state dict.
-        """
+        """A checkpoint's hyperparameters without files, downloads and models far larger than its weights."""
         chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
         options = {**chosen, **given}
         architecture, args = options.get("architecture"), options.get("model_args")

@@ -239,10 +239,6 @@ class ViTShapley(ExplainerTraining):
 
 
 def regression_loss(phi: Tensor, empty: Tensor, coalitions: Tensor, wanted: Tensor) -> Tensor:
-    """P times the mean squared error of v(0) + z^T phi, over images, coalitions and classes.
-
-    phi ``[B, P, C]`` already sums to v(all) - v(0), empty ``[B, C]`` is v(0), wanted ``[B, M, C]`` is v of each of the
-    coalitions, bool ``[B, M, P]``, drawn as :func:`~prunex.removal.coalitions.shapley_coalitions` does.
-    """
+    """P times the mean squared error of v(0) + z^T phi: phi [B, P, C], v(0) [B, C], z [B, M, P], v(z) [B, M, C]."""
     estimated = empty[:, None] + coalitions.to(phi) @ phi
     return coalitions.shape[2] * F.mse_loss(estimated.float(), wanted.float())

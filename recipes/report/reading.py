@@ -84,10 +84,7 @@ def epochs_of(folder: Path, name: str) -> dict[int, Path]:
 
 
 def metrics_of(path: Path) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
-    """Every column of Lightning's CSV with its steps; its rows are sparse, one for each moment something was logged.
-
-    Where there is no such file, the metrics that callbacks have written down, a row an epoch.
-    """
+    """Every column of Lightning's CSV with its steps; without that file what callbacks noted, a row an epoch."""
     lines: dict[str, tuple[list[float], list[float]]] = {}
     rows = objects(read_record(path.parent).get("metrics")) if not path.is_file() else []
     text, note = ("", "") if rows else text_of(path, NO_METRICS)

@@ -91,10 +91,9 @@ def read_scores(text: str) -> list[Score]:
 
 
 def best(scores: Sequence[Score]) -> dict[tuple[str, str], str]:
-    """The best explainer of each model and metric, where it is best: its interval meets no other explainer's.
+    """The best explainer of each model and metric, where its interval meets no other explainer's.
 
-    Baselines do not compete, nor does anybody in agreement, which judges the pruner: whoever reads what the pruner
-    ranks by would always win. One explainer alone, or one without an interval, has won nothing.
+    Nobody wins in agreement, which judges the pruner: whoever reads what the pruner ranks by would always be best.
     """
     rivals: dict[tuple[str, str], list[Score]] = {}
     for s in scores:

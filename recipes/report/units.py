@@ -24,10 +24,7 @@ _CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
 
 @dataclass
 class Units:
-    """Pictures of units (heading, smaller line, tile), and what single heads and classes have to do with each other.
-
-    ``classes`` holds (class, images seen, [(head, excess)]), ``heads`` holds (head, [(class, excess)]).
-    """
+    """Pictures of units (heading, line, tile), and which heads and classes have to do with each other, by how much."""
 
     pictures: list[tuple[str, str, Tile]] = field(default_factory=list)
     classes: list[tuple[str, str, list[tuple[str, str]]]] = field(default_factory=list)

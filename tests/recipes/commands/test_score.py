@@ -543,7 +543,7 @@ def test_the_normalisation_can_be_told(photos, run, tmp_path):
     assert score(*wanted, "--out", tmp_path / "a") == 0
     assert score(*wanted, "--out", tmp_path / "b", "--mean", 0.2, "--std", 0.3, 0.3, 0.3) == 0
     assert written(tmp_path / "a") != written(tmp_path / "b")
-    with pytest.raises(PrunexError, match="--mean and --std go with --data"):
+    with pytest.raises(PrunexError, match="--mean goes with --data"):
         score(run, "--mean", 0.2)
 
 

@@ -19,7 +19,7 @@ def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
     """
     flags = [(m, m.training) for m in model.modules()]
     try:
-        if any(flag is not train for _, flag in flags) and train is not None:
+        if train is not None and {flag for _, flag in flags} != {train}:
             model.train(train)
         with uncached_autocast(model):
             yield

@@ -21,12 +21,19 @@ from prunex.vit.weights import OwnHook
 _WORK: ContextVar[list[tuple[nn.Module, Callable[..., Any]]]] = ContextVar("prunex_work")
 _LOCK = threading.Lock()
 _OWN = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL = tuple(f"_global{name}" for name in _OWN)
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody's hooks are on a module."""
-    return any(getattr(module, name) for name in _OWN)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
+
+
+def hooked_anywhere() -> bool:
+    """Whether somebody's hooks are on all modules."""
+    everywhere: Any = torch_module
+    before, after = everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks
+    return bool(before or after or everywhere._global_backward_pre_hooks or everywhere._global_backward_hooks)
 
 
 def hooked_within(module: nn.Module) -> bool:
@@ -39,7 +46,7 @@ def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs
 
     The function gets the arguments as the module's hooks leave them, and they see what it gave.
     """
-    if not hooked(module) and not any(getattr(torch_module, name) for name in _GLOBAL):
+    if not hooked(module) and not hooked_anywhere():
         return function(*args, **kwargs)
     return _call(module, function, args, kwargs)
 

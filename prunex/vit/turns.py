@@ -57,15 +57,24 @@ class Turns:
 
     def __init__(self, pruners: Sequence[Pruner] = ()) -> None:
         self.alone = len(pruners) == 1
-        self.plans = [(pruner, turn) for pruner in pruners for turn in pruner.plan()]
+        self._at: dict[tuple[str, int], list[tuple[Pruner, Turn]]] = {}
+        self._shown: set[tuple[str, int]] = set()
+        self._only: dict[int, Tensor] = {}
+        # By place, since every block asks for each of its places, and at most of them nobody decides.
+        for pruner in pruners:
+            for turn in pruner.plan():
+                self._at.setdefault((turn.when, turn.block), []).append((pruner, turn))
+                self._shown.update((what, turn.block) for what in turn.shown)
+                if turn.only is not None:
+                    self._only.setdefault(turn.block, turn.only)
 
-    def at(self, when: str, block: int) -> list[tuple[Pruner, Turn]]:
+    def at(self, when: str, block: int) -> Sequence[tuple[Pruner, Turn]]:
         """Whose turn it is at one place."""
-        return [(pruner, turn) for pruner, turn in self.plans if turn.block == block and turn.when == when]
+        return self._at.get((when, block), ())
 
     def show(self, what: Literal["row", "keys"], block: int) -> bool:
         """Whether somebody must be shown this of a block's attention."""
-        return any(what in turn.shown for _, turn in self.plans if turn.block == block)
+        return (what, block) in self._shown
 
     def only(self, number: int, block: Any, state: TokenState, recorder: Recorder) -> Tensor | None:
         """The tokens that go on after a block's attention, where that is known before it and nobody needs the others.
@@ -77,8 +86,8 @@ class Turns:
         if not self.alone or needed or state.policy is not None or state.keys is not None:
             return None
         # Last, since looking for hooks walks through the block's modules.
-        known = [turn.only for _, turn in self.plans if turn.block == number and turn.only is not None]
-        return known[0] if known and not hooked_within(block) else None
+        known = self._only.get(number)
+        return None if known is None or hooked_within(block) else known
 
     def decide(self, when: When, block: int, state: TokenState, recorder: Recorder, entered: int | None = None) -> None:
         """Ask those whose turn it is, and carry their answers out; ``entered`` as for :func:`apply`."""

@@ -58,13 +58,15 @@ def by_name(model: nn.Module) -> Iterator[None]:
 
 def is_linear(layer: Any) -> bool:
     """Whether a module stands where a linear layer does: one itself, or what somebody put round one."""
-    known = isinstance(layer, nn.Module) and not isinstance(layer, nn.Conv2d)
-    return known and (_tells_sizes(layer) or _inner(layer) is not None)
+    return _may_be_linear(layer) and (_tells_sizes(layer) or _inner(layer) is not None)
 
 
 def stands_for_linear(layer: Any, name: str) -> bool:
     """Whether a module stands, under its name in timm's models, where a linear layer does; not a head of several."""
-    return is_linear(layer) and (_tells_sizes(layer) or (name in _SLOTS and name not in _HEADS))
+    if not _may_be_linear(layer):
+        return False
+    # By name first: every module of a model is asked, and looking inside walks through all that it holds.
+    return _tells_sizes(layer) or (name in _SLOTS and name not in _HEADS and _inner(layer) is not None)
 
 
 def sizes(layer: Any) -> tuple[int, int]:
@@ -75,8 +77,14 @@ def sizes(layer: Any) -> tuple[int, int]:
     return linear.in_features, linear.out_features
 
 
+def _may_be_linear(layer: Any) -> bool:
+    return isinstance(layer, nn.Module) and not isinstance(layer, nn.Conv2d)
+
+
 def _tells_sizes(layer: Any) -> bool:
-    return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+    return isinstance(getattr(layer, "in_features", None), int) and isinstance(
+        getattr(layer, "out_features", None), int
+    )
 
 
 def _inner(layer: nn.Module) -> nn.Linear | None:

@@ -102,16 +102,12 @@ class Network:
     """One image's layered graph, with the edges into the input tokens apart, since each sink uses its own alone.
 
     Nodes are numbered upwards from the input tokens; the source comes last.
-
-    Attributes:
-        edges: int64 [4, m]: tail (upper), head (lower), capacity, and 1 where the edge is one of either's strongest.
-        source: Node of the source.
-        entries: int64 [source + 1, tokens], capacities of the edges from every node into each input token.
     """
 
+    # int64 [4, m]: tail (upper), head (lower), capacity, and 1 where the edge is one of either's strongest
     edges: Integers
-    source: int
-    entries: Integers
+    source: int  # node of the source
+    entries: Integers  # int64 [source + 1, tokens], capacities of the edges from every node into each input token
 
     def bounds(self) -> Integers:
         """What no flow exceeds, [tokens]: the cut around the sink and the one around the source."""

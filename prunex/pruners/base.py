@@ -24,29 +24,17 @@ from prunex.vit.turns import Turn
 
 @dataclass(eq=False, repr=False)
 class Forward(Brief):
-    """What the losses of one training forward are made from.
+    """What the losses of one training forward are made from."""
 
-    Attributes:
-        images: [B, C, H, W], what the model was given.
-        tokens: [B, prefix + n, D] after the final norm.
-        policy: [B, prefix + n] or None.
-        anatomy: Of the model.
-        masks: Differentiable policies [B, n], one a stage.
-        logits: [B, classes], or None when the user's own head read the features.
-        trace: What the forward did, its scores still part of the graph.
-        model: The ViT itself, for losses that need another forward.
-        labels: int64 [B], the images' classes where they are known.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    policy: Tensor | None
-    anatomy: Anatomy
-    masks: list[Tensor] = field(default_factory=list)
-    logits: Tensor | None = None
-    trace: TokenTrace | None = None
-    model: ViT | None = None
-    labels: Tensor | None = None
+    images: Tensor  # [B, C, H, W], what the model was given
+    tokens: Tensor  # [B, prefix + n, D] after the final norm
+    policy: Tensor | None  # [B, prefix + n] or None
+    anatomy: Anatomy  # of the model
+    masks: list[Tensor] = field(default_factory=list)  # differentiable policies [B, n], one a stage
+    logits: Tensor | None = None  # [B, classes], or None when the user's own head read the features
+    trace: TokenTrace | None = None  # what the forward did, its scores still part of the graph
+    model: ViT | None = None  # the ViT itself, for losses that need another forward
+    labels: Tensor | None = None  # int64 [B], the images' classes where they are known
 
 
 class TokenPruner(nn.Module):

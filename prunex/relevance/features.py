@@ -16,23 +16,17 @@ from prunex.vit.tape import Tape
 
 @dataclass(eq=False, repr=False)
 class Features(Brief):
-    """What patch tokens are inside one block, such as at its ``norm1``; prefix tokens are left out.
+    """What patch tokens are inside one block, such as at its ``norm1``; prefix tokens are left out."""
 
-    Attributes:
-        activation: [B, n, D], at least float32.
-        gradient: [B, n, D] of a score, likewise; None unless a score was given.
-        present: bool [B, n], the tokens that are a patch of the image, or were pooled from some: no fused token, no
-            slot of a dropped one.
-        where: int64 [B, P], the token that stands for each patch (of pooled ones that with the patch's largest part);
-            -1 for a patch that left or was fused before.
-        grid: Patch grid (gh, gw).
-    """
-
-    activation: Tensor
-    gradient: Tensor | None
+    activation: Tensor  # [B, n, D], at least float32
+    gradient: Tensor | None  # [B, n, D] of a score, likewise; None unless a score was given
+    # bool [B, n], the tokens that are a patch of the image, or were pooled from some: no fused token, no slot of a
+    # dropped one
     present: Tensor
+    # int64 [B, P], the token that stands for each patch (of pooled ones that with the patch's largest part); -1 for a
+    # patch that left or was fused before
     where: Tensor
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # patch grid (gh, gw)
 
     def weights(self) -> Tensor:
         """Grad-CAM's channel weights: the mean gradient over the patch tokens that are there, [B, D]."""

@@ -49,43 +49,24 @@ _POOLS = ("token", "avg", "avgmax", "max", "map", "")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What one supported ViT is made of; sizes in tokens, pixels and channels.
+    """What one supported ViT is made of; sizes in tokens, pixels and channels."""
 
-    Attributes:
-        depth: Number of blocks.
-        width: Embedding dimension D.
-        heads: Heads of each block.
-        head_dim: Width of one head.
-        hidden: MLP hidden width of each block (what the second linear layer reads).
-        prefix: Number of prefix tokens: class, distillation and register tokens.
-        grid: Patch grid (gh, gw) at the model's own image size.
-        image: Image size (h, w) in pixels.
-        patch: Patch size (h, w) in pixels.
-        channels: Image channels.
-        classes: Outputs of the head; 0 without one.
-        pool: timm's ``global_pool``.
-        dynamic: Whether any image size is accepted.
-        readers: Prefix positions whose tokens the head reads; empty when it pools patches.
-        pool_prefix: Whether pooling takes prefix tokens in.
-        pads: Whether images are padded to whole patches.
-    """
-
-    depth: int
-    width: int
-    heads: tuple[int, ...]
-    head_dim: int
-    hidden: tuple[int, ...]
-    prefix: int
-    grid: tuple[int, int]
-    image: tuple[int, int]
-    patch: tuple[int, int]
-    channels: int
-    classes: int
-    pool: str
-    dynamic: bool
-    readers: tuple[int, ...]
-    pool_prefix: bool = False
-    pads: bool = False
+    depth: int  # number of blocks
+    width: int  # embedding dimension D
+    heads: tuple[int, ...]  # heads of each block
+    head_dim: int  # width of one head
+    hidden: tuple[int, ...]  # MLP hidden width of each block (what the second linear layer reads)
+    prefix: int  # number of prefix tokens: class, distillation and register tokens
+    grid: tuple[int, int]  # patch grid (gh, gw) at the model's own image size
+    image: tuple[int, int]  # image size (h, w) in pixels
+    patch: tuple[int, int]  # patch size (h, w) in pixels
+    channels: int  # image channels
+    classes: int  # outputs of the head; 0 without one
+    pool: str  # timm's ``global_pool``
+    dynamic: bool  # whether any image size is accepted
+    readers: tuple[int, ...]  # prefix positions whose tokens the head reads; empty when it pools patches
+    pool_prefix: bool = False  # whether pooling takes prefix tokens in
+    pads: bool = False  # whether images are padded to whole patches
 
     @property
     def dividing_heads(self) -> int:
@@ -93,13 +74,11 @@ class Anatomy:
         return max(h for h in range(1, max(1, *self.heads) + 1) if self.width % h == 0)
 
     def readout(self, tokens: int, policy: Tensor | None, like: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Which tokens the head reads, as weights: float [B, tokens] summing to 1.
+        """Which tokens the head reads, as weights: [B, tokens] summing to 1, of ``like``'s batch, device and dtype.
 
-        Class-token models: the class token (with a distillation token, half each). Pooled models: the mean over the
-        pooled tokens that are there (policy [B, tokens]), each counted as often as its size says; with attention
-        pooling this stands for "any of them", and the head's own weights are
-        :func:`prunex.vit.readout.pool_attention`'s. The result takes the first dimension, device and float type of
-        ``like``.
+        The class token (with a distillation token, half each); of pooled models the mean over the tokens that are there
+        (``policy`` [B, tokens]), by ``sizes``. With attention pooling this stands for "any of them": the head's own
+        weights are :func:`prunex.vit.readout.pool_attention`'s.
         """
         row = like.new_zeros(like.shape[0], tokens)
         if self.readers:
@@ -113,15 +92,9 @@ class Anatomy:
 
 
 def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[str, Any]:
-    """The one timm ViT inside a module (a model, a LightningModule), by its dotted path: path and ViT ("" for itself).
+    """The one model of some ``kinds`` inside a module, by its dotted path: path ("" for itself) and model.
 
-    Args:
-        module: Anything that holds a ViT.
-        path: Dotted attribute path to it; needed when there are several.
-        kinds: Classes that will do.
-
-    Raises:
-        PrunexError: When there is none, more than one, or ``path`` leads nowhere.
+    ``path`` says which, where there are several. Refused where there is none, more than one, or ``path`` leads nowhere.
     """
     if not isinstance(module, nn.Module):
         raise PrunexError(
@@ -156,11 +129,7 @@ def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[
 
 
 def read(model: nn.Module) -> Anatomy:
-    """What a timm ``VisionTransformer``, ``Eva`` or ``Beit`` is made of.
-
-    Raises:
-        PrunexError: For an unsupported family, by name, with the list of what works.
-    """
+    """What a timm ViT is made of; an unsupported family is refused by name, with the list of what works."""
     _check_supported(model)
     inner: Any = model
     embed, blocks = inner.patch_embed, list(inner.blocks)
@@ -260,11 +229,7 @@ def _overridden(cls: type) -> set[str]:
 
 
 def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
-    """Refuse what the model cannot take, in one line; ``values`` also looks for NaN (this waits for the device).
-
-    Raises:
-        PrunexError: For a wrong type, dtype, number of dimensions, channels or size, an empty batch, or bad values.
-    """
+    """Refuse what the model cannot take, in one line; ``values`` also looks for NaN (this waits for the device)."""
     a = anatomy
     want = f"[B, {a.channels}, " + ("H, W]" if a.dynamic else f"{a.image[0]}, {a.image[1]}]")
     if not isinstance(images, Tensor):

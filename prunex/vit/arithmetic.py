@@ -34,12 +34,7 @@ def fused_attention(
 
 
 class Arithmetic:
-    """Plain arithmetic. Subclasses keep every value and change what ``autograd`` does with it.
-
-    Attributes:
-        opened: Whether fused calls are opened, so that each elementary operation passes through here.
-        matrices: Whether attention goes through its matrix (scores, softmax, gather) instead of ``attention``.
-    """
+    """Plain arithmetic. Subclasses keep every value and change what ``autograd`` does with it."""
 
     opened = False
     matrices = False
@@ -110,9 +105,9 @@ class Arithmetic:
         return empty.scatter_add(1, group.unsqueeze(2).expand_as(parts), parts)
 
     def largest(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Each window's maximum, channel by channel, and which of its tokens has it (the first of equal ones).
+        """Each window's maximum a channel, and which token has it (the first of equal ones): two of [B, m, D].
 
-        A backward pass leads gradients, and relevance just so, to that token alone: [B, m, k, D] to two of [B, m, D].
+        From [B, m, k, D]. A backward pass leads gradients, and relevance just so, to that token alone.
         """
         values, winners = windows.max(2)
         return values, winners

@@ -22,18 +22,14 @@ from prunex.vit.weights import is_plain, sizes
 
 @dataclass(eq=False, repr=False)
 class KeyWeights(Brief):
-    """How much each token counts as an attention key; 1 leaves it as it is.
+    """How much each token counts as an attention key; 1 leaves it as it is."""
 
-    Attributes:
-        factor: float [B, N], at least 0; None: 1 for all.
-        rule: "log": the softmax weight is multiplied (log factor added to the score; independent of the scores'
-            scale). "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is.
-        sizes: float [B, N], above 0, or None: how many equal tokens each stands for. Whatever the rule makes of a
-            score, its softmax weight counts so many times (proportional attention, arXiv 2210.09461).
-    """
-
-    factor: Tensor | None = None
+    factor: Tensor | None = None  # float [B, N], at least 0; None: 1 for all
+    # "log": the softmax weight is multiplied (log factor added to the score; independent of the scores' scale).
+    # "shift": the score's height above its row's lowest is multiplied. "scale": the score itself is.
     rule: Literal["log", "shift", "scale"] = "log"
+    # float [B, N], above 0, or None: how many equal tokens each stands for. Whatever the rule makes of a score, its
+    # softmax weight counts so many times (proportional attention, arXiv 2210.09461).
     sizes: Tensor | None = None
 
     def on_scores(self, scores: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -77,7 +73,7 @@ def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor
 def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Queries of some normed tokens alone, ``asking`` [B, m, D], keys and values of all x [B, N, D], plainly.
 
-    None where ``qkv`` is not the plain linear layer whose rows can be computed apart (an adapter, or somebody's hook).
+    None where ``qkv`` is no plain linear layer whose rows can be computed apart (an adapter, or somebody's hook).
     """
     qkv = attn.qkv
     if not is_plain(qkv):
@@ -100,8 +96,7 @@ def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
 def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of EVA's and BEiT's attention modules: three of [B, H, N, d], in plain arithmetic.
 
-    They may have one projection or three, biases beside them, norms of queries and keys, fewer heads of keys and
-    values. ``rope``: rotary table of the tokens after the prefix, broadcast to [B, H, N - prefix, 2d], or None.
+    ``rope``: rotary table of the tokens after the prefix, broadcast to [B, H, N - prefix, 2d], or None.
     """
     if attn.qkv is None:
         each = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
@@ -133,10 +128,7 @@ _AS_IT_IS = nn.Identity()
 
 
 def project(attn: Any, out: Tensor, x: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
-    """From the heads' outputs [B, H, N, d] to the branch's output [B, N, D], as timm's ``Attention`` ends.
-
-    Gated attention reads x [B, N, D], the normed tokens that the module was given, once more.
-    """
+    """From the heads' outputs [B, H, N, d] to the branch's output [B, N, D]; a gate reads its input x again."""
     if not out.shape[1] and torch.compiler.is_compiling():  # other runtimes know no tensors without entries
         bias = x.new_zeros(attn.proj.out_features) if attn.proj.bias is None else attn.proj.bias
         return bias.expand(*x.shape[:2], -1)
@@ -158,7 +150,7 @@ def fused(
 ) -> Tensor:
     """Plain attention without the matrix, [B, H, m, d] for q [B, H, m, d], keys and values [B, H, N, d].
 
-    The "shift" rule of ``keys`` alone needs the matrix. ``relative`` is added to the scores, broadcast to [B, H, m, N].
+    The "shift" rule of ``keys`` alone needs it. ``relative`` is added to the scores, broadcast to [B, H, m, N].
     """
     bias = None
     if keys is not None:
@@ -187,17 +179,8 @@ def matrix(
 ) -> Tensor:
     """The softmax attention itself, [B, H, m, N], over the tokens that are there (and the query's own).
 
-    At least float32, whatever the queries are: gradients of single entries are tiny.
-
-    Args:
-        q: [B, H, m, d].
-        k: [B, H, N, d].
-        scale: Of the scores.
-        policy: [B, N] or None: 0 for slots of dropped tokens.
-        keys: Weights of the keys, or None.
-        queries: Positions of the m queries among the N tokens; None: all of them.
-        ops: The arithmetic.
-        relative: Added to the scores before anything else, broadcast to [B, H, m, N]; or None.
+    At least float32, whatever the queries are: gradients of single entries are tiny. ``queries``: positions of the m
+    rows of q [B, H, m, d] among the N tokens of k; None: all. ``relative`` is added to the scores before anything else.
     """
     scores = ops.scores(q, k, scale)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
@@ -240,13 +223,11 @@ def rows(
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    """Attention averaged over query rows and heads: who is looked at, [B, N] in at least float32, summing to 1.
+    """Attention averaged over query rows q [B, H, m, d] and heads: [B, N] in at least float32, summing to 1.
 
-    Only the rows asked for are computed, q [B, H, M, d]: one class-token row costs N numbers a head. Many rows
-    (average-pooled models) are walked in chunks, so that no N x N matrix is ever held. Tokens that are not there get 0.
-    Which *rows* count is the caller's to choose: here every given query does.
+    Which rows count is the caller's to choose. Tokens that are not there get 0.
     """
-    # In chunks: the whole would be the N x N matrix that nobody asked for.
+    # In chunks: the whole (of pooled models) would be the N x N matrix that nobody asked for.
     parts = q.split(chunk, 2)
     added = [None] * len(parts) if relative is None else relative.split(chunk, 2)
     seen = [over_heads(_rows(p, k, scale, policy, keys, r)).sum(1) for p, r in zip(parts, added, strict=True)]
@@ -274,13 +255,10 @@ def _rows(
 
 
 def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Timm's ``AttentionPoolLatent`` over tokens [B, N, D] that are there, and what it looks at.
+    """Timm's ``AttentionPoolLatent`` over tokens [B, N, D] that are there: [B, D], and what it looks at, [B, N].
 
     ``weight`` [B, N], at least 0, says how much each token counts in the softmax (None: 1); differentiable, also where
-    it is 0. An image without any gets the pooling of nothing.
-
-    Returns:
-        The pooled features [B, D], and the attention [B, N], mean over heads and latents, in at least float32.
+    it is 0. An image without any gets the pooling of nothing. The attention is the mean over heads and latents.
     """
     b, n, _ = x.shape
     query = pool.q(pool.latent.expand(b, -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)

@@ -42,10 +42,7 @@ def hooked_within(module: nn.Module) -> bool:
 
 
 def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)`` as if it were the module's forward, inside ``module(*args, **kwargs)``.
-
-    The function gets the arguments as the module's hooks leave them, and they see what it gave.
-    """
+    """``function(*args, **kwargs)`` as if it were the module's forward, between the module's own hooks."""
     if not hooked(module) and not hooked_anywhere():
         return function(*args, **kwargs)
     return _call(module, function, args, kwargs)

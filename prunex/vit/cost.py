@@ -122,7 +122,7 @@ def _without(vit: Any, full: Cost, closed: Mapping[str, int]) -> Cost:
 
 
 def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Mapping[str, int] | None = None) -> Cost:
-    """What a ViT would cost under a pruner (None: dense) that need not be attached to it, at a patch grid (gh, gw).
+    """What a ViT would cost under a pruner (None: dense) that need not be on it, at a patch grid (gh, gw).
 
     ``closed`` says of branches how many units are closed: no token is ranked by these. What they cost is still counted.
     """

@@ -25,7 +25,7 @@ _CHANNELS = ("fc1", "fc1_g", "fc1_x", "fc2")
 def check_cuts(model: Any, spec: Any) -> None:
     """Refuse, by name, to cut layers that are more than their own weights, or not their own alone.
 
-    Of the :class:`~prunex.vit.widths.WidthSpec`, in the model's present numbers, only which blocks it names counts.
+    Of the spec, in the model's present numbers, only which blocks it names counts.
     """
     layers = dict(_to_cut(model, spec))
     with by_name(model):

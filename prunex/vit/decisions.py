@@ -31,26 +31,17 @@ class Decision(Brief):
         raise NotImplementedError
 
     def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
-        """The same decision where some tokens are absent, ``there`` bool [R, n] saying which slots hold one.
-
-        Returns:
-            What does it here, and which slots hold a token afterwards.
-        """
+        """What does the same where some tokens are absent (``there`` bool [R, n]), and which slots hold one then."""
         raise NotImplementedError
 
 
 @dataclass(eq=False, repr=False)
 class Keep(Decision):
-    """Which patch tokens continue, as many in every image.
+    """Which patch tokens continue, as many in every image."""
 
-    Attributes:
-        index: int64 [B, k], positions among the patch tokens now, in rising order.
-        score: [B, n] or None, what they were ranked by.
-        fuse: [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token.
-    """
-
-    index: Tensor
-    score: Tensor | None = None
+    index: Tensor  # int64 [B, k], positions among the patch tokens now, in rising order
+    score: Tensor | None = None  # [B, n] or None, what they were ranked by
+    # [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token
     fuse: Tensor | None = None
 
     def apply(self, state: TokenState, block: int) -> Stage:
@@ -121,17 +112,13 @@ class Mask(Decision):
 
 @dataclass(eq=False, repr=False)
 class Merge(Decision):
-    """Which patch tokens become one, their mean weighted by size. Nobody is lost.
+    """Which patch tokens become one, their mean weighted by size. Nobody is lost."""
 
-    Attributes:
-        group: int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that
-            hold no token.
-        count: Number of groups (an upper bound where images differ).
-        proportional: Whether later attention counts a key as often as its size says: log size is added to its scores.
-    """
-
+    # int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that hold no
+    # token.
     group: Tensor
-    count: int
+    count: int  # number of groups (an upper bound where images differ)
+    # whether later attention counts a key as often as its size says: log size is added to its scores
     proportional: bool = True
 
     def apply(self, state: TokenState, block: int) -> Stage:
@@ -180,19 +167,15 @@ class Drop(Decision):
 
     Tokens really leave where nothing is masked: each image's own move to its first slots, the slots left over are
     empty under the policy, and between pruners nothing is computed for them.
-
-    Attributes:
-        present: bool [B, n], which patch tokens continue, of those that are there; any number, 0 included.
-        score: [B, n] or None, what they were ranked by.
-        fuse: [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token
-            of every image that dropped something.
-        width: Slots for patch tokens that stay, at least as many as any image keeps; None: just enough. A repeated
-            decision has the width of the run it comes from, since later ones point to its slots.
     """
 
-    present: Tensor
-    score: Tensor | None = None
+    present: Tensor  # bool [B, n], which patch tokens continue, of those that are there; any number, 0 included
+    score: Tensor | None = None  # [B, n] or None, what they were ranked by
+    # [B, n] or None: weights of all patch tokens; the dropped ones' weighted sum becomes one extra, last token of every
+    # image that dropped something
     fuse: Tensor | None = None
+    # Slots for patch tokens that stay, at least as many as any image keeps; None: just enough. A repeated decision has
+    # the width of the run it comes from, since later ones point to its slots.
     width: int | None = None
 
     def apply(self, state: TokenState, block: int) -> Stage:
@@ -243,16 +226,13 @@ class Pool(Decision):
 
     Windows are 3 tokens wide and begin 2 apart, so they overlap and a token may be part of several. The maximum is over
     tokens that are there; a window without any leaves an absent token.
-
-    Attributes:
-        grid: (h, w) of the tokens: windows of 3 x 3 with a border of one nothing around the grid, ceil(h / 2) x
-            ceil(w / 2) of them. None: windows along the sequence as it is, without a border, (n - 3) // 2 + 1 of them;
-            of an even number of tokens the last is in none.
-        position: [1, n_out, D] or None, added to the maxima.
     """
 
+    # (h, w) of the tokens: windows of 3 x 3 with a border of one nothing around the grid, ceil(h / 2) x ceil(w / 2) of
+    # them. None: windows along the sequence as it is, without a border, (n - 3) // 2 + 1 of them; of an even number of
+    # tokens the last is in none.
     grid: tuple[int, int] | None = None
-    position: Tensor | None = None
+    position: Tensor | None = None  # [1, n_out, D] or None, added to the maxima
 
     def apply(self, state: TokenState, block: int) -> Stage:
         """A token's share of a window is the share of channels whose maximum it has."""
@@ -295,11 +275,10 @@ class Pool(Decision):
         return [self], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
 
     def layout(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Who is in which window, of so many patch tokens.
+        """Who is in which window, of so many patch tokens: its members int64 [n_out, k] (-1 for the border).
 
-        Returns:
-            Members of each window, int64 [n_out, k] (-1 for the border); the windows of each token [n, m] (-1 where
-            there are fewer than m); and the token's place in each of them [n, m].
+        Then the windows of each token [n, m] (-1 where there are fewer than m), and the token's place in each of them
+        [n, m].
         """
         if self.grid is None:
             return _windows_along(tokens, 0, device)
@@ -335,10 +314,9 @@ Answer = Decision | Sequence[Decision] | None
 
 
 def apply(answer: Answer, block: int, when: When, state: TokenState, entered: int | None = None) -> list[Stage]:
-    """Carry an answer out, given at a block, and write it into the trace and the list of decisions.
+    """Carry an answer out, given at a block, and write it into trace and decisions; the stages that were added.
 
-    ``entered``: patch tokens that entered the block, where its attention computed only those that are kept. Returned
-    are the stages that were added.
+    ``entered``: patch tokens that entered the block, where its attention computed only those that are kept.
     """
     if answer is None:
         return []

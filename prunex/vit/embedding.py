@@ -67,7 +67,7 @@ def patch_vectors(model: ViT, images: Tensor) -> Tensor:
 
 
 def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
-    """What patches were embedded as, from the tokens x [B, prefix + n, D] that :func:`place` made of them: [B, n, D].
+    """What patches were embedded as, [B, n, D], from the tokens [B, prefix + n, D] that :func:`place` made of them.
 
     Up to rounding; ``index`` [B, n] says which patches of the grid these are (None: all). A norm in front of the blocks
     (CLIP) cannot be taken back: its models give the normed tokens as they are.
@@ -118,14 +118,11 @@ def _patches_opened(model: ViT, ops: Arithmetic, images: Tensor) -> Tensor:
 def over_pixels(
     maps: Tensor, image: tuple[int, int], covered: tuple[int, int], size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Maps [B, gh, gw] of the patch grid laid over images, bilinear: float [B, H, W].
+    """Maps [B, gh, gw] of the patch grid laid over images of some size in pixels, bilinear: float [B, H, W].
 
-    Args:
-        maps: float [B, gh, gw].
-        image: Height and width of the images in pixels.
-        covered: Those of the part that the grid lies over, from the upper left corner. Pixels beyond it, which the
-            model never sees, get 0; what is beyond the image, as where it was padded, is cut off.
-        size: Height and width of the result, where the images are looked at in another size.
+    The grid lies over the ``covered`` part, from the upper left corner: pixels beyond it, which the model never sees,
+    get 0; what is beyond the image, as where it was padded, is cut off. ``size``: of the result, where it is another
+    one.
 
     >>> over_pixels(torch.ones(1, 1, 2), (3, 5), (2, 4))[0].int().tolist()
     [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]

@@ -37,15 +37,10 @@ from prunex.vit.turns import NOBODY, Pruner, Turns
 
 @dataclass(eq=False, repr=False)
 class Prediction(Brief):
-    """What a model makes of some images.
+    """What a model makes of some images."""
 
-    Attributes:
-        logits: [B, classes], or the pooled features without a head.
-        state: How the forward ended, with its trace and decisions.
-    """
-
-    logits: Tensor
-    state: TokenState
+    logits: Tensor  # [B, classes], or the pooled features without a head
+    state: TokenState  # how the forward ended, with its trace and decisions
 
 
 def begin(
@@ -58,17 +53,10 @@ def begin(
     places: Places | None = None,
     rope: Tensor | None = None,
 ) -> TokenState:
-    """The state in which embedded tokens x [B, prefix + P, D] enter the first block.
+    """The state in which embedded tokens x [B, prefix + P, D], as :func:`embed` gives them, enter the first block.
 
-    Args:
-        model: A supported ViT.
-        x: As :func:`embed` gives them.
-        grid: Their patch grid.
-        anatomy: Of the model.
-        masked: Dropped tokens keep their slots under a policy instead of leaving the tensor.
-        keys: Weights of the tokens as attention keys in every block, or None.
-        places: Which patches the P tokens are, where they are not all patches of ``grid`` in order; or None.
-        rope: The rotary table of the blocks, where embedding gave one already.
+    ``keys``: weights of the tokens as attention keys in every block. ``places``: which patches the P tokens are, where
+    not all of ``grid`` in order. ``rope``: the blocks' rotary table, where embedding gave one already.
     """
     trace = TokenTrace(grid, anatomy.prefix, x.shape[0], x.device)
     # torch.compile cannot follow the default of ops, and can follow the name.
@@ -126,16 +114,9 @@ def run(
 ) -> TokenState:
     """Images [B, C, H, W] through embedding, blocks and the final norm.
 
-    Args:
-        model: A supported ViT.
-        images: [B, C, H, W].
-        pruners: Asked in this order at every place; None: the model's own.
-        recorder: Who is told what.
-        masked: Whether dropped tokens keep their slots; None: as the model is set.
-
-    Returns:
-        The final state; its tokens are [B, prefix + n_last, D], only those that the head reads where a tape asked for
-        no others.
+    ``pruners`` are asked in this order at every place (None: the model's own); ``masked``: whether dropped tokens keep
+    their slots (None: as the model is set). The final tokens are [B, prefix + n_last, D], only those that the head
+    reads where a tape asked for no others.
     """
     anatomy = own_anatomy(model)
     check_images(anatomy, images)
@@ -172,11 +153,7 @@ def answer(state: TokenState, recorder: Recorder = SILENT) -> Tensor:
 
 
 def record(model: ViT, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:
-    """Run a model, pruned or dense and in eval mode, under a tape, leaving no trace of it on the model.
-
-    The tape's ``logits`` are filled too ([B, classes], or pooled features without a head); ``masked`` as for
-    :func:`run`.
-    """
+    """Run a model, pruned or dense and in eval mode, under a tape, whose ``logits`` are filled too; as :func:`run`."""
     prediction = predict(model, images, recorder=Recorder(tape), masked=masked)
     state, tape.logits = prediction.state, prediction.logits
     if state.anatomy.pool == "map":
@@ -197,18 +174,8 @@ def resume(
 ) -> Tensor:
     """From embedded tokens, as for :func:`begin`, to the model's output, with decisions of one's own choice.
 
-    Args:
-        model: A supported ViT, pruned or dense; its own pruner decides only if it is among ``pruners``.
-        x: [B, prefix + P, D].
-        grid: Their patch grid.
-        pruners: Such as a :class:`~prunex.vit.replay.Replay` of the clean run's decisions, or an ``Absent`` before it.
-        tape: Records what it asks for. None: only what the head reads is carried through the last block.
-        masked: Dropped tokens keep their slots.
-        keys: Weights of the tokens as attention keys, or None.
-        places: Which patches the tokens are, or None.
-
-    Returns:
-        [B, classes], or the pooled features without a head.
+    The model's own pruner decides only if it is among ``pruners``, such as a :class:`~prunex.vit.replay.Replay` of the
+    clean run's decisions. Without a tape only what the head reads is carried through the last block.
     """
     tape = Tape(narrow=True) if tape is None else tape
     state = begin(model, x, grid, own_anatomy(model), masked, keys, places)
@@ -217,10 +184,9 @@ def resume(
 
 
 def look_ahead(state: TokenState, blocks: int) -> list[Tensor]:
-    """The stream entering the first ``blocks`` + 1 blocks if nothing were decided, [B, N, D] each; in eval mode.
+    """The stream [B, N, D] entering the first ``blocks`` + 1 blocks if nothing were decided; in eval mode.
 
-    The one after the last block is what the final norm will read. The state is as :func:`begin` makes it; its policy
-    and keys count.
+    The one after the last block is what the final norm will read. The state's policy and keys count.
     """
     streams = _Streams(blocks, [state.tokens])
     _through_blocks(state, NOBODY, Recorder(watch=streams), state.tokens)
@@ -248,16 +214,8 @@ def through(
 ) -> tuple[Tensor, Attended | None]:
     """One whole block on its own, for methods that compare a block with itself: attend, then feed.
 
-    Args:
-        block: timm's block.
-        x: [B, N, D].
-        anatomy: Of the model.
-        queries: The tokens that come out, as numbers or int64 [m]; None: all of them.
-        tape: Records what it asks for, or None.
-        number: The block's index, as the tape knows it.
-
-    Returns:
-        The stream [B, m, D], and the recording of the attention half if a tape runs.
+    Of x [B, N, D] the ``queries`` come out, as numbers or int64 [m] (None: all), and the recording of the attention
+    half if a tape runs, which knows the block by its ``number``.
     """
     state = TokenState(x, anatomy, TokenTrace(anatomy.grid, anatomy.prefix, x.shape[0], x.device), False, False)
     recorder = Recorder(tape)

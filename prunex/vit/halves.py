@@ -28,20 +28,10 @@ from prunex.vit.turns import Turns
 class Halves:
     """One block of one forward: ``x + drop_path(ls(attn(norm(x))))``, then ``x + drop_path(ls(mlp(norm(x))))``.
 
-    What is said of plain blocks holds for every kind by its :class:`~prunex.vit.blocks.plain.Layout`.
-
-    Args:
-        block: timm's block.
-        number: Its index.
-        state: The stream, which the halves carry on.
-        turns: Who decides, and must be shown what.
-        recorder: Who is told what.
-
-    Attributes:
-        only: The tokens that go on after attention, int64 [m] or positions; None: all of them. Keys and values are
-            those of all; projection and what follows are computed for these alone, queries too where nothing else was
-            asked for.
-        entered: Patch tokens that entered, where attention left out all but those a pruner knows; else None.
+    What is said of plain blocks holds for every kind by its :class:`~prunex.vit.blocks.plain.Layout`. ``only`` are the
+    tokens that go on after attention, int64 [m] or positions (None: all): keys and values are those of all, projection
+    and what follows are computed for these alone, queries too where nothing else was asked for. ``entered`` counts the
+    patch tokens that entered, where attention left out all but those a pruner knows.
     """
 
     def __init__(self, block: Any, number: int, state: TokenState, turns: Turns, recorder: Recorder) -> None:
@@ -232,8 +222,7 @@ class Halves:
     def _row(self, q: Tensor, k: Tensor, policy: Tensor | None, matrix: Tensor | None) -> Tensor:
         """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
 
-        Where a tape has the whole matrix, the row is taken from it, so that the gradient of that matrix holds what a
-        fused token took from it.
+        From a tape's matrix where there is one, so that its gradient holds what a fused token took from it.
         """
         anatomy, start = self.state.anatomy, self._first_row
         counts = None if anatomy.readers else self._counts(policy, start)

@@ -27,19 +27,12 @@ _PAST_THE_HEAD = (
 
 @dataclass(eq=False, repr=False)
 class Handed(Brief):
-    """What pooling must know of the tokens that a forward gave.
+    """What pooling must know of the tokens that a forward gave."""
 
-    Attributes:
-        anatomy: Of the pruned forward.
-        policy: [B, N] or None: 0 for slots of dropped tokens.
-        sizes: [B, N] or None: how many patches each token stands for.
-        read: Whether somebody who knows of these has read the tokens.
-    """
-
-    anatomy: Anatomy
-    policy: Tensor | None = None
-    sizes: Tensor | None = None
-    read: bool = False
+    anatomy: Anatomy  # of the pruned forward
+    policy: Tensor | None = None  # [B, N] or None: 0 for slots of dropped tokens
+    sizes: Tensor | None = None  # [B, N] or None: how many patches each token stands for
+    read: bool = False  # whether somebody who knows of these has read the tokens
 
     def fits(self, tokens: Tensor) -> bool:
         """Whether policy and sizes are of so many tokens of so many images."""
@@ -47,11 +40,7 @@ class Handed(Brief):
 
 
 class Handover:
-    """The tokens that one model's forwards gave and somebody still holds, and what is known of each.
-
-    Tokens that were changed on their way to the head (cast, dropped out) are not known themselves: those of the last
-    forward of the same thread are then meant, where the numbers fit.
-    """
+    """The tokens that one model's forwards gave and somebody still holds, and what is known of each."""
 
     def __init__(self) -> None:
         self._known = WeakTensorKeyDictionary()
@@ -77,7 +66,7 @@ class Handover:
         """What is known of tokens that are about to be read; None for those that no forward gave."""
         if torch.compiler.is_compiling():
             return self._traced
-        # The tensor itself knows best; changed on its way, the thread's last forward is meant.
+        # The tensor itself knows best; changed on its way (cast, dropped out), the thread's last forward is meant.
         candidates = (self._known.get(tokens), getattr(self._here, "last", None), self._traced)
         handed = next((h for h in candidates if h is not None and h.fits(tokens)), None)
         if handed is not None:

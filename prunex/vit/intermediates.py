@@ -18,27 +18,17 @@ FORMATS = ("NCHW", "NLC")
 
 @dataclass(eq=False, repr=False)
 class Watch(Brief):
-    """Asks one forward for the tokens after some blocks, as full grids.
+    """Asks one forward for the tokens after some blocks, as full grids."""
 
-    Attributes:
-        model: The ViT.
-        wanted: Indices of the blocks asked for.
-        norm: Whether the final norm is applied to them.
-        fill: What patches that were removed get, as in :meth:`TokenTrace.scatter`; None: the token as it left.
-        channels_first: [B, D, gh, gw] instead of [B, P, D].
-        stop: How many blocks to run; None: all.
-        grids: Filled by the forward, block by block.
-        fronts: Prefix tokens [B, prefix, D], likewise.
-    """
-
-    model: Any
-    wanted: frozenset[int]
-    norm: bool = False
+    model: Any  # the ViT
+    wanted: frozenset[int]  # indices of the blocks asked for
+    norm: bool = False  # whether the final norm is applied to them
+    # what patches that were removed get, as in :meth:`TokenTrace.scatter`; None: the token as it left
     fill: float | Tensor | None = None
-    channels_first: bool = True
-    stop: int | None = None
-    grids: dict[int, Tensor] = field(default_factory=dict)
-    fronts: dict[int, Tensor] = field(default_factory=dict)
+    channels_first: bool = True  # [B, D, gh, gw] instead of [B, P, D]
+    stop: int | None = None  # how many blocks to run; None: all
+    grids: dict[int, Tensor] = field(default_factory=dict)  # filled by the forward, block by block
+    fronts: dict[int, Tensor] = field(default_factory=dict)  # prefix tokens [B, prefix, D], likewise
 
     def after(self, block: int, state: TokenState) -> None:
         """Take the stream as it leaves a block."""

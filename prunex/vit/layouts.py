@@ -35,11 +35,7 @@ ATTENTIONS: tuple[type[nn.Module], ...] = (Attention, NarrowAttention, EvaAttent
 
 
 def layout_of(block: nn.Module) -> Layout:
-    """How a block is laid out.
-
-    Raises:
-        TypeError: For a block of no known kind; :func:`prunex.vit.anatomy.read` refuses such models by name.
-    """
+    """How a block is laid out; models of other blocks were refused by name by :func:`prunex.vit.anatomy.read`."""
     for kind, layout in LAYOUTS.items():
         if isinstance(block, kind):
             return layout

@@ -51,10 +51,7 @@ def _holds_tensors(value: Any, deep: int = 4) -> bool:
 
 
 def follow(optimizers: Iterable[torch.optim.Optimizer], slices: Slices) -> None:
-    """Give optimisers the new parameters, and what they remember of the old ones, cut likewise.
-
-    A state of another shape than its parameter, as factored moments have it, begins anew, with a warning.
-    """
+    """Give optimisers the new parameters, and what they remember of the old ones, cut likewise; else it begins anew."""
     for optimizer in (each for whole in optimizers for each in chain(whole)):
         for group in optimizer.param_groups:  # in place: some hold the list itself
             group["params"][:] = [slices[p][0] if p in slices else p for p in group["params"]]

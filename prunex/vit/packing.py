@@ -17,16 +17,11 @@ class Packing(Brief):
 
     Norms, linear layers and MLPs see the tokens of all images as one sequence [1, S, D] of S tokens and no empty slots;
     attention looks at each image by itself.
-
-    Attributes:
-        policy: [B, N], above 0 where a token is.
-        at: int64 [S], the slots that hold one, counted through all images.
-        lengths: Tokens of each image; they sum to S.
     """
 
-    policy: Tensor
-    at: Tensor
-    lengths: list[int]
+    policy: Tensor  # [B, N], above 0 where a token is
+    at: Tensor  # int64 [S], the slots that hold one, counted through all images
+    lengths: list[int]  # tokens of each image; they sum to S
 
     @classmethod
     def of(cls, policy: Tensor) -> Packing:
@@ -51,9 +46,8 @@ class Packing(Brief):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, one_by_one: bool | None = None) -> Tensor:
         """Fused attention within each image, [1, H, S, d] three times and out, without any N x N matrix.
 
-        ``one_by_one``: a call for each image, nothing computed for empty slots: fastest on a CPU
-        (``benchmarks/lengths.py``). False: one call over all slots, empty keys hidden, which spares a GPU the many
-        small kernels. None: by the device.
+        ``one_by_one``: a call for each image, fastest on a CPU (``benchmarks/lengths.py``). False: one call over all
+        slots, empty keys hidden, which spares a GPU many small kernels. None: by the device.
         """
         one_by_one = q.device.type == "cpu" if one_by_one is None else one_by_one
         if one_by_one:

@@ -25,9 +25,9 @@ def under_policy(
 ) -> Tensor:
     """Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
-    Computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij = exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1,
-    and the exact gradients of that definition for q, k, v and the policy (also where the policy is 0; up to e^40). With
-    sizes s, each W_ij is multiplied by s_j.
+    For q, k, v [B, H, N, d] and a policy [B, N] in 0..1 computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij =
+    exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1, and the exact gradients of that definition for q, k, v and
+    the policy (also where the policy is 0; up to e^40). With ``sizes`` s [B, N], each W_ij is multiplied by s_j.
 
     Three columns and one key turn it into one ordinary ``scaled_dot_product_attention``:
 
@@ -39,21 +39,8 @@ def under_policy(
     - a key column lowers the scores of dropped tokens by c while their value columns are raised by e^c: nothing
       changes but the range, so a dropped key far above the kept ones neither leaks nor underflows them.
 
-    A relative bias [1 or B, H, N, N] is part of A; the kernel gets it with its diagonal for the further key. float16 is
-    computed in float32, whose range the quotient needs; the denominator is taken without dropout.
-
-    Args:
-        q: [B, H, N, d], as k and v.
-        k: See q.
-        v: See q.
-        policy: [B, N] in 0..1.
-        scale: Of the scores, d ** -0.5.
-        dropout: Probability for attention entries.
-        sizes: [B, N] or None: how many equal tokens each key stands for.
-        relative: Added to the scores, or None.
-
-    Returns:
-        [B, H, N, d] in the dtype of ``v``.
+    A ``relative`` bias [1 or B, H, N, N] is part of A; the kernel gets it with its diagonal for the further key.
+    float16 is computed in float32, whose range the quotient needs; the denominator is taken without ``dropout``.
     """
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -97,11 +84,9 @@ class _Held(torch.autograd.Function):
 
 
 class _Extend(torch.autograd.Function):
-    """Queries, keys and values with the further columns and the further key of :func:`under_policy`.
+    """Queries, keys and values with the further columns and the further key of :func:`under_policy`."""
 
-    By hand, since a dozen ``cat``, ``pad`` and ``slice`` each write all of it once more, forth and back.
-    """
-
+    # By hand, since a dozen ``cat``, ``pad`` and ``slice`` each write all of it once more, forth and back.
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lower: Tensor, share: Tensor

@@ -22,35 +22,24 @@ from prunex.vit.trace import Stage
 
 @dataclass(eq=False, repr=False)
 class Places(Brief):
-    """Which patches of which grid a shortened sequence holds.
+    """Which patches of which grid a shortened sequence holds."""
 
-    Attributes:
-        index: int64 [B, n], the patch each token after the prefix is.
-        grid: Patch grid (gh, gw) that they are counted in.
-    """
-
-    index: Tensor
-    grid: tuple[int, int]
+    index: Tensor  # int64 [B, n], the patch each token after the prefix is
+    grid: tuple[int, int]  # patch grid (gh, gw) that they are counted in
 
 
 @dataclass(eq=False, repr=False)
 class Positions(Brief):
-    """What the blocks look up, and where the present tokens come from.
+    """What the blocks look up, and where the present tokens come from."""
 
-    Attributes:
-        prefix: Number of prefix tokens, which have no place in the image.
-        rope: Rotary table (sine and cosine side by side) [P, 2d], the same for all blocks, or [depth, H, P, 2d]; None.
-        shared: Relative bias [H, prefix + P, prefix + P] that every block adds, or None.
-        relative: Whether any block has a relative bias, its own or the shared one.
-        index: int64 [B, n], the patch that each patch token is; -1 for a token of several. None: all, in order.
-        links: For tokens of several patches: patch, token and share, [B, E] each. None: there are none.
-    """
-
-    prefix: int
+    prefix: int  # number of prefix tokens, which have no place in the image
+    # rotary table (sine and cosine side by side) [P, 2d], the same for all blocks, or [depth, H, P, 2d]; None
     rope: Tensor | None = None
-    shared: Tensor | None = None
-    relative: bool = False
+    shared: Tensor | None = None  # relative bias [H, prefix + P, prefix + P] that every block adds, or None
+    relative: bool = False  # whether any block has a relative bias, its own or the shared one
+    # int64 [B, n], the patch that each patch token is; -1 for a token of several. None: all, in order.
     index: Tensor | None = None
+    # For tokens of several patches: patch, token and share, [B, E] each. None: there are none.
     links: tuple[Tensor, Tensor, Tensor] | None = None
     _looked_up: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -60,10 +49,7 @@ class Positions(Brief):
         return not self.relative or self.index is None
 
     def after(self, stage: Stage) -> Positions:
-        """The same tables for the tokens that a stage leaves.
-
-        A slot that nobody is left in keeps its place: whoever hides it may still ask what it would have been.
-        """
+        """The same tables for the tokens that a stage leaves; emptied slots keep their place for who hides them."""
         b, n = stage.group.shape[:2]
         device = stage.group.device
         index = torch.arange(n, device=device).expand(b, -1) if self.index is None else self.index
@@ -196,8 +182,7 @@ def positions_of(
 ) -> Positions | None:
     """The tables of a model for one patch grid; None for models whose attention knows no positions.
 
-    ``places`` says which patches there are, where not all of them (their grid then counts); ``rope`` is the rotary
-    table where embedding the images has given it already.
+    ``places``: which patches there are, where not all (their grid then counts); ``rope``: as for ``begin``.
     """
     inner: Any = model
     index = None if places is None else places.index

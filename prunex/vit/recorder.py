@@ -25,17 +25,7 @@ class Watcher(Protocol):
 
 
 class Recorder:
-    """What one forward is recorded by.
-
-    Args:
-        tape: Records what it asks for, or None.
-        watch: Is shown the stream after every block, or None.
-
-    Attributes:
-        asked: The tape, or one that asks for nothing.
-        ops: How elementary operations are carried out.
-        stop: How many blocks are run; None: all.
-    """
+    """What one forward is recorded by: a tape, which says what it asks for, and a watch that sees block after block."""
 
     def __init__(self, tape: Tape | None = None, watch: Watcher | None = None) -> None:
         self.tape, self.watch = tape, watch

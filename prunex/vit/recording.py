@@ -29,25 +29,15 @@ from prunex.vit.weights import by_name, check_gradients
 
 @dataclass(eq=False, repr=False)
 class Recording(Brief):
-    """One forward of a model under a tape, as explainers use it.
+    """One forward of a model under a tape, as explainers use it."""
 
-    Attributes:
-        model: The ViT.
-        tape: What was recorded.
-        state: How the forward ended: the trace, and the decisions that made it.
-        target: int64 [B], the class explained.
-        image_size: Height and width of the images in pixels.
-        autocast: Whether the forward ran under the caller's autocast, and its dtype.
-        class_specific: Whether the method explains a class, as it said when it asked for the forward.
-    """
-
-    model: ViT
-    tape: Tape
-    state: TokenState
-    target: Tensor
-    image_size: tuple[int, int]
-    autocast: tuple[bool, torch.dtype]
-    class_specific: bool
+    model: ViT  # the ViT
+    tape: Tape  # what was recorded
+    state: TokenState  # how the forward ended: the trace, and the decisions that made it
+    target: Tensor  # int64 [B], the class explained
+    image_size: tuple[int, int]  # height and width of the images in pixels
+    autocast: tuple[bool, torch.dtype]  # whether the forward ran under the caller's autocast, and its dtype
+    class_specific: bool  # whether the method explains a class, as it said when it asked for the forward
 
     @property
     def anatomy(self) -> Anatomy:
@@ -78,14 +68,11 @@ class Recording(Brief):
         tape: Tape | None = None,
         frozen: bool = True,
     ) -> Tensor:
-        """The model's output [R, classes] for altered tokens, in the precision of this forward, autocast included.
+        """The model's output [R, classes] for altered tokens [R, prefix + P, D], in the precision of this forward.
 
-        Args:
-            tokens: [R, prefix + P, D], entering the first block.
-            index: int64 [R], which image each is made from; None: one an image, in order.
-            keys: Weights of the tokens as attention keys.
-            tape: Records what it asks for.
-            frozen: Whether tokens leave as in this forward; False: the model's own pruner decides again.
+        ``index`` int64 [R]: which image each is made from (None: one an image, in order). ``keys``: weights of the
+        tokens as attention keys. ``frozen``: tokens leave as in this forward, else the model's own pruner decides
+        again.
         """
         # Frozen: what the clean run decided is decided again, and the model's own pruner is not asked.
         decides = [Replay(self.state.decisions, index)] if frozen else own_pruners(self.model)
@@ -136,15 +123,9 @@ def recording(
 ) -> Iterator[Recording]:
     """Run the model once under a tape, in eval mode and full view of autograd if gradients are asked for.
 
-    Train flags, the last training forward and the caller's grad mode are left as they were.
-
-    Args:
-        model: A supported ViT, pruned or dense.
-        images: float [B, C, H, W].
-        target: Class to explain, or None for the predicted one.
-        tape: Says what to record.
-        needs_class: Whether the method explains a class, so that a model without a head is refused.
-        precise: Run the forward outside the caller's autocast too.
+    ``target``: the class to explain (None: the predicted one). ``needs_class``: a model without a head is refused.
+    ``precise``: run the forward outside the caller's autocast too. Train flags, the last training forward and the
+    caller's grad mode are left as they were.
     """
     if tape.gradients and any(p.is_inference() for p in model.parameters()):
         raise PrunexError(
@@ -211,11 +192,7 @@ def attention_gradients(recorded: Recording) -> list[Tensor]:
 def gradients(
     output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = None, retain_graph: bool = False
 ) -> list[Tensor]:
-    """What ``torch.autograd.grad`` gives for activations. A place that nothing reaches is no place without worth.
-
-    Raises:
-        Unreached: Where a layer computes without autograd.
-    """
+    """What ``torch.autograd.grad`` gives for activations; :class:`Unreached` where a layer computes without one."""
     grads: Sequence[Tensor | None] = [None] * len(inputs)
     # A place off the graph would raise in torch's words; it is told in ours.
     if output.requires_grad and all(x.requires_grad for x in inputs):
@@ -234,10 +211,7 @@ def unreached() -> Unreached:
 
 
 def widened(model: ViT, images: Tensor) -> tuple[ViT, Tensor]:
-    """The model and its images in at least float32; a copy where the weights are of half precision.
-
-    Relevance is divided by layer outputs, which half precision cannot carry.
-    """
+    """The model and its images in at least float32, a copy where need be: relevance is divided by layer outputs."""
     if images.dtype in (torch.float32, torch.float64):
         return model, images
     with torch.inference_mode(False):  # weights made under it cannot be differentiated through

@@ -13,14 +13,10 @@ from prunex.vit.turns import Turn
 
 
 class Replay:
-    """A pruner that repeats what was decided for a batch, for any selection of its images.
+    """A pruner that repeats what was decided for a batch, for any selection ``index`` int64 [R] of its images.
 
     Explainers that run a model many times on altered inputs freeze the selection of the clean run with it: a changed
     prediction is then never a changed selection.
-
-    Args:
-        decisions: Of the clean run.
-        index: int64 [R], the image of the clean batch each sequence comes from; None: the same batch.
     """
 
     def __init__(self, decisions: Sequence[Decided], index: Tensor | None = None) -> None:
@@ -43,10 +39,8 @@ class Replay:
 class Absent:
     """A pruner that takes patches away before the first block, as if they had never been embedded.
 
-    Args:
-        present: bool [B, P], which patches are there. Every image has as many: the others really leave. Or ``masked``:
-            images may differ, absent patches keep their slots and nobody reads them.
-        masked: Keep the slots.
+    ``present`` bool [B, P]: every image has as many, and the others really leave; or ``masked``: images may differ, and
+    absent patches keep slots that nobody reads.
     """
 
     def __init__(self, present: Tensor, masked: bool = False) -> None:
@@ -65,13 +59,9 @@ class Absent:
 
 
 class ReplayAmong(Replay):
-    """A pruner that hides absent patches, then repeats a clean run's decisions among the others.
+    """A pruner that hides absent patches, then repeats a clean masked run's decisions among the others.
 
-    Args:
-        present: bool [R, n], which slots of these sequences hold a patch.
-        decisions: Of the clean run, which was masked.
-        index: As for :class:`Replay`.
-        place: int64 [R, P], the slot here of each patch of the clean run; None: the slots are the same.
+    ``present`` bool [R, n]: which slots of these sequences hold a patch; ``place`` as for :class:`Slots`.
     """
 
     def __init__(
@@ -100,12 +90,10 @@ class ReplayAmong(Replay):
 
 
 class Slots:
-    """Where the slots of a clean run are in sequences that lack some of its patches.
+    """Where the slots of a clean run are in sequences of ``width`` slots that lack some of its patches.
 
-    Args:
-        width: Slots of these sequences, without those of fused tokens.
-        image: int64 [R], the image of the clean batch each sequence comes from; None: the same batch.
-        place: int64 [R, P], the slot here of each patch of the clean run; None: the slots are the same.
+    ``image`` int64 [R]: which image of the clean batch each is (None: the same batch); ``place`` int64 [R, P]: the slot
+    here of each patch of the clean run (None: the slots are the same).
     """
 
     def __init__(self, width: int, image: Tensor | None, place: Tensor | None) -> None:

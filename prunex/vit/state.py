@@ -21,58 +21,42 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class TokenState(Brief):
-    """The token stream of one forward, as it goes.
+    """The token stream of one forward, as it goes."""
 
-    Attributes:
-        tokens: [B, prefix + n, D], the residual stream.
-        anatomy: Of the model.
-        trace: What was removed so far.
-        masked: Whether dropped tokens keep their slots under a policy (training, or on request) instead of leaving.
-        training: Whether the model is in training mode.
-        policy: [B, prefix + n] or None: 1 for tokens that are there, 0 for dropped ones in their slots.
-        row: [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there
-            is none), mean over heads; present between the halves of a block that a pruner asked it for.
-        left: Patch tokens that are there (an upper bound where images differ).
-        ragged: Whether a ``Drop`` left images of different lengths, so that some slots hold nobody.
-        masks: The differentiable policies [B, n] set so far, one a masking decision.
-        keys: Weights of tokens as attention keys, or None; they follow their tokens.
-        ops: How elementary operations are carried out.
-        decisions: What was decided so far, in order.
-        model: The ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`).
-        leaving: The patch tokens [B, n, D] each stage was given, where somebody watches; else None.
-        sizes: float [B, prefix + n] or None: how many patches each token stands for; None: one each. Prefix tokens and
-            slots that nobody is left in have 1.
-        proportional: Whether attention counts a key as often as its size says.
-        key_mean: [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present
-            between the halves of a block that a pruner asked them for.
-        positions: Rotary tables and relative biases of the tokens, for models that have them; they follow every stage.
-        beside: [B, prefix + n, D] or None: between the halves of a parallel block, the stream as it entered.
-        packing: Where the tokens of images of different lengths are, while nothing is computed for empty slots.
-        packs: Whether all blocks can work so; None: not looked at yet.
-    """
-
-    tokens: Tensor
-    anatomy: Anatomy
-    trace: TokenTrace
-    masked: bool
-    training: bool
+    tokens: Tensor  # [B, prefix + n, D], the residual stream
+    anatomy: Anatomy  # of the model
+    trace: TokenTrace  # what was removed so far
+    masked: bool  # whether dropped tokens keep their slots under a policy (training, or on request) instead of leaving
+    training: bool  # whether the model is in training mode
+    # [B, prefix + n] or None: 1 for tokens that are there, 0 for dropped ones in their slots
     policy: Tensor | None = None
+    # [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there is
+    # none), mean over heads; present between the halves of a block that a pruner asked it for
     row: Tensor | None = None
-    left: int = 0
-    ragged: bool = False
+    left: int = 0  # patch tokens that are there (an upper bound where images differ)
+    ragged: bool = False  # whether a ``Drop`` left images of different lengths, so that some slots hold nobody
+    # the differentiable policies [B, n] set so far, one a masking decision
     masks: list[Tensor] = field(default_factory=list)
-    keys: KeyWeights | None = None
-    ops: Arithmetic = PLAIN
-    decisions: list[Decided] = field(default_factory=list)
-    model: Any = None
+    keys: KeyWeights | None = None  # weights of tokens as attention keys, or None; they follow their tokens
+    ops: Arithmetic = PLAIN  # how elementary operations are carried out
+    decisions: list[Decided] = field(default_factory=list)  # what was decided so far, in order
+    model: Any = None  # the ViT itself, for pruners that look ahead (:func:`prunex.vit.forward.look_ahead`)
+    # the patch tokens [B, n, D] each stage was given, where somebody watches; else None
     leaving: list[Tensor] | None = None
+    # float [B, prefix + n] or None: how many patches each token stands for; None: one each. Prefix tokens and slots
+    # that nobody is left in have 1.
     sizes: Tensor | None = None
-    proportional: bool = False
+    proportional: bool = False  # whether attention counts a key as often as its size says
+    # [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present between the
+    # halves of a block that a pruner asked them for
     key_mean: Tensor | None = None
+    # rotary tables and relative biases of the tokens, for models that have them; they follow every stage
     positions: Positions | None = None
+    # [B, prefix + n, D] or None: between the halves of a parallel block, the stream as it entered
     beside: Tensor | None = None
+    # where the tokens of images of different lengths are, while nothing is computed for empty slots
     packing: Packing | None = None
-    packs: bool | None = None
+    packs: bool | None = None  # whether all blocks can work so; None: not looked at yet
 
     @property
     def attending(self) -> KeyWeights | None:

@@ -30,27 +30,18 @@ from prunex.vit.weights import is_packed, wrapped_layers
 
 @dataclass(eq=False, repr=False)
 class Call(Brief):
-    """What a model's own forward made of some images, and the ViT by which it is explained.
+    """What a model's own forward made of some images, and the ViT by which it is explained."""
 
-    Attributes:
-        model: The model.
-        vit: A ViT that answers as the model does: its own where the model gives its output on, else a copy that shares
-            all with it and ends in the model's :class:`Tail`.
-        given: What the model was called on, on its device and in its dtype.
-        entered: [B, C, h, w], what its ViT was given.
-        output: [B, classes], what the model gave, or the one such tensor in it; None where it is a ViT that was not
-            asked yet.
-        field: Where in the model's output that was, such as ``"logits"``; empty for a plain tensor.
-        trace: What a pruned ViT did to the patches.
-    """
-
-    model: nn.Module
+    model: nn.Module  # the model
+    # a ViT that answers as the model does: its own where the model gives its output on, else a copy that shares all
+    # with it and ends in the model's :class:`Tail`
     vit: ViT
-    given: Tensor
-    entered: Tensor
+    given: Tensor  # what the model was called on, on its device and in its dtype
+    entered: Tensor  # [B, C, h, w], what its ViT was given
+    # [B, classes], what the model gave, or the one such tensor in it; None where it is a ViT that was not asked yet
     output: Tensor | None = None
-    field: str = ""
-    trace: TokenTrace | None = None
+    field: str = ""  # where in the model's output that was, such as ``"logits"``; empty for a plain tensor
+    trace: TokenTrace | None = None  # what a pruned ViT did to the patches
 
     @property
     def prepared(self) -> Tensor | None:
@@ -64,9 +55,6 @@ class Call(Brief):
         """See that what was explained, [B, classes], is what the model gives.
 
         A ViT itself is asked for one image, once for each of its states and methods.
-
-        Raises:
-            PrunexError: Where it is not.
         """
         output, own_trace, state = self.output, self.trace, None
         if output is None:
@@ -130,8 +118,7 @@ def look(model: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Cal
     """Call a model in eval mode once as it is, and note what goes in and out of its ViT.
 
     A ViT without hooks of its own is called later, if at all. ``named``: somebody chose this ViT among several, so that
-    one the model does not call is meant by itself. Raises as :func:`watch`, and for images that are no batch or not
-    finite.
+    one the model does not call is meant by itself.
     """
     weight = next(vit.parameters())
     images = _batch(images)
@@ -167,11 +154,9 @@ def _batch(images: Any) -> Tensor:
 def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Call | None:
     """Call a module in eval mode once, without gradients, and note what goes in and out of its ViT.
 
-    None for a module that has no forward, or does not call a ViT that was ``named``.
-
-    Raises:
-        PrunexError: For a module that fails on the images, calls its ViT never, several times or on another number of
-            images, gives no [B, classes] or more than one, or answers by more than its ViT's output.
+    None for a module that has no forward, or does not call a ViT that was ``named``. Refused is one that fails, calls
+    its ViT several times or on other images, gives no [B, classes] or several, or answers by more than its ViT's
+    output.
     """
     calls: list[tuple[Tensor, Tensor, Tensor, TokenTrace | None]] = []
     state = hash((_state(module), images.dtype, torch.is_autocast_enabled(images.device.type)))
@@ -240,12 +225,9 @@ def follow(model: nn.Module, vit: ViT, images: Tensor, who: str, named: bool = F
 
 
 def check_own_classes(model: nn.Module, vit: Any, who: str, classes: int | None = None) -> None:
-    """See that a model's classes are those of its ViT, for who compares the ViT's own logits with labels.
+    """Refuse a model whose classes are others than its ViT's, for who compares the ViT's own logits with labels.
 
     ``classes`` is the ViT's number of them, where that alone matters.
-
-    Raises:
-        PrunexError: Where the model makes something else of the ViT's output.
     """
     try:
         call = _tried(model, vit)

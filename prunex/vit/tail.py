@@ -19,18 +19,11 @@ ROWS = 64  # unit vectors that go through a tail at once
 
 
 class Tail:
-    """What a module makes of its ViT's output: rows [R, D] to rows [R, classes], each by itself.
+    """What a module makes of its ViT's output in eval mode: rows [R, D] to rows [R, classes], each by itself.
 
-    Args:
-        module: It is run in eval mode.
-        vit: Its ViT.
-        blank: [1, ...], an image without content, which the module is called on when its ViT's answer is known.
-        field: Which part of the module's output is taken.
-        given: [B, D], what the ViT gave in a real call.
-        output: [B, classes], what the module gave then.
-
-    Raises:
-        PrunexError: Where images and batch have a part in the module's output beside the ViT's.
+    ``blank`` [1, ...] is an image without content, which the module is called on when its ViT's answer is known;
+    ``field`` is the part of its output that is taken; ``given`` and ``output`` are the ViT's and the module's answer to
+    a real call. Refused where images and batch have a part in the module's output beside the ViT's.
     """
 
     def __init__(self, module: nn.Module, vit: ViT, blank: Tensor, field: str, given: Tensor, output: Tensor) -> None:

@@ -38,11 +38,7 @@ class TokenTrace(Brief):
     bare: bool = False
 
     def _upto(self, stage: int) -> list[Stage]:
-        """The stages up to one and with it; without any, none.
-
-        Raises:
-            PrunexError: For a stage that does not exist.
-        """
+        """The stages up to one and with it; without any, none. One that does not exist is refused."""
         count = len(self.stages)
         if count and (not isinstance(stage, int) or not -count <= stage < count):
             raise PrunexError(

@@ -17,25 +17,20 @@ from prunex.vit.state import TokenState
 
 @dataclass(eq=False, repr=False)
 class Turn(Brief):
-    """Where a pruner decides.
+    """Where a pruner decides."""
 
-    Attributes:
-        block: Block index.
-        when: Before the block, between its halves ("inside"), or after it. "never": nothing is decided, and ``only``
-            alone is told.
-        shown: What a turn inside must be shown of the block's attention: "row", who is looked at
-            (``TokenState.row``), or "keys", their mean over heads (``TokenState.key_mean``).
-        only: The tokens that go on after the block's attention, int64 [m], prefix included, where that is known before
-            it and the same for all images. Where nobody needs the others, only their queries are computed; what is
-            decided inside must say the same.
-        ahead: How many blocks are run on all patches only to decide here; None: nothing is run twice.
-    """
-
-    block: int
+    block: int  # block index
+    # Before the block, between its halves ("inside"), or after it. "never": nothing is decided, and ``only`` alone is
+    # told.
     when: When | Literal["never"] = "before"
+    # what a turn inside must be shown of the block's attention: "row", who is looked at (``TokenState.row``), or
+    # "keys", their mean over heads (``TokenState.key_mean``)
     shown: tuple[Literal["row", "keys"], ...] = ()
+    # The tokens that go on after the block's attention, int64 [m], prefix included, where that is known before it and
+    # the same for all images. Where nobody needs the others, only their queries are computed; what is decided inside
+    # must say the same.
     only: Tensor | None = None
-    ahead: int | None = None
+    ahead: int | None = None  # how many blocks are run on all patches only to decide here; None: nothing is run twice
 
 
 class Pruner(Protocol):
@@ -49,11 +44,7 @@ class Pruner(Protocol):
 
 
 class Turns:
-    """The turns of one forward, of several pruners in their order.
-
-    Args:
-        pruners: Asked in this order at every place.
-    """
+    """The turns of one forward, of several pruners, who are asked in their order at every place."""
 
     def __init__(self, pruners: Sequence[Pruner] = ()) -> None:
         self.alone = len(pruners) == 1
@@ -77,11 +68,8 @@ class Turns:
         return (what, block) in self._shown
 
     def only(self, number: int, block: Any, state: TokenState, recorder: Recorder) -> Tensor | None:
-        """The tokens that go on after a block's attention, where that is known before it and nobody needs the others.
-
-        Whoever records, watches, hooks, masks or weighs keys needs all: then tokens leave after the attention, as
-        always.
-        """
+        """The tokens that go on after a block's attention, where that is known before it and the others are no use."""
+        # Whoever records, watches, hooks, masks or weighs keys needs all: then tokens leave after the attention.
         needed = recorder.tape is not None or recorder.watch is not None or state.masked
         if not self.alone or needed or state.policy is not None or state.keys is not None:
             return None

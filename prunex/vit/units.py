@@ -33,25 +33,15 @@ WORKS = "timm VisionTransformer (ViT, DeiT, DINO, DINOv2, CLIP, SigLIP), Eva and
 
 @dataclass(frozen=True)
 class Branch:
-    """One half of one block, as far as its units go.
+    """One half of one block, as far as its units go."""
 
-    Attributes:
-        key: ``"3.heads"`` or ``"3.channels"``: the block's number and the kind; stable, state dicts use it.
-        block: The block's number, counted through the whole model.
-        path: Dotted path of the block in the model, such as ``"blocks.3"``.
-        kind: "heads" or "channels".
-        units: How many heads or channels there are.
-        width: Inputs that one unit has in the layer behind it: the head's width, or 1.
-        macs: Multiply-adds that one unit costs in one image.
-    """
-
-    key: str
-    block: int
-    path: str
-    kind: Kind
-    units: int
-    width: int
-    macs: int
+    key: str  # ``"3.heads"`` or ``"3.channels"``: the block's number and the kind; stable, state dicts use it
+    block: int  # the block's number, counted through the whole model
+    path: str  # dotted path of the block in the model, such as ``"blocks.3"``
+    kind: Kind  # "heads" or "channels"
+    units: int  # how many heads or channels there are
+    width: int  # inputs that one unit has in the layer behind it: the head's width, or 1
+    macs: int  # multiply-adds that one unit costs in one image
 
 
 def blocks_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -161,8 +151,8 @@ def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
     """Let functions say, in every forward, how far each unit is open.
 
     ``gate`` makes of a branch's key and the number of images None (all open), or factors for the inputs of the layer
-    behind the units: [units * width], or [B, units * width]. ``left`` makes of a key the units that are open, where
-    gates are 0 or 1 now; None where they are not, or all are open.
+    behind the units, [units * width] or [B, units * width]; ``left`` makes of a key the units that are open where gates
+    are 0 or 1 now, else None.
     """
     for branch in branches(model):
         block = model.get_submodule(branch.path)
@@ -203,10 +193,8 @@ def let_through(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def heads_left(projection: nn.Module) -> tuple[int, ...] | None:
-    """The heads in front of a projection that hard gates leave open, None for all of them.
-
-    What closed heads look at reaches nothing and is gone from the slim model: rankings and maps must not count it.
-    """
+    """The heads in front of a projection that hard gates leave open, None for all of them."""
+    # What closed heads look at reaches nothing and is gone from the slim model: nobody may rank or draw by it.
     for hook in projection._forward_pre_hooks.values():
         if isinstance(hook, OwnHook) and hook.args[1] is not None:
             left = hook.args[1](hook.args[2])

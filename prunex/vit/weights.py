@@ -121,9 +121,8 @@ def _ordinary(tensor: Tensor) -> bool:
 def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] (or [out, C, h, w]) and bias [out] or None that a layer computes with in eval mode, detached.
 
-    Of an ``nn.Linear``, an ``nn.Conv2d`` whose stride is its kernel, or whatever stands in one's place: peft's
-    adapters, ``torch.nn.utils.parametrize`` and ``prune``, quantised tensors that have a ``dequantize()``, modules of
-    one's own. One that is not linear, or does not run on its own, is :class:`Unread`.
+    Of an ``nn.Linear``, an ``nn.Conv2d`` whose stride is its kernel, or whatever stands in one's place. One that is not
+    linear, or does not run on its own, is :class:`Unread`.
     """
     kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
     if is_plain(layer, kind):
@@ -301,10 +300,7 @@ def what_is_on(layer: nn.Module) -> str:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Put plain linear layers with the effective weights in the place of all wrapped ones, in place.
-
-    Where one is quantised or not linear the model is unchanged.
-    """
+    """Put plain linear layers in the place of all wrapped ones, in place; all, or where one is refused none."""
     made = []
     with by_name(model):
         for path, parent, name, layer in wrapped_layers(model):
@@ -344,10 +340,7 @@ def _plain(layer: nn.Module) -> nn.Linear:
 
 
 def check_gradients(model: nn.Module, instead: str) -> None:
-    """Refuse, by name, layers that gradients do not pass, or not whole: what reaches earlier layers would be wrong.
-
-    Only what was put round a timm model's layers, or into them, is looked at; ``instead`` says what else to use.
-    """
+    """Refuse, by name, layers that gradients do not pass, and say that ``instead`` would do."""
     for path, _, _, layer in wrapped_layers(model):
         if type(layer).forward is nn.Linear.forward and _holds_plain(layer) and "forward" not in vars(layer):
             continue  # it has hooks, which shall see nothing but what the model is given

@@ -22,10 +22,6 @@ class Layout:
     The halves of every kind are these two steps. Where timm computes both from one input (``parallel``), "between the
     halves" means: attention has been added, and the MLP will read the block's *entering* stream of the tokens that go
     on.
-
-    Attributes:
-        opens: Whether its elementary operations go through an :class:`Arithmetic`, so that relevance rules reach them.
-        parallel: Whether attention and MLP read the same stream.
     """
 
     opens = True

@@ -17,6 +17,7 @@ from prunex.version import __version__ as __version__
 _PLACES = {
     "Cost": "vit.cost",
     "Explanation": "relevance.explanation",
+    "Head": "handles.heads",
     "PrunexError": "errors",
     "Pruning": "handles.tokens",
     "WidthSpec": "vit.widths",
@@ -32,12 +33,13 @@ _PLACES = {
 }
 
 # Rooms with public names of their own.
-_ROOMS = ("callbacks", "configs", "explainers", "metrics", "pictures", "pruners", "recipes")
+_ROOMS = ("callbacks", "configs", "explainers", "heads", "metrics", "pictures", "pruners", "recipes")
 
 __all__ = [*_PLACES]
 
 if _typing.TYPE_CHECKING:
     from prunex.attach import attach as attach, attached as attached
+    from prunex.handles.heads import Head as Head
     from prunex.handles.tokens import Pruning as Pruning
     from prunex.catalogue import methods as methods
     from prunex.errors import PrunexError as PrunexError
@@ -48,7 +50,8 @@ if _typing.TYPE_CHECKING:
     from prunex.slim.slim import slim as slim
     from prunex.vit.cost import Cost as Cost, cost as cost
     from prunex.vit.widths import WidthSpec as WidthSpec
-    from prunex import callbacks as callbacks, configs as configs, explainers as explainers, metrics as metrics
+    from prunex import callbacks as callbacks, configs as configs, explainers as explainers, heads as heads
+    from prunex import metrics as metrics
     from prunex import pictures as pictures, pruners as pruners, recipes as recipes
 else:
 

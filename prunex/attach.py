@@ -10,24 +10,33 @@ from torch import nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import called_as
 from prunex.errors import PrunexError, unknown
+from prunex.handles.heads import Head, put_head
 from prunex.handles.tokens import Attached, Pruning
 from prunex.handles.units import UnitPruning, check_readable, put_units
+from prunex.heads.base import TokenHead
 from prunex.pruners.base import TokenPruner, accepted
 from prunex.pruners.budget import Budget
-from prunex.registry import lookup
+from prunex.registry import METHODS, lookup
 from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import Anatomy, ViT, find
-from prunex.vit.methods import check_parity, put_on
-from prunex.vit.mount import TOKENS, mounted, mounted_units
+from prunex.vit.methods import check_methods, check_parity, route
+from prunex.vit.mount import TOKENS, mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone
 
 UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
+HeadMethod = Literal["concept_transformer", "vit_net", "attributes"]
 
 
 @overload
 def attach(
     model: nn.Module, method: UnitMethod, *, path: str | None = ..., budget: float | str | None = ..., **options: Any
 ) -> UnitPruning: ...
+
+
+@overload
+def attach(
+    model: nn.Module, method: HeadMethod, *, path: str | None = ..., budget: float | str | None = ..., **options: Any
+) -> Head: ...
 
 
 @overload
@@ -39,12 +48,14 @@ def attach(
 @called_as('prunex.attach(model, "evit", keep_ratio=0.7)', method=str)
 def attach(
     model: nn.Module, method: str, *, path: str | None = None, budget: float | str | None = None, **options: Any
-) -> Pruning | UnitPruning:
-    """Make a timm ViT prune its tokens, or its heads and MLP channels, in place; both may be attached, in any order.
+) -> Pruning | UnitPruning | Head:
+    """Make a timm ViT prune its tokens, or its attention heads and MLP channels, or explain itself, in place.
+
+    One of each kind may be attached, in any order.
 
     Args:
         model: A supported ViT, or any module that holds exactly one.
-        method: A pruner's name; :func:`prunex.methods` lists them.
+        method: A pruner's name, or that of a head that explains itself; :func:`prunex.methods` lists them.
         path: Dotted path to the ViT when ``model`` holds several.
         budget: What the pruned model may cost at its own image size, instead of ``keep_ratio``: a share of the dense
             multiply-adds in (0, 1], or "2.9GMACs", "400MMACs" for one image. The rates are solved for in closed form
@@ -56,7 +67,8 @@ def attach(
 
     Returns:
         The handle: trace, losses, progress, detach (:class:`Pruning`); of a unit pruner its widths, relevance table,
-        remove, detach (:class:`~prunex.handles.units.UnitPruning`).
+        remove, detach (:class:`~prunex.handles.units.UnitPruning`); of a head its evidence, losses, detach
+        (:class:`~prunex.handles.heads.Head`).
 
     Raises:
         PrunexError: Unknown method or option, a value out of range, a budget out of reach or beside the option it sets,
@@ -73,6 +85,12 @@ def attach(
     0.769
     """
     make = method_of(method, options)
+    if issubclass(make, TokenHead):
+        if budget is not None:
+            raise PrunexError(f"budget={budget!r} is for pruners, and {method} prunes nothing: leave it out")
+        vit = find(model, path)[1]
+        check_methods(vit)
+        return put_head(vit, make, options)
     if issubclass(make, UnitPruner):
         own = options if budget is None else {"budget": budget, **options}
         return put_units(find(model, path, Backbone)[1], make, own)
@@ -91,7 +109,7 @@ def method_of(name: str, options: Iterable[str]) -> Any:
     Raises:
         PrunexError: Unknown method or option.
     """
-    make = lookup("pruner", name).make
+    make = lookup("head" if ("head", name) in METHODS else "pruner", name).make
     allowed = accepted(make)
     for option in options:
         if option not in allowed:
@@ -104,6 +122,8 @@ def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]
     pruner: TokenPruner = make(anatomy, **options)
     # Before anything is put on the model: whatever is refused leaves it as it was.
     check_readable(vit, pruner, mounted_units(vit))
+    if mounted_head(vit) is not None:
+        mounted_head(vit).head.check(pruner.alter(anatomy))
     pruner.prepare(vit)
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)
@@ -111,7 +131,7 @@ def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]
     attached = Attached(pruner, anatomy)
     attached.train(vit.training)
     vit.add_module(TOKENS, attached)
-    put_on(vit)
+    route(vit)
     return Pruning(vit)
 
 
@@ -123,14 +143,21 @@ def attached(model: nn.Module, path: str | None = ..., units: Literal[False] = .
 def attached(model: nn.Module, path: str | None = ..., *, units: Literal[True]) -> UnitPruning | None: ...
 
 
+@overload
+def attached(model: nn.Module, path: str | None = ..., *, head: Literal[True]) -> Head | None: ...
+
+
 @called_as("prunex.attached(model)")
-def attached(model: nn.Module, path: str | None = None, units: bool = False) -> Pruning | UnitPruning | None:
-    """The handle on a model that is pruned, or None when it is dense.
+def attached(
+    model: nn.Module, path: str | None = None, units: bool = False, head: bool = False
+) -> Pruning | UnitPruning | Head | None:
+    """The handle on what is attached to a model, or None where nothing is.
 
     Args:
         model: A ViT or a module that holds exactly one.
         path: Dotted path to the ViT when there are several.
         units: The handle of the unit pruner instead of the token pruner's.
+        head: That of the head that explains itself.
 
     Raises:
         PrunexError: When there is no ViT, or several.
@@ -139,4 +166,6 @@ def attached(model: nn.Module, path: str | None = None, units: bool = False) -> 
         backbone = find(model, path, Backbone)[1]
         return UnitPruning(backbone) if mounted_units(backbone) is not None else None
     vit = find(model, path)[1]
+    if head:
+        return Head(vit) if mounted_head(vit) is not None else None
     return Pruning(vit) if mounted(vit) is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import prunex.explainers
+import prunex.heads
 import prunex.metrics
 import prunex.pruners  # noqa: F401  (importing a room makes its methods known)
 from prunex import registry
@@ -11,7 +12,7 @@ from prunex.registry import Method
 
 
 def methods(kind: str | None = None) -> list[Method]:
-    """Every pruner, explainer and metric, sorted by kind and name.
+    """Every pruner, explainer, head and metric, sorted by kind and name.
 
     Args:
         kind: Only this kind, or all.

@@ -19,7 +19,7 @@ class Method:
     Attributes:
         name: Lower case with underscores, as passed to ``attach`` or ``explain``; a metric's is the function's in
             ``prunex.metrics``.
-        kind: "pruner", "explainer" or "metric".
+        kind: "pruner", "explainer", "head" or "metric".
         paper: Authors, venue, arXiv number.
         needs: What the model or the user must bring.
         make: The class or function behind it.

@@ -38,7 +38,7 @@ def test_the_loss_is_the_one_that_is_told(method, loss):
     x, labels = images(4), torch.tensor([0, 1, 2, 3])
     torch.manual_seed(0)
     model(x)
-    trace = pruning._attached.take()[-1].trace
+    trace = pruning._attached.steps.take()[-1].trace
     found = float(pruning.losses(labels)["guidance"].detach())
     maps = prunex.explain(METHOD, dense, x, labels).maps.flatten(1).clamp(min=0).double()
     stages = []
@@ -109,12 +109,12 @@ def test_dense_and_self_judge():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     model(images(2))
-    forward = pruning._attached.take()[-1]
+    forward = pruning._attached.steps.take()[-1]
     assert torch.allclose(guide.maps(forward, 2), prunex.explain(METHOD, dense, images(2)).maps, atol=1e-6)
     model, pruning, guide = prepared("evit", judge="self")
     assert guide.teacher is None
     model(images(2))
-    forward = pruning._attached.take()[-1]
+    forward = pruning._attached.steps.take()[-1]
     assert torch.allclose(guide.maps(forward, 2), prunex.explain(METHOD, model, images(2)).maps, atol=1e-6)
     assert model.training
 
@@ -255,7 +255,7 @@ def test_relevance_against_the_class_counts_as_none():
     x, labels = images(4), torch.tensor([0, 1, 2, 3])
     found = float(step(model, pruning, x, labels)["guidance"].detach())
     model(x)
-    scores = pruning._attached.take()[-1].trace.stages[0].score.detach()
+    scores = pruning._attached.steps.take()[-1].trace.stages[0].score.detach()
     maps = prunex.explain("lrp", tiny(), x, labels).maps.flatten(1)
     assert (maps < 0).any()
     told = [
@@ -271,7 +271,7 @@ def test_a_map_of_another_class_is_not_taken_from_the_cache():
     x = images(3)
     for labels in (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 2])):
         model(x)
-        forward = dataclasses.replace(pruning._attached.take()[-1], labels=labels)
+        forward = dataclasses.replace(pruning._attached.steps.take()[-1], labels=labels)
         wanted = prunex.explain(METHOD, tiny(), x, labels).maps
         assert torch.allclose(guide.maps(forward, 3), wanted, atol=1e-6)
     assert guide.explained == 5  # the third image came again with its class
@@ -300,7 +300,7 @@ def test_maps_are_made_in_full_precision_under_autocast():
     model, pruning, guide = prepared("evit")
     x, labels = images(3), torch.tensor([0, 1, 2])
     model(x)
-    forward = dataclasses.replace(pruning._attached.take()[-1], labels=labels)
+    forward = dataclasses.replace(pruning._attached.steps.take()[-1], labels=labels)
     with torch.autocast("cpu", torch.bfloat16):
         found = guide.maps(forward, 3)
     assert torch.allclose(found, prunex.explain(METHOD, tiny(), x, labels).maps, rtol=1e-5, atol=1e-8)

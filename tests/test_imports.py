@@ -23,7 +23,7 @@ STOREYS = [
     GROUND,
     ["vit", "pictures"],
     ["relevance", "removal"],
-    ["learned", "units"],
+    ["learned", "units", "heads"],
     ["pruners", "explainers"],
     ["handles"],
     ["attach", "explain"],

@@ -20,6 +20,12 @@ def drop_mark(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     state.pop(prefix + MARK, None)
 
 
+def accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a dense model's state dict is loaded, strictly: what hangs on the model keeps its values."""
+    if not any(k.startswith(prefix) for k in state):
+        state.update({prefix + k: v for k, v in module.state_dict().items()})
+
+
 class Handle:
     """Base of :class:`prunex.Pruning` and :class:`prunex.handles.units.UnitPruning`.
 

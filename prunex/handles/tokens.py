@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +11,8 @@ from torch import Tensor, nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import check_choice, check_flag, check_number
 from prunex.errors import PrunexError
-from prunex.handles.base import Handle, drop_mark
+from prunex.handles.base import Handle, accept_dense, drop_mark
+from prunex.handles.steps import Steps
 from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
@@ -21,14 +20,11 @@ from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
 from prunex.vit.forward import run
 from prunex.vit.handover import Handed, Handover
 from prunex.vit.intermediates import Watch
-from prunex.vit.methods import take_off
+from prunex.vit.methods import route
 from prunex.vit.mount import TOKENS, unmount
 from prunex.vit.readout import POOLS, for_heads, masked_pool, over_patches
 from prunex.vit.recorder import SILENT, Recorder
 from prunex.vit.trace import TokenTrace
-
-# Forwards whose losses nobody asks for must not pile up. A compiled one is traced anew for each number that waits.
-MOST, MOST_COMPILED = 16, 4
 
 
 class Attached(nn.Module):
@@ -39,9 +35,7 @@ class Attached(nn.Module):
 
     Attributes:
         trace: What the last forward, of any thread, did to the patches.
-        forwards: Training forwards with a graph whose losses were not asked for, and no backward pass went through.
-        counted: Those before them, until the next training forward.
-        crowded: Whether forwards were let go of because too many waited.
+        steps: The training forwards whose losses were not asked for yet.
         more: Losses beside the method's own.
         ran: Set by every forward, for whoever wants to know whether one came.
     """
@@ -54,14 +48,12 @@ class Attached(nn.Module):
         self.anatomy = pruner.alter(anatomy)
         self.masked: bool | None = None
         self.trace: TokenTrace | None = None
-        self.forwards: list[Forward] = []
-        self.counted: list[Forward] = []
-        self.crowded = False
+        self.steps: Steps[Forward] = Steps()
         self.handover = Handover()
         self.more: list[Callable[[Forward], Mapping[str, Tensor]]] = []
         self.ran = False
         self.register_load_state_dict_pre_hook(drop_mark)
-        self.register_load_state_dict_pre_hook(_accept_dense)
+        self.register_load_state_dict_pre_hook(accept_dense)
 
     @property
     def pruner(self) -> TokenPruner:
@@ -69,8 +61,12 @@ class Attached(nn.Module):
         return getattr(self, self.method)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies start without forwards: their tensors belong to a graph and cannot be copied.
-        return self.__dict__ | {"trace": None, "forwards": [], "counted": [], "more": []}
+        return self.__dict__ | {"trace": None, "more": []}
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """Training forwards of this step, so far."""
+        return self.steps.waiting
 
     def current(self, model: ViT) -> Anatomy:
         """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
@@ -93,57 +89,30 @@ class Attached(nn.Module):
         state = run(model, images, (pruner,), recorder, masked)
         tokens, anatomy = state.tokens, state.anatomy
         self.ran = True
-        # The user's own code may pool these tokens later: it needs to know which are there.
-        self.handover.give(tokens, Handed(anatomy, state.policy, state.sizes, read=watch is not None))
         self.trace = state.trace.detach()
-        if model.training and torch.is_grad_enabled() and not _in_backward():
-            self._remember(Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model))
+        # The user's own code may pool these tokens later: it needs to know which are there.
+        self.handover.give(tokens, Handed(anatomy, state.policy, state.sizes, self.trace, read=watch is not None))
+        if model.training and Steps.counts():
+            forward = Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model)
+            self.steps.remember(forward, tokens)
         return tokens
-
-    def _remember(self, forward: Forward) -> None:
-        compiled = torch.compiler.is_compiling()
-        most = MOST_COMPILED if compiled else MOST
-        if len(self.forwards) >= most:
-            self.crowded = True
-        self.forwards, self.counted = [*self.forwards[1 - most :], forward], []
-        if compiled or not forward.tokens.requires_grad:
-            return
-        # A hook that held either would be a cycle through the graph, which Python's collector cannot see.
-        ours, theirs = weakref.ref(self), weakref.ref(forward)
-
-        def spent(_: Tensor) -> None:
-            holder, passed = ours(), theirs()
-            if holder is not None and passed is not None and not torch.is_grad_enabled():  # else the graph is kept
-                holder._count(passed)
-
-        forward.tokens.register_hook(spent)
-
-    def _count(self, passed: Forward) -> None:
-        """A backward pass went through this forward: it is no part of a later step."""
-        left = [f for f in self.forwards if f is not passed]
-        if len(left) < len(self.forwards):
-            self.forwards, self.counted = left, [*self.counted, passed]
-
-    def take(self) -> list[Forward]:
-        """The training forwards of this step: the next one begins another, and until then these are given again."""
-        if self.forwards:
-            self.forwards, self.counted = [], self.forwards
-        return self.counted
 
     def forget(self) -> None:
         """Let go of all training forwards."""
-        self.forwards, self.counted = [], []
+        self.steps.forget()
         self.handover.forget()
 
     def pool(self, model: ViT, x: Tensor, pool_type: str | None) -> Tensor:
         """The head's pooling, over tokens that are there, by size where some were merged."""
-        handed = self.handover.take(x) or Handed(self.anatomy)
-        return masked_pool(model, x, handed, pool_type)
+        return masked_pool(model, x, self.handed(x), pool_type)
+
+    def handed(self, x: Tensor) -> Handed:
+        """What is known of final tokens; of such as no forward gave, that all are there."""
+        return self.handover.take(x) or Handed(self.anatomy)
 
     def for_heads(self, model: ViT, x: Tensor) -> Tensor:
         """Final tokens as timm's ``forward_head`` wants them."""
-        handed = self.handover.take(x) or Handed(self.anatomy)
-        return for_heads(model, x, handed)
+        return for_heads(model, x, self.handed(x))
 
     def saw_logits(self, tokens: Tensor, logits: Any) -> None:
         """Remember the logits of a training forward, for losses that need them; a model without a head has none."""
@@ -177,16 +146,6 @@ def give_labels(forwards: Sequence[Forward], labels: Any) -> None:
         raise PrunexError(f"labels are {what}: give one class index for each of the {sizes} images")
     for forward in fitting:
         forward.labels = labels
-
-
-def _in_backward() -> bool:
-    """Whether a checkpointed forward is only run again: its first run counts."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if not any(k.startswith(prefix) for k in state):
-        state.update({prefix + k: v for k, v in module.state_dict().items()})
 
 
 class Pruning(Handle):
@@ -253,14 +212,7 @@ class Pruning(Handle):
             PrunexError: For labels that fit no forward.
         """
         attached = self._attached
-        if attached.crowded:
-            attached.crowded = False
-            warnings.warn(
-                f"more than {MOST} training forwards ({MOST_COMPILED} compiled ones) ran since losses() was last asked:"
-                " the earlier ones' losses are left out; ask after fewer, call forget(), or run them under no_grad()",
-                stacklevel=2,
-            )
-        forwards = attached.take()
+        forwards = attached.steps.take()
         if labels is not None and forwards:
             give_labels(forwards, labels)
         total: dict[str, Tensor] = {}
@@ -407,6 +359,6 @@ class Pruning(Handle):
 
     def detach(self) -> nn.Module:
         """Give the dense model back, bit for bit, and return it; harmless when done already."""
-        take_off(self.model)
         unmount(self.model, TOKENS)
+        route(self.model)
         return self.model

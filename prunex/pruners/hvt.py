@@ -144,8 +144,8 @@ class HVT(TokenPruner):
         if self.class_token == "keep" or anatomy.prefix == 0:
             return anatomy
         # A head that read prefix tokens has nothing left to read but the patches' mean.
-        pool = "avg" if anatomy.pool == "token" or len(anatomy.readers) > 1 else anatomy.pool
-        return replace(anatomy, prefix=0, readers=(), pool=pool, pool_prefix=False)
+        pool = "avg" if anatomy.pool == "token" or len(anatomy.rankers) > 1 else anatomy.pool
+        return replace(anatomy, prefix=0, readers=(), rankers=(), pool=pool, pool_prefix=False)
 
     def plan(self) -> list[Turn]:
         """After the blocks of its stages; before the first one the images are looked at."""

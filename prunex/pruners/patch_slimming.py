@@ -206,8 +206,12 @@ class PatchSlimming(TokenPruner):
             )
         return Keep(here[here >= 0].unflatten(0, (batch, int(there[0]))))
 
+    def alter(self, anatomy: Anatomy) -> Anatomy:
+        """As it is; refused where the head came to read patches after this was attached."""
+        _check_head(anatomy)
+        return anatomy
+
     def _check_images(self, state: TokenState) -> None:
-        _check_head(state.anatomy)
         if len(self.sets[-1]) < self.patches and state.trace.grid != self.grid:
             (h, w), (gh, gw) = state.trace.grid, self.grid
             raise PrunexError(
@@ -307,9 +311,10 @@ def _after_loading(module: PatchSlimming, _: Any) -> None:
 def _check_head(anatomy: Anatomy) -> None:
     """Refuse a model whose head reads patches."""
     if not anatomy.readers or anatomy.pool == "":
+        what = "an explainable head that reads patches" if anatomy.rankers else f"global_pool={anatomy.pool!r}"
         raise PrunexError(
-            f"patch_slimming needs a head that reads a class token, this model has global_pool={anatomy.pool!r}: the "
-            "last block's set is what the head reads, so here it would be all patches, and so would every set before"
+            f"patch_slimming needs a head that reads a class token, this model has {what}: the last block's set is "
+            "what the head reads, so here it would be all patches, and so would every set before"
         )
 
 

@@ -104,5 +104,5 @@ class TopK(Adaptive):
         """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
         a = self.anatomy
         # Models without a class token pay a row for every token that is pooled.
-        asking = 1 if a.readers else entering + a.prefix * a.pool_prefix
+        asking = 1 if a.rankers else entering + a.prefix * a.pool_prefix
         return asking * (entering + a.prefix) * inner + self.fuses * entering * a.width

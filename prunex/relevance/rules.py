@@ -277,6 +277,17 @@ class RelevanceRules(Arithmetic):
 
         return Route.apply(self, back, attention @ values, attention, values)
 
+    def whole(self, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A head without rules of its own: input times gradient, R_j = x_j sum_k (dz_k / dx_j) R_k / z_k."""
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            with torch.enable_grad():
+                x = saved[0].detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(head(x), x, ratio(r, out))
+            return (x.detach() * gradient,)
+
+        return Route.apply(self, back, head(x), x)
+
     def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """Tokens in proportion to their weighted part."""
 

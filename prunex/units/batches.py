@@ -121,7 +121,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     tokens: Any = mounted(model)
-    names = ("trace", "forwards", "counted", "masked")
+    names = ("trace", "masked")
     left = {} if tokens is None else {n: getattr(tokens, n) for n in names}
     if tokens is not None and tokens.pruner.count == "adaptive":
         tokens.masked = True  # images of different lengths would be packed into one sequence, and are told apart here

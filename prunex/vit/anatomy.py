@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.layouts import layout_of, unknown_part
+from prunex.vit.mount import mounted_head
 
 ViT = VisionTransformer | Eva | Beit
 
@@ -64,9 +65,10 @@ class Anatomy:
     classes: int  # outputs of the head; 0 without one
     pool: str  # timm's ``global_pool``
     dynamic: bool  # whether any image size is accepted
-    readers: tuple[int, ...]  # prefix positions whose tokens the head reads; empty when it pools patches
+    readers: tuple[int, ...]  # prefix positions whose tokens the head reads; empty when it reads patches
     pool_prefix: bool = False  # whether pooling takes prefix tokens in
     pads: bool = False  # whether images are padded to whole patches
+    rankers: tuple[int, ...] = ()  # prefix positions by whose attention patches are ranked: those timm's own head reads
 
     @property
     def dividing_heads(self) -> int:
@@ -143,6 +145,10 @@ def read(model: nn.Module) -> Anatomy:
     # Where several attentions run side by side, the block has the heads of all.
     counts = [sum(m.num_heads for m in lay.attentions(b)) for lay, b in zip(layouts, blocks, strict=True)]
     attends_all = isinstance(model, Eva) and inner.global_pool == "map"  # its pooling takes prefix tokens in
+    rankers, explainable = readers, mounted_head(model)
+    if explainable is not None and explainable.reads_patches and readers:
+        # It reads them beside the class token: no token may be left out, and any of them may hold what it goes by.
+        readers, attends_all = (), True
     return Anatomy(
         depth=len(blocks),
         width=inner.embed_dim,
@@ -160,6 +166,7 @@ def read(model: nn.Module) -> Anatomy:
         readers=readers,
         pool_prefix=bool(getattr(inner, "pool_include_prefix", False)) or attends_all,
         pads=bool(getattr(embed, "dynamic_img_pad", False)),
+        rankers=rankers,
     )
 
 

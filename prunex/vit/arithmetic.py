@@ -7,6 +7,7 @@ differentiates them in its own way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -90,6 +91,10 @@ class Arithmetic:
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention without its matrix, [B, H, m, d]."""
         return fused_attention(q, k, v)
+
+    def whole(self, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A head that is no chain of these operations: tokens [B, N, D] to logits [B, classes]."""
+        return head(x)
 
     def combine(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """A weighted sum of tokens with given weights: [B, m, n] times [B, n, D]."""

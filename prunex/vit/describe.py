@@ -16,6 +16,7 @@ from torch import nn
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
 from prunex.vit.blocks.parallel import fused_out
+from prunex.vit.mount import PLACES
 from prunex.vit.rebuild import BLOCKS, MLPS, sketch
 from prunex.vit.units import Backbone, blocks_of, head_dim
 from prunex.vit.weights import misfits
@@ -141,7 +142,7 @@ def _check(model: Backbone, spec: dict[str, Any]) -> None:
     """Refuse what the description does not hold: another shape somewhere, or another table that no file keeps."""
     twin = sketch(spec)
     # What prunes a model hangs on it under these names, and is described elsewhere.
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("prunex.", "prunex_units."))}
+    state = {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in PLACES}
     wrong = misfits(twin.state_dict(), state)
     if wrong:
         hint = "; model.reset_classifier(n) makes a head that it builds" if wrong[0].startswith("head") else ""

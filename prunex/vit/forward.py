@@ -149,7 +149,7 @@ def predict(
 
 def answer(state: TokenState, recorder: Recorder = SILENT) -> Tensor:
     """What the head makes of the final tokens: [B, classes], or the pooled features without one."""
-    return head(state.model, state.tokens, Handed(state.anatomy, state.policy, state.sizes), recorder.ops)
+    return head(state.model, state.tokens, Handed(state.anatomy, state.policy, state.sizes, state.trace), recorder.ops)
 
 
 def record(model: ViT, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:

@@ -225,13 +225,13 @@ class Halves:
         From a tape's matrix where there is one, so that its gradient holds what a fused token took from it.
         """
         anatomy, start = self.state.anatomy, self._first_row
-        counts = None if anatomy.readers else self._counts(policy, start)
-        if matrix is None and (anatomy.readers or counts is not None):
+        counts = None if anatomy.rankers else self._counts(policy, start)
+        if matrix is None and (anatomy.rankers or counts is not None):
             return attention.over_heads(self._head_rows(q, k, policy))
         if matrix is None:
             scale, relative = self.layout.attentions(self.block)[0].scale, _rows_of(self.relative, start)
             return attention.rows(q[:, :, start:], k, scale, keys=self.keys, relative=relative)
-        if anatomy.readers:
+        if anatomy.rankers:
             return attention.over_heads(matrix[:, :, 0])
         if counts is None:
             return attention.over_heads(matrix[:, :, start:]).mean(1)
@@ -242,7 +242,7 @@ class Halves:
 
     def _head_rows(self, q: Tensor, k: Tensor, policy: Tensor | None) -> Tensor:
         """The read-out row of each head, [B, H, N]."""
-        start, last = self._first_row, 1 if self.state.anatomy.readers else None
+        start, last = self._first_row, 1 if self.state.anatomy.rankers else None
         counts = None if last else self._counts(policy, start)
         relative = _rows_of(self.relative, start, last)
         scale = self.layout.attentions(self.block)[0].scale
@@ -252,7 +252,7 @@ class Halves:
     def _first_row(self) -> int:
         """The first token whose row tells who is looked at: the class token, or the first one that is pooled."""
         anatomy = self.state.anatomy
-        return 0 if anatomy.readers or anatomy.pool_prefix else anatomy.prefix
+        return 0 if anatomy.rankers or anatomy.pool_prefix else anatomy.prefix
 
     def _counts(self, policy: Tensor | None, start: int) -> Tensor | None:
         """How often each token's row counts from a position on: 0 for a dropped one, else its size; None: once, all."""

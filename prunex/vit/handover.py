@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunex.brief import Brief
 from prunex.vit.anatomy import Anatomy
+from prunex.vit.trace import TokenTrace
 
 _UNREAD = 2  # forwards in a row: a step of several views may compute all its features before it pools any
 _PAST_THE_HEAD = (
@@ -32,6 +33,7 @@ class Handed(Brief):
     anatomy: Anatomy  # of the pruned forward
     policy: Tensor | None = None  # [B, N] or None: 0 for slots of dropped tokens
     sizes: Tensor | None = None  # [B, N] or None: how many patches each token stands for
+    trace: TokenTrace | None = None  # what the forward did to the patches; None: nothing
     read: bool = False  # whether somebody who knows of these has read the tokens
 
     def fits(self, tokens: Tensor) -> bool:

@@ -14,8 +14,9 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, read
 from prunex.vit.aside import as_found
 from prunex.vit.forward import run
+from prunex.vit.handover import Handed
 from prunex.vit.intermediates import intermediates
-from prunex.vit.mount import mounted
+from prunex.vit.mount import mounted, mounted_head
 from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 
@@ -35,13 +36,18 @@ def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
 
 
 def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    # A head of its own, since it must not pool tokens that are not there.
-    if isinstance(self, Beit):  # timm's own pools inside, whoever is there
+    tokens, explainable = mounted(self), mounted_head(self)
+    if explainable is not None and not pre_logits:
+        out = explainable.logits(self, x, Handed(explainable.current(self)) if tokens is None else tokens.handed(x))
+    elif tokens is None:
+        return type(self).forward_head(self, x, pre_logits=pre_logits)
+    # timm's own heads, which must not pool tokens that are not there; BEiT's pools inside, whoever is there.
+    elif isinstance(self, Beit):
         out = _beit_head(self, x, pre_logits)
     else:
-        out = type(self).forward_head(self, mounted(self).for_heads(self, x), pre_logits=pre_logits)
-    if not pre_logits:
-        mounted(self).saw_logits(x, out)
+        out = type(self).forward_head(self, tokens.for_heads(self, x), pre_logits=pre_logits)
+    if tokens is not None and not pre_logits:
+        tokens.saw_logits(x, out)
     return out
 
 
@@ -65,22 +71,22 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def put_on(model: ViT) -> None:
-    """Route the model's forward through ``model.prunex`` (an object with features, pool, for_heads and saw_logits)."""
+def route(model: ViT) -> None:
+    """Lead the model's methods through what hangs on it, and the others to its class again.
+
+    A token pruner (an object with features, pool, handed, for_heads and saw_logits) needs all of them, a head
+    (current, logits) ``forward_head`` alone.
+    """
+    pruned, headed = mounted(model) is not None, mounted_head(model) is not None
     for name, function in _METHODS.items():
-        if hasattr(type(model), name):
-            model.__dict__[name] = partial(function, model)  # pickle would look a bound method up by its name
-
-
-def take_off(model: ViT) -> None:
-    """Give the model its class's own methods back."""
-    for name in _METHODS:
         model.__dict__.pop(name, None)
+        if hasattr(type(model), name) and (pruned or (headed and name == "forward_head")):
+            model.__dict__[name] = partial(function, model)  # pickle would look a bound method up by its name
 
 
 def check_methods(model: nn.Module) -> None:
     """Refuse a model with a forward of its own, set on the object by others than prunex or torch.compile."""
-    suspects = ("forward",) if mounted(model) is not None else ("forward", *_METHODS)
+    suspects = ("forward",) if mounted(model) is not None or mounted_head(model) is not None else ("forward", *_METHODS)
     set_here = [name for name in suspects if name in vars(model)]
     foreign = [name for name in set_here if not hasattr(vars(model)[name], "_torchdynamo_orig_callable")]
     if foreign:

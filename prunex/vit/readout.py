@@ -17,6 +17,7 @@ from prunex.vit.anatomy import ViT, head_classes
 from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted, unknown_layer
 from prunex.vit.calls import inside
 from prunex.vit.handover import Handed
+from prunex.vit.mount import mounted_head
 
 POOLS = ("avg", "max", "avgmax")
 
@@ -29,7 +30,8 @@ def head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor
     Dropped tokens are not pooled; means over tokens count each by its size. A ViT that stands for the module round it
     (:mod:`prunex.vit.surroundings`) gives the module's output.
     """
-    out = _own_head(model, x, left, ops)
+    explainable = mounted_head(model)
+    out = classifier(model, x, left, ops) if explainable is None else explainable.logits(model, x, left, ops)
     tail = vars(model).get(TAIL)
     return out if tail is None else tail(out, ops)
 
@@ -53,8 +55,8 @@ def outputs(model: ViT) -> int:
     return head_classes(model) if tail is None else tail.classes
 
 
-def _own_head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
-    """The ViT's own output."""
+def classifier(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
+    """What timm's own head makes of final tokens, whatever hangs on the model in its place."""
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
         x = for_heads(model, x, left, ops)
@@ -82,7 +84,7 @@ def _features(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
 
 def for_heads(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
     """Final tokens as timm's ``forward_head`` wants them; pooled, [B, 2, D], where a DeiT's own two did not enter."""
-    if not isinstance(model, VisionTransformerDistilled) or left.anatomy.readers:
+    if not isinstance(model, VisionTransformerDistilled) or left.anatomy.rankers:
         return x
     features = _features(model, x, left, ops)
     return torch.stack([features, features], 1)

@@ -439,7 +439,7 @@ def test_monitors_leave_everything_as_it_was(tmp_path):
     flags = [m.training for m in module.modules()]
     grads = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
     wants = [p.requires_grad for p in module.parameters()]
-    losses, trace, last = pruning.losses(), pruning.trace, pruning._attached.take()[-1]
+    losses, trace, last = pruning.losses(), pruning.trace, pruning._attached.steps.take()[-1]
     numbers = torch.get_rng_state()
     module.log = lambda *a, **k: None
     for monitor in monitors:
@@ -452,7 +452,7 @@ def test_monitors_leave_everything_as_it_was(tmp_path):
     assert [p.requires_grad for p in module.parameters()] == wants
     for p, g in zip(module.parameters(), grads, strict=True):
         assert p.grad is None if g is None else torch.equal(p.grad, g)
-    assert pruning._attached.take()[-1] is last
+    assert pruning._attached.steps.take()[-1] is last
     assert pruning.trace is trace
     again = pruning.losses()
     assert {k: v.item() for k, v in again.items()} == {k: v.item() for k, v in losses.items()}

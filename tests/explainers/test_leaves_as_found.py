@@ -93,7 +93,7 @@ def test_a_model_in_training_is_left_as_found(method, pruner):
     model.blocks[0].requires_grad_(False)
     logits = model(images())
     if pruning:
-        trace, last, losses = pruning.trace, pruning._attached.take()[-1], pruning.losses()
+        trace, last, losses = pruning.trace, pruning._attached.steps.take()[-1], pruning.losses()
         own = vars(pruning._attached).copy()
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, float(i))
@@ -105,7 +105,7 @@ def test_a_model_in_training_is_left_as_found(method, pruner):
     assert all((p.grad == i).all() for i, p in enumerate(model.parameters()))
     if pruning:
         assert pruning.trace is trace
-        assert pruning._attached.take()[-1] is last
+        assert pruning._attached.steps.take()[-1] is last
         assert vars(pruning._attached) == own
         assert {k: v.item() for k, v in pruning.losses().items()} == {k: v.item() for k, v in losses.items()}
     (logits.sum() + sum(losses.values() if pruning else [])).backward()  # the pending graph still works
@@ -158,7 +158,7 @@ def test_an_exception_inside_leaves_all_as_found(method):
     state["attributes"] = state_of(model)["attributes"]
     assert_same_state(model, state)
     assert pruning.trace is trace
-    assert not pruning._attached.take()
+    assert not pruning._attached.steps.take()
     assert torch.is_grad_enabled()
 
 

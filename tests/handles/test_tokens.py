@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import prunex
-from prunex.handles.tokens import MOST
+from prunex.handles.steps import MOST
 from tests.vits import images, images_for, largest, randomise, tiny
 
 METHODS = ("dynamicvit", "ia_red2")
@@ -78,7 +78,7 @@ def test_logits_go_to_the_forward_that_they_are_of():
     model.eval()(images(2))
     model.train()
     one, two = model.forward_head(first), model.forward_head(second * 1)  # changed on the way: the one that is left
-    forwards = pruning._attached.take()
+    forwards = pruning._attached.steps.take()
     assert forwards[0].logits is one
     assert forwards[1].logits is two
 
@@ -87,7 +87,7 @@ def test_a_step_begins_after_the_losses_or_a_backward_pass():
     model, pruning = pruned(teacher=False)
     for _ in range(3):  # never asked
         model(images(2)).sum().backward()
-        assert len(pruning._attached.take()) == 1
+        assert len(pruning._attached.steps.take()) == 1
     wanted = total(pruning.losses())
     assert total(pruning.losses()) == wanted  # the same again
     model(images(2)).sum().backward(retain_graph=True)
@@ -172,7 +172,7 @@ def test_labels_go_to_every_view_that_they_fit():
         model(images(count))
     labels = torch.tensor([0, 1, 2])
     pruning.losses(labels)
-    assert [f.labels is labels for f in pruning._attached.take()] == [True, False, True]
+    assert [f.labels is labels for f in pruning._attached.steps.take()] == [True, False, True]
     with pytest.raises(prunex.PrunexError, match=r"labels are \[4\]: give one class index for each of the 3 and 2 im"):
         pruning.losses(torch.zeros(4, dtype=torch.long))
 

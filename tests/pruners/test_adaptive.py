@@ -191,7 +191,7 @@ def test_dynamicvit_keeps_what_is_likely_and_trains_on_the_batch_mean():
     assert pruning.trace.kept(0).flatten(1).equal(pruning.trace.stages[0].score.exp() > 0.52)
     model.train()
     model(images_for(model))
-    masks = pruning._attached.take()[-1].masks
+    masks = pruning._attached.steps.take()[-1].masks
     wanted = 2 * sum((m.mean() - t) ** 2 for m, t in zip(masks, (0.6, 0.36), strict=True)) / 2
     assert largest(pruning.losses()["ratio"], wanted) < 1e-6
 

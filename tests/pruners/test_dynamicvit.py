@@ -90,7 +90,7 @@ def test_gumbel_masks_keep_at_the_predicted_rate():
     drawn = torch.zeros(16)
     for _ in range(50):
         model(x)
-        mask = pruning._attached.take()[-1].masks[0].detach()
+        mask = pruning._attached.steps.take()[-1].masks[0].detach()
         assert (((mask - 1).abs() < 1e-5) | (mask == 0)).all()  # hard
         drawn += mask.mean(0) / 50
     keep = pruning.trace.stages[0].score[0].exp()
@@ -104,7 +104,7 @@ def test_masks_are_cumulative_and_differ_between_images():
     model, pruning = pruned(stages=(0, 1, 2, 3), keep_ratio=0.8)
     for _ in range(5):
         model(images_for(model, 6))
-        masks = pruning._attached.take()[-1].masks
+        masks = pruning._attached.steps.take()[-1].masks
         assert len(masks) == 4
         for earlier, later in zip(masks, masks[1:], strict=False):
             assert (later.detach() <= earlier.detach() + 1e-6).all()
@@ -188,7 +188,7 @@ def test_distillation_losses_are_the_sheet_s(token_loss):
     x = images_for(model)
     logits = model(x)
     losses = pruning.losses()
-    last = pruning._attached.take()[-1]
+    last = pruning._attached.steps.take()[-1]
     with torch.no_grad():
         features = teacher.forward_features(x)
         p, q = teacher.forward_head(features).softmax(-1), logits.softmax(-1)
@@ -285,7 +285,7 @@ def test_features_alone_give_every_loss_but_the_logits_one():
 def test_stages_at_rate_one_have_no_mask_and_no_target():
     model, pruning = pruned(keep_ratio=[1.0, 0.5], teacher=False)
     model(images_for(model))
-    last = pruning._attached.take()[-1]
+    last = pruning._attached.steps.take()[-1]
     assert len(last.masks) == 1
     assert float(pruning.losses()["ratio"].detach()) == pytest.approx(
         2 * float(((last.masks[0].detach().mean(1) - 0.5) ** 2).mean())

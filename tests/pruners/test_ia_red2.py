@@ -165,7 +165,7 @@ def test_straight_through_training_follows_the_target():
         optimiser.zero_grad()
         model(x)
         losses = pruning.losses()
-        masks = pruning._attached.take()[-1].masks
+        masks = pruning._attached.steps.take()[-1].masks
         assert set(losses) == {"ratio"}
         assert largest(losses["ratio"], 2 * (masks[0].mean() - 0.4) ** 2) < 1e-6  # of the batch, not of each image
         losses["ratio"].backward()

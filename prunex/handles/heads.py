@@ -1,0 +1,324 @@
+"""What hangs on a model whose head explains itself, and the handle on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import prunex.heads  # noqa: F401  (registers the heads)
+from prunex.brief import Brief
+from prunex.errors import PrunexError
+from prunex.handles.base import Handle, accept_dense, drop_mark
+from prunex.handles.steps import Steps
+from prunex.heads.base import Evidence, Reading, TokenHead
+from prunex.heads.final_tokens import FinalTokens
+from prunex.pruners.base import strip_official
+from prunex.vit.anatomy import Anatomy, ViT, check_images, head_classes, read
+from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.aside import as_found
+from prunex.vit.forward import own_anatomy, run
+from prunex.vit.handover import Handed
+from prunex.vit.methods import route
+from prunex.vit.mount import HEAD, mounted, mounted_head, unmount
+from prunex.vit.readout import classifier
+from prunex.vit.recording import choose_target
+from prunex.vit.state import TokenState
+
+_CLASSIFIER = ("head", "head_dist", "attn_pool")  # timm's own: what is between final tokens and logits
+
+
+@dataclass(eq=False, repr=False)
+class Read(Brief):
+    """One training forward's reading, until its losses are asked for."""
+
+    reading: Reading
+    images: int
+
+
+class Headed(nn.Module):
+    """What hangs on a model as ``model.prunex_head``: the head's parameters, and what training forwards left.
+
+    Dense parameter names stay as they are, timm's own classifier among them; the head's own are called
+    ``prunex_head.<method>.*``. A dense state dict loads strictly, and leaves these as they are.
+
+    Attributes:
+        steps: The training forwards whose losses were not asked for yet.
+        ran: Set by every forward, for whoever wants to know whether one came.
+        rests: Parameters of timm's classifier that would be trained, and have no part in the answer meanwhile.
+    """
+
+    def __init__(self, head: TokenHead, dense: Anatomy) -> None:
+        super().__init__()
+        self.add_module(head.name, head)
+        self.method = head.name
+        self.dense = dense
+        self.steps: Steps[Read] = Steps()
+        self.ran = False
+        self.rests: list[str] = []
+        self.register_load_state_dict_pre_hook(drop_mark)
+        self.register_load_state_dict_pre_hook(accept_dense)
+
+    @property
+    def head(self) -> TokenHead:
+        """The head itself."""
+        head: TokenHead = getattr(self, self.method)
+        return head
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the head reads patch tokens."""
+        return self.head.reads_patches
+
+    def current(self, model: ViT) -> Anatomy:
+        """The dense forward's anatomy, read again after ``set_input_size`` changed it."""
+        embed, known = model.patch_embed, self.dense
+        if (tuple(embed.img_size), tuple(embed.patch_size)) != (known.image, known.patch):
+            self.dense = read(model)
+        return self.dense
+
+    def read(self, model: ViT, x: Tensor, left: Handed) -> Reading:
+        """What the head makes of final tokens [B, prefix + n, D]."""
+        head, inner = self.head, model
+        if head_classes(model) != head.classes:
+            raise PrunexError(
+                f"{self.method} was made for {head.classes} classes, and the model has {head_classes(model)} now: "
+                "detach() it and attach again"
+            )
+        logits = classifier(model, x, left) if head.uses_classifier else None
+        # Models that pool before their last norm have it between pooling and head.
+        reading: Reading = head(FinalTokens.of(inner.fc_norm(x), left), logits)
+        return reading
+
+    def logits(self, model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
+        """The model's output [B, classes]; a training forward is remembered for its losses."""
+        self.ran = True
+        if ops.opened:
+            return ops.whole(lambda tokens: self.read(model, tokens, left).logits, x)
+        reading = self.read(model, x, left)
+        self.remember(reading)
+        return reading.logits
+
+    def remember(self, reading: Reading) -> None:
+        """Keep a training forward's reading until its losses are asked for."""
+        if self.training and Steps.counts():
+            self.steps.remember(Read(reading, len(reading.logits)), reading.logits)
+
+
+class Head(Handle):
+    """The handle on a model whose head explains itself, returned by :func:`prunex.attach`; leaving ``with`` detaches.
+
+    Attributes:
+        model: The ViT it is on.
+    """
+
+    kind = HEAD
+
+    @property
+    def _headed(self) -> Headed:
+        headed: Headed = self._holder()
+        return headed
+
+    @property
+    def head(self) -> TokenHead:
+        """The module that reads final tokens."""
+        return self._headed.head
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options in force, in plain values."""
+        return dict(self.head.options)
+
+    def from_tokens(self, tokens: Tensor) -> Reading:
+        """What the head makes of final tokens.
+
+        Args:
+            tokens: float [B, prefix + n, D], as ``model.forward_features`` returns them. Of tokens that no forward of
+                this model gave, all count as patches of their own.
+
+        Returns:
+            The reading: ``.logits`` [B, classes], and what the head has beside. In training mode it is remembered, as
+            a forward's is, for :meth:`losses`.
+
+        Raises:
+            PrunexError: For another shape.
+        """
+        anatomy = own_anatomy(self.model)
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != anatomy.width:
+            came = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise PrunexError(f"tokens are {came}: give [B, {anatomy.prefix} + patches, {anatomy.width}]")
+        pruned = mounted(self.model)
+        reading = self._headed.read(self.model, tokens, Handed(anatomy) if pruned is None else pruned.handed(tokens))
+        self._headed.remember(reading)
+        return reading
+
+    def losses(
+        self, labels: Tensor | None = None, concepts: Tensor | None = None, spatial: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted auxiliary losses of this step's training forwards, scalars by name, summed over forwards.
+
+        As :meth:`prunex.Pruning.losses` has them: forwards in training mode with a graph since the losses were last
+        asked for. The module's own loss is not among them.
+
+        Args:
+            labels: int64 [B], for heads that look at them.
+            concepts: [B, C_g] of 0, 1 and NaN (unknown), which global concepts each image has.
+            spatial: [B, P, C_s] or [B, gh, gw, C_s], likewise, which spatial concepts each patch has.
+
+        Raises:
+            PrunexError: For concept labels that fit neither the head nor a forward.
+        """
+        total: dict[str, Tensor] = {}
+        forwards = self._headed.steps.take()
+        given = {"labels": labels, "concepts": concepts, "spatial": spatial}
+        for forward in forwards:
+            for name, value in given.items():
+                if value is not None and len(value) != forward.images:
+                    raise PrunexError(
+                        f"{name} has {len(value)} rows for a forward of {forward.images} images: give one an image"
+                    )
+            for name, value in self.head.losses(forward.reading, **given).items():
+                total[name] = total[name] + value if name in total else value
+        for name, value in self.head.losses_between([f.reading for f in forwards]).items():
+            total[name] = value
+        return total
+
+    def forget(self) -> None:
+        """Let go of this step's training forwards and their graphs."""
+        self._headed.steps.forget()
+
+    def read(self, images: Tensor, masked: bool | None = None) -> Reading:
+        """What the head makes of images [B, C, H, W], in eval mode; ``masked`` as for :attr:`prunex.Pruning.masked`."""
+        return self._read(images, masked)[0]
+
+    def _read(self, images: Tensor, masked: bool | None = None) -> tuple[Reading, TokenState]:
+        model = self.model
+        check_images(read(model), images, values=True)
+        with as_found(model, train=False), torch.no_grad():
+            state = run(model, images, masked=masked)
+            left = Handed(state.anatomy, state.policy, state.sizes, state.trace)
+            return self._headed.read(model, state.tokens, left), state
+
+    def evidence(self, images: Tensor, target: int | Tensor | None = None) -> Evidence:
+        """What the decision is made of; in eval mode, leaving the model as it was.
+
+        Args:
+            images: float [B, C, H, W], as they enter the ViT.
+            target: Class index, int64 [B], or None for the predicted class.
+
+        Returns:
+            The head's own evidence; ``.maps`` [B, gh, gw] on the original patch grid, whatever was pruned.
+
+        Raises:
+            PrunexError: For images or a target that the model cannot take.
+        """
+        reading, state = self._read(images)
+        with torch.no_grad():
+            return self.head.evidence(reading, choose_target(reading.logits, target), state.trace)
+
+    def intervene(self, values: Mapping[str, float]) -> Intervention:
+        """Set a Concept Transformer's attention to some concepts, in all heads and tokens, from now on.
+
+        Nothing is normalised again, so that with 0 each score falls by exactly the concept's contribution. Ends with
+        the ``with`` block that it opens, or by ``intervene({})``.
+
+        Raises:
+            PrunexError: For an unknown concept, a value outside [0, 1], or a head without concepts.
+        """
+        return Intervention(self.head, values)
+
+    def tree(self) -> Any:
+        """A ViT-NeT's tree: its branches and leaves in order, with the training patches nearest each prototype.
+
+        Raises:
+            PrunexError: For a head without a tree.
+        """
+        return self.head.tree()
+
+    def load_official(self, state: Mapping[str, Any]) -> Head:
+        """Load a head's weights by the names of the authors' code.
+
+        Args:
+            state: A state dict, or a checkpoint holding one under "model".
+
+        Raises:
+            PrunexError: For missing or ill-shaped entries, or a head without public code; nothing is loaded then.
+        """
+        plain = strip_official(state)
+        own, needed = self.head.official(plain), self.head.official_names()
+        missing = sorted(needed - set(own))
+        shapes = self.head.state_dict()
+        wrong = [name for name in own if name not in shapes or shapes[name].shape != own[name].shape]
+        if missing or wrong:
+            raise PrunexError(
+                f"no official {self.method} of these options: missing {missing[:4]}, of other shapes {wrong[:4]}; "
+                f"it holds {', '.join(list(plain)[:4])}"
+            )
+        self.head.load_state_dict(own, strict=False)
+        return self
+
+    def detach(self) -> nn.Module:
+        """Give the model back with timm's own classifier, bit for bit, and return it; harmless when done already."""
+        headed = mounted_head(self.model)
+        if headed is not None:
+            parameters = dict(self.model.named_parameters())
+            for name in headed.rests:
+                parameters[name].requires_grad_(True)
+            unmount(self.model, HEAD)
+            route(self.model)
+            _refit(self.model)
+        return self.model
+
+
+class Intervention:
+    """Attention set by hand, until the ``with`` block ends."""
+
+    def __init__(self, head: TokenHead, values: Mapping[str, float]) -> None:
+        self.head, self.before = head, dict(head.forced)
+        head.force(values)
+
+    def __enter__(self) -> Intervention:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.head.forced = self.before
+
+
+def put_head(vit: ViT, make: Callable[..., TokenHead], options: Mapping[str, Any]) -> Head:
+    """Mount a head on a ViT; whatever is refused leaves the model as it was."""
+    if mounted_head(vit) is not None:
+        raise PrunexError(
+            f"{type(vit).__name__} has a head that explains itself, {mounted_head(vit).method}: detach() it first"
+        )
+    head = make(own_anatomy(vit), **options)
+    weight = next(vit.parameters())
+    headed = Headed(head.to(device=weight.device, dtype=weight.dtype), read(vit))
+    headed.train(vit.training)
+    vit.add_module(HEAD, headed)
+    try:
+        _refit(vit)
+    except PrunexError:
+        unmount(vit, HEAD)
+        raise
+    headed.dense = read(vit)
+    if not head.uses_classifier:
+        # Without a part in the answer it has no gradient, which processes that share theirs would wait for.
+        trained = [(n, p) for n, p in vit.named_parameters() if n.split(".")[0] in _CLASSIFIER and p.requires_grad]
+        headed.rests = [name for name, _ in trained]
+        for _, parameter in trained:
+            parameter.requires_grad_(False)
+    route(vit)
+    return Head(vit)
+
+
+def _refit(vit: ViT) -> None:
+    """Let the token pruner read the anatomy again, which says what the head reads."""
+    tokens = mounted(vit)
+    if tokens is not None:
+        tokens.refit(vit)

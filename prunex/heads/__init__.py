@@ -1,0 +1,3 @@
+"""Heads that explain themselves, one method a file; importing the room makes them known."""
+
+from prunex.heads import concept_transformer as concept_transformer

@@ -31,8 +31,7 @@ def readable(text: str) -> str:
 def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
     """Write a file so that a reader, or whoever comes after a crash, sees all of it or what was there before.
 
-    ``content`` are its bytes, or what writes them to the path it is given; the file's folder is made where it is
-    missing.
+    ``content`` are its bytes, or what writes them to the path it is given; missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.stem}-", suffix=path.suffix)

@@ -7,12 +7,7 @@ from typing import Any
 
 
 def later(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package.
-
-    Args:
-        package: Its name.
-        modules: By public name the module below the package that holds it.
-    """
+    """The ``__getattr__`` of a package, from public names to the modules below it that hold them."""
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -89,13 +89,7 @@ def atman(
 
 
 def suppression(vectors: Tensor, factor: float, similarity: float) -> Tensor:
-    """The factor of every patch when one is damped, [B, P, P]: row i holds those of all patches when i is damped.
-
-    Args:
-        vectors: [B, P, D], patch embeddings before positions.
-        factor: Of the damped patch itself.
-        similarity: Cosine from which on others are damped too.
-    """
+    """The factor of every patch when one is damped, [B, P, P], from vectors [B, P, D]: row i is that for patch i."""
     unit = F.normalize(promoted(vectors), dim=-1)
     cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
     itself = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)

@@ -87,12 +87,7 @@ def integrated_gradients(
 
 
 class _Path:
-    """The straight line from baseline to image, and the model on it with the selection frozen.
-
-    Attributes:
-        start: What is moved, at the baseline; at least float32.
-        end: The same at the images.
-    """
+    """The straight line from baseline to image, and the model on it with the selection frozen."""
 
     def __init__(self, recorded: Recording, images: Tensor, baseline: float | Tensor, space: str, chunk: int) -> None:
         self.recorded, self.space, self.chunk = recorded, space, chunk

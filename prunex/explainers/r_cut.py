@@ -97,17 +97,11 @@ def r_cut(
 
 
 def normalised_cut(tokens: Tensor, present: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The eigenvector that splits tokens in two, of (D - W) y = lambda D y with its second-smallest eigenvalue.
+    """The eigenvector that splits tokens [B, n, D] in two: of (D - W) y = lambda D y, second-smallest eigenvalue.
 
-    Solved as D^(-1/2) (D - W) D^(-1/2) u = lambda u, y = D^(-1/2) u. The scale of a token, or of all, does not matter.
-
-    Args:
-        tokens: float64 [B, n, D].
-        present: bool [B, n]: which of them exist; the others are no part of the graph.
-        threshold: Cosine above which an affinity is 1 instead of 1e-5.
-
-    Returns:
-        y [B, n], of either sign, 0 where no token is; and bool [B], where y is arbitrary (or there is a single token).
+    Solved as D^(-1/2) (D - W) D^(-1/2) u = lambda u, y = D^(-1/2) u. ``present`` bool [B, n] says which tokens exist;
+    the others are no part of the graph. y [B, n] is of either sign, 0 where no token is; beside it bool [B]: where it
+    is arbitrary (or there is a single token).
     """
     count = tokens.shape[1]
     if count < 3:  # there is a third eigenvalue to look at then

@@ -58,14 +58,7 @@ class Beside(nn.Module):
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``model.safetensors`` and ``config.json``, which ``load_explainer`` reads.
-
-        Args:
-            folder: Made if missing; the two files are replaced.
-
-        Raises:
-            PrunexError: For a folder that cannot be written, or a ViT that plain values cannot describe.
-        """
+        """Write ``model.safetensors`` and ``config.json`` to a folder, made if missing, for ``load_explainer``."""
         folder = Path(folder)
         vit: Any = self.get_submodule(self.explained)
         spec = {self.explained: describe(vit), **self.described()}
@@ -81,11 +74,7 @@ class Beside(nn.Module):
 
 
 def read_folder(path: str | Path, kind: str, needs: str) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    """The description, which must have a key, the tensors and the folder that :meth:`Beside.save` wrote.
-
-    Raises:
-        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
-    """
+    """The description, which must have a key, the tensors and the folder that :meth:`Beside.save` wrote."""
     try:
         folder = Path(path).expanduser()
     except RuntimeError as error:  # of a user that is not known
@@ -120,10 +109,7 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
 
 
 def held(given: Any, wanted: type[M], kind: str, instead: str = "") -> M | None:
-    """The one network of a kind that a user's ``explainer=`` holds; None for a path.
-
-    ``instead`` says what else to use where nothing is given.
-    """
+    """The one network of a kind that a user's ``explainer=`` holds, None for a path; ``instead`` is named without."""
     if given is None:
         more = f"; or use {instead}" if instead else ""
         raise PrunexError(

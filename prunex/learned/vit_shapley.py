@@ -75,10 +75,7 @@ class ShapleyExplainer(Beside):
         return values[:, 0], values[:, 1]
 
     def forward(self, images: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Estimated Shapley values of patches: [B, P, C], each class summing to v(all) - v(none).
-
-        These ``ends`` [B, C] are asked of the surrogate where they are not given.
-        """
+        """Estimated Shapley values of patches: [B, P, C], each class summing to v(all) - v(none), the ``ends``."""
         tokens = self.backbone.forward_features(images)
         raw = self.mlp(self.norm(self.block(tokens)))[:, self.prefix :].tanh()
         full, empty = self.ends(images) if ends is None else ends
@@ -95,11 +92,7 @@ def normalise(raw: Tensor, total: Tensor) -> Tensor:
 
 
 def load_explainer(path: str | Path) -> ShapleyExplainer:
-    """A saved explainer again, in eval mode, from its folder or the ``model.safetensors`` in it.
-
-    Raises:
-        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
-    """
+    """A saved explainer again, in eval mode, from its folder or the ``model.safetensors`` in it; or refused."""
     spec, tensors, folder = read_folder(path, KIND, "surrogate")
     ratio = check_whole("mlp_ratio", spec.get("mlp_ratio", 4), 1)
     with quietly():

@@ -61,11 +61,7 @@ class Schedule:
 
 
 def check_schedule(schedule: str = "cosine", shrink_start: float = 0.0, shrink_length: float = 0.0) -> Schedule:
-    """The schedule that a user's options describe.
-
-    Raises:
-        PrunexError: For an unknown kind, numbers outside 0..1 or past the training's end, or a length with "constant".
-    """
+    """The schedule that a user's options describe."""
     check_choice("schedule", schedule, KINDS)
     start = check_number("shrink_start", shrink_start, 0, 1)
     length = check_number("shrink_length", shrink_length, 0, 1)

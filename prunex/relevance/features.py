@@ -34,10 +34,7 @@ class Features(Brief):
         return torch.as_tensor(self.gradient).masked_fill(~present, 0).sum(1) / present.sum(1).clamp(min=1)
 
     def on_grid(self, values: Tensor, fill: Tensor | float = 0.0) -> Tensor:
-        """One value a token, [B, n] or several an image [B, k, n], put where its patch is: [B, (k,) gh, gw].
-
-        ``fill`` is for patches that have no token: a number, or one an image [B].
-        """
+        """One value a token, [B, n] or several [B, k, n], put where its patch is, [B, (k,) gh, gw], or ``fill``."""
         where = self.where if values.ndim == 2 else self.where.unsqueeze(1).expand(-1, values.shape[1], -1)
         empty = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
         placed = values.gather(-1, where.clamp(min=0))
@@ -45,11 +42,8 @@ class Features(Brief):
 
 
 def log_odds(logits: Tensor, target: Tensor) -> Tensor:
-    """ln(p / (1 - p)) of each image's class under the softmax of [B, classes >= 2]: [B], at least float32.
-
-    Its gradient is the probability's over p (1 - p), a positive number, without the cancellation that makes the
-    gradient of a saturated softmax wrong or 0.
-    """
+    """ln(p / (1 - p)) of each image's class under the softmax of [B, classes >= 2]: [B], at least float32."""
+    # The probability's own gradient, p (1 - p) times this one, cancels away where a softmax is saturated.
     logits, index = promoted(logits), target[:, None]
     return logits.gather(1, index)[:, 0] - logits.scatter(1, index, float("-inf")).logsumexp(1)
 
@@ -62,10 +56,10 @@ def features_tape(layer: int, gradients: bool = True) -> Tape:
 def features(recorded: Recording, layer: int, score: Tensor | None = None) -> Features:
     """Patch tokens as the first norm of a block gives them, and the gradient of a score [B] for them, if any.
 
-    Under class-token pooling this is the latest place where patches have a gradient at all: behind the last block's
-    attention only the class token reaches the head. A token that stands for several patches (merged) counts once in
-    means, and each of its patches gets its value; a token fused of patches that were dropped counts nowhere.
+    A merged token counts once in means, and each of its patches gets its value; a fused one counts nowhere.
     """
+    # Under class-token pooling the latest place where patches have a gradient at all: behind the last block's
+    # attention only the class token reaches the head.
     normed = torch.as_tensor(recorded.tape.attended()[layer].normed)
     gradient = None
     if score is not None:

@@ -21,18 +21,10 @@ MixFeed = Callable[[Tensor, Fed], Tensor]
 def propagate(
     tape: Tape, readout: Tensor, prefix: int, mix: MixAttention, feed: MixFeed | None = None, start: int = 0
 ) -> Tensor:
-    """Walk row vectors from the last token list to the input tokens.
+    """Walk row vectors, [B, n_last] or several an image [B, R, n_last], from the last token list to the input tokens.
 
-    Args:
-        tape: A recorded forward.
-        readout: [B, n_last], or several rows an image [B, R, n_last].
-        prefix: Number of prefix tokens.
-        mix: One attention half's ``row @ M``.
-        feed: One MLP half's ``row @ M``; None passes rows through (the identity).
-        start: First block that mixes; earlier ones only pass rows through (where tokens left, they still return).
-
-    Returns:
-        [B, prefix + P] or [B, R, prefix + P].
+    ``mix`` and ``feed`` are one attention or MLP half's ``row @ M``, from block ``start`` on; without them rows pass
+    through, and where tokens left they still return.
     """
     row = readout
     for step in reversed(tape.steps):
@@ -58,10 +50,7 @@ def through_skips(tape: Tape, readout: Tensor, prefix: int, weights: Mapping[int
 
 
 def times(row: Tensor, matrix: Tensor, queries: tuple[int, ...] | None = None) -> Tensor:
-    """``row @ matrix`` for one row an image [B, n] or several [B, R, n].
-
-    Where ``matrix`` has the rows of some queries alone, the others are 0.
-    """
+    """``row @ matrix`` for [B, n] or [B, R, n]; a matrix with the rows of ``queries`` alone has 0 in the others."""
     if queries is not None:
         row = row[..., list(queries)]
     return (row.unsqueeze(1) @ matrix).squeeze(1) if row.ndim == 2 else row @ matrix

@@ -24,21 +24,13 @@ PER_PLAYER = 2  # coalitions KernelSHAP needs at least for every unknown it solv
 
 @dataclass(eq=False, repr=False)
 class Estimate(Brief):
-    """Estimated Shapley values of a batch of games.
+    """Estimated Shapley values of a batch of games."""
 
-    Attributes:
-        values: float64 [B, P, C]; their sum over players is ``full - empty``.
-        errors: float64 [B, P, C], standard errors; NaN where too little was drawn to tell.
-        empty: float64 [B, C], v of nobody.
-        full: float64 [B, C], v of everybody.
-        evaluations: Coalitions asked of each game, those two included.
-    """
-
-    values: Tensor
-    errors: Tensor
-    empty: Tensor
-    full: Tensor
-    evaluations: int
+    values: Tensor  # float64 [B, P, C]; their sum over players is ``full - empty``
+    errors: Tensor  # float64 [B, P, C], standard errors; NaN where too little was drawn to tell
+    empty: Tensor  # float64 [B, C], v of nobody
+    full: Tensor  # float64 [B, C], v of everybody
+    evaluations: int  # coalitions asked of each game, those two included
 
     def uncertainty(self) -> Tensor:
         """Largest standard error over the values' range, float64 [B, C]: below 0.01 counts as converged."""
@@ -85,10 +77,8 @@ def shapley_coalitions(count: int, players: int, generator: torch.Generator, pai
 
 
 def batch_coalitions(batch: int, count: int, players: int, generator: torch.Generator) -> Tensor:
-    """Coalitions as :func:`shapley_coalitions` draws them, paired, each game its own: bool [B, count, P].
-
-    The games share the sizes, so that token sequences of equal length can share a forward.
-    """
+    """Coalitions as :func:`shapley_coalitions` draws them, paired, each game its own: bool [B, count, P]."""
+    # The games share the sizes, so that token sequences of equal length can share a forward.
     sizes = shapley_coalitions(count, players, generator)[::2].sum(1)
     chosen = of_sizes(sizes.repeat(batch), players, generator).unflatten(0, (batch, -1))
     return torch.stack([chosen, ~chosen], 2).flatten(1, 2)
@@ -101,10 +91,7 @@ def uniform_coalitions(count: int, players: int, generator: torch.Generator) -> 
 
 
 def permutation_ranks(count: int, players: int, generator: torch.Generator, antithetic: bool = True) -> Tensor:
-    """Orders in which players arrive, as each player's place: int64 [count, P].
-
-    Where they are ``antithetic``, every second order is the reverse of the one before it, and ``count`` is even.
-    """
+    """Orders in which players arrive, as each player's place: int64 [count, P]; every second one reversed, or none."""
     if antithetic and count % 2:
         raise PrunexError(f"{count} orders cannot be paired: give an even number")
     # Ranks of uniform numbers: the inverse of a uniform permutation is one too.
@@ -117,10 +104,9 @@ def permutation_sampling(
 ) -> Estimate:
     """Mean marginal contribution over random orders of arrival (Castro et al. 2009), each followed by its reverse.
 
-    phi_i is the mean over orders of v(those before i, and i) - v(those before i). Every order alone sums to
-    v(all) - v(nobody). A game of at most pairwise interactions is exact after one pair of orders. An order costs P - 1
-    evaluations, and two more are shared by all. Errors are those of the means of pairs where orders are
-    ``antithetic``, NaN for a single order or pair.
+    phi_i is the mean over orders of v(those before i, and i) - v(those before i). Every order alone sums to v(all) -
+    v(nobody). A game of at most pairwise interactions is exact after one pair of orders. An order costs P - 1
+    evaluations, and two more are shared by all. Errors are those of the means of pairs, NaN for a single one.
     """
     # Nobody and everybody are asked once for all orders.
     empty, full = _ends(value, players, batch)

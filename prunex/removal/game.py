@@ -247,20 +247,11 @@ def masked(
     place: Tensor | None = None,
     places: Places | None = None,
 ) -> Tensor:
-    """Logits of token sequences some of whose slots nobody may read; differentiable, for training with missing patches.
+    """Logits [R, classes] of token sequences x [R, prefix + n, D], of which only ``present`` slots bool [R, n] count.
 
-    Args:
-        model: A supported ViT; a pruner on it is not asked.
-        x: [R, prefix + n, D], embedded tokens.
-        grid: Patch grid of the n slots.
-        present: bool [R, n].
-        decisions: Of a clean masked run, repeated among those that are there.
-        image: int64 [R], the image of that run each sequence belongs to; None: the same.
-        place: int64 [R, P], the slot of each patch of the clean run; None: they are the same.
-        places: Which patches the n slots hold, where they are not those of ``grid`` in order; or None.
-
-    Returns:
-        [R, classes].
+    Differentiable, for training with missing patches; a pruner on the model is not asked. ``decisions`` of a clean
+    masked run are repeated among those that are there, see :class:`~prunex.vit.replay.ReplayAmong` for ``image`` and
+    ``place``. ``places``: which patches the slots hold, where not those of ``grid`` in order.
     """
     if not decisions and bool(present.all()):
         return resume(model, x, grid, places=places)

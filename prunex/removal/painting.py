@@ -17,9 +17,6 @@ KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
 def substrate(images: Tensor, removal: str, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
     """What painted pixels of normalised images [B, C, H, W] become: as they, or what broadcasts to it for one colour.
 
-    ``removal`` is "black" (0 before normalisation, whose ``mean`` and ``std`` are [C, 1, 1]), "grey" (0 after it),
-    "mean" (the image's own colour) or "blur".
-
     >>> substrate(torch.ones(1, 1, 2, 2), "black", torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25)).unique()
     tensor([-2.])
     """

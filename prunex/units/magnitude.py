@@ -33,8 +33,6 @@ class Magnitude(UnitPruner):
     divided by their mean before one threshold counts for all.
 
     Args:
-        branches: Of the model.
-        classes: Outputs of the head.
         weights: "all", or "out" for the columns of ``proj`` and ``fc2`` alone.
         **shared: See :class:`~prunex.units.base.UnitOptions`.
 

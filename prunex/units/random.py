@@ -21,8 +21,6 @@ class Random(UnitPruner):
     Scores compare within a branch, so that all branches lose about the same share of their units.
 
     Args:
-        branches: Of the model.
-        classes: Outputs of the head.
         seed: Of the generator; equal seeds remove equal units.
         **shared: See :class:`~prunex.units.base.UnitOptions`.
 

@@ -38,8 +38,6 @@ class Taylor(UnitPruner):
     Scores estimate loss, so they compare across branches: a unit is worth its score per multiply-add.
 
     Args:
-        branches: Of the model.
-        classes: Outputs of the head.
         within: Compare within branches alone: each branch's mean score is made 1, and multiply-adds do not count.
         **shared: See :class:`~prunex.units.base.UnitOptions`.
 

@@ -40,11 +40,7 @@ class UnitRelevance(Brief):
     updates: Tensor
 
     def top_heads(self, label: int, k: int = 5) -> list[tuple[int, int, float]]:
-        """The kept heads that matter most for a class beyond what they matter for the others: (block, head, excess).
-
-        The excess is the head's relevance for the class less its mean over classes; without taking the mean away, heads
-        that serve every class would lead every list.
-        """
+        """The kept heads that matter most for a class beyond their mean over classes: (block, head, excess)."""
         heads = []
         for block, table in self.heads.items():
             excess = table[label] - table.mean(0)
@@ -98,8 +94,6 @@ class XPruner(UnitPruner):
     table) was not reproduced here.
 
     Args:
-        branches: Of the model.
-        classes: Outputs of the head.
         class_groups: For many classes: which group's mask row each class uses, one whole number from 0 a class. Without
             it the masks have classes * units values: as many as DeiT-S has weights, for 1000 classes.
         sparse: Weight of mean(M^2).
@@ -250,10 +244,8 @@ class XPruner(UnitPruner):
         return next(i for i, b in enumerate(self.branches) if b.key == branch.key)
 
     def shut(self, branch: Branch) -> Tensor:
-        """How far each unit is closed softly, 1 - g in 0..1, [units], with the threshold's gradient.
-
-        As sigmoid(-x): where gates are all but open, 1 - sigmoid(x) and its gradient would be exactly 0.
-        """
+        """How far each unit is closed softly, 1 - g in 0..1, [units], with the threshold's gradient."""
+        # Where gates are all but open, 1 - sigmoid(x) and its gradient would be exactly 0: sigmoid(-x) is not.
         gap = self.score(branch) - self.thresholds[self._number(branch)]
         return (-2 * self.terms["slope"] * gap).sigmoid()
 

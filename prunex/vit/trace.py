@@ -71,11 +71,7 @@ class TokenTrace(Brief):
         return where, share, alive
 
     def check(self) -> TokenTrace:
-        """The trace itself, its maps seen to be what :class:`Stage` says: for stages made by hand or read from a file.
-
-        Raises:
-            PrunexError: For the first stage that does not fit, by number.
-        """
+        """The trace itself, its maps seen to be what :class:`Stage` says: for stages made by hand or read."""
         tokens = self.grid[0] * self.grid[1]
         for number, s in enumerate(self.stages):
             shape, n_out = tuple(s.group.shape[:2]), s.n_out
@@ -104,14 +100,7 @@ class TokenTrace(Brief):
         return any(s.pooled for s in self.stages)
 
     def composition(self, stage: int = -1) -> Tensor:
-        """Which part each patch has in each token after a stage: float [B, P, n_out], columns summing to 1.
-
-        Args:
-            stage: Which one; -1 is the last. Without any stage each patch is its own token.
-
-        Raises:
-            PrunexError: For a stage that does not exist.
-        """
+        """Which part each patch has in each token after a stage: float [B, P, n_out], columns summing to 1."""
         # The product of all maps, for pooled tokens that many patches are part of.
         whole = torch.eye(self.grid[0] * self.grid[1], device=self.device).expand(self.batch, -1, -1)
         for s in self._upto(stage):
@@ -123,14 +112,13 @@ class TokenTrace(Brief):
         return whole
 
     def kept(self, stage: int = -1) -> Tensor:
-        """Which patches continue as tokens of their own after a stage.
+        """Which patches continue as tokens of their own after a stage: bool [B, gh, gw] of the original grid.
 
         Args:
-            stage: Which one; -1 is the last. Without any stage everything is kept.
+            stage: Which one; -1 is the last. Without any stage everything is kept. So for all that ask for a stage.
 
         Returns:
-            bool [B, gh, gw], raster order of the original grid. A patch inside a fused token is not kept, nor is one
-            that was merged with another; after a pooling none is.
+            A patch inside a fused token is not kept, nor is one that was merged with another; after a pooling none is.
 
         Raises:
             PrunexError: For a stage that does not exist.
@@ -155,14 +143,10 @@ class TokenTrace(Brief):
         return (self._members(self._compose(stage)[0]) > 0).sum(1)
 
     def groups(self, stage: int = -1) -> Tensor:
-        """Which token each patch is part of after a stage: a segmentation, where tokens are merged.
+        """Which token each patch is part of after a stage, int64 [B, gh, gw]: a segmentation, where tokens are merged.
 
-        Args:
-            stage: Which one; -1 is the last. Without any stage every patch is its own.
-
-        Returns:
-            int64 [B, gh, gw], positions among the patch tokens, equal for patches that share a token (merged or
-            fused); -1 for a patch that was removed.
+        Positions among the patch tokens, equal for patches that share a token (merged or fused); -1 for a removed
+        patch.
         """
         return self._compose(stage)[0].unflatten(1, self.grid)
 
@@ -176,23 +160,16 @@ class TokenTrace(Brief):
         return where if pooled else where.masked_fill(~alive, -1)
 
     def share(self, stage: int = -1) -> Tensor:
-        """Which part each patch has in the token that stands for it after a stage, -1 the last.
+        """Which part each patch has in the token that stands for it after a stage: float [B, gh, gw] in 0..1.
 
-        Returns:
-            float [B, gh, gw] in 0..1: 1 for a kept patch, its weight inside a fused or merged token, 0 if removed.
-            After a pooling the largest part it has in any token.
+        1 for a kept patch, its weight inside a fused or merged token, 0 if removed; after a pooling its largest part.
         """
         return self._compose(stage)[1].unflatten(1, self.grid)
 
     def scores(self, stage: int = -1) -> tuple[Tensor, Tensor]:
-        """What a stage ranked by, patch by patch: float [B, P], with its gradient.
+        """What a stage ranked by, patch by patch: float [B, P], with its gradient, and bool [B, P]: which had a score.
 
-        Returns:
-            The scores, and bool [B, P]: which patches had one; false for those that were gone before, or continued in a
-            fused token.
-
-        Raises:
-            PrunexError: For a stage that does not exist, or ranked nothing.
+        False for those that were gone before, or continued in a fused token. A stage that ranked nothing is refused.
         """
         before, score = self._upto(stage)[:-1], self.stages[stage].score
         if score is None:
@@ -257,10 +234,9 @@ class TokenTrace(Brief):
         return full.permute(0, 3, 1, 2).contiguous() if channels_first else full
 
     def unfold(self, body: Tensor, leaving: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """The tokens that are left, [B, n, D], given back to the patches they stand for.
+        """The tokens that are left, [B, n, D], given to the patches they stand for: [B, P, D], and which, bool [B, P].
 
-        Removed ones get theirs of ``leaving``, the patch tokens [B, n_in, D] that each stage was given, else 0. Returns
-        [B, P, D], and bool [B, P]: which patches something is known of.
+        Removed ones get theirs of ``leaving``, the patch tokens [B, n_in, D] that each stage was given, else 0.
         """
         present = torch.ones(body.shape[:2], dtype=torch.bool, device=body.device)
         # From the last stage to the first; what left at a stage is known from there on.

@@ -15,11 +15,9 @@ class BeitLayout(EvaLayout):
     """timm's BEiT ``Block``, which adds its own bias to the one that blocks share."""
 
     def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
-        """The shared bias."""
         return {"shared_rel_pos_bias": shared}
 
     def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
-        """With the shared bias."""
         return Layout.whole(self, block, x, rope, shared)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
@@ -27,10 +25,8 @@ class BeitLayout(EvaLayout):
         return block.attn(y)
 
     def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
-        """Likewise."""
         return Layout.inside(self, block, function, y, rope)
 
     def relative(self, block: Any) -> Tensor | None:
-        """From its table."""
         attn = block.attn
         return None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()[0]

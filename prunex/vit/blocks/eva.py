@@ -20,11 +20,9 @@ class EvaLayout(Layout):
     opens = False
 
     def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
-        """The rotary table."""
         return {"rope": rope}
 
     def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
-        """With its rotary table."""
         if not _rotates_all(block.attn, x, rope):
             return super().whole(block, x, rope)
 
@@ -37,16 +35,13 @@ class EvaLayout(Layout):
         return out
 
     def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
-        """With its rotary table."""
         branch: Tensor = inside(block.attn, function, y, rope=rope)
         return branch
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The first norm."""
         return block.norm1(x)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
-        """With its rotary table."""
         if not _rotates_all(block.attn, y, rope):
             return block.attn(y, rope=rope)
 
@@ -59,20 +54,16 @@ class EvaLayout(Layout):
         return self.inside(block, opened, y, rope)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated by their places."""
         return attention.rotated_heads(block.attn, y, rope)
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        """LayerScale."""
         return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """LayerScale last."""
         branch = block.mlp(block.norm2(x))
         return branch if block.gamma_2 is None else block.gamma_2 * branch
 
     def output(self, block: Any) -> Tensor:
-        """LayerScale taken in."""
         return scaled(effective(block.attn.proj)[0], block.gamma_1)
 
 
@@ -80,19 +71,15 @@ class EvaPostLayout(EvaLayout):
     """timm's ``EvaBlockPostNorm``: norms behind attention and MLP, no LayerScale."""
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The stream itself."""
         return x
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        """The norm behind attention."""
         return block.drop_path1(block.norm1(branch))
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The norm behind the MLP."""
         return block.norm2(block.mlp(x))
 
     def output(self, block: Any) -> Tensor:
-        """Without the norm behind it."""
         return effective(block.attn.proj)[0]
 
 

@@ -27,7 +27,6 @@ class Things(Layout):
     opens = False
 
     def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
-        """In none of them: all are opened at once."""
         return function(y, rope)
 
     def check_hooks(self, block: Any) -> None:
@@ -35,19 +34,15 @@ class Things(Layout):
         refuse_hooks(block, [m for part in block.attns for m in (part, part.attn)])
 
     def attentions(self, block: Any) -> tuple[Any, ...]:
-        """All that run side by side."""
         return tuple(part.attn for part in block.attns)
 
     def mlps(self, block: Any) -> tuple[Any, ...]:
-        """All that run side by side."""
         return tuple(part.mlp for part in block.ffns)
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """[B, N, parts * D]."""
         return torch.cat([part.norm(x) for part in block.attns], -1)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
-        """The attentions' sum."""
         parts = zip(block.attns, y.chunk(len(block.attns), -1), strict=True)
         return torch.stack([p.drop_path(p.ls(p.attn(normed))) for p, normed in parts]).sum(0)
 
@@ -58,25 +53,20 @@ class Things(Layout):
         return torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1)
 
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
-        """Each attention's heads by its own projection."""
         count = len(block.attns)
         parts = zip(block.attns, out.chunk(count, 1), y.chunk(count, -1), strict=True)
         return torch.stack([p.drop_path(p.ls(attention.project(p.attn, o, n, ops))) for p, o, n in parts]).sum(0)
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        """Nothing: each part has ended."""
         return branch
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The MLPs' sum."""
         return torch.stack([part(x) for part in block.ffns]).sum(0)
 
     def drop_fed(self, block: Any, branch: Tensor) -> Tensor:
-        """Nothing: each part was dropped."""
         return branch
 
     def output(self, block: Any) -> Tensor:
-        """[D, parts * H * d]."""
         return torch.cat([scaled(effective(p.attn.proj)[0], scale_of(p.ls)) for p in block.attns], 1)
 
 
@@ -92,7 +82,6 @@ class Scaling(Layout):
     parallel = True
 
     def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
-        """In none: timm has no module for it."""
         return function(y, rope)
 
     def check_hooks(self, block: Any) -> None:
@@ -105,15 +94,12 @@ class Scaling(Layout):
         return (block,)
 
     def mlps(self, block: Any) -> tuple[Any, ...]:
-        """None apart from the block."""
         return ()
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The one norm."""
         return block.in_norm(x)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
-        """Fused attention; timm has no module of its own for it."""
         q, k, v = self.heads(block, y, rope, PLAIN)
         dropout = block.attn_drop.p if block.training else 0.0
         return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
@@ -153,25 +139,20 @@ class Scaling(Layout):
         return block.ls(F.linear(hidden, block.out_proj.weight[:, -hidden.shape[-1] :], block.out_proj.bias))
 
     def drop_fed(self, block: Any, branch: Tensor) -> Tensor:
-        """Nothing, as for attention."""
         return branch
 
     def output(self, block: Any) -> Tensor:
-        """Attention's part."""
         if fused_out(block) is None:
             return scaled(effective(block.attn_out_proj)[0], scale_of(block.ls))
         return scaled(block.out_proj.weight[:, : self.width(block)], scale_of(block.ls))
 
     def hidden(self, block: Any) -> int:
-        """Width of the MLP."""
         return block.in_split[0]
 
     def width(self, block: Any) -> int:
-        """Heads times head width."""
         return block.num_heads * block.head_dim
 
     def macs(self, block: Any) -> tuple[int, int]:
-        """The projections' parts."""
         width, hidden, inner = block.in_proj.in_features, block.in_split[0], self.width(block)
         return width * 3 * inner + inner * width, 2 * width * hidden
 

@@ -127,19 +127,15 @@ class ResPost(Layout):
     """timm's ``ResPostBlock``: ``x + norm1(attn(x))``, then ``x + norm2(mlp(x))``."""
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The stream itself."""
         return x
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        """The norm behind attention."""
         return block.drop_path1(ops.norm(block.norm1, branch))
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        """The norm behind the MLP."""
         return ops.norm(block.norm2, mlp(block.mlp, x, ops))
 
     def output(self, block: Any) -> Tensor:
-        """Without the norm behind it."""
         return self._mixing(block)
 
 

@@ -43,7 +43,6 @@ class ToMe(TokenPruner):
     equal similarities the earlier wins.
 
     Args:
-        anatomy: Of the model.
         r: Tokens merged away at a stage, at least 0 (13 suits ViT-S and ViT-B at 224; 0 merges nothing). A sequence
             gives one number a stage, and 0 for the stages after its end. Never more than half of a block's patches.
         proportional: Whether attention counts sizes. The authors turn it off for untrained use of MAE's weights alone.
@@ -120,9 +119,6 @@ class ToMe(TokenPruner):
 def schedule(r: Any, inflect: float, stages: int) -> tuple[int, ...]:
     """How many tokens each stage merges away, for ``r`` a number or one a stage, and ``inflect`` in [-1, 1].
 
-    Raises:
-        PrunexError: For anything else.
-
     >>> schedule(13, -1.0, 12)
     (26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0)
     """
@@ -144,46 +140,40 @@ def schedule(r: Any, inflect: float, stages: int) -> tuple[int, ...]:
     return (*listed, *[0] * (stages - len(listed)))
 
 
-def match(keys: Tensor, r: int | Tensor, odd: bool = False, there: Tensor | None = None) -> Tensor:
-    """Bipartite soft matching (arXiv 2210.09461, Sec. 3 and App. D): which tokens become one.
+def match(keys: Tensor, r: int | Tensor, odd: bool = False, present: Tensor | None = None) -> Tensor:
+    """Bipartite soft matching of keys [B, n, d] (arXiv 2210.09461, Sec. 3 and App. D): which tokens become one.
 
-    Args:
-        keys: float [B, n, d], what the tokens are compared by.
-        r: Tokens merged away, at most floor(n / 2); or one number an image, int64 [B, 1], with ``there``.
-        odd: Whether the first set, whose tokens are merged into the second's, is the odd positions instead of the even.
-        there: bool [B, n] or None: the tokens that take part, the first ones of each image.
-
-    Returns:
-        int64 [B, n], groups 0..n-r-1: the rest of the first set, then the second set; -1 for tokens that take no part.
+    ``r`` tokens are merged away, at most floor(n / 2) (or one number an image, [B, 1], with ``present``). The first
+    set, whose tokens are merged into the second's, is the ``odd`` positions or the even ones. ``present`` bool [B,
+    n]: the tokens that take part, the first ones of each image. Groups are int64 [B, n] in 0..n-r-1: the rest of
+    the first set, then the second set; -1 for tokens that take no part.
     """
     n = keys.shape[1]
     first, second = (torch.arange(start, n, 2, device=keys.device) for start in (int(odd), int(not odd)))
     unit = F.normalize(keys, dim=-1)
     similar = unit[:, int(odd) :: 2] @ unit[:, int(not odd) :: 2].transpose(1, 2)
-    if there is not None:
-        both = there[:, first].unsqueeze(2) & there[:, second].unsqueeze(1)
+    if present is not None:
+        both = present[:, first].unsqueeze(2) & present[:, second].unsqueeze(1)
         similar = similar.masked_fill(~both, float("-inf"))
     # Each of the first set has one partner; partners may be shared, so no assignment is solved.
     partner = similar.argmax(2)
     goes = ranks(similar.amax(2)) < r
-    stays = ~goes if there is None else ~goes & there[:, first]
+    stays = ~goes if present is None else ~goes & present[:, first]
     before = stays.long().cumsum(1)
     left = before[:, -1:]
     both_sets = [torch.where(goes, left + partner, before - 1), left + (second // 2).expand(keys.shape[0], -1)]
     position = torch.arange(n, device=keys.device)
     group = torch.cat(both_sets, 1)[:, position // 2 + (position % 2 != int(odd)) * len(first)]
-    return group if there is None else group.masked_fill(~there, -1)
+    return group if present is None else group.masked_fill(~present, -1)
 
 
 def ranks(values: Tensor) -> Tensor:
-    """How many of a row's values come before each, largest first and equal ones in order: int64 [B, n].
-
-    By counting, since graphs for other runtimes have no stable sort.
-    """
-    here, other = values.unsqueeze(2), values.unsqueeze(1)
+    """How many of a row's values come before each, largest first and equal ones in order: int64 [B, n]."""
+    # By counting, since graphs for other runtimes have no stable sort.
+    value, rival = values.unsqueeze(2), values.unsqueeze(1)
     place = torch.arange(values.shape[1], device=values.device)
     earlier = place < place.unsqueeze(1)
-    return ((other > here) | ((other == here) & earlier)).sum(2)
+    return ((rival > value) | ((rival == value) & earlier)).sum(2)
 
 
 def match_present(keys: Tensor, r: int, odd: bool, present: Tensor) -> Tensor:

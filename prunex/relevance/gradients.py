@@ -24,11 +24,7 @@ class ModifiedGradients(Arithmetic):
     - norms: the deviation (or root mean square) is a constant;
     - attention: "attnlrp" divides the gradients of q and k by 4 and of v by 2; "cplrp" takes q and k as constants;
     - products in gated MLPs: half each; gates of gated attention are constants;
-    - linear layers and the patch convolution: as they are, or the gamma rule.
-
-    Args:
-        kind: Which of the two.
-        gamma: Of the gamma rule, for the patch convolution and for linear layers; None: plain (LRP-0).
+    - linear layers and the patch convolution: as they are, or by the gamma rule of a pair of strengths.
     """
 
     opened = True
@@ -79,11 +75,11 @@ class ModifiedGradients(Arithmetic):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fused attention; queries, keys and values get their share of the gradient."""
-        return fused_attention(*self._asked(q, k), self._gathered(v))
+        return fused_attention(*self._queries_and_keys(q, k), self._gathered(v))
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The products, for masked attention."""
-        q, k = self._asked(q, k)
+        q, k = self._queries_and_keys(q, k)
         return (q * scale) @ k.transpose(-2, -1)
 
     def gather(self, attention: Tensor, values: Tensor) -> Tensor:
@@ -94,7 +90,7 @@ class ModifiedGradients(Arithmetic):
         """A fused token; its weights are constants."""
         return weights.detach() @ tokens
 
-    def _asked(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "cplrp":
             return q.detach(), k.detach()
         return _Scaled.apply(q, 0.25), _Scaled.apply(k, 0.25)

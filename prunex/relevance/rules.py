@@ -28,19 +28,12 @@ RULE_SETS = get_args(RuleSet)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layer(Brief):
-    """A linear layer or patch convolution: weights, bias, and how they act on inputs and back.
+    """A linear layer or patch convolution: weights, bias, and how they act on inputs and back."""
 
-    Attributes:
-        weight: [out, in], or [out, C, h, w].
-        bias: [out] or None, shaped to be added to outputs.
-        forth: Inputs and a weight to outputs, without bias.
-        back: Outputs and a weight to inputs (the transpose).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    forth: Callable[[Tensor, Tensor], Tensor]
-    back: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor  # [out, in], or [out, C, h, w]
+    bias: Tensor | None  # [out] or None, shaped to be added to outputs
+    forth: Callable[[Tensor, Tensor], Tensor]  # inputs and a weight to outputs, without bias
+    back: Callable[[Tensor, Tensor], Tensor]  # outputs and a weight to inputs (the transpose)
 
     @classmethod
     def of(cls, module: nn.Module) -> Layer:
@@ -90,21 +83,19 @@ def zplus(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
 
 
 def _positive_sum(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
-    """sum_i (x_i w_ik)^+, as half of sum and sum of magnitudes: one product with weights where two signs take two.
-
-    Where positive products are few, that difference would be rounding alone: there the signs are summed apart.
-    """
+    """sum_i (x_i w_ik)^+, as half of sum and sum of magnitudes: one product with weights where two signs take two."""
     magnitude = layer.forth(x.abs(), layer.weight.abs())
-    found = magnitude + out
+    positive = magnitude + out
     if layer.bias is not None:
-        found -= layer.bias
+        positive -= layer.bias
         magnitude += layer.bias.abs()
-    few = found < magnitude.mul_(1 / 32)
-    found *= 0.5
+    # Where positive products are few, that difference would be rounding alone: the signs are summed apart.
+    few = positive < magnitude.mul_(1 / 32)
+    positive *= 0.5
     if few.any():
         (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
-        found = torch.where(few, layer.forth(above, up) + layer.forth(below, down), found)
-    return found
+        positive = torch.where(few, layer.forth(above, up) + layer.forth(below, down), positive)
+    return positive
 
 
 def zplus_split(layer: Layer, x: Tensor, out: Tensor, r: Tensor) -> Tensor:
@@ -301,10 +292,7 @@ class RelevanceRules(Arithmetic):
 def weighed_relevance(
     recorded: Recording, rules: RelevanceRules, inputs: Sequence[Tensor], gradient: bool
 ) -> list[Tensor]:
-    """Relevance at some places of a forward under the rules, from a one-hot 1 at the class; maybe times the gradient.
-
-    One graph is walked for both.
-    """
+    """Relevance at some places of a forward, from a one-hot 1 at the class; with ``gradient`` times the gradient."""
     one_hot = recorded.one_hot()
     factors = gradients(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
     rules.relevance = True

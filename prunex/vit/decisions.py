@@ -30,8 +30,8 @@ class Decision(Brief):
         """The same decision off the graph, for a selection of the batch's images, int64 [R]; None: all of them."""
         raise NotImplementedError
 
-    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
-        """What does the same where some tokens are absent (``there`` bool [R, n]), and which slots hold one then."""
+    def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+        """What does the same where some tokens are absent (``present`` bool [R, n]), and which slots hold one then."""
         raise NotImplementedError
 
 
@@ -49,8 +49,8 @@ class Keep(Decision):
         fused, k = int(self.fuse is not None), self.index.shape[1]
         state.left = k + fused
         if state.masked or state.policy is not None:  # after a Drop images differ, and slots stay
-            there = _there(state)
-            kept = torch.zeros_like(there).scatter(1, self.index, 1.0) * there
+            present = _policy_of(state)
+            kept = torch.zeros_like(present).scatter(1, self.index, 1.0) * present
             fused_slot = kept.new_ones(kept.shape[0], 1) if fused else None
             group, weight = _hide(state, kept, self.fuse, fused_slot)
             return Stage(block, group, weight, weight.shape[1] + fused, bool(fused), self.score, state.left)
@@ -74,13 +74,13 @@ class Keep(Decision):
         """Without its scores."""
         return Keep(_pick(self.index, index), fuse=None if self.fuse is None else _pick(self.fuse, index))
 
-    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+    def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
         """Those of them that are there; nothing is fused where nothing was left to fuse."""
-        index = slots.index(self.index, there.shape[1])
-        left = torch.zeros_like(there).scatter(1, index, True) & there
+        index = slots.index(self.index, present.shape[1])
+        left = torch.zeros_like(present).scatter(1, index, True) & present
         if self.fuse is None:
             return [Keep(index)], left
-        after = torch.cat([left, (there & ~left).any(1, keepdim=True)], 1)
+        after = torch.cat([left, (present & ~left).any(1, keepdim=True)], 1)
         return [Keep(index, fuse=slots.values(self.fuse)), Mask(after.to(self.fuse.dtype))], after
 
 
@@ -104,9 +104,9 @@ class Mask(Decision):
         """Without its scores."""
         return Mask(_pick(self.policy, index))
 
-    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+    def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
         """Of those that are there."""
-        left = slots.values(self.policy) * there
+        left = slots.values(self.policy) * present
         return [Mask(left)], left > 0
 
 
@@ -123,38 +123,38 @@ class Merge(Decision):
 
     def apply(self, state: TokenState, block: int) -> Stage:
         """Groups become tokens 0..count-1; masked, the slots that became free stay behind them."""
-        prefix, body, there = state.anatomy.prefix, state.patches, state.present
+        prefix, body, present = state.anatomy.prefix, state.patches, state.present
         b, n, _ = body.shape
         # Sizes begin with the first merge: until then every token stands for one patch.
         if state.sizes is None:
             state.sizes = body.new_ones(b, prefix + n, dtype=torch.promote_types(body.dtype, torch.float32))
-        group = self.group if there is None else self.group.masked_fill(there <= 0, -1)
+        group = self.group if present is None else self.group.masked_fill(present <= 0, -1)
         at, size = group.clamp(min=0), state.sizes[:, prefix:].masked_fill(group < 0, 0)
         total = size.new_zeros(b, self.count).scatter_add(1, at, size)
         share = size / total.gather(1, at).clamp(min=1)
         # Through the arithmetic, so that relevance is led back through the mean.
         merged = state.ops.merge(share.to(body.dtype), at, self.count, body)
         state.proportional, state.left = self.proportional, self.count
-        if not state.masked and there is None:
+        if not state.masked and present is None:
             state.tokens = torch.cat([state.tokens[:, :prefix], merged], 1)
             return Stage(block, group, share, self.count, counted=self.count, merged=True)
         behind = body[:, self.count :]  # whatever: nobody reads it
         state.tokens = torch.cat([state.tokens[:, :prefix], merged, behind], 1)
         left = (total > 0).to(size.dtype)
         state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
-        counted = self.count if there is None else left.sum(1)
+        counted = self.count if present is None else left.sum(1)
         return Stage(block, group, share, self.count + behind.shape[1], counted=counted, merged=True)
 
     def pick(self, index: Tensor | None) -> Merge:
         """Of some images."""
         return Merge(_pick(self.group, index), self.count, self.proportional)
 
-    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+    def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
         """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
         group = slots.values(self.group + 1) - 1  # -1 for slots that are no token of the clean run
-        group = group.masked_fill(~there, -1)
-        width = max(self.count, there.shape[1])
-        left = there.new_zeros(there.shape[0], width + 1).scatter(1, group.masked_fill(group < 0, width), True)[
+        group = group.masked_fill(~present, -1)
+        width = max(self.count, present.shape[1])
+        left = present.new_zeros(present.shape[0], width + 1).scatter(1, group.masked_fill(group < 0, width), True)[
             :, :width
         ]
         slots.merged(self.group.shape[1], self.count, width)
@@ -180,14 +180,14 @@ class Drop(Decision):
 
     def apply(self, state: TokenState, block: int) -> Stage:
         """Move each image's tokens to its first slots, or hide the others where something is masked."""
-        fused, there = int(self.fuse is not None), _there(state)
-        kept = self.present & (there > 0)
-        gone = (there > 0) & ~kept
+        fused, present = int(self.fuse is not None), _policy_of(state)
+        kept = self.present & (present > 0)
+        gone = (present > 0) & ~kept
         fused_slot = gone.any(1, keepdim=True) if fused else None
         if state.masked:
-            soft = self.present.to(there.dtype) * there
+            soft = self.present.to(present.dtype) * present
             group, weight = _hide(state, soft, self.fuse, fused_slot)
-            counted = (torch.as_tensor(state.present) > 0).sum(1).to(there.dtype)
+            counted = (torch.as_tensor(state.present) > 0).sum(1).to(present.dtype)
             state.left = int(counted.max())
             return Stage(block, group, weight, weight.shape[1] + fused, bool(fused), self.score, counted)
         counts = kept.sum(1)
@@ -210,13 +210,13 @@ class Drop(Decision):
         fuse = None if self.fuse is None else _pick(self.fuse, index)
         return Drop(_pick(self.present, index), fuse=fuse, width=self.width)
 
-    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+    def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
         """Those of them that are there."""
-        stays = (slots.values(self.present.float()) > 0) & there
+        stays = (slots.values(self.present.float()) > 0) & present
         if self.fuse is None:
             return [Drop(stays)], stays
         # A Drop makes its fused token in the images that dropped something, and nowhere else.
-        after = torch.cat([stays, (there & ~stays).any(1, keepdim=True)], 1)
+        after = torch.cat([stays, (present & ~stays).any(1, keepdim=True)], 1)
         return [Drop(stays, fuse=slots.values(self.fuse))], after
 
 
@@ -259,9 +259,9 @@ class Pool(Decision):
         weight = share[:, group.clamp(min=0), place].masked_fill(group < 0, 0)
         counted: Tensor | int = len(members)
         if present is not None:
-            there = (present[:, at] * (members >= 0)).amax(2)
-            state.policy = torch.cat([there.new_ones(b, prefix), there], 1)
-            counted = (there > 0).sum(1)
+            filled = (present[:, at] * (members >= 0)).amax(2)
+            state.policy = torch.cat([filled.new_ones(b, prefix), filled], 1)
+            counted = (filled > 0).sum(1)
         state.left = len(members)
         return Stage(block, group.expand(b, -1, -1), weight, len(members), counted=counted)
 
@@ -269,10 +269,10 @@ class Pool(Decision):
         """The same windows for every image."""
         return replace(self, position=None if self.position is None else self.position.detach())
 
-    def among(self, there: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
+    def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
         """The same windows; a window with a token of its own is one."""
-        members = self.layout(there.shape[1], there.device)[0]
-        return [self], (there[:, members.clamp(min=0)] & (members >= 0)).any(2)
+        members = self.layout(present.shape[1], present.device)[0]
+        return [self], (present[:, members.clamp(min=0)] & (members >= 0)).any(2)
 
     def layout(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Who is in which window, of so many patch tokens: its members int64 [n_out, k] (-1 for the border).
@@ -374,7 +374,7 @@ def _hide(state: TokenState, kept: Tensor, fuse: Tensor | None, fused_slot: Tens
     body, n = state.patches, kept.shape[1]
     group, weight = _stay(kept > 0), kept
     if fuse is not None and fused_slot is not None:
-        gone = _there(state) - kept
+        gone = _policy_of(state) - kept
         dropped = fuse * gone
         fused = state.ops.combine(dropped.unsqueeze(1).to(body.dtype), body)
         state.tokens = torch.cat([state.tokens, fused], 1)
@@ -385,7 +385,7 @@ def _hide(state: TokenState, kept: Tensor, fuse: Tensor | None, fused_slot: Tens
     return group, weight
 
 
-def _there(state: TokenState) -> Tensor:
+def _policy_of(state: TokenState) -> Tensor:
     """The policy of the patch tokens, [B, n]: ones where all are there."""
     if state.present is not None:
         return state.present

@@ -96,8 +96,8 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     # Prefix tokens are parameters: no relevance goes past them.
     prefix = model.num_prefix_tokens
     parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
-    own = [t for t in parts if t is not None]
-    front = torch.cat([t.detach() for t in own], 1).expand(len(x), -1, -1) if own else added[:, :0]
+    tokens = [t for t in parts if t is not None]
+    front = torch.cat([t.detach() for t in tokens], 1).expand(len(x), -1, -1) if tokens else added[:, :0]
     table: Tensor | None = None if model.no_embed_class else model.pos_embed
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))

@@ -38,11 +38,11 @@ class Halves:
         self.block, self.number, self.state, self.recorder = block, number, state, recorder
         self.layout = layout_of(block)
         self.decides = bool(turns.at("inside", number))
-        self.shows_row = turns.show("row", number) or number in recorder.asked.rows
+        self.shows_row = turns.show("row", number) or number in recorder.request.rows
         self.shows_keys = turns.show("keys", number)
-        self.known = turns.only(number, block, state, recorder)
-        self.entered = state.patches.shape[1] if self.known is not None else None
-        self.only: tuple[int, ...] | Tensor | None = self.known
+        self.fixed = turns.only(number, block, state, recorder)
+        self.entered = state.patches.shape[1] if self.fixed is not None else None
+        self.only: tuple[int, ...] | Tensor | None = self.fixed
         if not self.decides and not turns.at("after", number) and self._narrows():
             self.only = state.anatomy.readers
         at = state.positions
@@ -50,15 +50,15 @@ class Halves:
 
     def _narrows(self) -> bool:
         """Whether the tape is content with the tokens that the head reads, and this is the last block."""
-        asked, last = self.recorder.asked, self.number == self.state.anatomy.depth - 1
-        wanted = last and asked.narrow and not asked.streams and bool(self.state.anatomy.readers)
+        tape, last = self.recorder.request, self.number == self.state.anatomy.depth - 1
+        wanted = last and tape.narrow and not tape.streams and bool(self.state.anatomy.readers)
         return wanted and not hooked_within(self.block)
 
     @property
     def closed(self) -> bool:
         """Whether timm's own block will do: nobody asks anything of it from inside."""
-        asked = self.decides or self.shows_row or self.known is not None or self.recorder.tape is not None
-        return not asked and self.state.plain
+        tape = self.decides or self.shows_row or self.fixed is not None or self.recorder.tape is not None
+        return not tape and self.state.plain
 
     def whole(self) -> None:
         """The block as timm runs it."""
@@ -87,7 +87,7 @@ class Halves:
         self.relative = None if at is None else at.relative_of(self.layout.relative(self.block))
         self.share = self.layout.draw(self.block, state.tokens)
         state.beside = state.tokens if self.layout.parallel else None
-        state.trace.bare = self.known is not None and not self.decides
+        state.trace.bare = self.fixed is not None and not self.decides
         self.recorder.leave(state)
         if state.packing is not None:
             state.tokens, state.row = self._attend_packed(state.tokens, state.packing)
@@ -142,7 +142,7 @@ class Halves:
         branch = layout.end(block, branch, ops)
         stream = x if self.only is None else attention.some(x, self.only)
         after = ops.add(stream, branch if self.share is None else branch * self.share)
-        if recorded is not None and self.recorder.asked.streams:
+        if recorded is not None and self.recorder.request.streams:
             recorded.before, recorded.after = x.detach(), after.detach()
         return after, row, key_mean, recorded
 
@@ -152,7 +152,7 @@ class Halves:
             return None
         only = tuple(self.only.tolist()) if isinstance(self.only, Tensor) else self.only
         recorded = Attended(self.number, policy=policy, queries=only, sizes=self.sizes)
-        if self.number in self.recorder.asked.normed:
+        if self.number in self.recorder.request.normed:
             # A block without a norm in front: what attention reads, apart from what the skip carries on.
             y = x.view_as(x) if y is x else y
             if torch.is_grad_enabled() and not y.requires_grad:
@@ -162,7 +162,7 @@ class Halves:
 
     def _closed_attention(self, policy: Tensor | None) -> bool:
         """Whether timm's own attention will do: nobody asks anything from inside."""
-        shown = self.shows_row or self.shows_keys or self.recorder.asked.looks_into(self.number)
+        shown = self.shows_row or self.shows_keys or self.recorder.request.looks_into(self.number)
         if shown or self.recorder.ops.opened:
             return False
         return policy is None and self.keys is None and self.only is None and self.relative is None
@@ -171,7 +171,7 @@ class Halves:
         self, y: Tensor, rope: Tensor | None, policy: Tensor | None, recorded: Attended | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The attention opened: what it gives for y [B, N, D], the read-out row, and the keys' mean."""
-        layout, block, only, asked = self.layout, self.block, self.only, self.recorder.asked
+        layout, block, only, tape = self.layout, self.block, self.only, self.recorder.request
         attn = layout.attentions(block)[0]
         # Without anybody to show it to, the others' queries need not be computed.
         going = y if only is None else attention.some(y, only)
@@ -184,11 +184,11 @@ class Halves:
         out, matrix = self._gathered(asking, q, k, v, policy)
         row = self._row(q, k, policy, matrix) if self.shows_row else None
         if recorded is not None:
-            if matrix is not None and asked.wants_matrix(self.number):
-                recorded.attention = matrix if asked.reduce is None else asked.reduce(matrix)
-            if self.number in asked.head_rows:
+            if matrix is not None and tape.wants_matrix(self.number):
+                recorded.attention = matrix if tape.reduce is None else tape.reduce(matrix)
+            if self.number in tape.head_rows:
                 recorded.head_rows = self._head_rows(q, k, policy)
-            recorded.row, recorded.value = row, v.detach() if asked.streams else None
+            recorded.row, recorded.value = row, v.detach() if tape.streams else None
         key_mean = attention.over_heads(promoted(k.detach())) if self.shows_keys else None
         return layout.project(block, out, going, self.recorder.ops), row, key_mean
 
@@ -197,16 +197,16 @@ class Halves:
     ) -> tuple[Tensor, Tensor | None]:
         """The heads' outputs [B, H, m, d] of the tokens that go on, and the attention matrix where there is one."""
         ops, only, keys, relative = self.recorder.ops, self.only, self.keys, self.relative
-        attn, asked = self.layout.attentions(self.block)[0], self.recorder.asked
+        attn, tape = self.layout.attentions(self.block)[0], self.recorder.request
         dropout = attn.attn_drop.p if self.block.training else 0.0
         added = relative if relative is None or only is None else attention.some(relative, only, 2)
-        wants_matrix = asked.wants_matrix(self.number)
+        wants_matrix = tape.wants_matrix(self.number)
         weighed = policy is not None and keys is not None and keys.factor is not None
         unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
         # The matrix costs N x N numbers a head: only where somebody reads it, or no kernel knows the weights.
         if wants_matrix or ops.matrices or weighed or unusual:
             matrix = attention.matrix(asking, k, attn.scale, policy, keys, only, ops, added)
-            if wants_matrix and asked.gradients and torch.is_grad_enabled():
+            if wants_matrix and tape.gradients and torch.is_grad_enabled():
                 matrix.requires_grad_()
             return ops.gather(attn.attn_drop(matrix), v), matrix
         if policy is not None:
@@ -266,7 +266,7 @@ class Halves:
         ops, layout = self.recorder.ops, self.layout
         branch = layout.feed(self.block, x if entered is None else entered, ops)
         fed = None
-        if self.recorder.asked.streams:
+        if self.recorder.request.streams:
             fed = Fed(self.number, x.detach(), branch.detach(), self.state.policy)
         branch = layout.drop_fed(self.block, branch)
         return ops.add(x, branch if self.share is None else branch * self.share), fed
@@ -296,8 +296,8 @@ def packing_of(state: TokenState, recorder: Recorder) -> Packing | None:
         state.packs = all(layout_of(b).opens and not hooked_within(b) for b in state.model.blocks)
     if not state.packs:
         return None
-    known = state.packing
-    return known if known is not None and known.policy is state.policy else Packing.of(state.policy)
+    packing = state.packing
+    return packing if packing is not None and packing.policy is state.policy else Packing.of(state.policy)
 
 
 def _rows_of(relative: Tensor | None, first: int, last: int | None = None) -> Tensor | None:

@@ -27,8 +27,8 @@ class Packing(Brief):
     def of(cls, policy: Tensor) -> Packing:
         """The packing of a policy [B, N]; this waits for the device."""
         # Counting waits for the device; it is done once a stage, not once a block.
-        there = policy > 0
-        return cls(policy, there.flatten().nonzero().squeeze(1), there.sum(1).tolist())
+        filled = policy > 0
+        return cls(policy, filled.flatten().nonzero().squeeze(1), filled.sum(1).tolist())
 
     def pack(self, x: Tensor) -> Tensor:
         """From slots [B, N, D] to tokens [1, S, D]."""

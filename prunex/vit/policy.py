@@ -62,8 +62,8 @@ def under_policy(
     query, key, value = _Extend.apply(q.to(dtype), k.to(dtype), v.to(dtype), lower, p * raised * s)
     bias = None
     if relative is not None:
-        own = relative.diagonal(dim1=2, dim2=3).unsqueeze(-1)
-        bias = torch.cat([relative, own], -1).to(query.dtype)
+        itself = relative.diagonal(dim1=2, dim2=3).unsqueeze(-1)
+        bias = torch.cat([relative, itself], -1).to(query.dtype)
     out = fused_attention(query, key, value, bias, scale=scale)
     mixed = None
     if dropout > 0:  # entries are dropped after normalisation, so the denominator keeps its own undisturbed pass
@@ -122,9 +122,9 @@ class _Extend(torch.autograd.Function):
         q, k, v, share = ctx.saved_tensors
         n, d, wide = q.shape[2], q.shape[3], share.dtype
         gq, gk, gv = grads[0], grads[1][:, :, :n], grads[2][:, :, :n].to(wide)
-        own = gq[..., d + 1 : d + 2].to(wide)
-        to_q = torch.addcmul(gq[..., :d].to(wide), own, k.to(wide)).to(q.dtype)
-        to_k = torch.addcmul(gk[..., :d].to(wide), own, q.to(wide)).to(k.dtype)
+        itself = gq[..., d + 1 : d + 2].to(wide)
+        to_q = torch.addcmul(gq[..., :d].to(wide), itself, k.to(wide)).to(q.dtype)
+        to_k = torch.addcmul(gk[..., :d].to(wide), itself, q.to(wide)).to(k.dtype)
         to_v = (gv[..., :d] * share).to(v.dtype)
         to_share = None
         if ctx.needs_input_grad[4]:
@@ -140,21 +140,21 @@ class _Quotient(torch.autograd.Function):
         d, wide = v.shape[-1], absent.dtype
         top = (out if mixed is None else mixed).to(wide)
         bottom = out[..., d : d + 1].to(wide) + out[..., d + 1 : d + 2].to(wide) * absent
-        own = top[..., d + 1 : d + 2]
-        result = torch.addcmul(top[..., :d], own * absent, v.to(wide)) / bottom
-        ctx.save_for_backward(result, bottom, out[..., d + 1 : d + 2].to(wide), own, v, absent)
+        itself = top[..., d + 1 : d + 2]
+        result = torch.addcmul(top[..., :d], itself * absent, v.to(wide)) / bottom
+        ctx.save_for_backward(result, bottom, out[..., d + 1 : d + 2].to(wide), itself, v, absent)
         ctx.shape, ctx.split = out.shape, mixed is not None
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        result, bottom, own_bottom, own_top, v, absent = ctx.saved_tensors
+        result, bottom, itself_bottom, itself_top, v, absent = ctx.saved_tensors
         d = v.shape[-1]
         grad = grad / bottom
         to_bottom = -(grad * result).sum(-1, keepdim=True)
         to_own = (grad * v.to(grad.dtype)).sum(-1, keepdim=True)
-        to_v = (grad * (own_top * absent)).to(v.dtype)
-        to_absent = (to_bottom * own_bottom + to_own * own_top).sum(1, keepdim=True)
+        to_v = (grad * (itself_top * absent)).to(v.dtype)
+        to_absent = (to_bottom * itself_bottom + to_own * itself_top).sum(1, keepdim=True)
         to_top = v.new_empty(ctx.shape)
         to_top[..., :d] = grad
         to_top[..., d + 2 :] = 0

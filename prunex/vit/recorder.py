@@ -29,13 +29,13 @@ class Recorder:
 
     def __init__(self, tape: Tape | None = None, watch: Watcher | None = None) -> None:
         self.tape, self.watch = tape, watch
-        self.asked = _ASKS_FOR_NOTHING if tape is None else tape
-        self.ops = self.asked.ops
+        self.request = _ASKS_FOR_NOTHING if tape is None else tape
+        self.ops = self.request.ops
         self.stop = None if watch is None else watch.stop
 
     def graph(self, block: int) -> AbstractContextManager[Any]:
         """Off the graph before the first block that the tape wants on it."""
-        return torch.no_grad() if block < self.asked.graph_from else nullcontext()
+        return torch.no_grad() if block < self.request.graph_from else nullcontext()
 
     def note(self, steps: Sequence[Attended | Fed | Stage]) -> None:
         """Something happened."""

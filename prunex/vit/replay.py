@@ -79,12 +79,12 @@ class ReplayAmong(Replay):
         """What was decided there, among the tokens that are there."""
         answers: list[Decision] = []
         if (turn.block, turn.when) == (0, "before"):
-            there = self.present
-            answers.append(Mask(there.to(torch.promote_types(state.tokens.dtype, torch.float32))))
+            present = self.present
+            answers.append(Mask(present.to(torch.promote_types(state.tokens.dtype, torch.float32))))
         else:
-            there = torch.as_tensor(state.present) > 0
+            present = torch.as_tensor(state.present) > 0
         for decision in self._made(turn):
-            repeated, there = decision.among(there, self.slots)
+            repeated, present = decision.among(present, self.slots)
             answers += repeated
         return answers
 

@@ -74,16 +74,16 @@ class Turns:
         if not self.alone or needed or state.policy is not None or state.keys is not None:
             return None
         # Last, since looking for hooks walks through the block's modules.
-        known = self._only.get(number)
-        return None if known is None or hooked_within(block) else known
+        fixed = self._only.get(number)
+        return None if fixed is None or hooked_within(block) else fixed
 
     def decide(self, when: When, block: int, state: TokenState, recorder: Recorder, entered: int | None = None) -> None:
         """Ask those whose turn it is, and carry their answers out; ``entered`` as for :func:`apply`."""
-        asked = self.at(when, block)
-        for pruner, turn in asked:
+        deciding = self.at(when, block)
+        for pruner, turn in deciding:
             recorder.note(apply(pruner.decide(turn, state), block, when, state, entered))
         # A decision inside or after the last block changes which tokens the head sees.
-        if asked and when != "before":
+        if deciding and when != "before":
             recorder.leave(state)
 
 

@@ -66,8 +66,8 @@ def opens_heads(block: Any) -> bool:
 def opens_channels(block: Any) -> bool:
     """Whether a block's MLP channels can be; not where a norm between the layers reads all of them."""
     mlp: Any = getattr(block, "mlp", None)
-    known = type(mlp) in (Mlp, GluMlp, SwiGLU)
-    return known and isinstance(getattr(mlp, "norm", None), nn.Identity | None) and is_linear(mlp.fc2)
+    supported = type(mlp) in (Mlp, GluMlp, SwiGLU)
+    return supported and isinstance(getattr(mlp, "norm", None), nn.Identity | None) and is_linear(mlp.fc2)
 
 
 def last_layer(block: Any, kind: Kind) -> nn.Module:
@@ -89,7 +89,7 @@ def branches(model: nn.Module, tokens: Sequence[tuple[int, int, int]] | None = N
     """
     if not isinstance(model, Backbone):
         raise PrunexError(f"{type(model).__name__} has no units that are known; what works: {WORKS}")
-    known: list[Branch] = []
+    listed: list[Branch] = []
     for number, (path, block) in enumerate(blocks_of(model)):
         if tokens is None:
             attending, feeding, keys = tokens_in(model, block)
@@ -100,17 +100,17 @@ def branches(model: nn.Module, tokens: Sequence[tuple[int, int, int]] | None = N
         if opens_heads(block):
             width, d = sizes(block.attn.qkv)[0], head_dim(block.attn)
             macs = 2 * (attending + asking) * width * d + 2 * asking * keys * d
-            known.append(Branch(f"{number}.heads", number, path, "heads", block.attn.num_heads, d, macs))
+            listed.append(Branch(f"{number}.heads", number, path, "heads", block.attn.num_heads, d, macs))
         if opens_channels(block):
             hidden, width = sizes(block.mlp.fc2)
             layers = 2 if type(block.mlp) is Mlp else 3
-            known.append(Branch(f"{number}.channels", number, path, "channels", hidden, 1, layers * feeding * width))
-    if not known:
+            listed.append(Branch(f"{number}.channels", number, path, "channels", hidden, 1, layers * feeding * width))
+    if not listed:
         block = next(blocks_of(model))[1]
         raise PrunexError(
             f"{type(model).__name__} with {type(block).__name__} has no units that are known; what works: {WORKS}"
         )
-    return known
+    return listed
 
 
 def unit_params(model: nn.Module, branch: Branch) -> int:

@@ -195,8 +195,8 @@ def _joined(before: WidthSpec, spec: WidthSpec, shape: Shape) -> WidthSpec:
 class _Places:
     """A spec in the numbers that a model has now, each checked: out of range, falling or repeated ones are refused."""
 
-    def __init__(self, model: Any, asked: WidthSpec, left: WidthSpec) -> None:
-        self.model, self.asked, self.left = model, asked, left
+    def __init__(self, model: Any, kept: WidthSpec, left: WidthSpec) -> None:
+        self.model, self.kept, self.left = model, kept, left
         self.blocks: list[Any] = [block for _, block in blocks_of(model)]
         numbers = range(len(self.blocks)) if left.blocks is None else left.blocks
         self.depth = max(numbers) + 1
@@ -205,17 +205,17 @@ class _Places:
 
     def spec(self) -> WidthSpec:
         """The whole of it."""
-        asked = self.asked
-        heads = {self.at(b, "heads"): self.heads(b, kept) for b, kept in asked.heads.items()}
-        channels = {self.at(b, "channels"): self.channels(b, kept) for b, kept in asked.channels.items()}
-        if set(asked.query_dims) != set(asked.value_dims):
+        kept = self.kept
+        heads = {self.at(b, "heads"): self.heads(b, kept) for b, kept in kept.heads.items()}
+        channels = {self.at(b, "channels"): self.channels(b, kept) for b, kept in kept.channels.items()}
+        if set(kept.query_dims) != set(kept.value_dims):
             raise PrunexError("query_dims and value_dims name different blocks: timm's layers have one width for both")
-        for b in asked.query_dims:
+        for b in kept.query_dims:
             self.check_dims(b, heads.get(self.at(b, "head widths")))
-        queries = {self.place[b]: dims for b, dims in asked.query_dims.items()}
-        values = {self.place[b]: dims for b, dims in asked.value_dims.items()}
-        embedding = None if asked.embedding is None else self.embedding(asked.embedding)
-        kept_blocks = None if asked.blocks is None else self.kept_blocks(asked.blocks)
+        queries = {self.place[b]: dims for b, dims in kept.query_dims.items()}
+        values = {self.place[b]: dims for b, dims in kept.value_dims.items()}
+        embedding = None if kept.embedding is None else self.embedding(kept.embedding)
+        kept_blocks = None if kept.blocks is None else self.kept_blocks(kept.blocks)
         return WidthSpec(heads, channels, queries, values, embedding, kept_blocks)
 
     def at(self, number: int, what: str) -> int:
@@ -257,7 +257,7 @@ class _Places:
         count = attn.num_heads if heads is None else len(heads)
         widths = set()
         for name in _PER_HEAD:
-            dims = getattr(self.asked, name)[number]
+            dims = getattr(self.kept, name)[number]
             if len(dims) != count:
                 raise PrunexError(f"{name} of block {number} has {len(dims)} lists for {count} heads: give one a head")
             for kept in dims:

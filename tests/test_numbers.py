@@ -290,6 +290,9 @@ def test_faithfulness(name, classes):
         wanted = [n for n in wanted if not n.startswith("perturbation")]
     for metric, values in scores(wanted, model, x, maps, labels, **more).items():
         flat = name in ("constant", "zero") and metric in UNDEFINED
+        if metric == "saco":  # in black images a patch of their mean colour changes nothing
+            assert values[2:].isnan().all()
+            values = values[:2]
         assert values.isnan().all() if flat else finite(values), metric
         assert not np.isinf(interval(metric, values).mean)
 

@@ -15,7 +15,7 @@ from prunex.relevance.walk import propagate, times
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import over_heads
-from prunex.vit.layouts import layout_of
+from prunex.vit.blocks import layout_of
 from prunex.vit.recording import Recording, attention_gradients, gradients, recording
 from prunex.vit.tape import Attended, Tape
 

@@ -17,10 +17,10 @@ from prunex.pruners.patch_slimming_search import Search, Slimming
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.aside import as_found
+from prunex.vit.blocks import layout_of
 from prunex.vit.decisions import Keep
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, resume
-from prunex.vit.layouts import layout_of
 from prunex.vit.positions import positions_of
 from prunex.vit.state import TokenState
 from prunex.vit.turns import Turn

@@ -17,7 +17,7 @@ from prunex.units.base import Scores, UnitOptions, UnitPruner
 from prunex.units.batches import mean_over_images
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.arithmetic import Arithmetic
-from prunex.vit.layouts import layout_of
+from prunex.vit.blocks import layout_of
 from prunex.vit.recording import gradients, recording
 from prunex.vit.tape import Tape
 from prunex.vit.units import Branch, blocks_of, last_layer

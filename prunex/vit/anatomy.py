@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.layouts import layout_of, unknown_part
+from prunex.vit.blocks import layout_of, unknown_part
 from prunex.vit.mount import mounted_head
 
 ViT = VisionTransformer | Eva | Beit

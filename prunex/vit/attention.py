@@ -1,8 +1,7 @@
 """What is computed inside one attention module, as functions of queries, keys and values.
 
 Shapes: q, k, v [B, H, N, d]; policy [B, N] with 1 for a token that is there and 0 for one that was dropped but still
-has a slot. Masking follows DynamicViT (arXiv 2106.02034, Eqs. 9-10): every query sees
-the tokens that are there, and itself.
+has a slot, which :mod:`prunex.vit.policy` masks.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from prunex.brief import Brief
+from prunex.vit import policy as masking
 from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention
 from prunex.vit.weights import is_plain, sizes
 
@@ -188,8 +188,7 @@ def matrix(
         scores = scores + relative.to(scores.dtype)
     seen = None
     if policy is not None:
-        own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
-        seen = (policy > 0)[:, None, None, :] | (own if queries is None else some(own, queries, 0))
+        seen = masking.seen(policy, queries)
     if keys is not None:
         scores = keys.on_scores(scores, seen)
     if seen is not None:
@@ -246,7 +245,7 @@ def _rows(
     scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
     if relative is not None:
         scores = scores + relative.to(scores.dtype)
-    there = None if policy is None else (policy > 0)[:, None, None, :]
+    there = None if policy is None else masking.present(policy)
     if keys is not None:
         scores = keys.on_scores(scores, there)
     if there is not None:

@@ -13,8 +13,8 @@ from prunex.brief import Brief
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
+from prunex.vit.blocks import layout_of
 from prunex.vit.blocks.plain import linear_macs
-from prunex.vit.layouts import layout_of
 from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import Backbone, blocks_of, branches, head_dim, tokens_in, unit_params
 

@@ -11,6 +11,7 @@ from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import AttentionRope, Eva, EvaBlockPostNorm
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from prunex.errors import PrunexError
@@ -167,6 +168,10 @@ def _windows(model: SwinTransformer) -> list[tuple[Any, ...]]:
 def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
     block = model.blocks[0]
     kind = next((n for n, c in BLOCKS.items() if isinstance(block, c)), None)
+    if kind is None and type(block).forward is not Block.forward:  # it would be built again as a plain one
+        raise PrunexError(
+            f"cannot save a model with {type(block).__name__} blocks: known are Block, {', '.join(BLOCKS)}"
+        )
     if kind == "ParallelScalingBlock":
         return _shared(model, a) | _scaling(block, a)
     if kind == "ParallelThingsBlock":

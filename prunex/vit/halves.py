@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from prunex.vit import attention
 from prunex.vit import policy as masking
 from prunex.vit.arithmetic import PLAIN, promoted, unknown_layer
+from prunex.vit.blocks import layout_of
 from prunex.vit.calls import hooked_within, inside
-from prunex.vit.layouts import layout_of
 from prunex.vit.packing import Packing
 from prunex.vit.recorder import Recorder
 from prunex.vit.state import TokenState

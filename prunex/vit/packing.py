@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.vit.arithmetic import fused_attention
+from prunex.vit.policy import present
 
 
 @dataclass(eq=False, repr=False)
@@ -59,6 +60,5 @@ class Packing(Brief):
             self.unpack(t.transpose(1, 2).flatten(2)).unflatten(2, (q.shape[1], -1)).transpose(1, 2) for t in (q, k, v)
         ]
         # Empty slots are asked for too, and thrown away: one large kernel beats many small ones on a GPU.
-        seen = (self.policy > 0)[:, None, None, :]
-        out = fused_attention(wide[0], wide[1], wide[2], seen)
+        out = fused_attention(wide[0], wide[1], wide[2], present(self.policy))
         return self.pack(out.transpose(1, 2).flatten(2)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)

@@ -1,4 +1,9 @@
-"""Attention where tokens are masked: the keys of absent ones are left out, in less memory than the matrix takes."""
+"""How a dropped token that still has a slot is masked: which keys each query sees, and fused attention over these.
+
+As in DynamicViT (arXiv 2106.02034, Eqs. 9-10) every query sees the tokens that are there, and itself. Who has the whole
+attention matrix takes :func:`seen`; :func:`under_policy` computes the same, with gradients for the policy, in less
+memory than that matrix takes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,18 @@ from torch import Tensor
 from prunex.vit.arithmetic import fused_attention
 
 _MOST = math.exp(40)
+
+
+def present(policy: Tensor) -> Tensor:
+    """Whose keys are there, bool [B, 1, 1, N], of a policy [B, N]."""
+    return (policy > 0)[:, None, None, :]
+
+
+def seen(policy: Tensor, queries: tuple[int, ...] | Tensor | None = None) -> Tensor:
+    """Which keys each query sees, bool [B, 1, m, N]; ``queries``: the positions of m of them, None: all N."""
+    places = torch.arange(policy.shape[1], device=policy.device)
+    at = places if queries is None else torch.as_tensor(queries, device=policy.device)
+    return present(policy) | (at[:, None] == places)
 
 
 def under_policy(

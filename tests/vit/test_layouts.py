@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import nn
 
 import prunex
 from prunex import PrunexError
-from prunex.vit import attention
+from prunex.vit import attention, blocks
 from prunex.vit.anatomy import read
 from prunex.vit.arithmetic import PLAIN
+from prunex.vit.blocks import LAYOUTS, layout_of
+from prunex.vit.blocks.plain import Layout
 from prunex.vit.decisions import Keep
 from prunex.vit.handover import Handed
-from prunex.vit.layouts import LAYOUTS, layout_of
 from prunex.vit.policy import under_policy
 from prunex.vit.readout import pool_attention
 from tests.vits import MORE_FAMILIES, OLD_TIMM, SIZES, images_for, largest, lively, tiny
@@ -220,3 +221,49 @@ def test_a_bias_that_timm_adds_in_another_place_is_refused():
         block.qkv_bias = torch.zeros(3 * 48)
     with pytest.raises(PrunexError, match="ParallelScalingBlock without qkv_bias, whose bias this timm misplaces"):
         prunex.attach(model, "topk")
+
+
+def test_no_kind_of_block_is_hidden_by_one_it_derives_from():
+    kinds = list(LAYOUTS)
+    hidden = [(k, before) for i, k in enumerate(kinds) for before in kinds[:i] if issubclass(k, before)]
+    assert not hidden
+
+
+class Halved(Block):
+    """A block of which nothing in prunex knows."""
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x)) / 2
+        return x + self.mlp(self.norm2(x)) / 2
+
+
+class HalvedLayout(Layout):
+    """All that has to be said of it."""
+
+    def end(self, block, branch, ops):
+        return super().end(block, branch, ops) / 2
+
+    def feed(self, block, x, ops):
+        return super().feed(block, x, ops) / 2
+
+    def output(self, block):
+        return super().output(block) / 2
+
+
+def test_another_block_is_supported_by_its_layout_alone(monkeypatch, tmp_path):
+    model = lively(VisionTransformer(**SIZES, block_fn=Halved)).double().eval()
+    with pytest.raises(PrunexError, match="Halved"):
+        read(model)
+    monkeypatch.setattr(blocks, "LAYOUTS", {Halved: HalvedLayout(), **LAYOUTS})
+    x = images_for(model)
+    dense = model(x).detach()
+    with prunex.attach(model, "evit", keep_ratio=0.5) as pruning:
+        removed = prunex.explain("tokentm", model, x)
+        pruning.masked = True
+        assert torch.allclose(prunex.explain("tokentm", model, x).maps, removed.maps)
+        pruning.masked = None
+        assert largest(model(x), dense) > 1e-3
+        # How such a model is built again is said elsewhere, and until then it is not saved as one of plain blocks.
+        with pytest.raises(PrunexError, match="Halved blocks"):
+            prunex.save(model, tmp_path / "saved")
+    assert model(x).equal(dense)

@@ -30,7 +30,7 @@ def given_normalisation(mean: Any, std: Any, channels: int | None = None) -> Pai
     if mean is None or std is None:
         raise PrunexError(f"mean={mean!r} and std={std!r} belong together: give both, or neither")
     try:
-        return _in_unit_range(_numbers("mean", mean, channels), _numbers("std", std, channels))
+        return _in_unit_range(numbers_of("mean", mean, channels), numbers_of("std", std, channels))
     except ValueError as error:
         raise PrunexError(f"mean={mean!r}, std={std!r} are not allowed ({error}): give one number a channel") from None
 
@@ -58,7 +58,7 @@ def read_normalisation(owners: Iterable[Any], channels: int, warn: Warn = warnin
                 continue
             if mean is None or std is None:
                 raise ValueError("one of the two is missing")
-            return _in_unit_range(_numbers("mean", mean, channels), _numbers("std", std, channels))
+            return _in_unit_range(numbers_of("mean", mean, channels), numbers_of("std", std, channels))
         except ValueError as error:
             warn(
                 f"mean and std of {kind} cannot be used, and the model's are: {error}; give mean= and std= to the "
@@ -116,7 +116,8 @@ def _value(owner: Any, name: str) -> Any:
         raise ValueError(f"{name} raises {type(error).__name__} ({' '.join(str(error).split())[:80]})") from error
 
 
-def _numbers(name: str, value: Any, channels: int | None) -> list[float]:
+def numbers_of(name: str, value: Any, channels: int | None) -> list[float]:
+    """A mean or std as finite numbers, one a channel where channels are known; a ValueError says what is wrong."""
     try:
         if isinstance(value, Tensor):
             value = value.detach().double().cpu().numpy()

@@ -79,12 +79,8 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> i
 
 def check_share(name: str, value: Any, zero: bool = False) -> float:
     """A number in (0, 1], or in [0, 1] where ``zero`` is a share too."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= 1
-        or (value == 0 and not zero)
-    ):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (value == 0 and not zero):
         raise PrunexError(f"{name}={value!r} is not allowed: give a number in {'[' if zero else '('}0, 1]")
     return float(value)
 

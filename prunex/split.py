@@ -23,7 +23,7 @@ from prunex.units.base import UnitPruner
 from prunex.units.batches import labelled_batches, undisturbed
 from prunex.vit.anatomy import ViT, find
 from prunex.vit.cost import tally
-from prunex.vit.mount import TOKENS, UNITS, mounted, mounted_units
+from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import branches
 
 
@@ -143,11 +143,9 @@ def search_split(
     ([0.0, 0.5], 'magnitude')
     """
     vit: ViT = find(model, path)[1]
-    for name in (TOKENS, UNITS):
-        if mounted(vit, name) is not None:
-            raise PrunexError(
-                f"{type(vit).__name__} is pruned already by {mounted(vit, name).method}: detach() it first"
-            )
+    for attached in (mounted(vit), mounted_units(vit)):
+        if attached is not None:
+            raise PrunexError(f"{type(vit).__name__} is pruned already by {attached.method}: detach() it first")
     _check_methods(token_method, unit_method)
     tokens, units = {"method": token_method, **(token_options or {})}, {"method": unit_method, **(unit_options or {})}
     for options, whose in ((tokens, "token_options"), (units, "unit_options")):

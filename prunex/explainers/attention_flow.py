@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
@@ -76,8 +76,8 @@ def attention_flow(
     >>> prunex.explain("attention_flow", model, torch.randn(2, 3, 64, 64)).maps.shape
     torch.Size([2, 4, 4])
     """
-    _check_count("scale", scale, 1_000, 1_000_000_000)
-    _check_count("max_tokens", max_tokens, 1, None)
+    check_whole("scale", scale, 1_000, 1_000_000_000)
+    check_whole("max_tokens", max_tokens, 1)
     start = check_layer(start_layer, len(model.blocks))
     _check_cost(own_anatomy(model), images, start, max_tokens)
     tape = Tape(attention=True, reduce=over_heads)
@@ -157,16 +157,10 @@ def build(
     start: int,
     scale: int,
 ) -> Network | None:
-    """One image's network, from the input tokens up; None where attention is not finite.
+    """One image's network, from the input tokens up, of a tape with head-mean attention; None where that is not finite.
 
-    Args:
-        steps: Of a tape with head-mean attention [B, n, n].
-        image: Which image of the batch.
-        readout: [n_last], the source's capacities.
-        prefix: Number of prefix tokens.
-        tokens: Number of input tokens, prefix included.
-        start: First block included; earlier ones pass everything through, and stages before it still count.
-        scale: Integer steps of a capacity of 1.
+    ``readout`` [n_last] are the source's capacities. Blocks before ``start`` pass everything through, and stages there
+    still count.
     """
     nodes, count = np.arange(tokens), tokens  # the node of each token that is there, -1 for a slot that holds none
     top = max((s.block for s in steps if isinstance(s, Attended)), default=start)
@@ -263,12 +257,6 @@ def _report(at_bound: list[NDArray[np.bool_]]) -> None:
         )
     else:
         log.info("attention_flow: %.1f %% of the patches are at the bound min(1, c_j)", 100 * every.mean())
-
-
-def _check_count(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f"of {low:,} or more" if high is None else f"in {low:,}..{high:,}"
-        raise PrunexError(f"{name}={value!r} is not allowed: give an integer {allowed}")
 
 
 def _check_cost(anatomy: Anatomy, images: Tensor, start: int, most: int) -> None:

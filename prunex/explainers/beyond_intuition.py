@@ -91,7 +91,7 @@ def beyond_intuition(
 
 def _check_start(value: Any, depth: int) -> int:
     """A block counted from 1, as the authors count."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= depth:
+    if type(value) is not int or not 1 <= value <= depth:
         raise PrunexError(
             f"start_layer={value!r} is not allowed: blocks count from 1 here (1 takes all), this model has 1..{depth}"
         )

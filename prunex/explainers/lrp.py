@@ -83,8 +83,7 @@ def lrp(
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         one_hot = recorded.one_hot()
-        if isinstance(ops, RelevanceRules):
-            ops.relevance = True
+        ops.relevance = True
         tokens, pixels = gradients(recorded.logits, [recorded.embedded, images], one_hot)
         # These give gradients, to be multiplied; the rules give relevance itself.
         if isinstance(ops, ModifiedGradients):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.checks import check_number, check_whole
-from prunex.errors import PrunexError
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import features, features_tape
@@ -73,9 +72,9 @@ def vit_cx(
     layer = check_layer(layer, len(model.blocks))
     distance, noise = check_number("distance", distance, 0, 1), check_number("noise", noise, 0)
     check_whole("chunk", chunk, 1)
-    _check_count("seed", seed, 0)
+    check_whole("seed", seed, 0, 2**63 - 1)
     if max_masks is not None:
-        _check_count("max_masks", max_masks, 1)
+        check_whole("max_masks", max_masks, 1)
     selection = check_selection(selection)
     with recording(model, images, target, features_tape(layer, gradients=False), needs_class=True) as recorded:
         seen = features(recorded, layer)
@@ -101,17 +100,8 @@ def vit_cx(
         return answer(recorded, _patch_means(raw, patch, recorded.trace.grid).flatten(1), raw, fine=raw)
 
 
-def _check_count(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-        raise PrunexError(f"{name}={value!r} is not allowed: give an integer of at least {low}")
-
-
 def channel_masks(activation: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel of [B, n, D] scaled to 0..1 over the tokens that are there, bool [B, n].
-
-    Returns:
-        Masks [B, D, n], 0 where no token is; and which channels are not constant (beyond rounding): bool [B, D].
-    """
+    """Each channel of [B, n, D] scaled to 0..1 over the present tokens, [B, D, n], and which vary, bool [B, D]."""
     gone = ~present.unsqueeze(2)
     low = activation.masked_fill(gone, float("inf")).amin(1, keepdim=True)
     high = activation.masked_fill(gone, float("-inf")).amax(1, keepdim=True)
@@ -121,13 +111,10 @@ def channel_masks(activation: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clusters(masks: Tensor, distance: float, most: int | None = None) -> Tensor:
-    """Complete-linkage clusters of masks [D, n], none of them all 0, by cosine distance.
+    """Complete-linkage clusters of masks [D, n] by cosine distance, int64 [D], numbered in the order of first masks.
 
     Masks of one cluster are nearer than ``distance`` to each other, which gives way where there would be more than
     ``most``.
-
-    Returns:
-        int64 [D], the cluster of each mask, numbered in the order of their first masks.
     """
     from sklearn.cluster import AgglomerativeClustering
 
@@ -147,15 +134,7 @@ def clusters(masks: Tensor, distance: float, most: int | None = None) -> Tensor:
 
 
 def cluster_masks(masks: Tensor, lively: Tensor, present: Tensor, distance: float, most: int | None) -> Tensor:
-    """One image's K cluster masks on the patch grid, [K, gh, gw]: sums, not scaled yet.
-
-    Args:
-        masks: [D, gh, gw].
-        lively: bool [D]: which of them count. Without any, one mask of all patches is the answer.
-        present: [gh, gw], 1 for patches that have a token.
-        distance: See :func:`clusters`.
-        most: See :func:`clusters`.
-    """
+    """One image's K cluster masks, [K, gh, gw]: sums of the lively ones of [D, gh, gw], not scaled yet."""
     masks = masks[lively]
     if not len(masks):
         return present[None]
@@ -164,10 +143,7 @@ def cluster_masks(masks: Tensor, lively: Tensor, present: Tensor, distance: floa
 
 
 def enlarged(masks: Tensor, patch: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Masks on the patch grid at pixel size, each scaled to 0..1: [T, gh, gw] to [T, H, W].
-
-    Pixels beyond the grid, which the model never sees, are 0; a constant mask stays as it is.
-    """
+    """Masks on the patch grid at pixel size, each scaled to 0..1: [T, gh, gw] to [T, H, W]; 0 beyond the grid."""
     whole = (masks.shape[1] * patch[0], masks.shape[2] * patch[1])
     fine = F.interpolate(masks[:, None], size=whole, mode="bilinear", align_corners=False)[:, 0]
     height, width = (min(a, b) for a, b in zip(whole, size, strict=True))
@@ -189,21 +165,11 @@ def causal_saliency(
     seed: int,
     chunk: int,
 ) -> Tensor:
-    """Every mask's causal score, spread over its pixels with the coverage divided out.
+    """Every mask's causal score, spread over its pixels with the coverage divided out, [B, H, W].
 
-    Args:
-        images: [B, C, H, W].
-        masks: For each image [K, gh, gw].
-        clean: float [B], the class's probability for the images as they are.
-        probability: From masked images [t, C, H, W] and the number int64 [t] of the image each is made of, to the
-            probability [t] of that image's class.
-        patch: Patch size in pixels.
-        noise: Standard deviation.
-        seed: Of each image's noise.
-        chunk: Masked images a forward.
-
-    Returns:
-        [B, H, W] in the type of ``clean``.
+    Of images [B, C, H, W] and ``masks`` [K, gh, gw] an image. ``clean`` [B] is the class's probability for the images
+    as they are, ``probability`` makes it [t] of masked images [t, C, H, W] and the number int64 [t] of the image each
+    is made of.
     """
     device, size = images.device, (images.shape[2], images.shape[3])
     # Masks of all images in one row, so that forwards are always full.

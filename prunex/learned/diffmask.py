@@ -18,6 +18,7 @@ from prunex.checks import check_flag, check_index, check_number, check_whole
 from prunex.errors import PrunexError
 from prunex.learned.folder import CONFIG, WEIGHTS, Beside, load_into, quietly, read_folder
 from prunex.vit.anatomy import ViT
+from prunex.vit.arithmetic import promoted
 from prunex.vit.embedding import embed_patches, place, unplace
 from prunex.vit.forward import begin, look_ahead, resume
 from prunex.vit.handover import Handed
@@ -81,8 +82,8 @@ class MaskGates(nn.Module):
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Logits of the first K gates, float32 (or 64) [B, K, n], for K hidden states [B, n, D]."""
-        found = [gate(states[0], h) for gate, h in zip(self.gates, states, strict=False)]
-        return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in found], 1)
+        logits = [gate(states[0], h) for gate, h in zip(self.gates, states, strict=False)]
+        return torch.stack([promoted(x) for x in logits], 1)
 
 
 def log_keep(logits: Tensor) -> Tensor:
@@ -120,10 +121,10 @@ def blocks_before(layer: int) -> int:
 def hidden_states(
     model: ViT, state: TokenState, layer: int, index: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """The patches' rows of h_0 .. h_layer for tokens x entering the first block: layer + 1 of [B, n, D].
+    """The patches' rows of h_0 .. h_layer for a state entering the first block: layer + 1 of [B, n, D].
 
-    Returned beside them: the stream [B, N, D] where the pass ended. Policy and keys of the state count, its trace
-    tells the grid of all patches; ``index`` int64 [B, n] says which these are. A pruner on the model is not asked.
+    Beside them the stream [B, N, D] where the pass ended. ``index`` int64 [B, n] says which patches of the trace's grid
+    these are. A pruner on the model is not asked.
     """
     x, grid, anatomy = state.tokens, state.trace.grid, state.anatomy
     places = None if index is None else Places(index, grid)
@@ -183,7 +184,7 @@ class Terms(Brief):
     divergence: Tensor
     log_keep: Tensor
     wanted: Tensor
-    told: Tensor
+    masked: Tensor
 
     def loss(self, alpha: Tensor, eps: float) -> Tensor:
         """mean_b[alpha (KL - eps)] + mean_{b,p} c_k: gates and placeholder descend on it, alpha ascends."""
@@ -258,29 +259,24 @@ class DiffMaskExplainer(Beside):
     def terms(self, images: Tensor, layer: int, generator: torch.Generator | None = None) -> Terms:
         """What the loss is made of, for one sample of the votes 0..layer."""
         seen = self.observe(images, layer)
-        told = self.masked(seen, sample(seen.gates, generator).prod(1))
-        return Terms(divergence(seen.logits, told), log_keep(seen.gates).sum(1), seen.logits, told)
+        masked = self.masked(seen, sample(seen.gates, generator).prod(1))
+        return Terms(divergence(seen.logits, masked), log_keep(seen.gates).sum(1), seen.logits, masked)
 
     def described(self) -> dict[str, Any]:
         """The gates."""
         return {"gates": self.gates.settings}
 
 
-def divergence(wanted: Tensor, told: Tensor) -> Tensor:
+def divergence(wanted: Tensor, masked: Tensor) -> Tensor:
     """KL(wanted || masked) [B] of classes from logits [B, C], in at least float32; of two outcomes for one logit."""
     if wanted.shape[1] == 1:
-        wanted, told = (torch.cat([x, torch.zeros_like(x)], 1) for x in (wanted, told))
-    wide = torch.promote_types(told.dtype, torch.float32)
-    told, wanted = told.to(wide).log_softmax(1), wanted.to(wide).log_softmax(1)
-    return F.kl_div(told, wanted, reduction="none", log_target=True).sum(1)
+        wanted, masked = (torch.cat([x, torch.zeros_like(x)], 1) for x in (wanted, masked))
+    masked, wanted = promoted(masked).log_softmax(1), promoted(wanted).log_softmax(1)
+    return F.kl_div(masked, wanted, reduction="none", log_target=True).sum(1)
 
 
 def load_explainer(path: str | Path) -> DiffMaskExplainer:
-    """A saved explainer again, in eval mode, from its folder or the ``model.safetensors`` in it.
-
-    Raises:
-        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
-    """
+    """A saved explainer again, in eval mode, from its folder or the ``model.safetensors`` in it; or refused."""
     spec, tensors, folder = read_folder(path, KIND, "model")
     gates = build_gates(spec.get("gates"), folder, gate_tensors(tensors))
     with quietly():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunex.attributes import numbers_of
 from prunex.errors import PrunexError
 
 PAINTS = ("black", "grey", "mean", "blur")
@@ -47,16 +48,12 @@ def normalisation(model: Any, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     for name, value in (("mean", mean), ("std", std)):
         if value is None:
             value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-        # Whatever a config holds is tried: what is no list of numbers is refused below, by name.
         try:
-            numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
-        except (TypeError, ValueError, RuntimeError):
-            numbers = torch.zeros(0)
-        fits = len(numbers) in (1, channels) and bool(numbers.isfinite().all())
-        if not fits or (name == "std" and bool((numbers <= 0).any())):
+            numbers = numbers_of(name, value, channels)
+        except ValueError:  # whatever a config holds
             raise PrunexError(
                 f"{name}={value!r} is not allowed: removal='black' paints 0 before normalisation and needs its {name}, "
                 f"{channels} numbers{' above 0' * (name == 'std')}, from you or the model's pretrained_cfg"
-            )
-        columns.append(numbers.expand(channels).reshape(-1, 1, 1))
+            ) from None
+        columns.append(torch.tensor(numbers, dtype=torch.float64).reshape(-1, 1, 1))
     return columns[0], columns[1]

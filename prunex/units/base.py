@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class UnitPruner(nn.Module):
     """A module that says which heads and MLP channels are worth their multiply-adds; it never touches them itself.
 
     Whatever the criterion, it ends in one boolean a unit, ``open``, chosen so that the model costs what the budget
-    allows; :meth:`widths` tells them as a :class:`~prunex.vit.widths.WidthSpec`. Until then all units are open and the
-    model computes what the dense one does. Options of all: :class:`UnitOptions`.
+    allows. Until then all units are open and the model computes what the dense one does. Options of all:
+    :class:`UnitOptions`.
     """
 
     name = ""
@@ -51,27 +51,18 @@ class UnitPruner(nn.Module):
     decided: Tensor
     removed: Tensor
 
-    def __init__(
-        self,
-        branches: Sequence[Branch],
-        classes: int,
-        budget: float | str = 0.5,
-        min_heads: int = 1,
-        min_channels: int = 8,
-        round_to: int = 1,
-    ) -> None:
+    def __init__(self, branches: Sequence[Branch], classes: int, **shared: Unpack[UnitOptions]) -> None:
         super().__init__()
-        check_budget(budget)
+        self.options: dict[str, Any] = {**self.handed_on, **shared}
+        check_budget(self.options["budget"])
         self.branches = tuple(branches)
         self.classes = classes
         self._allowed: float | None = None
         self.least = {
-            "heads": check_whole("min_heads", min_heads, 0),
-            "channels": check_whole("min_channels", min_channels, 0),
+            "heads": check_whole("min_heads", self.options["min_heads"], 0),
+            "channels": check_whole("min_channels", self.options["min_channels"], 0),
         }
-        self.round_to = check_whole("round_to", round_to, 1)
-        self.options: dict[str, Any] = {"budget": budget, "min_heads": min_heads, "min_channels": min_channels}
-        self.options["round_to"] = round_to
+        self.round_to = check_whole("round_to", self.options["round_to"], 1)
         for b in self.branches:
             self.register_buffer(slot("open", b.key), torch.ones(b.units, dtype=torch.bool))
         self.register_buffer("decided", torch.tensor(False))
@@ -110,9 +101,9 @@ class UnitPruner(nn.Module):
         return self.get_buffer(slot("open", key))
 
     def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
-        """What the branch's units are multiplied by in the coming forward: [units * width] or [B, units * width].
+        """What the branch's units are multiplied by in the coming forward, as for ``put_gates``; None: all are open.
 
-        None leaves all open. ``labels`` are the images' classes in a training forward that knows them.
+        ``labels`` are the images' classes in a training forward that knows them.
         """
         if key not in self._left:
             return None
@@ -175,11 +166,7 @@ class UnitPruner(nn.Module):
         return sum(int(self.open(b.key).sum()) * b.macs for b in self.branches)
 
     def aim(self, full: int, dense: int) -> float:
-        """What units may cost in a model that costs ``full`` with all units, and ``dense`` with all tokens too.
-
-        Raises:
-            OutOfReach: Where the budget cannot be met even with the fewest units.
-        """
+        """What units may cost in a model that costs ``full`` with all units, and ``dense`` with all tokens too."""
         rest = full - self.prunable()
         budget = self.options["budget"]
         allowed = check_budget(budget, dense)
@@ -195,9 +182,7 @@ class UnitPruner(nn.Module):
     def decide(self, scores: Mapping[str, Tensor], allowed: float | None = None) -> None:
         """Open the units of the highest scores (by branch, float [units]), as many as the budget allows.
 
-        One threshold counts for all units. Methods whose scores say nothing across branches have each branch's mean
-        made 1 first; those of the others are loss per unit and are divided by what the unit costs. Ties go to the lower
-        number.
+        One threshold counts for all units; ties go to the lower number. See :meth:`level` for how scores compare.
         """
         allowed = self.allowed if allowed is None else allowed
         for b in self.branches:
@@ -218,10 +203,7 @@ class UnitPruner(nn.Module):
         self.keep(wanted, levels)
 
     def _fill(self, wanted: dict[str, Tensor], levels: Mapping[str, Tensor], allowed: float) -> None:
-        """Where a head, or equal scores, did not fit any more: the next best units that do.
-
-        Channels come in whole multiples of ``round_to``.
-        """
+        """Open the next best units that still fit, channels in whole multiples of ``round_to``."""
         room = allowed - self._cost(wanted, levels)
         steps = []
         for i, b in enumerate(self.branches):
@@ -252,7 +234,7 @@ class UnitPruner(nn.Module):
         self._allowed = allowed
 
     def level(self, branch: Branch, score: Tensor) -> Tensor:
-        """Scores as they compare across branches, float64 on the CPU."""
+        """Scores as they compare across branches, float64 on the CPU: over the branch's mean, or over a unit's cost."""
         score = score.detach().cpu().double()
         if not self.within:
             return score / branch.macs

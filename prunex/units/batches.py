@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from prunex.batches import parts
 from prunex.errors import PrunexError
 from prunex.units.base import Scores, UnitPruner
-from prunex.vit.anatomy import check_images, read
+from prunex.vit.anatomy import check_images, check_values, read
 from prunex.vit.aside import as_found
 from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.readout import outputs
+from prunex.vit.recording import check_made_outside
 from prunex.vit.surroundings import follow
 
 P = TypeVar("P", bound=UnitPruner)
@@ -28,12 +29,8 @@ def labelled_batches(source: Any, model: Any) -> Iterator[Batch]:
     """Batches of images, and labels int64 [B] or None, checked, on the model's device and in its dtype.
 
     The source is a data loader or any iterable of batches as :func:`prunex.batches.parts` reads them, or one such
-    batch. All batches have labels, or none has; labels that are no class indices (scores of classes, as mixing images
-    makes them) count as none, with a warning.
-
-    Raises:
-        PrunexError: For something that holds no images, images that the model cannot take, labels that do not fit them
-            or run out of the model's classes, several tensors that may be meant, or batches with and without labels.
+    batch. All have labels, or none has; labels that are no class indices (scores of classes) count as none, with a
+    warning.
     """
     weight, classes = next(model.parameters()), outputs(model)
     labelled, seen = None, 0
@@ -101,23 +98,17 @@ def _check_images(model: Any, images: Tensor) -> None:
     wanted = [embed.proj.in_channels, *embed.img_size]
     if list(images.shape[1:]) != wanted or len(images) == 0:
         raise PrunexError(f"images have shape {list(images.shape)}: this model takes {['B', *wanted]}, B at least 1")
-    if not torch.isfinite(images).all():
-        raise PrunexError("images hold NaN or infinite values: clean them first")
+    check_values(images)
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Look at a model in eval mode and full view of autograd, outside autocast; give all back as it was.
 
-    Train flags, the caller's grad mode and random state (a shuffling loader draws from it), and what the token pruner's
-    last forward left are restored whatever is raised. Nothing is accumulated into ``.grad`` as long as only activations
-    are differentiated. Weights that cannot be differentiated through are refused.
+    Train flags, grad mode and random state (a shuffling loader draws from it), and what the token pruner's last forward
+    left. Nothing is accumulated into ``.grad`` as long as only activations are differentiated.
     """
-    if any(p.is_inference() for p in model.parameters()):
-        raise PrunexError(
-            "the model's weights were made under torch.inference_mode, and nothing can be differentiated through them: "
-            "build or load the model outside of it"
-        )
+    check_made_outside(model, "score units by magnitude or random")
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     tokens: Any = mounted(model)

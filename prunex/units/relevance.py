@@ -48,8 +48,6 @@ class Relevance(UnitPruner):
     from the logit, so images of larger logits count more. Scores compare across branches: relevance per multiply-add.
 
     Args:
-        branches: Of the model.
-        classes: Outputs of the head.
         rule: "zplus" or "attnlrp", see :func:`prunex.explainers.lrp`.
         within: Compare within branches alone: each branch's mean score is made 1, and multiply-adds do not count.
         **shared: See :class:`~prunex.units.base.UnitOptions`.
@@ -101,8 +99,7 @@ class Relevance(UnitPruner):
     def relevance(self, model: Any, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """Signed relevance of each unit at each token for classes int64 [B] (None: predicted), by branch [B, n, units].
 
-        In the last block only tokens that the head reads have any; where those are known beforehand, n counts them
-        alone.
+        In the last block n counts the tokens that the head reads alone, where these are known beforehand.
         """
         watched: dict[nn.Module, str] = {last_layer(model.get_submodule(b.path), b.kind): b.key for b in self.branches}
         ops = _Rules(watched) if self.rule == "zplus" else _Gradients(watched)
@@ -112,8 +109,7 @@ class Relevance(UnitPruner):
         try:
             with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
                 one_hot = recorded.one_hot()
-                if isinstance(ops, RelevanceRules):
-                    ops.relevance = True
+                ops.relevance = True
                 arrived = gradients(recorded.logits, list(ops.seen.values()), one_hot)
                 relevance = dict(zip(ops.seen, arrived, strict=True))
             seen = {key: x.detach() for key, x in ops.seen.items()}

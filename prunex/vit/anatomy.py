@@ -261,11 +261,18 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
         )
     if a.dynamic and not a.pads and (shape[2] % a.patch[0] or shape[3] % a.patch[1]):
         raise PrunexError(f"images are {shape[2]} x {shape[3]} pixels: give multiples of the patch size {a.patch}")
-    if not torch.compiler.is_compiling():
-        if shape[0] == 0:
-            raise PrunexError(f"images are an empty batch {shape}: give at least one image")
-        if values and images.is_meta:
-            raise PrunexError("images are on the meta device, which holds no values: give them on the CPU or a GPU")
-        if values and not torch.isfinite(images).all():
-            bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")
+    if torch.compiler.is_compiling():
+        return
+    if shape[0] == 0:
+        raise PrunexError(f"images are an empty batch {shape}: give at least one image")
+    if values:
+        check_values(images)
+
+
+def check_values(images: Tensor) -> None:
+    """Refuse images that hold no values, or NaN; this waits for the device."""
+    if images.is_meta:
+        raise PrunexError("images are on the meta device, which holds no values: give them on the CPU or a GPU")
+    if not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunex.brief import Brief
+from prunex.checks import check_index, check_whole
 from prunex.errors import PrunexError, Unreached
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.arithmetic import promoted
@@ -127,12 +128,8 @@ def recording(
     ``precise``: run the forward outside the caller's autocast too. Train flags, the last training forward and the
     caller's grad mode are left as they were.
     """
-    if tape.gradients and any(p.is_inference() for p in model.parameters()):
-        raise PrunexError(
-            "the model's weights were made under torch.inference_mode, and nothing can be differentiated through them: "
-            "build or load the model outside of it, or use rollout"
-        )
     if tape.gradients:
+        check_made_outside(model, "use rollout")
         check_gradients(model, "rollout")
     device = images.device.type
     with (
@@ -156,6 +153,15 @@ def recording(
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             yield Recording(model, tape, state, chosen, size, autocast, needs_class)
+
+
+def check_made_outside(model: nn.Module, instead: str) -> None:
+    """Refuse weights that no graph can hold, and say what to do instead."""
+    if any(p.is_inference() for p in model.parameters()):
+        raise PrunexError(
+            "the model's weights were made under torch.inference_mode, and nothing can be differentiated through them: "
+            f"build or load the model outside of it, or {instead}"
+        )
 
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
@@ -220,8 +226,8 @@ def widened(model: ViT, images: Tensor) -> tuple[ViT, Tensor]:
 
 def check_chunk(value: Any) -> None:
     """Refuse anything but a number of sequences that go through the model at once, or None for what is fastest."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise PrunexError(f"chunk={value!r} is not allowed: give the number of sequences in one forward, at least 1")
+    if value is not None:
+        check_whole("chunk", value, 1)
 
 
 def sequences(chunk: int | None, tokens: Tensor, most: int = 64, graph: bool = False) -> int:
@@ -240,11 +246,7 @@ def sequences(chunk: int | None, tokens: Tensor, most: int = 64, graph: bool = F
 
 def check_layer(value: Any, depth: int) -> int:
     """A block index in 0..depth-1, counted from the end when negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or not -depth <= value < depth:
-        raise PrunexError(
-            f"layer {value!r} does not exist: this model has blocks 0..{depth - 1} (or negative from the end)"
-        )
-    return value % depth
+    return check_index("layer", value, depth, f"this model has blocks 0..{depth - 1}")
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:

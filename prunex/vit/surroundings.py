@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
-from prunex.vit.anatomy import ViT, head_classes
+from prunex.vit.anatomy import ViT, check_values, head_classes
 from prunex.vit.aside import as_found
 from prunex.vit.forward import predict
 from prunex.vit.mount import mounted
@@ -144,10 +144,7 @@ def _batch(images: Any) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         what = f"shape {list(images.shape)}" if isinstance(images, Tensor) else f"type {type(images).__name__}"
         raise PrunexError(f"images have {what}: give a tensor [B, C, H, W] of at least one image")
-    if images.is_meta:
-        raise PrunexError("images are on the meta device, which holds no values: give them on the CPU or a GPU")
-    if images.is_floating_point() and not torch.isfinite(images).all():
-        raise PrunexError("images hold NaN or infinite values: clean them first")
+    check_values(images)
     return images.detach()
 
 

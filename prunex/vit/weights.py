@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.aside import as_found
-from prunex.vit.mount import TOKENS, UNITS
+from prunex.vit.mount import mounted, mounted_units
 
 # Under which names timm's ViTs and Swins hold linear layers.
 _SLOTS = (
@@ -110,8 +110,12 @@ def is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Line
 
 def _holds_plain(layer: nn.Module) -> bool:
     """Whether weight and bias are parameters of ordinary numbers, not computed from others and not packed."""
-    own = layer._parameters
-    return own.get("weight") is not None and "bias" in own and all(p is None or _ordinary(p) for p in own.values())
+    parameters = layer._parameters
+    return (
+        parameters.get("weight") is not None
+        and "bias" in parameters
+        and all(p is None or _ordinary(p) for p in parameters.values())
+    )
 
 
 def _ordinary(tensor: Tensor) -> bool:
@@ -270,7 +274,7 @@ def wrapped_layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.M
     """Layers of a timm model that stand where linear ones do and are not plain: path, parent, name there, layer."""
     for name, child in model.named_children():
         if not stands_for_linear(child, name):
-            if name not in (TOKENS, UNITS):
+            if child not in (mounted(model), mounted_units(model)):
                 yield from wrapped_layers(child, f"{path}{name}.")
         elif not is_plain(child):
             yield path + name, model, name, child
@@ -322,11 +326,12 @@ def copy_of(model: nn.Module) -> Any:
 
 def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """Names that one side alone has, or whose tensors differ in shape or in whether they are whole numbers."""
-    one_sided = wanted.keys() ^ given.keys()
-    both = wanted.keys() & given.keys()
-    shapes = {k for k in both if wanted[k].shape != given[k].shape}
-    kinds = {k for k in both if wanted[k].is_floating_point() != given[k].is_floating_point()}
-    return sorted(one_sided | shapes | kinds)
+    names = wanted.keys() ^ given.keys()
+    for name in wanted.keys() & given.keys():
+        a, b = wanted[name], given[name]
+        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+            names.add(name)
+    return sorted(names)
 
 
 def _plain(layer: nn.Module) -> nn.Linear:

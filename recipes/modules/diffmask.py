@@ -137,14 +137,14 @@ class DiffMask(ExplainerTraining):
         with torch.no_grad():
             # The multiplier ascends without end while a layer cannot meet eps.
             alpha.clamp_(0, MOST)
-            agreement = _agreement(terms.wanted, terms.told)
+            agreement = _agreement(terms.wanted, terms.masked)
             l0 = terms.log_keep.exp().mean()
             for running, now in ((self.running_agreement, agreement), (self.running_l0, l0)):
                 running[layer] = DECAY * running[layer] + (1 - DECAY) * now
             self.draws[layer] += 1
         metrics = {"train_kl": terms.divergence.mean(), "train_l0": l0, "train_alpha": alpha}
         for name, value in metrics.items():
-            self.log(name, value.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(terms.told))
+            self.log(name, value.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(terms.masked))
 
     def _evaluate(self, stage: str, images: Tensor) -> None:
         with torch.no_grad():

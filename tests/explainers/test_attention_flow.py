@@ -392,11 +392,11 @@ def test_tokens_of_a_dynamic_model_are_counted_from_its_images():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"scale": 999}, "scale=999 is not allowed: give an integer in 1,000..1,000,000,000"),
-        ({"scale": 2 * 10**9}, "give an integer in"),
+        ({"scale": 999}, r"scale=999 is not allowed: give a whole number in 1000\.\.1000000000"),
+        ({"scale": 2 * 10**9}, "give a whole number in"),
         ({"scale": 1e6}, "scale=1000000.0"),
         ({"scale": True}, "scale=True"),
-        ({"max_tokens": 0}, "max_tokens=0 is not allowed: give an integer of 1 or more"),
+        ({"max_tokens": 0}, "max_tokens=0 is not allowed: give a whole number of at least 1"),
         ({"max_tokens": None}, "max_tokens=None"),
         ({"start_layer": 4}, r"0\.\.3"),
         ({"start_layer": 1.0}, r"0\.\.3"),

@@ -64,11 +64,11 @@ def test_open_gates_change_nothing_and_closed_ones_show_nothing(family):
     layer = found.layers - 1
     with torch.no_grad():
         terms = found.terms(a, layer)
-        assert largest(terms.told, model(a)) < 1e-5
+        assert largest(terms.masked, model(a)) < 1e-5
         assert float(terms.divergence.abs().max()) < 1e-8
         assert float(terms.log_keep.exp().min()) > 1 - 1e-9
         force(found, -50.0)
-        closed = [found.terms(x, layer).told for x in (a, b)]
+        closed = [found.terms(x, layer).masked for x in (a, b)]
         assert largest(*closed) < 1e-5
         assert relative(closed[0], model(a)) > 1e-3
 
@@ -166,7 +166,7 @@ def test_gates_votes_and_loss_are_those_of_a_slow_walk(family):
                 size.append(sum(expected[b * p : (b + 1) * p]) / p)
             terms = found.terms(x, k, torch.Generator().manual_seed(7))
             assert largest(terms.log_keep.flatten(), torch.tensor(expected, dtype=torch.float64)) < 1e-10
-            assert largest(terms.told, told) < 1e-9
+            assert largest(terms.masked, told) < 1e-9
             assert largest(terms.divergence, torch.tensor(kl, dtype=torch.float64)) < 1e-9
             wanted = sum(7.0 * (kl[b] - 0.1) + size[b] for b in range(2)) / 2
             assert float(terms.loss(torch.tensor(7.0), 0.1)) == pytest.approx(wanted, abs=1e-9)

@@ -306,7 +306,7 @@ def test_grad_modes_training_and_half_precision(kind, mode):
     [
         ({"kind": "token"}, "unknown kind 'token': did you mean 'tokens'"),
         ({"kind": None}, "unknown kind None"),
-        ({"layer": 4}, r"layer 4 does not exist: this model has blocks 0\.\.3"),
+        ({"layer": 4}, r"layer=4 does not exist: this model has blocks 0\.\.3"),
         ({"layer": 1.0}, "does not exist"),
         ({"layer": True}, "does not exist"),
     ],

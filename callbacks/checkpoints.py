@@ -19,9 +19,10 @@ from prunex.callbacks.layers import put_round
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.handles.base import MARK
+from prunex.handles.heads import Head
 from prunex.handles.tokens import Pruning
 from prunex.handles.units import UnitPruning
-from prunex.vit.mount import TOKENS, UNITS, mounted, mounted_units
+from prunex.vit.mount import HEAD, TOKENS, UNITS, mounted, mounted_head, mounted_units
 
 LAST = "last.ckpt"
 CHECKPOINT_KEY = "prunex"
@@ -69,6 +70,8 @@ def _entries(part: nn.Module) -> dict[str, dict[str, Any]]:
         entries[TOKENS] = {"pruning": tokens.spec, "progress": tokens.progress}
     if mounted_units(part) is not None:
         entries[UNITS] = {"units": UnitPruning(part).spec}
+    if mounted_head(part) is not None:
+        entries[HEAD] = {"head": Head(part).spec}
     return entries
 
 
@@ -206,16 +209,16 @@ def load_from_checkpoint(
     checkpoint = read_checkpoint(path, map_location)
     if told(checkpoint) is None:
         raise PrunexError(
-            f"{path} was trained with neither TokenPruning nor MaskPruning: use "
+            f"{path} was trained with none of TokenPruning, MaskPruning and ExplainableHead: use "
             f"{module_class.__name__}.load_from_checkpoint"
         )
     return restore(module_class, checkpoint, path, **arguments)
 
 
 def told(checkpoint: Any) -> dict[str, Any] | None:
-    """What TokenPruning and MaskPruning wrote into a checkpoint; None where neither did."""
+    """What prunex's callbacks wrote into a checkpoint of how its model is pruned, or explains itself, or None."""
     entry = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
-    return entry if isinstance(entry, dict) and ("pruning" in entry or "units" in entry) else None
+    return entry if isinstance(entry, dict) and {"pruning", "units", "head"} & set(entry) else None
 
 
 def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **arguments: Any) -> LightningModule:
@@ -242,9 +245,9 @@ def _restored(
     module = module_class(**_arguments(module_class, checkpoint, arguments))
     module.configure_model()
     # Units first: tokens may be ranked by the attention of heads that are left.
-    for name in ("units", "pruning"):
-        spec, vit = (entry or {}).get(name), (entry or {}).get("path")
-        if spec and prunex.attached(module, vit, units=name == "units") is None:  # type: ignore[call-overload]
+    for name in ("units", "pruning", "head"):
+        spec, vit, kind = (entry or {}).get(name), (entry or {}).get("path"), {name: True} if name != "pruning" else {}
+        if spec and prunex.attached(module, vit, **kind) is None:  # type: ignore[call-overload]
             prunex.attach(module, path=vit, **spec)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

@@ -241,6 +241,8 @@ def tell_hparams(module: LightningModule, name: str, spec: dict[str, Any]) -> No
         return
     # A hyperparameter is somebody else's, unless it names one of prunex's methods.
     value = module.hparams[name]
-    ours = isinstance(value, dict) and value.get("method") in {m.name for m in prunex.methods("pruner")}
+    ours = isinstance(value, dict) and value.get("method") in {
+        m.name for k in ("pruner", "head") for m in prunex.methods(k)
+    }
     if ours or (value is None and getattr(module, "rebuilds_pruning", False)):
         module.hparams[name] = spec

@@ -216,13 +216,12 @@ class ConceptTransformer(TokenHead):
         self.explanation_weight = check_number("explanation_weight", explanation_weight, 0)
         self.sparsity_weight = check_number("sparsity_weight", sparsity_weight, 0)
         check_number("dropout", dropout, 0, 1)
-        self.streams = nn.ModuleDict(
-            {
-                s: ConceptAttention(len(self.names[s]), self.width, self.classes, heads, dropout)
-                for s in STREAMS
-                if self.names[s]
-            }
-        )
+        attentions = {}
+        for stream in STREAMS:
+            if self.names[stream]:
+                count = len(self.names[stream])
+                attentions[_module(stream)] = ConceptAttention(count, self.width, self.classes, heads, dropout)
+        self.attentions = nn.ModuleDict(attentions)
         asks_all = bool({"global", "unsupervised"} & set(self.streams))
         self.pool = nn.Linear(self.width, 1) if asks_all and query == "pooled" else None
         self.reads_class = asks_all and self.pool is None
@@ -240,6 +239,11 @@ class ConceptTransformer(TokenHead):
             "parity": parity,
         }
         self.check(anatomy)
+
+    @property
+    def streams(self) -> dict[str, ConceptAttention]:
+        """The attention of each stream that has concepts, by the stream's name."""
+        return {stream: getattr(self.attentions, _module(stream)) for stream in STREAMS if self.names[stream]}
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a forward that gives no class token where one is asked for."""
@@ -394,7 +398,7 @@ class ConceptTransformer(TokenHead):
                 continue
             if stream == "unsupervised" and f"{_OFFICIAL['global'][1]}.q.weight" in state:
                 attention = _OFFICIAL["global"][1]  # their unsupervised concepts ask the global ones' attention
-            prefix = f"streams.{stream}."
+            prefix = f"attentions.{_module(stream)}."
             if concepts in state:
                 plain[f"{prefix}concepts"] = state[concepts].squeeze(0)
             for name in ("q.weight", "kv.weight", "proj.weight", "proj.bias"):
@@ -429,6 +433,11 @@ class ConceptTransformer(TokenHead):
                 raise unknown("concept", name, self.all_names)
             check_number(f"intervene: {name}", value, 0, 1)
         self.forced = {name: float(value) for name, value in values.items()}
+
+
+def _module(stream: str) -> str:
+    """A stream's attention as a module; "global" itself is a word of Python's, which exported graphs stumble over."""
+    return f"{stream}_concepts"
 
 
 def named(option: str, given: Any, what: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from prunex.version import __version__
 from prunex.vit.anatomy import check_images, find
 from prunex.vit.describe import outline
 from prunex.vit.forward import predict, run
-from prunex.vit.mount import mounted
+from prunex.vit.handover import Handed
+from prunex.vit.mount import mounted, mounted_head
 from prunex.vit.units import Backbone
 
 SUFFIXES = (".onnx", ".pt2")
@@ -33,25 +35,41 @@ _NEEDS = ("onnx", "onnxscript")
 
 
 class Graph(nn.Module):
-    """The inference graph of a slim model: images in, logits (and, if asked for, kept maps) out, no side effects."""
+    """The inference graph of a slim model: images in, logits and what else is asked for out, no side effects."""
 
-    def __init__(self, model: nn.Module, kept: bool = False) -> None:
+    def __init__(self, model: nn.Module, kept: bool = False, head: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.kept = kept
+        self.kept, self.head = kept, head
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, classes], or these and the kept map bool [B, gh, gw] of the last stage."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Logits [B, classes], or these and what else was asked for, as :meth:`outputs` has them."""
+        outputs = tuple(self.outputs(images).values())
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """By name: ``logits``, what a head has beside them, and ``kept``, bool [B, gh, gw], of the last stage."""
         vit: Any = self.model
         if isinstance(vit, SwinTransformer):
-            logits: Tensor = vit(images)
-            return logits
-        prediction = predict(vit, images, masked=False)
-        return (prediction.logits, prediction.state.trace.kept()) if self.kept else prediction.logits
+            return {"logits": vit(images)}
+        if not self.head:
+            prediction = predict(vit, images, masked=False)
+            outputs = {"logits": prediction.logits}
+            state = prediction.state
+        else:
+            state, explainable = run(vit, images, masked=False), mounted_head(vit)
+            left = Handed(state.anatomy, state.policy, state.sizes, state.trace)
+            reading = explainable.read(vit, state.tokens, left)
+            outputs = {"logits": reading.logits, **explainable.head.outputs(reading)}
+        if self.kept:
+            outputs["kept"] = state.trace.kept()
+        return outputs
 
 
 @called_as('prunex.export(model, "model.onnx")', model=nn.Module)
-def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *, kept: bool = False) -> Path:
+def export(
+    model: nn.Module, path: str | Path, example: Tensor | None = None, *, kept: bool = False, head: bool = False
+) -> Path:
     """Write the model as a graph, and check the graph against the model before the file appears.
 
     A model with ``count="adaptive"`` is exported with fixed counts, the expected ones, and a warning says so.
@@ -60,7 +78,9 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
         model: What :func:`prunex.slim` gave, or any supported ViT or timm Swin (it is slimmed first).
         path: Ends in ``.pt2`` (torch.export) or ``.onnx`` (needs the extra ``prunex-vit[onnx]``).
         example: float [B, C, H, W]; None: random images of the model's size. Any batch size works afterwards.
-        kept: Also return the kept-token map bool [B, gh, gw] (outputs ``logits`` and ``kept``).
+        kept: Also return the kept-token map bool [B, gh, gw] (output ``kept``).
+        head: Also return what a head that explains itself has beside logits: ``concepts`` float [B, C, classes],
+            contributions; ``path`` int64 [B, depth]; ``attributes`` float [B, M, classes], contributions.
 
     Returns:
         The path.
@@ -80,18 +100,20 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, *,
     anatomy = outline(small)
     if kept and isinstance(small, SwinTransformer):
         raise PrunexError("kept=True: a Swin's tokens are not pruned, so there is no kept map; leave it out")
+    if head and mounted_head(small) is None:
+        raise PrunexError("head=True: this model has no head that explains itself; attach one, or leave it out")
     _fix_counts(small, path)
     if example is None:
         example = torch.randn(2, anatomy.channels, *anatomy.image, generator=torch.Generator().manual_seed(0))
     check_images(anatomy, example, values=True)
     example = example.detach().float().cpu()
     example = example.repeat(2, 1, 1, 1) if len(example) == 1 else example  # one image would fix the batch at 1
-    graph = Graph(small, kept).eval()
+    graph = Graph(small, kept, head).eval()
 
     def draft(waiting: Path) -> None:
         with torch.no_grad():
             program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},))
-            _write(program, waiting, small, kept)
+            _write(program, waiting, graph, list(graph.outputs(example[:1])))
             _check(waiting, graph, example)
 
     try:
@@ -132,8 +154,8 @@ def _fix_counts(small: nn.Module, path: Path) -> None:
     )
 
 
-def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, kept: bool) -> None:
-    spec = json.dumps(_spec(small))
+def _write(program: torch.export.ExportedProgram, path: Path, graph: Graph, names: Sequence[str]) -> None:
+    spec = json.dumps(_spec(graph.model))
     if path.suffix == ".pt2":
         torch.export.save(program, path, extra_files={"prunex.json": spec})
         return
@@ -142,7 +164,7 @@ def _write(program: torch.export.ExportedProgram, path: Path, small: nn.Module, 
         onnx = torch.onnx.export(
             program,
             input_names=["images"],
-            output_names=["logits", "kept"] if kept else ["logits"],
+            output_names=names,
             dynamo=True,
             external_data=False,
             verbose=False,

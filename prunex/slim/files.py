@@ -21,6 +21,7 @@ from prunex.attach import method_of, put_tokens
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import DRAFT, is_there, readable
+from prunex.handles.heads import Head, put_head
 from prunex.handles.tokens import Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
@@ -32,12 +33,12 @@ from prunex.vit.anatomy import find, read
 from prunex.vit.cost import cost
 from prunex.vit.describe import describe, outline
 from prunex.vit.methods import check_parity
-from prunex.vit.mount import TOKENS, mounted
+from prunex.vit.mount import HEAD, TOKENS, mounted, mounted_head
 from prunex.vit.rebuild import Still, build, build_like
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 from prunex.vit.weights import copy_of, fold, misfits, wrapped_layers
 
-VERSION = 2  # 2 knows widths and Swin; whatever needs neither is written as 1, which older versions read
+VERSION = 3  # 2 knows widths and Swin, 3 heads; whatever needs none is written as 1, which older versions read
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _NEAREST = {  # for models that timm has no name for
     "Eva": "eva02_small_patch14_224",
@@ -183,6 +184,8 @@ def load(folder: str | Path) -> nn.Module:
             outline(vit)
             if ours.get("pruning") is not None:
                 _attach(vit, ours)
+            if ours.get("head") is not None:
+                _put_head(vit, ours["head"])
         except PrunexError as error:
             raise PrunexError(f"{weights} and {CONFIG} beside it: {error}") from error
     wrong = misfits(vit.state_dict(), tensors)
@@ -192,9 +195,11 @@ def load(folder: str | Path) -> nn.Module:
     digest = ours.get("model_sha256")  # equal shapes may be cut into heads in another way
     if digest != _digest(ours["model"]) and (digest is not None or ours["version"] > 1):
         raise PrunexError(f"{weights} does not fit {CONFIG} (its model entry was changed): save the model again")
-    if mounted(vit) is not None:
-        own = {k.removeprefix(f"{TOKENS}."): v for k, v in tensors.items() if k.startswith(f"{TOKENS}.")}
-        mounted(vit).load_state_dict(own, assign=True)
+    for kind in (TOKENS, HEAD):
+        holder = mounted(vit, kind)
+        if holder is not None:
+            held = {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
+            holder.load_state_dict(held, assign=True)
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
     vit.label_names = [readable(name) for name in config.get("label_names") or []]
     mark_slim(vit)
@@ -222,8 +227,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if version > VERSION:
         raise PrunexError(f"{path} is of format {version}, this prunex reads up to {VERSION}: upgrade prunex-vit")
     pruning = ours.get("pruning")
-    whole = isinstance(ours.get("model"), Mapping) and (
-        pruning is None or (isinstance(pruning, Mapping) and isinstance(pruning.get("method"), str))
+    whole = isinstance(ours.get("model"), Mapping) and all(
+        spec is None or (isinstance(spec, Mapping) and isinstance(spec.get("method"), str))
+        for spec in (pruning, ours.get("head"))
     )
     if not whole or not isinstance(config.get("pretrained_cfg", {}), Mapping):
         raise PrunexError(foreign)
@@ -257,6 +263,19 @@ def _attach(vit: Any, ours: Mapping[str, Any]) -> None:
         raise PrunexError(f"cannot attach {name} as described ({type(error).__name__} {error})") from error
 
 
+def _put_head(vit: Any, spec: Mapping[str, Any]) -> None:
+    """Put the described head on."""
+    options = dict(spec)
+    name = lookup("head", options.pop("method")).name
+    try:
+        with Still():
+            put_head(vit, method_of(name, options), options)
+    except PrunexError:
+        raise
+    except Exception as error:  # options of other types than any that save writes
+        raise PrunexError(f"cannot attach {name} as described ({type(error).__name__} {error})") from error
+
+
 def _versions() -> dict[str, str]:
     return {"prunex": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
@@ -277,6 +296,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
     pruning = Pruning(vit).spec if mounted(vit) is not None else None
     if pruning is not None:
         _described(pruning)
+    head = Head(vit).spec if mounted_head(vit) is not None else None
     count = cost(vit)
     names = class_names(vit, anatomy.classes, labels)
     config = {
@@ -288,10 +308,11 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
         "pretrained_cfg": cfg,
         **({"label_names": names} if names else {}),
         "prunex": {
-            "version": 2 if windowed or "widths" in model else 1,
+            "version": 3 if head is not None else 2 if windowed or "widths" in model else 1,
             "model": model,
             "model_sha256": _digest(model),
             "pruning": pruning,
+            **({"head": head} if head is not None else {}),
             "macs": count.macs,
             "params": count.params,
             "tokens_per_block": count.tokens,
@@ -344,6 +365,10 @@ def _card(config: Mapping[str, Any]) -> str:
         after = (
             "\npruning = prunex.attached(model)  # after a forward pruning.trace.kept() says which patches were used"
         )
+    head = ours.get("head")
+    head_row = "" if head is None else f"\n| head | {', '.join(f'{k}={v}' for k, v in head.items())} |"
+    if head is not None:
+        after += "\nhead = prunex.attached(model, head=True)  # head.evidence(images) says what a decision is made of"
     return f"""---
 library_name: prunex
 tags: [image-classification, vision-transformer, token-pruning]
@@ -354,7 +379,7 @@ tags: [image-classification, vision-transformer, token-pruning]
 |---|---|
 | input | {size}, mean {cfg.get("mean", "not recorded")}, std {cfg.get("std", "not recorded")} |
 | classes | {config["num_classes"]} |
-| pruning | {options} |
+| pruning | {options} |{head_row}
 | multiply-adds an image | {ours["macs"] / 1e9:.3f} G |
 | parameters | {ours["params"] / 1e6:.2f} M |
 | tokens in each block | {", ".join(map(str, ours["tokens_per_block"]))} |

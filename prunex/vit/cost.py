@@ -15,7 +15,7 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.blocks import layout_of
 from prunex.vit.blocks.plain import linear_macs
-from prunex.vit.mount import mounted, mounted_units
+from prunex.vit.mount import mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone, blocks_of, branches, head_dim, tokens_in, unit_params
 
 
@@ -153,6 +153,9 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
     head = linear_macs(vit.head, getattr(vit, "head_dist", nn.Identity()))
     if a.pool == "map":
         head += _pooling(vit.attn_pool, n + a.prefix * a.pool_prefix)
+    explainable = mounted_head(vit)
+    if explainable is not None:
+        head = explainable.head.macs(n) + head * explainable.head.uses_classifier
     params = sum(p.numel() for p in vit.parameters())
     return Cost(embedding + sum(b.macs for b in blocks) + head, params, tuple(blocks))
 

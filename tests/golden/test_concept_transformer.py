@@ -126,13 +126,13 @@ def test_losses_and_gradients(case, seed):
         if "pool.bias" in name:  # 0 but for rounding: a softmax does not see it
             assert float(ours.abs().max()) < 1e-6
             continue
-        if case == "unsup_h2" and not name.endswith("concepts") and not name.startswith("streams.spatial"):
+        if case == "unsup_h2" and not name.endswith("concepts") and not name.startswith("attentions.spatial"):
             continue
         assert relative(ours, named[name]) < 2e-5, name
     if case == "unsup_h2":
         # Theirs asks one attention for both: its gradient is the sum of ours.
         for name in ("q.weight", "kv.weight", "proj.weight", "proj.bias"):
-            both = gradients[f"streams.global.{name}"] + gradients[f"streams.unsupervised.{name}"]
+            both = sum(gradients[f"attentions.{s}_concepts.{name}"] for s in ("global", "unsupervised"))
             assert relative(both, theirs[f"concept_tranformer.{name}"]) < 2e-5, name
 
 

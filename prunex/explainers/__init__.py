@@ -14,6 +14,9 @@ from prunex.explainers.generic_attention import generic_attention as generic_att
 from prunex.explainers.grad_cam import grad_cam as grad_cam
 from prunex.explainers.grad_sam import grad_sam as grad_sam
 from prunex.explainers.head_maps import head_maps as head_maps
+from prunex.explainers.inherent import attributes as attributes
+from prunex.explainers.inherent import concept_transformer as concept_transformer
+from prunex.explainers.inherent import vit_net as vit_net
 from prunex.explainers.integrated_gradients import integrated_gradients as integrated_gradients
 from prunex.explainers.lrp import lrp as lrp
 from prunex.explainers.partial_lrp import partial_lrp as partial_lrp

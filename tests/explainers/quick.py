@@ -9,7 +9,8 @@ QUICK = {
     "vit_cx": {"max_masks": 4},
 }
 # These bring networks of their own and are tested where they are made.
-TRAINED = ["diffmask", "vit_shapley"]
+HEADS = ["attributes", "concept_transformer", "vit_net"]
+TRAINED = ["diffmask", "vit_shapley", *HEADS]
 EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name not in TRAINED]
 # raw is one number a token, [B, prefix + P].
 ROWS = ["raw_attention", "rollout", "generic_attention", "tokentm", "grad_sam", "transformer_attribution"]

@@ -274,7 +274,8 @@ def compare(
             row |= evaluate(model, batches, limit)
         rows.append(row)
     where = torch.cuda.get_device_name(images.device) if images.is_cuda else f"{os.cpu_count()} CPU cores"
-    threads = "" if images.is_cuda else f"{torch.get_num_threads()} threads, "
+    count = torch.get_num_threads()
+    threads = "" if images.is_cuda else f"{count} thread{'' if count == 1 else 's'}, "
     dtype = str(images.dtype).removeprefix("torch.")
     how = f"{threads}{dtype}, batch {batch}, torch {torch.__version__}"
     return {"machine": f"{where} ({platform.machine()}), {how}", "rows": rows}

@@ -55,7 +55,9 @@ def curves_of(metrics: Mapping[str, tuple[list[float], list[float]]], unit: tupl
     # What everybody looks for first comes first, parts of the loss last.
     order = [*(name for name in _FIRST if name in grouped), *sorted({*grouped} - {*_FIRST, _LAST})]
     for title in [*order, *([_LAST] if _LAST in grouped else [])]:
-        lines, kind = grouped[title].lines, grouped[title].kind
+        kind = grouped[title].kind
+        # Colours go by order: training has the same one in every chart.
+        lines = dict(sorted(grouped[title].lines.items(), key=lambda line: "validation" in line[0]))
         heading = f"{title} ({unit[1]} an image)" if kind == "macs" else title
         changes = [max(values) - min(values) > _STILL * max(map(abs, values)) for _, values in lines.values()]
         if any(changes):

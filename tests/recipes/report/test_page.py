@@ -322,6 +322,14 @@ BENCH = {
 }  # fmt: skip
 
 
+def test_training_stands_before_validation_in_every_chart(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("prunex.recipes.report.curves.curves_svg", lambda lines, **_: drawn.append(list(lines)) or "")
+    curve = ([0.0, 1.0], [0.1, 0.9])
+    curves_of(dict.fromkeys(["val_accuracy", "train_accuracy", "train_loss", "val_loss"], curve), (1.0, "GMACs"))
+    assert drawn == [["training", "validation"]] * 2
+
+
 def test_what_bench_measured_is_on_the_page(run):
     (run / "bench.json").write_text(json.dumps(BENCH))
     page, words = read(run)

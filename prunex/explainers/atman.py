@@ -16,7 +16,7 @@ from prunex.relevance.explanation import Explanation, answer
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
-from prunex.vit.embedding import patch_vectors
+from prunex.vit.embedding import embed_patches
 from prunex.vit.readout import before_softmax
 from prunex.vit.recording import Recording, check_chunk, recording, sequences
 from prunex.vit.tape import Tape
@@ -81,7 +81,7 @@ def atman(
         # Zeros are like nothing, themselves included: without a similarity i is damped alone.
         vectors = torch.zeros_like(recorded.embedded[:, recorded.anatomy.prefix :, :1])
         if similarity is not None:
-            vectors = patch_vectors(model, images)
+            vectors = embed_patches(model, images)[0]
         factors = suppression(vectors, factor, math.inf if similarity is None else similarity)
         raw = promoted(_damped(recorded, factors, rule, freeze_selection, chunk))
         rise = _cross_entropy(recorded, raw) - _cross_entropy(recorded, recorded.logits.unsqueeze(1))

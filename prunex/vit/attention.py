@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.vit import policy as masking
-from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention
+from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention, promoted
 from prunex.vit.weights import is_plain, sizes
 
 
@@ -145,7 +145,6 @@ def fused(
     v: Tensor,
     dropout: float = 0.0,
     keys: KeyWeights | None = None,
-    scale: float | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
     """Plain attention without the matrix, [B, H, m, d] for q [B, H, m, d], keys and values [B, H, N, d].
@@ -155,8 +154,7 @@ def fused(
     bias = None
     if keys is not None:
         if keys.factor is not None and keys.rule == "shift":
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return matrix(q, k, scale, keys=keys, relative=relative).to(v.dtype) @ v
+            return matrix(q, k, q.shape[-1] ** -0.5, keys=keys, relative=relative).to(v.dtype) @ v
         if keys.factor is not None and keys.rule == "scale":
             k = k * keys.factor[:, None, :, None].to(k.dtype)
         bias = keys.bias()
@@ -164,7 +162,7 @@ def fused(
         bias = bias.to(q.dtype)[:, None, None, :].expand(-1, -1, q.shape[2], -1)
     if relative is not None:
         bias = relative.to(q.dtype) if bias is None else bias + relative.to(q.dtype)
-    return fused_attention(q, k, v, bias, dropout, scale=scale)
+    return fused_attention(q, k, v, bias, dropout)
 
 
 def matrix(
@@ -182,18 +180,18 @@ def matrix(
     At least float32, whatever the queries are: gradients of single entries are tiny. ``queries``: positions of the m
     rows of q [B, H, m, d] among the N tokens of k; None: all. ``relative`` is added to the scores before anything else.
     """
-    scores = ops.scores(q, k, scale)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    seen = None if policy is None else masking.seen(policy, queries)
+    return ops.softmax(_weighed(ops.scores(q, k, scale), seen, keys, relative))
+
+
+def _weighed(scores: Tensor, seen: Tensor | None, keys: KeyWeights | None, relative: Tensor | None) -> Tensor:
+    """Scores [B, H, m, N] in at least float32, biased, weighed by their keys, and -inf for keys that are not seen."""
+    scores = promoted(scores)
     if relative is not None:
         scores = scores + relative.to(scores.dtype)
-    seen = None
-    if policy is not None:
-        seen = masking.seen(policy, queries)
     if keys is not None:
         scores = keys.on_scores(scores, seen)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    return ops.softmax(scores)
+    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
 
 
 def rows_of_heads(
@@ -201,16 +199,16 @@ def rows_of_heads(
     k: Tensor,
     scale: float,
     policy: Tensor | None,
-    there: Tensor | None = None,
+    counts: Tensor | None = None,
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each head averaged over query rows q [B, H, m, d], [B, H, N]; ``there`` [B, m] weighs the rows."""
+    """Attention of each head averaged over query rows q [B, H, m, d], [B, H, N]; ``counts`` [B, m] weigh the rows."""
     seen = _rows(q, k, scale, policy, keys, relative)
-    if there is None:
+    if counts is None:
         return seen.mean(2)
-    there = there.to(seen.dtype)
-    return torch.einsum("bm,bhmn->bhn", there, seen) / there.sum(1).clamp(min=1)[:, None, None]
+    counts = counts.to(seen.dtype)
+    return torch.einsum("bm,bhmn->bhn", counts, seen) / counts.sum(1).clamp(min=1)[:, None, None]
 
 
 def rows(
@@ -234,23 +232,11 @@ def rows(
 
 
 def _rows(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    policy: Tensor | None,
-    keys: KeyWeights | None,
-    relative: Tensor | None = None,
+    q: Tensor, k: Tensor, scale: float, policy: Tensor | None, keys: KeyWeights | None, relative: Tensor | None
 ) -> Tensor:
     """The softmax rows of some queries, [B, H, m, N], over the tokens that are there; in at least float32."""
-    scores = ((q * scale) @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    if relative is not None:
-        scores = scores + relative.to(scores.dtype)
-    there = None if policy is None else masking.present(policy)
-    if keys is not None:
-        scores = keys.on_scores(scores, there)
-    if there is not None:
-        scores = scores.masked_fill(~there, float("-inf"))
-    return scores.softmax(-1)
+    seen = None if policy is None else masking.present(policy)
+    return _weighed(PLAIN.scores(q, k, scale), seen, keys, relative).softmax(-1)
 
 
 def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -263,16 +249,16 @@ def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, 
     query = pool.q(pool.latent.expand(b, -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
     k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     query, k = pool.q_norm(query), pool.k_norm(k)
-    scores = ((query * pool.scale) @ k.transpose(-2, -1)).to(torch.promote_types(query.dtype, torch.float32))
+    scores = promoted(PLAIN.scores(query, k, pool.scale))
     if weight is None:
         seen = scores.softmax(-1)
     else:
         w = weight.to(scores.dtype)[:, None, None, :]
-        there = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
+        lowest = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
         nobody = (w <= 0).all(
             -1, keepdim=True
         )  # who must not be divided by next to nothing: gradients would be infinite
-        top = torch.where(nobody, scores.detach(), there).amax(-1, keepdim=True)
+        top = torch.where(nobody, scores.detach(), lowest).amax(-1, keepdim=True)
         raised = (scores - top).clamp(max=40).exp() * w
         seen = raised / torch.where(nobody, 1, raised.sum(-1, keepdim=True))
     out = (seen.to(v.dtype) @ v).transpose(1, 2).flatten(2)

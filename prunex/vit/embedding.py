@@ -26,7 +26,7 @@ def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, 
 
 
 def embed_patches(model: ViT, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The first part of :func:`embed`: what each patch is embedded as [B, P, D], and the patch grid."""
+    """The first part of :func:`embed`: what patches are embedded as, nothing added yet [B, P, D], and their grid."""
     x = model.patch_embed(images)
     return x.flatten(1, 2) if x.ndim == 4 else x, grid_of(model, x)
 
@@ -58,12 +58,6 @@ def _entering(model: ViT, x: Tensor) -> Tensor:
     attached = mounted(model)
     left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
     return x[:, left_out:] if left_out else x
-
-
-def patch_vectors(model: ViT, images: Tensor) -> Tensor:
-    """The patch embeddings alone, before anything is added to them: [B, P, D]."""
-    x = model.patch_embed(images)
-    return x.flatten(1, 2) if x.ndim == 4 else x
 
 
 def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:

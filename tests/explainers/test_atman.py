@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import prunex
 from prunex import PrunexError
 from prunex.explainers.atman import atman, suppression  # noqa: F401  (registers it)
-from prunex.vit.embedding import patch_vectors
+from prunex.vit.embedding import embed_patches
 from tests.explainers import definitions
 from tests.vits import FAMILIES, images, images_for, largest, randomise, relative, tiny
 
@@ -152,7 +152,7 @@ def test_patches_that_look_the_same_are_damped_together():
     alone = at(model, x)
     assert relative(alone.raw[:, 0], alone.raw[:, 9]) > 1e-2
     with torch.no_grad():
-        factors = suppression(patch_vectors(model, x), 0.1, 0.9)
+        factors = suppression(embed_patches(model, x)[0], 0.1, 0.9)
     assert largest(factors[:, 0, [0, 9]], torch.full((3, 2), 0.1)) < 1e-6
     others = [j for j in range(16) if j not in (0, 9)]
     assert (factors[:, 0, others] == 1).all()
@@ -182,11 +182,11 @@ def test_factors_fall_with_similarity():
 def test_similarity_is_of_patches_without_their_positions():
     # Position embeddings far larger than the patches would make all alike, or none.
     model, x = tiny(), images()
-    before = suppression(patch_vectors(model, x), 0.1, 0.1)
+    before = suppression(embed_patches(model, x)[0], 0.1, 0.1)
     with torch.no_grad():
         model.pos_embed.mul_(100)
-    assert suppression(patch_vectors(model, x), 0.1, 0.1).equal(before)
-    assert patch_vectors(tiny("dynamic"), images(2, (32, 56))).shape == (2, 28, 48)
+    assert suppression(embed_patches(model, x)[0], 0.1, 0.1).equal(before)
+    assert embed_patches(tiny("dynamic"), images(2, (32, 56)))[0].shape == (2, 28, 48)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

@@ -5,7 +5,7 @@ import torch
 
 import prunex
 from prunex.explainers.atman import atman, suppression  # noqa: F401  (registers it)
-from prunex.vit.embedding import patch_vectors
+from prunex.vit.embedding import embed_patches
 from tests.explainers.reference import SEEDS, arrays, model_and_images, present
 from tests.vits import relative
 
@@ -28,6 +28,6 @@ def test_factors_of_patches_that_look_alike(seed):
     model, images, _ = model_and_images(seed)
     wanted = arrays("explain", seed)["atman_concept_factors_f0.1_t0.2"]
     with torch.no_grad():
-        found = suppression(patch_vectors(model, images), 0.1, 0.2)
+        found = suppression(embed_patches(model, images)[0], 0.1, 0.2)
     assert relative(found, wanted) < 2e-5
     assert ((wanted > 0.1) & (wanted < 1)).any()

@@ -155,6 +155,7 @@ def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> M
     except PrunexError:
         raise
     except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        # The file may hold anything, and messages are one line.
         told = str(settings)[:120]
         raise PrunexError(f"{folder / CONFIG} is damaged: gates={told} ({error}); save the explainer again") from error
 
@@ -238,6 +239,7 @@ class DiffMaskExplainer(Beside):
     def observe(self, images: Tensor, layer: int = -1) -> Seen:
         """One pass of the explained ViT without gradients, and the logits of the gates 0..layer, on the graph."""
         layer = check_layer(layer, self.anatomy.depth)
+        # The explained ViT never changes: only the gates behind its states are part of a graph.
         with torch.no_grad():
             patches, grid = embed_patches(self.model, images)
             x = place(self.model, patches, grid)

@@ -101,6 +101,7 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
     odd = misfits(module.state_dict(), tensors)
     if odd:
         raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} ({', '.join(odd[:4])}): save the explainer again")
+    # Layers of several types would only fail in the first forward, in torch's words.
     floats = sorted({str(v.dtype) for v in tensors.values() if v.is_floating_point()})
     if len(floats) > 1:
         raise PrunexError(f"{folder / WEIGHTS} holds {' and '.join(floats)}: an explainer has one type; save it again")

@@ -51,6 +51,7 @@ class ShapleyExplainer(Beside):
         width, heads = anatomy.width, anatomy.dividing_heads
         bias = any(name.endswith("qkv.bias") for name, _ in surrogate.named_parameters())
         self.block = Block(width, heads, mlp_ratio=4.0, qkv_bias=bias)
+        # What enters the block was normalised by the backbone's own last norm already.
         if not isinstance(surrogate.norm, nn.Identity):
             self.block.norm1 = nn.Identity()
         self.norm = nn.LayerNorm(width)

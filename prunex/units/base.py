@@ -258,6 +258,7 @@ class UnitPruner(nn.Module):
         return least
 
     def _rounded(self, branch: Branch, wanted: Tensor, level: Tensor) -> Tensor:
+        # Ranked anew, so that what is added to make a multiple is the best of what was left out.
         count = max(int(wanted.sum()), self._least(branch))
         if branch.kind == "channels":
             count = min(branch.units, -(-count // self.round_to) * self.round_to)

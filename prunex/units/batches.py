@@ -146,6 +146,7 @@ def mean_over_images(pruner: P, model: nn.Module, batches: Any, scores: Callable
     count = 0
     with undisturbed(model):
         totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in pruner.branches}
+        # Of half precision a copy is computed with, and its own pruner's gates are those that act there.
         working = widened(model)
         own: P = mounted_units(working).pruner
         with own.all_open():

@@ -60,6 +60,7 @@ class Magnitude(UnitPruner):
             return {b.key: self._norms(b, model.get_submodule(b.path)) for b in self.branches}
 
     def _norms(self, branch: Branch, block: Any) -> Tensor:
+        # On the CPU in float64: norms of half precision would tie, and every device must choose alike.
         columns = _wide(effective(last_layer(block, branch.kind))[0])
         gamma = layer_scale(block, branch)
         if gamma is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from prunex.callbacks.rates import check_stepped, give_rates
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_number, check_options
 from prunex.errors import PrunexError
-from prunex.pruners.adaptive import realised
+from prunex.pruners.adaptive import Adaptive, realised
 from prunex.pruners.budget import in_words
 from prunex.units.base import UnitPruner
 from prunex.vit.optimisers import chain
@@ -94,13 +93,14 @@ class TokenPruning(Participant):
         lr_scale: float | None = None,
     ) -> None:
         super().__init__()
-        make: Any = prunex.registry.lookup("pruner", method).make
+        known = prunex.registry.lookup("pruner", method)
+        make: Any = known.make
         if issubclass(make, UnitPruner):
             raise PrunexError(
                 f"{method} prunes attention heads and MLP channels: give it to MaskPruning; TokenPruning takes evit, "
                 "dynamicvit, topk, ..."
             )
-        takes = inspect.signature(make).parameters
+        takes = known.options
         self.method = method
         self.options = check_options(options)
         self.budget = budget
@@ -111,16 +111,15 @@ class TokenPruning(Participant):
                     f"budget={budget!r} and keep_ratio={keep_ratio!r} both say how much is kept: give one"
                 )
         elif keep_ratio is None and "keep_ratio" in takes:
-            keep_ratio = self.options.get("keep_ratio", takes["keep_ratio"].default)
+            keep_ratio = self.options.get("keep_ratio", takes["keep_ratio"])
         # Not every method counts by a ratio or decides at stages: hvt pools, tome merges in every block.
         for name, value in (("keep_ratio", keep_ratio), ("stages", None if stages is None else list(stages))):
             if value is None:
                 continue
             if name not in takes:
-                allowed = ", ".join(n for n in takes if n != "anatomy")
                 raise PrunexError(
                     f"{name}={value!r} is not allowed: {method} has no such option; "
-                    f"give options={{...}} with some of {allowed}"
+                    f"give options={{...}} with some of {', '.join(takes)}"
                 )
             self.options[name] = value
         self.model = model
@@ -320,15 +319,17 @@ class TokenPruning(Participant):
         if trainer.world_size > 1:
             dist.all_reduce(total)
         # An epoch without validation images says nothing new.
-        if total[stages] > 0:
-            self.pruning.pruner.expect((total[:stages] / total[stages]).tolist())
+        pruner = self.pruning.pruner
+        if total[stages] > 0 and isinstance(pruner, Adaptive):
+            pruner.expect((total[:stages] / total[stages]).tolist())
 
     def _take_over(self, entry: Mapping[str, Any]) -> None:
         """Take schedules to where they were, so that validating a checkpoint gives what training saw."""
         self.pruning.progress = entry.get("progress", 1.0)
         measured = dict(entry.get("pruning") or {}).get("expected")
-        if measured is not None:
-            self.pruning.pruner.expect(measured)
+        pruner = self.pruning.pruner
+        if measured is not None and isinstance(pruner, Adaptive):
+            pruner.expect(measured)
 
     def _restore(self) -> None:
         super()._restore()

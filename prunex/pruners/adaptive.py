@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,25 @@ COUNTS = ("fixed", "adaptive")
 _LEAST = 1e-6  # a keep rate must be above 0; counts are at least 1 anyway
 
 
+class CountOptions(TypedDict, total=False):
+    """What every pruner can be asked for whose images may keep their own numbers of patches.
+
+    Attributes:
+        count: "fixed", or "adaptive": each image keeps its own number.
+        threshold: What a patch must reach to be kept where counts are adaptive, in [0, 1]; the method says of what.
+        expected: Share of the original patches that images keep on average after each stage, none above the one
+            before; None: not measured yet.
+    """
+
+    count: Literal["fixed", "adaptive"]
+    threshold: float
+    expected: Sequence[float] | None
+
+
+class AdaptiveOptions(CountOptions, ScheduleOptions, total=False):
+    """:class:`CountOptions` of a pruner whose rates may fall while training, and their schedule."""
+
+
 class Adaptive(TokenPruner):
     """A pruner that keeps as many patches in every image (``count="fixed"``), or as many as each image asks for.
 
@@ -35,24 +54,21 @@ class Adaptive(TokenPruner):
         anatomy: Of the model.
         keep_ratio: As for every pruner. Adaptive counts do not follow it, but at 1.0 nothing is dropped either way.
         stages: As for every pruner.
-        count: "fixed" or "adaptive".
-        threshold: What a patch must reach to be kept in adaptive mode, in [0, 1]; the method says of what.
-        expected: Share of the original patches that images keep on average after each stage, none above the one before;
-            None: not measured yet.
-        **schedule: As for every pruner; see the method for what it does to the threshold.
+        **shared: See :class:`AdaptiveOptions`; a method without a schedule offers :class:`CountOptions`.
     """
+
+    handed_on: ClassVar[AdaptiveOptions]  # what **shared stands for
 
     def __init__(
         self,
         anatomy: Anatomy,
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
-        count: Literal["fixed", "adaptive"] = "fixed",
-        threshold: float = 0.5,
-        expected: Sequence[float] | None = None,
-        **schedule: Unpack[ScheduleOptions],
+        **shared: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, **schedule)
+        options: dict[str, Any] = {**self.handed_on, **shared}
+        count, threshold, expected = (options.pop(name) for name in ("count", "threshold", "expected"))
+        super().__init__(anatomy, keep_ratio, stages, **options)
         # The share of the original patches that fixed counts keep after each stage.
         self.targets = cumulative(self.rates)
         check_choice("count", count, COUNTS)
@@ -74,16 +90,7 @@ class Adaptive(TokenPruner):
 
     @torch.no_grad()
     def calibrate(self, model: ViT, images: Any, **options: Any) -> list[float]:
-        """Measure how many patches images keep; with adaptive counts, remember it as what :meth:`counts` tells.
-
-        Args:
-            model: The ViT this pruner is on; its train flags and last forward stay as they are.
-            images: As for :meth:`prunex.Pruning.calibrate`.
-            **options: None.
-
-        Returns:
-            The mean share of the patches kept after each stage.
-        """
+        """Measure the mean share of the patches that images keep after each stage; adaptive counts then go by it."""
         for name in options:
             raise PrunexError(f"{name}={options[name]!r} is not allowed: calibrating {self.name} has no options")
         total, count = torch.zeros(len(self.stages), dtype=torch.float64), 0
@@ -169,26 +176,23 @@ def realised(trace: TokenTrace, stages: Sequence[int]) -> Tensor:
 
 
 def above(score: Tensor, threshold: float, present: Tensor | None, least: int = 0) -> Tensor:
-    """The patches scored strictly above a threshold, bool [B, n], of those that are there (``present`` above 0).
-
-    ``least`` 1: an image whose patches all fail keeps its best one.
-    """
-    there = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
-    kept = (score > threshold) & there
+    """The patches scored strictly above a threshold, bool [B, n], of those there; with ``least`` the best one is."""
+    alive = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
+    kept = (score > threshold) & alive
     if least:
-        best = score.masked_fill(~there, float("-inf")).argmax(1, keepdim=True)
+        best = score.masked_fill(~alive, float("-inf")).argmax(1, keepdim=True)
         rescued = torch.zeros_like(kept).scatter(1, best, ~kept.any(1, keepdim=True))
-        kept = kept | (rescued & there)
+        kept = kept | (rescued & alive)
     return kept
 
 
 def reaching(score: Tensor, mass: float, present: Tensor | None) -> Tensor:
     """The smallest set of patches whose scores [B, n] sum to at least ``mass`` of their total; at least one."""
-    there = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
+    alive = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
     # Absent tokens come last, and then weigh nothing.
-    ranked, order = score.masked_fill(~there, -1).sort(dim=1, descending=True, stable=True)
+    ranked, order = score.masked_fill(~alive, -1).sort(dim=1, descending=True, stable=True)
     ranked = ranked.clamp(min=0)
     before = ranked.cumsum(1) - ranked
-    wanted = before < mass * ranked.sum(1, keepdim=True)
-    wanted[:, 0] = True
-    return torch.zeros_like(wanted).scatter(1, order, wanted) & there
+    chosen = before < mass * ranked.sum(1, keepdim=True)
+    chosen[:, 0] = True
+    return torch.zeros_like(chosen).scatter(1, order, chosen) & alive

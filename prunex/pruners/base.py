@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,12 @@ class TokenPruner(nn.Module):
 
     name = ""
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
-    read_once: frozenset[str] = frozenset()  # options that only attaching reads; they are no part of ``options``
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
     # What its choice depends on: each image; the calibration alone, so that all images keep the same positions; or
     # the slots that tokens lie in, so that absent patches must keep theirs.
     chooses: Literal["image", "positions", "slots"] = "image"
     lr: float | None = None  # the peak rate at which Adam teaches what it brings; None: it brings nothing that learns
-    handed_on = Schedule().options  # what **schedule stands for
+    handed_on: ClassVar[Mapping[str, object]] = Schedule().options  # what **schedule stands for
 
     def __init__(
         self,
@@ -87,15 +86,10 @@ class TokenPruner(nn.Module):
     def knob(cls, anatomy: Anatomy, shares: Sequence[float]) -> dict[str, Any]:
         """The options that a budget sets, from one share in (0, 1] a stage (a single one: for all); 1 prunes nothing.
 
-        Cost must not fall as a share rises. A method with something else than ``keep_ratio`` to turn overrides this,
-        one with nothing to turn returns ``{}`` and tells its :meth:`settings`.
+        Cost must not fall as a share rises. A method with nothing to turn may offer ``settings(anatomy)``, a
+        list of options worth choosing between: whoever asks for a budget is told their cost.
         """
         return {"keep_ratio": shares[0] if len(set(shares)) == 1 else list(shares)}
-
-    @classmethod
-    def settings(cls, anatomy: Anatomy) -> list[dict[str, Any]]:
-        """Options worth choosing between, of a method without a free rate; whoever asks a budget is told their cost."""
-        return []
 
     def plan(self) -> list[Turn]:
         """Where it decides in the forward that begins now; nowhere, unless overridden."""
@@ -137,9 +131,6 @@ class TokenPruner(nn.Module):
         """Learn from images what it decides by; see the methods that do."""
         raise PrunexError(f"{self.name} needs no calibration: it decides image by image")
 
-    def expect(self, shares: Sequence[float]) -> None:
-        """Be told which share of the patches images kept on average after each stage."""
-
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's own parameters under this module's names, from its official code's state dict."""
         return {}
@@ -166,11 +157,7 @@ def accepted(make: Callable[..., Any]) -> list[str]:
 
 
 def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
-    """The first ``limit`` images of a loader, or of an iterable of batches, or of one tensor, in batches.
-
-    Raises:
-        PrunexError: For something that holds no images, or several tensors that may be meant.
-    """
+    """The first ``limit`` images of a loader, or of an iterable of batches, or of one tensor, in batches."""
     batches: Iterable[Any] = [source] if isinstance(source, Tensor) else source
     if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
         raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")

@@ -22,24 +22,18 @@ Shares = tuple[float, ...]
 
 
 class Budget:
-    """The search for the options of one method on one model that meet a budget.
+    """The search for the options of one method on one model that meet a budget, beside those that the user gave.
 
     All stages first share one rate (or the method's like, see :meth:`TokenPruner.knob`): cost rises with it, so it is
     bisected, on the closed form, at the model's own image size and at the schedule's end. Of the two counts beside the
-    budget the nearer wins. Where whole tokens make that miss by more than 1 %, as on small grids, one stage leaves
-    the shared rate and is bisected alone; where that is not enough either, after another was moved by a token or two.
-
-    Args:
-        model: The dense ViT (or one that is pruned: its pruner is not looked at).
-        anatomy: Of the model.
-        make: The method's class.
-        options: The other options, as the user gave them.
+    budget the nearer wins. Where whole tokens make that miss by more than 1 %, as on small grids, one stage leaves the
+    shared rate and is bisected alone; where that is not enough either, after another was moved by a token or two.
     """
 
     def __init__(self, model: Any, anatomy: Anatomy, make: Any, options: Mapping[str, Any]) -> None:
         self.model, self.anatomy, self.make, self.options = model, anatomy, make, dict(options)
         self.dense = count(model, None).macs
-        self._known: dict[Shares, int] = {}
+        self._costs: dict[Shares, int] = {}
 
     def macs(self, options: Mapping[str, Any]) -> int:
         """What the model costs under these options, at the schedule's end."""
@@ -47,15 +41,7 @@ class Budget:
             return count(self.model, self.make(self.anatomy, **options)).macs
 
     def solve(self, budget: Any) -> dict[str, Any]:
-        """All options, those that meet the budget among them.
-
-        Raises:
-            PrunexError: For a budget that is none, that names beside it what it would set, that lies out of reach, or a
-                method without a rate.
-
-        Warns:
-            UserWarning: Where whole tokens let no choice come within 1 %; the nearest is taken.
-        """
+        """All options, those that meet the budget among them; a warning says where whole tokens miss it by 1 %."""
         target = check_budget(budget, self.dense)
         name = self.make.name
         for option in self.turned():
@@ -98,16 +84,13 @@ class Budget:
             return macs == self.macs(Budget(self.model, self.anatomy, self.make, others).solve(budget))
 
     def turned(self) -> list[str]:
-        """Names of the options that a budget sets.
-
-        Raises:
-            PrunexError: For a method without a rate to set; its settings' costs are cost.
-        """
+        """Names of the options that a budget sets; of a method without a rate the settings' costs are told."""
         turned = list(self.make.knob(self.anatomy, (0.5,)))
         if turned and all(option in accepted(self.make) for option in turned):
             return turned
         costs = []
-        for settings in self.make.settings(self.anatomy):
+        choices = self.make.settings(self.anatomy) if hasattr(self.make, "settings") else []
+        for settings in choices:
             try:
                 cost = in_words(self.macs({**self.options, **settings}), self.dense)
             except PrunexError:  # a setting that does not go with the user's other options
@@ -120,9 +103,9 @@ class Budget:
         return {**self.options, **self.make.knob(self.anatomy, shares)}
 
     def _of(self, shares: Shares) -> int:
-        if shares not in self._known:
-            self._known[shares] = self.macs(self._with(shares))
-        return self._known[shares]
+        if shares not in self._costs:
+            self._costs[shares] = self.macs(self._with(shares))
+        return self._costs[shares]
 
     def _miss(self, shares: Shares, target: float) -> float:
         return abs(self._of(shares) - target) / target
@@ -150,9 +133,9 @@ class Budget:
             for turned, moved, move in itertools.product(late_first, late_first, moves):
                 if (turned == moved) != (move == 0):
                     continue
-                here = _put(start, moved, min(1.0, max(token, start[moved] + move * token)))
+                moved_start = _put(start, moved, min(1.0, max(token, start[moved] + move * token)))
                 try:
-                    nearest = self._bisect(partial(_put, here, turned), 0.0, 1.0, target)
+                    nearest = self._bisect(partial(_put, moved_start, turned), 0.0, 1.0, target)
                 except PrunexError:  # beside the user's other options the method takes no rates of single stages
                     return best
                 best = min(best, *nearest, key=lambda s: self._miss(s, target))

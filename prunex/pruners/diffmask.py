@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from prunex.learned.diffmask import (
     log_keep,
 )
 from prunex.learned.folder import held, how, load_into, read_folder
-from prunex.pruners.adaptive import Adaptive, above
+from prunex.pruners.adaptive import Adaptive, CountOptions, above
 from prunex.pruners.base import ceil_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
@@ -56,19 +56,16 @@ class DiffMask(Adaptive):
     (the authors gate the class token and throw the result away).
 
     Args:
-        anatomy: Of the model.
         explainer: The folder that the recipe wrote (``explainer/`` of its run), or a module that holds such an
             explainer; its gates are copied. None: fresh ones, which keep everything, for weights that are loaded later.
-        threshold: On exp(c), in [0, 1].
         layer: The last hidden state that is looked at: 0 (patch embeddings, no first pass) to L + 1, or negative from
             the end.
-        count: "adaptive", every image keeps as many as are above the threshold; or "fixed", the share ``keep_ratio``
-            with the largest exp(c).
         keep_ratio: Share kept where the count is fixed, in (0, 1]; at 1.0 nothing is dropped either way.
-        expected: Measured mean share, see :class:`~prunex.pruners.adaptive.Adaptive`.
         mul: Half the range of the gates' logits; an explainer brings its own.
         add: Where they start; likewise.
         no_placeholder: Whether zeros stand for the learned vector; likewise.
+        **shared: See :class:`~prunex.pruners.adaptive.CountOptions`: ``threshold`` is of exp(c), and ``count="fixed"``
+            keeps the share ``keep_ratio`` with the largest.
 
     Raises:
         PrunexError: For an option out of range, a folder that holds no such explainer, or gates of a model of another
@@ -83,22 +80,21 @@ class DiffMask(Adaptive):
     """
 
     name = KIND
-    read_once = frozenset({"explainer"})
+    read_once = frozenset({"explainer"})  # options that only attaching reads; they are no part of ``options``
+    handed_on = {"count": "adaptive", "threshold": 0.5, "expected": None}
 
     def __init__(
         self,
         anatomy: Anatomy,
         explainer: nn.Module | str | Path | None = None,
-        threshold: float = 0.5,
         layer: int = -1,
-        count: Literal["adaptive", "fixed"] = "adaptive",
         keep_ratio: float | Sequence[float] = 0.7,
-        expected: Sequence[float] | None = None,
         mul: float = 15.0,
         add: float = 8.0,
         no_placeholder: bool = False,
+        **shared: Unpack[CountOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, (0,), count, threshold, expected)
+        super().__init__(anatomy, keep_ratio, (0,), **shared)
         self.layer = check_layer(layer, anatomy.depth)
         if explainer is None:
             self.gates = MaskGates(anatomy.width, anatomy.depth, mul, add, no_placeholder)
@@ -169,8 +165,8 @@ def _trained_gates(explainer: Any, anatomy: Anatomy) -> MaskGates:
     trained = held(explainer, MaskGates, KIND)
     if trained is None:
         spec, tensors, folder = read_folder(explainer, KIND, "gates")
-        own = gate_tensors(tensors)
-        gates = load_into(build_gates(spec["gates"], folder, own), own, folder)
+        weights = gate_tensors(tensors)
+        gates = load_into(build_gates(spec["gates"], folder, weights), weights, folder)
     else:
         gates = copy.deepcopy(trained)
     size, wanted = (gates.width, gates.depth), (anatomy.width, anatomy.depth)

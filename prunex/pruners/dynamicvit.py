@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from prunex.checks import check_choice, check_flag, check_number
 from prunex.errors import PrunexError
-from prunex.pruners.adaptive import Adaptive, above
+from prunex.pruners.adaptive import Adaptive, AdaptiveOptions, above
 from prunex.pruners.base import Forward, floor_share, top
-from prunex.pruners.schedules import ScheduleOptions
+from prunex.pruners.schedules import Schedule
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.aside import as_found
@@ -83,7 +83,6 @@ class DynamicViT(Adaptive):
     protected.
 
     Args:
-        anatomy: Of the model.
         keep_ratio: Base rate in (0, 1]; stage s keeps its (s+1)-th power. A sequence gives one factor a stage.
         stages: Blocks before which tokens are dropped.
         teacher: Distil from a frozen copy of the dense model as it was when attached; False turns both terms off.
@@ -91,16 +90,14 @@ class DynamicViT(Adaptive):
         distill_weight: Of the two distillation losses.
         token_loss: "mse" (DeiT) or "kl" (the authors' switch for token distributions).
         batch_ratio: Hold the ratio on the batch mean instead of on every image (always where counts are adaptive).
-        count: "fixed", or "adaptive": each image keeps its own number.
-        threshold: Keep probability above which a patch is kept, in [0, 1], where counts are adaptive.
-        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
-        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
-            of training): the targets of the ratio loss fall with the rates. By default, as in the paper, they do not.
+        **shared: See :class:`~prunex.pruners.adaptive.AdaptiveOptions`: ``threshold`` is of the keep probability, and
+            the targets of the ratio loss fall with the rates. By default, as in the paper, they do not.
     """
 
     name = "dynamicvit"
     trains_masked = True
     lr = 9e-4  # measured on real weights, see docs/pruners.md
+    handed_on = {"count": "fixed", "threshold": 0.5, "expected": None, **Schedule().options}
 
     def __init__(
         self,
@@ -112,12 +109,9 @@ class DynamicViT(Adaptive):
         distill_weight: float = 0.5,
         token_loss: Literal["mse", "kl"] = "mse",
         batch_ratio: bool = False,
-        count: Literal["fixed", "adaptive"] = "fixed",
-        threshold: float = 0.5,
-        expected: Sequence[float] | None = None,
-        **schedule: Unpack[ScheduleOptions],
+        **shared: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
+        super().__init__(anatomy, keep_ratio, stages, **shared)
         check_choice("token_loss", token_loss, ("mse", "kl"))
         if anatomy.width < 4:
             raise PrunexError(f"the model is {anatomy.width} wide: dynamicvit's predictors need at least 4")
@@ -228,21 +222,20 @@ class DynamicViT(Adaptive):
         if self.token_loss == "mse":
             distance = ((student - target) ** 2).mean(-1)
         else:
-            distance = F.kl_div(student.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(
-                -1
-            )
+            student, target = student.log_softmax(-1), target.log_softmax(-1)
+            distance = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
         losses["tokens"] = (distance * kept).sum() / kept.sum().clamp(min=1)
         return losses
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predictors from the authors' names: ``score_predictor.{s}.in_conv.{0,1}`` and ``.out_conv.{0,2,4}``."""
         names = {"in_conv": "embed", "out_conv": "score"}
-        own = {}
+        renamed = {}
         for key, value in state.items():
             parts = key.split(".")
             if parts[0] == "score_predictor" and len(parts) == 5 and parts[2] in names:
-                own[".".join(["predictors", parts[1], names[parts[2]], *parts[3:]])] = value
-        return own
+                renamed[".".join(["predictors", parts[1], names[parts[2]], *parts[3:]])] = value
+        return renamed
 
     def inference_only(self) -> None:
         """Let the teacher go, and keep the targets in force now."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Unpack
+from typing import Unpack
 
 from prunex.checks import check_flag
-from prunex.pruners.schedules import ScheduleOptions
+from prunex.pruners.adaptive import AdaptiveOptions
 from prunex.pruners.topk import TopK
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
@@ -26,15 +26,10 @@ class EViT(TopK):
     Where counts are adaptive (see :class:`TopK`; ours), the threshold falls so.
 
     Args:
-        anatomy: Of the model.
         keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
         stages: Blocks that shrink.
         fuse: Whether dropped patches leave a fused token.
-        count: "fixed", or "adaptive": each image keeps its own number, at least one.
-        threshold: Share of the attention that the kept patches hold, in [0, 1], where counts are adaptive.
-        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
-        **schedule: ``schedule`` ("cosine", "linear" or "constant"), ``shrink_start`` and ``shrink_length`` (fractions
-            of training).
+        **shared: As for :class:`TopK`.
     """
 
     name = "evit"
@@ -45,12 +40,9 @@ class EViT(TopK):
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
         fuse: bool = True,
-        count: Literal["fixed", "adaptive"] = "fixed",
-        threshold: float = 0.9,
-        expected: Sequence[float] | None = None,
-        **schedule: Unpack[ScheduleOptions],
+        **shared: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
+        super().__init__(anatomy, keep_ratio, stages, **shared)
         # All else is Top-K's: only what becomes of the dropped patches differs.
         self.fuses = check_flag("fuse", fuse)
         self.options["fuse"] = self.fuses

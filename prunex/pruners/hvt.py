@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_choice
+from prunex.checks import check_choice, check_whole
 from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner, check_stages
 from prunex.registry import register
@@ -62,7 +62,6 @@ class HVT(TokenPruner):
     attached is refused; attach again for it.
 
     Args:
-        anatomy: Of the model.
         stages: Blocks after which tokens are pooled; None: those of ``pool_width``.
         pool_width: w, at least 1: pool after blocks 0, w, 2 w, ...; None: the depth, one pooling after block 0.
             Together with ``stages`` it must mean the same.
@@ -152,11 +151,7 @@ class HVT(TokenPruner):
         return [Turn(0), *(Turn(block, "after") for block in self.stages)]
 
     def decide(self, turn: Turn, state: TokenState) -> Pool | None:
-        """Pool, and add the new positions.
-
-        Raises:
-            PrunexError: For another image size than was attached for.
-        """
+        """Pool, and add the new positions; another image size than was attached for is refused."""
         if turn.when == "before":
             self._check_size(state.trace.grid, state.patches.shape[1])
             return None
@@ -182,23 +177,20 @@ class HVT(TokenPruner):
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Positions from the authors' names: ``blocks.{i}.pos_embed``, i the block that pools."""
-        own = {}
+        renamed = {}
         for key, value in state.items():
             parts = key.split(".")
             if len(parts) == 3 and (parts[0], parts[2]) == ("blocks", "pos_embed") and parts[1].isdigit():
                 block = int(parts[1])
                 # One of another width's keeps its name, and is refused as foreign.
-                own[f"positions.{self.stages.index(block)}.pos_embed" if block in self.stages else key] = value
-        return own
+                renamed[f"positions.{self.stages.index(block)}.pos_embed" if block in self.stages else key] = value
+        return renamed
 
 
 def _blocks(stages: Any, pool_width: Any, depth: int) -> Sequence[int]:
     """The blocks after which tokens are pooled; a bad width, or two options that differ, are refused."""
-    if pool_width is not None and (isinstance(pool_width, bool) or not isinstance(pool_width, int) or pool_width < 1):
-        raise PrunexError(
-            f"pool_width={pool_width!r} is not allowed: give a whole number of blocks, such as 3, or None"
-        )
-    regular = tuple(range(0, depth, depth if pool_width is None else pool_width))
+    width = depth if pool_width is None else check_whole("pool_width", pool_width, 1)
+    regular = tuple(range(0, depth, width))
     if stages is None:
         return regular
     given = check_stages(stages, depth)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunex.checks import check_number
+from prunex.checks import check_number, check_whole
 from prunex.errors import PrunexError
-from prunex.pruners.adaptive import Adaptive, above
+from prunex.pruners.adaptive import Adaptive, CountOptions, above
 from prunex.pruners.base import Forward, floor_share, top
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
@@ -25,10 +25,6 @@ class Interpreter(nn.Module):
 
     p_j = mean over heads of sigmoid(q_class . k_j / sqrt(D / heads)), on LayerNorm without affine parameters of the
     tokens times their policy: a mean of sigmoids, and no softmax over tokens.
-
-    Args:
-        width: D.
-        heads: Heads; they divide D.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -73,16 +69,14 @@ class IARED2(Adaptive):
     softmax exactly.
 
     Args:
-        anatomy: Of the model.
         keep_ratio: Base rate in (0, 1]; group g's target is its (g+1)-th power, a sequence gives one factor a group. It
             is what the ratio loss and fixed counts aim at. A group of factor 1 drops nothing.
         stages: First blocks of the groups. None: ``groups`` equal ones.
         groups: How many equal groups, where ``stages`` is None; None: 3, or as many as there are blocks.
         heads: Of the interpreters; None: the model's.
-        count: "adaptive" as published, or "fixed": the floor(N * target) best-scored patches at inference.
-        threshold: p above which (strictly) a patch is kept, in [0, 1].
         ratio_weight: Of the ratio loss.
-        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
+        **shared: See :class:`~prunex.pruners.adaptive.CountOptions`: ``threshold`` is of p, strictly. Counts are
+            "adaptive" as published, or "fixed": the floor(N * target) best-scored patches at inference.
 
     Raises:
         PrunexError: For a model without a class token, heads that do not divide its width, groups and stages together,
@@ -92,6 +86,7 @@ class IARED2(Adaptive):
     name = "ia_red2"
     trains_masked = True
     lr = 9e-4  # dynamicvit's, whose predictors are as new; not searched
+    handed_on = {"count": "adaptive", "threshold": 0.5, "expected": None}
 
     def __init__(
         self,
@@ -100,16 +95,14 @@ class IARED2(Adaptive):
         stages: Sequence[int] | None = None,
         groups: int | None = None,
         heads: int | None = None,
-        count: Literal["fixed", "adaptive"] = "adaptive",
-        threshold: float = 0.5,
         ratio_weight: float = 2.0,
-        expected: Sequence[float] | None = None,
+        **shared: Unpack[CountOptions],
     ) -> None:
         if stages is None or groups is not None:
             stages = _equal(groups, stages, anatomy.depth)
-        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected)
+        super().__init__(anatomy, keep_ratio, stages, **shared)
         heads = anatomy.dividing_heads if heads is None else heads
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or anatomy.width % heads:
+        if type(heads) is not int or heads < 1 or anatomy.width % heads:
             raise PrunexError(f"heads={heads!r} is not allowed: give a number that divides the width {anatomy.width}")
         self.interpreters = nn.ModuleList(Interpreter(anatomy.width, heads) for _ in self.stages)
         for interpreter, rate in zip(self.interpreters, self.rates, strict=True):
@@ -166,25 +159,21 @@ class IARED2(Adaptive):
         return {"ratio": self.ratio_weight * torch.stack(gaps).mean()}
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Interpreters from a published state dict: one projection ``...qkv`` [3 D, D] outside the blocks a group.
-
-        They are taken in the dict's order (the names themselves are unverified); the value third is dropped.
-        """
-        own: dict[str, Tensor] = {}
+        """Interpreters from a published state dict: one projection ``...qkv`` [3 D, D] outside the blocks a group."""
+        # In the dict's order, since the names themselves are unverified; the value third is dropped.
+        renamed: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
             projections = [v for k, v in state.items() if k.endswith(f"qkv.{kind}") and "blocks." not in k]
             for g, value in enumerate(projections):
-                own[f"interpreters.{g}.qk.{kind}"] = value[: 2 * len(value) // 3]
-        return own
+                renamed[f"interpreters.{g}.qk.{kind}"] = value[: 2 * len(value) // 3]
+        return renamed
 
 
 def _equal(groups: int | None, stages: Sequence[int] | None, depth: int) -> list[int]:
     """First blocks of equal groups."""
     if stages is not None:
         raise PrunexError(f"stages={stages!r} and groups={groups!r} say the same thing: give one of them")
-    count = min(3, depth) if groups is None else groups
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= depth:
-        raise PrunexError(f"groups={groups!r} is not allowed: give a whole number in 1..{depth}, the model's blocks")
+    count = min(3, depth) if groups is None else check_whole("groups", groups, 1, depth)
     return [depth * g // count for g in range(count)]
 
 

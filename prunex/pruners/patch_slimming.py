@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from prunex.checks import check_choice, check_number, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.pruners.base import TokenPruner, calibration_images
-from prunex.pruners.patch_slimming_search import Search, Slimming
+from prunex.pruners.patch_slimming_search import SETTINGS, Search, SearchOptions, Slimming
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.aside import as_found
@@ -22,11 +22,21 @@ from prunex.vit.decisions import Keep
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, resume
 from prunex.vit.positions import positions_of
+from prunex.vit.recording import check_made_outside
 from prunex.vit.state import TokenState
 from prunex.vit.turns import Turn
 
 CRITERIA = ("mean", "relative")
-TOLERANCE = 0.01
+
+
+class CalibrationOptions(SearchOptions, total=False):
+    """:class:`~prunex.pruners.patch_slimming_search.SearchOptions`, and what is looked at.
+
+    Attributes:
+        calibration_images: Most images looked at.
+    """
+
+    calibration_images: int
 
 
 @register(
@@ -56,16 +66,9 @@ class PatchSlimming(TokenPruner):
     framing of the calibration images; objects that lie elsewhere are lost.
 
     Args:
-        anatomy: Of the model.
         keep: Rising patch positions (raster order), one list a block but the last, each within the one before it. None:
             all, until calibrated.
-        tolerance: Largest reconstruction error of a block, at least 0.
-        step: Positions by which a candidate grows.
-        epochs: Fine-tuning of a block a candidate; 0 is an approximation that changes no weight.
-        learning_rate: Of that fine-tuning.
-        calibration_images: Most images looked at.
-        criterion: Which error is held against the tolerance: "mean" squared, or "relative" to the features' square sum.
-        seed: Of the order of the fine-tuning's steps.
+        **search: See :class:`CalibrationOptions`.
 
     Raises:
         PrunexError: For a model whose head reads patches (pooled, unpooled or without class token), a model of one
@@ -81,6 +84,7 @@ class PatchSlimming(TokenPruner):
 
     name = "patch_slimming"
     chooses = "positions"
+    handed_on: ClassVar[CalibrationOptions] = {**SETTINGS, "calibration_images": 2048}
     kept: Tensor
     found: Tensor
     first: Tensor
@@ -89,13 +93,7 @@ class PatchSlimming(TokenPruner):
         self,
         anatomy: Anatomy,
         keep: Sequence[Sequence[int]] | None = None,
-        tolerance: float = TOLERANCE,
-        step: int = 10,
-        epochs: int = 3,
-        learning_rate: float = 1e-5,
-        calibration_images: int = 2048,
-        criterion: Literal["mean", "relative"] = "mean",
-        seed: int = 0,
+        **search: Unpack[CalibrationOptions],
     ) -> None:
         _check_head(anatomy)
         if anatomy.depth < 2:
@@ -103,16 +101,7 @@ class PatchSlimming(TokenPruner):
         super().__init__(anatomy, 1.0, tuple(range(anatomy.depth - 1)))
         self.prefix, self.grid = anatomy.prefix, anatomy.grid
         self.patches = anatomy.grid[0] * anatomy.grid[1]
-        settings = _settings(
-            tolerance=tolerance,
-            step=step,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            calibration_images=calibration_images,
-            criterion=criterion,
-            seed=seed,
-        )
-        self.options: dict[str, Any] = {"keep": None, **settings}
+        self.options: dict[str, Any] = {"keep": None, **_settings(**{**self.handed_on, **search})}
         given = keep is not None
         sets = [list(range(self.patches))] * len(self.stages) if keep is None else self._check(keep)
         kept = torch.zeros(len(self.stages), self.patches, dtype=torch.bool)
@@ -125,11 +114,7 @@ class PatchSlimming(TokenPruner):
         self._use(sets, given)
 
     def _check(self, keep: Any) -> list[list[int]]:
-        """The sets in plain values.
-
-        Raises:
-            PrunexError: For another number of them, or one that is no rising list of positions within the one before.
-        """
+        """The sets in plain values: rising lists of positions, each within the one before; or refused."""
         want = f"give {len(self.stages)} lists of patch positions 0..{self.patches - 1}, one a block but the last"
         many = isinstance(keep, Sequence) and not isinstance(keep, str)
         if not many or len(keep) != len(self.stages):
@@ -180,12 +165,7 @@ class PatchSlimming(TokenPruner):
         return [Turn(0), *inside, Turn(len(self.sets), "never", only=self.first)]
 
     def decide(self, turn: Turn, state: TokenState) -> Keep | None:
-        """Keep the block's set.
-
-        Raises:
-            PrunexError: For images that the sets were not made for, or where others removed patches before, and not as
-                many of the set in every image.
-        """
+        """Keep the block's set; images it was not made for are refused, and patches missing in some images only."""
         if turn.when == "before":
             self._check_images(state)
             return None
@@ -197,14 +177,14 @@ class PatchSlimming(TokenPruner):
         if state.left == self._entering(block):
             return Keep(getattr(self, f"among_{block}").expand(batch, -1))
         # Some patches were never there: positions count in the original grid, so the trace knows where the others are.
-        here = state.trace.tokens()[:, original]
-        there = (here >= 0).sum(1)
-        if not bool((there == there[0]).all()):
+        places = state.trace.tokens()[:, original]
+        counts = (places >= 0).sum(1)
+        if not bool((counts == counts[0]).all()):
             raise PrunexError(
                 "images of this batch lack different numbers of the patches that patch_slimming keeps: use "
                 "pruning.masked = True, or removal='mask'"
             )
-        return Keep(here[here >= 0].unflatten(0, (batch, int(there[0]))))
+        return Keep(places[places >= 0].unflatten(0, (batch, int(counts[0]))))
 
     def alter(self, anatomy: Anatomy) -> Anatomy:
         """As it is; refused where the head came to read patches after this was attached."""
@@ -230,7 +210,7 @@ class PatchSlimming(TokenPruner):
         """Let go of an infinite tolerance, which plain files cannot hold; what it led to is in the sets."""
         super().inference_only()
         if self.options["tolerance"] == math.inf:
-            self.options["tolerance"] = TOLERANCE
+            self.options["tolerance"] = self.handed_on["tolerance"]
 
     @property
     def needs_calibration(self) -> bool:
@@ -238,19 +218,10 @@ class PatchSlimming(TokenPruner):
         return self.options["keep"] is None
 
     def calibrate(self, model: ViT, images: Any, verbose: bool = False, **options: Any) -> Slimming:
-        """Find the sets on some images, dense weights and all, and take them into force.
+        """Find the sets on some images, dense weights and all, and take them into force; nothing changes if refused.
 
-        Args:
-            model: The ViT this pruner is on.
-            images: As for :meth:`prunex.Pruning.calibrate`.
-            verbose: Whether a progress bar is shown.
-            **options: For those given to ``attach``, but ``keep``.
-
-        Returns:
-            The report: counts and errors block by block; printed, it is a table.
-
-        Raises:
-            PrunexError: For unknown options, numbers out of range, or images it cannot take; nothing changes then.
+        ``verbose`` shows a progress bar; other options stand for those given to ``attach``, but ``keep``. The report
+        tells counts and errors block by block; printed, it is a table.
         """
         known = {k: v for k, v in self.options.items() if k != "keep"}
         for name in options:
@@ -265,11 +236,8 @@ class PatchSlimming(TokenPruner):
                 f"the model has {anatomy.grid[0]} x {anatomy.grid[1]} patches now, it had {self.grid[0]} x "
                 f"{self.grid[1]} when patch_slimming was attached: detach() and attach again"
             )
-        if settings["epochs"] and any(p.is_inference() for p in model.blocks.parameters()):
-            raise PrunexError(
-                "the model's weights were made under torch.inference_mode and cannot be fine-tuned: build or load the "
-                "model outside of it, or calibrate with epochs=0"
-            )
+        if settings["epochs"]:
+            check_made_outside(model.blocks, "calibrate with epochs=0")
         limit = settings.pop("calibration_images")
         batches = calibration_images(images, limit)
         kind = next(model.parameters()).device.type

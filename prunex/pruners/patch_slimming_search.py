@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,13 +15,36 @@ from tqdm import tqdm
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, check_images
+from prunex.vit.arithmetic import promoted
 from prunex.vit.embedding import embed
 from prunex.vit.forward import through
 from prunex.vit.tape import Tape
 
 CHUNK = 64  # images in one pass, and in one step of the fine-tuning
 MATRICES = 16  # images whose attention matrices are held at once, in float64
-SETTINGS: dict[str, Any] = {
+
+
+class SearchOptions(TypedDict, total=False):
+    """How the sets of positions are searched.
+
+    Attributes:
+        tolerance: Largest reconstruction error of a block, at least 0.
+        step: Positions by which a candidate grows.
+        epochs: Fine-tuning of a block a candidate; 0 is an approximation that changes no weight.
+        learning_rate: Of that fine-tuning.
+        criterion: Which error is held against the tolerance: "mean" squared, or "relative" to the features' square sum.
+        seed: Of the order of the fine-tuning's steps.
+    """
+
+    tolerance: float
+    step: int
+    epochs: int
+    learning_rate: float
+    criterion: Literal["mean", "relative"]
+    seed: int
+
+
+SETTINGS: SearchOptions = {
     "tolerance": 0.01,
     "step": 10,
     "epochs": 3,
@@ -33,20 +56,14 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set that was tried for a block.
+    """One set that was tried for a block."""
 
-    Attributes:
-        patches: Patch positions in it.
-        raw: Squared Frobenius distance of what the next block makes of it from what the dense block made, summed over
-            all images.
-        mean: The same a number: the mean squared error.
-        relative: The same as a share of the dense features' own square sum.
-    """
-
-    patches: int
+    patches: int  # patch positions in it
+    # squared Frobenius distance of what the next block makes of it from what the dense block made, summed over all
+    # images
     raw: float
-    mean: float
-    relative: float
+    mean: float  # the same a number: the mean squared error
+    relative: float  # the same as a share of the dense features' own square sum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,13 +125,12 @@ def impact(attention: Sequence[Tensor], entering: Tensor) -> Tensor:
     and A the product of the later blocks' attention, their rows restricted to what they keep. It is an outer product,
     so the column energy of A times the row energy of U. The paper leaves open which head follows which; here (a choice
     of ours) all paths count, by the recursion G <- mean_h P_h^T G P_h from the last block down, starting at G = I over
-    the last block's outputs; the column energy of A is then diag(G). A mean instead of a sum over heads scales all
-    scores of a block alike.
+    the last block's outputs; the column energy of A is then diag(G).
 
-    ``attention`` is the softmax attention of this block [B, H, n, n], then of each later block [B, H, m, n]: rows are
-    the tokens it computes, columns those that enter it. ``entering`` is the residual stream entering this block, [B, n,
-    D].
+    ``attention`` is this block's [B, H, n, n], then each later block's [B, H, m, n]: rows are the tokens it computes,
+    columns those that enter it. ``entering`` is the residual stream entering this block, [B, n, D].
     """
+    # A mean instead of a sum over heads scales all scores of a block alike.
     reach: Tensor | None = None  # G [B, n, n] over the tokens entering the block looked at
     column = entering.new_zeros(())
     for i in range(len(attention) - 1, 0, -1):
@@ -140,26 +156,20 @@ class Search:
     squared one (or the relative one); a block's weights carry over from candidate to candidate; AdamW without decay;
     everything runs in eval mode and in at least float32; a block that keeps every position gets its dense weights back;
     parameters that are frozen (``requires_grad=False``) stay as they are, and a block without any other is not tuned.
-
-    Args:
-        model: A supported ViT.
-        anatomy: Of the model.
-        images: Batches of calibration images, [B, C, H, W] each.
-        verbose: Whether a progress bar is shown.
-        settings: ``tolerance``, ``step``, ``epochs``, ``learning_rate``, ``criterion`` and ``seed``, as the pruner's.
+    ``settings`` are the pruner's own.
     """
 
     def __init__(
-        self, model: ViT, anatomy: Anatomy, images: Sequence[Tensor], verbose: bool = False, **settings: Any
+        self,
+        model: ViT,
+        anatomy: Anatomy,
+        images: Sequence[Tensor],
+        verbose: bool = False,
+        **settings: Unpack[SearchOptions],
     ) -> None:
         self.model, self.anatomy, self.verbose = model, anatomy, verbose
-        settings = SETTINGS | settings
-        self.tolerance: float = settings["tolerance"]
-        self.step: int = settings["step"]
-        self.epochs: int = settings["epochs"]
-        self.learning_rate: float = settings["learning_rate"]
-        self.criterion: str = settings["criterion"]
-        self.generator = torch.Generator().manual_seed(settings["seed"])
+        self.settings: SearchOptions = {**SETTINGS, **settings}
+        self.generator = torch.Generator().manual_seed(self.settings["seed"])
         weight = next(model.parameters())
         blocks: Any = model.blocks
         if weight.dtype in (torch.float16, torch.bfloat16):  # steps of 1e-5 would be lost
@@ -181,7 +191,7 @@ class Search:
                         f"calibration images have {grid[0]} x {grid[1]} patches, the model {anatomy.grid[0]} x "
                         f"{anatomy.grid[1]}: give images of the model's own size, {anatomy.image}"
                     )
-                self.embedded.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+                self.embedded.append(promoted(x))
 
     def run(self) -> Slimming:
         """Search all blocks; the fine-tuned ones are then in ``student``, their sets in ``kept``."""
@@ -194,22 +204,24 @@ class Search:
         entering = [self.kept.shape[1], *(b.kept for b in reversed(slimmed))]
         blocks = tuple(replace(b, entering=n) for b, n in zip(reversed(slimmed), entering, strict=False))
         keep = [mask.nonzero().flatten().tolist() for mask in self.kept[:-1]]
-        return Slimming(keep, blocks, sum(map(len, self.embedded)), self.criterion, self.tolerance)
+        return Slimming(
+            keep, blocks, sum(map(len, self.embedded)), self.settings["criterion"], self.settings["tolerance"]
+        )
 
     def _block(self, block: int) -> SlimmedBlock:
         inputs, wanted, score = self._look(block)
         base = self.kept[block + 1]
         order = score.masked_fill(base, -math.inf).argsort(descending=True, stable=True)[: int((~base).sum())]
         tried: list[Candidate] = []
-        for added in [*range(0, len(order), self.step), len(order)]:
+        for added in [*range(0, len(order), self.settings["step"]), len(order)]:
             self.kept[block] = base.clone().index_fill(0, order[:added], True)
             # Nothing is left out, so nothing need be made up for.
             if self.kept[block].all():
                 self.student[block].load_state_dict(self.teacher[block].state_dict())
-            elif self.epochs and self.moving[block]:
+            elif self.settings["epochs"] and self.moving[block]:
                 self._tune(block, inputs, wanted)
             tried.append(self._error(block, inputs, wanted))
-            if getattr(tried[-1], self.criterion) <= self.tolerance:
+            if getattr(tried[-1], self.settings["criterion"]) <= self.settings["tolerance"]:
                 break
         kept = int(self.kept[block].sum())
         return SlimmedBlock(block, self.kept.shape[1], kept, tuple(tried), score)
@@ -255,9 +267,9 @@ class Search:
         """A little fine-tuning of one block; the next one passes gradients through and gets none."""
         named = self.student[block].named_parameters()
         parameters = [p.requires_grad_(True) for name, p in named if name in self.moving[block]]
-        optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, self.settings["learning_rate"], weight_decay=0.0)
         with torch.enable_grad():
-            for _ in range(self.epochs):
+            for _ in range(self.settings["epochs"]):
                 for i in torch.randperm(len(inputs), generator=self.generator).tolist():
                     loss = (self._pair(block, inputs[i]) - wanted[i]).square().sum() / len(inputs[i])
                     optimizer.zero_grad()
@@ -279,7 +291,7 @@ class Search:
     @torch.no_grad()
     def install(self) -> None:
         """Give the model the fine-tuned blocks, in place; without fine-tuning nothing is touched."""
-        if self.epochs:
+        if self.settings["epochs"]:
             for block, tuned, moving in zip(self.model.blocks, self.student, self.moving, strict=True):
                 weights = dict(tuned.named_parameters())
                 for name, parameter in block.named_parameters():

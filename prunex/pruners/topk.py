@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 
-from prunex.pruners.adaptive import Adaptive, reaching
+from prunex.pruners.adaptive import Adaptive, AdaptiveOptions, reaching
 from prunex.pruners.base import ceil_share, top
-from prunex.pruners.schedules import ScheduleOptions
+from prunex.pruners.schedules import Schedule
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.decisions import Drop, Keep
@@ -34,12 +34,10 @@ class TopK(Adaptive):
     on the patches still there (a rule of ours too): one glance at one thing needs few.
 
     Args:
-        anatomy: Of the model.
         keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
         stages: Blocks that shrink.
-        count: "fixed", or "adaptive": each image keeps its own number, at least one.
-        threshold: Share of the attention that the kept patches hold, in [0, 1], where counts are adaptive.
-        expected: Measured mean shares, see :class:`~prunex.pruners.adaptive.Adaptive`.
+        **shared: See :class:`~prunex.pruners.adaptive.AdaptiveOptions`: ``threshold`` is of the attention held, and
+            an image keeps at least one patch.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
@@ -51,18 +49,16 @@ class TopK(Adaptive):
 
     name = "topk"
     fuses = False
+    handed_on = {"count": "fixed", "threshold": 0.9, "expected": None, **Schedule().options}
 
     def __init__(
         self,
         anatomy: Anatomy,
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
-        count: Literal["fixed", "adaptive"] = "fixed",
-        threshold: float = 0.9,
-        expected: Sequence[float] | None = None,
-        **schedule: Unpack[ScheduleOptions],
+        **shared: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, count, threshold, expected, **schedule)
+        super().__init__(anatomy, keep_ratio, stages, **shared)
         self.anatomy = anatomy
 
     def plan(self) -> list[Turn]:

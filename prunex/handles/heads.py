@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import prunex.heads  # noqa: F401  (registers the heads)
 from prunex.brief import Brief
+from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.handles.base import Handle, accept_dense, drop_mark
 from prunex.handles.steps import Steps
@@ -132,6 +133,15 @@ class Head(Handle):
     def options(self) -> dict[str, Any]:
         """The options in force, in plain values."""
         return dict(self.head.options)
+
+    @property
+    def progress(self) -> float:
+        """Share of training done, 0..1, for losses that warm up; 1 unless set."""
+        return self.head.progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        self.head.progress = check_number("progress", value, 0, 1)
 
     def from_tokens(self, tokens: Tensor) -> Reading:
         """What the head makes of final tokens.
@@ -297,6 +307,7 @@ def put_head(vit: ViT, make: Callable[..., TokenHead], options: Mapping[str, Any
             f"{type(vit).__name__} has a head that explains itself, {mounted_head(vit).method}: detach() it first"
         )
     head = make(own_anatomy(vit), **options)
+    head.prepare(vit)
     weight = next(vit.parameters())
     headed = Headed(head.to(device=weight.device, dtype=weight.dtype), read(vit))
     headed.train(vit.training)

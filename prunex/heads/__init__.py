@@ -1,3 +1,4 @@
 """Heads that explain themselves, one method a file; importing the room makes them known."""
 
+from prunex.heads import attributes as attributes
 from prunex.heads import concept_transformer as concept_transformer

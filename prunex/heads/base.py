@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.heads.final_tokens import FinalTokens
-from prunex.vit.anatomy import Anatomy
+from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.trace import TokenTrace
 
 
@@ -72,6 +72,7 @@ class TokenHead(nn.Module):
     Attributes:
         name: As it is registered.
         options: Those in force, in plain values.
+        progress: Share of training done, 0..1, for losses that warm up; 1 unless set.
         reads_patches: Whether it reads patch tokens, which then may not be left out of the last block.
         uses_classifier: Whether timm's own classifier has a part in it; else that one rests while the head is there.
     """
@@ -86,10 +87,14 @@ class TokenHead(nn.Module):
             raise PrunexError(f"{self.name} needs classes, and this model has num_classes=0: give it a head first")
         self.classes, self.width, self.prefix = anatomy.classes, anatomy.width, anatomy.prefix
         self.options: dict[str, Any] = {}
+        self.progress = 1.0
         self.forced: dict[str, float] = {}  # concepts whose attention is set by hand
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a model whose forward, as a pruner may have altered it, does not give what this head reads."""
+
+    def prepare(self, model: ViT) -> None:
+        """Take from the model what it begins with, before it is mounted; the model stays as it is."""
 
     @abstractmethod
     def forward(self, tokens: FinalTokens, classifier: Tensor | None) -> Reading:

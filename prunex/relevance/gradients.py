@@ -34,11 +34,9 @@ class ModifiedGradients(Arithmetic):
         self.kind, self.gamma = kind, gamma
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """As it is, or by the gamma rule."""
         return self._by_rule(module, x, 1)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
-        """The patch convolution, likewise."""
         return self._by_rule(module, images, 0)
 
     def _by_rule(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
@@ -54,23 +52,19 @@ class ModifiedGradients(Arithmetic):
         return Route.apply(self, back, module(x), x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A norm with its deviation held constant."""
         if isinstance(module, nn.Identity):
             return x
         return _Norm.apply(x, module(x), module)
 
     def activation(self, module: nn.Module, x: Tensor) -> Tensor:
-        """An element-wise f with gradient f(x) / x."""
         if isinstance(module, nn.Identity):
             return x
         return Route.apply(self, lambda saved, out, grad: (grad * (out / (saved[0] + 1e-10)),), module(x), x)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Half each."""
         return _Scaled.apply(a, 0.5) * _Scaled.apply(b, 0.5)
 
     def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
-        """The openness is a constant."""
         return signal * openness.detach()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -197,7 +197,6 @@ class RelevanceRules(Arithmetic):
         return Route.apply(self, lambda saved, out, r: (r.reshape(saved[0].shape),), out, x)
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """By its rule."""
         return self._by_rule(module, x, self.gamma[1], zplus if self.rule_set == "conserving" else zplus_split)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
@@ -218,14 +217,12 @@ class RelevanceRules(Arithmetic):
         return Route.apply(self, back, module(x), x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Passes through."""
         return x if isinstance(module, nn.Identity) else self._through(module(x), x)
 
     activation = norm
     scaled = norm
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Passes through."""
         return self._through(scores.softmax(-1), scores)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -238,16 +235,13 @@ class RelevanceRules(Arithmetic):
         return Route.apply(self, back, a + b, a, b)
 
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
-        """As their sum."""
         both = self.add(a, b)
         return self._through(both / 2, both)
 
     def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
-        """All to the signal."""
         return self._through(signal * openness, signal)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Half each."""
         return Route.apply(self, lambda saved, out, r: (r / 2, r / 2), a * b, a, b)
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -6,6 +6,7 @@ from prunex.lazy import later
 
 __all__ = [
     "ExactResume",
+    "ExplainableHead",
     "FaithfulnessMonitor",
     "KeptTokenMonitor",
     "MaskPruning",
@@ -21,6 +22,7 @@ __all__ = [
 if TYPE_CHECKING:
     from prunex.callbacks.checkpoints import SafeCheckpointIO, load_from_checkpoint
     from prunex.callbacks.exact_resume import ExactResume
+    from prunex.callbacks.explainable_head import ExplainableHead
     from prunex.callbacks.faithfulness_monitor import FaithfulnessMonitor
     from prunex.callbacks.kept_token_monitor import KeptTokenMonitor
     from prunex.callbacks.mask_pruning import MaskPruning
@@ -36,6 +38,7 @@ else:
             "SafeCheckpointIO": "checkpoints",
             "load_from_checkpoint": "checkpoints",
             "ExactResume": "exact_resume",
+            "ExplainableHead": "explainable_head",
             "FaithfulnessMonitor": "faithfulness_monitor",
             "KeptTokenMonitor": "kept_token_monitor",
             "MaskPruning": "mask_pruning",

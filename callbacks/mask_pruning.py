@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,7 @@ class MaskPruning(Participant):
     0.5
     """
 
-    units = True
+    which: ClassVar[dict[str, bool]] = {"units": True}
     entry, hparam = "units", "unit_pruning"
     budget: float | str
     pruning: UnitPruning

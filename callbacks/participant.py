@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,9 +25,10 @@ from prunex.vit.units import Backbone
 
 
 class Participant(Layered):
-    """Base of TokenPruning and MaskPruning, which attach a pruner to a ViT and train it with its user's own loss."""
+    """Base of the callbacks that attach a pruner or a head to a ViT and train it with its user's own loss."""
 
-    units = False  # whether heads and channels are pruned, not tokens
+    # What of a model's attachments it is about, as prunex.attached is asked for it: the token pruner, where empty.
+    which: ClassVar[dict[str, bool]] = {}
     entry, hparam = "pruning", "pruning"  # what checkpoints and a module's hyperparameters call it
     method: str
     model: str | None
@@ -47,7 +48,7 @@ class Participant(Layered):
             self._check_training(trainer, pl_module)
             if self.pruning is None:
                 check_own_averages(trainer, pl_module, self)
-        self._when_model_exists(pl_module, self.model, self._attach, Backbone if self.units else ViT)
+        self._when_model_exists(pl_module, self.model, self._attach, Backbone if self.which.get("units") else ViT)
         # Checkpoints are read after setup and before training: both must know by then how the model is pruned.
         say_when_saved(pl_module, self.model)
         self._undo += guard_loading(pl_module, {self.entry: lambda: self.pruning.spec}, self._take_over)
@@ -60,25 +61,25 @@ class Participant(Layered):
 
     def _attach(self, module: LightningModule) -> None:
         """Attach, or take what is attached already where it is what was asked for."""
-        handle: Any = prunex.attached(module, self.model, units=self.units)  # type: ignore[call-overload]
-        what, detach = "the model is", "prunex.attached(module).detach()"
-        if self.units:
-            what, detach = "the model's units are", "prunex.attached(module, units=True).detach()"
+        handle: Any = prunex.attached(module, self.model, **self.which)  # type: ignore[call-overload]
+        asked = "".join(f", {name}=True" for name in self.which)
+        detach = f"prunex.attached(module{asked}).detach()"
         before = handle is not None
+        what = f"the model has {handle.method} attached" if before else ""
         if not before:
             handle = prunex.attach(module, self.method, path=self.model, budget=self.budget, **self.options)
         elif handle.method != self.method:
-            raise PrunexError(f"{what} pruned by {handle.method} already: detach() it, or ask for {handle.method} here")
-        wanted = {"budget": self.budget, **self.options} if self.units else self.options
+            raise PrunexError(f"{what} already: {detach}, or ask for {handle.method} here")
+        wanted = {"budget": self.budget, **self.options} if self.which.get("units") else self.options
         for name, value in wanted.items():
             has = handle.options.get(name)
-            if name in getattr(handle.pruner, "read_once", ()):
+            if name in getattr(handle.learner, "read_once", ()):
                 continue
             # Options are kept in plain values, in which a tuple is a list.
             if (list(value) if isinstance(value, tuple) else value) != has:
                 raise PrunexError(
-                    f"{what} pruned already with {name}={has!r}, not {value!r}: detach() it first with {detach}, or "
-                    f"ask for {has!r} here"
+                    f"{what} already with {name}={has!r}, not {value!r}: detach it first with {detach}, or ask for "
+                    f"{has!r} here"
                 )
         again = before and self.pruning is not None and handle.model is self.pruning.model
         self._check_attached(handle, before and not again, again)

@@ -13,8 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunex.errors import PrunexError
-from prunex.handles.tokens import Pruning
-from prunex.pruners.base import TokenPruner
+from prunex.handles.base import Handle
 from prunex.vit.optimisers import chain
 
 PEAKS = ("lr", "initial_lr", "max_lr")  # of a group: now, and what schedules note down there about their highest
@@ -23,7 +22,7 @@ REACH = 0.02  # how far a parameter must be able to go: as wide as what is new i
 Group = dict[str, Any]
 
 
-def give_rates(trainer: Trainer, pruner: TokenPruner, scale: float | None) -> list[Callable[[], None]]:
+def give_rates(trainer: Trainer, pruner: Any, scale: float | None) -> list[Callable[[], None]]:
     """Give what a pruner brings its rate in each optimiser, until the returned calls undo that."""
     if scale not in (None, 1) and not any(p.requires_grad for p in pruner.parameters()):
         rank_zero_warn(f"lr_scale={scale:g} has no effect: {pruner.name} brings no parameters that learn; leave it out")
@@ -78,7 +77,7 @@ class PrunerRate:
     is theirs; None: the pruner's ``lr`` at the schedule's peak, where their group has less, never below its rate.
     """
 
-    def __init__(self, optimizer: Optimizer, pruner: TokenPruner, scale: float | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, pruner: Any, scale: float | None = None) -> None:
         *_, self.optimizer = chain(optimizer)
         self.pruner = pruner
         self.scale = scale
@@ -176,7 +175,7 @@ class PrunerRate:
         self._parted = []
 
 
-def check_stepped(trainer: Trainer, pruning: Pruning, learned: dict[str, torch.nn.Parameter]) -> None:
+def check_stepped(trainer: Trainer, handle: Handle, learned: dict[str, torch.nn.Parameter]) -> None:
     """Refuse a training in which nothing moves what a pruner learns by losses of its own; of any other it is told."""
     frozen = [name for name, p in learned.items() if not p.requires_grad]
     stepped = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
@@ -186,20 +185,20 @@ def check_stepped(trainer: Trainer, pruning: Pruning, learned: dict[str, torch.n
     complaints = []
     if frozen:
         complaints.append(
-            f"{len(frozen)} of {len(learned)} parameters of {pruning.method} ({frozen[0]}, ...) were frozen after they "
+            f"{len(frozen)} of {len(learned)} parameters of {handle.method} ({frozen[0]}, ...) were frozen after they "
             "were attached: freeze the others only, or do it before the callback's setup"
         )
     if missing:
         complaints.append(
-            f"no optimiser steps {len(missing)} of {len(learned)} parameters of {pruning.method} ({missing[0]}, ...): "
+            f"no optimiser steps {len(missing)} of {len(learned)} parameters of {handle.method} ({missing[0]}, ...): "
             "make it in configure_optimizers, which comes after setup, of all self.parameters(), or give it the group "
-            "{'params': prunex.attached(self).pruner.parameters()} there"
+            f"{{'params': {handle.reached}.parameters()}} there"
         )
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     # A callback that thaws parameters later gives them to the optimiser later, too.
     thaws = any("BaseFinetuning" in {kind.__name__ for kind in type(c).__mro__} for c in callbacks)
     for complaint in complaints:
-        if pruning.pruner.trains_masked and not thaws:
+        if handle.learner.trains_masked and not thaws:
             raise PrunexError(complaint)
         rank_zero_warn(complaint)
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from prunex.errors import PrunexError
-from prunex.handles.tokens import Pruning
+from prunex.handles.base import Handle
 from prunex.handles.units import UnitPruning
 from prunex.vit.mount import mounted
 from prunex.vit.units import blocks_of
@@ -20,7 +20,7 @@ class Runs:
     first gradients tell: weights that are trained by another way are refused, of a ViT that took no part one is told.
     """
 
-    def __init__(self, handle: Pruning | UnitPruning) -> None:
+    def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.steps = 0  # of training
         self.trained = False  # whether one of them ran it
@@ -30,6 +30,8 @@ class Runs:
         self._blocks_moved: bool | None = None  # whether gradients reached the blocks; None while all are frozen
         self._pruner_moved = False  # whether some reached what the pruner learns
         self._name = type(handle.model).__name__
+        self._works = f"{handle.method} {handle.does}"
+        self._watched = f"{self._name} that {self._works}"
 
     def begin(self) -> None:
         """A step begins."""
@@ -72,8 +74,8 @@ class Runs:
         if missed and not trying and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"validation did not run the {self._name} that {self.handle.method} prunes, but a copy of it, or none: "
-                "its metrics are not those of the pruned model"
+                f"validation did not run the {self._watched}, but a copy of it, "
+                f"or none: its metrics are not those of the model that {self.handle.method} is on"
             )
         return ran
 
@@ -85,7 +87,7 @@ class Runs:
         weights = [p for _, block in blocks_of(self.handle.model) for p in block.parameters() if p.requires_grad]
         if weights and not self._blocks_moved:
             self._blocks_moved = any(p.grad is not None for p in weights)
-        learned = self.handle.pruner.parameters()
+        learned = self.handle.learner.parameters()
         self._pruner_moved |= any(p.grad is not None and bool(p.grad.any()) for p in learned)
 
     def look(self) -> None:
@@ -97,16 +99,16 @@ class Runs:
         # Weights that move without the pruned forward are trained wrongly; ones that do not may have their turn later.
         if not self.trained and self._blocks_moved:
             raise PrunexError(
-                f"the training step trains the {self._name} without the forward that {method} prunes: it goes through "
-                "the blocks itself, or runs a traced or functional copy; call the model, its forward_features or its "
-                "forward_intermediates"
+                f"the training step trains the {self._name} without the forward that {self._works}: it goes "
+                "through the blocks itself, or runs a traced or functional copy; call the model, its forward_features "
+                "or its forward_intermediates"
             )
         if not self.trained or (self._unmarked and self._blocks_moved is False):
             rank_zero_warn(
-                f"the first training step did not run the {self._name} that {method} prunes, but a copy of it, or none:"
-                " until a step calls that one, nothing of the training is pruned"
+                f"the first training step did not run the {self._watched}, but a copy of it, "
+                f"or none: until a step calls that one, {method} has no part in the training"
             )
-        elif not self._pruner_moved and any(p.requires_grad for p in self.handle.pruner.parameters()):
+        elif not self._pruner_moved and any(p.requires_grad for p in self.handle.learner.parameters()):
             rank_zero_warn(
                 f"no gradient reached the parameters of {method} in the first training step: it learns nothing where "
                 "the ViT runs under no_grad(), or where the loss does not depend on it"

@@ -15,6 +15,7 @@ from prunex.errors import PrunexError
 IMAGES = ("image", "images", "img", "imgs", "pixel_values", "x", "input", "inputs")
 LABELS = ("label", "labels", "target", "targets", "y")
 MASKS = ("mask", "masks")
+CONCEPTS = ("concepts", "spatial_concepts")
 _NAMES = {"images": IMAGES, "labels": LABELS, "masks": MASKS}
 _REMEDY = {
     "images": "give batches that hold a float tensor [B, C, H, W]",
@@ -88,7 +89,8 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
         images: float [B, C, H, W], where they are known already: what a model made of the batch's.
 
     Returns:
-        images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W].
+        images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W]. By name alone
+        concepts: float [B, C], and spatial_concepts: float [B, patches, C], of 0, 1 and NaN (unknown).
 
     >>> import torch
     >>> x, y = torch.zeros(2, 3, 8, 8), torch.tensor([4, 2])
@@ -98,7 +100,13 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
     "batch[1] and batch[2] may both be meant: give a dict that holds the right one as 'label'"
     """
     fields = Parts(type(batch).__name__)
-    leaves = list(_leaves(batch))
+    leaves = []
+    # Concept labels have names of their own, and are taken for nothing else.
+    for leaf in _leaves(batch):
+        if leaf.name in CONCEPTS and leaf.value.is_floating_point():
+            fields[leaf.name] = leaf.value
+        else:
+            leaves.append(leaf)
     if images is None:
         first = _images(fields, [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()])
     else:

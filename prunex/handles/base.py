@@ -33,6 +33,8 @@ class Handle:
         model: The backbone it is on.
     """
 
+    reached = "prunex.attached(self).pruner"  # how a module finds what learns
+    does = "prunes"  # what its method does with the model's forward, in messages
     kind = ""  # under which of the names in prunex.vit.mount it hangs on the model
 
     def __init__(self, model: Any) -> None:
@@ -53,6 +55,11 @@ class Handle:
     def method(self) -> str:
         """The method's name."""
         return str(self._holder().method)
+
+    @property
+    def learner(self) -> Any:
+        """The module that decides, or reads, and may have parameters that learn."""
+        return self._holder().pruner
 
     @property
     def options(self) -> dict[str, Any]:

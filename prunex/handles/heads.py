@@ -49,6 +49,7 @@ class Headed(nn.Module):
 
     Attributes:
         steps: The training forwards whose losses were not asked for yet.
+        last: What the last forward in eval mode without a graph read.
         ran: Set by every forward, for whoever wants to know whether one came.
         rests: Parameters of timm's classifier that would be trained, and have no part in the answer meanwhile.
     """
@@ -60,9 +61,13 @@ class Headed(nn.Module):
         self.dense = dense
         self.steps: Steps[Read] = Steps()
         self.ran = False
+        self.last: Reading | None = None
         self.rests: list[str] = []
         self.register_load_state_dict_pre_hook(drop_mark)
         self.register_load_state_dict_pre_hook(accept_dense)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last": None}
 
     @property
     def head(self) -> TokenHead:
@@ -102,6 +107,8 @@ class Headed(nn.Module):
             return ops.whole(lambda tokens: self.read(model, tokens, left).logits, x)
         reading = self.read(model, x, left)
         self.remember(reading)
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self.last = reading
         return reading.logits
 
     def remember(self, reading: Reading) -> None:
@@ -118,6 +125,8 @@ class Head(Handle):
     """
 
     kind = HEAD
+    does = "reads"
+    reached = "prunex.attached(self, head=True).head"
 
     @property
     def _headed(self) -> Headed:
@@ -128,6 +137,20 @@ class Head(Handle):
     def head(self) -> TokenHead:
         """The module that reads final tokens."""
         return self._headed.head
+
+    @property
+    def learner(self) -> TokenHead:
+        """The head."""
+        return self.head
+
+    @property
+    def progress(self) -> float:
+        """Fraction of training done, 0..1, by which losses may rise; 1 unless set."""
+        return self.head.progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        self.head.progress = check_number("progress", value, 0, 1)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -196,6 +219,16 @@ class Head(Handle):
         for name, value in self.head.losses_between([f.reading for f in forwards]).items():
             total[name] = value
         return total
+
+    @property
+    def waiting(self) -> list[Read]:
+        """The readings of this step's training forwards so far, with their numbers of images."""
+        return self._headed.steps.waiting
+
+    @property
+    def last(self) -> Reading | None:
+        """The reading of the last forward in eval mode without a graph, of any thread; None before the first."""
+        return self._headed.last
 
     def forget(self) -> None:
         """Let go of this step's training forwards and their graphs."""

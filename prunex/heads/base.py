@@ -73,12 +73,17 @@ class TokenHead(nn.Module):
         name: As it is registered.
         options: Those in force, in plain values.
         progress: Share of training done, 0..1, for losses that warm up; 1 unless set.
+        lr: The learning rate of what is new among pretrained weights; optimisers that step by groups' rates give it so
+            much where their own is lower (the rate that works for the Concept Transformer's authors).
+        trains_masked: As pruners say it: that it is learned in training.
         reads_patches: Whether it reads patch tokens, which then may not be left out of the last block.
         uses_classifier: Whether timm's own classifier has a part in it; else that one rests while the head is there.
     """
 
     name: ClassVar[str] = ""
     uses_classifier: ClassVar[bool] = False
+    lr: ClassVar[float | None] = 4e-4
+    trains_masked: ClassVar[bool] = True
     reads_patches = True
 
     def __init__(self, anatomy: Anatomy) -> None:

@@ -193,7 +193,7 @@ def test_errors(tmp_path):
         load_from_checkpoint(Plain, tmp_path / "code.ckpt")
     for content in ({"state_dict": {}}, {"prunex": 3}, {"prunex": {"version": 1}}):
         torch.save(content, tmp_path / "other.ckpt")
-        with pytest.raises(PrunexError, match=r"was trained with neither .*: use Plain.load_from_checkpoint"):
+        with pytest.raises(PrunexError, match=r"was trained with none of .*: use Plain.load_from_checkpoint"):
             load_from_checkpoint(Plain, tmp_path / "other.ckpt")
     torch.save({"prunex": {"version": 2, "pruning": {}, "path": None}}, tmp_path / "later.ckpt")
     with pytest.raises(PrunexError, match="the checkpoint has prunex format 2: this prunex reads up to 1"):

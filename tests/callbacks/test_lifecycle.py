@@ -87,9 +87,9 @@ def test_a_callback_of_the_module_itself(tmp_path):
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("dynamicvit", {}, "pruned by evit already: detach"),
-        ("evit", {"keep_ratio": 0.5}, r"pruned already with keep_ratio=0.6, not 0.5: detach\(\)"),
-        ("evit", {"keep_ratio": 0.6, "stages": [1]}, r"pruned already with stages=\[1, 2, 3\], not \[1\]"),
+        ("dynamicvit", {}, "has evit attached already: prunex.attached.module..detach"),
+        ("evit", {"keep_ratio": 0.5}, r"has evit attached already with keep_ratio=0.6, not 0.5: detach it"),
+        ("evit", {"keep_ratio": 0.6, "stages": [1]}, r"attached already with stages=\[1, 2, 3\], not \[1\]"),
     ],
 )
 def test_a_model_pruned_in_another_way_is_told(tmp_path, method, arguments, message):

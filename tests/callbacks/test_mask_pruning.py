@@ -243,7 +243,7 @@ def test_refusals_of_a_training(tmp_path):
     refused("already with budget=0.7", module=pruned)
     other = Plain()
     prunex.attach(other.vit, "random", budget=0.6)
-    refused("by random already", module=other)
+    refused("has random attached already", module=other)
 
 
 class NoViT(L.LightningModule):

@@ -1,0 +1,227 @@
+"""ExplainableHead: the ViT inside somebody's LightningModule is fine-tuned with a head that explains itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+
+import prunex
+from prunex.batches import Parts, parts
+from prunex.callbacks.averaging import check_order
+from prunex.callbacks.participant import Participant, progress
+from prunex.callbacks.rates import check_stepped, give_rates
+from prunex.checks import check_number, check_options
+from prunex.errors import PrunexError, unknown
+
+
+class ExplainableHead(Participant):
+    """Attach a head that explains itself in ``setup`` and train it with the user's own loss, optimiser and precision.
+
+    The module's loss goes by the head's logits, which ``model(images)`` gives; the head's own losses are added to what
+    ``training_step`` returns and logged as ``prunex/loss_*``. Beside a token pruner and a unit pruner, in any order.
+
+    Concept labels come from the batch, under their names alone: ``concepts`` float [B, C] and ``spatial_concepts``
+    float [B, patches, C] of 0, 1 and NaN, which stands for unknown; what is not annotated is left out row by row.
+
+    In validation it logs, of ``concept_transformer``, ``prunex/val_top_concept``: how often the concept with most
+    attention is present, where it is known which are. Of ``vit_net`` the controls, ``prunex/val_tree_*``, which say
+    whether the tree decides anything, and a line prints them after each validation; while training the patches nearest
+    its prototypes are collected from each epoch's images.
+
+    The model keeps the head after ``fit``; ``prunex.attached(module, head=True).detach()`` gives the old one back.
+    Checkpoints, of weights only too, say what was attached, see :func:`prunex.callbacks.load_from_checkpoint`.
+
+    Args:
+        method: A head's name: "concept_transformer", "vit_net" or "attributes".
+        options: Its options, such as ``{"concepts": ["loop", "bar"]}``.
+        model: Dotted path of the ViT in the module, when it holds several.
+        lr_scale: Learning rate of the head's parameters as a multiple of what the module gives them, at least 0. None:
+            the head's own rate (4e-4), where the module's is lower.
+        **more: Options too, as in ``ExplainableHead("vit_net", depth=4)``.
+
+    Raises:
+        PrunexError: At once for an unknown head or option; in ``setup`` for no ViT or several, options that do not fit
+            the model, a second ExplainableHead, or manual optimisation; in training for concept labels that do not fit.
+
+    Warns:
+        UserWarning: Once, where no batch brings labels for a head with named concepts.
+
+    >>> from prunex.callbacks import ExplainableHead
+    >>> ExplainableHead("vit_net", depth=4).options
+    {'depth': 4}
+    """
+
+    which: ClassVar[dict[str, bool]] = {"head": True}
+    entry, hparam = "head", "head"
+    budget = None
+    pruning: prunex.Head
+
+    def __init__(
+        self,
+        method: str = "concept_transformer",
+        options: dict[str, Any] | None = None,
+        model: str | None = None,
+        lr_scale: float | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__()
+        known = prunex.registry.lookup("head", method)
+        self.method = method
+        self.options = {**check_options(options), **more}
+        for name in self.options:
+            if name not in known.options:
+                raise unknown(f"option of {method}", name, known.options)
+        self.model = model
+        self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
+        self._learned: dict[str, nn.Parameter] = {}  # what the head shall learn
+        self._seen = 0  # images of this training, by which collected patches tell theirs apart
+        self._annotated = False  # whether a batch has brought concept labels
+        self._controls: dict[str, list[tuple[float, int]]] = {}  # of this validation, batch by batch
+
+    @property
+    def _head(self) -> Any:
+        return self.pruning.head
+
+    def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
+        count = sum(isinstance(c, ExplainableHead) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if count > 1:
+            raise PrunexError(f"{count} ExplainableHead callbacks in one Trainer: keep one")
+        if not module.automatic_optimization:
+            raise PrunexError(
+                f"{self.method} brings losses of its own, and this module optimises by hand: add "
+                "sum(prunex.attached(self, head=True).losses().values()) to your loss and attach without the callback"
+            )
+        check_order(trainer, self)
+
+    def _check_attached(self, handle: prunex.Head, foreign: bool, again: bool) -> None:
+        self._learned = {name: p for name, p in handle.head.named_parameters() if p.requires_grad}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give what the head brings its learning rate: optimisers are there, and have read no checkpoint yet."""
+        self._undo += give_rates(trainer, self._head, self.lr_scale)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that an optimiser steps what is new."""
+        self._annotated = False
+        check_stepped(trainer, self.pruning, self._learned)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prototypes have moved: what was nearest to them is found again."""
+        if self.method == "vit_net":
+            self._head.nearest.clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the head how far training is."""
+        self.pruning.progress = progress(trainer, batch_idx)
+
+    def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
+        output, handle = step(), self.pruning
+        forwards, fields = list(handle.waiting), parts(batch)
+        if output is None or not forwards:  # a skipped batch, or a step that did not run the model
+            handle.forget()
+            return self._end_step(module, output, {}, fields)
+        self._collect(forwards, fields)
+        losses = handle.losses(fields.get("labels"), **self._concepts(fields))
+        handle.forget()
+        return self._end_step(module, output, losses, fields, forwards[-1].images)
+
+    def _concepts(self, fields: Parts) -> dict[str, Tensor]:
+        """The batch's concept labels that the head has concepts for."""
+        head = self._head
+        if self.method != "concept_transformer":
+            return {}
+        names = {"global": ("concepts", "concepts"), "spatial": ("spatial_concepts", "spatial")}
+        given = {to: fields[name] for stream, (name, to) in names.items() if stream in head.streams and name in fields}
+        named = {"global", "spatial"} & set(head.streams)
+        if named and not given and not self._annotated and head.explanation_weight > 0:
+            rank_zero_warn(
+                "no concept labels in the first training batch, so nothing ties concepts to their names: give batches "
+                "that hold 'concepts' [B, C] or 'spatial_concepts' [B, patches, C] of 0, 1 and NaN (unknown)"
+            )
+        self._annotated = True
+        return given
+
+    def _collect(self, forwards: list[Any], fields: Parts) -> None:
+        """Look for the patches nearest a tree's prototypes among this step's images."""
+        head, images = self._head, fields.get("images")
+        if self.method == "vit_net" and images is not None and len(images) == forwards[-1].images:
+            names = [f"{self._seen + i}" for i in range(len(images))]
+            head.collect(forwards[-1].reading, images.detach(), names)
+            self._seen += len(images)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the head on this batch, where its labels say what is right."""
+        super().on_validation_batch_end(trainer, pl_module)
+        reading, fields = self.pruning.last, parts(batch)
+        if not self.runs.now or reading is None or dataloader_idx != 0 or trainer.sanity_checking:
+            return
+        if self.method == "concept_transformer":
+            self._log_concepts(pl_module, reading, fields.get("concepts"))
+        labels = fields.get("labels")
+        if self.method == "vit_net" and labels is not None and len(labels) == len(reading.logits) > 1:
+            for name, share in self._head.controls(reading, labels).items():
+                self._controls.setdefault(name, []).append((share, len(labels)))
+
+    def _log_concepts(self, module: LightningModule, reading: Any, concepts: Tensor | None) -> None:
+        """How often the global concept with most attention is one that is present."""
+        if concepts is None or "global" not in reading.attention or len(concepts) != len(reading.logits):
+            return
+        top = reading.attention["global"].mean((1, 2)).argmax(1)
+        known = concepts.sum(1) > 0
+        if bool(known.any()):
+            right = concepts.gather(1, top[:, None].to(concepts.device))[:, 0][known].float().mean()
+            module.log("prunex/val_top_concept", right, on_epoch=True, sync_dist=True, batch_size=int(known.sum()))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and print whether a tree decides anything."""
+        shown = self._validated(trainer)
+        controls, self._controls = self._controls, {}
+        # Sums over all processes: each has images of its own, or none.
+        if trainer.sanity_checking or self.method != "vit_net":
+            return
+        names = ("soft", "hard", "classifier", "tree", "shuffled")
+        sums = torch.zeros(len(names), 2, device=trainer.strategy.root_device)
+        for i, name in enumerate(names):
+            for share, images in controls.get(name, ()):
+                sums[i] += torch.tensor([share * images, images], device=sums.device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        if not shown or float(sums[0, 1]) == 0:
+            return
+        shares = dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
+        for name, share in shares.items():
+            pl_module.log(f"prunex/val_tree_{name}", share, rank_zero_only=True)
+        rank_zero_info(
+            f"prunex: tree {shares['soft']:.1%} soft, {shares['hard']:.1%} hard; controls: classifier alone "
+            f"{shares['classifier']:.1%}, tree without it {shares['tree']:.1%}, routing shuffled "
+            f"{shares['shuffled']:.1%}"
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Losses that rise with training are at their full weight."""
+        self.pruning.progress = 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many images were looked through for patches near prototypes."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._seen = int(state_dict["seen"])
+
+    def _take_over(self, entry: Mapping[str, Any]) -> None:
+        """Nothing beside weights and options."""

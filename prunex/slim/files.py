@@ -83,6 +83,7 @@ def save(
     vit = slim_of(find(model, kinds=Backbone)[1])
     config = _config(vit, labels, mean, std)
     try:
+        # Beside the folder, so that moving in is a rename on the same disk.
         folder.parent.mkdir(parents=True, exist_ok=True)
         waiting = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}-", dir=folder.parent))
     except OSError as error:
@@ -96,6 +97,7 @@ def save(
         folder.mkdir(exist_ok=True)
         _move_in(waiting, folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        # An empty folder would look like one whose files were lost.
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         reason = getattr(error, "strerror", None) or error
@@ -117,6 +119,7 @@ def check_savable(model: nn.Module, path: str | None = None) -> None:
             are no plain tensors.
     """
     vit = find(model, path, Backbone)[1]
+    # Slimming will fold adapters into their layers, and what is left then is what must be savable.
     if next(wrapped_layers(vit), None):
         vit = fold(copy_of(vit))
     check_tensors(vit.state_dict())
@@ -175,6 +178,7 @@ def load(folder: str | Path) -> nn.Module:
     if not weights.is_file():
         raise PrunexError(f"{folder} has no {WEIGHTS}: the folder is not whole; save the model again")
     ours = config["prunex"]
+    # Before anything is built: damaged numbers would fit every shape.
     if _sha256(weights) != ours.get("sha256"):
         raise PrunexError(f"{weights} is damaged or was replaced: its checksum is not the one in {CONFIG}")
     tensors = read_tensors(weights)
@@ -188,6 +192,7 @@ def load(folder: str | Path) -> nn.Module:
                 _put_head(vit, ours["head"])
         except PrunexError as error:
             raise PrunexError(f"{weights} and {CONFIG} beside it: {error}") from error
+    # Once more with pruner and head on: the file may hold tensors of theirs that the description does not know.
     wrong = misfits(vit.state_dict(), tensors)
     if wrong:
         names = ", ".join(wrong[:4])

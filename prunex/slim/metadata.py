@@ -72,6 +72,7 @@ def class_names(vit: Any, classes: int, labels: Any = None) -> list[str]:
         names = getattr(vit, "label_names", None)
         fits = isinstance(names, list | tuple) and len(names) == classes and all(isinstance(n, str) for n in names)
         return list(map(str, names or ())) if fits else []
+    # One text would be a list of its letters.
     names = [labels] if isinstance(labels, str) else list(labels)
     if isinstance(labels, str) or len(names) != classes:
         raise PrunexError(f"{len(names)} labels for {classes} classes: give one name a class, in a list")

@@ -51,6 +51,7 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
     """
     vit = find(model, path, Backbone)[1]
     outline(vit)
+    # Adapters first: units are cut out of plain layers alone.
     small = _copy(vit)
     fold(small)
     small.eval()

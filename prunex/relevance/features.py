@@ -54,10 +54,7 @@ def features_tape(layer: int, gradients: bool = True) -> Tape:
 
 
 def features(recorded: Recording, layer: int, score: Tensor | None = None) -> Features:
-    """Patch tokens as the first norm of a block gives them, and the gradient of a score [B] for them, if any.
-
-    A merged token counts once in means, and each of its patches gets its value; a fused one counts nowhere.
-    """
+    """Patch tokens as a block's first norm gives them, and the gradient of a score [B]; merged tokens count once."""
     # Under class-token pooling the latest place where patches have a gradient at all: behind the last block's
     # attention only the class token reaches the head.
     normed = torch.as_tensor(recorded.tape.attended()[layer].normed)

@@ -173,10 +173,7 @@ class Removal:
 
     @torch.no_grad()
     def rows(self, image: Tensor, present: Tensor) -> Tensor:
-        """Values of coalitions of any images: float64 [R, C] for image int64 [R] and present bool [R, P].
-
-        Where pixels are painted ``present`` may be of pixels, bool [R, H * W].
-        """
+        """Values [R, C] of coalitions of images int64 [R]: of patches, bool [R, P], or painted pixels, [R, H * W]."""
         values: Tensor | None = None
         for rows in self._groups(present.sum(1)):
             logits = self._logits(image[rows], present[rows])

@@ -101,10 +101,7 @@ class UnitPruner(nn.Module):
         return self.get_buffer(slot("open", key))
 
     def gate(self, key: str, labels: Tensor | None) -> Tensor | None:
-        """What the branch's units are multiplied by in the coming forward, as for ``put_gates``; None: all are open.
-
-        ``labels`` are the images' classes in a training forward that knows them.
-        """
+        """What the branch's units are multiplied by in the coming forward, of images of ``labels``; None: all open."""
         if key not in self._left:
             return None
         return self.open(key).float().repeat_interleave(self.branch(key).width)
@@ -180,10 +177,7 @@ class UnitPruner(nn.Module):
         return min(float(self.prunable()), allowed - rest)
 
     def decide(self, scores: Mapping[str, Tensor], allowed: float | None = None) -> None:
-        """Open the units of the highest scores (by branch, float [units]), as many as the budget allows.
-
-        One threshold counts for all units; ties go to the lower number. See :meth:`level` for how scores compare.
-        """
+        """Open the units of the highest :meth:`level`, one threshold for all, as many as the budget allows."""
         allowed = self.allowed if allowed is None else allowed
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):

@@ -94,10 +94,7 @@ class Anatomy:
 
 
 def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[str, Any]:
-    """The one model of some ``kinds`` inside a module, by its dotted path: path ("" for itself) and model.
-
-    ``path`` says which, where there are several. Refused where there is none, more than one, or ``path`` leads nowhere.
-    """
+    """The one model of some ``kinds`` in a module, at ``path`` where there are several: path ("" for itself), model."""
     if not isinstance(module, nn.Module):
         raise PrunexError(
             f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}: build it first"

@@ -110,10 +110,7 @@ class Arithmetic:
         return empty.scatter_add(1, group.unsqueeze(2).expand_as(parts), parts)
 
     def largest(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Each window's maximum a channel, and which token has it (the first of equal ones): two of [B, m, D].
-
-        From [B, m, k, D]. A backward pass leads gradients, and relevance just so, to that token alone.
-        """
+        """Each window's maximum a channel, and which token alone has it: [B, m, k, D] to two of [B, m, D]."""
         values, winners = windows.max(2)
         return values, winners
 

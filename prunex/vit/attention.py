@@ -71,10 +71,7 @@ def heads(attn: Any, x: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor
 
 
 def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Queries of some normed tokens alone, ``asking`` [B, m, D], keys and values of all x [B, N, D], plainly.
-
-    None where ``qkv`` is no plain linear layer whose rows can be computed apart (an adapter, or somebody's hook).
-    """
+    """Queries of normed tokens ``asking`` [B, m, D] alone, keys and values of all x; None where rows are not apart."""
     qkv = attn.qkv
     if not is_plain(qkv):
         return None
@@ -94,10 +91,7 @@ def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
 
 
 def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of EVA's and BEiT's attention modules: three of [B, H, N, d], in plain arithmetic.
-
-    ``rope``: rotary table of the tokens after the prefix, broadcast to [B, H, N - prefix, 2d], or None.
-    """
+    """Queries, keys, values [B, H, N, d] of EVA's and BEiT's attention, maybe rotated by a [..., N - prefix, 2d]."""
     if attn.qkv is None:
         each = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
         q, k, v = (p(x).unflatten(2, (-1, each)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -220,10 +214,7 @@ def rows(
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
 ) -> Tensor:
-    """Attention averaged over query rows q [B, H, m, d] and heads: [B, N] in at least float32, summing to 1.
-
-    Which rows count is the caller's to choose. Tokens that are not there get 0.
-    """
+    """Attention averaged over the given query rows q [B, H, m, d] and heads: [B, N] in at least float32, sum 1."""
     # In chunks: the whole (of pooled models) would be the N x N matrix that nobody asked for.
     parts = q.split(chunk, 2)
     added = [None] * len(parts) if relative is None else relative.split(chunk, 2)

@@ -21,15 +21,12 @@ from prunex.vit.units import Backbone, blocks_of, branches, head_dim, tokens_in,
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One block's share: tokens (prefix included) in its attention and in its MLP, and its MACs.
-
-    ``query_tokens`` are those whose queries are computed; None: all in the attention.
-    """
+    """One block's share: tokens (prefix included) in its attention and in its MLP, and its MACs."""
 
     attention_tokens: int
     mlp_tokens: int
     macs: int
-    query_tokens: int | None = None
+    query_tokens: int | None = None  # whose queries are computed; None: all in the attention
 
 
 @dataclass(frozen=True, repr=False)

@@ -23,10 +23,7 @@ _CHANNELS = ("fc1", "fc1_g", "fc1_x", "fc2")
 
 
 def check_cuts(model: Any, spec: Any) -> None:
-    """Refuse, by name, to cut layers that are more than their own weights, or not their own alone.
-
-    Of the spec, in the model's present numbers, only which blocks it names counts.
-    """
+    """Refuse, by name, layers of the spec's blocks that are more than their own weights, or not their own alone."""
     layers = dict(_to_cut(model, spec))
     with by_name(model):
         for path, layer in layers.items():

@@ -184,10 +184,7 @@ def resume(
 
 
 def look_ahead(state: TokenState, blocks: int) -> list[Tensor]:
-    """The stream [B, N, D] entering the first ``blocks`` + 1 blocks if nothing were decided; in eval mode.
-
-    The one after the last block is what the final norm will read. The state's policy and keys count.
-    """
+    """The streams [B, N, D] entering the first ``blocks`` + 1 blocks (or the last norm) if nothing were decided."""
     streams = _Streams(blocks, [state.tokens])
     _through_blocks(state, NOBODY, Recorder(watch=streams), state.tokens)
     return streams.seen

@@ -97,10 +97,7 @@ def check_methods(model: nn.Module) -> None:
 
 
 def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
-    """Send one small random input through timm's own forward and through ours; the anatomy of the model comes back.
-
-    Refused by name is a model whose outputs differ by more than ``tolerance``, relative to the largest of them.
-    """
+    """Refuse, by name, a model of whose small random input our forward makes something else; else its anatomy."""
     anatomy = read(model)
     check_methods(model)
     weight = next(model.parameters())

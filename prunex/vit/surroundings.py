@@ -52,10 +52,7 @@ class Call(Brief):
         return None if same else self.entered
 
     def check(self, method: str, logits: Tensor, trace: TokenTrace) -> None:
-        """See that what was explained, [B, classes], is what the model gives.
-
-        A ViT itself is asked for one image, once for each of its states and methods.
-        """
+        """See that what was explained, [B, classes], is what the model gives; a ViT is asked once for each state."""
         output, own_trace, state = self.output, self.trace, None
         if output is None:
             state = _state(self.vit)
@@ -222,10 +219,7 @@ def follow(model: nn.Module, vit: ViT, images: Tensor, who: str, named: bool = F
 
 
 def check_own_classes(model: nn.Module, vit: Any, who: str, classes: int | None = None) -> None:
-    """Refuse a model whose classes are others than its ViT's, for who compares the ViT's own logits with labels.
-
-    ``classes`` is the ViT's number of them, where that alone matters.
-    """
+    """Refuse a model whose classes (or, of ``classes``, their number) are others than its ViT's own."""
     try:
         call = _tried(model, vit)
     except PrunexError as error:

@@ -47,10 +47,7 @@ class TokenTrace(Brief):
         return self.stages[: stage % count + 1] if count else []
 
     def _compose(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position [B, P] after ``stage`` (-1 removed), share [B, P] of it, and whether it is no fused token.
-
-        After a pooling none is: the position is that of the token it has the largest part in.
-        """
+        """Position [B, P] after ``stage`` (-1 removed; pooled: of the largest part), share of it, and whether alone."""
         stages = self._upto(stage)
         if any(s.pooled for s in stages):
             share, where = self.composition(stage).max(-1)
@@ -151,10 +148,7 @@ class TokenTrace(Brief):
         return self._compose(stage)[0].unflatten(1, self.grid)
 
     def tokens(self, stage: int = -1) -> Tensor:
-        """As :meth:`groups`, int64 [B, P], but -1 for a patch that was fused, too.
-
-        After a pooling the token in which the patch has its largest part.
-        """
+        """As :meth:`groups`, int64 [B, P], but -1 for a fused patch, too; pooled, the token in which it has most."""
         where, _, alive = self._compose(stage)
         pooled = any(s.pooled for s in self._upto(stage))
         return where if pooled else where.masked_fill(~alive, -1)

@@ -26,8 +26,10 @@ class ExplainableHead(Participant):
     The module's loss goes by the head's logits, which ``model(images)`` gives; the head's own losses are added to what
     ``training_step`` returns and logged as ``prunex/loss_*``. Beside a token pruner and a unit pruner, in any order.
 
-    Concept labels come from the batch, under their names alone: ``concepts`` float [B, C] and ``spatial_concepts``
-    float [B, patches, C] of 0, 1 and NaN, which stands for unknown; what is not annotated is left out row by row.
+    Names of concepts that are not given are the data module's, ``concept_names`` and ``spatial_concept_names``, where
+    it has such. Concept labels come from the batch, under their names alone: ``concepts`` float [B, C] and
+    ``spatial_concepts`` float [B, patches, C] of 0, 1 and NaN, which stands for unknown; what is not annotated is left
+    out row by row.
 
     In validation it logs, of ``concept_transformer``, ``prunex/val_top_concept``: how often the concept with most
     attention is present, where it is known which are. Of ``vit_net`` the controls, ``prunex/val_tree_*``, which say
@@ -87,6 +89,26 @@ class ExplainableHead(Participant):
     @property
     def _head(self) -> Any:
         return self.pruning.head
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Name concepts as the data does, then attach as all do."""
+        if self.method == "concept_transformer":
+            self._name_concepts(getattr(trainer, "datamodule", None))
+        super().setup(trainer, pl_module, stage)
+
+    def _name_concepts(self, data: Any) -> None:
+        """Take the data module's names where none are given; refuse other ones than it has labels for."""
+        known = {"concepts": "concept_names", "spatial": "spatial_concept_names"}
+        names = {option: list(getattr(data, attribute, None) or ()) for option, attribute in known.items()}
+        if not {"concepts", "spatial", "unsupervised"} & set(self.options):
+            self.options |= {option: given for option, given in names.items() if given}
+        for option, labelled in names.items():
+            given = self.options.get(option)
+            if labelled and isinstance(given, list | tuple) and list(given) != labelled:
+                raise PrunexError(
+                    f"{option}={given!r}, and {type(data).__name__} has labels for {labelled}, in this order: give "
+                    "these, or leave them out"
+                )
 
     def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
         count = sum(isinstance(c, ExplainableHead) for c in trainer.callbacks)  # type: ignore[attr-defined]

@@ -19,10 +19,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from prunex.checks import check_choice, check_whole
+from prunex.checks import check_choice, check_share, check_whole
 from prunex.errors import PrunexError
 
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Any, ...]  # images, labels, masks; of tasks with concepts a dict of them, too
+Task = Literal["digit", "parity"]
+CONCEPTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TASKS = {"digit": tuple(str(digit) for digit in range(10)), "parity": ("even", "odd")}
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 HELD_OUT_EVERY = 5  # every fifth digit of each class is never trained on
@@ -124,8 +127,11 @@ class DigitDataset(Dataset[Batch]):
         seed: int = 0,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        task: Task = "digit",
+        annotated: float = 1.0,
     ) -> None:
         check_choice("split", split, SPLITS)
+        self.task, self.annotated = task, annotated if split == "train" else 1.0
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
         self.digit_size, self.contrast, self.curriculum = digit_size, contrast, curriculum
         self.strokes, self.labels = _digits(held_out=split != "train")
@@ -136,14 +142,19 @@ class DigitDataset(Dataset[Batch]):
         return self.size
 
     def __getitem__(self, index: int) -> Batch:
-        images, labels, masks = self.__getitems__([index])
-        return images[0], labels[0], masks[0]
+        images, labels, masks, *more = self.__getitems__([index])
+        return images[0], labels[0], masks[0], *({name: rows[0] for name, rows in each.items()} for each in more)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A batch: images float32 [B, 3, H, W], normalised, labels int64 [B], masks bool [B, H, W]."""
+        """A batch: images float32 [B, 3, H, W], normalised, labels int64 [B], masks bool [B, H, W], maybe concepts."""
         numbers = np.asarray(indices, dtype=np.int64)
         pixels, labels, masks = self.paint(numbers)
-        return (pixels - self._mean) / self._std, labels, masks
+        images = (pixels - self._mean) / self._std
+        if self.task == "digit":
+            return images, labels, masks
+        concepts = F.one_hot(labels, 10).float()
+        known = uniform((self.seed, SPLITS[self.split]), numbers)[:, DRAWS - 1] < self.annotated
+        return images, labels % 2, masks, {"concepts": concepts.masked_fill(~known.unsqueeze(1), math.nan)}
 
     def paint(self, numbers: np.ndarray) -> Batch:
         """As ``__getitems__``, with images in [0, 1]."""
@@ -227,6 +238,9 @@ class DigitScenes(LightningDataModule):
     are true where at least half of a pixel is ink. Digits and photo parts of validation are never trained on,
     whatever the seed. The test split draws other scenes from validation's digits and photo parts.
 
+    With ``task="parity"`` labels are 0 for even digits and 1 for odd ones, and a batch has a fourth part,
+    ``{"concepts": float32 [B, 10]}``: which digit it is, NaN where that is not told.
+
     Args:
         batch_size: Scenes per batch (per process).
         train_size: Scenes per training epoch.
@@ -240,6 +254,8 @@ class DigitScenes(LightningDataModule):
             0 starts with full difficulty. Validation is always at full difficulty.
         seed: Another seed gives other scenes, from the same split of digits and photos.
         num_workers: Processes that draw ahead; 0 draws in the training process.
+        task: What labels say: which "digit" it is, or its "parity".
+        annotated: Share of the training scenes, in [0, 1], whose concepts are told.
 
     Raises:
         PrunexError: If an argument is outside its range.
@@ -252,8 +268,6 @@ class DigitScenes(LightningDataModule):
 
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
-    class_names = tuple(str(digit) for digit in range(10))
-    num_classes = 10
 
     def __init__(
         self,
@@ -267,8 +281,15 @@ class DigitScenes(LightningDataModule):
         curriculum: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        task: Task = "digit",
+        annotated: float = 1.0,
     ) -> None:
         super().__init__()
+        self.task: Task = task
+        self.class_names = TASKS[check_choice("task", task, TASKS)]
+        self.num_classes = len(self.class_names)
+        self.concept_names = CONCEPTS if task == "parity" else ()
+        self.annotated = check_share("annotated", annotated, zero=True)
         self.batch_size = check_whole("batch_size", batch_size, 1)
         self.train_size = check_whole("train_size", train_size, 1)
         self.val_size = check_whole("val_size", val_size, 1)
@@ -301,6 +322,8 @@ class DigitScenes(LightningDataModule):
             seed=self.seed,
             mean=self.mean,
             std=self.std,
+            task=self.task,
+            annotated=self.annotated,
         )
 
     def _loader(self, dataset: DigitDataset, sampler: DistributedSampler[int] | None = None) -> DataLoader[Batch]:

@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.files import readable
+from prunex.recipes.data.concepts import Concepts
 from prunex.recipes.data.images import BrokenImage as BrokenImage
 from prunex.recipes.data.images import choose_range, object_pixels, read_file, read_image
 from prunex.recipes.given import check_range
@@ -39,6 +40,12 @@ class ImageFolder(LightningDataModule):
     [B, 3, S, S] normalised with `mean` and `std`, labels int64 [B] (classes in alphabetical order), masks bool
     [B, S, S], true on the object. A mask moves with its image through every resize, crop and flip.
 
+    Concepts, for heads that explain themselves, are a last part of the batch, a dict: ``concepts`` float32 [B, C] of
+    `root/concepts.csv`, whose first column names an image as ``train/<class>/<image>`` and whose others are concepts of
+    0, 1 or nothing (unknown, NaN); and ``spatial_concepts`` float32 [B, patches, C] of
+    ``root/concepts/<concept>/{train,val}/<class>/<same stem>.png``, 1 where the mask touches a patch. An image
+    with no such mask at all is unknown, one with some has nothing of the others. Images may be left out of both.
+
     Training takes a random resized crop, a flip and a little colour jitter (with `augment`); validation, test and
     prediction all read ``val`` with a fixed resize of the shorter side and a centre crop, as timm does.
 
@@ -54,6 +61,7 @@ class ImageFolder(LightningDataModule):
         color_jitter: Strength of random brightness, contrast and saturation in training, 0 (none) or more.
         crop_pct: Share of the resized shorter side that the centre crop keeps, in (0, 1]; 1 keeps all of it.
         interpolation: How images are resized. Masks are always resized to the nearest pixel.
+        patch_size: Side of the model's patches, in pixels; needed where concepts have masks.
         masks: Folder of masks below `root`; pixels other than 0 are object. ``None`` ignores masks. A split without
             a folder in it has no masks.
         value_range: Largest value that pixels of files with 16 bits can have, such as 4095 where a camera fills 12 of
@@ -64,7 +72,8 @@ class ImageFolder(LightningDataModule):
 
     Raises:
         PrunexError: In the constructor for values outside these ranges; in `setup` (and where `class_names` is read)
-            for a missing root or split, no classes, classes that differ between the splits, an empty class, a broken
+            for a concepts.csv that names images or values it may not, masks of concepts without `patch_size`, and for
+            a missing root or split, no classes, classes that differ between the splits, an empty class, a broken
             image, and a mask that is missing, broken or of another size than its image. The message names the file.
 
     Example::
@@ -89,8 +98,10 @@ class ImageFolder(LightningDataModule):
         masks: str | None = "masks",
         verify: bool = True,
         value_range: int | None = None,
+        patch_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.patch_size = None if patch_size is None else check_whole("patch_size", patch_size, 1)
         self.image_size = check_whole("image_size", image_size, 1)
         self.batch_size = check_whole("batch_size", batch_size, 1)
         self.num_workers = check_whole("num_workers", num_workers, 0)
@@ -112,6 +123,7 @@ class ImageFolder(LightningDataModule):
         self.interpolation, self.masks, self.verify = interpolation, masks, verify
         self.value_range = check_range(value_range)
         self._class_names: list[str] | None = None
+        self._concepts: Concepts | None = None
         self._splits: dict[str, FolderSplit] = {}
 
     @property
@@ -126,6 +138,23 @@ class ImageFolder(LightningDataModule):
         """Number of classes; known before `setup`."""
         return len(self.class_names)
 
+    @property
+    def concepts(self) -> Concepts:
+        """Which concepts images have; of a folder without any, none. Known before `setup`."""
+        if self._concepts is None:
+            self._concepts = Concepts.of(self.root, self.image_size, self.patch_size)
+        return self._concepts
+
+    @property
+    def concept_names(self) -> list[str]:
+        """Concepts of `concepts.csv`, in its order."""
+        return self.concepts.names
+
+    @property
+    def spatial_concept_names(self) -> list[str]:
+        """Concepts that have masks, in alphabetical order."""
+        return self.concepts.placed
+
     def setup(self, stage: str | None = None) -> None:
         """Read the folders and check every file; see the class for what is refused."""
         self._class_names = [readable(name) for name in _classes(self.root)]
@@ -138,7 +167,7 @@ class ImageFolder(LightningDataModule):
             masks = self._masks_of(split, samples)
             _check_files(samples, masks, decode=self.verify)
             transform = self._transform(split == "train" and self.augment)
-            self._splits[split] = FolderSplit(samples, masks, transform, self._range)
+            self._splits[split] = FolderSplit(samples, masks, transform, self._range, self.concepts)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of ``train``."""
@@ -225,25 +254,31 @@ class ImageFolder(LightningDataModule):
 
 @dataclass(eq=False)
 class FolderSplit(Dataset):
-    """One split: item i is ``(image [3, S, S], label)`` or ``(image, label, mask bool [S, S])``."""
+    """One split: item i is ``(image [3, S, S], label)``, ``(image, label, mask bool [S, S])``, maybe with concepts."""
 
     samples: list[tuple[Path, int]]
     masks: list[Path] | None
     transform: Callable[..., Any]
     value_range: int | None = None
+    concepts: Concepts | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         path, label = self.samples[index]
         image = read_image(path, self.value_range)
-        if self.masks is None:
-            return self.transform(image).as_subclass(Tensor), label
-        mask = tv_tensors.Mask(read_file(self.masks[index], object_pixels))
-        # Both in one call, so that every random crop and flip is the same for both.
-        image, mask = self.transform(image, mask)
-        return image.as_subclass(Tensor), label, mask.as_subclass(Tensor).bool()
+        planes = [] if self.masks is None else [read_file(self.masks[index], object_pixels)]
+        places = [] if self.concepts is None else self.concepts.masks_of(path)
+        planes += [read_file(mask, object_pixels) for mask in places if mask is not None]
+        # All in one call, so that every random crop and flip is the same for all.
+        image, *moved = self.transform(image, *map(tv_tensors.Mask, planes)) if planes else [self.transform(image)]
+        pixels = [mask.as_subclass(Tensor).bool() for mask in moved]
+        parts: list[Any] = [image.as_subclass(Tensor), label]
+        if self.masks is not None:
+            parts.append(pixels.pop(0))
+        labels = {} if self.concepts is None else self.concepts.labels(path, places, pixels)
+        return (*parts, labels) if labels else tuple(parts)
 
 
 def _visible(path: Path) -> bool:

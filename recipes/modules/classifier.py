@@ -61,6 +61,7 @@ class ImageClassifier(Restored, LightningModule):
         pruning: ``method`` and its options, as for ``prunex.attach``. Checkpoints carry it, also where the model was
             pruned by the callback ``TokenPruning``, so that ``load_from_checkpoint`` alone rebuilds a pruned model.
         unit_pruning: The same for heads and MLP channels, and the callback ``MaskPruning``.
+        head: The same for a head that explains itself, and the callback ``ExplainableHead``.
 
     Raises:
         PrunexError: If an argument is outside its range, or the weights cannot be loaded.
@@ -91,6 +92,7 @@ class ImageClassifier(Restored, LightningModule):
         pruning: dict[str, Any] | None = None,
         unit_pruning: dict[str, Any] | None = None,
         from_scratch: bool = False,
+        head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         num_classes = check_classes(num_classes)
@@ -128,13 +130,13 @@ class ImageClassifier(Restored, LightningModule):
         return self.model(images)
 
     def configure_model(self) -> None:
-        """Put on the pruners that the hyperparameters tell of; a model that is pruned already stays as it is."""
-        for name, units in (("pruning", False), ("unit_pruning", True)):
+        """Put on what the hyperparameters tell of; what is on the model already stays as it is."""
+        kinds: dict[str, dict[str, bool]] = {"pruning": {}, "unit_pruning": {"units": True}, "head": {"head": True}}
+        for name, kind in kinds.items():
             spec = dict(self.hparams.get(name) or {})
             if not spec:
                 continue
-            handle: Any = prunex.attached(self.model, units=True) if units else prunex.attached(self.model)
-            if handle is not None:
+            if prunex.attached(self.model, **kind) is not None:  # type: ignore[call-overload]
                 continue
             if "method" not in spec:
                 raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")

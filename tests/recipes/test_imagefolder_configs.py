@@ -22,6 +22,8 @@ def root(tmp_path):
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (40, 32), colour).save(folder / f"{i}.png")
+    rows = [f"train/{name}/{i}.png,{int(name == 'warm')},{i % 2}" for name in ("cold", "warm") for i in range(4)]
+    (tmp_path / "photos" / "concepts.csv").write_text("\n".join(["image,red,even", *rows]) + "\n")
     return tmp_path / "photos"
 
 

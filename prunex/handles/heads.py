@@ -310,7 +310,8 @@ class Head(Handle):
         if headed is not None:
             parameters = dict(self.model.named_parameters())
             for name in headed.rests:
-                parameters[name].requires_grad_(True)
+                if name in parameters:  # the classifier may have been taken off meanwhile
+                    parameters[name].requires_grad_(True)
             unmount(self.model, HEAD)
             route(self.model)
             _refit(self.model)

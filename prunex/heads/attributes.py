@@ -260,7 +260,9 @@ class Attributes(TokenHead):
 
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> AttributeEvidence:
         """Contributions attribute by attribute, and those to the target patch by patch."""
-        x, weights, vectors = reading.tokens.patches, self.weights, self.values.weight
+        # Copies: evidence stays what it was while training goes on.
+        x, weights = reading.tokens.patches, self.weights.detach()
+        vectors, bias = (p.detach().clone() for p in (self.values.weight, self.values.bias))
         worth = torch.einsum("bnd,bd->bn", x, vectors[target])
         parts = reading.attention * weights[:, target].T.unsqueeze(2) * worth.unsqueeze(1)
         row = F.pad(parts.sum(1), (trace.prefix, 0))
@@ -272,7 +274,7 @@ class Attributes(TokenHead):
             trace,
             self.names,
             contributions,
-            self.values.bias,
+            bias,
             on_grid(reading.attention, trace),
             on_grid(parts, trace),
             reading,

@@ -26,7 +26,7 @@ class Reading(Brief):
         tokens: What was read.
     """
 
-    in_repr = ("logits",)
+    in_repr: ClassVar[tuple[str, ...]] = ("logits",)
 
     logits: Tensor
     tokens: FinalTokens
@@ -43,7 +43,7 @@ class Evidence(Brief):
         trace: What the forward did to the patches.
     """
 
-    in_repr = ("target", "logits")
+    in_repr: ClassVar[tuple[str, ...]] = ("target", "logits")
 
     target: Tensor
     logits: Tensor

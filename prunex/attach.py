@@ -124,6 +124,7 @@ def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]
     check_readable(vit, pruner, mounted_units(vit))
     if mounted_head(vit) is not None:
         mounted_head(vit).head.check(pruner.alter(anatomy))
+        mounted_head(vit).head.check_pruned()
     pruner.prepare(vit)
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)

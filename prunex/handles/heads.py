@@ -282,6 +282,25 @@ class Head(Handle):
         """
         return self.head.tree()
 
+    def controls(self, images: Tensor, labels: Tensor, masked: bool | None = None) -> dict[str, float]:
+        """Whether a ViT-NeT's tree decides anything: accuracies on images [B, C, H, W] with labels int64 [B].
+
+        Of more than one batch, take the mean weighted by batch size.
+
+        Args:
+            images: As they enter the ViT, two at least.
+            labels: Class indices.
+            masked: As for :attr:`prunex.Pruning.masked`.
+
+        Returns:
+            Each in [0, 1]: ``soft`` and ``hard``, the tree in both modes; ``classifier``, timm's own classifier alone;
+            ``tree``, softly without that one's scores; ``shuffled``, softly, each image routed as another one.
+
+        Raises:
+            PrunexError: For a head without a tree, images or labels that do not fit.
+        """
+        return self.head.controls(self.read(images, masked), labels)
+
     def load_official(self, state: Mapping[str, Any]) -> Head:
         """Load a head's weights by the names of the authors' code.
 
@@ -341,6 +360,8 @@ def put_head(vit: ViT, make: Callable[..., TokenHead], options: Mapping[str, Any
             f"{type(vit).__name__} has a head that explains itself, {mounted_head(vit).method}: detach() it first"
         )
     head = make(own_anatomy(vit), **options)
+    if mounted(vit) is not None:
+        head.check_pruned()
     head.prepare(vit)
     weight = next(vit.parameters())
     headed = Headed(head.to(device=weight.device, dtype=weight.dtype), read(vit))

@@ -2,3 +2,4 @@
 
 from prunex.heads import attributes as attributes
 from prunex.heads import concept_transformer as concept_transformer
+from prunex.heads import vit_net as vit_net

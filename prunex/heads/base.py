@@ -101,6 +101,9 @@ class TokenHead(nn.Module):
     def prepare(self, model: ViT) -> None:
         """Take from the model what it begins with, before it is mounted; the model stays as it is."""
 
+    def check_pruned(self) -> None:
+        """Refuse a token pruner beside this head, where it needs every patch."""
+
     @abstractmethod
     def forward(self, tokens: FinalTokens, classifier: Tensor | None) -> Reading:
         """Read tokens; ``classifier`` is what timm's own classifier gives, [B, classes], where that has a part."""
@@ -154,6 +157,14 @@ class TokenHead(nn.Module):
             PrunexError: For a head without one.
         """
         raise PrunexError(f"{self.name} has no tree: vit_net has one")
+
+    def controls(self, reading: Any, labels: Tensor) -> dict[str, float]:
+        """Accuracies with and without parts of the head, by name.
+
+        Raises:
+            PrunexError: For a head without such controls.
+        """
+        raise PrunexError(f"{self.name} has no controls: vit_net has them")
 
     def outputs(self, reading: Any) -> dict[str, Tensor]:
         """What an exported graph may give beside logits, by name."""

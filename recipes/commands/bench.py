@@ -29,6 +29,7 @@ from prunex.files import write_whole
 from prunex.metrics.scoring import without_pruning
 from prunex.recipes.commands.score_data import spread
 from prunex.recipes.modules.backbone import load_weights
+from prunex.recipes.report.reading import conditions
 from prunex.recipes.runs import (
     config_of,
     evaluate,
@@ -384,7 +385,5 @@ def table(measured: dict[str, Any]) -> str:
                 ratio = f"  x {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})"
             cells = [m["model"], f"{m['images_per_s']:,.1f}", f"{spread:<24}{ratio}"]
             lines.append("  " + line(cells, [-width, 10, 0]))
-    versions, threads = measured.get("versions") or {}, measured.get("threads")
-    where = f"{measured['machine']}{f', {threads} threads' if threads else ''}, {measured.get('dtype', '?')}"
     notes = [f"note: {note}" for note in measured["notes"]]
-    return "\n".join([*lines, "", *notes, f"({where}, torch {versions.get('torch', '?')})"])
+    return "\n".join([*lines, "", *notes, f"({conditions(measured)})"])

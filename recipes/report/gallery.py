@@ -32,11 +32,15 @@ class Tile:
 
 @dataclass
 class Gallery:
-    """A table of tiles: headings (title, smaller line), and for each image (name, verdict, whether right, tiles)."""
+    """A table of tiles: headings (title, smaller line), and for each image (name, verdict, whether right, tiles).
+
+    ``kept``: whether some of the tiles show which patches were kept.
+    """
 
     headings: list[tuple[str, str]]
     rows: list[tuple[str, str, bool, list[Tile]]]
     notes: list[str] = field(default_factory=list)
+    kept: bool = False
 
 
 def epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Gallery | None:
@@ -47,12 +51,13 @@ def epoch_gallery(maps: Mapping[int, Arrays], names: Sequence[str] | None) -> Ga
     rows = _chosen(last, IMAGES)
     gallery, cells = _gallery(last, names, rows)
     kept = {epoch: arrays["kept"][-1] for epoch, arrays in maps.items() if "kept" in arrays}
+    gallery.kept = bool(kept)
     for epoch in spaced(sorted(kept), EPOCHS):
         _add(gallery, f"epoch {epoch}", *_stage_shown(maps[epoch], -1, last, cells, rows))
     if not kept and "share" in last:
         gallery.notes.append("Tokens are pooled, so no patch is kept as itself; maps/ shows each patch's part in them.")
     elif not kept:
-        gallery.notes.append("No kept patches were recorded: train with the callback KeptTokenMonitor to see them.")
+        gallery.notes.append("No kept patches were recorded: where tokens are pruned, KeptTokenMonitor records them.")
     methods = [key.removeprefix("relevance/") for key in last if key.startswith("relevance/")]
     for method in methods:
         values = last[f"relevance/{method}"]

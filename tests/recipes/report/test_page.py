@@ -223,6 +223,8 @@ def test_one_monitor_only(small_run):
         np.savez(path, **{key: arrays[key] for key in keep})
     words = read(small_run)[1]
     assert "No kept patches were recorded" in words
+    assert "What the prediction rests on" in words
+    assert "dropped ones pale" not in words
     assert "image 0" in words
     assert "Stage by stage" not in words
     for path in (small_run / "maps").iterdir():

@@ -118,6 +118,15 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
     return fields
 
 
+def batches_in(source: Any) -> Iterable[Any]:
+    """The batches of a loader or any iterable of them; images alone are one batch, and anything else is refused."""
+    if isinstance(source, Tensor):
+        return [source]
+    if not isinstance(source, Iterable) or isinstance(source, str | Mapping):
+        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
+    return source
+
+
 class _Leaf(NamedTuple):
     path: str  # as one would write it
     name: str  # the innermost key, in small letters

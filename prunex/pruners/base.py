@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from prunex.batches import parts
+from prunex.batches import batches_in, parts
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.pruners.schedules import Schedule, ScheduleOptions, check_schedule
@@ -158,12 +158,9 @@ def accepted(make: Callable[..., Any]) -> list[str]:
 
 def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
     """The first ``limit`` images of a loader, or of an iterable of batches, or of one tensor, in batches."""
-    batches: Iterable[Any] = [source] if isinstance(source, Tensor) else source
-    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping):
-        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
     taken: list[Tensor] = []
     count = 0
-    for batch in batches:
+    for batch in batches_in(source):
         taken.append(parts(batch).need("images", "calibration")[: None if limit is None else limit - count])
         count += len(taken[-1])
         if limit is not None and count >= limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from prunex.batches import parts
+from prunex.batches import batches_in, parts
 from prunex.errors import PrunexError
 from prunex.units.base import Scores, UnitPruner
 from prunex.vit.anatomy import check_images, check_values, read
@@ -71,11 +71,7 @@ def _batches(source: Any) -> Iterable[Any]:
         raise PrunexError("calibration got no images: give calibrate() a data loader, or batches [B, C, H, W]")
     # Two tensors are one batch of images and labels, unless the second holds images too.
     pair = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(v, Tensor) for v in source)
-    if isinstance(source, Tensor) or (pair and source[0].ndim == 4 and source[1].ndim != 4):
-        return [source]
-    if not isinstance(source, Iterable) or isinstance(source, str | Mapping):
-        raise PrunexError(f"calibration got a {type(source).__name__}: give a data loader, or images [B, C, H, W]")
-    return source
+    return [source] if pair and source[0].ndim == 4 and source[1].ndim != 4 else batches_in(source)
 
 
 def _graphable(tensor: Tensor) -> Tensor:
@@ -139,10 +135,7 @@ def widened(model: nn.Module) -> Any:
 
 
 def mean_over_images(pruner: P, model: nn.Module, batches: Any, scores: Callable[..., Scores]) -> Scores:
-    """A criterion's mean score over images, float64 [units] a branch, of a model whose units are all open.
-
-    ``scores`` makes sums over images of the pruner and the model that are computed with, images and labels.
-    """
+    """A criterion's mean over images, float64 [units] a branch, all units open; ``scores`` makes the sum of a batch."""
     count = 0
     with undisturbed(model):
         totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in pruner.branches}

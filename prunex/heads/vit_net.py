@@ -234,7 +234,7 @@ class Leaves(nn.Module):
     "head",
     "vit_net",
     "Kim et al., ViT-NeT: Interpretable Vision Transformers with Neural Tree Decoder, ICML 2022",
-    "nothing",
+    "training",
 )
 class ViTNeT(TokenHead):
     """A neural tree on the patch tokens: each branch asks whether some patch looks like its prototype.
@@ -670,8 +670,8 @@ class ViTNeT(TokenHead):
         ]
 
     def outputs(self, reading: Any) -> dict[str, Tensor]:
-        """``path``: int64 [B, depth], 0 left, 1 right; ``leaf``: int64 [B]."""
-        return {"path": reading.path, "leaf": reading.leaf}
+        """``path``: int64 [B, depth], 0 left, 1 right; read as a binary number it is the leaf."""
+        return {"path": reading.path}
 
     def macs(self, patches: int) -> int:
         """Projection, distances, context modules, leaves and mixing: of the whole tree, or by a hard path's own."""
@@ -734,7 +734,7 @@ _LEAF = {
 def similarity_of(distance: Tensor) -> Tensor:
     """log((distance + 1) / (distance + 1e-4)), falling from 9.2103 at 0 to 0 at infinity.
 
-    >>> similarity_of(torch.tensor([0.0, 1.5415, torch.inf]))
+    >>> similarity_of(torch.tensor([0.0, 1.5412, torch.inf]))
     tensor([9.2103, 0.5000, 0.0000])
     """
     return torch.log1p((1 - 1e-4) / (distance + 1e-4))

@@ -233,7 +233,7 @@ class Leaves(nn.Module):
 @register(
     "head",
     "vit_net",
-    "Kim et al., ViT-NeT: Interpretable Vision Transformers with Neural Tree Decoder, ICML 2022",
+    "Kim et al., ICML 2022",
     "training",
 )
 class ViTNeT(TokenHead):
@@ -259,7 +259,8 @@ class ViTNeT(TokenHead):
     g, and with shuffled routing. LayerNorm over two numbers leaves only which is larger, so that with two classes
     hardly any gradient passes the leaves: a warning says so.
 
-    From the authors' code; the paper's own text was not read. Accuracies of the names of their checkpoints, Swin-B at
+    Kim et al., *ViT-NeT: Interpretable Vision Transformers with Neural Tree Decoder*, ICML 2022; from the authors'
+    code, the paper's own text was not read. Accuracies of the names of their checkpoints, Swin-B at
     448 pixels (unverified): CUB 91.59 at depth 4, Cars 95.04 at depth 6, Dogs 89.36 at depth 6 with 2x2 prototypes; on
     DeiT-S, as others measured, no gain on CUB (84.26 beside 84.28).
 

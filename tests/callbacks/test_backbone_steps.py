@@ -76,6 +76,8 @@ def test_clipping_and_mixed_precision(tmp_path):
     options = {"gradient_clip_val": 0.1, "precision": "bf16-mixed"}
     plain, scaled = (fit(tmp_path, Plain(), scale=s, **options) for s in (1.0, 0.1))
     compare(plain, scaled, 0.1)
+    # SGD's step is the rate times gradients whose norm is 0.1 at most.
+    assert 0 < moved(scaled)[0] < moved(plain)[0] < 1.01 * 0.1 * 0.1
 
 
 class Scheduled(Plain):
@@ -107,6 +109,10 @@ def test_a_scale_with_a_schedule_equals_a_smaller_learning_rate(tmp_path):
 def test_evit_has_nothing_of_its_own_so_all_is_scaled(tmp_path):
     plain, scaled = (fit(tmp_path, Plain(), "evit", scale=s) for s in (1.0, 0.25))
     compare(plain, scaled, 0.25)
+    backbone, own = moved(plain)
+    assert own is None
+    assert backbone > 0
+    assert moved(scaled)[0] == pytest.approx(0.25 * backbone, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +204,8 @@ def test_an_optimiser_that_evaluates_the_closure_several_times(tmp_path):
 
     plain, scaled = (fit(tmp_path, Quasi(), "evit", scale=s) for s in (1.0, 0.5))
     compare(plain, scaled, 0.5)
+    assert moved(plain)[0] > 0
+    assert moved(scaled)[0] == pytest.approx(0.5 * moved(plain)[0], rel=1e-3)
 
 
 def test_hooks_leave_with_the_training(tmp_path):

@@ -12,7 +12,7 @@ from prunex import PrunexError
 from prunex.callbacks import MaskPruning, TokenPruning
 from prunex.callbacks.monitor import Monitor
 from prunex.units.xpruner import XPruner
-from tests.callbacks.modules import Plain, data, loader, trainer
+from tests.callbacks.modules import Plain, data, loader, snapshot, trainer
 
 IMAGES, LABELS = data(8)
 MASKS = {"masks": 0.5, "thresholds": 0.25, "budget": 0.7}
@@ -63,9 +63,14 @@ def test_who_learns_from_labels_does_not_guess_between_two(tmp_path, callback):
 
 
 def test_who_does_not_learn_from_labels_does_not_mind(tmp_path):
+    module = First()
+    before = snapshot(module)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*may both be meant.*")
-        trainer(tmp_path, TokenPruning("evit")).fit(First(), rows(IMAGES, LABELS, torch.arange(8)))
+        trainer(tmp_path, TokenPruning("evit")).fit(module, rows(IMAGES, LABELS, torch.arange(8)))
+    after = snapshot(module)
+    assert prunex.attached(module).method == "evit"
+    assert any(not torch.equal(after[name], p) for name, p in before.items())
 
 
 def test_soft_labels_leave_taylor_the_predicted_classes_and_it_says_so(tmp_path):

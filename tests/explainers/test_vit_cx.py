@@ -474,7 +474,10 @@ def test_attention_stays_fused(monkeypatch):
     monkeypatch.setattr(attention, "matrix", fail)
     model = tiny()
     with prunex.attach(model, "evit", keep_ratio=0.6, stages=(1, 2)):
-        prunex.explain("vit_cx", model, images(1), **FEW)
+        e = prunex.explain("vit_cx", model, images(1), **FEW)
+    assert len(e.trace.stages) == 2
+    assert bool(e.maps.isfinite().all())
+    assert float(e.maps.max()) > float(e.maps.min())
 
 
 def test_a_model_that_sees_nothing_gets_one_mask_of_all():

@@ -66,7 +66,9 @@ def test_options_of_fit_that_make_no_sense(room, arguments):
 def test_configs_that_are_none(room, text):
     path = room.work / "config.yaml"
     path.write_bytes(text.replace("CANARY", str(room.canary)).encode("latin-1"))
-    line(room, "fit", "--config", path)
+    said = line(room, "fit", "--config", path)
+    assert said.startswith("prunex: error: ")
+    assert len(said) < 3200
 
 
 def test_the_traceback_is_there_for_whoever_wants_it(room, monkeypatch):

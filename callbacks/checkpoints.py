@@ -36,6 +36,7 @@ def say_when_saved(module: LightningModule, path: str | None) -> None:
     Among its weights lies a key that a dense module refuses, and that names what opens the file: without it the weights
     of a method that has no parameters would load into a dense model, silently.
     """
+    # On the module: of checkpoints of weights only Lightning asks no callback. It stays, as the pruning does.
     # A second callback, or a second fit, finds ours there already and does not wrap it again.
     before = vars(module).get("on_save_checkpoint")
     if isinstance(before, functools.partial) and before.func is _save:
@@ -207,7 +208,7 @@ def load_from_checkpoint(
         PrunexError: A file that is missing, no checkpoint, or holds no word of prunex.
     """
     checkpoint = read_checkpoint(path, map_location)
-    if told(checkpoint) is None:
+    if pruning_entry(checkpoint) is None:
         raise PrunexError(
             f"{path} was trained with none of TokenPruning, MaskPruning and ExplainableHead: use "
             f"{module_class.__name__}.load_from_checkpoint"
@@ -215,7 +216,7 @@ def load_from_checkpoint(
     return restore(module_class, checkpoint, path, **arguments)
 
 
-def told(checkpoint: Any) -> dict[str, Any] | None:
+def pruning_entry(checkpoint: Any) -> dict[str, Any] | None:
     """What prunex's callbacks wrote into a checkpoint of how its model is pruned, or explains itself, or None."""
     entry = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     return entry if isinstance(entry, dict) and {"pruning", "units", "head"} & set(entry) else None
@@ -237,7 +238,7 @@ def restore(module_class: type[LightningModule], checkpoint: Any, path: str, **a
 def _restored(
     module_class: type[LightningModule], checkpoint: Any, path: str, arguments: dict[str, Any]
 ) -> LightningModule:
-    entry = told(checkpoint)
+    entry = pruning_entry(checkpoint)
     if entry is not None:
         check_version(entry)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

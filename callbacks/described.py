@@ -78,11 +78,9 @@ def check_pixels(trainer: Trainer, images: Tensor, mean: list[float], std: list[
     outside = float(((pixels < -0.01) | (pixels > 1.01)).float().mean())
     if outside > OUTSIDE:
         low, high = (float(v) for v in torch.aminmax(pixels))
-        rounded = ([round(v, 3) for v in numbers] for numbers in (mean, std))
+        shown = f"mean {[round(v, 3) for v in mean]} and std {[round(v, 3) for v in std]}"
         warn_once(
             trainer,
-            "mean {} and std {} do not fit the images, whose pixels then run from {:.3g} to {:.3g} instead of 0 to 1: "
-            "give mean= and std= to monitors and SlimExport, or the data module such attributes".format(
-                *rounded, low, high
-            ),
+            f"{shown} do not fit the images, whose pixels then run from {low:.3g} to {high:.3g} instead of 0 to 1: "
+            "give mean= and std= to monitors and SlimExport, or the data module such attributes",
         )

@@ -42,15 +42,15 @@ class LossGuard:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Flag, int, Callable[[], str]]] = deque()  # its optimiser step, what there is to say
-        self._asked: deque[tuple[Flag, int]] = deque()  # of all processes
-        self._round = 0  # optimiser steps that were asked about
+        self._shared: deque[tuple[Flag, int]] = deque()  # the same of all processes
+        self._round = 0  # optimiser steps that all have looked at
         self._since: Tensor | None = None  # whether anything was not finite since the last optimiser step
         self._first: tuple[int, str] | None = None  # of this process's first such loss
 
     def clear(self) -> None:
         """Forget all that is waiting."""
         self._waiting.clear()
-        self._asked.clear()
+        self._shared.clear()
         self._since, self._first = None, None
 
     def saw(
@@ -83,14 +83,14 @@ class LossGuard:
         bad = torch.zeros((), device=device) if self._since is None else self._since.to(device, torch.float32)
         self._since = None
         dist.all_reduce(bad, dist.ReduceOp.MAX)
-        self._asked.append((Flag(bad), self._round))
+        self._shared.append((Flag(bad), self._round))
         self._round += 1
-        self._hear(trainer, int(later(bad)))
+        self._read_shared(trainer, int(later(bad)))
 
     def settle(self, trainer: Trainer) -> None:
         """Wait for what is still on its way; called by every process."""
         self._read(trainer, 0)
-        self._hear(trainer, 0)
+        self._read_shared(trainer, 0)
 
     def _read(self, trainer: Trainer, left: int) -> None:
         """Read this process's flags but the last ``left``."""
@@ -101,10 +101,10 @@ class LossGuard:
                 if trainer.world_size == 1:
                     raise PrunexError(self._first[1])
 
-    def _hear(self, trainer: Trainer, left: int) -> None:
+    def _read_shared(self, trainer: Trainer, left: int) -> None:
         """Read what all processes have seen but the last ``left``."""
-        while len(self._asked) > left:
-            bad, number = self._asked.popleft()
+        while len(self._shared) > left:
+            bad, number = self._shared.popleft()
             if bad:
                 self._read(trainer, 0)
                 # A loss that is bad after the shared step may be what another process's did to the weights.

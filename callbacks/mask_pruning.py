@@ -21,7 +21,6 @@ from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.handles.units import UnitPruning
-from prunex.pruners.base import accepted
 from prunex.units.base import UnitPruner
 from prunex.units.xpruner import XPruner
 from prunex.vit.surroundings import check_own_classes
@@ -94,7 +93,8 @@ class MaskPruning(Participant):
         model: str | None = None,
     ) -> None:
         super().__init__()
-        make: Any = prunex.registry.lookup("pruner", method).make
+        registered = prunex.registry.lookup("pruner", method)
+        make: Any = registered.make
         if not issubclass(make, UnitPruner):
             raise PrunexError(
                 f"{method} prunes tokens: give it to TokenPruning; MaskPruning takes xpruner, taylor, ..."
@@ -103,8 +103,8 @@ class MaskPruning(Participant):
         self.method, self.budget = method, budget
         self.options = check_options(options)
         for name in self.options:
-            if name not in accepted(make):
-                raise unknown(f"option of {method}", name, accepted(make))
+            if name not in registered.options:
+                raise unknown(f"option of {method}", name, registered.options)
         self.masks, self.thresholds = check_number("masks", masks, 0, 1), check_number("thresholds", thresholds, 0, 1)
         if self.masks + self.thresholds > 1:
             raise PrunexError(

@@ -78,6 +78,7 @@ class PrunerRate:
     """
 
     def __init__(self, optimizer: Optimizer, pruner: Any, scale: float | None = None) -> None:
+        # Of optimisers that wrap others the one that really steps, and that a gradient scaler skips.
         *_, self.optimizer = chain(optimizer)
         self.pruner = pruner
         self.scale = scale

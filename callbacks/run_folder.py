@@ -41,6 +41,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 def moment(trainer: Trainer) -> tuple[str, str]:
     """What files and titles of a look are called: by the epoch of training, else by what runs ("validate")."""
+    # The Trainer of a validation counts from epoch 0 as well, and may have the folder of the training.
     if trainer.state.fn == TrainerFn.FITTING:
         return f"epoch={trainer.current_epoch:03d}", f"epoch {trainer.current_epoch}"
     fn = str(getattr(trainer.state.fn, "value", trainer.state.fn))

@@ -343,5 +343,6 @@ def _rates(pruning: prunex.Pruning) -> str:
 
 def decisions(trace: TokenTrace, stages: Sequence[int]) -> list[int | None]:
     """For each of a pruner's stages the last decision in the trace by then; None while nothing was decided."""
+    # A stage whose keep rate is 1 at present decides nothing and leaves no entry.
     made = [s.block for s in trace.stages]
     return [max((i for i, block in enumerate(made) if block <= stage), default=None) for stage in stages]

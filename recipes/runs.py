@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import prunex
 from prunex.attributes import class_names, read_normalisation
 from prunex.batches import parts
-from prunex.callbacks.checkpoints import read_checkpoint, restore, told
+from prunex.callbacks.checkpoints import pruning_entry, read_checkpoint, restore
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.run_folder import RECORD, read_record
 from prunex.errors import PrunexError
@@ -159,7 +159,7 @@ def _from_checkpoint(config: dict[str, Any], path: Path) -> nn.Module:
     module = restore(module_class, checkpoint, str(path), **ours)
     # Of a module that trains an explainer, the model is the classifier that it explains.
     explained = getattr(module, "classifier", module) if isinstance(module, ExplainerTraining) else module
-    where = (told(checkpoint) or {}).get("path")
+    where = (pruning_entry(checkpoint) or {}).get("path")
     warn_of_the_rest(explained, find(explained, where, Backbone)[1], "what a run is opened for")
     return as_the_data_tell(prunex.slim(explained, where), config["data"])
 

@@ -326,7 +326,7 @@ def agreement(
             scores = keep_scores(trace, stage) if has_kept_set else trace.share(stage).float()
         if trace.stages and not (trace.merges() or trace.pooled):
             depth = trace.depth()
-    measured: dict[str, Any] = on_mask(kept, relevance)
+    measured = on_mask(kept, relevance)
     measured["kept_share"] = kept_share(kept).to(relevance.device)
     # The columns stay, so that tables of several pruners line up.
     if not has_kept_set:
@@ -378,8 +378,7 @@ def _informative(relevance: Tensor) -> Tensor:
 
 def _varied(values: Tensor, counted: Tensor) -> Tensor:
     """Which rows hold two different values among those that count, bool [B]."""
-    low = values.masked_fill(~counted, torch.inf).amin(1)
-    return low < values.masked_fill(~counted, -torch.inf).amax(1)
+    return values.masked_fill(~counted, torch.inf).amin(1) < values.masked_fill(~counted, -torch.inf).amax(1)
 
 
 def _judge(maps: Any, judge: str | None) -> str:

@@ -23,20 +23,12 @@ _ROOM = 2**24  # counts of images in draws that are held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over images and where it would lie if other images had been drawn.
+    """A mean over images and where ``level`` of the means would lie if other images had been drawn."""
 
-    Attributes:
-        mean: Over the images that have a number; NaN if none has.
-        low: Lower end of the interval.
-        high: Upper end.
-        images: How many have a number.
-        level: Share of the draws that lie inside.
-    """
-
-    mean: float
+    mean: float  # over the images that have a number; NaN if none has
     low: float
     high: float
-    images: int
+    images: int  # how many have a number
     level: float = 0.95
 
     def __str__(self) -> str:

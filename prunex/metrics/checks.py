@@ -79,12 +79,15 @@ def check_maps(maps: Any, images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Maps [B, gh, gw] or [B, H, W] on the images' device, in at least float32."""
     size = (images.shape[2], images.shape[3])
     want = f"floats [{len(images)}, {grid[0]}, {grid[1]}] on the patch grid or [{len(images)}, {size[0]}, {size[1]}]"
+    came = ""
     if not isinstance(maps, Tensor):
-        raise PrunexError(f"maps are a {type(maps).__name__}: give {want}")
-    if not maps.is_floating_point():
-        raise PrunexError(f"maps have dtype {maps.dtype}: give {want}")
-    if maps.ndim != 3 or len(maps) != len(images) or tuple(maps.shape[1:]) not in (grid, size):
-        raise PrunexError(f"maps have shape {list(maps.shape)}: give {want}")
+        came = f"are a {type(maps).__name__}"
+    elif not maps.is_floating_point():
+        came = f"have dtype {maps.dtype}"
+    elif maps.ndim != 3 or len(maps) != len(images) or tuple(maps.shape[1:]) not in (grid, size):
+        came = f"have shape {list(maps.shape)}"
+    if came:
+        raise PrunexError(f"maps {came}: give {want}")
     return maps.detach().to(images.device, torch.promote_types(maps.dtype, torch.float32))
 
 

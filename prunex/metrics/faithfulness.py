@@ -30,13 +30,13 @@ from prunex.removal.game import SCORE_DEFAULTS, ScoreOptions
 ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 
-@register(
-    "metric",
-    "sensitivity_n",
-    "Ancona et al., ICLR 2018, arXiv 1711.06104",
-    "a hundred forwards a size and image",
-    SCORE_DEFAULTS,
-)
+_ANCONA = "Ancona et al., ICLR 2018, arXiv 1711.06104"
+_BHATT = "Bhatt, Weller & Moura, IJCAI 2020, arXiv 2005.00631"
+_YEH = "Yeh et al., NeurIPS 2019, arXiv 1901.09392"
+_WU = "Wu et al., CVPR 2024, arXiv 2404.01415"
+
+
+@register("metric", "sensitivity_n", _ANCONA, "a hundred forwards a size and image", SCORE_DEFAULTS)
 def sensitivity_n(
     model: nn.Module,
     images: Tensor,
@@ -65,13 +65,7 @@ def sensitivity_n(
     return occlusion.hide(pearson(relevance, lost))
 
 
-@register(
-    "metric",
-    "faithfulness_correlation",
-    "Bhatt, Weller & Moura, IJCAI 2020, arXiv 2005.00631",
-    "a hundred forwards an image",
-    SCORE_DEFAULTS,
-)
+@register("metric", "faithfulness_correlation", _BHATT, "a hundred forwards an image", SCORE_DEFAULTS)
 def faithfulness_correlation(
     model: nn.Module,
     images: Tensor,
@@ -107,13 +101,7 @@ def faithfulness_correlation(
     return occlusion.hide(pearson(relevance, lost))
 
 
-@register(
-    "metric",
-    "infidelity",
-    "Yeh et al., NeurIPS 2019, arXiv 1901.09392",
-    "a hundred forwards an image",
-    SCORE_DEFAULTS,
-)
+@register("metric", "infidelity", _YEH, "a hundred forwards an image", SCORE_DEFAULTS)
 def infidelity(
     model: nn.Module,
     images: Tensor,
@@ -147,13 +135,7 @@ def infidelity(
     return occlusion.hide((relevance - lost).square().mean(1))
 
 
-@register(
-    "metric",
-    "saco",
-    "Wu et al., CVPR 2024, arXiv 2404.01415",
-    "ten forwards an image",
-    SCORE_DEFAULTS | {"removal": "mean"},
-)
+@register("metric", "saco", _WU, "ten forwards an image", SCORE_DEFAULTS | {"removal": "mean"})
 def saco(
     model: nn.Module,
     images: Tensor,

@@ -31,6 +31,7 @@ class Occlusion:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, **options: Unpack[RemovalOptions]) -> None:
+        self.forwards = 0  # altered images the model has seen
         options = {"selection": "free", **options}
         check_choice("removal", options.get("removal", "drop"), ROUTES)
         check_choice("selection", options["selection"], SELECTIONS)
@@ -63,6 +64,14 @@ class Occlusion:
         with as_found(self.model, train=False), torch.no_grad():
             return torch.cat([self.game.rows(image[part], ~removed(part)) for part in parts])
 
+    def answers(self, image: Tensor, removed: Callable[[Tensor], Tensor], count: Tensor) -> Tensor:
+        """The same, where ``count`` [R] tells how many units are gone: rows without any are the clean image."""
+        logits, rows = self.clean[image], count.nonzero()[:, 0]
+        if len(rows):
+            logits[rows] = self(image[rows], lambda part: removed(rows[part]))
+            self.forwards += len(rows)
+        return logits
+
 
 class ClassOcclusion(Occlusion):
     """The class's score f of altered images, and the maps that say what to alter."""
@@ -77,7 +86,7 @@ class ClassOcclusion(Occlusion):
         output: Output = "probability",
         **options: Unpack[RemovalOptions],
     ) -> None:
-        self.output, self.forwards = check_choice("output", output, OUTPUTS), 0
+        self.output = check_choice("output", output, OUTPUTS)
         super().__init__(model, images, **options)
         self.maps = check_maps(maps, self.images, self.grid)
         self.values = on_patches(self.maps, self.grid, self.patch)
@@ -86,14 +95,8 @@ class ClassOcclusion(Occlusion):
         self.score = self._of_class(self.clean, torch.arange(len(self.maps), device=self.maps.device))
 
     def of_rows(self, image: Tensor, removed: Callable[[Tensor], Tensor], count: Tensor) -> Tensor:
-        """F of rows [R], each of one image [R] with ``count`` [R] units gone; rows without any are the clean image."""
-        scores = self.score[image]
-        rows = count.nonzero()[:, 0]
-        if len(rows):
-            mine = image[rows]
-            scores[rows] = self._of_class(self(mine, lambda part: removed(rows[part])), mine)
-            self.forwards += len(rows)
-        return scores
+        """F of rows [R], each of one image [R] with ``count`` [R] units gone."""
+        return self._of_class(self.answers(image, removed, count), image)
 
     def of_sets(self, image: Tensor, removed: Tensor) -> Tensor:
         """F of sets of patches gone, bool [R, P]; none is asked of an image twice."""
@@ -105,6 +108,7 @@ class ClassOcclusion(Occlusion):
 
     def lost(self, after: Tensor) -> Tensor:
         """f(x) less f of altered images [B, K], float64; what the model's rounding alone keeps apart is made equal."""
+        # Else a model that does not depend on what was removed would be judged by its last bits.
         # A unit in the last place of the largest score, or 32 of them where precision leaves room.
         info = torch.finfo(self.images.dtype)
         most = torch.maximum(self.score.abs(), after.abs().amax(1))[:, None]

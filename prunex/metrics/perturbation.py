@@ -122,10 +122,7 @@ def perturbation(
     # Row k * B + b: image b after step k. Step 0 is the clean image.
     image = torch.arange(len(images), device=place.device).repeat(len(counts))
     limit = torch.tensor(counts, dtype=torch.int32, device=place.device).repeat_interleave(len(images))
-    altered = limit > 0
-    rows, limit = image[altered], limit[altered]
-    logits = occlusion.clean.repeat(len(counts), 1)
-    logits[altered] = occlusion(rows, lambda part: place[rows[part]] < limit[part, None])
+    logits = occlusion.answers(image, lambda part: place[image[part]] < limit[part, None], limit)
     # A map with NaN has no order; the image counts nowhere, and its neighbours do not change.
     bad = maps.flatten(1).isnan().any(1)
 

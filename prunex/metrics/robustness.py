@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -63,8 +64,9 @@ def max_sensitivity(
     >>> max_sensitivity("rollout", model, torch.randn(1, 3, 224, 224), samples=2).shape
     torch.Size([1])
     """
-    drawn: dict[str, Any] = {"radius": radius, "samples": samples, "of": of, "seed": seed, "chunk": chunk}
-    return sensitivity_of(explainer, model, images, target, options, **drawn)
+    return sensitivity_of(
+        explainer, model, images, target, options, radius=radius, samples=samples, of=of, seed=seed, chunk=chunk
+    )
 
 
 def sensitivity_of(
@@ -89,10 +91,7 @@ def sensitivity_of(
     # The class is that of the clean image; an explainer of one's own cannot be asked for it.
     if callable(explainer):
         target = explain("raw_attention", model, images, target).target
-
-    def explained(pictures: Tensor, classes: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        return _explained(explainer, model, pictures, classes, of, options)
-
+    explained = partial(_explained, explainer, model, of, options)
     clean, chosen = explained(images, target)
     classless = bool((chosen < 0).any())  # a model without a classifier
     images = images.detach()
@@ -115,12 +114,7 @@ def sensitivity_of(
 
 
 def _explained(
-    explainer: Explainer,
-    model: nn.Module,
-    images: Tensor,
-    target: int | Tensor | None,
-    of: str,
-    options: dict[str, Any],
+    explainer: Explainer, model: nn.Module, of: str, options: dict[str, Any], images: Tensor, target: Any
 ) -> tuple[Tensor, Tensor]:
     """Maps float64 [B, ...], and the class each explains."""
     if isinstance(explainer, str):

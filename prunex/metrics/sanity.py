@@ -294,5 +294,7 @@ def _ssim(one: Tensor, two: Tensor) -> Tensor:
 
 def _chance(alike: Tensor, patches: int) -> float:
     """What 99 % of shuffled maps stay below on both mean correlations, by the normal approximation."""
+    # A correlation with shuffled values has mean 0 and variance 1 / (P - 1), ties or not. Two means are looked at, so
+    # that each may pass one time in 200.
     images = int((~alike.isnan()).sum())
     return NormalDist().inv_cdf(0.995) / math.sqrt(images * (patches - 1)) if images and patches > 1 else math.nan

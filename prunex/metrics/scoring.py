@@ -37,13 +37,19 @@ GROUPS = ("faithfulness", "localisation", "agreement", "robustness")
 class Measure:
     """What one number of the table is; measures of one ``kind`` share what they compute."""
 
-    name: str
-    group: str
-    kind: str
-    higher: bool = True
-    usual: bool = True
+    name: str  # as it is asked for; the function's in ``prunex.metrics``, perturbation by its order
+    group: str  # one of GROUPS
+    kind: str  # "positive", "negative" (perturbation), "curves", "mask", "counts", "kept", or the name
+    higher: bool = True  # whether more is better
+    usual: bool = True  # whether it is taken when all are asked for
 
 
+# What a group is about, and in words.
+_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "localisation": (("masks",), "object masks"),
+    "agreement": (("kept", "judge"), "the patches kept and the dense model's map"),
+    "robustness": (("explainer",), "the explainer's name"),
+}
 # Names of metrics that share what they read: curves, a mask, counts of pixels, kept patches, a model.
 _CURVES = ("deletion", "insertion", "aopc", "log_odds", "comprehensiveness", "sufficiency", "srg")
 _MASKS = ("energy_inside", "pointing_game", "rank_accuracy", "mean_ap", "foreground_auc", "foreground_f1")
@@ -108,25 +114,15 @@ def measures(names: str | Sequence[str] = "all") -> list[Measure]:
 
 
 class Evidence(GameOptions, total=False):
-    """What measures are about, beside the maps; and how the model is asked, see ``prunex.removal.game.GameOptions``.
+    """What measures are about, beside the maps; and how the model is asked, see ``prunex.removal.game.GameOptions``."""
 
-    Attributes:
-        labels: int [B], the true class, which is what perturbation counts as a hit; None: the predicted one.
-        masks: bool [B, H, W], or 1, 0 and -1 for ignored; localisation needs them.
-        pixels: float [B, H, W], the finest map; None: ``maps`` brought up bilinearly.
-        kept: bool [B, gh, gw], the patches a pruned model keeps; agreement needs it and the judge.
-        judge: float [B, gh, gw], the dense model's map for the same classes.
-        explainer: The method's name, for "max_sensitivity".
-        options: Its options.
-    """
-
-    labels: Tensor | None
-    masks: Tensor | None
-    pixels: Tensor | None
-    kept: Tensor | None
-    judge: Tensor | None
-    explainer: str | None
-    options: Mapping[str, Any] | None
+    labels: Tensor | None  # int [B], the true class, which perturbation counts as a hit; None: the predicted one
+    masks: Tensor | None  # bool [B, H, W], or 1, 0 and -1 for ignored; localisation needs them
+    pixels: Tensor | None  # float [B, H, W], the finest map; None: ``maps`` brought up bilinearly
+    kept: Tensor | None  # bool [B, gh, gw], the patches a pruned model keeps; agreement needs it and the judge
+    judge: Tensor | None  # float [B, gh, gw], the dense model's map for the same classes
+    explainer: str | None  # the method's name, for "max_sensitivity"
+    options: Mapping[str, Any] | None  # its options
 
 
 def scores(
@@ -314,11 +310,7 @@ def _pixels(model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor) -> Te
 
 def _check_given(chosen: Sequence[Measure], evidence: Evidence) -> None:
     """Refuse measures that lack what they are about."""
-    missing = {name for name in ("masks", "kept", "judge", "explainer") if evidence.get(name) is None}
     for measure in chosen:
-        if measure.group == "localisation" and "masks" in missing:
-            raise PrunexError(f"{measure.name} needs object masks: give masks, or leave it out")
-        if measure.group == "agreement" and missing & {"kept", "judge"}:
-            raise PrunexError(f"{measure.name} needs the patches kept and the dense model's map: give kept and judge")
-        if measure.group == "robustness" and "explainer" in missing:
-            raise PrunexError(f"{measure.name} needs the explainer's name: give explainer")
+        names, words = _NEEDS.get(measure.group, ((), ""))
+        if any(evidence.get(name) is None for name in names):
+            raise PrunexError(f"{measure.name} needs {words}: give {' and '.join(names)}, or leave it out")

@@ -251,7 +251,7 @@ def covered(kept: Bools, objects: Bools) -> float:
 
 
 def tokens_left(groups: NDArray[Any]) -> float:
-    """Mean number of tokens that hold patches, over the number of patches [M, gh, gw], equal where they share a token.
+    """Tokens that hold patches, as a share of the patches: groups [M, gh, gw] are equal for patches of one token.
 
     >>> tokens_left(np.array([[[0, 0, 1, -1]]]))
     0.5

@@ -126,14 +126,18 @@ def renormalise(model: nn.Module, mean: Sequence[float] | None, std: Sequence[fl
     """Say in a model's ``pretrained_cfg`` by what its images are normalised: a number a channel, or one for all."""
     vit: Any = find(model)[1]
     channels = vit.patch_embed.proj.in_channels
-    chosen = {}
-    for name, values in (("mean", mean), ("std", std)):
-        if values is None:
-            continue
+    chosen = {name: tuple(values) for name, values in (("mean", mean), ("std", std)) if values is not None}
+    for name, values in chosen.items():
         if len(values) not in (1, channels):
             raise PrunexError(f"--{name} {' '.join(map(str, values))} is not allowed: give {channels} numbers, or one")
-        chosen[name] = tuple(values) * (channels if len(values) == 1 else 1)
-    vit.pretrained_cfg = {**dict(getattr(vit, "pretrained_cfg", None) or {}), **chosen}
+        if len(values) == 1:
+            chosen[name] = values * channels
+    _describe(vit, **chosen)
+
+
+def _describe(vit: Any, **options: Any) -> None:
+    """Put something into a model's ``pretrained_cfg``, where timm and prunex look for it."""
+    vit.pretrained_cfg = {**dict(getattr(vit, "pretrained_cfg", None) or {}), **options}
 
 
 def to_device(name: str | None, models: Iterable[nn.Module]) -> torch.device:
@@ -170,8 +174,8 @@ def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
     # Data that are not there any more tell no names, and training has warned of names that do not fit.
     model.label_names = class_names([data], head_classes(model), warn=lambda text: None) or []
     pair = read_normalisation([data], model.patch_embed.proj.in_channels)
-    said = {} if pair is None else {"mean": pair[0], "std": pair[1]}
-    model.pretrained_cfg = {**dict(getattr(model, "pretrained_cfg", None) or {}), **said}
+    if pair is not None:
+        _describe(model, mean=pair[0], std=pair[1])
     return model
 
 

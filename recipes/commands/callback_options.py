@@ -1,4 +1,4 @@
-"""Options of callbacks on the command line, as in ``--pruning.keep_ratio 0.5``, and near names of those that are wrong.
+"""Options of callbacks on the command line, as in ``--pruning.keep_ratio 0.5``, and near names of wrong ones.
 
 Lightning's command line reaches a callback in a list by replacing the whole list. Here the config's list is taken, the
 options are put into it, and it is given as a further config: interpolations and ``--print_config`` see them as if the
@@ -55,16 +55,17 @@ def put_in_config(arguments: Sequence[str], folder: str | Path) -> list[str]:
     while place < len(rest):
         name, equals, value = rest[place].partition("=")
         # Whoever writes the list by jsonargparse's own spelling means that.
-        known = None if spelt_out and name.startswith(f"--{_LISTED}") else _meant(name, callbacks)
+        meant = None if spelt_out and name.startswith(f"--{_LISTED}") else _meant(name, callbacks)
+        length = 1 if equals else 2
         if name in ("--config", "-c"):
-            last = place + (1 if equals else 2)
-        if known is None:
+            last = place + length
+        if meant is None:
             place += 1
             continue
-        if not equals and place + 1 == len(rest):
+        if place + length > len(rest):
             raise PrunexError(f"{name} needs a value, as in {name}=VALUE")
-        given.append((*known, value if equals else rest[place + 1]))
-        del rest[place : place + (1 if equals else 2)]
+        given.append((*meant, value if equals else rest[place + 1]))
+        del rest[place : place + length]
     if not given:
         return rest
     for kind in dict.fromkeys(kind for kind, _, _ in given):
@@ -107,39 +108,26 @@ def _kind(entry: dict[str, Any]) -> str:
 
 
 def _meant(name: str, callbacks: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
-    """Class and option that an argument means; None where it is no callback's. Guesses are told, and told how."""
+    """Class and option that an argument means; None where it is no callback's."""
     if not name.startswith("--"):
         return None
-    head, dot, option = name.removeprefix("--").partition(".")
-    if head in SHORT and dot:
-        return SHORT[head], option.removeprefix("init_args.")
     kinds = [_kind(entry) for entry in callbacks]
-    if dot and (head in kinds or head in SHORT.values()):
-        return _taken_for(name, head, option.removeprefix("init_args."))
+    head, dot, option = name.removeprefix("--").partition(".")
+    if dot and head in (*SHORT, *SHORT.values(), *kinds):
+        return SHORT.get(head, head), option.removeprefix("init_args.")
     listed = name.startswith(f"--{_LISTED}.")
     if not listed and (dot or head in _TOP):
         return None
-    # A guess from here on: an option by its bare name, or by a path through the list.
-    words = name.removeprefix(f"--{_LISTED}." if listed else "--").replace(".init_args", "").split(".")
-    named = [kind for kind in kinds if kind in words]
-    words = [w for w in words if w != "init_args" and w not in kinds and not w.isdigit()]
-    candidates = [k for k in dict.fromkeys(named or kinds) if words and words[0] in (options_of(k, callbacks) or ())]
-    if len(candidates) > 1:
-        spelt = " or ".join(f"--{spelling(k)}.{'.'.join(words)}" for k in candidates)
-        raise PrunexError(f"{name} may be of {' or '.join(candidates)}: say which with {spelt}")
-    if candidates:
-        return _taken_for(name, candidates[0], ".".join(words))
+    # A path through the list reaches nothing, and a bare name may be of several: the right spelling is told.
+    bare = name.removeprefix("--").rpartition(".")[2]
+    known = {kind: options_of(kind, callbacks) or [] for kind in kinds}
+    right = [f"--{spelling(kind)}.{bare}" for kind in known if bare in known[kind]]
+    if right:
+        raise PrunexError(f"{name} is an option of a callback in the config: give {' or '.join(right)}")
     if listed:
-        every = [f"{spelling(k)}.{o}" for k in kinds for o in options_of(k, callbacks) or ()]
-        raise unknown("option of the config's callbacks", ".".join(words), every)
+        every = [f"{spelling(kind)}.{name}" for kind in known for name in known[kind]]
+        raise unknown("option of the config's callbacks", bare, every)
     return None
-
-
-def _taken_for(name: str, kind: str, option: str) -> tuple[str, str]:
-    right = f"--{spelling(kind)}.{option}"
-    if right != name:
-        print(f"prunex: {name} is taken for {right}", file=sys.stderr)
-    return kind, option
 
 
 def spelling(kind: str) -> str:
@@ -228,7 +216,9 @@ def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str 
 def parameters(path: str) -> list[str] | None:
     """Names that a class takes, by its path or, of Lightning's and ours, its name; None where that is not known."""
     room, _, name = path.rpartition(".")
-    rooms = [sys.modules[room]] if room in sys.modules else [] if room else _ROOMS  # nothing is imported for this
+    rooms: Sequence[Any] = _ROOMS
+    if room:  # nothing is imported for this
+        rooms = [sys.modules[room]] if room in sys.modules else []
     made = next((getattr(r, name) for r in rooms if inspect.isclass(getattr(r, name, None))), None)
     if made is None:
         return None

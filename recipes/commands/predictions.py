@@ -148,6 +148,6 @@ def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: S
     for path, shares, kept in rows:
         # The first of equals, as argmax has it.
         best = max(range(classes), key=shares.__getitem__)
-        told = ["" if kept is None else f"{kept:.4f}"] * pruned
-        table.writerow([path, names[best], f"{shares[best]:.6f}", *told, *(f"{share:.6f}" for share in shares)])
+        left = ["" if kept is None else f"{kept:.4f}"] * pruned
+        table.writerow([path, names[best], f"{shares[best]:.6f}", *left, *(f"{share:.6f}" for share in shares)])
     return text.getvalue()

@@ -45,7 +45,7 @@ PAIRS = 2  # antithetic pairs of orders of shap, where all methods are asked for
 def score(args: Any) -> int:
     """Do what ``prunex score`` was asked for, and give back the exit code."""
     run = run_of(Path(args.run))
-    out = Path(args.out) if args.out else (run / "score" if run else Path("score"))
+    out = Path(args.out or ("score" if run is None else run / "score"))
     scoring = Scoring(args, out, run)
     try:
         with tqdm(total=scoring.steps(), desc="scoring", unit="image") as bar:
@@ -131,7 +131,8 @@ class Scoring:
             scenes = from_run(open_data(run), args.images)
         else:
             raise PrunexError(f"{args.run} brings no data: give --data DIR, a folder of images")
-        self.setting = Setting(scenes, metrics, options, args.removal, args.batch, device)
+        target = "label" if args.target == "label" else None
+        self.setting = Setting(scenes, metrics, options, args.removal, args.batch, device, out, target, args.again)
         self.notes += scenes.notes
         for m in self.models:
             self._look(m)
@@ -142,11 +143,8 @@ class Scoring:
             self._cheapen(named)
         # Who is named, or given options, must work as it is.
         required = {*named, *read_options(args.option)} if "all" in named else set(self.methods)
-        target = "label" if args.target == "label" else None
         self.rows = [
-            Row(self.setting, m, method, method not in required, out, target, args.again)
-            for m in self.models
-            for method in self.methods
+            Row(self.setting, m, method, method not in required) for m in self.models for method in self.methods
         ]
 
     def _look(self, m: Model) -> None:
@@ -169,9 +167,7 @@ class Scoring:
         if kept and m.judge is not None:
             m.kept = torch.cat(kept)
         if handle is not None and not kept:
-            self.notes.append(
-                f"{m.name}: no patch is kept as itself, so there is nothing that an explainer agrees with"
-            )
+            self.notes.append(f"{m.name}: no patch is kept as itself, so explainers have nothing to agree with")
         m.digest, m.judge_digest = digest(vit), "" if m.judge is None else digest(m.judge)
         if classes > 0 and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise PrunexError(f"labels from {int(labels.min())} to {int(labels.max())} do not fit {classes} classes")
@@ -236,8 +232,8 @@ class Scoring:
             try:
                 row.work(bar, dense.get(row.method))
             except Refused as error:
-                told_before = [other.refused for other in self.rows if other.method == row.method]
-                if str(error) not in told_before:
+                reasons = [other.refused for other in self.rows if other.method == row.method]
+                if str(error) not in reasons:
                     bar.write(f"skipped {row.method}: {error}")
                 row.refused = str(error)
                 bar.total = max(0, bar.total - rounds * len(self.setting.scenes.images))

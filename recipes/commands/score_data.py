@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from prunex.attributes import read_normalisation
+from prunex.attributes import models_normalisation, read_normalisation
 from prunex.batches import Parts, parts
 from prunex.errors import PrunexError
 from prunex.files import readable
@@ -104,19 +104,19 @@ def from_folder(
     files = image_files(top, besides=named)
     # Files lie in the order of their classes.
     files = [files[i] for i in spaced(len(files), wanted)]
-    shapes = (named / "val" if (named / "val").is_dir() else named) if named.is_dir() else None
+    shapes = named / "val" if (named / "val").is_dir() else named
+    has_masks = named.is_dir()
     prepare, size = preparation(model), read(model).image
     images, objects = [], []
     value_range = choose_range(files, value_range)
     for file in files:
         image = read_image(file, value_range)
         images.append(prepare(image)[1])
-        if shapes is not None:
+        if has_masks:
             objects.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))
     labels, notes = _labels(files, top, model)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (list(cfg[k]) if cfg.get(k) else [0.5] * images[0].shape[0] for k in ("mean", "std"))
-    return Scenes(torch.stack(images), labels, torch.stack(objects) if objects else None, mean, std, notes)
+    pair = models_normalisation(model, images[0].shape[0])
+    return Scenes(torch.stack(images), labels, torch.stack(objects) if objects else None, *pair, notes)
 
 
 def _mask(path: Path, image: Path, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

@@ -39,14 +39,17 @@ class Model:
 
 @dataclass
 class Setting:
-    """What all rows of a table share: images, metrics, options by method, and how patches are taken away."""
+    """What all rows of a table share."""
 
     scenes: Scenes
     metrics: list[Measure]
-    options: dict[str, dict[str, Any]]
-    removal: Any
+    options: dict[str, dict[str, Any]]  # by method
+    removal: Any  # how patches are taken away
     batch: int
     device: torch.device
+    folder: Path  # where results lie
+    target: str | None = None  # what else than the predicted class is explained
+    again: bool = False  # whether what lies in the folder is computed anew
 
     def parts(self) -> list[slice]:
         """The first image alone, which shows what a method takes; then batches."""
@@ -64,25 +67,17 @@ class Refused(Exception):
 class Row:
     """One explainer (or random maps) on one model; a lenient one is left out where it refuses the first image."""
 
-    def __init__(
-        self,
-        setting: Setting,
-        model: Model,
-        method: str,
-        lenient: bool,
-        folder: Path,
-        target: str | None = None,
-        again: bool = False,
-    ) -> None:
+    def __init__(self, setting: Setting, model: Model, method: str, lenient: bool) -> None:
         self.setting, self.model, self.method, self.lenient = setting, model, method, lenient
         self.refused: str | None = None
         options = sorted(setting.options.get(method, {}).items())
         # Whatever maps depend on: with another of these they are computed anew.
         facts: list[Any] = [LAYOUT, model.digest, setting.scenes.digest(), method, options]
-        facts += [target] if target else []
+        if setting.target is not None:
+            facts.append(setting.target)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
-        path = folder / "values" / model.name / f"{method}.npz"
-        self.record = Record(path, key, again, len(setting.scenes.images), model.grid)
+        path = setting.folder / "values" / model.name / f"{method}.npz"
+        self.record = Record(path, key, setting.again, len(setting.scenes.images), model.grid)
 
     def key(self, measure: Measure) -> str:
         """What a metric's values depend on beyond the maps."""

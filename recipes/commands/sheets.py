@@ -120,9 +120,9 @@ def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
         sheet = out / name
         if sheet.resolve() in images or (sheet.exists() and not ours):
             raise PrunexError(f"{sheet} is there already and no sheet of an earlier prunex explain: give another --out")
-    there = next(p for p in (out, *out.resolve().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise PrunexError(f"cannot write to {out}: {there} is no folder that may be written to; choose another --out")
+    above = next(p for p in (out, *out.resolve().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise PrunexError(f"cannot write to {out}: {above} is no folder that may be written to; choose another --out")
 
 
 def name_of_model(where: str) -> str:

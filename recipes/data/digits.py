@@ -348,10 +348,8 @@ class DigitScenes(LightningDataModule):
         """The same scenes every time."""
         return self._loader(self.dataset("val"))
 
+    predict_dataloader = val_dataloader
+
     def test_dataloader(self) -> DataLoader[Batch]:
         """Other scenes from validation's digits and photo parts."""
         return self._loader(self.dataset("test"))
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The validation scenes."""
-        return self.val_dataloader()

@@ -1,5 +1,6 @@
 """A folder of labelled images, with object masks where they are known, as a Lightning data module."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, tv_tensors
+from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
-from prunex.checks import check_whole
+from prunex.checks import check_number, check_share, check_whole
 from prunex.errors import PrunexError
 from prunex.files import readable
 from prunex.recipes.data.concepts import Concepts
@@ -111,16 +112,13 @@ class ImageFolder(LightningDataModule):
                 raise PrunexError(f"{name}={numbers!r} is not allowed: give one number for each of R, G, B{bound}")
         if np.shape(crop_scale) != (2,) or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise PrunexError(f"crop_scale={crop_scale!r} is not allowed: give (smallest, largest), each in (0, 1]")
-        if not 0 < crop_pct <= 1:
-            raise PrunexError(f"crop_pct={crop_pct!r} is not allowed: give a number in (0, 1]")
-        if not 0 <= color_jitter < float("inf"):
-            raise PrunexError(f"color_jitter={color_jitter!r} is not allowed: give 0 (none) or a number above 0")
+        self.crop_pct = check_share("crop_pct", crop_pct)
+        self.color_jitter = check_number("color_jitter", color_jitter, 0)
         if interpolation not in ("bilinear", "bicubic"):
             raise PrunexError(f"interpolation={interpolation!r} is not allowed: give 'bilinear' or 'bicubic'")
         self.root = Path(root).expanduser()
         self.mean, self.std, self.crop_scale = tuple(mean), tuple(std), tuple(crop_scale)
-        self.augment, self.color_jitter, self.crop_pct = augment, color_jitter, crop_pct
-        self.interpolation, self.masks, self.verify = interpolation, masks, verify
+        self.augment, self.interpolation, self.masks, self.verify = augment, interpolation, masks, verify
         self.value_range = check_range(value_range)
         self._class_names: list[str] | None = None
         self._concepts: Concepts | None = None
@@ -177,13 +175,7 @@ class ImageFolder(LightningDataModule):
         """Batches of ``val``, in the order of the file names."""
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader:
-        """The same batches as in validation."""
-        return self._loader("val")
-
-    def predict_dataloader(self) -> DataLoader:
-        """The same batches as in validation."""
-        return self._loader("val")
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, split: str) -> DataLoader:
         if split not in self._splits:
@@ -281,8 +273,9 @@ class FolderSplit(Dataset):
         return (*parts, labels) if labels else tuple(parts)
 
 
-def _visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the folders in one, but for those that notebooks and macOS hide there."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _classes(root: Path) -> list[str]:
@@ -293,12 +286,11 @@ def _classes(root: Path) -> list[str]:
     for split in SPLITS:
         folder = root / split
         if not folder.is_dir():
-            others = sorted(p.name for p in root.iterdir() if p.is_dir() and _visible(p))
             raise PrunexError(
-                f"root='{root}' has no folder '{split}' (it has: {_some(others) or 'no folders'}): {_LAYOUT}; "
-                f"make or rename a folder to '{split}'"
+                f"root='{root}' has no folder '{split}' (it has: {_some(_class_folders(root)) or 'no folders'}): "
+                f"{_LAYOUT}; make or rename a folder to '{split}'"
             )
-        classes[split] = {p.name for p in folder.iterdir() if p.is_dir() and _visible(p)}
+        classes[split] = set(_class_folders(folder))
         if not classes[split]:
             raise PrunexError(f"'{folder}' holds no class folders: {_LAYOUT}; make one folder for each class")
     if classes["train"] != classes["val"]:
@@ -313,29 +305,19 @@ def _classes(root: Path) -> list[str]:
 
 def _samples(folder: Path) -> list[tuple[Path, int]]:
     """Image files of a split and their labels, in torchvision's order."""
-    split = _VisibleFolder(str(folder), allow_empty=True)
-    filled = {label for _, label in split.samples}
-    empty = [name for name, label in split.class_to_idx.items() if label not in filled]
-    if empty:
-        raise PrunexError(
-            f"class folder '{folder / empty[0]}' holds no image ({len(empty)} of {len(split.classes)} classes are "
-            f"empty): put images there ({', '.join(IMG_EXTENSIONS)}) or remove the class from every split"
-        )
-    return [(Path(path), label) for path, label in split.samples]
-
-
-class _VisibleFolder(datasets.ImageFolder):
-    """torchvision's own scan, blind to what starts with a dot (notebook checkpoints, the file copies of macOS)."""
-
-    def __init__(self, root: str, allow_empty: bool) -> None:
-        def shows(path: str) -> bool:
-            return _visible(Path(path)) and path.lower().endswith(IMG_EXTENSIONS)
-
-        super().__init__(root, is_valid_file=shows, allow_empty=allow_empty)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and _visible(p))
-        return classes, {name: label for label, name in enumerate(classes)}
+    samples: list[tuple[Path, int]] = []
+    for label, name in enumerate(_class_folders(folder)):
+        before = len(samples)
+        for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            # File copies that macOS makes are called like images, after a dot.
+            images = [file for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS) and file[0] != "."]
+            samples += [(Path(place, file), label) for file in images]
+        if len(samples) == before:
+            raise PrunexError(
+                f"class folder '{folder / name}' holds no image: put images there ({', '.join(IMG_EXTENSIONS)}) or "
+                "remove the class from every split"
+            )
+    return samples
 
 
 def _check_files(samples: list[tuple[Path, int]], masks: list[Path] | None, decode: bool) -> None:

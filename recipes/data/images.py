@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from prunex.attributes import models_normalisation
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Picture
 from prunex.recipes.given import FULL_RANGE, check_range
@@ -153,9 +154,8 @@ def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor
     a = read(vit)
     if a.channels not in (1, 3):
         raise PrunexError(f"this model takes {a.channels} channels: only grey and RGB images can be read from files")
-    cfg = getattr(vit, "pretrained_cfg", None) or {}
-    mean, std = (list(cfg.get(key) or (0.5,) * a.channels)[: a.channels] for key in ("mean", "std"))
     height, width = a.image
+    mean, std = models_normalisation(vit, a.channels)
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
     def prepare(image: Image.Image) -> tuple[Picture, Tensor]:

@@ -67,14 +67,13 @@ def create_model(
         return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **dict(model_args or {}))
     except Exception as error:  # timm passes on whatever its constructors and the download raise
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        wrong = f"architecture {architecture!r} does not accept model_args={dict(model_args or {})!r} ({reason})"
         if pretrained:
-            raise PrunexError(
+            wrong = (
                 f"pretrained=True for {architecture!r} failed ({reason}): timm's weights could not be downloaded or do "
                 "not fit; give a local safetensors file as weights=, or pretrained=False"
-            ) from error
-        raise PrunexError(
-            f"architecture {architecture!r} does not accept model_args={dict(model_args or {})!r} ({reason})"
-        ) from error
+            )
+        raise PrunexError(wrong) from error
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
@@ -114,10 +113,9 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     """
     state, parameters = read_weights(weights), model.state_dict()
     # A checkpoint of a LightningModule holds the model under a name.
-    if not any(name in parameters for name in state) and any(
-        name.removeprefix("model.") in parameters for name in state
-    ):
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    if not state.keys() & parameters.keys() and inner.keys() & parameters.keys():
+        state = inner
     _resample(state, parameters, model, weights)
     # Fine-tuning on other classes begins with a new classifier.
     for name in [n for n in state if n.startswith(HEADS) and n in parameters and state[n].shape != parameters[n].shape]:
@@ -127,14 +125,15 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
         )  # fmt: skip
         del state[name]
     missing = [name for name in parameters if name not in state]
-    wrong = [n for n, t in state.items() if n in parameters and t.shape != parameters[n].shape]
-    problems = {
-        "wrong shape": [f"{n} {list(state[n].shape)} instead of {list(parameters[n].shape)}" for n in wrong],
-        "unknown": [n for n in state if n not in parameters and not n.startswith(HEADS) and n != "mask_token"],
-        "missing": [n for n in missing if not n.startswith(HEADS)],
-    }
-    if any(problems.values()):
-        said = [f"{k}: {', '.join(v[:3])}{' and others' * (len(v) > 3)}" for k, v in problems.items() if v]
+    problems: dict[str, list[str]] = {"missing": [name for name in missing if not name.startswith(HEADS)]}
+    for name, tensor in state.items():
+        if name not in parameters and not name.startswith(HEADS) and name != "mask_token":
+            problems.setdefault("unknown", []).append(name)
+        elif name in parameters and tensor.shape != parameters[name].shape:
+            shapes = f"{name} {list(tensor.shape)} instead of {list(parameters[name].shape)}"
+            problems.setdefault("wrong shape", []).append(shapes)
+    said = [f"{k}: {', '.join(v[:3])}{' and others' * (len(v) > 3)}" for k, v in problems.items() if v]
+    if said:
         raise PrunexError(
             f"weights={weights!r} do not fit the model ({'; '.join(said)}): check architecture and model_args"
         )
@@ -169,6 +168,7 @@ def model_from_weights(architecture: str, weights: str, image_size: int | None =
     """
     state, args = read_weights(weights), _model_args(architecture, weights)
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    # As many classes as the file's classifier has; without one the model has none.
     head = state.get("head.weight")
     classes = 0 if head is None or head.ndim == 0 else len(head)
     if image_size is not None:
@@ -199,7 +199,9 @@ def _model_args(architecture: str, weights: str) -> dict[str, Any]:
 def check_described(architecture: str, classes: int | None, args: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Refuse a model that a file's metadata describe and that is far larger than its tensors, before it is built."""
     file_bytes = sum(t.numel() * t.element_size() for t in state.values())
-    numbers = [n for name in ("depth", "depths") for n in _flat(args.get(name))]
+    numbers: list[Any] = []
+    for depth in (args.get("depth"), args.get("depths")):
+        numbers += depth if isinstance(depth, list | tuple) else [depth or 0]
     if any(not isinstance(n, int) or n > max(_DEEP, len(state)) for n in numbers):
         raise PrunexError(f"model_args={str(args)[:120]} describe more blocks than the file has tensors")
     try:
@@ -217,10 +219,6 @@ def check_described(architecture: str, classes: int | None, args: dict[str, Any]
     size = sum(t.numel() * t.element_size() for t in (*twin.parameters(), *twin.buffers()))
     if size > _ROOM + _TIMES * file_bytes:
         raise PrunexError(f"model_args={str(args)[:120]} describe {size:,} bytes, the file holds {file_bytes:,}")
-
-
-def _flat(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _side(model: nn.Module, position: Tensor | None) -> int | None:
@@ -257,21 +255,14 @@ class SaveWeights(Callback):
             if not name.startswith((f"{TOKENS}.", f"{UNITS}."))  # a pruner's parameters are not the classifier's
         }
         hparams = pl_module.hparams
-        batches = trainer.global_step * trainer.accumulate_grad_batches
+        metrics = {k: f"{float(v):.4f}" for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         metadata = {
             "architecture": str(hparams["architecture"]),
             "num_classes": str(hparams["num_classes"]),
             "model_args": json.dumps(hparams["model_args"] or {}),
             "command": " ".join(["prunex", *sys.argv[1:]]),
             "epochs": str(trainer.current_epoch),
-            "batches": str(batches),
-            **{
-                name: f"{float(value):.4f}"
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith("val_")
-            },
+            "batches": str(trainer.global_step * trainer.accumulate_grad_batches),
         }
-        write_whole(Path(self.path), save(state, metadata=metadata))  # with the user's file mode, unlike save_file
-        log.info(
-            "Wrote %s (%s).", self.path, ", ".join(f"{k}={v}" for k, v in metadata.items() if k.startswith("val_"))
-        )
+        write_whole(Path(self.path), save(state, metadata=metadata | metrics))  # with the user's file mode
+        log.info("Wrote %s (%s).", self.path, ", ".join(f"{name}={value}" for name, value in metrics.items()))

@@ -189,8 +189,8 @@ class ImageClassifier(Restored, LightningModule):
                 groups.setdefault((decayed, head), []).append(parameter)
         settings: list[dict[str, Any]] = []
         for (decayed, head), parameters in groups.items():
-            own = {"weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
-            settings.append({"params": parameters, **own})
+            options = {"weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
+            settings.append({"params": parameters, **options})
         optimizer = torch.optim.AdamW(settings, lr=rate)
         total = self.trainer.estimated_stepping_batches
         warm, floor = self.hparams["warmup"] * total, self.hparams["final_learning_rate"]

@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from prunex.checks import check_flag, check_number, check_whole
+from prunex.checks import check_flag, check_whole
 from prunex.learned.diffmask import MOST, DiffMaskExplainer, divergence, log_keep
 from prunex.recipes.modules.lookahead import LookaheadAdam
-from prunex.recipes.modules.training import ExplainerTraining, check_classes, images_of
+from prunex.recipes.modules.training import ExplainerTraining, check_at_most, check_classes, images_of
 
 DECAY = 0.9  # of the running figures of a layer
 EASY = {"agreement": 0.75, "l0": 0.1, "draws": 100, "weight": 0.1}  # when a layer is drawn less often, and how much
@@ -93,8 +93,7 @@ class DiffMask(ExplainerTraining):
     ) -> None:
         super().__init__()
         num_classes = check_classes(num_classes)
-        for name, value in (("eps", eps), ("lr", lr), ("lr_placeholder", lr_placeholder), ("lr_alpha", lr_alpha)):
-            check_number(name, value, 0)
+        check_at_most(math.inf, eps=eps, lr=lr, lr_placeholder=lr_placeholder, lr_alpha=lr_alpha)
         check_whole("warmup_steps", warmup_steps, 0)
         check_flag("weighted_layer_distribution", weighted_layer_distribution)
         # Now, and not when training begins.

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
 from prunex.callbacks.run_folder import run_folder
+from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import check_described, create_model, load_weights
 from prunex.vit.anatomy import find
@@ -28,9 +29,7 @@ def check_classes(num_classes: int | None) -> int:
 def check_at_most(most: float, **values: float) -> None:
     """Refuse options outside 0..most."""
     for name, value in values.items():
-        if not 0 <= value <= most:
-            bound = "0 or more" if most == math.inf else f"0 to {most:g}"
-            raise PrunexError(f"{name}={value!r} is not allowed: give a number of {bound}")
+        check_number(name, value, 0, most)
 
 
 def cosine(done: float, floor: float = 0.0) -> float:

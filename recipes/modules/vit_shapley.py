@@ -168,9 +168,7 @@ class ViTShapley(ExplainerTraining):
         """Number the images anew."""
         self._validated = 0
 
-    def on_test_epoch_start(self) -> None:
-        """Number the images anew."""
-        self._validated = 0
+    on_test_epoch_start = on_validation_epoch_start
 
     def _evaluate(self, stage: str, images: Tensor) -> None:
         count = len(images)

@@ -114,9 +114,10 @@ def _gallery(arrays: Arrays, names: Sequence[str] | None, chosen: list[int]) -> 
     for index in chosen:
         label, guess = (int(arrays[key][index]) if key in arrays else None for key in ("labels", "predicted"))
         name = f"image {index}" if label is None else class_name(label, names)
-        right = label is None or label == guess
-        verdict = "" if guess is None else "predicted" if label == guess else class_name(guess, names)
-        rows.append((name, verdict, right, []))
+        verdict = ""
+        if guess is not None:
+            verdict = "predicted" if label == guess else class_name(guess, names)
+        rows.append((name, verdict, label is None or label == guess, []))
     gallery = Gallery([], rows)
     first = outline(cells, arrays["masks"][chosen], OBJECT) if "masks" in arrays else cells
     _add(gallery, "input", "object outlined" if "masks" in arrays else "", first)

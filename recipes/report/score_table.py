@@ -71,7 +71,9 @@ def write_scores(folder: Path, scores: Iterable[Score]) -> Path:
 
 
 def _written(value: Any) -> Any:
-    return ("" if math.isnan(value) else f"{value:.8g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.8g}"
+    return value
 
 
 def read_scores(text: str) -> list[Score]:

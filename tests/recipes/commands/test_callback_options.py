@@ -74,17 +74,21 @@ def test_another_method_leaves_what_it_does_not_take(put, capsys):
     assert "options" not in put("TokenPruning", "--pruning.method=evit", callbacks=merges)
 
 
+@pytest.mark.parametrize("typed", ["--TokenPruning.keep_ratio", "--TokenPruning.init_args.keep_ratio"])
+def test_a_class_is_as_good_as_its_short_name(put, typed):
+    assert put("TokenPruning", typed, "0.5")["keep_ratio"] == 0.5
+
+
 @pytest.mark.parametrize(
     "guess",
     [
-        "--trainer.callbacks.keep_ratio", "--TokenPruning.keep_ratio", "--keep_ratio",
-        "--trainer.callbacks.TokenPruning.keep_ratio", "--trainer.callbacks.1.init_args.keep_ratio",
-        "--TokenPruning.init_args.keep_ratio",
+        "--trainer.callbacks.keep_ratio", "--keep_ratio", "--trainer.callbacks.TokenPruning.keep_ratio",
+        "--trainer.callbacks.1.init_args.keep_ratio",
     ],
 )  # fmt: skip
-def test_guesses_are_taken_and_told(put, guess, capsys):
-    assert put("TokenPruning", guess, "0.5")["keep_ratio"] == 0.5
-    assert capsys.readouterr().err == f"prunex: {guess} is taken for --pruning.keep_ratio\n"
+def test_guesses_are_told_the_right_spelling(put, guess):
+    with pytest.raises(PrunexError, match=f"^{guess} is an option of a callback .* give --pruning.keep_ratio$"):
+        put("TokenPruning", guess, "0.5")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_guesses_are_taken_and_told(put, guess, capsys):
         (["--slim.formts", "x"], "did you mean 'formats'"),
         (["--EarlyStopping.patiense", "3"], "did you mean 'patience'"),
         (["--relevancy.images", "3"], "has no callback RelevancyMonitor .it has RunReport, TokenPruning"),
-        (["--trainer.callbacks.budget", "0.5"], r"may be of TokenPruning or MaskPruning: .* --masks.budget"),
+        (["--trainer.callbacks.budget", "0.5"], "give --pruning.budget or --masks.budget"),
         (["--trainer.callbacks.keep_rate", "0.5"], "did you mean 'pruning.keep_ratio'"),
         (["--pruning.keep_ratio"], "needs a value"),
         (["--pruning.keep_ratio", "[0.5"], "is no YAML value"),

@@ -226,9 +226,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         ({"num_classes": 0}, "num_classes=0"),
         ({"architecture": "vit_tinny_patch16_224"}, "unknown architecture 'vit_tinny_patch16_224'.*vit_tiny"),
         ({"model_args": {"dept": 3}}, r"does not accept model_args=.*dept"),
-        ({"label_smoothing": 1.5}, "label_smoothing=1.5.*0 to 1"),
-        ({"warmup": -0.1}, "warmup=-0.1.*0 to 1"),
-        ({"patch_label_weight": -1.0}, "patch_label_weight=-1.0.*0 or more"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5.*in .0, 1."),
+        ({"warmup": -0.1}, "warmup=-0.1.*in .0, 1."),
+        ({"patch_label_weight": -1.0}, "patch_label_weight=-1.0.*at least 0"),
         ({"architecture": "resnet18", "patch_label_weight": 1.0}, "needs a ViT"),
     ],
 )

@@ -23,7 +23,6 @@ import prunex.callbacks
 import prunex.recipes
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
-from prunex.pruners.base import accepted
 from prunex.recipes.commands.options import typed
 from prunex.registry import lookup
 
@@ -178,7 +177,7 @@ def _set(options: dict[str, Any], kind: str, given: dict[str, str]) -> None:
 def _other_method(options: dict[str, Any], kind: str, method: str) -> None:
     """Leave out what the config says for its own method and the one that was typed does not take."""
     try:
-        takes = accepted(lookup("pruner", method).make)
+        takes = lookup("pruner", method).options
     except PrunexError:  # an interpolation, or a name that the callback will refuse
         return
     odd: list[str] = [name for name in ("keep_ratio", "stages") if name in options and name not in takes]
@@ -209,7 +208,7 @@ def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str 
     names = parameters(paths[0])
     if names is not None and method and kind in ("TokenPruning", "MaskPruning"):
         with suppress(PrunexError):  # the callback will refuse the method
-            names = names + [f"options.{name}" for name in accepted(lookup("pruner", method).make)]
+            names = names + [f"options.{name}" for name in lookup("pruner", method).options]
     return names
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import (
+    ExplainableHead,
     FaithfulnessMonitor,
     KeptTokenMonitor,
     MaskPruning,
@@ -40,6 +41,19 @@ ROOT = Path(__file__).parents[2]
 BATCH, IMAGES, EPOCHS, WINDOW = 2, 24, 2, 2  # of one process: 3 optimiser steps an epoch
 UNITS = {"masks": 0.34, "thresholds": 0.34, "threshold_lr": 0.6, "remove": False}
 
+# Dropout draws by process; what is compared has none.
+HEADS = {
+    "concept_transformer": {"concepts": 2, "spatial": 3, "dropout": 0.0},
+    "vit_net": {"depth": 2},
+    "attributes": {"attributes": 3, "warmup": 0.0},
+}
+
+
+def head(name):
+    """A head whose random start is the same in every process."""
+    return ExplainableHead(name, HEADS[name], lr_scale=1)
+
+
 # What trains differently: how its callbacks are made.
 TRAINED = {
     "dynamicvit": lambda: [TokenPruning("dynamicvit", keep_ratio=0.6)],
@@ -50,12 +64,15 @@ TRAINED = {
     "diffmask": lambda: [TokenPruning("diffmask", keep_ratio=0.6, options={"count": "fixed", "layer": 2})],
     "xpruner": lambda: [MaskPruning("xpruner", budget=0.6, **UNITS)],
     "taylor": lambda: [MaskPruning("taylor", budget=0.6, images=BATCH, remove=False)],
+    "concept_transformer": lambda: [TokenPruning("evit", keep_ratio=0.6), head("concept_transformer")],
+    "vit_net": lambda: [TokenPruning("evit", keep_ratio=0.6), head("vit_net")],
+    "attributes": lambda: [TokenPruning("evit", keep_ratio=0.6), head("attributes")],
     "guidance": lambda: [TokenPruning("evit", keep_ratio=0.6), RelevancyGuidance("rollout")],
     "unit_guidance": lambda: [MaskPruning("xpruner", budget=0.6, **UNITS), RelevancyGuidance("rollout")],
 }
 # Losses of these are means over images, so that two batches of two are one of four. That of unit_guidance is one over
 # the images whose class has a mask that varies by then, which may be other numbers of them.
-LINEAR = ("evit", "topk", "diffmask", "xpruner", "guidance")
+LINEAR = ("evit", "topk", "diffmask", "xpruner", "guidance", "concept_transformer", "vit_net", "attributes")
 
 
 class Losses(L.Callback):

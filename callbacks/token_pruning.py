@@ -24,6 +24,7 @@ from prunex.errors import PrunexError
 from prunex.pruners.adaptive import Adaptive, realised
 from prunex.pruners.budget import in_words
 from prunex.units.base import UnitPruner
+from prunex.vit.mount import mounted_head
 from prunex.vit.optimisers import chain
 from prunex.vit.trace import TokenTrace
 
@@ -247,8 +248,9 @@ class TokenPruning(Participant):
         """Copy what shall not take the whole of a step, with the share that it shall take."""
         self._before = []
         pruner, vit = self.pruning.pruner, self.pruning.model
-        # The pruner hangs on the ViT, so its parameters are among the ViT's.
-        backbone = {id(p) for p in vit.parameters()} - {id(p) for p in pruner.parameters()}
+        # What is new hangs on the ViT, so its parameters are among the ViT's.
+        new = [pruner, mounted_head(vit) or nn.Identity()]
+        backbone = {id(p) for p in vit.parameters()} - {id(p) for module in new for p in module.parameters()}
         # Progress is that of the step's begin.
         scale = 0.0 if pruner.progress < self.freeze_backbone else self.backbone_lr_scale
         for p in (p for group in optimizer.param_groups for p in group["params"]):

@@ -251,3 +251,16 @@ def test_two_views_are_compared(tmp_path):
     written = metrics(tmp_path / "run" / "version_0")
     assert {"prunex/loss_consistency", "prunex/loss_discriminability", "prunex/loss_diversity"} <= set(written)
     assert all(value > 0 for value in written["prunex/loss_consistency"])
+
+
+def test_the_head_takes_whole_steps_where_the_backbone_takes_none(tmp_path):
+    module = Plain(lr=0.02)
+    before = snapshot(module)
+    frozen = TokenPruning("evit", keep_ratio=0.6, backbone_lr_scale=0.0)
+    head = callback("concept_transformer")
+    trainer(tmp_path, head, frozen, limit_train_batches=1).fit(module, loader())
+    start = [p.clone() for p in head.pruning.head.parameters()]
+    trainer(tmp_path, head, frozen, limit_train_batches=2).fit(module, loader())
+    after = snapshot(module)
+    assert all(after[n].equal(p) for n, p in before.items())
+    assert all(not p.equal(s) for p, s in zip(head.pruning.head.parameters(), start, strict=True) if p.grad is not None)

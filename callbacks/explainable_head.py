@@ -237,6 +237,11 @@ class ExplainableHead(Participant):
         """Losses that rise with training are at their full weight."""
         self.pruning.progress = 1.0
 
+    @property
+    def state_key(self) -> str:
+        """Lets a second one be refused in our words."""
+        return self._generate_state_key(method=self.method, model=self.model)
+
     def state_dict(self) -> dict[str, Any]:
         """How many images were looked through for patches near prototypes."""
         return {"seen": self._seen}

@@ -193,7 +193,7 @@ def test_refused_before_time_is_spent(tmp_path):
         ExplainableHead("vit_net", lr_scale=-1)
     module = Plain()
     with pytest.raises(PrunexError, match="2 ExplainableHead callbacks in one Trainer: keep one"):
-        trainer(tmp_path, ExplainableHead("vit_net"), ExplainableHead("vit_net")).fit(module, loader())
+        trainer(tmp_path, ExplainableHead("vit_net"), ExplainableHead("attributes")).fit(module, loader())
     assert prunex.attached(module, head=True) is None
     prunex.attach(module, "vit_net", depth=2)
     with pytest.raises(PrunexError, match="has vit_net attached already with depth=2, not 3: detach it first"):

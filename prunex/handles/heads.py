@@ -157,15 +157,6 @@ class Head(Handle):
         """The options in force, in plain values."""
         return dict(self.head.options)
 
-    @property
-    def progress(self) -> float:
-        """Share of training done, 0..1, for losses that warm up; 1 unless set."""
-        return self.head.progress
-
-    @progress.setter
-    def progress(self, value: float) -> None:
-        self.head.progress = check_number("progress", value, 0, 1)
-
     def from_tokens(self, tokens: Tensor) -> Reading:
         """What the head makes of final tokens.
 

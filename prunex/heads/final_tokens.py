@@ -65,7 +65,8 @@ class FinalTokens(Brief):
         floor = torch.finfo(scores.dtype).tiny
         absent = self.counts.unsqueeze(2) <= 0
         scores = scores + self.counts.clamp(min=floor).log().unsqueeze(2)
-        return scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(1)
+        weights = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(1)
+        return weights.masked_fill(absent, 0)  # of an image that has lost every patch nothing is left to weigh
 
     def hide(self, values: Tensor, fill: float) -> Tensor:
         """Values [B, n, ...] with a number in slots that nobody is left in, for maxima."""

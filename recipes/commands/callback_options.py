@@ -31,6 +31,7 @@ SHORT = {
     "masks": "MaskPruning",
     "guidance": "RelevancyGuidance",
     "slim": "SlimExport",
+    "head": "ExplainableHead",
     "kept": "KeptTokenMonitor",
     "relevancy": "RelevancyMonitor",
     "units": "UnitMonitor",

@@ -23,8 +23,8 @@ from prunex.vit.tape import Attended, Tape
 @register(
     "explainer",
     "concept_transformer",
-    "Rigotti et al., Attention-based Interpretability with Concept Transformers, ICLR 2022",
-    "a model with a concept_transformer head",
+    "Rigotti et al., ICLR 2022",
+    "that head on the model; one forward",
 )
 def concept_transformer(model: ViT, images: Tensor, target: int | Tensor | None = None) -> Explanation:
     """What each patch contributes to the class score through the spatial concepts, exactly.
@@ -54,8 +54,8 @@ def concept_transformer(model: ViT, images: Tensor, target: int | Tensor | None 
 @register(
     "explainer",
     "vit_net",
-    "Kim et al., ViT-NeT: Interpretable Vision Transformers with Neural Tree Decoder, ICML 2022",
-    "a model with a vit_net head",
+    "Kim et al., ICML 2022",
+    "that head on the model; one forward",
 )
 def vit_net(model: ViT, images: Tensor, target: int | Tensor | None = None) -> Explanation:
     """Which patches decided the way through the tree, and how much each turn did for the class.
@@ -78,8 +78,8 @@ def vit_net(model: ViT, images: Tensor, target: int | Tensor | None = None) -> E
 @register(
     "explainer",
     "attributes",
-    "ours, after the abstract of Yu et al., eX-ViT, arXiv:2207.05358",
-    "a model with an attributes head",
+    "ours; inspired by Yu et al., 2022, arXiv 2207.05358",
+    "that head on the model; one forward",
 )
 def attributes(model: ViT, images: Tensor, target: int | Tensor | None = None) -> Explanation:
     """What each patch contributes to the class score through the attributes, exactly.

@@ -105,8 +105,8 @@ class AttributeEvidence(Evidence):
 @register(
     "head",
     "attributes",
-    "prunex's own, and not eX-ViT (Yu et al., arXiv 2207.05358), whose abstract it is inspired by",
-    "nothing but labels; two augmented views of the images in each step, for two of its three losses",
+    "ours; inspired by Yu et al., 2022, arXiv 2207.05358",
+    "training; two views of an image in each step help",
 )
 class Attributes(TokenHead):
     """Attributes of the object, found without labels of them; scores are linear in what each attends to.

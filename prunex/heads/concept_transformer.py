@@ -119,8 +119,8 @@ class ConceptAttention(nn.Module):
 @register(
     "head",
     "concept_transformer",
-    "Rigotti et al., Attention-based Interpretability with Concept Transformers, ICLR 2022",
-    "names of concepts; which of them each training image has, for those images where that is known",
+    "Rigotti et al., ICLR 2022",
+    "training; which concepts images have, for those where that is known",
 )
 class ConceptTransformer(TokenHead):
     """A head of cross-attention from tokens to named concepts; scores are linear in that attention.

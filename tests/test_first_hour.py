@@ -14,6 +14,7 @@ from torch import nn
 import prunex
 from prunex.errors import unknown
 from prunex.pruners.base import accepted
+from tests.explainers.quick import TRAINED
 from tests.vits import images, tiny
 
 CALLS = {
@@ -125,7 +126,7 @@ def test_other_images_than_those_explained():
 
 @pytest.mark.parametrize("method", [m.name for m in prunex.methods("explainer")])
 def test_explainers_say_whether_their_maps_are_of_a_class(method):
-    if method in ("diffmask", "vit_shapley"):
+    if method in TRAINED:
         pytest.skip("needs a trained explainer")
     e = prunex.explain(method, tiny(), images(1))
     assert e.class_specific == (method not in ("attention_flow", "dino", "raw_attention", "rollout"))

@@ -93,7 +93,9 @@ def suppression(vectors: Tensor, factor: float, similarity: float) -> Tensor:
     unit = F.normalize(promoted(vectors), dim=-1)
     cosine = (unit @ unit.transpose(1, 2)).clamp(-1, 1)
     itself = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
-    factors = torch.where(cosine >= similarity, (1 - factor) * (1 - cosine) + factor, 1)
+    # Equal patches differ by rounding alone, which is no difference: their factors would be noise.
+    apart = (1 - cosine).masked_fill(1 - cosine < 32 * torch.finfo(cosine.dtype).eps, 0)
+    factors = torch.where(cosine >= similarity, (1 - factor) * apart + factor, 1)
     # Exactly 0 for every key of a model without prefix tokens would leave rows empty.
     return factors.masked_fill(itself, factor).clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -39,6 +39,7 @@ SHORT = {
     "report": "RunReport",
     "checkpoint": "ModelCheckpoint",
 }
+_METHODS_OF = {"TokenPruning": "pruner", "MaskPruning": "pruner", "ExplainableHead": "head"}
 _LISTED = "trainer.callbacks"
 _TOP = ("config", "print_config", "seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only", "help")
 _ROOMS = (prunex.callbacks, prunex.recipes, lightning.pytorch.callbacks)
@@ -207,9 +208,9 @@ def options_of(kind: str, callbacks: Iterable[dict[str, Any]] = (), method: str 
     # A class of the user's own is known by its path alone.
     paths = [entry["class_path"] for entry in callbacks if _kind(entry) == kind] or [kind]
     names = parameters(paths[0])
-    if names is not None and method and kind in ("TokenPruning", "MaskPruning"):
+    if names is not None and method and kind in _METHODS_OF:
         with suppress(PrunexError):  # the callback will refuse the method
-            names = names + [f"options.{name}" for name in lookup("pruner", method).options]
+            names = names + [f"options.{name}" for name in lookup(_METHODS_OF[kind], method).options]
     return names
 
 
@@ -223,6 +224,8 @@ def parameters(path: str) -> list[str] | None:
     if made is None:
         return None
     signature = inspect.signature(made).parameters
+    if made is prunex.callbacks.ExplainableHead:  # what it takes beside is the head's own, for scripts alone
+        return [name for name, p in signature.items() if p.kind is not p.VAR_KEYWORD]
     return None if any(p.kind is p.VAR_KEYWORD for p in signature.values()) else list(signature)
 
 

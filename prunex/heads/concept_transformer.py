@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from prunex.checks import check_choice, check_flag, check_number, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.heads.base import Evidence, Reading, TokenHead, squared_distance
+from prunex.heads.concepts import STREAMS, ConceptAttention, names_of, plain_names
 from prunex.heads.final_tokens import FinalTokens
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.trace import TokenTrace
 
-STREAMS = ("global", "spatial", "unsupervised")
-NONE = "none"
 # The authors' spelling.
 _OFFICIAL = {
     "global": ("concepts", "concept_tranformer"),
@@ -68,52 +67,6 @@ class ConceptEvidence(Evidence):
     def info(self) -> dict[str, Tensor]:
         """``contributions`` [B, C, classes], ``concept_maps`` [B, C_s, gh, gw], ``attention`` [B, C_s, gh, gw]."""
         return {"contributions": self.contributions, "concept_maps": self.spatial, "attention": self.attention}
-
-
-class ConceptAttention(nn.Module):
-    """Attention from queries to concepts whose output is class scores; without residual, norm or MLP.
-
-    Q = x W_Q, (K, V) = E W_KV, A_h = softmax(Q_h K_h^T / sqrt(D_h)) over concepts, y = concat_h(A_h V_h) W_O + b.
-    """
-
-    def __init__(self, count: int, width: int, classes: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
-        self.concepts = nn.Parameter(torch.empty(count, width))
-        nn.init.trunc_normal_(self.concepts, std=width**-0.5)
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.attn_drop = nn.Dropout(dropout)
-        self.proj = nn.Linear(width, classes)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """[..., m, D] by head: [..., H, m, D / H]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-
-    def attend(self, queries: Tensor) -> Tensor:
-        """Attention of queries [B, m, D] to the concepts: [B, H, m, C]."""
-        keys, _ = self.kv(self.concepts).chunk(2, -1)
-        scores = (self._split(self.q(queries)) * self.scale) @ self._split(keys).transpose(-2, -1)
-        return scores.softmax(-1)
-
-    def scores(self, attention: Tensor) -> Tensor:
-        """What attention [B, H, m, C] is worth: class scores [B, m, classes]."""
-        _, values = self.kv(self.concepts).chunk(2, -1)
-        gathered = (attention @ self._split(values)).transpose(1, 2).flatten(2)
-        out: Tensor = self.proj_drop(self.proj(gathered))
-        return out
-
-    def table(self) -> Tensor:
-        """G [H, C, classes]: what a unit of a head's attention to a concept adds to each score."""
-        _, values = self.kv(self.concepts).chunk(2, -1)
-        weights = self.proj.weight.T.unflatten(0, (self.heads, -1))
-        return self._split(values) @ weights
-
-    def macs(self, queries: int) -> int:
-        """Multiply-adds for so many queries, keys and values of the concepts included."""
-        count, width = self.concepts.shape
-        return queries * (width * width + 2 * count * width + width * self.proj.out_features) + 2 * count * width**2
 
 
 @register(
@@ -188,26 +141,9 @@ class ConceptTransformer(TokenHead):
         parity: bool = False,
     ) -> None:
         super().__init__(anatomy)
-        self.names = {
-            "global": named("concepts", concepts, "concept"),
-            "spatial": named("spatial", spatial, "spatial concept"),
-            "unsupervised": named("unsupervised", check_whole("unsupervised", unsupervised, 0), "unsupervised"),
-        }
         self.none = check_flag("none", none)
-        if self.none:
-            if not self.names["spatial"]:
-                raise PrunexError(
-                    "none=True is for spatial concepts, and there are none: give spatial=[...], or leave it out"
-                )
-            self.names["spatial"] = (*self.names["spatial"], NONE)
+        self.names = names_of(concepts, spatial, unsupervised, self.none)
         self.all_names = tuple(name for stream in STREAMS for name in self.names[stream])
-        if not self.all_names:
-            raise PrunexError(
-                "concept_transformer has no concepts: give concepts=[...], spatial=[...] or unsupervised=8"
-            )
-        twice = sorted({name for name in self.all_names if self.all_names.count(name) > 1})
-        if twice:
-            raise PrunexError(f"concepts {twice} are named twice: give every concept a name of its own")
         check_whole("heads", heads, 1)
         if self.width % heads:
             raise PrunexError(f"heads={heads} does not divide the model's width {self.width}: give a divisor of it")
@@ -438,20 +374,3 @@ class ConceptTransformer(TokenHead):
 def _module(stream: str) -> str:
     """A stream's attention as a module; "global" itself is a word of Python's, which exported graphs stumble over."""
     return f"{stream}_concepts"
-
-
-def named(option: str, given: Any, what: str) -> tuple[str, ...]:
-    """The names of concepts given by name or as a number."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return tuple(f"{what} {i}" for i in range(1, check_whole(option, given, 0) + 1))
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    if not several or not all(isinstance(name, str) and name.strip() for name in given):
-        raise PrunexError(
-            f"{option}={given!r} is not allowed: give a list of names, such as ['loop', 'bar'], or a number"
-        )
-    return tuple(given)
-
-
-def plain_names(given: Sequence[str] | int) -> list[str] | int:
-    """As options are kept: a list, or a number."""
-    return given if isinstance(given, int) else list(given)

@@ -108,7 +108,6 @@ class TokenHead(nn.Module):
     def forward(self, tokens: FinalTokens, classifier: Tensor | None) -> Reading:
         """Read tokens; ``classifier`` is what timm's own classifier gives, [B, classes], where that has a part."""
 
-    @abstractmethod
     def losses(
         self,
         reading: Reading,
@@ -117,6 +116,7 @@ class TokenHead(nn.Module):
         spatial: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Weighted auxiliary losses of one training forward, scalars by name."""
+        return {}
 
     def losses_between(self, readings: Sequence[Any]) -> dict[str, Tensor]:
         """Weighted losses that compare the forwards of one step, such as two views of the same images."""

@@ -2,232 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunex.brief import Brief
 from prunex.checks import check_choice, check_whole
 from prunex.errors import PrunexError
-from prunex.heads.base import Evidence, Reading, TokenHead
+from prunex.heads.base import TokenHead
 from prunex.heads.final_tokens import FinalTokens
+from prunex.heads.tree_modules import Contexts, Leaves, distances_to, numbers_of, official_tree, paths_to, similarity_of
+from prunex.heads.tree_reading import NEAREST, Nearest, Node, TreeEvidence, TreeReading, nodes_of, offer
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.arithmetic import promoted
 from prunex.vit.trace import TokenTrace
 
 DEEPEST = 10  # context modules double with each level
-NEAREST = 3  # training patches kept for each prototype
 _FLOOR = 1e-12  # what the authors add to a probability before its logarithm
-_EPS = 1e-5  # of all norms in the tree, whatever the backbone's is
-
-
-@dataclass(eq=False, repr=False)
-class TreeReading(Reading):
-    """What a ViT-NeT makes of final tokens.
-
-    Branches are in pre-order (a branch, its left subtree, its right one), leaves from left to right. Hard inference
-    computes what lies on each image's path alone: elsewhere similarities, distances and leaves are NaN.
-
-    Attributes:
-        probabilities: float [B, classes], the output itself; rows sum to 1. Under ``routing="raw"`` entries may be
-            negative.
-        similarity: float [B, branches], the largest similarity m of any token to each prototype, in (0, 9.2104).
-        routing: float [B, branches], the share that goes left: m, clipped to 1 under ``routing="clamp"``.
-        distances: float [B, branches, positions], from each token (of 2x2 prototypes: each window, row-major) to each
-            prototype; infinite in slots of dropped tokens.
-        path: int64 [B, depth], the hard path: 0 left, 1 right.
-        visited: int64 [B, depth], the branches on it.
-        leaf: int64 [B], where it ends.
-        leaves: float [B, leaves, classes], each leaf's distribution.
-        weights: float [B, leaves], each leaf's part in the output; rows sum to 1.
-        scores: [B, classes], what timm's own classifier said, which all leaves add; or None.
-    """
-
-    in_repr = ("logits", "path", "leaf")
-
-    probabilities: Tensor
-    similarity: Tensor
-    routing: Tensor
-    distances: Tensor
-    path: Tensor
-    visited: Tensor
-    leaf: Tensor
-    leaves: Tensor
-    weights: Tensor
-    scores: Tensor | None
-
-    @property
-    def cells(self) -> Tensor:
-        """The nearest position to each prototype, int64 [B, branches], -1 at branches not computed.
-
-        A position is a token's place among the patch tokens that are left, without pruning the patch itself in raster
-        order; of 2x2 prototypes the window's.
-        """
-        return self.distances.argmin(2).masked_fill(self.similarity.isnan(), -1)
-
-
-@dataclass(eq=False, repr=False)
-class TreeEvidence(Evidence):
-    """How an image walked down the tree, and what each turn did to the target's score.
-
-    A turn's ``steps`` entry is log p(target) with that branch going wholly the way that it went, minus the same going
-    wholly the other way, all others mixing softly as they did: exact, since p is linear in each branch's routing (p is
-    held at 0 from below under ``routing="raw"``). ``row`` has it at the token that is nearest the prototype (of 2x2
-    prototypes a quarter at each of four) where the path went left, since that token is why. A right turn says that
-    nothing in the image was near enough: it has no place, and stands in ``steps`` alone. So ``row`` is positive where a
-    patch that was recognised speaks for the target, negative where against, and sums to the left turns' ``steps``.
-
-    Attributes:
-        path: int64 [B, depth], 0 left ("present"), 1 right ("absent").
-        leaf: int64 [B], where it ends.
-        visited: int64 [B, depth], the branches on the way, numbered in pre-order.
-        similarity: float [B, depth], of the nearest token to each visited branch's prototype.
-        cells: int64 [B, depth], the patch (row * gw + column) that it is at: the first of several that a merged or
-            fused token stands for, the upper left one of a 2x2 window; -1 for none.
-        steps: float [B, depth].
-        similarity_maps: float [B, depth, gh, gw], similarity of each patch to each visited prototype; NaN at patches
-            that are no token of their own any more. Of 2x2 prototypes the largest of the windows that a patch is in.
-        distribution: float [B, classes], that of the leaf.
-        weights: float [B, leaves], each leaf's part in a soft output.
-    """
-
-    in_repr = ("target", "logits", "path", "leaf")
-
-    path: Tensor
-    leaf: Tensor
-    visited: Tensor
-    similarity: Tensor
-    cells: Tensor
-    steps: Tensor
-    similarity_maps: Tensor
-    distribution: Tensor
-    weights: Tensor
-
-    def info(self) -> dict[str, Tensor]:
-        """All of it by name."""
-        names = ("path", "leaf", "visited", "similarity", "cells", "steps", "similarity_maps", "distribution")
-        return {name: getattr(self, name) for name in (*names, "weights")}
-
-
-@dataclass(eq=False, repr=False)
-class Nearest(Brief):
-    """A training patch that is near a prototype.
-
-    Attributes:
-        value: Its similarity.
-        id: Of its image, as it was given.
-        cell: (row, column) on the patch grid; of 2x2 prototypes of the upper left patch.
-        pixels: [C, h, w], as they were given.
-    """
-
-    value: float
-    id: Any
-    cell: tuple[int, int]
-    pixels: Tensor
-
-
-@dataclass(eq=False, repr=False)
-class Node(Brief):
-    """A branch or a leaf of the tree.
-
-    Attributes:
-        number: Its place among all nodes, in pre-order.
-        kind: "branch" or "leaf".
-        index: Its place among branches (in pre-order) or leaves (from left to right).
-        depth: 0 at the root.
-        parent: The parent's number; None at the root.
-        side: "left" or "right" of its parent; None at the root.
-        children: A branch's left and right child by number; of a leaf ().
-        nearest: Training patches nearest a branch's prototype, the nearest first, where they were collected.
-    """
-
-    number: int
-    kind: str
-    index: int
-    depth: int
-    parent: int | None
-    side: str | None
-    children: tuple[int, ...] = ()
-    nearest: list[Nearest] = field(default_factory=list)
-
-
-class Contexts(nn.Module):
-    """The context modules of all edges, level by level from left to right, each a step from a node's tokens to a child.
-
-    c = sum_p a_p z_p with a = softmax over tokens of a linear map to one number; z' = sigmoid(LN(z + W_2 GELU(LN(W_1
-    c)))). What a norm or a bias is made of is kept flat: optimisers that spare vectors from weight decay spare it.
-    """
-
-    def __init__(self, edges: int, width: int) -> None:
-        super().__init__()
-        self.attend, self.attend_bias = _uniform(width, edges, width), _uniform(width, edges)
-        self.inner, self.inner_bias = _uniform(width, edges, width, width), _uniform(width, edges * width)
-        self.norm, self.norm_bias = _norm(edges * width)
-        self.outer, self.outer_bias = _uniform(width, edges, width, width), _uniform(width, edges * width)
-        self.last, self.last_bias = _norm(edges * width)
-
-    def forward(self, z: Tensor, at: slice | Tensor, tokens: FinalTokens) -> Tensor:
-        """Tokens [B, G, n, d] of G nodes along edges: a level's, two a node, to [B, 2G, n, d]; or one an image's own.
-
-        An image's own edges are int64 [B], where G is 1.
-        """
-        width = z.shape[3]
-        whole = isinstance(at, slice)
-
-        def part(weight: Tensor) -> Tensor:
-            """[E, ...] of what is flat, the edges' own."""
-            rows = weight if weight.ndim > 1 else weight.unflatten(0, (-1, width))
-            return rows[at]
-
-        by_side = part(self.attend).unflatten(0, (-1, 2 if whole else 1)).transpose(1, 2)  # [G or B, d, sides]
-        bias = self.attend_bias[at].unflatten(0, (-1, 2 if whole else 1)).unsqueeze(1)
-        scores = z @ (by_side if whole else by_side.unsqueeze(1)) + (bias if whole else bias.unsqueeze(1))
-        groups = scores.shape[1::2]
-        # Tokens come second, where it is known which are there and how often each counts.
-        shares = tokens.softmax(scores.transpose(1, 2).flatten(2))
-        shares = tokens.hide(shares, 0.0).unflatten(2, groups).permute(0, 2, 3, 1)
-        context = (shares @ z).flatten(1, 2)  # [B, E, d]
-        context = context.transpose(0, 1) if whole else context  # one product an edge, of all rows that take it
-        context = context @ part(self.inner).transpose(1, 2) + part(self.inner_bias).unsqueeze(1)
-        context = F.layer_norm(context, (width,), eps=_EPS)
-        context = context * part(self.norm).unsqueeze(1) + part(self.norm_bias).unsqueeze(1)
-        context = F.gelu(context) @ part(self.outer).transpose(1, 2) + part(self.outer_bias).unsqueeze(1)
-        context = (context.transpose(0, 1) if whole else context).unflatten(1, groups)  # [B, G, sides, d]
-        out = F.layer_norm(z.unsqueeze(2) + context.unsqueeze(3), (width,), eps=_EPS).flatten(1, 2)
-        scale, shift = (part(t).unsqueeze(1) for t in (self.last, self.last_bias))
-        out = out * (scale if whole else scale.unsqueeze(1)) + (shift if whole else shift.unsqueeze(1))
-        return out.sigmoid()
-
-
-class Leaves(nn.Module):
-    """All leaves from left to right: softmax(LN(W v + b + g)) of the largest entries v of the tokens that arrive."""
-
-    def __init__(self, leaves: int, width: int, classes: int) -> None:
-        super().__init__()
-        self.predict, self.predict_bias = _uniform(width, leaves, classes, width), _uniform(width, leaves * classes)
-        self.norm, self.norm_bias = _norm(leaves * classes)
-
-    def forward(self, z: Tensor, at: slice | Tensor, tokens: FinalTokens, scores: Tensor | None) -> Tensor:
-        """Distributions [B, L, classes] for tokens [B, L, n, d] at all leaves, or with L = 1 at an image's own [B]."""
-        classes = self.predict.shape[1]
-        whole = isinstance(at, slice)
-        rows = (self.predict_bias, self.norm, self.norm_bias)
-        bias, scale, shift = (t.unflatten(0, (-1, classes))[at] for t in rows)
-        if not whole:
-            bias, scale, shift = bias.unsqueeze(1), scale.unsqueeze(1), shift.unsqueeze(1)
-        largest = tokens.hide(z.transpose(1, 2), 0.0).amax(1)  # [B, L, d], of what is above 0
-        product = (largest.transpose(0, 1) if whole else largest) @ self.predict[at].transpose(1, 2)
-        out = (product.transpose(0, 1) if whole else product) + bias
-        if scores is not None:
-            out = out + scores.unsqueeze(1)
-        return (promoted(F.layer_norm(promoted(out), (classes,), eps=_EPS)) * scale + shift).softmax(2)
 
 
 @register(
@@ -328,7 +122,7 @@ class ViTNeT(TokenHead):
         nn.init.normal_(self.prototypes, 0.5, 0.1)
         self.contexts = Contexts(2 * branches, self.slim_width)
         self.leaves = Leaves(branches + 1, self.slim_width, self.classes)
-        order = torch.tensor([_numbers(path, self.depth)[1] for path in _paths(self.depth)])
+        order = torch.tensor([numbers_of(path, self.depth)[1] for path in paths_to(self.depth)])
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", order.argsort(), persistent=False)
         self.nearest: dict[int, list[Nearest]] = {}
@@ -376,7 +170,7 @@ class ViTNeT(TokenHead):
         each = []
         for level, z in enumerate(inner):
             here = self.prototypes[self.order[2**level - 1 : 2 ** (level + 1) - 1]]
-            each.append(self._distances(z, here.unsqueeze(0), tokens))
+            each.append(distances_to(z, here.unsqueeze(0), tokens))
         leaves = self.leaves(last, slice(None), tokens, scores)
         distances = torch.cat(each, 1)
         similarity = similarity_of(distances.amin(2))
@@ -414,7 +208,7 @@ class ViTNeT(TokenHead):
         visited, sides, distances = [], [], []
         for level in range(self.depth):
             branch = self.order[2**level - 1 + place]
-            distances.append(self._distances(z, self.prototypes[branch].unsqueeze(1), tokens))
+            distances.append(distances_to(z, self.prototypes[branch].unsqueeze(1), tokens))
             side = (similarity_of(distances[-1].amin(2)) <= 0.5).long().squeeze(1)
             visited.append(branch)
             sides.append(side)
@@ -444,25 +238,6 @@ class ViTNeT(TokenHead):
             scores=scores,
         )
 
-    def _distances(self, z: Tensor, prototypes: Tensor, tokens: FinalTokens) -> Tensor:
-        """Euclidean distances of tokens [B, G, n, d] to prototypes [1 or B, G, d, h, w]: [B, G, positions]."""
-        # Differences, not products: those cancel where a token is near. At a distance of 0 the gradient is none.
-        z, prototypes = promoted(z), promoted(prototypes)
-        if self.side == 1:
-            squares = (z - prototypes.flatten(3).transpose(2, 3)).square().sum(3)
-        else:
-            gh, gw = tokens.grid
-            grid = z.unflatten(2, (gh, gw))
-            corners = [
-                (grid[:, :, i : gh - 1 + i, j : gw - 1 + j] - prototypes[:, :, None, None, :, i, j]).square().sum(4)
-                for i in (0, 1)
-                for j in (0, 1)
-            ]
-            squares = (corners[0] + corners[1] + corners[2] + corners[3]).flatten(2)
-        apart = squares > 0
-        distances = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
-        return tokens.hide(distances.transpose(1, 2), torch.inf).transpose(1, 2)
-
     def _clipped(self, similarity: Tensor) -> Tensor:
         return similarity.clamp(0, 1) if self.routing == "clamp" else similarity
 
@@ -488,12 +263,6 @@ class ViTNeT(TokenHead):
             left = routing[:, 2**level - 1 : 2 ** (level + 1) - 1]
             reach.append(torch.stack([reach[-1] * left, reach[-1] * (1 - left)], 2).flatten(1))
         return reach
-
-    def losses(
-        self, reading: Any, labels: Tensor | None = None, concepts: Tensor | None = None, spatial: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """None: the module's own cross-entropy is all that the tree is trained by."""
-        return {}
 
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> TreeEvidence:
         """The path, what was near on it, and what each turn did to the target's score."""
@@ -611,21 +380,7 @@ class ViTNeT(TokenHead):
 
     def tree(self) -> list[Node]:
         """The tree's nodes in pre-order, with the training patches nearest each prototype where they were collected."""
-        nodes: list[Node] = []
-
-        def grow(path: str, parent: int | None) -> int:
-            number, index = _numbers(path, self.depth)
-            side = None if parent is None else ("left", "right")[path[-1] == "r"]
-            branch = len(path) < self.depth
-            node = Node(number, "branch" if branch else "leaf", index, len(path), parent, side)
-            nodes.append(node)
-            if branch:
-                node.nearest = list(self.nearest.get(index, ()))
-                node.children = (grow(path + "l", number), grow(path + "r", number))
-            return number
-
-        grow("", None)
-        return nodes
+        return nodes_of(self.depth, self.nearest)
 
     def collect(self, reading: Any, images: Tensor, ids: Sequence[Any]) -> None:
         """Keep, for each branch, the patches of the three images most similar to its prototype so far.
@@ -652,23 +407,8 @@ class ViTNeT(TokenHead):
         best = values.nan_to_num(-1).topk(min(NEAREST, batch), 0)
         for branch, (top, rows) in enumerate(zip(best.values.T.tolist(), best.indices.T.tolist(), strict=True)):
             for value, row in zip(top, rows, strict=True):
-                self._offer(branch, value, ids[row], images[row], patches[row][branch], reading.tokens.grid)
-
-    def _offer(self, branch: int, value: float, name: Any, image: Tensor, patch: int, grid: tuple[int, int]) -> None:
-        """Take an image's patch in among a branch's nearest ones, if it is."""
-        held = self.nearest.get(branch, [])
-        others = [n for n in held if n.id != name]
-        again = [n for n in held if n.id == name and n.value >= value]
-        if value < 0 or patch < 0 or again or (len(others) >= NEAREST and others[-1].value >= value):
-            return
-        row, column = divmod(patch, grid[1])
-        (height, width), (gh, gw) = image.shape[1:], grid
-        rows = slice(row * height // gh, (row + self.side) * height // gh)
-        columns = slice(column * width // gw, (column + self.side) * width // gw)
-        pixels = image[:, rows, columns].detach().cpu().clone()
-        self.nearest[branch] = sorted([*others, Nearest(value, name, (row, column), pixels)], key=lambda n: -n.value)[
-            :NEAREST
-        ]
+                place = (patches[row][branch], reading.tokens.grid, self.side)
+                offer(self.nearest, branch, value, ids[row], images[row], *place)
 
     def outputs(self, reading: Any) -> dict[str, Tensor]:
         """``path``: int64 [B, depth], 0 left, 1 right; read as a binary number it is the leaf."""
@@ -694,86 +434,7 @@ class ViTNeT(TokenHead):
         set, in an order that differs between processes and is stored nowhere, so that one of their checkpoints may
         belong to branches in another order.
         """
-        start = next((k.removesuffix("attrib_pvec") for k in state if k.endswith("attrib_pvec")), "")
-        names = {"prototypes": "attrib_pvec", "project.weight": "add_on.0.weight"}
-        plain = {ours: state[start + theirs] for ours, theirs in names.items() if start + theirs in state}
-        edges = [f"{_node(path[:-1])}.gcb_{path[-1]}" for path in _paths(self.depth + 1)[1:]]
-        ends = [_node(path) for path in _paths(self.depth + 1)[-(2**self.depth) :]]
-        for module, places, parts in (("contexts", edges, _EDGE), ("leaves", ends, _LEAF)):
-            for ours, theirs in parts.items():
-                wanted = [f"{start}{place}.{theirs}" for place in places]
-                values = [state[name] for name in wanted if name in state]
-                if len(values) < len(wanted) or any(v.shape != values[0].shape for v in values):
-                    continue
-                stacked = torch.stack(values)
-                shape = getattr(getattr(self, module), ours).shape
-                plain[f"{module}.{ours}"] = stacked.reshape(shape) if stacked.numel() == math.prod(shape) else stacked
-        return plain
-
-
-# Ours and the authors' names of what an edge and a leaf have.
-_EDGE = {
-    "attend": "cm.weight",
-    "attend_bias": "cm.bias",
-    "inner": "wv1.weight",
-    "inner_bias": "wv1.bias",
-    "norm": "norm.weight",
-    "norm_bias": "norm.bias",
-    "outer": "wv2.weight",
-    "outer_bias": "wv2.bias",
-    "last": "ffn_norm.weight",
-    "last_bias": "ffn_norm.bias",
-}
-_LEAF = {
-    "predict": "pred.weight",
-    "predict_bias": "pred.bias",
-    "norm": "norm_o.weight",
-    "norm_bias": "norm_o.bias",
-}
-
-
-def similarity_of(distance: Tensor) -> Tensor:
-    """log((distance + 1) / (distance + 1e-4)), falling from 9.2103 at 0 to 0 at infinity.
-
-    >>> similarity_of(torch.tensor([0.0, 1.5412, torch.inf]))
-    tensor([9.2103, 0.5000, 0.0000])
-    """
-    return torch.log1p((1 - 1e-4) / (distance + 1e-4))
-
-
-def _uniform(fan_in: int, *shape: int) -> nn.Parameter:
-    """As torch begins linear layers."""
-    return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-
-
-def _norm(count: int) -> tuple[nn.Parameter, nn.Parameter]:
-    return nn.Parameter(torch.ones(count)), nn.Parameter(torch.zeros(count))
-
-
-def _paths(levels: int) -> list[str]:
-    """The ways to all nodes of the first levels, each level from left to right: "", "l", "r", "ll", ..."""
-    paths = [""]
-    for path in paths:
-        if len(path) + 1 < levels:
-            paths += [path + "l", path + "r"]
-    return paths
-
-
-def _numbers(path: str, depth: int) -> tuple[int, int]:
-    """A node's place among all nodes in pre-order, and among branches so, or among leaves from left to right."""
-    number = branch = leaf = 0
-    for level, side in enumerate(path):
-        below = 2 ** (depth - level - 1)  # leaves of each subtree
-        # Behind the parent, and to the right behind the whole left subtree.
-        number += 1 + (2 * below - 1) * (side == "r")
-        branch += 1 + (below - 1) * (side == "r")
-        leaf += below * (side == "r")
-    return number, branch if len(path) < depth else leaf
-
-
-def _node(path: str) -> str:
-    """The authors' name of a node."""
-    return ".".join(["_root", *path])
+        return official_tree(state, self.depth, self.state_dict())
 
 
 def _no_grid(why: str) -> PrunexError:

@@ -7,7 +7,7 @@ from torch import nn
 
 import prunex
 from prunex.heads.final_tokens import FinalTokens
-from prunex.heads.vit_net import _EDGE, _LEAF, _node, _numbers, _paths
+from prunex.heads.tree_modules import EDGE, LEAF, numbers_of, official_node, paths_to
 from tests.explainers.reference import SEEDS, arrays, present
 from tests.vits import largest, relative, tiny
 
@@ -52,8 +52,8 @@ def test_nodes_and_outputs(case, seed):
     reading = head.head(final(tokens), g)
     depth = head.head.depth
     for level, z in enumerate(head.head.levels(final(tokens))):
-        for place, path in enumerate(p for p in _paths(depth + 1) if len(p) == level):
-            assert relative(z[:, place], want["node_tokens"][:, _numbers(path, depth)[0]]) < 2e-5, path
+        for place, path in enumerate(p for p in paths_to(depth + 1) if len(p) == level):
+            assert relative(z[:, place], want["node_tokens"][:, numbers_of(path, depth)[0]]) < 2e-5, path
     assert relative(reading.distances, want["dist"].flatten(2)) < near
     assert relative(reading.similarity, want["sim_max"]) < near
     assert torch.equal(reading.cells, want["argmax_cell"])
@@ -129,18 +129,18 @@ def test_losses_and_gradients(case, seed):
 def by_their_names(head, values):
     """What is one tensor here, apart again: each edge's and leaf's own is compared by its own size."""
     named = {"attrib_pvec": values["prototypes"], "add_on.0.weight": values["project.weight"]}
-    for path in _paths(head.depth + 1):
+    for path in paths_to(head.depth + 1):
         if path:
             level, place = len(path), int(path.replace("l", "0").replace("r", "1"), 2)
             edge = 2**level - 2 + place
-            for ours, theirs in _EDGE.items():
+            for ours, theirs in EDGE.items():
                 row = values[f"contexts.{ours}"].reshape(2 ** (head.depth + 1) - 2, -1)[edge]
                 shape = {"cm.weight": (1, -1), "wv1.weight": (12, 12), "wv2.weight": (12, 12)}.get(theirs, (-1,))
-                named[f"{_node(path[:-1])}.gcb_{path[-1]}.{theirs}"] = row.reshape(shape)
+                named[f"{official_node(path[:-1])}.gcb_{path[-1]}.{theirs}"] = row.reshape(shape)
         if len(path) == head.depth:
-            for ours, theirs in _LEAF.items():
+            for ours, theirs in LEAF.items():
                 row = values[f"leaves.{ours}"].reshape(2**head.depth, -1)[place]
-                named[f"{_node(path)}.{theirs}"] = row.reshape(5, 12) if theirs == "pred.weight" else row
+                named[f"{official_node(path)}.{theirs}"] = row.reshape(5, 12) if theirs == "pred.weight" else row
     return named
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import prunex
 from prunex.heads.final_tokens import FinalTokens
-from prunex.heads.vit_net import _numbers, _paths, similarity_of
+from prunex.heads.tree_modules import distances_to, numbers_of, paths_to, similarity_of
 from tests.vits import assert_same_state, images, images_for, largest, lively, relative, state_of, tiny
 
 PRUNERS = {
@@ -58,7 +58,7 @@ def decisive(head, seed=0):
             low, high = 0.05, 4.0  # not at 0, where a rounding of 1e-7 is 1e-3 of a similarity
             for _ in range(30):
                 far = (low + high) / 2
-                distances = module._distances(z, (near + far * away)[None, None], reading.tokens).amin(2)
+                distances = distances_to(z, (near + far * away)[None, None], reading.tokens).amin(2)
                 low, high = (far, high) if float(similarity_of(distances).quantile(0.5)) > 0.5 else (low, far)
             module.prototypes[node.index] = near + far * away
     return head
@@ -73,7 +73,7 @@ def slowly(module, tokens, scores):
     weights = {k: v.detach().double() for k, v in module.state_dict().items()}
     width, classes, side = module.slim_width, module.classes, module.side
     depth = module.depth
-    edges = [p for p in _paths(depth + 1) if p]
+    edges = [p for p in paths_to(depth + 1) if p]
 
     def norm(x, scale, shift):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * scale + shift
@@ -93,7 +93,7 @@ def slowly(module, tokens, scores):
         return 1 / (1 + (-norm(z + c, flat["last"], flat["last_bias"])).exp())
 
     def leaf(z, path, g):
-        at = _numbers(path, depth)[1]
+        at = numbers_of(path, depth)[1]
         w = {k.split(".")[1]: v.reshape(2**depth, -1)[at] for k, v in weights.items() if k.startswith("leaves.")}
         v = torch.stack([z[:, i].max() for i in range(width)])
         return norm(
@@ -118,7 +118,7 @@ def slowly(module, tokens, scores):
         def walk(z, path, g=g, seen=seen):
             if len(path) == depth:
                 return leaf(z, path, g)
-            branch = _numbers(path, depth)[1]
+            branch = numbers_of(path, depth)[1]
             near = distances(z, branch)
             seen[branch] = max(math.log((float(d) + 1) / (float(d) + 1e-4)) for d in near)
             m = seen[branch] if module.routing == "raw" else min(1.0, max(0.0, seen[branch]))

@@ -354,7 +354,7 @@ def test_it_keeps_the_one_patch_that_tells(tmp_path):
     images, labels, _ = patches_of_colour(512, seed=1)
     # The placeholder starts as plain grey and stays: a learned one may come to look like a class, which then need not
     # be shown. The classifier is held from being sure of itself, since a KL of many nats drowns the size of the mask.
-    options = {"alpha_init": 5.0, "mul": 10.0, "add": 5.0, "lr": 3e-3, "lr_placeholder": 0.0, "warmup_steps": 20}
+    options = {"alpha_init": 10.0, "mul": 10.0, "add": 5.0, "lr": 3e-3, "lr_placeholder": 0.0, "warmup_steps": 20}
     options["from_scratch"] = True  # trained below, by hand
     module = DiffMask(ARCHITECTURE, 5, size, **options)
     model = module.explainer.model.requires_grad_(True).train()

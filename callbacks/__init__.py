@@ -8,6 +8,7 @@ __all__ = [
     "ExactResume",
     "ExplainableHead",
     "FaithfulnessMonitor",
+    "HeadMonitor",
     "KeptTokenMonitor",
     "MaskPruning",
     "RelevancyGuidance",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prunex.callbacks.exact_resume import ExactResume
     from prunex.callbacks.explainable_head import ExplainableHead
     from prunex.callbacks.faithfulness_monitor import FaithfulnessMonitor
+    from prunex.callbacks.head_monitor import HeadMonitor
     from prunex.callbacks.kept_token_monitor import KeptTokenMonitor
     from prunex.callbacks.mask_pruning import MaskPruning
     from prunex.callbacks.relevancy_guidance import RelevancyGuidance
@@ -40,6 +42,7 @@ else:
             "ExactResume": "exact_resume",
             "ExplainableHead": "explainable_head",
             "FaithfulnessMonitor": "faithfulness_monitor",
+            "HeadMonitor": "head_monitor",
             "KeptTokenMonitor": "kept_token_monitor",
             "MaskPruning": "mask_pruning",
             "RelevancyGuidance": "relevancy_guidance",

@@ -4,14 +4,17 @@ from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, sa
 from prunex.pictures.bars import bars, bars_svg
 from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
+from prunex.pictures.heads import attribute_rows, concept_contributions, prototype_tree
 from prunex.pictures.mosaic import kept_mosaic, relevancy_mosaic, share_mosaic
 from prunex.pictures.overlay import dim_dropped, outline, overlay
 from prunex.pictures.units import class_heads, head_attention, unit_widths
 
 __all__ = [
+    "attribute_rows",
     "bars",
     "bars_svg",
     "class_heads",
+    "concept_contributions",
     "contact_sheet",
     "curves",
     "curves_svg",
@@ -22,6 +25,7 @@ __all__ = [
     "outline",
     "overlay",
     "png_bytes",
+    "prototype_tree",
     "relevancy_mosaic",
     "resized",
     "save_npz",

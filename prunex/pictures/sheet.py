@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -18,6 +18,7 @@ DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pix
 GAP = 8
 WIDE, NARROW = 0.64, 0.53  # mean width of a letter per size, in bold and plain
 HEAD, NOTE = 15, 11  # sizes of a title, and of what explains
+SIGNED = "RdBu_r"  # colours of signed numbers: red above 0, blue below
 
 
 class Sheet:
@@ -68,6 +69,15 @@ class Sheet:
             usetex=False,
             bbox={"facecolor": "#000000b0", "edgecolor": "none", "pad": 3} if boxed else None,
         )
+
+    def scale(self, x: float, y: float, width: int, largest: float) -> None:
+        """The bar of a signed scale, 12 pixels high, from minus to plus the largest magnitude, with numbers below."""
+        strip = self.axes(x, y, width, 12)
+        strip.imshow(colormaps[SIGNED](np.linspace(0, 1, width))[None], extent=(0, 1, 0, 1), aspect="auto")
+        for place in (0.0, 0.25, 0.5, 0.75, 1.0):
+            number = (2 * place - 1) * largest
+            text = "0" if number == 0 else f"{number:+.2g}".replace("-", "−")
+            self.write(x + width * place, y + 26, text, NOTE, FAINT, anchor="center")
 
     def head(self, title: str | None) -> None:
         """A title in the upper left corner, as much of it as fits."""

@@ -11,7 +11,7 @@ from prunex.errors import PrunexError
 from prunex.pictures.arrays import Bools, Floats, Picture, as_grids, as_numpy, as_pictures, resized
 from prunex.pictures.curves import COLORS
 from prunex.pictures.overlay import overlay
-from prunex.pictures.sheet import DPI, FAINT, GAP, INK, NOTE, WRONG, Column, Sheet, compose, fitted, stacked
+from prunex.pictures.sheet import DPI, FAINT, GAP, INK, NOTE, SIGNED, WRONG, Column, Sheet, compose, fitted, stacked
 
 _KINDS = (("attention heads", COLORS[0]), ("MLP channels", COLORS[1]))
 _GONE = "#e3e6e9"
@@ -172,7 +172,7 @@ def _cells(axes: Any, values: Floats, heads: list[str], kept: Bools, scale: floa
     rows, columns = values.shape
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)
-    colours = colormaps["RdBu_r"]((values / scale + 1).clip(0, 2) / 2)
+    colours = colormaps[SIGNED]((values / scale + 1).clip(0, 2) / 2)
     axes.imshow(colours, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest")
     for column in np.flatnonzero(~kept).tolist():
         axes.add_patch(Rectangle((column, 0), 1, rows, **_HATCHED))
@@ -187,12 +187,7 @@ def _cells(axes: Any, values: Floats, heads: list[str], kept: Bools, scale: floa
 
 def _scale(sheet: Sheet, left: int, y: int, largest: float, notes: list[str], gone: bool) -> None:
     """The colour bar with its numbers, what they are, and what hatching means."""
-    strip = sheet.axes(left, y, _SCALE, 12)
-    strip.imshow(colormaps["RdBu_r"](np.linspace(0, 1, _SCALE))[None], extent=(0, 1, 0, 1), aspect="auto")
-    for place in (0.0, 0.25, 0.5, 0.75, 1.0):
-        number = (2 * place - 1) * largest
-        text = "0" if number == 0 else f"{number:+.2g}".replace("-", "−")
-        sheet.write(left + _SCALE * place, y + 26, text, NOTE, FAINT, anchor="center")
+    sheet.scale(left, y, _SCALE, largest)
     x = left + _SCALE + 26
     sheet.write(x, y + 10, "relevance above (red) or below (blue) what head", NOTE, FAINT)
     sheet.write(x, y + 25, " · ".join(notes), NOTE, FAINT)

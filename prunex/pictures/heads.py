@@ -1,5 +1,6 @@
 """Heads that explain themselves: what concepts add to classes, a tree of prototypes, where attributes are."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -136,22 +137,24 @@ def _fill(sheet: Sheet, x: float, y: float, width: float, height: int, color: An
     sheet.pixels[round(y) : round(y) + height, left:right] = color
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+def _signed(value: float, largest: float) -> str:
+    """A number with as many digits as the largest one beside it needs."""
+    places = 2 - math.floor(math.log10(largest)) if largest > 0 else 2
+    return f"{value:+.{min(max(places, 0), 6)}f}".replace("-", "−")
 
 
 def _bars(sheet: Sheet, x: int, y: int, names: list[str], values: Floats, named: int, every: Floats) -> None:
     """Names and bars to the right and left of 0; ``every`` has all values on the same scale."""
     low, high = min(0.0, float(every.min())), max(0.0, float(every.max()))
     unit = _BAR / ((high - low) or 1.0)
-    zero = x + named + 6 - low * unit
+    zero, largest = x + named + 6 - low * unit, float(np.abs(every).max())
     for row, (name, value) in enumerate(zip(names, values.tolist(), strict=True)):
         top = y + 20 * row
         sheet.write(x + named, top + 13, fitted(name, named, 12, 0.6), 12, anchor="right")
         long = max(1.0, abs(value) * unit)
         _fill(sheet, zero if value >= 0 else zero - long, top + 3, long, 13, FOR if value >= 0 else AGAINST)
         end = zero + 4 + (long if value >= 0 else 0)
-        sheet.write(end, top + 13, _signed(value), NOTE, INK)
+        sheet.write(end, top + 13, _signed(value, largest), NOTE, INK)
     _fill(sheet, zero - 1, y, 1, 20 * len(names), (90, 98, 106))
 
 
@@ -183,7 +186,7 @@ def _table(means: Floats, concepts: list[str], class_names: Sequence[str] | None
         sheet.write(left + cell * (number + 0.5), top - 5, name, 12, anchor="center", upwards=upwards)
     for number, name in enumerate(named):
         sheet.write(left - 6, top + tall * (number + 0.5) + 4, fitted(name, left - 6, 12, 0.6), 12, anchor="right")
-    sheet.scale(left, top + down + 8, max(160, min(across, 240)), largest)
+    sheet.scale(left, top + down + 8, max(200, min(across, 240)), largest)
     for number, line in enumerate(lines):
         sheet.write(GAP, top + down + 54 + 15 * number, line, NOTE, FAINT)
     return sheet.drawn()
@@ -426,7 +429,7 @@ def attribute_rows(
     sheet.head(title)
     for number, name in enumerate(["input", *(f"attribute {m + 1}" for m in columns)]):
         sheet.write(left + number * (wide + GAP), top - 6, fitted(name, wide + 4, 12, 0.6), 12, bold=True)
-    largest = float(np.abs(values).max()) or 1.0
+    largest = float(np.abs(values).max())
     for row in range(scenes.count):
         y = top + row * high + 18
         sheet.put(left, y, scenes.cells[row])
@@ -435,10 +438,10 @@ def attribute_rows(
             sheet.write(left - GAP, place, fitted(text, left - GAP), color=color, bold=not index, anchor="right")
         for number, m in enumerate(columns, start=1):
             value, x = values[row, m], left + number * (wide + GAP)
-            strong = 0.9 * max(0.12, abs(value) / largest) ** 0.5
+            strong = 0.9 * max(0.12, abs(value) / (largest or 1.0)) ** 0.5
             sheet.put(x, y, overlay(scenes.cells[row], grids[row, m], alpha=strong, signed=False, floor=0.0))
             rgb = "#{:02x}{:02x}{:02x}".format(*(FOR if value >= 0 else AGAINST))
-            sheet.write(x, y - 5, _signed(value), 13, rgb, bold=True)
+            sheet.write(x, y - 5, _signed(value, largest), 13, rgb, bold=True)
     for number, line in enumerate(lines):
         sheet.write(GAP, sheet.height - 8 - 15 * (len(lines) - 1 - number), line, NOTE, FAINT)
     return sheet.drawn()

@@ -22,6 +22,8 @@ _KNOWN = (
     (r"prunex/object_kept", "Patches of the object kept", "after the last stage", "share"),
     (r"prunex/relevancy_kept/(?P<name>.+)", "Relevance on kept patches", "{name}", "share"),
     (r"prunex/relevancy_on_object/(?P<name>.+)", "Relevance on the object", "{name}", "share"),
+    (r"prunex/val_top_concept", "Most attended concept is present", "validation", "share"),
+    (r"prunex/val_tree_(?P<name>.+)", "Tree and its controls", "{name}", "share"),
     (r"prunex/units_removed", "Cost of heads and channels removed", "removed", "share"),
     (r"prunex/units_target", "Cost of heads and channels removed", "aimed at", "share"),
     (r"prunex/gmacs", "Compute", "as it is", "macs"),

@@ -16,6 +16,7 @@ from prunex.files import is_there, write_whole
 from prunex.pictures.mosaic import tokens_left
 from prunex.recipes.report.curves import curves_of
 from prunex.recipes.report.gallery import epoch_gallery, stage_gallery
+from prunex.recipes.report.heads import heads_of
 from prunex.recipes.report.reading import Arrays, conditions, json_of, maps_of, metrics_of, text_of
 from prunex.recipes.report.scores import scores_of
 from prunex.recipes.report.units import units_of
@@ -49,10 +50,10 @@ def write_report(run: str | Path) -> Path:
 
     The page needs no network and no other file. It holds what the folder holds: ``summary.json`` (dense beside
     pruned), ``bench.json`` (measured speed, written by ``prunex bench``), ``maps/epoch=NNN.npz`` (kept patches and
-    relevancy), ``maps/units-*.png`` and ``units.csv`` (heads and MLP channels), ``metrics.csv`` (curves), ``score/``
-    (explainers by metrics, written by ``prunex score``), ``slim/``
-    (how to load the model) and ``config.yaml``. What is missing or cannot be read is left out, with a sentence that
-    says so; of ``bench.json``, scores and units nothing is said where they are missing.
+    relevancy), ``maps/head-*.png`` (what a head that explains itself says), ``maps/units-*.png`` and ``units.csv``
+    (attention heads and MLP channels), ``metrics.csv`` (curves), ``score/`` (explainers by metrics, written by
+    ``prunex score``), ``slim/`` (how to load the model) and ``config.yaml``. What is missing or cannot be read is left
+    out, with a sentence that says so; of ``bench.json``, scores, heads and units nothing where they are missing.
 
     ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
     multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
@@ -128,6 +129,7 @@ def _content(folder: Path, slim_path: Path) -> dict[str, Any]:
         "bench_machine": conditions(bench),
         "bench_notes": [str(note) for note in entries(bench.get("notes"))],
         "bench_note": "" if bench_note == _NO_BENCH else bench_note,
+        "heads": heads_of(folder, metrics),
         "units": units_of(folder, names),
         "scores": scored,
         "scores_note": scored_note,

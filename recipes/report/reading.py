@@ -28,6 +28,7 @@ _FITS = {
     "groups": ("iu", "stages"),
     "relevance": ("biuf", "grid"),
     "share": ("biuf", "filled"),
+    "head": ("biufU", None),
 }
 
 

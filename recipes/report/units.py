@@ -19,7 +19,7 @@ from prunex.recipes.tables import as_number
 from prunex.untrusted import read_text
 
 RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list
-_CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
+CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
 
 
 @dataclass
@@ -48,7 +48,7 @@ def units_of(folder: Path, names: Sequence[str] | None) -> Units | None:
         words = f"epoch {int(epoch[1])}, {words}" if epoch else words
         try:
             # As PNG: a chart's letters suffer from JPEG.
-            source = data_uri(np.asarray(read_image(path)), _CHART_BYTES)
+            source = data_uri(np.asarray(read_image(path)), CHART_BYTES)
         except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
             units.notes.append(f"maps/{path.name} could not be read ({error}) and is left out.")
             continue

@@ -436,3 +436,61 @@ def test_without_units_nothing_is_said_of_them(small_run):
     assert "Units:" not in words
     assert "units.csv" not in words
     assert "Measured by prunex bench" not in words
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+
+
+def write_head(run, epochs, **shares):
+    for epoch in epochs:
+        picture = np.zeros((20, 30, 3), dtype=np.uint8)
+        picture[:, : epoch + 1] = 255
+        save_png(run / "maps" / f"head-epoch={epoch:03d}.png", picture)
+    logger = CSVLogger(run.parent, name="", version="other")
+    for step in (1, 2):
+        logger.log_metrics({name.replace("__", "/"): value * step / 2 for name, value in shares.items()}, step)
+    logger.save()
+    (run / "metrics.csv").write_text((run.parent / "other" / "metrics.csv").read_text())
+
+
+def test_a_heads_last_picture_and_earlier_ones_are_on_the_page(small_run):
+    tree = {"soft": 0.96, "hard": 0.94, "classifier": 0.95, "tree": 0.12, "shuffled": 0.955}
+    write_head(small_run, range(9), **{f"prunex__val_tree_{name}": share for name, share in tree.items()})
+    page, words = read(small_run)
+    assert "The head: what its answers are made of" in words
+    pictures = [img["src"] for img in page.all("img") if img["alt"].startswith("Head, epoch")]
+    assert len(pictures) == 4
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))))
+    assert (first[0, :, 0] > 128).sum() == 9  # the last epoch's
+    epochs = re.findall(r"epoch (\d+)(?= \|)", words[words.index("The head:") :])
+    assert epochs[:4] == ["8", "5", "3", "0"]
+    assert "timm's classifier alone, without the tree | 95.0%" in words
+    assert "tree with the routing of other images | 95.5%" in words
+    assert "decorates what the classifier answers" in words
+    assert "Tree and its controls" in words
+    assert "most attention" not in words
+
+
+def test_what_concepts_were_measured_to_be_is_on_the_page(small_run):
+    write_head(small_run, [0], prunex__val_top_concept=0.31)
+    page, words = read(small_run)
+    assert "the concept with most attention is present | 31.0%" in words
+    assert "read the names as numbers" in words
+    assert "classifier alone" not in words
+    assert "Earlier epochs" not in words
+
+
+def test_damaged_pictures_of_a_head_are_named_and_without_a_head_nothing_is_said(small_run):
+    assert "The head:" not in read(small_run)[1]
+    (small_run / "maps" / "head-epoch=003.png").write_bytes(b"PNG?")
+    assert "maps/head-epoch=003.png could not be read" in read(small_run)[1]
+
+
+def test_arrays_of_a_head_do_not_disturb_the_maps(small_run):
+    path = small_run / "maps" / "epoch=001.npz"
+    with np.load(path) as held:
+        arrays = dict(held)
+    np.savez(path, **arrays, **{"head/concepts": np.array(["a", "b"]), "head/contributions": np.zeros((2, 2, 3))})
+    words = read(small_run)[1]
+    assert "could not be read" not in words
+    assert "epoch 1" in words

@@ -231,7 +231,7 @@ def prototype_tree(
     used = sum(passed[node] > 0 for path, (node, _) in nodes.items() if len(path) == depth)
     start, word = "", f"{used} of {2**depth} leaves reached"
     if used == 1:
-        word += ": all images go the same way, and the tree tells none of them apart"
+        word += ": all images go the same way, and hard paths tell none of them apart"
     if depth > LEVELS:
         start = max((path for path in nodes if len(path) == depth - LEVELS), key=lambda path: passed[nodes[path][0]])
         ways = " → ".join("left" if way == "l" else "right" for way in start)

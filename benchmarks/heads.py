@@ -49,7 +49,8 @@ def head_of(row: str) -> ExplainableHead | None:
         return None
     if row.startswith("concepts"):
         weight = 0.0 if row.endswith("-0") else 2.0
-        return ExplainableHead("concept_transformer", explanation_weight=weight, sparsity_weight=0.0)
+        # Concepts begin at random: at the rate of pretrained weights they learn for too long in a training this short.
+        return ExplainableHead("concept_transformer", lr_scale=10.0, explanation_weight=weight, sparsity_weight=0.0)
     options = {"vit_net": {"depth": 4}, "concept_transformer": {"spatial": 8, "sparsity_weight": 0.0}}
     return ExplainableHead(row, options.get(row, {}))
 
@@ -172,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", nargs="+", help="which; default: all")
     made.add_argument("--pruned", action="store_true", help="beside EViT at 0.7, with half of the units removed")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--epochs", type=int, default=2)
+    made.add_argument("--epochs", type=int, default=3)
     made.add_argument("--train-size", type=int, default=4800, help="digit scenes an epoch")
     made.add_argument("--val-size", type=int, default=2000, help="images tested on, at most")
     made.add_argument("--explained", type=int, default=200, help="images explained")

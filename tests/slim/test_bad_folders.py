@@ -108,7 +108,7 @@ EDITS = {
     "prunex a number": (lambda c: c.update(prunex=1), "not written by prunex"),
     "no version": (lambda c: c["prunex"].pop("version"), "not written by prunex"),
     "cfg": (lambda c: c.update(pretrained_cfg=3), "not written by prunex"),
-    "later version": (lambda c: c["prunex"].update(version=3), "upgrade"),
+    "later version": (lambda c: c["prunex"].update(version=4), "upgrade"),
     "no checksum": (lambda c: c["prunex"].pop("sha256"), "checksum"),
 }
 

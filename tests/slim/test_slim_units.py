@@ -20,7 +20,7 @@ from prunex.vit.describe import describe
 from prunex.vit.rebuild import build
 from prunex.vit.widths import widths_of
 from tests.vit.narrowed import SWIN, hard, tiny_of, tiny_swin
-from tests.vits import assert_same_state, images, images_for, state_of, tiny
+from tests.vits import assert_same_state, images, images_for, relative, state_of, tiny
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(m) is None for m in ("onnx", "onnxscript", "onnxruntime")),

@@ -18,6 +18,7 @@ from prunex.callbacks.participant import Participant, progress
 from prunex.callbacks.rates import check_stepped, give_rates
 from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError, unknown
+from prunex.heads.tree_reading import Nearest
 
 
 class ExplainableHead(Participant):
@@ -83,6 +84,7 @@ class ExplainableHead(Participant):
         self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
         self._learned: dict[str, nn.Parameter] = {}  # what the head shall learn
         self._seen = 0  # images of this training, by which collected patches tell theirs apart
+        self._images: Tensor | None = None  # that entered the ViT last
         self._annotated = False  # whether a batch has brought concept labels
         self._controls: dict[str, list[tuple[float, int]]] = {}  # of this validation, batch by batch
 
@@ -127,6 +129,13 @@ class ExplainableHead(Participant):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give what the head brings its learning rate: optimisers are there, and have read no checkpoint yet."""
         self._undo += give_rates(trainer, self._head, self.lr_scale)
+        if self.method == "vit_net":
+            embedding = self.pruning.model.patch_embed
+            self._undo.append(embedding.register_forward_pre_hook(self._note_images).remove)
+
+    def _note_images(self, module: nn.Module, entered: tuple[Tensor, ...]) -> None:
+        """What enters the ViT, of which patches near prototypes are cut: the module may have prepared the batch's."""
+        self._images = entered[0].detach()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that an optimiser steps what is new."""
@@ -148,7 +157,7 @@ class ExplainableHead(Participant):
         if output is None or not forwards:  # a skipped batch, or a step that did not run the model
             handle.forget()
             return self._end_step(module, output, {}, fields)
-        self._collect(forwards, fields)
+        self._collect(forwards[-1])
         losses = handle.losses(fields.get("labels"), **self._concepts(fields))
         handle.forget()
         return self._end_step(module, output, losses, fields, forwards[-1].images)
@@ -169,12 +178,12 @@ class ExplainableHead(Participant):
         self._annotated = True
         return given
 
-    def _collect(self, forwards: list[Any], fields: Parts) -> None:
-        """Look for the patches nearest a tree's prototypes among this step's images."""
-        head, images = self._head, fields.get("images")
-        if self.method == "vit_net" and images is not None and len(images) == forwards[-1].images:
+    def _collect(self, forward: Any) -> None:
+        """Look for the patches nearest a tree's prototypes among the images of this step's last forward."""
+        images, self._images = self._images, None
+        if images is not None and len(images) == forward.images:
             names = [f"{self._seen + i}" for i in range(len(images))]
-            head.collect(forwards[-1].reading, images.detach(), names)
+            self._head.collect(forward.reading, images, names)
             self._seen += len(images)
 
     def on_validation_batch_end(
@@ -243,12 +252,16 @@ class ExplainableHead(Participant):
         return self._generate_state_key(method=self.method, model=self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many images were looked through for patches near prototypes."""
-        return {"seen": self._seen}
+        """Which patches were near a tree's prototypes, and how many images were looked through for them."""
+        nearest = getattr(self._head, "nearest", {}) if self.pruning is not None else {}
+        rows = {branch: [vars(n) for n in patches] for branch, patches in nearest.items()}
+        return {"seen": self._seen, "nearest": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._seen = int(state_dict["seen"])
+        for branch, patches in state_dict.get("nearest", {}).items():
+            self._head.nearest[int(branch)] = [Nearest(**patch) for patch in patches]
 
     def _take_over(self, entry: Mapping[str, Any]) -> None:
         """Nothing beside weights and options."""

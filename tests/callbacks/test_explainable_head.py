@@ -264,3 +264,30 @@ def test_the_head_takes_whole_steps_where_the_backbone_takes_none(tmp_path):
     after = snapshot(module)
     assert all(after[n].equal(p) for n, p in before.items())
     assert all(not p.equal(s) for p, s in zip(head.pruning.head.parameters(), start, strict=True) if p.grad is not None)
+
+
+class Normalises(Plain):
+    """Prepares images before its ViT."""
+
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.25)
+
+
+def test_patches_near_prototypes_are_of_what_enters_the_vit_and_outlive_the_run(tmp_path):
+    module = Normalises(lr=0.02)
+    run = trainer(tmp_path, callback("vit_net"))
+    run.fit(module, loader(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    nearest = prunex.attached(module, head=True).head.nearest
+    entered = (data()[0] - 0.5) / 0.25
+    for patches in nearest.values():
+        for patch in patches:
+            row, column = (8 * p for p in patch.cell)
+            assert patch.pixels.equal(entered[int(patch.id), :, row : row + 8, column : column + 8])
+    fresh = Normalises()
+    trainer(tmp_path, callback("vit_net")).validate(fresh, loader(), ckpt_path=str(tmp_path / "a.ckpt"))
+    again = prunex.attached(fresh, head=True).head.nearest
+    assert {b: [(n.value, n.id, n.cell) for n in ns] for b, ns in again.items()} == {
+        b: [(n.value, n.id, n.cell) for n in ns] for b, ns in nearest.items()
+    }
+    assert not module.vit.patch_embed._forward_pre_hooks

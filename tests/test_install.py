@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -29,3 +30,11 @@ def test_python_is_started_beside_a_clone_called_prunex(tmp_path, how):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
     assert found.stdout == "attach\n", found.stderr
+
+
+def test_a_wheel_has_every_room():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        listed = set(tomllib.load(file)["tool"]["setuptools"]["packages"])
+    inside = {".".join(init.parent.relative_to(ROOT).parts) for init in (ROOT / "prunex").rglob("__init__.py")}
+    beside = (init for room in ("callbacks", "recipes", "configs") for init in (ROOT / room).rglob("__init__.py"))
+    assert listed == inside | {".".join(("prunex", *init.parent.relative_to(ROOT).parts)) for init in beside}

@@ -28,9 +28,9 @@ class ExplainableHead(Participant):
     ``training_step`` returns and logged as ``prunex/loss_*``. Beside a token pruner and a unit pruner, in any order.
 
     Names of concepts that are not given are the data module's, ``concept_names`` and ``spatial_concept_names``, where
-    it has such. Concept labels come from the batch, under their names alone: ``concepts`` float [B, C] and
-    ``spatial_concepts`` float [B, patches, C] of 0, 1 and NaN, which stands for unknown; what is not annotated is left
-    out row by row.
+    it has such. Concept labels come from the batch, under their names alone: ``concepts`` [B, C] and
+    ``spatial_concepts`` [B, patches, C] of 0, 1 and NaN, which stands for unknown, or bool; what is not annotated is
+    left out row by row. They go to every forward of B images.
 
     In validation it logs, of ``concept_transformer``, ``prunex/val_top_concept``: how often the concept with most
     attention is present, where it is known which are. Of ``vit_net`` the controls, ``prunex/val_tree_*``, which say
@@ -141,6 +141,11 @@ class ExplainableHead(Participant):
         """See that an optimiser steps what is new."""
         self._annotated = False
         check_stepped(trainer, self.pruning, self._learned)
+        if self._head.forced:
+            rank_zero_warn(
+                f"training runs with attention set by hand ({self._head.forced}), which no checkpoint keeps: end it "
+                "with prunex.attached(self, head=True).intervene({}) where that is not meant"
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prototypes have moved: what was nearest to them is found again."""
@@ -168,6 +173,9 @@ class ExplainableHead(Participant):
         if self.method != "concept_transformer":
             return {}
         names = {"global": ("concepts", "concepts"), "spatial": ("spatial_concepts", "spatial")}
+        for stream, (name, _) in names.items():
+            if stream in head.streams and name in fields.unclear and head.explanation_weight > 0:
+                fields.need(name, self.method, "the training batch")
         given = {to: fields[name] for stream, (name, to) in names.items() if stream in head.streams and name in fields}
         named = {"global", "spatial"} & set(head.streams)
         if named and not given and not self._annotated and head.explanation_weight > 0:
@@ -211,10 +219,11 @@ class ExplainableHead(Participant):
         """How often the global concept with most attention is one that is present."""
         if concepts is None or "global" not in reading.attention or len(concepts) != len(reading.logits):
             return
-        top = reading.attention["global"].mean((1, 2)).argmax(1)
-        known = concepts.sum(1) > 0
+        attention = reading.attention["global"].mean((1, 2))
+        present = self._head.fitting("global", concepts, len(concepts), 1)[:, 0].to(attention)
+        known = present.sum(1) > 0
         if bool(known.any()):
-            right = concepts.gather(1, top[:, None].to(concepts.device))[:, 0][known].float().mean()
+            right = present.gather(1, attention.argmax(1, keepdim=True))[:, 0][known].mean()
             module.log("prunex/val_top_concept", right, on_epoch=True, sync_dist=True, batch_size=int(known.sum()))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
 import prunex.pruners  # noqa: F401  (registers the pruners)
@@ -84,10 +85,16 @@ def attach(
     >>> prunex.attach(model, "evit", budget="0.9GMACs").options["keep_ratio"]
     0.769
     """
-    make = method_of(method, options)
+    with torch.inference_mode(False):  # what is made under it could never be trained
+        return _attach(model, method_of(method, options), path, budget, options)
+
+
+def _attach(
+    model: nn.Module, make: Any, path: str | None, budget: float | str | None, options: dict[str, Any]
+) -> Pruning | UnitPruning | Head:
     if issubclass(make, TokenHead):
         if budget is not None:
-            raise PrunexError(f"budget={budget!r} is for pruners, and {method} prunes nothing: leave it out")
+            raise PrunexError(f"budget={budget!r} is for pruners, and {make.name} prunes nothing: leave it out")
         vit = find(model, path)[1]
         check_methods(vit)
         return put_head(vit, make, options)

@@ -21,6 +21,8 @@ _REMEDY = {
     "images": "give batches that hold a float tensor [B, C, H, W]",
     "labels": "give batches with images and an integer [B], one class index an image",
     "masks": "give batches with a bool tensor [B, H, W], true on the object",
+    "concepts": "give batches that hold 'concepts' [B, C] of 0, 1 and NaN (unknown)",
+    "spatial_concepts": "give batches that hold 'spatial_concepts' [B, patches, C] of 0, 1 and NaN (unknown)",
 }
 # Whole numbers that tell samples apart and no classes; "class_id" and the like do.
 _NUMBERS = re.compile(r"(?!class|label|target|categor)(.*_)?(index|indices|idx|ids?|views?)")
@@ -28,7 +30,7 @@ _DEPTH = 3  # containers in containers; what strangers put into a batch may hold
 
 
 class Parts(dict[str, Tensor]):
-    """What a batch holds: "images", "labels" and "masks", as far as they are known.
+    """What a batch holds: "images", "labels", "masks" and concept labels, as far as they are known.
 
     Attributes:
         unclear: By part, which tensors may be meant, or do not fit. Of several image tensors the first stands in the
@@ -44,7 +46,7 @@ class Parts(dict[str, Tensor]):
         self.unfit: dict[str, str] = {}
 
     def need(self, name: str, who: str, where: str | None = None) -> Tensor:
-        """A part ("images", "labels" or "masks") that nothing can be done without.
+        """A part ("images", "labels", ...) that nothing can be done without.
 
         Raises:
             PrunexError: Where the batch has none, or several that may be meant: who needs it, and where it came from.
@@ -90,7 +92,8 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
 
     Returns:
         images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W]. By name alone
-        concepts: float [B, C], and spatial_concepts: float [B, patches, C], of 0, 1 and NaN (unknown).
+        concepts: [B, C], and spatial_concepts: [B, patches, C], of 0, 1 and NaN (unknown), or bool. Whatever goes by
+        these names is taken for nothing else; whether it fits, the head says that reads it.
 
     >>> import torch
     >>> x, y = torch.zeros(2, 3, 8, 8), torch.tensor([4, 2])
@@ -100,13 +103,10 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
     "batch[1] and batch[2] may both be meant: give a dict that holds the right one as 'label'"
     """
     fields = Parts(type(batch).__name__)
-    leaves = []
-    # Concept labels have names of their own, and are taken for nothing else.
-    for leaf in _leaves(batch):
-        if leaf.name in CONCEPTS and leaf.value.is_floating_point():
-            fields[leaf.name] = leaf.value
-        else:
-            leaves.append(leaf)
+    every = list(_leaves(batch))
+    leaves = [leaf for leaf in every if leaf.name not in CONCEPTS]
+    for name in CONCEPTS:
+        _concepts(fields, _distinct(leaf for leaf in every if leaf.name == name), name)
     if images is None:
         first = _images(fields, [leaf for leaf in leaves if leaf.value.ndim == 4 and not leaf.value.is_complex()])
     else:
@@ -158,7 +158,7 @@ def _entries(value: Any, depth: int) -> Iterable[tuple[str, str | None, Any]]:
         return [] if single else [(f"[{i}]", None, inner) for i, inner in enumerate(value)]
     slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
     # Properties are found by the names that would count; walking all of a stranger's attributes could run anything.
-    names = dict.fromkeys([*getattr(value, "__dict__", {}), *slots, *IMAGES, *LABELS, *MASKS])
+    names = dict.fromkeys([*getattr(value, "__dict__", {}), *slots, *IMAGES, *LABELS, *MASKS, *CONCEPTS])
     return [(f".{key}", key, inner) for key in names if (inner := _attribute(value, key)) is not None]
 
 
@@ -220,6 +220,15 @@ def _labels(fields: Parts, leaves: Sequence[_Leaf], count: int) -> None:
     elif lists:
         shape = list(lists[0].value.shape)
         fields.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
+
+
+def _concepts(fields: Parts, leaves: Sequence[_Leaf], name: str) -> None:
+    """Concept labels as they came: the names are common words, so whoever reads them says whether they fit."""
+    if len(leaves) == 1:
+        fields[name] = leaves[0].value
+    elif leaves:  # a list of numbers a sample, which loaders collate to one tensor a concept
+        paths = ", ".join(leaf.path for leaf in leaves[:4])
+        fields.unclear[name] = f"{paths} may all be meant: give one tensor as {name!r}, a column for each concept"
 
 
 def _masks(fields: Parts, leaves: Sequence[_Leaf], images: Tensor) -> None:

@@ -182,3 +182,35 @@ def test_a_batch_that_holds_itself_comes_to_an_end():
     batch = {"image": X, "label": Y}
     batch["batch"] = batch
     assert set(parts(batch)) == {"images", "labels"}
+
+
+class Annotated:
+    """Concept labels behind a property."""
+
+    def __init__(self):
+        self.image, self.label = X, Y
+
+    @property
+    def concepts(self):
+        return INDEX % 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_concepts_go_by_name_whatever_their_dtype(dtype):
+    marks, places = (torch.ones(4, 2) > 0).to(dtype), (torch.ones(4, 8, 8) > 0).to(dtype)
+    fields = parts((X, Y, {"Concepts": marks, "spatial_concepts": places}))
+    assert fields["concepts"] is marks and fields["spatial_concepts"] is places
+    assert fields["labels"] is Y and "masks" not in fields and not fields.unclear
+    # One concept of each image looks like a label, and is none.
+    fields = parts((X, Y, {"concepts": marks[:, 0]}))
+    assert torch.equal(fields["concepts"], marks[:, 0]) and fields["labels"] is Y
+    assert torch.equal(parts(Annotated())["concepts"], INDEX % 2)
+
+
+def test_a_list_of_concepts_is_no_table():
+    fields = parts({"image": X, "label": Y, "concepts": [Y, INDEX]})
+    assert "concepts" not in fields
+    with pytest.raises(PrunexError, match=r"batch\['concepts'\]\[0\], .* give one tensor as 'concepts', a column for"):
+        fields.need("concepts", "x")
+    with pytest.raises(PrunexError, match=r"x found no spatial_concepts in a dict: give batches that hold"):
+        fields.need("spatial_concepts", "x")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -103,6 +103,8 @@ class Headed(nn.Module):
     def logits(self, model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
         """The model's output [B, classes]; a training forward is remembered for its losses."""
         self.ran = True
+        if self.training:
+            check_one_output(model, self.method)
         if ops.opened:
             return ops.whole(lambda tokens: self.read(model, tokens, left).logits, x)
         reading = self.read(model, x, left)
@@ -190,7 +192,8 @@ class Head(Handle):
 
         Args:
             labels: int64 [B], for heads that look at them.
-            concepts: [B, C_g] of 0, 1 and NaN (unknown), which global concepts each image has.
+            concepts: [B, C_g] of 0, 1 and NaN (unknown), or bool, which global concepts each image has. They go to
+                every forward of B images, such as several views of one batch, as all three do.
             spatial: [B, P, C_s] or [B, gh, gw, C_s], likewise, which spatial concepts each patch has.
 
         Raises:
@@ -199,13 +202,17 @@ class Head(Handle):
         total: dict[str, Tensor] = {}
         forwards = self._headed.steps.take()
         given = {"labels": labels, "concepts": concepts, "spatial": spatial}
+        counts = list(dict.fromkeys(forward.images for forward in forwards))
+        for name in ("concepts", "spatial"):
+            value = given[name]
+            if value is not None and counts and _rows(value) not in counts:
+                raise PrunexError(
+                    f"{name} has {_rows(value)} rows for a forward of {' and '.join(map(str, counts))} images: give "
+                    "one an image"
+                )
         for forward in forwards:
-            for name, value in given.items():
-                if value is not None and len(value) != forward.images:
-                    raise PrunexError(
-                        f"{name} has {len(value)} rows for a forward of {forward.images} images: give one an image"
-                    )
-            for name, value in self.head.losses(forward.reading, **given).items():
+            fitting = {name: value for name, value in given.items() if _rows(value) == forward.images}
+            for name, value in self.head.losses(forward.reading, **fitting).items():
                 total[name] = total[name] + value if name in total else value
         for name, value in self.head.losses_between([f.reading for f in forwards]).items():
             total[name] = value
@@ -258,7 +265,8 @@ class Head(Handle):
         """Set a Concept Transformer's attention to some concepts, in all heads and tokens, from now on.
 
         Nothing is normalised again, so that with 0 each score falls by exactly the concept's contribution. Ends with
-        the ``with`` block that it opens, or by ``intervene({})``.
+        the ``with`` block that it opens, or by ``intervene({})``. Copies and pickles have it too; state dicts do not,
+        and slim, saved and exported models are made without it, with a warning.
 
         Raises:
             PrunexError: For an unknown concept, a value outside [0, 1], or a head without concepts.
@@ -315,7 +323,11 @@ class Head(Handle):
         return self
 
     def detach(self) -> nn.Module:
-        """Give the model back with timm's own classifier, bit for bit, and return it; harmless when done already."""
+        """Give the model back with timm's own classifier, bit for bit, and return it; harmless when done already.
+
+        What of the classifier required gradients before :func:`prunex.attach` does so again, and what was thawed since
+        stays so: to have it frozen, freeze it after this.
+        """
         headed = mounted_head(self.model)
         if headed is not None:
             parameters = dict(self.model.named_parameters())
@@ -326,6 +338,11 @@ class Head(Handle):
             route(self.model)
             _refit(self.model)
         return self.model
+
+
+def _rows(value: Any) -> int:
+    """How many images labels are of; 0 for what has no rows."""
+    return len(value) if hasattr(value, "__len__") and getattr(value, "ndim", 1) else 0
 
 
 class Intervention:
@@ -344,12 +361,13 @@ class Intervention:
         self.head.forced = self.before
 
 
-def put_head(vit: ViT, make: Callable[..., TokenHead], options: Mapping[str, Any]) -> Head:
+def put_head(vit: ViT, make: Any, options: Mapping[str, Any]) -> Head:
     """Mount a head on a ViT; whatever is refused leaves the model as it was."""
     if mounted_head(vit) is not None:
         raise PrunexError(
             f"{type(vit).__name__} has a head that explains itself, {mounted_head(vit).method}: detach() it first"
         )
+    check_one_output(vit, make.name)
     head = make(own_anatomy(vit), **options)
     if mounted(vit) is not None:
         head.check_pruned()
@@ -372,6 +390,15 @@ def put_head(vit: ViT, make: Callable[..., TokenHead], options: Mapping[str, Any
             parameter.requires_grad_(False)
     route(vit)
     return Head(vit)
+
+
+def check_one_output(vit: Any, method: str) -> None:
+    """Refuse a DeiT whose training forwards give a pair, for a loss that would take a head's one output apart."""
+    if getattr(vit, "distilled_training", False):
+        raise PrunexError(
+            f"{method} gives one output, and this DeiT's distilled_training two: call set_distilled_training(False), "
+            "and let the module's loss take one"
+        )
 
 
 def _refit(vit: ViT) -> None:

@@ -250,7 +250,7 @@ class ConceptTransformer(TokenHead):
         present = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         if stream == "spatial":
             rows, present = tokens.on_patches(rows)
-        target = self.fitting(stream, target, rows.shape[0], rows.shape[1]).to(rows)
+        target = self.fitting(stream, target, rows.shape[0], rows.shape[1], tokens.known_grid).to(rows)
         if stream == "spatial" and self.none:
             target = torch.cat([target, (target.sum(-1, keepdim=True) == 0).to(target)], -1)
         total = target.sum(-1, keepdim=True)
@@ -258,20 +258,28 @@ class ConceptTransformer(TokenHead):
         valid = present & (total.squeeze(-1) > 0)
         return squared_distance(rows, target / total, valid)
 
-    def fitting(self, stream: str, target: Tensor, batch: int, rows: int) -> Tensor:
-        """Concept labels as [B, rows, C], 0, 1 or NaN (unknown) each.
+    def fitting(self, stream: str, target: Any, batch: int, rows: int, grid: tuple[int, int] | None = None) -> Tensor:
+        """Concept labels of any real dtype as [B, rows, C], 0, 1 or NaN (unknown) each; one alone needs no C.
+
+        ``grid`` is that of the patches, where it is known: labels [B, gh, gw, C] must have it.
 
         Raises:
             PrunexError: For another shape, or other numbers.
         """
         count = len(self.names[stream]) - (stream == "spatial" and self.none)
         wanted = [batch, count] if stream == "global" else [batch, rows, count]
-        shaped = target if stream == "global" or target.ndim != 4 else target.flatten(1, 2)
+        if not isinstance(target, Tensor) or target.is_complex():
+            came = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise PrunexError(f"{stream} concept labels are {came}: give a tensor {wanted} of 0, 1 and NaN (unknown)")
+        shaped = target.unsqueeze(-1) if count == 1 and list(target.shape) == wanted[:-1] else target
+        if stream == "spatial" and shaped.ndim == 4 and grid in (None, tuple(shaped.shape[1:3])):
+            shaped = shaped.flatten(1, 2)
         if list(shaped.shape) != wanted:
             names = self.names[stream][:count]
+            cells = "" if stream == "global" or grid is None else f" or {[batch, *grid, count]}"
             raise PrunexError(
-                f"{stream} concept labels have shape {list(target.shape)}: give {wanted}, one column for each of "
-                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+                f"{stream} concept labels have shape {list(target.shape)}: give {wanted}{cells}, one column for each "
+                f"of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
         if bool(((shaped != 0) & (shaped != 1) & ~shaped.isnan()).any()):
             raise PrunexError(f"{stream} concept labels hold other numbers than 0, 1 and NaN (unknown): give these")

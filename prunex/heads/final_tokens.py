@@ -22,6 +22,7 @@ class FinalTokens(Brief):
         counts: float [B, n] or None: how many patches each token stands for, 0 in an empty slot; None: one each.
         trace: Which patches the tokens are; None: all of them, in raster order.
         grid: The patch grid of the images where that is known, else the model's own.
+        known_grid: The patch grid of the images; None where nothing tells it: dynamic sizes without a token pruner.
     """
 
     prefix: Tensor
@@ -29,6 +30,7 @@ class FinalTokens(Brief):
     counts: Tensor | None
     trace: TokenTrace | None
     grid: tuple[int, int]
+    known_grid: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, x: Tensor, left: Handed) -> FinalTokens:
@@ -42,7 +44,8 @@ class FinalTokens(Brief):
                 counts = factor if counts is None else counts * factor
         trace = left.trace if left.trace is not None and left.trace.stages else None
         grid = left.anatomy.grid if left.trace is None else left.trace.grid
-        return cls(x[:, :prefix], x[:, prefix:], counts, trace, grid)
+        known = None if left.trace is None and left.anatomy.dynamic else grid
+        return cls(x[:, :prefix], x[:, prefix:], counts, trace, grid, known)
 
     @property
     def shares(self) -> Tensor:

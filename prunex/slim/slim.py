@@ -11,7 +11,7 @@ from prunex.attach import attached
 from prunex.checks import called_as
 from prunex.vit.anatomy import find
 from prunex.vit.describe import outline
-from prunex.vit.mount import mounted, mounted_units
+from prunex.vit.mount import mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone
 from prunex.vit.weights import copy_of, fold, wrapped_layers
 from prunex.vit.widths import WidthSpec, narrow
@@ -23,8 +23,9 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
 
     Heads and MLP channels that a unit pruner closed are taken out, gates and masks with them: what is left are timm's
     own blocks, each of its own width. A unit pruner that has not chosen yet leaves all units that an evaluation has
-    open now, with a warning; so a training run may slim before its end. Teachers and schedules are left out too, and
-    adapters, masks and reparametrisations of linear layers are folded into their weights.
+    open now, with a warning; so a training run may slim before its end. Teachers and schedules are left out too, with
+    a warning attention that :meth:`~prunex.handles.heads.Head.intervene` has set by hand, and adapters, masks and
+    reparametrisations of linear layers are folded into their weights.
 
     Args:
         model: A pruned (or dense) ViT or timm Swin, or a module that holds exactly one.
@@ -56,6 +57,7 @@ def slim(model: nn.Module, path: str | None = None, widths: WidthSpec | None = N
     fold(small)
     small.eval()
     small.zero_grad(set_to_none=True)
+    _end_intervention(small)
     tokens = mounted(small)
     if tokens is not None:
         tokens.pruner.inference_only()
@@ -73,7 +75,9 @@ def slim_of(vit: Any) -> Any:
     """The model itself where it is slim already, so that nothing is copied for nothing; else :func:`slim` of it."""
     tokens = mounted(vit)
     pruned = mounted_units(vit) is not None or (tokens is not None and not getattr(tokens, "slim", False))
-    return slim(vit) if pruned or next(wrapped_layers(vit), None) else vit
+    headed = mounted_head(vit)
+    forced = headed is not None and bool(headed.head.forced)
+    return slim(vit) if pruned or forced or next(wrapped_layers(vit), None) else vit
 
 
 def mark_slim(small: Any) -> None:
@@ -81,6 +85,18 @@ def mark_slim(small: Any) -> None:
     tokens = mounted(small)
     if tokens is not None:
         tokens.slim = True
+
+
+def _end_intervention(small: Any) -> None:
+    """Attention set by hand is a question put to a model, and no part of it."""
+    headed = mounted_head(small)
+    if headed is not None and headed.head.forced:
+        warnings.warn(
+            f"attention set by hand ({headed.head.forced}) is left out of the slim model, whose scores are those "
+            "without it: end it with intervene({}) where that is not meant",
+            stacklevel=3,
+        )
+        headed.head.force({})
 
 
 def _copy(vit: Any) -> Any:

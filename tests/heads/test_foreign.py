@@ -1,0 +1,129 @@
+"""Heads in the hands of people who do not know them: what is odd is right, refused in one line, or warned of once."""
+
+import warnings
+
+import pytest
+import torch
+
+import prunex
+from prunex import PrunexError
+from tests.heads.heads import HEADS, attach
+from tests.vits import images, tiny
+
+
+def trained(family="vit", batch=3, size=(32, 32), **concepts):
+    model = tiny(family)
+    head = attach(model, "concept_transformer", dropout=0.0, **(concepts or {"spatial": ["ink", "paper", "edge"]}))
+    model.train()
+    model(images(batch, size))
+    return model, head
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.float16])
+def test_concept_labels_of_any_dtype(dtype):
+    marks = torch.arange(6).reshape(3, 2) % 3 > 0
+    losses = []
+    for kind in (torch.float32, dtype):
+        _, head = trained(concepts=["loop", "bar"])
+        losses.append(head.losses(concepts=marks.to(kind))["explanation"])
+    assert float(losses[0].detach()) > 0
+    assert torch.equal(*losses)
+
+
+def test_one_concept_needs_no_column():
+    losses = []
+    for shape in ((3, 1), (3,)):
+        _, head = trained(concepts=["loop", "bar"], spatial=["ink"])
+        with pytest.raises(PrunexError, match=r"global concept labels have shape \[3\]: give \[3, 2\]"):
+            head.losses(concepts=torch.ones(3))
+        _, head = trained(concepts=["loop"], spatial=["ink"])
+        plain = torch.tensor([True, False, True])
+        ink = (torch.arange(16) % 2 > 0).expand(3, 16)
+        parts = head.losses(concepts=plain.reshape(shape), spatial=ink.reshape(3, 16, *shape[1:]))
+        losses.append(parts["explanation"])
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("given", [[1, 0, 1], 1.0, torch.tensor(1.0), torch.zeros(3, 2, dtype=torch.complex64)])
+def test_what_is_no_tensor_of_labels_is_refused(given):
+    _, head = trained(concepts=["loop", "bar"])
+    with pytest.raises(PrunexError, match="concept"):
+        head.losses(concepts=given)
+
+
+def test_the_grid_of_labels_is_the_patches_own():
+    _, head = trained("not_square", size=(40, 24))  # 5 x 3 patches
+    with pytest.raises(PrunexError, match=r"shape \[3, 3, 5, 3\]: give \[3, 15, 3\] or \[3, 5, 3, 3\]"):
+        head.losses(spatial=torch.ones(3, 3, 5, 3))
+    _, head = trained("not_square", size=(40, 24))
+    assert "explanation" in head.losses(spatial=torch.ones(3, 5, 3, 3))
+    # Of a dynamic model nothing tells the grid: as many patches are taken as they come.
+    _, head = trained("dynamic", size=(16, 64))
+    assert "explanation" in head.losses(spatial=torch.ones(3, 2, 8, 3))
+
+
+def test_labels_go_to_every_forward_of_as_many_images():
+    torch.manual_seed(0)
+    _, alone = trained(batch=4)
+    marks = torch.ones(4, 16, 3)
+    wanted = alone.losses(spatial=marks)["explanation"]
+    torch.manual_seed(0)
+    model, head = trained(batch=4)
+    model(images(2))  # a small view, which nobody has annotated
+    assert torch.equal(head.losses(spatial=marks)["explanation"], wanted)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_class_labels_that_nobody_reads_fit_any_forward(name):
+    model = tiny()
+    head = attach(model, name)
+    model.train()
+    model(images(8))  # two views in one batch, with one label for both
+    head.losses(torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attached_under_inference_mode_it_can_be_trained(name):
+    model = tiny()
+    with torch.inference_mode():
+        head = attach(model, name)
+    assert not any(p.is_inference() for p in model.parameters())
+    model.train()
+    model(images()).sum().backward()
+    assert all(p.grad is not None for p in head.head.parameters() if p.requires_grad)
+
+
+def test_an_intervention_is_no_part_of_a_slim_model(tmp_path):
+    model, x = tiny(), images()
+    head = attach(model, "concept_transformer")
+    plain = model(x)
+    prunex.save(model, tmp_path / "plain")
+    with head.intervene({"ink": 0}):
+        assert not torch.equal(model(x), plain)
+        with pytest.warns(UserWarning, match=r"attention set by hand \(\{'ink': 0.0\}\) is left out"):
+            slim = prunex.slim(model)
+        with pytest.warns(UserWarning, match="attention set by hand"):
+            prunex.save(model, tmp_path / "forced")
+        assert torch.equal(slim(x), plain)
+        assert torch.equal(prunex.load(tmp_path / "forced")(x), plain)
+        assert head.head.forced == {"ink": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(prunex.slim(model)(x), plain)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_distilled_training_gives_two_outputs_and_a_head_one(name):
+    model = tiny("deit_distilled")
+    model.set_distilled_training(True)
+    before = list(model.state_dict())
+    with pytest.raises(PrunexError, match=f"{name} gives one output, and this DeiT's distilled_training two"):
+        attach(model, name)
+    assert list(model.state_dict()) == before
+    model.set_distilled_training(False)
+    attach(model, name)
+    model.set_distilled_training(True)
+    assert model(images()).shape == (3, 5)  # in eval mode timm's own gives one, too
+    model.train()
+    with pytest.raises(PrunexError, match="distilled_training two"):
+        model(images())

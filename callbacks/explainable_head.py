@@ -86,6 +86,7 @@ class ExplainableHead(Participant):
         self._seen = 0  # images of this training, by which collected patches tell theirs apart
         self._images: Tensor | None = None  # that entered the ViT last
         self._annotated = False  # whether a batch has brought concept labels
+        self._resting = False  # whether it was told that the head rests in eval mode
         self._controls: dict[str, list[tuple[float, int]]] = {}  # of this validation, batch by batch
 
     @property
@@ -160,12 +161,22 @@ class ExplainableHead(Participant):
         output, handle = step(), self.pruning
         forwards, fields = list(handle.waiting), parts(batch)
         if output is None or not forwards:  # a skipped batch, or a step that did not run the model
+            self._tell_of_eval(output)
             handle.forget()
             return self._end_step(module, output, {}, fields)
         self._collect(forwards[-1])
         losses = handle.losses(fields.get("labels"), **self._concepts(fields))
         handle.forget()
         return self._end_step(module, output, losses, fields, forwards[-1].images)
+
+    def _tell_of_eval(self, output: STEP_OUTPUT) -> None:
+        """Say once that a step which ran the head in eval mode brings none of its losses."""
+        if output is not None and self.runs.now and not self._head.training and not self._resting:
+            self._resting = True
+            rank_zero_warn(
+                f"the training step runs {self.method} in eval mode, in which it brings no losses: call train() on the "
+                "ViT before fit, or on prunex.attached(self, head=True).model.prunex_head where the ViT shall rest"
+            )
 
     def _concepts(self, fields: Parts) -> dict[str, Tensor]:
         """The batch's concept labels that the head has concepts for."""

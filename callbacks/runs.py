@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from prunex.errors import PrunexError
 from prunex.handles.base import Handle
 from prunex.handles.units import UnitPruning
-from prunex.vit.mount import mounted
+from prunex.vit.mount import HEAD, mounted
 from prunex.vit.units import blocks_of
 
 
@@ -98,10 +98,16 @@ class Runs:
         method = self.handle.method
         # Weights that move without the pruned forward are trained wrongly; ones that do not may have their turn later.
         if not self.trained and self._blocks_moved:
+            # A head that explains itself reads in the classifier's place, a pruner on the way there.
+            how = (
+                "pools tokens or calls the classifier itself, or runs a traced or functional copy; call the model or "
+                "its forward_head, or give tokens to prunex.attached(self, head=True).from_tokens"
+                if self.handle.kind == HEAD
+                else "goes through the blocks itself, or runs a traced or functional copy; call the model, its "
+                "forward_features or its forward_intermediates"
+            )
             raise PrunexError(
-                f"the training step trains the {self._name} without the forward that {self._works}: it goes "
-                "through the blocks itself, or runs a traced or functional copy; call the model, its forward_features "
-                "or its forward_intermediates"
+                f"the training step trains the {self._name} without the forward that {self._works}: it {how}"
             )
         if not self.trained or (self._unmarked and self._blocks_moved is False):
             rank_zero_warn(

@@ -97,7 +97,7 @@ def _attach(
             raise PrunexError(f"budget={budget!r} is for pruners, and {make.name} prunes nothing: leave it out")
         vit = find(model, path)[1]
         check_methods(vit)
-        return put_head(vit, make, options)
+        return put_head(vit, make, options, model)
     if issubclass(make, UnitPruner):
         own = options if budget is None else {"budget": budget, **options}
         return put_units(find(model, path, Backbone)[1], make, own)

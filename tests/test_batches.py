@@ -199,11 +199,14 @@ class Annotated:
 def test_concepts_go_by_name_whatever_their_dtype(dtype):
     marks, places = (torch.ones(4, 2) > 0).to(dtype), (torch.ones(4, 8, 8) > 0).to(dtype)
     fields = parts((X, Y, {"Concepts": marks, "spatial_concepts": places}))
-    assert fields["concepts"] is marks and fields["spatial_concepts"] is places
-    assert fields["labels"] is Y and "masks" not in fields and not fields.unclear
+    assert fields["concepts"] is marks
+    assert fields["spatial_concepts"] is places
+    assert set(fields) == {"images", "labels", "concepts", "spatial_concepts"}
+    assert not fields.unclear
     # One concept of each image looks like a label, and is none.
     fields = parts((X, Y, {"concepts": marks[:, 0]}))
-    assert torch.equal(fields["concepts"], marks[:, 0]) and fields["labels"] is Y
+    assert torch.equal(fields["concepts"], marks[:, 0])
+    assert fields["labels"] is Y
     assert torch.equal(parts(Annotated())["concepts"], INDEX % 2)
 
 

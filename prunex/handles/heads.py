@@ -361,8 +361,8 @@ class Intervention:
         self.head.forced = self.before
 
 
-def put_head(vit: ViT, make: Any, options: Mapping[str, Any]) -> Head:
-    """Mount a head on a ViT; whatever is refused leaves the model as it was."""
+def put_head(vit: ViT, make: Any, options: Mapping[str, Any], root: nn.Module | None = None) -> Head:
+    """Mount a head on a ViT, in a module that may use its weights elsewhere; what is refused leaves all as it was."""
     if mounted_head(vit) is not None:
         raise PrunexError(
             f"{type(vit).__name__} has a head that explains itself, {mounted_head(vit).method}: detach() it first"
@@ -384,12 +384,20 @@ def put_head(vit: ViT, make: Any, options: Mapping[str, Any]) -> Head:
     headed.dense = read(vit)
     if not head.uses_classifier:
         # Without a part in the answer it has no gradient, which processes that share theirs would wait for.
-        trained = [(n, p) for n, p in vit.named_parameters() if n.split(".")[0] in _CLASSIFIER and p.requires_grad]
-        headed.rests = [name for name, _ in trained]
-        for _, parameter in trained:
-            parameter.requires_grad_(False)
+        for name, parameter in vit.named_parameters():
+            if name.split(".")[0] in _CLASSIFIER and parameter.requires_grad and not _shared(parameter, vit, root):
+                headed.rests.append(name)
+                parameter.requires_grad_(False)
     route(vit)
     return Head(vit)
+
+
+def _shared(parameter: nn.Parameter, vit: ViT, root: nn.Module | None) -> bool:
+    """Whether a module has a parameter of its ViT by further names than the ViT's own."""
+    if root is None:
+        return False
+    names = sum(p is parameter for _, p in root.named_parameters(remove_duplicate=False))
+    return names > sum(m is vit for _, m in root.named_modules(remove_duplicate=False))
 
 
 def check_one_output(vit: Any, method: str) -> None:

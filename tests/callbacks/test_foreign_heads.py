@@ -36,6 +36,22 @@ class Views(Plain):
         return F.cross_entropy(self(torch.cat([x, x.flip(3)])), torch.cat([y, y]))
 
 
+class Pools(Plain):
+    """Pools tokens itself, and calls the classifier."""
+
+    def forward(self, x):
+        return self.vit.head(self.vit.pool(self.vit.forward_features(x)))
+
+
+class Rests(Plain):
+    """Keeps its ViT in eval mode."""
+
+    def on_train_start(self):
+        self.vit.eval()
+        if self.hparams.returns == "dict":
+            self.vit.prunex_head.train()
+
+
 def rows(**columns):
     columns = {"image": IMAGES, "label": LABELS} | columns
     return DataLoader([{k: v[i] for k, v in columns.items()} for i in range(8)], 4)
@@ -82,3 +98,18 @@ def test_an_intervention_left_on_is_told(tmp_path):
     prunex.attach(module, "concept_transformer", **OPTIONS["concept_transformer"]).intervene({"ink": 1})
     with pytest.warns(UserWarning, match=r"attention set by hand \(\{'ink': 1.0\}\), which no checkpoint keeps"):
         fit(tmp_path, "concept_transformer", OPTIONS["concept_transformer"], module, loader(8))
+
+
+def test_a_module_that_pools_itself_is_told_how_to_reach_the_head(tmp_path):
+    with pytest.raises(PrunexError, match=r"it pools tokens or calls the classifier itself, .* or its forward_head"):
+        fit(tmp_path, "attributes", {}, Pools(), loader(8))
+
+
+def test_a_head_in_eval_mode_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="runs attributes in eval mode, in which it brings no losses"):
+        measured = fit(tmp_path, "attributes", {}, Rests(), loader(8))
+    assert "prunex/loss_diversity" not in measured
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in eval mode, in which")
+        measured = fit(tmp_path, "attributes", {}, Rests(returns="dict"), loader(8))
+    assert float(measured["prunex/loss_diversity"]) > 0

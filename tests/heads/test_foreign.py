@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import prunex
 from prunex import PrunexError
@@ -13,6 +14,7 @@ from tests.vits import images, tiny
 
 def trained(family="vit", batch=3, size=(32, 32), **concepts):
     model = tiny(family)
+    torch.manual_seed(0)
     head = attach(model, "concept_transformer", dropout=0.0, **(concepts or {"spatial": ["ink", "paper", "edge"]}))
     model.train()
     model(images(batch, size))
@@ -63,11 +65,9 @@ def test_the_grid_of_labels_is_the_patches_own():
 
 
 def test_labels_go_to_every_forward_of_as_many_images():
-    torch.manual_seed(0)
     _, alone = trained(batch=4)
     marks = torch.ones(4, 16, 3)
     wanted = alone.losses(spatial=marks)["explanation"]
-    torch.manual_seed(0)
     model, head = trained(batch=4)
     model(images(2))  # a small view, which nobody has annotated
     assert torch.equal(head.losses(spatial=marks)["explanation"], wanted)
@@ -127,3 +127,28 @@ def test_distilled_training_gives_two_outputs_and_a_head_one(name):
     model.train()
     with pytest.raises(PrunexError, match="distilled_training two"):
         model(images())
+
+
+class Shares(nn.Module):
+    """Goes by its ViT's classifier elsewhere too, or by its weight alone; the ViT itself has two names."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.vit = self.same = tiny()
+        self.aux = self.vit.head if whole else nn.Linear(48, 5)
+        self.aux.weight = self.vit.head.weight
+
+    def forward(self, x):
+        return self.vit(x) + self.aux(self.vit.forward_features(x).mean(1))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_classifier_that_the_module_uses_elsewhere_goes_on_learning(whole):
+    module = Shares(whole)
+    head = attach(module, "attributes")
+    module.train()
+    module(images()).sum().backward()
+    assert module.aux.weight.grad is not None
+    assert module.vit.head.bias.requires_grad == whole  # the rest of it rests
+    head.detach()
+    assert module.vit.head.bias.requires_grad

@@ -86,6 +86,7 @@ class ExplainableHead(Participant):
         self._seen = 0  # images of this training, by which collected patches tell theirs apart
         self._images: Tensor | None = None  # that entered the ViT last
         self._annotated = False  # whether a batch has brought concept labels
+        self._unread = False  # whether it was told that validation cannot be measured
         self._resting = False  # whether it was told that the head rests in eval mode
         self._controls: dict[str, list[tuple[float, int]]] = {}  # of this validation, batch by batch
 
@@ -205,6 +206,11 @@ class ExplainableHead(Participant):
             self._head.collect(forward.reading, images, names)
             self._seen += len(images)
 
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """What was read before is not of this batch."""
+        super().on_validation_batch_start(*args, **kwargs)
+        self.pruning.forget()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -217,7 +223,15 @@ class ExplainableHead(Participant):
         """Measure the head on this batch, where its labels say what is right."""
         super().on_validation_batch_end(trainer, pl_module)
         reading, fields = self.pruning.last, parts(batch)
-        if not self.runs.now or reading is None or dataloader_idx != 0 or trainer.sanity_checking:
+        if not self.runs.now or dataloader_idx != 0 or trainer.sanity_checking:
+            return
+        if reading is None:
+            if self.method != "attributes" and not self._unread:
+                self._unread = True
+                rank_zero_warn(
+                    f"validation runs {self.method} compiled, which leaves nothing to measure: prunex/val_* are not "
+                    "logged; compile for training alone, or ask prunex.attached(self, head=True) for evidence"
+                )
             return
         if self.method == "concept_transformer":
             self._log_concepts(pl_module, reading, fields.get("concepts"))

@@ -225,12 +225,16 @@ class Head(Handle):
 
     @property
     def last(self) -> Reading | None:
-        """The reading of the last forward in eval mode without a graph, of any thread; None before the first."""
+        """The reading of the last forward in eval mode without a graph, of any thread; None before it.
+
+        Compiled forwards leave none.
+        """
         return self._headed.last
 
     def forget(self) -> None:
-        """Let go of this step's training forwards and their graphs."""
+        """Let go of this step's training forwards, their graphs, and the last reading."""
         self._headed.steps.forget()
+        self._headed.last = None
 
     def read(self, images: Tensor, masked: bool | None = None) -> Reading:
         """What the head makes of images [B, C, H, W], in eval mode; ``masked`` as for :attr:`prunex.Pruning.masked`."""

@@ -113,3 +113,19 @@ def test_a_head_in_eval_mode_is_told(tmp_path):
         warnings.filterwarnings("error", message=".*in eval mode, in which")
         measured = fit(tmp_path, "attributes", {}, Rests(returns="dict"), loader(8))
     assert float(measured["prunex/loss_diversity"]) > 0
+
+
+@pytest.mark.parametrize("name", ["vit_net", "concept_transformer"])
+def test_a_compiled_validation_is_told_and_measures_nothing_old(tmp_path, name):
+    module = Plain()
+    head = prunex.attach(module, name, **OPTIONS[name])
+    head.read(IMAGES)
+    with torch.no_grad():
+        module.eval()(IMAGES[:4])
+    assert head.last is not None
+    module.train()
+    module.vit.compile(backend="eager")
+    with pytest.warns(UserWarning, match=f"validation runs {name} compiled, which leaves nothing to measure"):
+        measured = fit(tmp_path, name, OPTIONS[name], module, loader(8), loader(8))
+    assert not any(k.startswith("prunex/val") for k in measured)
+    assert head.last is None

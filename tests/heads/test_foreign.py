@@ -9,7 +9,7 @@ from torch import nn
 import prunex
 from prunex import PrunexError
 from tests.heads.heads import HEADS, attach
-from tests.vits import images, tiny
+from tests.vits import images, largest, tiny
 
 
 def trained(family="vit", batch=3, size=(32, 32), **concepts):
@@ -97,7 +97,6 @@ def test_an_intervention_is_no_part_of_a_slim_model(tmp_path):
     model, x = tiny(), images()
     head = attach(model, "concept_transformer")
     plain = model(x)
-    prunex.save(model, tmp_path / "plain")
     with head.intervene({"ink": 0}):
         assert not torch.equal(model(x), plain)
         with pytest.warns(UserWarning, match=r"attention set by hand \(\{'ink': 0.0\}\) is left out"):
@@ -105,7 +104,7 @@ def test_an_intervention_is_no_part_of_a_slim_model(tmp_path):
         with pytest.warns(UserWarning, match="attention set by hand"):
             prunex.save(model, tmp_path / "forced")
         assert torch.equal(slim(x), plain)
-        assert torch.equal(prunex.load(tmp_path / "forced")(x), plain)
+        assert largest(prunex.load(tmp_path / "forced")(x), plain) < 1e-6
         assert head.head.forced == {"ink": 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -229,8 +229,8 @@ class ExplainableHead(Participant):
             if self.method != "attributes" and not self._unread:
                 self._unread = True
                 rank_zero_warn(
-                    f"validation runs {self.method} compiled, which leaves nothing to measure: prunex/val_* are not "
-                    "logged; compile for training alone, or ask prunex.attached(self, head=True) for evidence"
+                    f"validation runs {self.method} compiled or with a graph, which leaves nothing to measure: "
+                    "prunex/val_* are not logged; run it eagerly and without gradients, or ask prunex.attached(self, head=True) for evidence"
                 )
             return
         if self.method == "concept_transformer":
@@ -242,7 +242,12 @@ class ExplainableHead(Participant):
 
     def _log_concepts(self, module: LightningModule, reading: Any, concepts: Tensor | None) -> None:
         """How often the global concept with most attention is one that is present."""
-        if concepts is None or "global" not in reading.attention or len(concepts) != len(reading.logits):
+        if (
+            concepts is None
+            or concepts.ndim == 0
+            or "global" not in reading.attention
+            or len(concepts) != len(reading.logits)
+        ):
             return
         attention = reading.attention["global"].mean((1, 2))
         present = self._head.fitting("global", concepts, len(concepts), 1)[:, 0].to(attention)

@@ -230,7 +230,8 @@ class ExplainableHead(Participant):
                 self._unread = True
                 rank_zero_warn(
                     f"validation runs {self.method} compiled or with a graph, which leaves nothing to measure: "
-                    "prunex/val_* are not logged; run it eagerly and without gradients, or ask prunex.attached(self, head=True) for evidence"
+                    "prunex/val_* are not logged; run it eagerly and without gradients, or ask "
+                    "prunex.attached(self, head=True) for evidence"
                 )
             return
         if self.method == "concept_transformer":

@@ -346,7 +346,9 @@ class Head(Handle):
 
 def _rows(value: Any) -> int:
     """How many images labels are of; 0 for what has no rows."""
-    return len(value) if hasattr(value, "__len__") and getattr(value, "ndim", 1) else 0
+    if isinstance(value, Tensor):
+        return len(value) if value.ndim else 0
+    return len(value) if hasattr(value, "__len__") else 0
 
 
 class Intervention:

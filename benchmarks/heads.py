@@ -40,19 +40,22 @@ TREE = ("hard", "classifier", "tree", "shuffled")
 MAPS = ("energy", "positive", "negative")
 FIELDS = (*KEY, "share", "accuracy", "top_concept", *TREE, *MAPS, *(f"tokentm_{m}" for m in MAPS))
 DIGITS = ("linear", "vit_net", "attributes", "parity-linear", "concepts", "concepts-0")
+CONCEPT_RATE = 3e-3  # concepts begin at random, and trainings here are short
 PHOTOS = ("linear", "concept_transformer", "vit_net", "attributes")
 
 
-def head_of(row: str) -> ExplainableHead | None:
-    """The callback of a row; none where timm's classifier stays."""
+def head_of(row: str, rate: float) -> ExplainableHead | None:
+    """The callback of a row in a module of some rate; none where timm's classifier stays."""
     if row.endswith("linear"):
         return None
     if row.startswith("concepts"):
         weight = 0.0 if row.endswith("-0") else 2.0
-        # Concepts begin at random: at the rate of pretrained weights they learn for too long in a training this short.
-        return ExplainableHead("concept_transformer", lr_scale=10.0, explanation_weight=weight, sparsity_weight=0.0)
-    options = {"vit_net": {"depth": 4}, "concept_transformer": {"spatial": 8, "sparsity_weight": 0.0}}
-    return ExplainableHead(row, options.get(row, {}))
+        options = {"explanation_weight": weight, "sparsity_weight": 0.0}
+        return ExplainableHead("concept_transformer", options, lr_scale=CONCEPT_RATE / rate)
+    if row == "concept_transformer":
+        options = {"spatial": 8, "sparsity_weight": 0.0}
+        return ExplainableHead("concept_transformer", options, lr_scale=CONCEPT_RATE / rate)
+    return ExplainableHead(row, {"depth": 4} if row == "vit_net" else {})
 
 
 class Digits:
@@ -102,7 +105,8 @@ class Photos:
 def train(source: Any, row: str, pruned: bool, seed: int, args: argparse.Namespace) -> Any:
     """A trained module."""
     lightning.seed_everything(seed, verbose=False)
-    module, head = source.module(row), head_of(row)
+    module = source.module(row)
+    head = head_of(row, module.hparams["learning_rate"])
     callbacks: list[Any] = [] if head is None else [head]
     if pruned:
         stages = STAGES if isinstance(source, Digits) else None

@@ -1,9 +1,11 @@
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch.multiprocessing import ProcessExitedException
 
 from prunex import PrunexError
 from prunex.recipes import DigitScenes
@@ -178,10 +180,10 @@ def test_trainer_gives_every_epoch_fresh_scenes(tmp_path):
 
 
 def test_two_processes_share_the_epoch(tmp_path):
-    recorder = Recorder(tmp_path)
-    trainer(tmp_path, devices=2, strategy="ddp_spawn").fit(
-        recorder, DigitScenes(batch_size=4, train_size=8, val_size=4)
-    )
+    with suppress(ProcessExitedException):  # gloo's threads may abort a process as it ends, when all is on disk
+        trainer(tmp_path, devices=2, strategy="ddp_spawn").fit(
+            Recorder(tmp_path), DigitScenes(batch_size=4, train_size=8, val_size=4)
+        )
     ranks = [np.load(tmp_path / f"{rank}.npy", allow_pickle=False) for rank in range(2)]
     everything = DigitDataset("train", size=8).__getitems__(list(range(16)))[0].mean((1, 2, 3)).numpy()
     np.testing.assert_allclose(np.sort(np.concatenate(ranks)), np.sort(everything), atol=1e-5)

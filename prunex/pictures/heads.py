@@ -228,18 +228,7 @@ def prototype_tree(
     passed, ends, depth = _whole_tree(counts, leaves, len(patches))
     nearest = [_patches(p, side) for p in patches]
     nodes = _nodes(depth)
-    used = sum(passed[node] > 0 for path, (node, _) in nodes.items() if len(path) == depth)
-    start, word = "", f"{used} of {2**depth} leaves reached"
-    if used == 1:
-        word += ": all images go the same way, and hard paths tell none of them apart"
-    if depth > LEVELS:
-        start = max((path for path in nodes if len(path) == depth - LEVELS), key=lambda path: passed[nodes[path][0]])
-        ways = " → ".join("left" if way == "l" else "right" for way in start)
-        share = passed[nodes[start][0]] / max(1, passed[0])
-        word += (
-            f" · of a tree {depth} levels deep the most visited subtree is drawn: from the root {ways}, where "
-            f"{share:.0%} of the images come by"
-        )
+    start, word = _drawn(passed, nodes, depth)
     wide = max((p.shape[2] for p in nearest if len(p)), default=side)
     tall = max((p.shape[1] for p in nearest if len(p)), default=side)
     most = max((len(p) for p in nearest), default=0) or 1
@@ -283,6 +272,23 @@ def prototype_tree(
     return sheet.drawn()
 
 
+def _drawn(passed: Any, nodes: dict[str, tuple[int, int]], depth: int) -> tuple[str, str]:
+    """The way to the root of what is drawn, and what is said of the tree in words."""
+    used = sum(passed[node] > 0 for path, (node, _) in nodes.items() if len(path) == depth)
+    word = f"{used} of {2**depth} leaves reached"
+    if used == 1:
+        word += ": all images go the same way, and hard paths tell none of them apart"
+    if depth <= LEVELS:
+        return "", word
+    start = max((path for path in nodes if len(path) == depth - LEVELS), key=lambda path: passed[nodes[path][0]])
+    ways = " → ".join("left" if way == "l" else "right" for way in start)
+    share = passed[nodes[start][0]] / max(1, passed[0])
+    return start, (
+        f"{word} · of a tree {depth} levels deep the most visited subtree is drawn: from the root {ways}, where "
+        f"{share:.0%} of the images come by"
+    )
+
+
 def _whole_tree(counts: Any, leaves: Any, branches: int) -> tuple[Any, Floats, int]:
     """Checked counts [nodes] and leaves [leaves, classes], and the depth."""
     passed, ends = as_numpy(counts), as_numpy(leaves)
@@ -294,11 +300,8 @@ def _whole_tree(counts: Any, leaves: Any, branches: int) -> tuple[Any, Floats, i
             "full binary tree: give counts [2 n - 1], leaves [n, classes] and n - 1 branches, n a power of two"
         )
     nodes = _nodes(depth)
-    sums = [
-        passed[node] - passed[nodes[p + "l"][0]] - passed[nodes[p + "r"][0]]
-        for p, (node, _) in nodes.items()
-        if len(p) < depth
-    ]
+    inner = {path: node for path, (node, _) in nodes.items() if len(path) < depth}
+    sums = [passed[node] - passed[nodes[p + "l"][0]] - passed[nodes[p + "r"][0]] for p, node in inner.items()]
     if not np.issubdtype(passed.dtype, np.integer) or (passed < 0).any() or any(sums):
         raise PrunexError("counts are no images: give whole numbers, at each branch as many as its two children have")
     return passed, ends.astype(float), depth

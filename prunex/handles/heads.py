@@ -314,16 +314,16 @@ class Head(Handle):
             PrunexError: For missing or ill-shaped entries, or a head without public code; nothing is loaded then.
         """
         plain = strip_official(state)
-        own, needed = self.head.official(plain), self.head.official_names()
-        missing = sorted(needed - set(own))
+        entries, needed = self.head.official(plain), self.head.official_names()
+        missing = sorted(needed - set(entries))
         shapes = self.head.state_dict()
-        wrong = [name for name in own if name not in shapes or shapes[name].shape != own[name].shape]
+        wrong = [name for name in entries if name not in shapes or shapes[name].shape != entries[name].shape]
         if missing or wrong:
             raise PrunexError(
                 f"no official {self.method} of these options: missing {missing[:4]}, of other shapes {wrong[:4]}; "
                 f"it holds {', '.join(list(plain)[:4])}"
             )
-        self.head.load_state_dict(own, strict=False)
+        self.head.load_state_dict(entries, strict=False)
         return self
 
     def detach(self) -> nn.Module:

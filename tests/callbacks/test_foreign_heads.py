@@ -90,7 +90,9 @@ def test_concepts_that_mean_something_else(tmp_path):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_two_views_in_one_forward(tmp_path, name):
-    fit(tmp_path, name, OPTIONS[name], Views(), loader(8))
+    measured = fit(tmp_path, name, OPTIONS[name], Views(), loader(8))
+    wanted = {"concept_transformer": {"prunex/loss_sparsity"}, "attributes": {"prunex/loss_diversity"}}
+    assert {n for n in measured if n.startswith("prunex/loss_")} == wanted.get(name, set())
 
 
 def test_an_intervention_left_on_is_told(tmp_path):

@@ -33,7 +33,7 @@ _PLACES = {
 }
 
 # Rooms with public names of their own.
-_ROOMS = ("callbacks", "configs", "explainers", "heads", "metrics", "pictures", "pruners", "recipes")
+_ROOMS = ("callbacks", "configs", "explainers", "heads", "metrics", "multimodal", "pictures", "pruners", "recipes")
 
 __all__ = [*_PLACES]
 
@@ -51,7 +51,7 @@ if _typing.TYPE_CHECKING:
     from prunex.vit.cost import Cost as Cost, cost as cost
     from prunex.vit.widths import WidthSpec as WidthSpec
     from prunex import callbacks as callbacks, configs as configs, explainers as explainers, heads as heads
-    from prunex import metrics as metrics
+    from prunex import metrics as metrics, multimodal as multimodal
     from prunex import pictures as pictures, pruners as pruners, recipes as recipes
 else:
 

@@ -28,6 +28,7 @@ STOREYS = [
     ["handles"],
     ["attach", "explain"],
     ["metrics", "slim", "guidance", "split"],
+    ["multimodal"],
     ["catalogue"],
     ["prunex"],
     ["callbacks"],

@@ -1,0 +1,1 @@
+"""Models of text and image, explained and measured; their libraries are the extra ``prunex-vit[multimodal]``."""

@@ -1,0 +1,257 @@
+"""What a family of models says of itself: where its attention is, in which order it acts, and which rows answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prunex.errors import PrunexError
+from prunex.multimodal.recorder import Recording, attention_modules
+from prunex.multimodal.rules import Attended, Relevance, Rules, by_role, grad_cam, last, propagate, rollout
+
+
+@dataclass
+class Pass:
+    """One backward pass: a score of each sample, summed, since no sample's attention touches another's.
+
+    Attributes:
+        score: A number.
+        column: int64 [B], which of its targets each sample is explained for; -1 for a sample that waits.
+    """
+
+    score: Tensor
+    column: Tensor
+
+
+@dataclass
+class Targets:
+    """What is explained.
+
+    Attributes:
+        classes: int64 [B, K], the class (or text) of each target.
+        passes: Backward passes that cover all of them.
+        scores: [B, K].
+        queries: Of a detector, the K object queries that the targets belong to.
+        kept: Of a detector, bool [B, K]: which of them are explained in an image.
+        single: Whether K is one because one target was asked, so that answers have no dimension for it.
+    """
+
+    classes: Tensor
+    passes: list[Pass]
+    scores: Tensor
+    queries: list[int] = field(default_factory=list)
+    kept: Tensor | None = None
+    single: bool = False
+
+
+class Adapter:
+    """One family of models; this one is a single stream, text first, whose answer reads one token.
+
+    Attributes:
+        models: Names of the classes it knows.
+        roles: By pattern of an attention module's path, the roles of its calls in one forward.
+        crossed: Cross relevance that is followed.
+        reads: The matrices whose rows are the answer; the baselines give these alone.
+        needs: Inputs it cannot do without.
+        options: Options of its own, with their defaults.
+        feature_map: Pattern of the path of the convolution that makes the image's cells, if there is one.
+        row_normalised: Whether rollout's factors are normalised.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[Mapping[str, Sequence[str]]] = {}
+    crossed: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ("ss",)
+    needs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, Any]] = {}
+    feature_map: ClassVar[str | None] = None
+    row_normalised: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        missing = [name for name in self.needs if not isinstance(inputs.get(name), Tensor)]
+        if missing:
+            raise PrunexError(
+                f"{type(model).__name__} is explained from {', '.join(self.needs)}, and inputs hold "
+                f"{', '.join(inputs) or 'nothing'}: give its processor's batch as tensors (return_tensors='pt')"
+            )
+        self.model, self.inputs = model, inputs
+        self.config: Any = getattr(model, "config", None)
+
+    def count(self) -> int:
+        """How many maps a forward must show, from the model's configuration: the alarm for another version."""
+        return sum(len(each) for _, each in attention_modules(self.model, self.roles).values())
+
+    def logits(self, outputs: Any) -> Tensor:
+        """Class scores, [B, C]."""
+        return outputs.logits
+
+    def targets(self, recording: Recording, target: Any, options: Mapping[str, Any]) -> Targets:
+        """One class of each sample, or K."""
+        logits = self.logits(recording.outputs)
+        single = not (isinstance(target, Tensor) and target.ndim == 2)
+        classes = classes_of(target, logits)
+        scores = logits.gather(1, classes)
+        every = torch.arange(classes.shape[1], device=classes.device)
+        passes = [Pass(scores[:, k].sum(), every[k].expand(len(classes))) for k in range(classes.shape[1])]
+        return Targets(classes, passes, scores.detach(), single=single)
+
+    def groups(self, maps: Sequence[Attended]) -> list[list[Attended]]:
+        """The maps that act at once, in the order in which they act."""
+        return [[map_] for map_ in maps]
+
+    def relevance(self, maps: Sequence[Attended], rules: Rules) -> Relevance:
+        """Generic attention."""
+        return propagate(self.groups(maps), self.crossed, rules)
+
+    def raw_attention(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
+        """Head means of the last maps."""
+        return {f"R_{role}": last(maps, role).attention.mean(1) for role in self.reads}
+
+    def grad_cam(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
+        """Grad-CAM of the last maps."""
+        return {f"R_{role}": grad_cam(last(maps, role)) for role in self.reads}
+
+    def rollout(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
+        """Rollout of every stream."""
+        streams = {role: rollout(each, self.row_normalised) for role, each in by_role(maps).items()}
+        return {f"R_{role}": torch.as_tensor(each) for role, each in streams.items() if each is not None}
+
+    def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
+        """Matrices of the samples of a pass, [B, ...]: of texts that samples share, those that each is about."""
+        return matrices
+
+    def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Relevance of text tokens [B, T], or None without text, and of image tokens [B, I]."""
+        raise NotImplementedError
+
+    def text_valid(self) -> Tensor | None:
+        """Bool [B, T], false for padding; None without text."""
+        mask = self.inputs.get("attention_mask")
+        ids = self.inputs["input_ids"]
+        return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
+        """Bool [B, I], false for padding."""
+        raise NotImplementedError
+
+    def grid(self, recording: Recording) -> tuple[int, int] | None:
+        """Height and width of the image's cells; None where the image is a list of boxes."""
+        return recording.grid
+
+    def boxes(self, recording: Recording) -> Tensor | None:
+        """What boxes lie where, [B, n, 4]: those that were given, as they were given, or those that are predicted."""
+        return None
+
+
+def classes_of(target: Any, logits: Tensor) -> Tensor:
+    """Classes to explain, int64 [B, K]: None is the predicted one, a number one for all, [B] one a sample.
+
+    Raises:
+        PrunexError: Another shape or kind, or a class that does not exist.
+    """
+    batch, count = logits.shape
+    if target is None:
+        return logits.argmax(1, keepdim=True)
+    if isinstance(target, int) and not isinstance(target, bool):
+        target = torch.full((batch,), target)
+    whole = isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype == torch.bool)
+    if not whole or target.ndim not in (1, 2) or len(target) != batch or target.numel() == 0:
+        came = f"a {target.dtype} tensor of shape {list(target.shape)}" if isinstance(target, Tensor) else repr(target)
+        raise PrunexError(
+            f"target is {came}: give None, a class, or whole numbers [{batch}] or [{batch}, K] (K classes a sample)"
+        )
+    if int(target.min()) < 0 or int(target.max()) >= count:
+        raise PrunexError(f"target={target.flatten().tolist()[:8]} is not allowed: classes are 0..{count - 1}")
+    return target.to(logits.device).long().reshape(batch, -1)
+
+
+ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def known(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: the models of an adapter are known from now on."""
+    ADAPTERS.update(dict.fromkeys(adapter.models, adapter))
+    return adapter
+
+
+def adapter_of(model: Any, inputs: Any) -> Adapter:
+    """The adapter of a model, with its inputs.
+
+    Raises:
+        PrunexError: A model that is not known; inputs that are no mapping or lack what the model needs.
+    """
+    names = [each.__name__ for each in type(model).__mro__] if isinstance(model, nn.Module) else []
+    adapter = next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
+    if adapter is None:
+        raise PrunexError(
+            f"{type(model).__name__} is not known. Known: {', '.join(sorted(ADAPTERS))}; teach another with "
+            "prunex.multimodal.register"
+        )
+    if not isinstance(inputs, Mapping):
+        raise PrunexError(f"inputs is a {type(inputs).__name__}: give the processor's batch, tensors by name")
+    return adapter(model, inputs)
+
+
+def register(
+    model: str | type[nn.Module],
+    attention: str | Sequence[str],
+    row: int | Callable[[Mapping[str, Any]], Tensor] = 0,
+    text: Callable[[Mapping[str, Any]], int] | None = None,
+    image: Callable[[Mapping[str, Any]], tuple[int, tuple[int, int] | None]] | None = None,
+    logits: str = "logits",
+) -> None:
+    r"""Teach a model with one stream of text and image tokens, whose answer reads one of them.
+
+    Models of other kinds are a class of their own: derive from ``prunex.multimodal.Adapter`` and decorate it with
+    ``prunex.multimodal.known``.
+
+    Args:
+        model: The class, or its name.
+        attention: Regular expressions for the ends of the dotted paths of its attention modules, such as
+            ``r"layers\.\d+\.attn"``; each returns (output, map [B, heads, n, n]) when it is called as the model does
+            under eager attention, or with ``output_attentions=True`` if it has that argument.
+        row: The token that the answer reads: its number, or a function from the inputs to int64 [B].
+        text: From the inputs to the number of text tokens, which come first; ``input_ids``' length when not given.
+        image: From the inputs to the number of tokens before the image's cells or boxes, counted after the text, and
+            their grid, or None for boxes; (0, None) when not given.
+        logits: The field of the output that holds class scores [B, C].
+
+    >>> import prunex.multimodal
+    >>> prunex.multimodal.register("MyFusion", r"blocks\.\d+\.attn", row=0)
+    >>> "MyFusion" in prunex.multimodal.models()
+    True
+    """
+    name = model if isinstance(model, str) else model.__name__
+    patterns = [attention] if isinstance(attention, str) else list(attention)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PrunexError(f"attention={pattern!r} is no regular expression: {error}") from error
+
+    from prunex.multimodal.single_stream import SingleStream
+
+    def read(self: Any) -> Tensor:
+        ids = self.inputs["input_ids"]
+        return torch.full((len(ids),), row, device=ids.device) if isinstance(row, int) else row(self.inputs)
+
+    def length(self: Any) -> int:
+        return int(self.inputs["input_ids"].shape[1]) if text is None else text(self.inputs)
+
+    def cells(self: Any) -> tuple[int, tuple[int, int] | None]:
+        return (0, None) if image is None else image(self.inputs)
+
+    parts = {
+        "models": (name,),
+        "roles": dict.fromkeys(patterns, ("ss",)),
+        "read": read,
+        "length": length,
+        "cells": cells,
+        "logits": lambda self, outputs: getattr(outputs, logits),
+    }
+    known(type(name, (SingleStream,), parts))

@@ -1,0 +1,87 @@
+"""LXMERT: two streams with attention between them (arXiv 1908.07490)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunex.multimodal.adapter import Adapter, Targets, known
+from prunex.multimodal.recorder import Recording
+from prunex.multimodal.rules import Attended, Relevance, Rules, between, last, rollout
+
+
+@known
+class Lxmert(Adapter):
+    """Text tokens and boxes; the answer reads the first text token.
+
+    A cross layer's module is called twice, for text that asks the image and the other way round.
+    """
+
+    models = ("LxmertForQuestionAnswering",)
+    roles = {
+        r"encoder\.layer\.\d+\.attention\.self": ("tt",),
+        r"encoder\.r_layers\.\d+\.attention\.self": ("ii",),
+        r"encoder\.x_layers\.\d+\.visual_attention\.att": ("ti", "it"),
+        r"encoder\.x_layers\.\d+\.lang_self_att\.self": ("tt",),
+        r"encoder\.x_layers\.\d+\.visn_self_att\.self": ("ii",),
+    }
+    crossed = ("ti", "it")
+    reads = ("tt", "ti")
+    needs = ("input_ids", "visual_feats", "visual_pos")
+
+    def count(self) -> int:
+        return self.config.l_layers + self.config.r_layers + 4 * self.config.x_layers
+
+    def logits(self, outputs: Any) -> Tensor:
+        return outputs.question_answering_score
+
+    def groups(self, maps: Sequence[Attended]) -> list[list[Attended]]:
+        """Both directions of a cross layer act at once; of the last layer the answer reads the text's side alone."""
+        cut = len(maps) - 4
+        alone = [[map_] for map_ in maps]
+        groups = alone[: self.config.l_layers + self.config.r_layers]
+        for start in range(len(groups), cut, 4):
+            groups += [list(maps[start : start + 2]), *alone[start + 2 : start + 4]]
+        return [*groups, *([map_] for map_ in maps[cut:] if map_.role in ("ti", "tt"))]
+
+    def relevance(self, maps: Sequence[Attended], rules: Rules) -> Relevance:
+        relevance = super().relevance(maps, rules)
+        # The first token answers: what it owes to itself says nothing.
+        relevance.extra["tt"][:, 0, 0] = -relevance.identity["t"]
+        return relevance
+
+    def raw_attention(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
+        return _without_itself(super().raw_attention(maps))
+
+    def grad_cam(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
+        return _without_itself(super().grad_cam(maps))
+
+    def rollout(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
+        """Both streams up to the last cross map, and that between them."""
+        text = [map_ for map_ in maps if map_.role == "tt"]
+        image = [map_ for map_ in maps if map_.role == "ii"]
+        boxes = rollout(image[:-1])
+        cross = between(rollout(text[:-1]), last(maps, "ti").attention.mean(1), boxes)
+        rolled = {"R_tt": torch.as_tensor(rollout(text)), "R_ti": cross}
+        return _without_itself(rolled if boxes is None else {**rolled, "R_ii": boxes})
+
+    def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
+        return matrices["R_tt"][:, 0], matrices["R_ti"][:, 0]
+
+    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
+        mask = self.inputs.get("visual_attention_mask")
+        features = self.inputs["visual_feats"]
+        return (
+            torch.ones(len(features), count, dtype=torch.bool, device=features.device) if mask is None else mask.bool()
+        )
+
+    def boxes(self, recording: Recording) -> Tensor | None:
+        return self.inputs["visual_pos"]
+
+
+def _without_itself(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
+    matrices["R_tt"][:, 0, 0] = 0
+    return matrices

@@ -1,0 +1,157 @@
+"""Text and image apart until they are compared: CLIP (arXiv 2103.00020) and OWL-ViT (arXiv 2205.06230)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunex.errors import PrunexError
+from prunex.multimodal.adapter import Adapter, Pass, Targets, classes_of, known
+from prunex.multimodal.detr import Detector
+from prunex.multimodal.recorder import Recording
+
+
+def end_of_text(ids: Tensor, end: int | None) -> Tensor:
+    """The token that a CLIP text tower reads, int64 [N]: the first that ends the text, or the largest number.
+
+    Old configurations say 2, which no vocabulary means; the library then takes the largest, and so do we.
+    """
+    return ids.argmax(-1) if end is None or end == 2 else (ids == end).int().argmax(-1)
+
+
+def text_row(matrix: Tensor, ids: Tensor, end: int | None) -> Tensor:
+    """The row of the token that is read, without what it owes to itself: [N, T]."""
+    every, read = torch.arange(len(matrix), device=matrix.device), end_of_text(ids, end).to(matrix.device)
+    row = matrix[every, read].clone()
+    row[every, read] = 0
+    return row
+
+
+def patch_grid(config: Any, pixels: Tensor) -> tuple[int, int]:
+    """Height and width of a vision tower's patches."""
+    return pixels.shape[2] // config.patch_size, pixels.shape[3] // config.patch_size
+
+
+@known
+class Clip(Adapter):
+    """CLIP: the score is the scaled cosine of one image and one text; a class is a text's number.
+
+    With None each image is explained for the text it is most like.
+    """
+
+    models = ("CLIPModel",)
+    roles = {
+        r"text_model\.encoder\.layers\.\d+\.self_attn": ("tt",),
+        r"vision_model\.encoder\.layers\.\d+\.self_attn": ("ii",),
+    }
+    reads = ("tt", "ii")
+    needs = ("input_ids", "pixel_values")
+
+    def count(self) -> int:
+        return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
+
+    def logits(self, outputs: Any) -> Tensor:
+        return outputs.logits_per_image
+
+    def targets(self, recording: Recording, target: Any, options: Mapping[str, Any]) -> Targets:
+        """A text of each image, or K. Images that share a text wait for each other: it has one map a pass."""
+        logits = self.logits(recording.outputs)
+        classes = classes_of(target, logits)
+        scores = logits.gather(1, classes)
+        passes = []
+        for k in range(classes.shape[1]):
+            waiting = torch.ones(len(classes), dtype=torch.bool, device=classes.device)
+            while waiting.any():
+                taken: set[int] = set()
+                column = torch.full((len(classes),), -1, device=classes.device)
+                for image in waiting.nonzero()[:, 0].tolist():
+                    text = int(classes[image, k])
+                    if text not in taken:
+                        taken.add(text)
+                        column[image] = k
+                waiting &= column < 0
+                passes.append(Pass(scores[column >= 0, k].sum(), column))
+        single = not (isinstance(target, Tensor) and target.ndim == 2)
+        return Targets(classes, passes, scores.detach(), single=single)
+
+    def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
+        texts = targets.classes.gather(1, column.clamp(min=0)[:, None])[:, 0]
+        return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
+
+    def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
+        """The end of the text, and the image's class token."""
+        texts = targets.classes.gather(1, column.clamp(min=0)[:, None])[:, 0]
+        end = self.config.text_config.eos_token_id
+        return text_row(matrices["R_tt"], self.inputs["input_ids"][texts], end), matrices["R_ii"][:, 0, 1:]
+
+    def text_valid(self) -> Tensor | None:
+        """Of all texts, [N, T]: which belongs to which image, only targets know."""
+        return super().text_valid()
+
+    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
+        pixels = self.inputs["pixel_values"]
+        return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
+
+    def grid(self, recording: Recording) -> tuple[int, int] | None:
+        return patch_grid(self.config.vision_config, self.inputs["pixel_values"])
+
+
+@known
+class OwlViT(Detector):
+    """OWL-ViT: every patch is an object query, and every text a class.
+
+    A patch's score reads two tokens of the image, the patch and the class token that multiplies it: its relevance is
+    the sum of both rows (ours; the paper of the rules has no such model).
+    """
+
+    models = ("OwlViTForObjectDetection",)
+    roles = {
+        r"owlvit\.text_model\.encoder\.layers\.\d+\.self_attn": ("tt",),
+        r"owlvit\.vision_model\.encoder\.layers\.\d+\.self_attn": ("ii",),
+    }
+    reads = ("tt", "ii")
+    needs = ("input_ids", "pixel_values")
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        super().__init__(model, inputs)
+        texts, images = len(inputs["input_ids"]), len(inputs["pixel_values"])
+        if texts % images:
+            raise PrunexError(
+                f"inputs hold {texts} texts for {images} images: give as many for each, as the processor does"
+            )
+        self.texts = texts // images
+
+    def count(self) -> int:
+        return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
+
+    def probability(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def _chosen(self, targets: Targets, column: Tensor) -> Tensor:
+        """Each image's text among all texts, int64 [B]."""
+        classes = targets.classes.gather(1, column[:, None])[:, 0]
+        return classes + torch.arange(len(classes), device=classes.device) * self.texts
+
+    def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
+        texts = self._chosen(targets, column)
+        return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
+
+    def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self.inputs["input_ids"][self._chosen(targets, column)]
+        every = torch.arange(len(column), device=column.device)
+        patch = torch.tensor(targets.queries, device=column.device)[column] + 1
+        image = matrices["R_ii"][every, patch] + matrices["R_ii"][:, 0]
+        return text_row(matrices["R_tt"], ids, None), image[:, 1:]
+
+    def text_valid(self) -> Tensor | None:
+        return Adapter.text_valid(self)
+
+    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
+        pixels = self.inputs["pixel_values"]
+        return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
+
+    def grid(self, recording: Recording) -> tuple[int, int] | None:
+        return patch_grid(self.config.vision_config, self.inputs["pixel_values"])

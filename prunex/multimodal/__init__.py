@@ -15,7 +15,7 @@ _PLACES = {
     "image_masks": "masks",
     "known": "adapter",
     "models": "explaining",
-    "register": "adapter",
+    "register": "registering",
 }
 
 __all__ = [*_PLACES]
@@ -23,11 +23,11 @@ __all__ = [*_PLACES]
 if _typing.TYPE_CHECKING:
     from prunex.multimodal.adapter import Adapter as Adapter
     from prunex.multimodal.adapter import known as known
-    from prunex.multimodal.adapter import register as register
     from prunex.multimodal.explaining import explain as explain
     from prunex.multimodal.explaining import models as models
     from prunex.multimodal.explanation import MultimodalExplanation as MultimodalExplanation
     from prunex.multimodal.explanation import Query as Query
     from prunex.multimodal.masks import image_masks as image_masks
+    from prunex.multimodal.registering import register as register
 else:
     __getattr__ = _later("prunex.multimodal", _PLACES)

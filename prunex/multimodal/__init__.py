@@ -14,7 +14,7 @@ _PLACES = {
     "explain": "explaining",
     "image_masks": "masks",
     "known": "adapter",
-    "models": "explaining",
+    "models": "families",
     "register": "registering",
 }
 
@@ -24,9 +24,9 @@ if _typing.TYPE_CHECKING:
     from prunex.multimodal.adapter import Adapter as Adapter
     from prunex.multimodal.adapter import known as known
     from prunex.multimodal.explaining import explain as explain
-    from prunex.multimodal.explaining import models as models
     from prunex.multimodal.explanation import MultimodalExplanation as MultimodalExplanation
     from prunex.multimodal.explanation import Query as Query
+    from prunex.multimodal.families import models as models
     from prunex.multimodal.masks import image_masks as image_masks
     from prunex.multimodal.registering import register as register
 else:

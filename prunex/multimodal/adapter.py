@@ -60,6 +60,8 @@ class Adapter:
         options: Options of its own, with their defaults.
         feature_map: Pattern of the path of the convolution that makes the image's cells, if there is one.
         row_normalised: Whether rollout's factors are normalised.
+        text_parts: Inputs with one entry a text token, [B, T].
+        image_parts: Inputs with one entry a box, [B, I, ...], and which of them says which boxes count.
     """
 
     models: ClassVar[tuple[str, ...]] = ()
@@ -70,6 +72,8 @@ class Adapter:
     options: ClassVar[Mapping[str, Any]] = {}
     feature_map: ClassVar[str | None] = None
     row_normalised: ClassVar[bool] = True
+    text_parts: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+    image_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         missing = [name for name in self.needs if not isinstance(inputs.get(name), Tensor)]
@@ -80,6 +84,10 @@ class Adapter:
             )
         self.model, self.inputs = model, inputs
         self.config: Any = getattr(model, "config", None)
+
+    def prepared(self) -> Mapping[str, Any]:
+        """What the model is called with, made inside the recording."""
+        return self.inputs
 
     def count(self) -> int:
         """How many maps a forward must show, from the model's configuration: the alarm for another version."""
@@ -142,6 +150,42 @@ class Adapter:
         """Height and width of the image's cells; None where the image is a list of boxes."""
         return recording.grid
 
+    def sample(self, sample: int, length: int, valid: Tensor) -> dict[str, Any]:
+        """The inputs of one sample, a batch of one, without the padding behind its text and among its boxes."""
+        one = {}
+        for name, value in self.inputs.items():
+            if isinstance(value, Tensor):
+                value = value[sample : sample + 1]
+                value = value[:, :length] if name in self.text_parts else value
+                value = value[:, valid] if name in self.image_parts else value
+            one[name] = value
+        return one
+
+    def protected(self, length: int) -> list[int]:
+        """Places of a text that cannot leave: [CLS] and [SEP]."""
+        return [0, length - 1]
+
+    def without(self, image: Tensor, places: Tensor) -> dict[str, Any]:
+        """Inputs of R rows of the one sample: boxes that are false in bool [R, I] masked, tokens at int64 [R, k] left.
+
+        Tokens move up where others left; what attention leaves out is as good as removed.
+        """
+        if not self.image_parts:
+            raise PrunexError(
+                f"nobody knows how to remove parts of what {type(self.model).__name__} sees exactly: give LXMERT, "
+                "VisualBERT or ViLT for question answering"
+            )
+        rows = len(image)
+        mask, *others = self.image_parts
+        reduced = {name: self.inputs[name] for name in others if name in self.inputs}
+        reduced = {name: value.expand(rows, *value.shape[1:]) for name, value in reduced.items()}
+        text = {name: self.inputs[name][0][places] for name in self.text_parts if name in self.inputs}
+        return {**reduced, **text, mask: image.to(torch.float32)}
+
+    def answers_without(self, image: Tensor, places: Tensor) -> Tensor:
+        """Scores [R, C] of the one sample's rows."""
+        return self.logits(self.model(**self.without(image, places)))
+
     def boxes(self, recording: Recording) -> Tensor | None:
         """What boxes lie where, [B, n, 4]: those that were given, as they were given, or those that are predicted."""
         return None
@@ -176,21 +220,3 @@ def known(adapter: type[Adapter]) -> type[Adapter]:
     """Class decorator: the models of an adapter are known from now on."""
     ADAPTERS.update(dict.fromkeys(adapter.models, adapter))
     return adapter
-
-
-def adapter_of(model: Any, inputs: Any) -> Adapter:
-    """The adapter of a model, with its inputs.
-
-    Raises:
-        PrunexError: A model that is not known; inputs that are no mapping or lack what the model needs.
-    """
-    names = [each.__name__ for each in type(model).__mro__] if isinstance(model, nn.Module) else []
-    adapter = next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
-    if adapter is None:
-        raise PrunexError(
-            f"{type(model).__name__} is not known. Known: {', '.join(sorted(ADAPTERS))}; teach another with "
-            "prunex.multimodal.register"
-        )
-    if not isinstance(inputs, Mapping):
-        raise PrunexError(f"inputs is a {type(inputs).__name__}: give the processor's batch, tensors by name")
-    return adapter(model, inputs)

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import prunex.multimodal.detr
-import prunex.multimodal.lxmert
-import prunex.multimodal.single_stream
-import prunex.multimodal.two_towers  # noqa: F401  (each makes its models known)
 from prunex.checks import check_choice, check_flag
 from prunex.errors import PrunexError, unknown
-from prunex.multimodal.adapter import ADAPTERS, Adapter, Targets, adapter_of
+from prunex.multimodal.adapter import Adapter, Targets
 from prunex.multimodal.explanation import MultimodalExplanation, Queries, Query
+from prunex.multimodal.families import adapter_of
 from prunex.multimodal.recorder import Recording, recorded
 from prunex.multimodal.rules import Attended, Rules
 
@@ -23,11 +20,6 @@ METHODS = ("generic_attention", "raw_attention", "rollout", "grad_cam")
 _RELEVANCE_RULES = ("transformer_attribution", "partial_lrp")
 _WITH_GRADIENTS = ("generic_attention", "grad_cam")
 _RULES = {"literal": False, "normalise": True, "self_terms": True, "accumulate": True}
-
-
-def models() -> list[str]:
-    """Names of the model classes that can be explained."""
-    return sorted(ADAPTERS)
 
 
 def explain(
@@ -49,7 +41,7 @@ def explain(
     the kind of attention stay as they were. Fused attention keeps no map: eager attention takes its place for the call.
 
     Args:
-        model: A transformers model as it is; :func:`models` lists the classes.
+        model: A transformers model as it is; :func:`prunex.multimodal.models` lists the classes.
         inputs: Its processor's batch: tensors by name. A sample's map is the same alone and in any batch.
         target: Class index (CLIP: number of the text), int64 [B], or [B, K] for K of each sample; None for the
             predicted one. Of a detector: for each object query, [B, Q].
@@ -84,7 +76,7 @@ def explain(
     check_choice("method", method, METHODS)
     adapter = adapter_of(model, inputs)
     rules, chosen = _options(adapter, method, options)
-    with recorded(model, inputs, adapter.roles, adapter.feature_map) as recording:
+    with recorded(model, adapter.prepared, adapter.roles, adapter.feature_map) as recording:
         if len(recording.maps) != adapter.count():
             raise PrunexError(
                 f"{type(model).__name__} showed {len(recording.maps)} attention maps where {adapter.count()} are "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunex.multimodal.adapter import Adapter, Targets, known
-from prunex.multimodal.recorder import Recording
+from prunex.multimodal.recorder import Recording, attention_modules
 from prunex.multimodal.rules import Attended, Relevance, Rules, between, last, rollout
+
+_CROSSING = r"encoder\.x_layers\.\d+\.visual_attention\.att"
 
 
 @known
@@ -24,13 +28,14 @@ class Lxmert(Adapter):
     roles = {
         r"encoder\.layer\.\d+\.attention\.self": ("tt",),
         r"encoder\.r_layers\.\d+\.attention\.self": ("ii",),
-        r"encoder\.x_layers\.\d+\.visual_attention\.att": ("ti", "it"),
+        _CROSSING: ("ti", "it"),
         r"encoder\.x_layers\.\d+\.lang_self_att\.self": ("tt",),
         r"encoder\.x_layers\.\d+\.visn_self_att\.self": ("ii",),
     }
     crossed = ("ti", "it")
     reads = ("tt", "ti")
     needs = ("input_ids", "visual_feats", "visual_pos")
+    image_parts = ("visual_attention_mask", "visual_feats", "visual_pos")
 
     def count(self) -> int:
         return self.config.l_layers + self.config.r_layers + 4 * self.config.x_layers
@@ -78,8 +83,35 @@ class Lxmert(Adapter):
             torch.ones(len(features), count, dtype=torch.bool, device=features.device) if mask is None else mask.bool()
         )
 
+    def answers_without(self, image: Tensor, places: Tensor) -> Tensor:
+        """Rows without any box are exact, too: masking all of them would have attention read them evenly."""
+        blind = ~image.any(1)
+        with _blind(self.model) if blind.any() else nullcontext():
+            answers = super().answers_without(image, places)
+        if blind.any() and not blind.all():
+            answers[~blind] = super().answers_without(image[~blind], places[~blind])
+        return answers
+
     def boxes(self, recording: Recording) -> Tensor | None:
         return self.inputs["visual_pos"]
+
+
+@contextmanager
+def _blind(model: nn.Module) -> Iterator[None]:
+    """Text that asks the image gets nothing, as it would from an image without boxes."""
+    calls: Counter[nn.Module] = Counter()
+
+    def nothing(module: nn.Module, _args: Any, output: Any) -> Any:
+        calls[module] += 1
+        return (torch.zeros_like(output[0]), *output[1:]) if calls[module] == 1 else output
+
+    crossing = attention_modules(model, {_CROSSING: ()}).values()
+    hooks = [module.register_forward_hook(nothing) for module, _ in crossing]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _without_itself(matrices: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -87,7 +87,7 @@ def refuse(model: nn.Module) -> None:
 @contextmanager
 def recorded(
     model: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: Callable[[], Mapping[str, Any]],
     roles: Mapping[str, Sequence[str]],
     feature_map: str | None = None,
 ) -> Iterator[Recording]:
@@ -99,7 +99,7 @@ def recorded(
     Args:
         model: A transformers model, or one that keeps to their conventions: an attention module returns its output and
             its map.
-        inputs: What it is called with, by name.
+        inputs: Gives what it is called with, by name.
         roles: Roles of the first, second, ... call of the attention modules whose dotted path ends as a pattern says.
         feature_map: Pattern of the path of the convolution whose output's size is the image's grid.
 
@@ -122,7 +122,7 @@ def recorded(
         if feature_map is not None:
             for module, _ in attention_modules(model, {feature_map: ()}).values():
                 stack.callback(module.register_forward_hook(_keeps_size(recording)).remove)
-        recording.outputs = model(**{name: _outside_inference(value) for name, value in inputs.items()})
+        recording.outputs = model(**{name: _outside_inference(value) for name, value in inputs().items()})
         wrong = next((path for path, (_, each) in modules.items() if calls[path] != len(each)), None)
         if wrong is not None:
             raise PrunexError(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError
@@ -54,6 +53,7 @@ class VisualBert(SingleStream):
     models = ("VisualBertForQuestionAnswering", "VisualBertForVisualReasoning")
     roles = {r"encoder\.layer\.\d+\.attention\.self": ("ss",)}
     needs = ("input_ids", "attention_mask", "visual_embeds")
+    image_parts = ("visual_attention_mask", "visual_embeds", "visual_token_type_ids")
     row_normalised = False  # as the authors roll it out
 
     def count(self) -> int:
@@ -70,6 +70,10 @@ class VisualBert(SingleStream):
             )
         return lengths - 2
 
+    def protected(self, length: int) -> list[int]:
+        """[CLS], [SEP], and the token before it, which the answer reads."""
+        return [0, length - 2, length - 1]
+
     def grad_cam(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
         """Scaled over the whole matrix to 0..1, as the authors do, before a row is read; a map without values is 0."""
         matrix = super().grad_cam(maps)["R_ss"]
@@ -83,48 +87,65 @@ class VisualBert(SingleStream):
 
 @known
 class Vilt(SingleStream):
-    """ViLT: patches of an image, a class token of their own before them; the first text token answers."""
+    """ViLT: patches of an image, a class token of their own before them; the first text token answers.
+
+    The model draws the order of an image's patches, and with ``max_image_length`` which of them it looks at: they are
+    embedded here, by its own code, so that the places are known.
+    """
 
     models = ("ViltForQuestionAnswering", "ViltForImageAndTextRetrieval")
     roles = {r"encoder\.layer\.\d+\.attention\.attention": ("ss",)}
     needs = ("input_ids", "pixel_values")
 
-    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        super().__init__(model, inputs)
-        valid = self._patches()
-        tall, wide = valid.any(2).sum(1), valid.any(1).sum(1)
-        self._grids = [(int(h), int(w)) for h, w in zip(tall, wide, strict=True)]
-        most = self.config.max_image_length
-        if isinstance(most, int) and 0 <= most < max(h * w for h, w in self._grids):
-            raise PrunexError(
-                f"{type(model).__name__} looks at {most} patches drawn at random (max_image_length), and nobody knows "
-                "which: set config.max_image_length = -1"
-            )
-
     def count(self) -> int:
         return self.config.num_hidden_layers
 
-    def _patches(self) -> Tensor:
-        """Bool [B, h, w], which patches lie on the image."""
-        pixels, size = self.inputs["pixel_values"], self.config.patch_size
-        mask = self.inputs.get("pixel_mask")
-        mask = torch.ones(len(pixels), *pixels.shape[2:], device=pixels.device) if mask is None else mask
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        grid = (pixels.shape[2] // size[0], pixels.shape[3] // size[1])
-        return F.interpolate(mask[:, None].float(), size=grid)[:, 0].bool()
+    def prepared(self) -> Mapping[str, Any]:
+        others = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
+        embedded, seen, places = self._embedded(self.config.max_image_length)
+        self._places, self._seen = places, seen[:, 1:].bool()
+        return {**others, "image_embeds": embedded, "pixel_mask": seen}
+
+    def _embedded(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens [B, 1 + n, D], which of them count [B, 1 + n], and the cells of the n patches, int64 [B, n]."""
+        pixels, mask = self.inputs["pixel_values"], self.inputs.get("pixel_mask")
+        mask = torch.ones_like(pixels[:, 0], dtype=torch.long) if mask is None else mask
+        embeddings: Any = self.model.get_submodule("vilt.embeddings")
+        tokens, seen, (index, grid) = embeddings.visual_embed(pixels, mask, max_image_length=most)
+        self._grid = (int(grid[0]), int(grid[1]))
+        return tokens, seen, index[..., 0] * self._grid[1] + index[..., 1]
 
     def cells(self) -> tuple[int, tuple[int, int] | None]:
-        valid = self._patches()
-        return 1, (int(valid.shape[1]), int(valid.shape[2]))
+        return 1, self._grid
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
-        text, packed = super().rows(matrices, targets, column)
-        # The model packs an image's own patches to the front, and pads to the largest image behind them.
-        tall, wide = self.cells()[1] or (0, 0)
-        cells = packed.new_zeros(len(packed), tall, wide)
-        for image, (h, w) in enumerate(self._grids):
-            cells[image, :h, :w] = packed[image, : h * w].view(h, w)
-        return text, cells.flatten(1)
+        text, drawn = super().rows(matrices, targets, column)
+        cells = drawn.new_zeros(len(drawn), self._grid[0] * self._grid[1])
+        return text, cells.scatter_add(1, self._places, drawn * self._seen)
 
     def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        return self._patches().flatten(1)
+        """Patches that the model looked at."""
+        none = torch.zeros(len(self._places), count, dtype=torch.long, device=self._places.device)
+        return none.scatter_add(1, self._places, self._seen.long()) > 0
+
+    def sample(self, sample: int, length: int, valid: Tensor) -> dict[str, Any]:
+        """The part of the picture that lies on patches of the image."""
+        one = super().sample(sample, length, valid)
+        if self.config.max_image_length >= 0:
+            raise PrunexError(
+                f"{type(self.model).__name__} draws which patches it looks at (max_image_length), so nothing can be "
+                "removed from what it saw: set config.max_image_length = -1"
+            )
+        size = self.config.patch_size
+        tall, wide = (size, size) if isinstance(size, int) else size
+        pixels = one["pixel_values"]
+        cells = valid.view(pixels.shape[2] // tall, pixels.shape[3] // wide)
+        pixels = pixels[:, :, : int(cells.any(1).sum()) * tall, : int(cells.any(0).sum()) * wide]
+        return {**one, "pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0], dtype=torch.long)}
+
+    def without(self, image: Tensor, places: Tensor) -> dict[str, Any]:
+        """Patches leave once they are embedded, since a mask of pixels says where an image ends and no more."""
+        text = {name: self.inputs[name][0][places] for name in self.text_parts if name in self.inputs}
+        embedded, _, cells = self._embedded(-1)
+        seen = torch.cat([image.new_ones(len(image), 1), image[:, cells[0]]], 1)
+        return {**text, "image_embeds": embedded.expand(len(image), -1, -1), "pixel_mask": seen.long()}

@@ -8,7 +8,7 @@ from tests.explainers.reference import SEEDS, present
 pytest.importorskip("transformers", reason="the extra 'multimodal' is not installed")
 
 import prunex.multimodal  # noqa: E402
-from prunex.multimodal.adapter import adapter_of  # noqa: E402
+from prunex.multimodal.families import adapter_of  # noqa: E402
 from prunex.multimodal.rules import Attended, Rules  # noqa: E402
 from tests.golden.multimodal import model_and_inputs, relative, stored_maps  # noqa: E402
 

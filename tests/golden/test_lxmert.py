@@ -8,7 +8,7 @@ from tests.explainers.reference import SEEDS, present
 pytest.importorskip("transformers", reason="the extra 'multimodal' is not installed")
 
 import prunex.multimodal  # noqa: E402
-from prunex.multimodal.adapter import adapter_of  # noqa: E402
+from prunex.multimodal.families import adapter_of  # noqa: E402
 from prunex.multimodal.rules import Rules  # noqa: E402
 from tests.golden.multimodal import model_and_inputs, relative, stored_maps  # noqa: E402
 
@@ -63,7 +63,7 @@ def test_maps_and_gradients(seed):
 
     model, inputs, want = model_and_inputs("lxmert", seed)
     adapter = adapter_of(model, inputs)
-    with recorded(model, inputs, adapter.roles) as recording:
+    with recorded(model, adapter.prepared, adapter.roles) as recording:
         assert [map_.path for map_ in recording.maps] == [path for path, _ in roles()]
         score = recording.outputs.question_answering_score.gather(1, want["targets_pred"][:, None]).sum()
         for map_, (path, role) in zip(recording.with_gradients(score, last=True), roles(), strict=True):

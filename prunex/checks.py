@@ -92,6 +92,20 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     return value
 
 
+def check_choices(one: str, many: str, values: Any, allowed: Collection[str]) -> list[str]:
+    """One or more of some names, each once; a single one may come alone.
+
+    >>> check_choices("order", "orders", "least", ("without", "only", "least"))
+    ['least']
+    """
+    given = list(values) if isinstance(values, list | tuple) else [values]
+    for name in given:
+        check_choice(one, name, allowed)
+    if not given or len(set(given)) < len(given):
+        raise PrunexError(f"{many}={values!r} is not allowed: give one or more of {', '.join(allowed)}, each once")
+    return given
+
+
 def check_kind(name: str, value: Any, kind: Any) -> None:
     """See that an option is one of the names, or the flag, that its annotation says; other kinds are not looked at.
 

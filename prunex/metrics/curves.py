@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.brief import Brief
-from prunex.checks import check_choice
+from prunex.checks import check_choice, check_choices
 from prunex.errors import PrunexError
 from prunex.metrics.base import mean_of
 from prunex.metrics.checks import check_steps
@@ -113,7 +113,7 @@ def removal_curves(
     # Tokens are whole patches: a pixel alone cannot leave with one.
     if units == "pixels" and options.get("removal", "drop") == "drop":
         raise PrunexError("units='pixels' cannot be dropped: paint them with removal='grey', or take units='patches'")
-    kinds = _check_orders(orders)
+    kinds = [ORDERS.index(name) for name in check_choices("order", "orders", orders, ORDERS)]
     occlusion = ClassOcclusion(model, images, maps, target, **options)
     values = occlusion.values if units == "patches" else on_pixels(occlusion.maps, occlusion.size, occlusion.patch)
     total = values.shape[1]
@@ -272,16 +272,6 @@ def _curve(curves: Any, order: Order) -> Tensor:
     if curve is None:
         raise PrunexError(f"these curves were made without {order!r}: name it among the orders of removal_curves")
     return curve
-
-
-def _check_orders(orders: Any) -> list[int]:
-    """Their numbers in ORDERS."""
-    given = list(orders) if isinstance(orders, list | tuple) else [orders]
-    for name in given:
-        check_choice("order", name, ORDERS)
-    if not given or len(set(given)) < len(given):
-        raise PrunexError(f"orders={orders!r} is not allowed: give one or more of {', '.join(ORDERS)}, each once")
-    return [ORDERS.index(name) for name in given]
 
 
 def _whole(curves: Curves) -> None:

@@ -110,7 +110,7 @@ class FaithfulnessMonitor(ExplainingMonitor):
             kept, judge = None, None
             if any(m.group == "agreement" for m in self.metrics) and _chooses(e):
                 dense = without_pruning(call.vit) if dense is None else dense
-                target = e.target if bool((e.target >= 0).all()) else None
+                target = e.goal()
                 kept, judge = e.trace.kept(), prunex.explain(name, dense, call.entered, target, **options).maps
             chosen = [m.name for m in self.metrics if _applies(trainer, m, tensors.get("masks"), kept)]
             if not chosen:

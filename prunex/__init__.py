@@ -33,7 +33,18 @@ _PLACES = {
 }
 
 # Rooms with public names of their own.
-_ROOMS = ("callbacks", "configs", "explainers", "heads", "metrics", "multimodal", "pictures", "pruners", "recipes")
+_ROOMS = (
+    "callbacks",
+    "configs",
+    "explainers",
+    "heads",
+    "metrics",
+    "multimodal",
+    "pictures",
+    "pruners",
+    "recipes",
+    "targets",
+)
 
 __all__ = [*_PLACES]
 
@@ -52,7 +63,7 @@ if _typing.TYPE_CHECKING:
     from prunex.vit.widths import WidthSpec as WidthSpec
     from prunex import callbacks as callbacks, configs as configs, explainers as explainers, heads as heads
     from prunex import metrics as metrics, multimodal as multimodal
-    from prunex import pictures as pictures, pruners as pruners, recipes as recipes
+    from prunex import pictures as pictures, pruners as pruners, recipes as recipes, targets as targets
 else:
 
     def __getattr__(name):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from contextlib import nullcontext
+from typing import Any, get_type_hints, overload
 
+import torch
 from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
@@ -13,22 +15,38 @@ from prunex.checks import called_as, check_kind
 from prunex.errors import PrunexError, Unreached, unknown
 from prunex.registry import lookup
 from prunex.relevance.explanation import Explanation
+from prunex.targets import Aimed, Function, MultiLabel
 from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.aside import as_found
 from prunex.vit.methods import check_methods
-from prunex.vit.surroundings import look
+from prunex.vit.recording import one_forward
+from prunex.vit.surroundings import Call, look
 
 
+@overload
+def explain(
+    method: str, model: nn.Module, images: Tensor, target: MultiLabel, *, path: str | None = None, **options: Any
+) -> list[Explanation]: ...
+@overload
+def explain(
+    method: str,
+    model: nn.Module,
+    images: Tensor,
+    target: int | Tensor | Function | None = None,
+    *,
+    path: str | None = None,
+    **options: Any,
+) -> Explanation: ...
 @called_as('prunex.explain("tokentm", model, images)', method=str, model=nn.Module)
 def explain(
     method: str,
     model: nn.Module,
     images: Tensor,
-    target: int | Tensor | None = None,
+    target: int | Tensor | Function | MultiLabel | None = None,
     *,
     path: str | None = None,
     **options: Any,
-) -> Explanation:
+) -> Explanation | list[Explanation]:
     """Explain what a ViT's prediction rests on, dense or pruned.
 
     Runs in eval mode on its own and leaves the model, its gradients, its train flags and the caller's grad mode as they
@@ -41,23 +59,29 @@ def explain(
             enters its ViT is explained, and the classes are those that it gives itself, whatever head, softmax or
             dictionary follows the ViT. One without a forward is explained by its ViT alone, with a warning.
         images: float [B, C, H, W], normalised as the model expects.
-        target: Class index, integer tensor [B], or None for the predicted class; of the model's own output.
+        target: Class index, integer tensor [B], or None for the predicted class; of the model's own output. Or any
+            number an image: a function from the model's output to [B], such as those of ``prunex.targets``; methods
+            that know no class say the same for all. Or ``MultiLabel``, for a list of explanations.
         path: Dotted path to the ViT when ``model`` holds several.
         **options: The method's own.
 
     Returns:
-        The explanation.
+        The explanation; of several labels a list of them.
 
     Raises:
         PrunexError: Unknown method or option, images or target the model cannot take, NaN in the images; a model whose
             own forward gives something else than what would be explained, or cannot be followed (a ViT called several
-            times, or not as a whole; several outputs); a method that needs gradients where a layer lets none through.
+            times, or not as a whole; several outputs); a method that needs gradients where a layer lets none through;
+            a target that gives something else than a number an image, mixes images, or that the method cannot follow.
 
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     >>> e = prunex.explain("rollout", model, torch.randn(2, 3, 224, 224))
     >>> e.maps.shape, e.upsample().shape
     (torch.Size([2, 14, 14]), torch.Size([2, 224, 224]))
+    >>> e = prunex.explain("tokentm", model, torch.randn(1, 3, 224, 224), prunex.targets.Contrast(3, 5))
+    >>> e.logits.shape, e.target
+    (torch.Size([1, 1]), tensor([-1]))
     """
     known = lookup("explainer", method)
     make, defaults = known.make, known.options
@@ -66,6 +90,9 @@ def explain(
         if name not in defaults:
             raise unknown(f"option of {method}", name, defaults)
         check_kind(name, value, kinds.get(name))
+    function = target if callable(target) else None
+    if function is not None:
+        model, path, target = Aimed(model, function), path and f"model.{path}", 0
     vit = find(model, path)[1]
     anatomy = read(vit)
     check_methods(vit)
@@ -78,15 +105,26 @@ def explain(
         # What enters the ViT and what becomes of its output is only known from a call of the model.
         call = look(model, vit, images, path is not None)
         check_images(anatomy, call.entered, values=True)
-        try:
-            explanation: Explanation = make(call.vit, call.entered, target, **options)
-        except Unreached as error:
-            raise PrunexError(f"{method} needs gradients: {error}") from error
-        call.check(method, explanation.logits, explanation.trace)
-    # What a method cannot know of itself: its name, and what was done round its ViT.
-    explanation.method, explanation.options = method, {**defaults, **options}
-    explanation.entered, explanation.output = call.prepared, call.field
-    explanation.resized = explanation.image_size != tuple(images.shape[2:])
+        targets = target.which if isinstance(target, MultiLabel) else [target]
+        with one_forward() if len(targets) > 1 else nullcontext():
+            explanations = [_by_method(method, make, call, each, options) for each in targets]
+    for e in explanations:
+        # What a method cannot know of itself: its name, and what was done round its ViT.
+        e.method, e.options = method, {**defaults, **options}
+        e.entered, e.output = call.prepared, call.field
+        e.resized = e.image_size != tuple(images.shape[2:])
+        if function is not None:
+            e.function, e.target = function, torch.full_like(e.target, -1)
+    return explanations if isinstance(target, MultiLabel) else explanations[0]
+
+
+def _by_method(method: str, make: Callable[..., Explanation], call: Call, target: Any, options: Any) -> Explanation:
+    """One explanation, of what the model itself gives."""
+    try:
+        explanation = make(call.vit, call.entered, target, **options)
+    except Unreached as error:
+        raise PrunexError(f"{method} needs gradients: {error}") from error
+    call.check(method, explanation.logits, explanation.trace)
     return explanation
 
 

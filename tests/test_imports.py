@@ -16,6 +16,7 @@ GROUND = [
     "batches",
     "version",
     "registry",
+    "targets",
     "configs",
     "lazy",
 ]

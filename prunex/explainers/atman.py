@@ -17,7 +17,7 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.attention import KeyWeights
 from prunex.vit.embedding import embed_patches
-from prunex.vit.readout import before_softmax
+from prunex.vit.readout import before_softmax, scalar
 from prunex.vit.recording import Recording, check_chunk, recording, sequences
 from prunex.vit.tape import Tape
 
@@ -76,7 +76,7 @@ def atman(
     check_chunk(chunk)
     # One output says nothing about itself: its softmax is 1.
     with recording(model, images, target, Tape(narrow=True), needs_class=True) as recorded:
-        if recorded.logits.shape[1] == 1:
+        if recorded.logits.shape[1] == 1 and not scalar(model):
             raise PrunexError("this model has one output, whose cross entropy is always 0: use grad_sam or rollout")
         # Zeros are like nothing, themselves included: without a similarity i is damped alone.
         vectors = torch.zeros_like(recorded.embedded[:, recorded.anatomy.prefix :, :1])
@@ -84,7 +84,7 @@ def atman(
             vectors = embed_patches(model, images)[0]
         factors = suppression(vectors, factor, math.inf if similarity is None else similarity)
         raw = promoted(_damped(recorded, factors, rule, freeze_selection, chunk))
-        rise = _cross_entropy(recorded, raw) - _cross_entropy(recorded, recorded.logits.unsqueeze(1))
+        rise = _loss(recorded, raw) - _loss(recorded, recorded.logits.unsqueeze(1))
         return answer(recorded, rise, raw, signed=True)
 
 
@@ -112,8 +112,10 @@ def _damped(recorded: Recording, factors: Tensor, rule: Any, frozen: bool, chunk
     return torch.cat(logits).unflatten(0, (batch, patches))
 
 
-def _cross_entropy(recorded: Recording, logits: Tensor) -> Tensor:
-    """Of logits [B, R, classes] with one class an image: [B, R]."""
+def _loss(recorded: Recording, logits: Tensor) -> Tensor:
+    """Cross entropy of logits [B, R, classes] with one class an image; less a target's number itself: [B, R]."""
+    if scalar(recorded.model):
+        return -promoted(logits)[..., 0]
     log_probabilities = promoted(before_softmax(recorded.model, logits)).log_softmax(-1)
     index = recorded.target[:, None, None].expand(-1, logits.shape[1], 1)
     return -log_probabilities.gather(2, index).squeeze(2)

@@ -14,7 +14,7 @@ from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import features, features_tape, log_odds
 from prunex.vit.anatomy import ViT
-from prunex.vit.readout import before_softmax
+from prunex.vit.readout import before_softmax, scalar
 from prunex.vit.recording import check_layer, recording
 
 _FLOOR = 1e-5  # affinity of two patches that are not alike
@@ -72,8 +72,8 @@ def r_cut(
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold < 1:
         raise PrunexError(f"threshold={threshold!r} is not allowed: give a cosine in [-1, 1)")
     with recording(model, images, target, features_tape(layer), needs_class=True) as recorded:
-        if objective == "logit":
-            score = recorded.score()
+        if objective == "logit" or scalar(model):
+            objective, score = "logit", recorded.score()
         elif recorded.logits.shape[1] == 1:
             raise PrunexError("the probability of a single class is always 1: explain it with objective='logit'")
         else:

@@ -15,7 +15,7 @@ from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import features, features_tape
 from prunex.removal.game import check_selection, score
 from prunex.vit.anatomy import ViT
-from prunex.vit.readout import before_softmax
+from prunex.vit.readout import before_softmax, scalar
 from prunex.vit.recording import check_layer, recording
 
 Probability = Callable[[Tensor, Tensor], Tensor]
@@ -86,7 +86,7 @@ def vit_cx(
             merged.append(cluster_masks(m, use, present, distance, max_masks))
 
         def of_target(logits: Tensor, image: Tensor) -> Tensor:
-            probabilities = score(before_softmax(model, logits), "probability")
+            probabilities = score(before_softmax(model, logits), "logit" if scalar(model) else "probability")
             wide = torch.promote_types(logits.dtype, torch.float32)
             return probabilities.to(wide).gather(1, recorded.target[image, None])[:, 0]
 

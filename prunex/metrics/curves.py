@@ -25,6 +25,7 @@ from prunex.metrics.occlusion import ClassOcclusion, on_pixels
 from prunex.metrics.ranks import ranked
 from prunex.registry import register
 from prunex.removal.game import ScoreOptions
+from prunex.targets import Target
 
 Order = Literal["without", "only", "least"]
 ORDERS: tuple[Order, ...] = ("without", "only", "least")
@@ -70,7 +71,7 @@ def removal_curves(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     steps: Sequence[float] = STEPS,
     units: Literal["patches", "pixels"] = "patches",

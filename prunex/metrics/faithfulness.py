@@ -26,6 +26,7 @@ from prunex.metrics.ranks import TINY, average_ranks, pearson, ranked
 from prunex.registry import register
 from prunex.removal.coalitions import of_sizes, seeded
 from prunex.removal.game import SCORE_DEFAULTS, ScoreOptions
+from prunex.targets import Target
 
 ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
 
@@ -41,7 +42,7 @@ def sensitivity_n(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     sizes: Sequence[int] | None = None,
     samples: int = 100,
@@ -70,7 +71,7 @@ def faithfulness_correlation(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     size: int | float = 0.2,
     samples: int = 100,
@@ -106,7 +107,7 @@ def infidelity(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     samples: int = 100,
     scale: Literal["beta", "none"] = "beta",
@@ -140,7 +141,7 @@ def saco(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     groups: int = 10,
     **options: Unpack[ScoreOptions],

@@ -13,12 +13,15 @@ from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.metrics.checks import check_maps
 from prunex.removal.game import OUTPUTS, ROUTES, SELECTIONS, Output, Removal, RemovalOptions, score
+from prunex.targets import Target
 from prunex.vit.anatomy import ViT, check_images, find
 from prunex.vit.aside import as_found
 from prunex.vit.embedding import over_pixels
 from prunex.vit.forward import own_anatomy
 from prunex.vit.methods import check_methods
+from prunex.vit.readout import classifies, scalar
 from prunex.vit.recording import choose_target, rounded
+from prunex.vit.surroundings import aimed
 
 BITS = 40  # of an interpolated value that count
 ULPS = 32  # by so many units in the last place a score may differ where nothing else does
@@ -39,7 +42,7 @@ class Occlusion:
         check_methods(vit)
         anatomy = own_anatomy(vit)
         check_images(anatomy, images, values=True)
-        if isinstance(vit.head, nn.Identity):
+        if not classifies(vit):
             raise PrunexError("this model has no classifier (num_classes=0): removing patches changes no class score")
         # Images go where the model is, and in its precision: metrics are given what loaders give.
         weight = next(vit.parameters())
@@ -81,13 +84,17 @@ class ClassOcclusion(Occlusion):
         model: nn.Module,
         images: Tensor,
         maps: Tensor,
-        target: int | Tensor | None = None,
+        target: Target = None,
         *,
         output: Output = "probability",
         **options: Unpack[RemovalOptions],
     ) -> None:
-        self.output = check_choice("output", output, OUTPUTS)
+        check_choice("output", output, OUTPUTS)
+        if callable(target):
+            # The ViT that ends in the target's number has nothing else to choose from.
+            model, target = aimed(model, target, images), 0
         super().__init__(model, images, **options)
+        self.output: Output = "logit" if scalar(self.model) else output
         self.maps = check_maps(maps, self.images, self.grid)
         self.values = on_patches(self.maps, self.grid, self.patch)
         self.target = choose_target(self.clean, target)

@@ -15,6 +15,7 @@ from prunex.explain import explain
 from prunex.metrics.base import MeanOverImages
 from prunex.registry import lookup, register
 from prunex.removal.coalitions import seeded
+from prunex.targets import Target
 
 Explainer = str | Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -29,7 +30,7 @@ def max_sensitivity(
     explainer: Explainer,
     model: nn.Module,
     images: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     radius: float = 0.02,
     samples: int = 10,
@@ -73,7 +74,7 @@ def sensitivity_of(
     explainer: Explainer,
     model: nn.Module,
     images: Tensor,
-    target: int | Tensor | None,
+    target: Target,
     options: dict[str, Any],
     *,
     radius: float = 0.02,
@@ -90,10 +91,11 @@ def sensitivity_of(
     check_choice("of", of, ("maps", "raw"))
     # The class is that of the clean image; an explainer of one's own cannot be asked for it.
     if callable(explainer):
+        if callable(target):
+            raise PrunexError("an explainer of one's own is asked for classes: give target as a class, or [B], or None")
         target = explain("raw_attention", model, images, target).target
     explained = partial(_explained, explainer, model, of, options)
-    clean, chosen = explained(images, target)
-    classless = bool((chosen < 0).any())  # a model without a classifier
+    clean, goal = explained(images, target)
     images = images.detach()
     # Drawn on the CPU in float64, so that every device and precision sees the same noise.
     noise = torch.empty(samples, *images.shape[1:], dtype=torch.float64)
@@ -104,8 +106,8 @@ def sensitivity_of(
     norms = []
     for part in torch.arange(len(image), device=images.device).split(chunk):
         rows = image[part]
-        classes = None if classless else chosen[rows.to(chosen.device)]
-        maps, _ = explained(images[rows] + noise[draw[part]], classes)
+        same = goal[rows.to(goal.device)] if isinstance(goal, Tensor) else goal
+        maps, _ = explained(images[rows] + noise[draw[part]], same)
         norms.append(_norm(maps - clean[rows.to(clean.device)]))
     # A map of zeros has no size to compare with: its change is taken as it is.
     size = _norm(clean)
@@ -115,11 +117,11 @@ def sensitivity_of(
 
 def _explained(
     explainer: Explainer, model: nn.Module, of: str, options: dict[str, Any], images: Tensor, target: Any
-) -> tuple[Tensor, Tensor]:
-    """Maps float64 [B, ...], and the class each explains."""
+) -> tuple[Tensor, Target]:
+    """Maps float64 [B, ...], and what they explain."""
     if isinstance(explainer, str):
         explanation = explain(explainer, model, images, target, **options)
-        return (explanation.maps if of == "maps" else explanation.raw).double(), explanation.target
+        return (explanation.maps if of == "maps" else explanation.raw).double(), explanation.goal()
     if not callable(explainer):
         lookup("explainer", explainer)
     target = torch.full((len(images),), -1, device=images.device) if target is None else torch.as_tensor(target)
@@ -152,6 +154,6 @@ class MaxSensitivity(MeanOverImages):
         self.explainer, self.options = explainer, check_options(options)
         self.drawn = {name: drawn.get(name, default) for name, default in names.items()}
 
-    def measure(self, model: nn.Module, images: Tensor, target: int | Tensor | None = None) -> Tensor:
+    def measure(self, model: nn.Module, images: Tensor, target: Target = None) -> Tensor:
         """See :func:`max_sensitivity`."""
         return sensitivity_of(self.explainer, model, images, target, self.options, **self.drawn)

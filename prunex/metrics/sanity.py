@@ -19,6 +19,7 @@ from prunex.explain import explain
 from prunex.metrics.ranks import spearman
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation
+from prunex.targets import Target
 from prunex.vit.anatomy import find, read
 
 _PAPER = "Adebayo et al., NeurIPS 2018, arXiv 1810.03292"
@@ -84,7 +85,7 @@ def model_randomisation(
     method: str,
     model: nn.Module,
     images: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     path: str | None = None,
     cascade: bool = True,
@@ -120,13 +121,12 @@ def model_randomisation(
     check_whole("seed", seed, 0)
     check_number("threshold", threshold, 0, 1)
     original = explain(method, model, images, target, path=path, **options)
-    classes = _classes(original)
     stages: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     # The class stays the original prediction: a random model would be asked about another one.
     for stage, changed in _randomisations(find(model, path)[1], cascade, seed):
         stages.append(stage)
-        rows.append(_alike(original, explain(method, changed, images, classes, **options)))
+        rows.append(_alike(original, explain(method, changed, images, original.goal(), **options)))
     signed, absolute, ssim = (torch.stack(column) for column in zip(*rows, strict=True))
     chance = _chance(signed[-1], original.maps[0].numel())
     return ModelRandomisation(method, original.options, cascade, stages, signed, absolute, ssim, chance, threshold)
@@ -169,7 +169,7 @@ def batch_order(
     method: str,
     model: nn.Module,
     images: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     path: str | None = None,
     **options: Any,
@@ -185,11 +185,9 @@ def batch_order(
     True
     """
     together = explain(method, model, images, target, path=path, **options)
-    target = _classes(together)
 
     def again(chosen: list[int]) -> Tensor:
-        classes = None if target is None else target[chosen]
-        return explain(method, model, images[chosen], classes, path=path, **options).maps
+        return explain(method, model, images[chosen], together.goal(chosen), path=path, **options).maps
 
     # Reversed, every image of the batch has other neighbours on both sides.
     order = list(range(len(images)))
@@ -202,11 +200,6 @@ def batch_order(
         return (maps.double() - together.maps.double()).abs().amax((1, 2)) / size
 
     return BatchOrder(difference(alone), difference(shuffled))
-
-
-def _classes(explanation: Explanation) -> Tensor | None:
-    """The classes explained; None where the model has no classifier."""
-    return explanation.target if bool((explanation.target >= 0).all()) else None
 
 
 def _randomisations(vit: nn.Module, cascade: bool, seed: int) -> Iterator[tuple[str, nn.Module]]:

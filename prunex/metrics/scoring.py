@@ -25,6 +25,7 @@ from prunex.metrics.reference import chance
 from prunex.metrics.robustness import sensitivity_of
 from prunex.registry import lookup
 from prunex.removal.game import GameOptions, Route
+from prunex.targets import Target
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import over_pixels
 from prunex.vit.mount import mounted, mounted_units
@@ -130,7 +131,7 @@ def scores(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     *,
     removal: Route | None = None,
     **evidence: Unpack[Evidence],

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.multimodal.recorder import Recording, attention_modules
 from prunex.multimodal.rules import Attended, Relevance, Rules, by_role, grad_cam, last, propagate, rollout
 
 
-@dataclass
-class Pass:
+@dataclass(eq=False, repr=False)
+class Pass(Brief):
     """One backward pass: a score of each sample, summed, since no sample's attention touches another's.
 
     Attributes:
@@ -27,8 +28,8 @@ class Pass:
     column: Tensor
 
 
-@dataclass
-class Targets:
+@dataclass(eq=False, repr=False)
+class Targets(Brief):
     """What is explained.
 
     Attributes:

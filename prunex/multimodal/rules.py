@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prunex.brief import Brief
 
-@dataclass(frozen=True, eq=False)
-class Attended:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attended(Brief):
     """One attention map of one forward, and its gradient for one target.
 
     Attributes:
@@ -50,8 +52,8 @@ class Rules:
     accumulate: bool = True
 
 
-@dataclass
-class Relevance:
+@dataclass(eq=False, repr=False)
+class Relevance(Brief):
     """Relevance between streams while it is put together.
 
     R_xx is kept without its identity: subtracting that again, as normalising asks, would lose the digits of small rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
+from prunex.targets import Function, Target
 from prunex.vit.embedding import over_pixels
 from prunex.vit.recording import Recording
 from prunex.vit.trace import TokenTrace
@@ -44,6 +46,7 @@ class Explanation(Brief):
         entered: float [B, C, h, w], what entered the ViT, where the module round it prepared the images; else None.
         resized: Whether it has another size than the images, so that the maps lie over it alone.
         output: Which part of the module's output is explained, such as ``"logits"``; empty where it is one tensor.
+        function: What was explained in the place of a class; ``logits`` are its numbers, [B, 1], and ``target`` is -1.
     """
 
     in_repr = ("method", "maps", "target", "signed", "image_size")
@@ -64,6 +67,13 @@ class Explanation(Brief):
     entered: Tensor | None = None
     resized: bool = False
     output: str = ""
+    function: Function | None = None
+
+    def goal(self, rows: Tensor | Sequence[int] | None = None) -> Target:
+        """What to ask for so that other images are explained for the same; the classes are those of ``rows``."""
+        if self.function is not None or bool((self.target < 0).any()):  # a model without a classifier
+            return self.function
+        return self.target if rows is None else self.target[rows]
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
         """The maps at pixel size, bilinear: float [B, H, W]; 0 at pixels beyond the last whole patch.

@@ -26,7 +26,7 @@ from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
-from prunex.vit.readout import before_softmax
+from prunex.vit.readout import before_softmax, scalar
 from prunex.vit.recording import check_chunk, sequences
 from prunex.vit.replay import Absent, Replay, ReplayAmong
 from prunex.vit.tape import Tape
@@ -123,7 +123,7 @@ class Removal:
         if selection == "free" and removal == "mask":
             raise PrunexError("selection='free' needs removal='drop': a pruner that decides anew counts tokens left")
         check_chunk(chunk)
-        self.model, self.removal, self.output = model, removal, output
+        self.model, self.removal, self.output = model, removal, "logit" if scalar(model) else output
         self.painted, self.batch = removal in PAINTS, len(images)
         self.anatomy = own_anatomy(model)
         self.free: Pruner | None = None

@@ -44,6 +44,12 @@ def before_softmax(model: ViT, out: Tensor) -> Tensor:
     return promoted(out).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
+def scalar(model: ViT) -> bool:
+    """Whether the model's one output is a target's number, of which no softmax and no sigmoid may be taken."""
+    tail = vars(model).get(TAIL)
+    return tail is not None and tail.scalar
+
+
 def classifies(model: ViT) -> bool:
     """Whether a model gives classes and no bare features: the head tells, since users assign it."""
     return not isinstance(model.head, nn.Identity) or TAIL in vars(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from prunex.brief import Brief
 from prunex.checks import check_index, check_whole
 from prunex.errors import PrunexError, Unreached
 from prunex.vit.anatomy import Anatomy, ViT
-from prunex.vit.arithmetic import promoted
+from prunex.vit.arithmetic import PLAIN, promoted
 from prunex.vit.aside import as_found
 from prunex.vit.attention import KeyWeights
 from prunex.vit.embedding import embed
@@ -138,10 +139,11 @@ def recording(
         torch.set_grad_enabled(tape.gradients),
         by_name(model),
     ):
+        original = images
         # A tensor of the caller's inference mode can be part of no graph.
         images = images.clone() if images.is_inference() else images
         with torch.autocast(device, enabled=False) if precise else nullcontext():
-            state = record(model, images, tape)
+            state = _recorded(model, images, tape, original)
         if classifies(model):
             chosen = choose_target(tape.logits, target)
         elif needs_class or target is not None:
@@ -155,6 +157,33 @@ def recording(
             yield Recording(model, tape, state, chosen, size, autocast, needs_class)
 
 
+_SHARED: ContextVar[dict[Any, tuple[TokenState, Tape]] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def one_forward() -> Iterator[None]:
+    """Explanations that are made inside, of one model and the same images, share forwards that record the same."""
+    running = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(running)
+
+
+def _recorded(model: ViT, images: Tensor, tape: Tape, original: Tensor) -> TokenState:
+    """Run the model under a tape, or fill the tape from a forward that was recorded by one like it."""
+    shared = _SHARED.get()
+    # Relevance rules are part of the graph, and each pass has its own.
+    if shared is None or tape.ops is not PLAIN:
+        return record(model, images, tape)
+    key = (id(model), id(original), tape.asked(), torch.is_grad_enabled())
+    if key not in shared:
+        shared[key] = record(model, images, tape), tape
+    state, known = shared[key]
+    vars(tape).update(vars(known))
+    return state
+
+
 def check_made_outside(model: nn.Module, instead: str) -> None:
     """Refuse weights that no graph can hold, and say what to do instead."""
     if any(p.is_inference() for p in model.parameters()):
@@ -166,7 +195,7 @@ def check_made_outside(model: nn.Module, instead: str) -> None:
 
 def choose_target(logits: Tensor | None, target: Any) -> Tensor:
     """The class of each image, int64 [B]: of an int, an integer tensor [B], or None for the predicted one."""
-    allowed = "a class index, an integer tensor [B], or None"
+    allowed = "a class index, an integer tensor [B], or None; or a function of the output (prunex.targets)"
     if logits is None or logits.ndim != 2:
         raise PrunexError("this model gives no logits [B, classes]: explain a model with a pooled head")
     batch, classes = logits.shape
@@ -202,7 +231,8 @@ def gradients(
     grads: Sequence[Tensor | None] = [None] * len(inputs)
     # A place off the graph would raise in torch's words; it is told in ours.
     if output.requires_grad and all(x.requires_grad for x in inputs):
-        grads = torch.autograd.grad(output, inputs, start, retain_graph, allow_unused=True)
+        keep = retain_graph or _SHARED.get() is not None
+        grads = torch.autograd.grad(output, inputs, start, keep, allow_unused=True)
     if any(g is None and x.numel() for g, x in zip(grads, inputs, strict=True)):  # a block without heads has no entries
         raise unreached()
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]

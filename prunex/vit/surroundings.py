@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
-from prunex.vit.anatomy import ViT, check_values, head_classes
+from prunex.targets import Aimed, Function, fields
+from prunex.vit.anatomy import ViT, check_values, find, head_classes
 from prunex.vit.aside import as_found
 from prunex.vit.forward import predict
 from prunex.vit.mount import mounted
 from prunex.vit.readout import TAIL
-from prunex.vit.tail import Tail, alike, cannot, fields, fits, kind, precise, rows_of, shallow, stand_in, with_another
+from prunex.vit.tail import Tail, alike, cannot, fits, kind, precise, rows_of, shallow, stand_in, with_another
 from prunex.vit.trace import TokenTrace
 from prunex.vit.weights import is_packed, wrapped_layers
 
@@ -207,6 +208,13 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
         seen = shallow(vit)
         seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output)
         return Call(module, seen, images, entered, output, field, trace)
+
+
+def aimed(model: nn.Module, target: Function, images: Tensor) -> ViT:
+    """The ViT of a model, ending in a target's number, [B, 1], in the place of what the model answers."""
+    whole = Aimed(model, target)
+    with as_found(whole, train=False):
+        return look(whole, find(whole)[1], images).vit
 
 
 def follow(model: nn.Module, vit: ViT, images: Tensor, who: str, named: bool = False) -> Call:

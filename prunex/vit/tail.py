@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError, Unfollowed
+from prunex.targets import Aimed, fields
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.aside import as_found
@@ -29,6 +29,7 @@ class Tail:
     def __init__(self, module: nn.Module, vit: ViT, blank: Tensor, field: str, given: Tensor, output: Tensor) -> None:
         self.module, self.vit, self.blank, self.field, self.given = module, vit, blank, field, given
         self.classes = output.shape[1]
+        self.scalar = isinstance(module, Aimed)  # a number of its own kind, and no class's score
         try:
             # The same rows again, on blank images and among others.
             again = self._run(torch.cat([given, -given]))
@@ -144,17 +145,6 @@ def shallow(module: Any) -> Any:
     copied.__dict__.update(module.__dict__)
     copied.__dict__["_compiled_call_impl"] = None
     return copied
-
-
-def fields(answer: Any) -> dict[str, Any]:
-    """The parts of an output by name; a tensor is its own only one, named ""."""
-    if isinstance(answer, Mapping):
-        return {str(name): value for name, value in answer.items()}
-    if isinstance(answer, tuple | list):
-        return {f"[{i}]": value for i, value in enumerate(answer)}
-    if dataclasses.is_dataclass(answer):
-        return dict(vars(answer))
-    return {"": answer[:, None] if isinstance(answer, Tensor) and answer.ndim == 1 else answer}
 
 
 def fits(value: Any, count: int) -> bool:

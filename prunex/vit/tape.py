@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -74,6 +75,11 @@ class Tape(Brief):
     sizes: Tensor | None = None
     # [B, n] or None: attention of a pooling head over the final tokens, where the head has its own
     readout: Tensor | None = None
+
+    def asked(self) -> tuple[Any, ...]:
+        """What is asked for; tapes that ask the same record the same."""
+        nodes = (self.rows, self.head_rows, self.blocks, self.normed, self.graph_from)
+        return (self.attention, self.reduce, self.gradients, self.streams, self.narrow, *nodes)
 
     def attended(self) -> list[Attended]:
         """The attention halves in forward order."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunex.brief import Brief
 from prunex.checks import check_index
 from prunex.errors import PrunexError
 
@@ -130,8 +131,8 @@ class Regression(_Target):
         return _column(rows, self.output, "output")
 
 
-@dataclass(frozen=True, eq=False)
-class Similarity(_Target):
+@dataclass(frozen=True, eq=False, repr=False)
+class Similarity(Brief, _Target):
     """Cosine of an embedding model's output [B, D] and a reference: of an image, or of a text from the same space.
 
     >>> Similarity(torch.tensor([0.0, 2.0]))(torch.tensor([[3.0, 4.0]]))

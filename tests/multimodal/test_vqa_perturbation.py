@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunex.errors import PrunexError
-from prunex.multimodal.vqa_perturbation import (
+from prunex.multimodal.vqa import (
     FRACTIONS,
     FRACTIONS_OF_MANY_BOXES,
     AnswerCurve,

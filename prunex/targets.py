@@ -62,8 +62,8 @@ def fields(output: Any) -> dict[str, Any]:
     return {"": output[:, None] if isinstance(output, Tensor) and output.ndim == 1 else output}
 
 
-@dataclass(frozen=True)
-class _Target:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Target(Brief):
     """One number an image of rows [B, C].
 
     Attributes:
@@ -132,7 +132,7 @@ class Regression(_Target):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Similarity(Brief, _Target):
+class Similarity(_Target):
     """Cosine of an embedding model's output [B, D] and a reference: of an image, or of a text from the same space.
 
     >>> Similarity(torch.tensor([0.0, 2.0]))(torch.tensor([[3.0, 4.0]]))

@@ -37,6 +37,10 @@ class Unreached(PrunexError):
     """A method needs gradients, and the model lets none through."""
 
 
+class NothingDetected(PrunexError):
+    """No object query of a detector is above the threshold."""
+
+
 def unknown(what: str, received: object, allowed: Iterable[str]) -> PrunexError:
     """A ``PrunexError``, to be raised by the caller, for a name that is not known: it offers the nearest and lists all.
 

@@ -63,6 +63,7 @@ class Adapter:
         row_normalised: Whether rollout's factors are normalised.
         text_parts: Inputs with one entry a text token, [B, T].
         image_parts: Inputs with one entry a box, [B, I, ...], and which of them says which boxes count.
+        compares: Whether a class is one of the inputs' texts.
     """
 
     models: ClassVar[tuple[str, ...]] = ()
@@ -75,6 +76,7 @@ class Adapter:
     row_normalised: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     image_parts: ClassVar[tuple[str, ...]] = ()
+    compares: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         missing = [name for name in self.needs if not isinstance(inputs.get(name), Tensor)]
@@ -136,6 +138,10 @@ class Adapter:
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor | None, Tensor]:
         """Relevance of text tokens [B, T], or None without text, and of image tokens [B, I]."""
         raise NotImplementedError
+
+    def texts(self, classes: Tensor) -> Tensor:
+        """Which of the inputs' texts each target is about, int64 like ``classes``, [B, K]."""
+        return torch.arange(len(classes), device=classes.device)[:, None].expand_as(classes)
 
     def text_valid(self) -> Tensor | None:
         """Bool [B, T], false for padding; None without text."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from prunex.checks import check_choice, check_flag
-from prunex.errors import PrunexError, unknown
+from prunex.errors import NothingDetected, PrunexError, unknown
 from prunex.multimodal.adapter import Adapter, Targets
 from prunex.multimodal.explanation import MultimodalExplanation, Queries, Query
 from prunex.multimodal.families import adapter_of
 from prunex.multimodal.recorder import Recording, recorded
 from prunex.multimodal.rules import Attended, Rules
+from prunex.multimodal.words import sentence, words_of
 
 METHODS = ("generic_attention", "raw_attention", "rollout", "grad_cam")
 _RELEVANCE_RULES = ("transformer_attribution", "partial_lrp")
@@ -56,7 +57,8 @@ def explain(
 
     Raises:
         PrunexError: A model that is not known, is compiled, uses gradient checkpointing, or shows another number of
-            maps than its configuration says; inputs, a target, a method or an option that it cannot take.
+            maps than its configuration says; inputs, a target, a method or an option that it cannot take. Of a
+            detector ``prunex.errors.NothingDetected``, where no object query of the batch is above the threshold.
 
     >>> import prunex.multimodal, torch
     >>> from transformers import VisualBertConfig, VisualBertForQuestionAnswering
@@ -153,13 +155,15 @@ def _explanation(
 ) -> MultimodalExplanation:
     """The explanation from its arrays."""
     if not targets.passes:
-        raise PrunexError(
+        raise NothingDetected(
             f"no object query of {type(adapter.model).__name__} is above threshold={options['threshold']}: lower it, "
             "or give queries=[...]"
         )
     grid = adapter.grid(recording)
     image = torch.as_tensor(answer.get("image"))
     single = targets.single
+    texts, words = adapter.texts(targets.classes), words_of(processor, adapter.inputs)
+    labels = _labels(adapter, targets.classes, texts, words)
     e = MultimodalExplanation(
         text=answer.get("text"),
         image=image,
@@ -172,8 +176,11 @@ def _explanation(
         image_valid=adapter.image_valid(image.shape[-1], grid),
         boxes=adapter.boxes(recording),
         dropped=answer.get("dropped"),
-        words=words_of(processor, adapter.inputs),
+        texts=texts[:, 0] if single else texts,
+        labels=[each[0] for each in labels] if single else labels,
+        words=words,
         pictures=adapter.inputs.get("pixel_values"),
+        sizes=_sizes(adapter.inputs),
         method=method,
         options=options if method == "generic_attention" else {n: options[n] for n in adapter.options},
     )
@@ -182,44 +189,48 @@ def _explanation(
     return e
 
 
-def _queries(e: MultimodalExplanation, targets: Targets, adapter: Adapter, grid: tuple[int, int]) -> Queries:
+def _labels(adapter: Adapter, classes: Tensor, texts: Tensor, words: list[list[str]] | None) -> list[list[str]]:
+    """What each target is called, [B][K]: its class's name, or its text."""
+    if adapter.compares and words is not None:
+        return [[sentence(words[text]) for text in row] for row in texts.tolist()]
+    names = {} if adapter.compares else getattr(adapter.config, "id2label", None) or {}
+    return [[str(names.get(number, number)) for number in row] for row in classes.tolist()]
+
+
+def _sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+    """Height and width of each image without the padding that its mask tells; None where no pixels are seen."""
+    pixels, mask = inputs.get("pixel_values"), inputs.get("pixel_mask")
+    if not isinstance(pixels, Tensor):
+        return None
+    if mask is None:
+        return [(int(pixels.shape[2]), int(pixels.shape[3]))] * len(pixels)
+    return [(int(each.any(1).sum()), int(each.any(0).sum())) for each in mask]
+
+
+def _queries(e: MultimodalExplanation, targets: Targets, adapter: Any, grid: tuple[int, int]) -> Queries:
     """Every explained object query."""
-    names = getattr(adapter.config, "id2label", None) or {}
     pixels: Any = e.pictures
-    input_size = (int(pixels.shape[2]), int(pixels.shape[3]))
-    mask = adapter.inputs.get("pixel_mask")
+    probability, sizes, labels = adapter.probability(e.logits), e.sizes or [], e.labels
     entries = []
     for b, k in torch.as_tensor(targets.kept).nonzero().tolist():
         valid = e.image_valid[b].view(grid)
         tall, wide = int(valid.any(1).sum()), int(valid.any(0).sum())
-        size = input_size if mask is None else (int(mask[b].any(1).sum()), int(mask[b].any(0).sum()))
         label = int(targets.classes[b, k])
         entries.append(
             Query(
                 image=b,
                 query=targets.queries[k],
                 target=label,
-                label=str(names.get(label, label)),
+                label=labels[b][k],
                 score=float(e.scores[b, k]),
+                probability=float(probability[b, targets.queries[k], label]),
                 map=e.image[b, k].view(grid)[:tall, :wide],
                 box=torch.as_tensor(e.boxes)[b, targets.queries[k]],
                 text=None if e.text is None else e.text[b, k],
-                size=size,
-                input_size=input_size,
+                text_number=int(e.texts[b, k]),
+                size=sizes[b],
+                input_size=(int(pixels.shape[2]), int(pixels.shape[3])),
                 grid=grid,
             )
         )
     return Queries(entries, len(e.image))
-
-
-def words_of(processor: Any, inputs: Mapping[str, Any]) -> list[list[str]] | None:
-    """The tokens of each text as words; None without a processor or a text."""
-    ids = inputs.get("input_ids")
-    if processor is None or not isinstance(ids, Tensor):
-        return None
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
-        raise PrunexError(
-            f"processor is a {type(processor).__name__}: give the model's processor or tokenizer, or None"
-        )
-    return [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]

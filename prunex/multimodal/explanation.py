@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.multimodal.masks import MaskRule, cell_masks, image_masks
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(eq=False, repr=False)
@@ -23,9 +26,11 @@ class Query(Brief):
         target: The class explained.
         label: Its name.
         score: Its score, before softmax or sigmoid.
+        probability: After it.
         map: float [h, w], relevance of the cells that lie on the image; padding is cut off.
         box: float [4]: centre x and y, width, height, as shares of the image.
         text: float [T], relevance of the text's tokens, where a text asks for the object; else None.
+        text_number: Which of the inputs' texts it belongs to.
         size: Height and width in pixels of the image in the model's input, without padding.
         input_size: The same with padding.
         grid: Height and width of the whole input in cells.
@@ -38,9 +43,11 @@ class Query(Brief):
     target: int
     label: str
     score: float
+    probability: float
     map: Tensor
     box: Tensor
     text: Tensor | None
+    text_number: int
     size: tuple[int, int]
     input_size: tuple[int, int]
     grid: tuple[int, int]
@@ -104,14 +111,18 @@ class MultimodalExplanation(Brief):
         scores: float like ``target``: the scores that were explained.
         logits: What the scores were taken from.
         grid: Height and width of the image's cells; None where the image is a list of boxes.
-        text_valid: bool like ``text``, false for padding.
+        text_valid: bool [N, T] of each text in the inputs, false for padding.
+        texts: int64 like ``target``: which of those each target is about.
+        labels: By sample the name of what is explained, or K names: the class's as the model's configuration has it;
+            of a model that compares the text, where a processor was given.
         image_valid: bool [B, I].
         boxes: float [B, n, 4], of the image's boxes as they were given, or of each object query as it is predicted.
         queries: A detector's explained object queries, one by one; else None.
         dropped: bool [B, layers], or [B, K, layers]: the cross maps that ``literal=True`` left out, where a row of
             zeros was divided by its sum.
-        words: The text's tokens as words, by sample, where a processor was given.
+        words: The tokens of each text in the inputs, where a processor was given.
         pictures: float [B, C, H, W], the images as the model saw them, where it sees pixels.
+        sizes: Height and width of each in pixels, without padding.
         method: The method's name.
         options: Every option in force.
     """
@@ -126,11 +137,37 @@ class MultimodalExplanation(Brief):
     logits: Tensor
     grid: tuple[int, int] | None
     text_valid: Tensor | None
+    texts: Tensor
+    labels: list[Any]
     image_valid: Tensor
     boxes: Tensor | None = None
     queries: Queries | None = None
     dropped: Tensor | None = None
     words: list[list[str]] | None = None
     pictures: Tensor | None = None
+    sizes: list[tuple[int, int]] | None = None
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+    def show(self, images: Sequence[Any] | Tensor | None = None, words: Sequence[Sequence[str]] | None = None) -> Image:
+        """The explanation drawn: words coloured, and boxes or cells over the image; of a detector each object query.
+
+        Every map and every text has its own scale, from 0 to its largest value. Twelve object queries of an image are
+        drawn at most, the most probable ones.
+
+        Args:
+            images: Pictures to draw on, one a sample: uint8 [B, H, W, 3], float [B, C, H, W] of 1 or 3 channels, or a
+                list of arrays or PIL images of any sizes; maps lie over the whole of each, so that of a processor that
+                crops, such as CLIP's, they are left out. None: what the model saw, stretched to 0..1, without
+                padding; boxes without a picture become bars.
+            words: The tokens of each text in the inputs; None: :attr:`words`, or numbers without these.
+
+        Returns:
+            A PIL image, samples below each other: a notebook shows it, and ``e.show().save("map.png")`` keeps it.
+
+        Raises:
+            PrunexError: For images or words of another number or kind.
+        """
+        from prunex.multimodal.showing import show
+
+        return show(self, images, words)

@@ -49,12 +49,16 @@ class Clip(Adapter):
     }
     reads = ("tt", "ii")
     needs = ("input_ids", "pixel_values")
+    compares = True
 
     def count(self) -> int:
         return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
 
     def logits(self, outputs: Any) -> Tensor:
         return outputs.logits_per_image
+
+    def texts(self, classes: Tensor) -> Tensor:
+        return classes
 
     def targets(self, recording: Recording, target: Any, options: Mapping[str, Any]) -> Targets:
         """A text of each image, or K. Images that share a text wait for each other: it has one map a pass."""
@@ -114,6 +118,7 @@ class OwlViT(Detector):
     }
     reads = ("tt", "ii")
     needs = ("input_ids", "pixel_values")
+    compares = True
 
     def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
         super().__init__(model, inputs)
@@ -122,7 +127,7 @@ class OwlViT(Detector):
             raise PrunexError(
                 f"inputs hold {texts} texts for {images} images: give as many for each, as the processor does"
             )
-        self.texts = texts // images
+        self.per_image = texts // images
 
     def count(self) -> int:
         return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
@@ -130,10 +135,13 @@ class OwlViT(Detector):
     def probability(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
+    def texts(self, classes: Tensor) -> Tensor:
+        """Each image has texts of its own."""
+        return classes + torch.arange(len(classes), device=classes.device)[:, None] * self.per_image
+
     def _chosen(self, targets: Targets, column: Tensor) -> Tensor:
         """Each image's text among all texts, int64 [B]."""
-        classes = targets.classes.gather(1, column[:, None])[:, 0]
-        return classes + torch.arange(len(classes), device=classes.device) * self.texts
+        return self.texts(targets.classes).gather(1, column[:, None])[:, 0]
 
     def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
         texts = self._chosen(targets, column)

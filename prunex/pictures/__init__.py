@@ -6,18 +6,23 @@ from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
 from prunex.pictures.heads import attribute_rows, concept_contributions, prototype_tree
 from prunex.pictures.mosaic import kept_mosaic, relevancy_mosaic, share_mosaic
+from prunex.pictures.multimodal import Detection, boxes_over, colored_words, detection_sheet, relevance_bars
 from prunex.pictures.overlay import dim_dropped, outline, overlay
 from prunex.pictures.units import class_heads, head_attention, unit_widths
 
 __all__ = [
+    "Detection",
     "attribute_rows",
     "bars",
     "bars_svg",
+    "boxes_over",
     "class_heads",
+    "colored_words",
     "concept_contributions",
     "contact_sheet",
     "curves",
     "curves_svg",
+    "detection_sheet",
     "dim_dropped",
     "from_tensor",
     "head_attention",
@@ -26,6 +31,7 @@ __all__ = [
     "overlay",
     "png_bytes",
     "prototype_tree",
+    "relevance_bars",
     "relevancy_mosaic",
     "resized",
     "save_npz",

@@ -10,14 +10,17 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from prunex.pictures.arrays import Picture
 
 INK, FAINT, RIGHT, WRONG = "#1b1f24", "#5f6872", "#1a7f37", "#c62828"
 DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pixels that were asked for
 GAP = 8
+_FONT = "DejaVu Sans"  # comes with matplotlib
 WIDE, NARROW = 0.64, 0.53  # mean width of a letter per size, in bold and plain
 HEAD, NOTE = 15, 11  # sizes of a title, and of what explains
+_MISSING = "Glyph .* missing"  # a name in a script that the font lacks
 SIGNED = "RdBu_r"  # colours of signed numbers: red above 0, blue below
 
 
@@ -60,7 +63,7 @@ class Sheet:
             text,
             fontsize=size * 72 / DPI,
             fontweight="bold" if bold else "normal",
-            fontfamily="DejaVu Sans",  # comes with matplotlib
+            fontfamily=_FONT,
             color="white" if boxed else color,
             ha=anchor,
             va="bottom" if upwards else "baseline",
@@ -69,6 +72,14 @@ class Sheet:
             usetex=False,
             bbox={"facecolor": "#000000b0", "edgecolor": "none", "pad": 3} if boxed else None,
         )
+
+    def measured(self, text: str, size: float = 13) -> float:
+        """Width of words in pixels."""
+        font = FontProperties(family=_FONT, size=size * 72 / DPI)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_MISSING)
+            # The canvas draws at a dot a pixel.
+            return float(self.canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)[0])
 
     def scale(self, x: float, y: float, width: int, largest: float) -> None:
         """The bar of a signed scale, 12 pixels high, from minus to plus the largest magnitude, with numbers below."""
@@ -88,7 +99,7 @@ class Sheet:
         """What the sheet shows, uint8 [height, width, 3]."""
         self.figure.figimage(self.pixels, resize=False, zorder=-1)  # below axes, which lie at 0
         with warnings.catch_warnings(), rc_context({"hatch.linewidth": 1.0}):
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script the font lacks
+            warnings.filterwarnings("ignore", message=_MISSING)
             self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 

@@ -21,30 +21,40 @@ from prunex.vit.aside import as_found
 from prunex.vit.methods import check_methods
 from prunex.vit.recording import one_forward
 from prunex.vit.surroundings import Call, look
+from prunex.vit.through import through_call
 
 
 @overload
 def explain(
-    method: str, model: nn.Module, images: Tensor, target: MultiLabel, *, path: str | None = None, **options: Any
+    method: str,
+    model: nn.Module,
+    images: Any,
+    target: MultiLabel,
+    *,
+    path: str | None = None,
+    through: str | None = None,
+    **options: Any,
 ) -> list[Explanation]: ...
 @overload
 def explain(
     method: str,
     model: nn.Module,
-    images: Tensor,
+    images: Any,
     target: int | Tensor | Function | None = None,
     *,
     path: str | None = None,
+    through: str | None = None,
     **options: Any,
 ) -> Explanation: ...
 @called_as('prunex.explain("tokentm", model, images)', method=str, model=nn.Module)
 def explain(
     method: str,
     model: nn.Module,
-    images: Tensor,
+    images: Any,
     target: int | Tensor | Function | MultiLabel | None = None,
     *,
     path: str | None = None,
+    through: str | None = None,
     **options: Any,
 ) -> Explanation | list[Explanation]:
     """Explain what a ViT's prediction rests on, dense or pruned.
@@ -58,11 +68,14 @@ def explain(
         model: A supported ViT, or any module that holds exactly one and takes images. It is called once as it is: what
             enters its ViT is explained, and the classes are those that it gives itself, whatever head, softmax or
             dictionary follows the ViT. One without a forward is explained by its ViT alone, with a warning.
-        images: float [B, C, H, W], normalised as the model expects.
+        images: float [B, C, H, W], normalised as the model expects; with ``through`` all that the model is called on.
         target: Class index, integer tensor [B], or None for the predicted class; of the model's own output. Or any
             number an image: a function from the model's output to [B], such as those of ``prunex.targets``; methods
             that know no class say the same for all. Or ``MultiLabel``, for a list of explanations.
         path: Dotted path to the ViT when ``model`` holds several.
+        through: Dotted path of a ViT in a module of several inputs or several calls, such as ``"encoder_a"`` or
+            ``"encoder#1"`` for its second call: that call is explained, for one sample, and all else that the module is
+            given is held fixed. ``images`` are then its arguments, [1, ...] each: a tuple, or a dict by name.
         **options: The method's own.
 
     Returns:
@@ -91,8 +104,14 @@ def explain(
             raise unknown(f"option of {method}", name, defaults)
         check_kind(name, value, kinds.get(name))
     function = target if callable(target) else None
-    if function is not None:
-        model, path, target = Aimed(model, function), path and f"model.{path}", 0
+    if through is not None:
+        path = through.partition("#")[0]
+        model, images = through_call(model, images, through, function)
+    elif function is not None:
+        model = Aimed(model, function)
+    if isinstance(model, Aimed):
+        path = path and f"model.{path}"
+    target = target if function is None else 0
     vit = find(model, path)[1]
     anatomy = read(vit)
     check_methods(vit)

@@ -216,15 +216,19 @@ class MultiLabel:
 class Aimed(nn.Module):
     """A model whose only output, [B, 1], is a target's number."""
 
-    def __init__(self, model: nn.Module, target: Function) -> None:
+    def __init__(self, model: nn.Module, target: Function | None) -> None:
         super().__init__()
         self.model, self.target = model, target
 
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """The target of what the model answers."""
-        output = self.model(*inputs, **named)
-        number: Any = self.target(output)
-        if not isinstance(number, Tensor) or not number.is_floating_point() or number.ndim != 1:
-            came = f"{number.dtype} {list(number.shape)}" if isinstance(number, Tensor) else type(number).__name__
-            raise PrunexError(f"the target gave {came}: it must give one floating-point number an image, [B]")
-        return number[:, None]
+        return column(self.target, self.model(*inputs, **named))
+
+
+def column(target: Any, output: Any) -> Tensor:
+    """A target's numbers of an output, [B, 1]."""
+    number: Any = target(output)
+    if not isinstance(number, Tensor) or not number.is_floating_point() or number.ndim != 1:
+        came = f"{number.dtype} {list(number.shape)}" if isinstance(number, Tensor) else type(number).__name__
+        raise PrunexError(f"the target gave {came}: it must give one floating-point number an image, [B]")
+    return number[:, None]

@@ -29,7 +29,8 @@ class Tail:
     def __init__(self, module: nn.Module, vit: ViT, blank: Tensor, field: str, given: Tensor, output: Tensor) -> None:
         self.module, self.vit, self.blank, self.field, self.given = module, vit, blank, field, given
         self.classes = output.shape[1]
-        self.scalar = isinstance(module, Aimed)  # a number of its own kind, and no class's score
+        # A number of its own kind, and no class's score.
+        self.scalar = isinstance(module, Aimed) and module.target is not None
         try:
             # The same rows again, on blank images and among others.
             again = self._run(torch.cat([given, -given]))

@@ -61,6 +61,8 @@ class Adapter:
         options: Options of its own, with their defaults.
         feature_map: Pattern of the path of the convolution that makes the image's cells, if there is one.
         row_normalised: Whether rollout's factors are normalised.
+        scores: The field of the model's output that holds class scores; an output that is a tensor is those.
+        unread: Places of maps, from the end, that the answer does not depend on.
         text_parts: Inputs with one entry a text token, [B, T].
         image_parts: Inputs with one entry a box, [B, I, ...], and which of them says which boxes count.
         compares: Whether a class is one of the inputs' texts.
@@ -74,6 +76,8 @@ class Adapter:
     options: ClassVar[Mapping[str, Any]] = {}
     feature_map: ClassVar[str | None] = None
     row_normalised: ClassVar[bool] = True
+    scores: ClassVar[str] = "logits"
+    unread: ClassVar[tuple[int, ...]] = ()
     text_parts: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     image_parts: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[bool] = False
@@ -94,11 +98,26 @@ class Adapter:
 
     def count(self) -> int:
         """How many maps a forward must show, from the model's configuration: the alarm for another version."""
+        missing = [pattern for pattern in self.roles if not attention_modules(self.model, {pattern: ()})]
+        if missing:
+            raise PrunexError(
+                f"{type(self.model).__name__} has no module whose path ends as {missing[0]!r} says: look at its "
+                "named_modules()"
+            )
         return sum(len(each) for _, each in attention_modules(self.model, self.roles).values())
 
     def logits(self, outputs: Any) -> Tensor:
-        """Class scores, [B, C]."""
-        return outputs.logits
+        """Class scores, [B, C]; of a detector [B, Q, C]."""
+        if isinstance(outputs, Tensor):
+            return outputs
+        # A plain dict has no attributes, while a ModelOutput has both.
+        logits = outputs.get(self.scores) if isinstance(outputs, Mapping) else getattr(outputs, self.scores, None)
+        if not isinstance(logits, Tensor):
+            raise PrunexError(
+                f"{type(self.model).__name__} returned a {type(outputs).__name__} without {self.scores}: is "
+                "return_dict=False, or does a forward of its own return something else?"
+            )
+        return logits
 
     def targets(self, recording: Recording, target: Any, options: Mapping[str, Any]) -> Targets:
         """One class of each sample, or K."""

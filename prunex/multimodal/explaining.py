@@ -90,7 +90,7 @@ def explain(
             matrices: dict[str, Tensor] = getattr(adapter, method)(recording.plain())
         for number, each in enumerate(targets.passes):
             if method in _WITH_GRADIENTS:
-                maps = recording.with_gradients(each.score, last=number == len(targets.passes) - 1)
+                maps = recording.with_gradients(each.score, number == len(targets.passes) - 1, adapter.unread)
                 matrices = answer.of_gradients(maps, method, rules)
             answer.add(matrices, each.column)
         return _explanation(adapter, recording, targets, answer, method, {**vars(rules), **chosen}, processor)

@@ -35,13 +35,12 @@ class Lxmert(Adapter):
     crossed = ("ti", "it")
     reads = ("tt", "ti")
     needs = ("input_ids", "visual_feats", "visual_pos")
+    scores = "question_answering_score"
+    unread = (-3, -1)  # of the last layer, what the image's stream asks
     image_parts = ("visual_attention_mask", "visual_feats", "visual_pos")
 
     def count(self) -> int:
         return self.config.l_layers + self.config.r_layers + 4 * self.config.x_layers
-
-    def logits(self, outputs: Any) -> Tensor:
-        return outputs.question_answering_score
 
     def groups(self, maps: Sequence[Attended]) -> list[list[Attended]]:
         """Both directions of a cross layer act at once; of the last layer the answer reads the text's side alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,9 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunex.errors import PrunexError
+from prunex.brief import brief
+from prunex.errors import PrunexError, Unreached
 from prunex.multimodal.rules import Attended
 from prunex.vit.aside import as_found
+
+# What is changed for the call belongs to models and to configurations that models share.
+_ONE_AT_A_TIME = threading.RLock()
+_ROUNDING = 0.02  # rows of maps in half precision sum to 1 within that
 
 
 class Recording:
@@ -31,23 +37,38 @@ class Recording:
         self.maps: list[Attended] = []
         self.grid: tuple[int, int] | None = None
 
-    def with_gradients(self, score: Tensor, last: bool) -> list[Attended]:
+    def with_gradients(self, score: Tensor, last: bool, unread: Sequence[int] = ()) -> list[Attended]:
         """The maps with the gradient of a score; a map that the score does not depend on has zeros.
 
         Parameters' gradients are left alone. ``last`` says that nothing else will be asked, so that the graph can go.
+
+        Raises:
+            Unreached: The score depends on no attention, or not on a map, but for those at the places ``unread``.
         """
         attention = [map_.attention for map_ in self.maps]
+        if not score.requires_grad:
+            raise Unreached("the scores do not depend on the model's attention: something on their way is detached")
         gradients = torch.autograd.grad(score, attention, retain_graph=not last, allow_unused=True)
+        expected = {range(len(attention))[place] for place in unread}
+        for place, (map_, gradient) in enumerate(zip(self.maps, gradients, strict=True)):
+            if gradient is None and place not in expected:
+                raise Unreached(
+                    f"the scores do not depend on the attention map that {map_.path} returned: it is a copy, or what "
+                    "follows it is detached"
+                )
         return [
-            replace(
-                map_, attention=map_.attention.detach(), gradient=torch.zeros_like(map_.attention) if g is None else g
-            )
-            for map_, g in zip(self.maps, gradients, strict=True)
+            replace(map_, gradient=torch.zeros_like(map_.attention) if g is None else _single(g))
+            for map_, g in zip(self.plain(), gradients, strict=True)
         ]
 
     def plain(self) -> list[Attended]:
         """The maps alone."""
-        return [replace(map_, attention=map_.attention.detach()) for map_ in self.maps]
+        return [replace(map_, attention=_single(map_.attention.detach())) for map_ in self.maps]
+
+
+def _single(values: Tensor) -> Tensor:
+    """Half precision as single: relevance is sums of many small products."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def attention_modules(
@@ -104,15 +125,18 @@ def recorded(
         feature_map: Pattern of the path of the convolution whose output's size is the image's grid.
 
     Raises:
-        PrunexError: A compiled or checkpointed model; an attention module that was called more or less often than its
-            roles say, that returned no map, or one through which no gradient goes.
+        PrunexError: A compiled or checkpointed model; one that fails on its inputs; an attention
+            module that was called more or less often than its roles say, that returned no map or one that
+            is no attention after a softmax, or one through which no gradient goes.
     """
     refuse(model)
     modules, recording = attention_modules(model, roles), Recording()
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(as_found(model, train=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_same_draws(model))
         stack.callback(_thawed(model))
         stack.callback(_eager([module for module, _ in modules.values()]))
         calls = dict.fromkeys(modules, 0)
@@ -122,19 +146,50 @@ def recorded(
         if feature_map is not None:
             for module, _ in attention_modules(model, {feature_map: ()}).values():
                 stack.callback(module.register_forward_hook(_keeps_size(recording)).remove)
-        recording.outputs = model(**{name: _outside_inference(value) for name, value in inputs().items()})
+        recording.outputs = _called(model, inputs)
         wrong = next((path for path, (_, each) in modules.items() if calls[path] != len(each)), None)
         if wrong is not None:
             raise PrunexError(
                 f"{wrong} of {type(model).__name__} was called {calls[wrong]} times in one forward, and "
                 f"{len(modules[wrong][1])} are known: this model or this version of its library goes another way"
             )
+        # The model may run under autocast; sums of what it showed do not.
+        stack.enter_context(torch.autocast(_kind(model), enabled=False))
         yield recording
 
 
+def _called(model: nn.Module, inputs: Callable[[], Mapping[str, Any]]) -> Any:
+    """What the model returns; whatever a stranger's forward raises is told in one line."""
+    given: Mapping[str, Any] = {}
+    try:
+        given = inputs()
+        return model(**{name: _outside_inference(value) for name, value in given.items()})
+    except (PrunexError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise PrunexError(
+            f"{type(model).__name__} raised {type(error).__name__} when called with {brief(dict(given))} ({error})"
+        ) from error
+
+
+def _kind(model: nn.Module) -> str:
+    """The kind of device that a model lies on."""
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
+def _same_draws(model: nn.Module) -> Any:
+    """Random numbers go on afterwards as if nothing had been drawn (ViLT draws the order of its patches)."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng([*devices], device_type="cuda")
+
+
 def _outside_inference(value: Any) -> Any:
-    """A tensor that a graph may hold: one made under inference_mode is copied."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+    """What a graph may hold: tensors made under inference_mode are copied, those of labels in lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_outside_inference, value))
+    return {name: _outside_inference(each) for name, each in value.items()} if type(value) is dict else value
 
 
 def _thawed(model: nn.Module) -> Any:
@@ -195,7 +250,16 @@ def _keeps(path: str, roles: Sequence[str], calls: dict[str, int], recording: Re
                 "output: it cannot be explained"
             )
         if not attention.requires_grad:
-            raise PrunexError(f"{path} lets no gradient through, so that its attention cannot be explained")
+            raise Unreached(f"{path} lets no gradient through, so that its attention cannot be explained")
+        twin = next((map_.path for map_ in recording.maps if map_.attention is attention), None)
+        if twin is not None:
+            raise PrunexError(f"{path} returned the very map that {twin} returned: name one of the two as attention")
+        sums = attention.detach().sum(-1)
+        if not ((sums - 1).abs() < _ROUNDING).all():
+            raise PrunexError(
+                f"{path}, a {type(module).__name__}, returned a map whose rows sum to {float(sums.min()):.4g} to "
+                f"{float(sums.max()):.4g} and not to 1: it must be what attention is after its softmax"
+            )
         recording.maps.append(Attended(roles[number], attention, None, f"{path}#{number}" if len(roles) > 1 else path))
 
     return keep

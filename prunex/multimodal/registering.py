@@ -36,7 +36,7 @@ def register(
         text: From the inputs to the number of text tokens, which come first; ``input_ids``' length when not given.
         image: From the inputs to the number of tokens before the image's cells or boxes, counted after the text, and
             their grid, or None for boxes; (0, None) when not given.
-        logits: The field of the output that holds class scores [B, C].
+        logits: The field of the output that holds class scores [B, C]; an output that is a tensor is those.
 
     >>> import prunex.multimodal
     >>> prunex.multimodal.register("MyFusion", r"blocks\.\d+\.attn", row=0)
@@ -67,6 +67,6 @@ def register(
         "read": read,
         "length": length,
         "cells": cells,
-        "logits": lambda self, outputs: getattr(outputs, logits),
+        "scores": logits,
     }
     known(type(name, (SingleStream,), parts))

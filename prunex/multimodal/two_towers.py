@@ -50,12 +50,10 @@ class Clip(Adapter):
     reads = ("tt", "ii")
     needs = ("input_ids", "pixel_values")
     compares = True
+    scores = "logits_per_image"
 
     def count(self) -> int:
         return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
-
-    def logits(self, outputs: Any) -> Tensor:
-        return outputs.logits_per_image
 
     def texts(self, classes: Tensor) -> Tensor:
         return classes

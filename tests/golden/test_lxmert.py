@@ -66,7 +66,9 @@ def test_maps_and_gradients(seed):
     with recorded(model, adapter.prepared, adapter.roles) as recording:
         assert [map_.path for map_ in recording.maps] == [path for path, _ in roles()]
         score = recording.outputs.question_answering_score.gather(1, want["targets_pred"][:, None]).sum()
-        for map_, (path, role) in zip(recording.with_gradients(score, last=True), roles(), strict=True):
+        for map_, (path, role) in zip(
+            recording.with_gradients(score, last=True, unread=adapter.unread), roles(), strict=True
+        ):
             assert map_.role == role
             assert relative(map_.attention, want[f"attn/{path}"]) < 2e-5
             assert relative(map_.gradient, want[f"attn_grad__pred/{path}"]) < 2e-5

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from prunex.attributes import Pair, class_names, given_normalisation, models_normalisation, read_normalisation
+from prunex.vit.anatomy import channels_of
 
 _SAID: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 OUTSIDE = 0.02  # share of pixels out of range that cropping, resizing and noise do not make
@@ -30,7 +31,7 @@ def said_normalisation(
     trainer: Trainer, module: LightningModule, vit: Any, mean: Any = None, std: Any = None
 ) -> Pair | None:
     """What images are normalised by: as given to the callback, else as data module or module say; None: nobody does."""
-    channels = vit.patch_embed.proj.in_channels
+    channels = channels_of(vit.patch_embed)
     given = given_normalisation(mean, std, channels)
     owners = (getattr(trainer, "datamodule", None), module)
     return given or read_normalisation(owners, channels, functools.partial(warn_once, trainer))
@@ -39,7 +40,7 @@ def said_normalisation(
 def normalisation(trainer: Trainer, module: LightningModule, vit: Any, mean: Any = None, std: Any = None) -> Pair:
     """The same, or what the model says where nobody does."""
     said = said_normalisation(trainer, module, vit, mean, std)
-    return said or models_normalisation(vit, vit.patch_embed.proj.in_channels)
+    return said or models_normalisation(vit, channels_of(vit.patch_embed))
 
 
 def names_of(trainer: Trainer, module: LightningModule, count: int) -> list[str] | None:

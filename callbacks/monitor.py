@@ -28,7 +28,7 @@ from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.pictures import from_tensor, save_npz, save_png, under_grid
 from prunex.registry import lookup
-from prunex.vit.anatomy import find, read
+from prunex.vit.anatomy import channels_of, find, read
 from prunex.vit.aside import as_found
 from prunex.vit.surroundings import Call, answering, follow, look
 
@@ -299,7 +299,7 @@ class ExplainingMonitor(Monitor):
         vit = answering(pl_module, self.vit(pl_module))
         self.check_model(vit)
         size = vit.patch_embed.img_size
-        image = next(vit.parameters()).new_zeros(1, vit.patch_embed.proj.in_channels, *size)
+        image = next(vit.parameters()).new_zeros(1, channels_of(vit.patch_embed), *size)
         for name in self.methods:
             prunex.explain(name, vit, image, **self.options.get(name, {}))
 

@@ -18,7 +18,7 @@ from prunex.pruners.base import Forward
 from prunex.registry import lookup
 from prunex.units.relevance import Relevance
 from prunex.units.xpruner import XPruner
-from prunex.vit.anatomy import find, head_classes, read
+from prunex.vit.anatomy import find, head_classes, pixels_of, read
 from prunex.vit.aside import as_found
 from prunex.vit.surroundings import check_own_classes
 
@@ -157,7 +157,7 @@ class Guidance:
                 f"the model has {head_classes(model)} classes, and the dense judge of guidance {head_classes(vit)}: "
                 "give the model its head (reset_classifier) before guidance is made, or judge='self'"
             )
-        wanted, has = ((tuple(m.patch_embed.img_size), tuple(m.patch_embed.patch_size)) for m in (model, vit))
+        wanted, has = ((tuple(m.patch_embed.img_size), pixels_of(m.patch_embed)) for m in (model, vit))
         # Positions are resampled as for the trained model, whose size may have changed since the copy was made.
         if wanted != has and not vit.dynamic_img_size:
             vit.set_input_size(img_size=wanted[0], patch_size=wanted[1])

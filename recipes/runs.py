@@ -31,7 +31,7 @@ from prunex.recipes.modules.training import ExplainerTraining
 from prunex.recipes.tables import line, macs_column, share
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import read_text
-from prunex.vit.anatomy import find, head_classes
+from prunex.vit.anatomy import channels_of, find, head_classes
 from prunex.vit.mount import mounted
 from prunex.vit.surroundings import warn_of_the_rest
 from prunex.vit.units import Backbone
@@ -125,7 +125,7 @@ def open_model_or_name(
 def renormalise(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Say in a model's ``pretrained_cfg`` by what its images are normalised: a number a channel, or one for all."""
     vit: Any = find(model)[1]
-    channels = vit.patch_embed.proj.in_channels
+    channels = channels_of(vit.patch_embed)
     chosen = {name: tuple(values) for name, values in (("mean", mean), ("std", std)) if values is not None}
     for name, values in chosen.items():
         if len(values) not in (1, channels):
@@ -173,7 +173,7 @@ def as_the_data_tell(model: Any, spec: dict[str, Any]) -> nn.Module:
     data = instantiate(LightningDataModule, spec)
     # Data that are not there any more tell no names, and training has warned of names that do not fit.
     model.label_names = class_names([data], head_classes(model), warn=lambda text: None) or []
-    pair = read_normalisation([data], model.patch_embed.proj.in_channels)
+    pair = read_normalisation([data], channels_of(model.patch_embed))
     if pair is not None:
         _describe(model, mean=pair[0], std=pair[1])
     return model
@@ -245,7 +245,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
 def noise(model: nn.Module, batch: int) -> Tensor:
     """Random images as a model takes them, [batch, C, H, W]."""
     embed: Any = find(model, kinds=Backbone)[1].patch_embed
-    size = (batch, embed.proj.weight.shape[1], *embed.img_size)
+    size = (batch, channels_of(embed), *embed.img_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
 
 

@@ -19,7 +19,7 @@ from prunex.handles.steps import Steps
 from prunex.heads.base import Evidence, Reading, TokenHead
 from prunex.heads.final_tokens import FinalTokens
 from prunex.pruners.base import strip_official
-from prunex.vit.anatomy import Anatomy, ViT, check_images, head_classes, read
+from prunex.vit.anatomy import Anatomy, ViT, check_images, head_classes, pixels_of, read
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.aside import as_found
 from prunex.vit.forward import own_anatomy, run
@@ -83,7 +83,7 @@ class Headed(nn.Module):
     def current(self, model: ViT) -> Anatomy:
         """The dense forward's anatomy, read again after ``set_input_size`` changed it."""
         embed, known = model.patch_embed, self.dense
-        if (tuple(embed.img_size), tuple(embed.patch_size)) != (known.image, known.patch):
+        if (tuple(embed.img_size), pixels_of(embed)) != (known.image, known.patch):
             self.dense = read(model)
         return self.dense
 

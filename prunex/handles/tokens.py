@@ -16,7 +16,7 @@ from prunex.handles.steps import Steps
 from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
-from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
+from prunex.vit.anatomy import Anatomy, ViT, head_classes, pixels_of, read
 from prunex.vit.forward import run
 from prunex.vit.handover import Handed, Handover
 from prunex.vit.intermediates import Watch
@@ -71,7 +71,7 @@ class Attached(nn.Module):
     def current(self, model: ViT) -> Anatomy:
         """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
         embed, known = model.patch_embed, self.dense
-        now = (head_classes(model), model.global_pool, tuple(embed.img_size), tuple(embed.patch_size))
+        now = (head_classes(model), model.global_pool, tuple(embed.img_size), pixels_of(embed))
         if now != (known.classes, known.pool, known.image, known.patch):
             self.refit(model)
         return self.anatomy

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunex.attributes import numbers_of
 from prunex.errors import PrunexError
+from prunex.vit.anatomy import channels_of
 
 PAINTS = ("black", "grey", "mean", "blur")
 KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
@@ -43,7 +44,7 @@ def blurred(images: Tensor) -> Tensor:
 def normalisation(model: Any, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation as [C, 1, 1], one number or one a channel, given or of ``pretrained_cfg``."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    channels = int(model.patch_embed.proj.in_channels)
+    channels = channels_of(model.patch_embed)
     columns = []
     for name, value in (("mean", mean), ("std", std)):
         if value is None:

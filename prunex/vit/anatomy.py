@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent
+from timm.layers import AttentionPoolLatent, HybridEmbed, PatchEmbed
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -23,7 +23,7 @@ ViT = VisionTransformer | Eva | Beit
 WORKS = (
     "timm VisionTransformer, VisionTransformerDistilled, Eva and Beit: ViT, DeiT, distilled DeiT, DeiT-III, DINO, "
     "DINOv2 with and without registers, CLIP, SigLIP, AIMv2, EVA, EVA-02, DINOv3, PE, ROPE-ViT, BEiT, BEiTv2; plain, "
-    "post-norm and parallel blocks, LayerScale, qk-norm; class token, average, max or attention pooling"
+    "post-norm and parallel blocks, hybrid stems, LayerScale, qk-norm; class token, average, max or attention pooling"
 )
 # What other models of timm are, where it is known why tokens cannot leave them one by one.
 _REASONS = {
@@ -155,8 +155,8 @@ def read(model: nn.Module) -> Anatomy:
         prefix=inner.num_prefix_tokens,
         grid=tuple(embed.grid_size),
         image=tuple(embed.img_size),
-        patch=tuple(embed.patch_size),
-        channels=embed.proj.in_channels,
+        patch=pixels_of(embed),
+        channels=channels_of(embed),
         classes=head_classes(model),
         pool=inner.global_pool,
         dynamic=bool(getattr(inner, "dynamic_img_size", False)),
@@ -178,9 +178,10 @@ def _check_supported(model: nn.Module) -> None:
         raise PrunexError(f"{name} {unknown} is not supported; what works: {WORKS}")
     if not len(inner.blocks):
         raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
-    if isinstance(model, VisionTransformer) and inner.pos_embed is None and inner.num_prefix_tokens:
-        empty = torch.zeros(1, 1, 1, inner.embed_dim, dtype=inner.patch_embed.proj.weight.dtype)
-        if inner._pos_embed(empty.to(inner.patch_embed.proj.weight.device)).shape[1] == 1:
+    bare = isinstance(model, VisionTransformer) and inner.pos_embed is None and inner.num_prefix_tokens
+    if bare:
+        empty = next(inner.parameters()).new_zeros(1, 1, 1, inner.embed_dim)
+        if inner._pos_embed(empty).shape[1] == 1:
             raise PrunexError(
                 f"timm {timm.__version__} leaves the prefix tokens out of a {name} without position embedding: install "
                 "a later timm"
@@ -203,9 +204,23 @@ def _unknown(model: Any) -> str | None:
     pool, embed = model.attn_pool if model.global_pool == "map" else None, model.patch_embed
     if pool is not None and (type(pool).forward is not AttentionPoolLatent.forward or pool.pos_embed is not None):
         return f"with {type(pool).__name__} as pooling"
-    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
+    # Patches of pixels, or of the features that convolutions make of them: the sequence begins behind both.
+    if type(embed).forward not in (PatchEmbed.forward, HybridEmbed.forward):
         return f"with {type(embed).__name__} as patch embedding"
     return None
+
+
+def channels_of(embed: Any) -> int:
+    """Image channels that a patch embedding takes."""
+    if not isinstance(embed, HybridEmbed):
+        return int(embed.proj.in_channels)
+    return next(m.in_channels for m in embed.backbone.modules() if isinstance(m, nn.Conv2d))
+
+
+def pixels_of(embed: Any) -> tuple[int, int]:
+    """Height and width in pixels of what one token is made of, overlaps of convolutions left out."""
+    each = embed.feature_ratio if isinstance(embed, HybridEmbed) else (1, 1)
+    return int(embed.patch_size[0] * each[0]), int(embed.patch_size[1] * each[1])
 
 
 def head_classes(model: Any) -> int:

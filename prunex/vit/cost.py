@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from timm.layers import HybridEmbed
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.checks import called_as
@@ -145,8 +148,7 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
             blocks.append(_block(block, a.prefix + attending, a.prefix + feeding, decision))
         else:
             blocks.append(_slim_block(block, a.width, a.prefix + attending, len(turn.only), decision))
-    projection = vit.patch_embed.proj
-    embedding = patches * projection.weight.numel()
+    embedding = _embedding(vit.patch_embed, a, (gh, gw))
     head = linear_macs(vit.head, getattr(vit, "head_dist", nn.Identity()))
     if a.pool == "map":
         head += _pooling(vit.attn_pool, n + a.prefix * a.pool_prefix)
@@ -201,6 +203,25 @@ def _slim_block(block: Any, width: int, attending: int, asking: int, decision: i
     linear = width * inner * (2 if layout.opens else 1)
     spared = (attending - asking) * (linear + 2 * attending * inner)
     return BlockCost(attending, asking, whole.macs - spared, asking)
+
+
+def _embedding(embed: Any, a: Anatomy, grid: tuple[int, int]) -> int:
+    """Patch embedding: one product a patch; of a convolutional stem those of every place of its layers, too."""
+    if not isinstance(embed, HybridEmbed):
+        return grid[0] * grid[1] * int(embed.proj.weight.numel())
+    # Shapes alone tell: no number is computed.
+    stem, macs = copy.deepcopy(embed).to("meta").eval(), 0
+    stem.strict_img_size = False
+
+    def count(module: Any, _args: Any, out: Tensor) -> None:
+        nonlocal macs
+        macs += out[0].numel() // module.weight.shape[0] * module.weight.numel()
+
+    for layer in stem.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    stem(torch.empty(1, a.channels, grid[0] * a.patch[0], grid[1] * a.patch[1], device="meta"))
+    return macs
 
 
 def _pooling(pool: Any, tokens: int) -> int:

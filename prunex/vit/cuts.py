@@ -175,6 +175,8 @@ def _take_embedding(model: Any, kept: tuple[int, ...], slices: Slices) -> None:
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
         if getattr(model, name, None) is not None:
             _swap(model, name, [(2, places)], slices)
+    if not isinstance(model.patch_embed.proj, nn.Conv2d):
+        raise PrunexError("the embedding of a stem without a projection cannot be narrowed: leave it whole")
     _swap(model.patch_embed.proj, "weight", [(0, places)], slices)
     _swap(model.patch_embed.proj, "bias", [(0, places)], slices)
     model.patch_embed.proj.out_channels = len(kept)

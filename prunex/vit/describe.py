@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, HybridEmbed, Mlp, SwiGLU
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import AttentionRope, Eva, EvaBlockPostNorm
@@ -75,6 +75,10 @@ def describe(model: Backbone) -> dict[str, Any]:
 
 
 def _described(model: ViT) -> dict[str, Any]:
+    if isinstance(model.patch_embed, HybridEmbed):
+        raise PrunexError(
+            f"cannot save a {type(model).__name__} with a convolutional stem: timm builds it by name alone"
+        )
     a = _dense(read(model), dense_shape(model))
     if len(set(a.heads)) > 1 or len(set(a.hidden)) > 1:
         raise PrunexError("cannot save a model whose blocks differ in heads or MLP width")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import HybridEmbed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -81,6 +82,8 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
     if isinstance(model, Eva | Beit):
         raise unknown_layer(model, "VisionTransformer")
+    if isinstance(model.patch_embed, HybridEmbed):
+        raise unknown_layer(model.patch_embed, "PatchEmbed")
     x = inside(model.patch_embed, partial(_patches_opened, model, ops), images)
     grid = grid_of(model, x)
     x = x.flatten(1, 2) if x.ndim == 4 else x

@@ -241,7 +241,7 @@ def own_pruners(model: ViT) -> tuple[Pruner, ...]:
 
 
 def _check_dtype(model: ViT, images: Tensor) -> None:
-    wanted = model.patch_embed.proj.weight.dtype
+    wanted = next(model.parameters()).dtype
     # Autocast brings 16- and 32-bit floats together, but leaves float64 (numpy's own) alone.
     if images.dtype != wanted and (
         torch.float64 in (images.dtype, wanted) or not torch.is_autocast_enabled(images.device.type)

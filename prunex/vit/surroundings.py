@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
 from prunex.targets import Aimed, Function, fields
-from prunex.vit.anatomy import ViT, check_values, find, head_classes
+from prunex.vit.anatomy import ViT, channels_of, check_values, find, head_classes
 from prunex.vit.aside import as_found
 from prunex.vit.forward import predict
 from prunex.vit.mount import mounted
@@ -266,7 +266,7 @@ def _tried(model: nn.Module, vit: Any) -> Call:
     """A call on one image of the ViT's size."""
     weight, embed = next(vit.parameters()), vit.patch_embed
     # Any image does: what is looked at is where it goes, not what is on it.
-    image = torch.rand(1, embed.proj.in_channels, *embed.img_size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, channels_of(embed), *embed.img_size, generator=torch.Generator().manual_seed(0))
     with as_found(model, train=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return look(model, vit, image.to(weight), named=True)

@@ -31,7 +31,6 @@ UNSUPPORTED = {
     "Cait": (lambda: timm.create_model("cait_xxs24_224", depth=1), "class token that enters after"),
     "Xcit": (lambda: timm.create_model("xcit_nano_12_p16_224", depth=1), "between channels"),
     "ResNet": (lambda: timm.create_model("resnet18"), ""),
-    "HybridEmbed": (lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1), "as patch embedding"),
     "prr": (lambda: VisionTransformer(**SMALL, global_pool="prr"), "global_pool"),
     "DiffAttention": (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "block 0"),
     "DiffParallelScalingBlock": (

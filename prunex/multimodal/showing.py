@@ -25,13 +25,12 @@ from prunex.pictures import (
     resized,
 )
 from prunex.pictures.arrays import Picture, as_pictures
-from prunex.pictures.sheet import FAINT, GAP, Column, Sheet, compose, stacked
+from prunex.pictures.sheet import Column, compose, heading_of, stacked
 
 if TYPE_CHECKING:
     from prunex.multimodal.explanation import MultimodalExplanation, Query
 
 MOST = 12  # object queries of an image that are drawn
-_WIDTH = 600
 _SQUEEZED = 1.15  # ratio of two shapes from which a map may lie elsewhere
 Explanations = Mapping[str, "MultimodalExplanation"]
 
@@ -106,7 +105,7 @@ def _detector(
     e = next(iter(explanations.values()))
     queries = sorted((q for q in e.queries or () if q.image == sample), key=lambda q: -q.probability)
     drawn = queries[:MOST]
-    lines = [*heading, f"{len(queries)} object queries explained"]
+    lines = [*heading, "1 object query explained" if len(queries) == 1 else f"{len(queries)} object queries explained"]
     if len(queries) > MOST:
         lines[-1] += f", the {MOST} most probable drawn"
     if picture is None:
@@ -158,16 +157,7 @@ def _text(
         [piece.mark for piece in read],
         [piece.joined for piece in read],
         title if words is not None else f"{title} (words are not known)",
-        _WIDTH,
     )
-
-
-def heading_of(lines: Sequence[str]) -> Picture:
-    """Lines above a picture, the first in bold."""
-    sheet = Sheet(_WIDTH, 12 + 19 * len(lines))
-    for number, line in enumerate(lines):
-        sheet.write(GAP, 22 + 19 * number, line, 13 if number else 15, bold=not number, color=FAINT if number else "k")
-    return sheet.drawn()
 
 
 def map_of(e: MultimodalExplanation, place: tuple[int, ...]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunex.errors import PrunexError
 
-_MARK = re.compile(r"\[[A-Z]+\d*\]|<[^<>\s]+>")  # [CLS], [SEP], <s>, <|endoftext|>
+_MARK = re.compile(r"(?!\[UNK\]|<unk>)(\[[A-Z]+\d*\]|<[^<>\s]+>)")  # [CLS], [SEP], <s>, <|endoftext|>
 _BEGINS = ("Ġ", "▁")  # of a word, in the vocabularies of GPT and SentencePiece
 _ENDS = "</w>"  # of a word, in CLIP's
 _GOES_ON = "##"  # a word, in BERT's

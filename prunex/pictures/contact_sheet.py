@@ -10,7 +10,7 @@ from prunex.errors import PrunexError
 from prunex.pictures.arrays import Floats, Picture, as_grids, as_pictures
 from prunex.pictures.mosaic import Scenes
 from prunex.pictures.overlay import dim_dropped, outline, overlay
-from prunex.pictures.sheet import FAINT, GAP, HEAD, Column, Sheet, compose, fitted, stacked
+from prunex.pictures.sheet import FAINT, GAP, Column, Sheet, compose, heading_of, stacked
 
 _BAR = (12, 220)  # height and width of a scale in pixels
 _LEAST = 600  # pixels that the words below need
@@ -92,7 +92,7 @@ def contact_sheet(
     if boundary is not None:
         key.append("yellow: border of the kept patches")
     below = _scales(sorted(two_sided), [*key, *scenes.key()], scenes.count, wide)
-    return stacked([*_heading(heading, wide), *bands, below])
+    return stacked([*([heading_of(heading, wide)] if heading else []), *bands, below])
 
 
 def _bands(first: Column, columns: list[Column], across: int, again: bool) -> list[list[Column]]:
@@ -118,16 +118,6 @@ def _largest(grids: Floats, signed: bool) -> str:
         return "no finite value"
     top = abs(finite).max() if signed else finite.max()
     return "zero everywhere" if top <= 0 else f"{'± ' if signed else 'max '}{top:.3g}"
-
-
-def _heading(lines: Sequence[str], width: int) -> list[Picture]:
-    if not lines:
-        return []
-    sheet = Sheet(width, 12 + 19 * len(lines))
-    sheet.write(GAP, 22, fitted(lines[0], width - 2 * GAP, HEAD), HEAD, bold=True)
-    for number, line in enumerate(lines[1:], start=1):
-        sheet.write(GAP, 22 + 19 * number, fitted(line, width - 2 * GAP, 13, 0.58))
-    return [sheet.drawn()]
 
 
 def _scales(kinds: Sequence[bool], key: Sequence[str], count: int, width: int) -> Picture:

@@ -233,7 +233,13 @@ def _detected(picture: Picture, each: Detection, method: str) -> Picture:
     drawn = overlay(picture, each.maps[method], signed=False, floor=0.0)
     mask = as_numpy(each.masks[method])
     drawn = outline(drawn, mask, OBJECT) if mask.any() else drawn
-    return _framed(drawn, each)
+    framed = _framed(drawn, each)
+    if (as_numpy(each.maps[method]) > 0).any():
+        return framed
+    sheet = Sheet(framed.shape[1], framed.shape[0])
+    sheet.put(0, 0, framed)
+    sheet.write(6, 17, "zero everywhere", NOTE, boxed=True)
+    return sheet.drawn()
 
 
 def _framed(picture: Picture, each: Detection) -> Picture:

@@ -117,6 +117,15 @@ def stacked(parts: Sequence[Picture]) -> Picture:
     return np.concatenate(filled)
 
 
+def heading_of(lines: Sequence[str], width: int = 600) -> Picture:
+    """Lines above a picture, the first in bold."""
+    sheet = Sheet(width, 12 + 19 * len(lines))
+    for number, line in enumerate(lines):
+        text = fitted(line, width - 2 * GAP, 13 if number else HEAD, 0.58 if number else WIDE)
+        sheet.write(GAP, 22 + 19 * number, text, 13 if number else HEAD, bold=not number)
+    return sheet.drawn()
+
+
 @dataclass
 class Column:
     """One column of cells: its title, cells uint8 [M, h, w, 3], and a word in each cell's corner or none."""

@@ -189,17 +189,20 @@ def read_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         known = lookup("explainer", method).options
         if name not in known:
             raise unknown(f"option of {method}", name, known)
-        try:
-            read_as = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2001-99-99 is a ValueError
-            raise PrunexError(
-                f"--option {text[:100]!r}: {value[:100]!r} is no YAML value; put text into quotes"
-            ) from error
-        if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
-            # YAML 1.1 reads 1e-3, without a dot, as text.
-            read_as = float(read_as)
-        options.setdefault(method, {})[name] = read_as
+        options.setdefault(method, {})[name] = option_value(text, value)
     return options
+
+
+def option_value(text: str, value: str) -> Any:
+    """The value of an option as YAML reads it; ``text`` is what was typed."""
+    try:
+        read_as = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2001-99-99 is a ValueError
+        raise PrunexError(f"--option {text[:100]!r}: {value[:100]!r} is no YAML value; put text into quotes") from error
+    if isinstance(read_as, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read_as):
+        # YAML 1.1 reads 1e-3, without a dot, as text.
+        return float(read_as)
+    return read_as
 
 
 def own_explainer(where: Path, methods: str, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

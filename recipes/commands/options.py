@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
+from prunex.recipes.commands import multimodal_options
 from prunex.recipes.commands.listing import check_methods
 from prunex.recipes.given import check_folder, check_model, check_range, image_files
 from prunex.recipes.report.score_table import LEFT
@@ -95,15 +96,32 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     """Of ``prunex explain``."""
     parser = Parser(
         "prunex explain",
-        description="Explain a model's predictions on your own images: a contact sheet an image, maps.npz, times.csv.",
+        description="Explain a model's predictions on your own images: a contact sheet an image, maps.npz, times.csv; "
+        "of a folder that transformers' save_pretrained wrote also explained.csv, and words.csv where there is a text.",
     )
     add = parser.add_argument
     add("--images", required=True, help="folder of images (or one image)")
     add("--target", type=int, default=None, help="class index; default the predicted class")
     add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL")
     _add_explaining(parser, batch=8)
+    group = parser.add_argument_group(
+        "models of text and image (a folder of transformers, with its processor)",
+        f"{', '.join(multimodal_options.KINDS)}; methods: {', '.join(multimodal_options.METHODS)}",
+    )
+    group.add_argument("--text", action="append", default=[], help="a question (ViLT), or one of the texts; repeatable")
+    group.add_argument("--threshold", type=float, help="probability of detections that are explained; default 0.5")
     args = parser.parse_args(arguments)
-    _check_explaining(args, args.methods)
+    args.folder = multimodal_options.folder_at(args.run)
+    if args.folder is None:
+        _check_explaining(args, args.methods)
+        for name in ("text", "threshold"):
+            if getattr(args, name) not in (None, []):
+                raise PrunexError(f"--{name} goes with a folder of transformers, and {args.run} is none: leave it out")
+    else:
+        _check_basics(args, split_names(args.methods), args.methods)
+        multimodal_options.check_methods(split_names(args.methods), [split_option(text)[:2] for text in args.option])
+        args.folder.check(args)
+        args.worker = "explain_multimodal"
     # A folder that is there is walked once, when the model has been opened.
     if not is_there(Path(args.images)):
         image_files(Path(args.images))  # which says what it looked for
@@ -157,7 +175,7 @@ def parse_score(arguments: Sequence[str]) -> Any:
 def _add_explaining(parser: Parser, batch: int) -> None:
     """What ``explain`` and ``score`` are told of the model, its images and the methods."""
     add = parser.add_argument
-    add("run", help="run folder, slim folder, checkpoint, or a timm model name (with --weights)")
+    add("run", help="run folder, slim folder, checkpoint, a timm model name (with --weights), or transformers folder")
     add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
     add(
         "--option",
@@ -184,26 +202,32 @@ def _add_explaining(parser: Parser, batch: int) -> None:
     )
 
 
-def _check_explaining(args: Any, methods: str) -> None:
-    """What ``explain`` and ``score`` have in common, but for names of options, which signatures tell."""
-    _check_counts(args, "batch", "img_size")
+def _check_basics(args: Any, names: list[str], methods: str) -> None:
+    """What any explaining is told."""
+    _check_counts(args, "batch")
     if args.device is not None:
         _check_device(args.device)
+    check_range(args.range, "--range")
+    if not names:
+        raise PrunexError(f"methods={methods!r} names no explainer: give all, or names with commas between")
+    for text in args.option:
+        method = split_option(text)[0]
+        if "all" not in names and method not in names:
+            raise PrunexError(f"an option was given for {method}, which is not among the methods {names}")
+
+
+def _check_explaining(args: Any, methods: str) -> None:
+    """What ``explain`` and ``score`` of ViTs have in common, but for names of options, which signatures tell."""
+    _check_counts(args, "img_size")
+    names = split_names(methods)
+    check_methods([name for name in names if name != "all"], "explainer")
+    check_methods([split_option(text)[0] for text in args.option], "explainer")
+    _check_basics(args, names, methods)
     for name, values in (("--mean", args.mean), ("--std", args.std)):
         if values is not None and not all(math.isfinite(value) for value in values):
             raise PrunexError(f"{name} {' '.join(map(str, values))} is not allowed: give a finite number a channel")
     if args.std is not None and min(args.std) <= 0:
         raise PrunexError(f"--std {' '.join(map(str, args.std))} is not allowed: give numbers above 0")
-    check_range(args.range, "--range")
-    names = split_names(methods)
-    if not names:
-        raise PrunexError(f"methods={methods!r} names no explainer: give all, or names with commas between")
-    check_methods([name for name in names if name != "all"], "explainer")
-    for text in args.option:
-        method = split_option(text)[0]
-        check_methods([method], "explainer")
-        if "all" not in names and method not in names:
-            raise PrunexError(f"an option was given for {method}, which is not among the methods {names}")
     check_model(args.run, args.weights, args.img_size, args.pretrained)
 
 

@@ -59,11 +59,12 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def worked_by(name: str) -> Callable[[Sequence[str]], int]:
-    """The command that a file of that name does the work of, once its options are read."""
+    """The command that a file of that name does the work of, or the one that its options name, once these are read."""
 
     def run(arguments: Sequence[str]) -> int:
         args = getattr(options, f"parse_{name}")(arguments)
-        code: int = getattr(import_module(f"prunex.recipes.commands.{name}"), name)(args)
+        worker = getattr(args, "worker", name)
+        code: int = getattr(import_module(f"prunex.recipes.commands.{worker}"), worker)(args)
         return code
 
     return run

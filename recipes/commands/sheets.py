@@ -63,7 +63,7 @@ class Output:
                     _in_words(int(predicted[place]), int(target[place]), shares[place], self.class_names, explanations),
                 ],
             )
-            with self._writing():
+            with writing(self.out):
                 save_png(self.out / self.sheets[first + place], sheet)
 
     def finish(self) -> None:
@@ -72,17 +72,19 @@ class Output:
             return
         began = perf_counter()
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
-        with self._writing():
+        with writing(self.out):
             save_npz(self.out / "maps.npz", {"files": np.array(self.files[: self.done]), **whole}, compressed=False)
             write_whole(self.out / "times.csv", self._times.encode())
         self._written, self._took, self._times = perf_counter(), perf_counter() - began, ""
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise PrunexError(f"cannot write to {self.out}: {error.strerror or error}; choose another --out") from error
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the file system refuses is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
 
 
 def _in_words(

@@ -172,6 +172,15 @@ def test_boxes_beyond_the_image_are_cut_and_masks_may_be_empty():
     assert not (detection_sheet(GREY, [nothing]) == (0, 229, 255)).all(-1).any()
 
 
+def test_a_map_without_any_relevance_says_so():
+    each = detection()
+    zero = Detection(each.label, each.note, each.box, {"rollout": np.zeros((3, 4))}, {"rollout": np.zeros((3, 4)) > 0})
+    # White letters on black in the corner of the second tile.
+    corner = detection_sheet(GREY.repeat(3, 0).repeat(3, 1), [zero], side=180)[46:66, 256:380]
+    assert corner.max() == 255
+    assert corner.min() < 40
+
+
 def test_detections_need_the_same_methods():
     with pytest.raises(PrunexError, match="the same methods"):
         detection_sheet(GREY, [])

@@ -30,6 +30,7 @@ MISTAKES = [
     ["explain", ".", "--images", ".", "--option", "rollout"], ["explain", ".", "--images", ".", "--std", "0"],
     ["explain", ".", "--images", ".", "--device", "gpu"], ["explain", ".", "--images", ".", "--weights", "digits"],
     ["explain", "vit_tiny_patch16_224", "--images", ".", "--weights", "nowhere"],
+    ["explain", ".", "--images", ".", "--text", "a cat"], ["explain", ".", "--images", ".", "--threshold", "0.5"],
     ["score", ".", "--metrics", "deletoin"], ["score", ".", "--metrics", ","], ["score", ".", "--removal", "white"],
     ["score", ".", "--masks", "x"], ["score", ".", "--data", "nowhere"], ["score", ".", "--range", "9", "--data", "."],
 ]  # fmt: skip

@@ -85,7 +85,8 @@ def attach(
     >>> prunex.attach(model, "evit", budget="0.9GMACs").options["keep_ratio"]
     0.769
     """
-    with torch.inference_mode(False):  # what is made under it could never be trained
+    # What is made in inference mode could never be trained, and what is made on the meta device holds no values.
+    with torch.inference_mode(False), torch.device("cpu"):
         return _attach(model, method_of(method, options), path, budget, options)
 
 

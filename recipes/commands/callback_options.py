@@ -32,6 +32,7 @@ SHORT = {
     "guidance": "RelevancyGuidance",
     "slim": "SlimExport",
     "head": "ExplainableHead",
+    "evidence": "HeadMonitor",
     "kept": "KeptTokenMonitor",
     "relevancy": "RelevancyMonitor",
     "units": "UnitMonitor",

@@ -44,6 +44,7 @@ what the config's callbacks do
   --masks.budget X              MaskPruning: heads and MLP channels; also --masks.method
   --slim.folder DIR             SlimExport: DIR/slim; also --slim.formats [onnx]
   --relevancy.methods [NAME]    RelevancyMonitor; also --kept.*, --units.*, --faithfulness.*, --guidance.*
+  --head.method NAME            ExplainableHead: its options as --head.options.NAME; --evidence.* are HeadMonitor's
   --NAME.OPTION X               any other callback of the config, by its class: --EarlyStopping.patience 5
 """
 _READ = """\

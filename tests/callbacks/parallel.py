@@ -24,6 +24,7 @@ from prunex import PrunexError
 from prunex.callbacks import (
     ExplainableHead,
     FaithfulnessMonitor,
+    HeadMonitor,
     KeptTokenMonitor,
     MaskPruning,
     RelevancyGuidance,
@@ -211,7 +212,7 @@ class Watcher:
     def __enter__(self):
         for name in COLLECTIVES:
             self.collective(name)
-        for kind in (KeptTokenMonitor, RelevancyMonitor, UnitMonitor, FaithfulnessMonitor):
+        for kind in (KeptTokenMonitor, RelevancyMonitor, UnitMonitor, FaithfulnessMonitor, HeadMonitor):
             self.alone(kind, "watch")
         for owner, name in ((prunex, "save"), (prunex, "export"), (prunex, "load"), (UnitPruning, "calibrate")):
             self.alone(owner, name)
@@ -298,6 +299,30 @@ def uneven(folder, **options):
     return {"kept": module.kept, "expected": list(pruning.pruning.options["expected"]), "logged": logged}
 
 
+def tree(folder, **options):
+    """A tree that is watched, in two processes with other numbers of validation images each."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    x, y = data(7 if rank else 3, seed=8 + rank)
+    module, images = Plain(lr=0.02), data(8)
+    callbacks = [head("vit_net"), HeadMonitor(images=3)]
+    with Watcher() as watcher:
+        run = trainer(
+            folder, *callbacks, use_distributed_sampler=False, logger=csv_logger(folder), max_epochs=2,
+            num_sanity_val_steps=1, **options,
+        )  # fmt: skip
+        run.fit(module, DataLoader(TensorDataset(*images), BATCH), DataLoader(TensorDataset(x, y), 4))
+    handle = prunex.attached(module, head=True)
+    controls = [(len(part), handle.controls(part, names)) for part, names in zip(x.split(4), y.split(4), strict=True)]
+    return {
+        "leaf": handle.read(x).leaf.tolist(),
+        "controls": controls,
+        "folder": str(run.log_dir),
+        "called": watcher.called,
+        "inside": watcher.inside,
+        "ran": watcher.ran,
+    }
+
+
 def nan(folder, accumulate=2, **options):
     """Only one process has an image that is no image."""
     images, labels = data(16)
@@ -346,7 +371,7 @@ def around(folder, **options):
     return {"said": said, "still": still, "steps": run.global_step}
 
 
-CASES = {"watch": watch, "uneven": uneven, "nan": nan, "nan_late": nan_late, "around": around}
+CASES = {"watch": watch, "uneven": uneven, "tree": tree, "nan": nan, "nan_late": nan_late, "around": around}
 
 
 def case(folder, name, **options):

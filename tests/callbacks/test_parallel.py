@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
@@ -134,6 +135,26 @@ def test_processes_with_other_numbers_of_images(tmp_path):
     for told in (first, second):
         assert told["expected"] == mean
         assert [told["logged"][f"prunex/val_keep_ratio_stage{s + 1}"] for s in range(3)] == mean
+
+
+@pytest.mark.slow
+def test_a_tree_is_counted_over_the_images_of_all_processes(tmp_path):
+    first, second = processes(tmp_path, ["tree"])["tree"]
+    assert first["called"] == second["called"]
+    assert first["inside"] == second["inside"] == []
+    assert first["ran"] == ["HeadMonitor.watch"] * 2
+    assert second["ran"] == []
+    folder = Path(first["folder"])
+    names = {p.name for p in (folder / "maps").iterdir()}
+    assert names == {f"{kind}epoch=00{e}.{ending}" for kind, ending in (("head-", "png"), ("", "npz")) for e in (0, 1)}
+    ends = np.bincount(first["leaf"] + second["leaf"], minlength=4)
+    left, right = ends[:2].sum(), ends[2:].sum()
+    with np.load(folder / "maps" / "epoch=001.npz", allow_pickle=False) as arrays:
+        assert arrays["head/passed"].tolist() == [10, left, *ends[:2], right, *ends[2:]]
+    told = metrics(folder)
+    for name in ("soft", "hard", "classifier", "tree", "shuffled"):
+        share = sum(count * shares[name] for count, shares in first["controls"] + second["controls"]) / 10
+        assert told[f"prunex/val_tree_{name}"][-1] == pytest.approx(share, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def train(seed: int, diversity: float, args: argparse.Namespace) -> tuple[float,
     model = VisionTransformer(
         img_size=SIZE, patch_size=PATCH, embed_dim=args.width, depth=args.depth, num_heads=4, num_classes=4
     )
-    head = prunex.attach(model, "attributes", attributes=args.attributes, diversity_weight=diversity)
+    weights = {"diversity_weight": diversity, "discriminability_weight": args.discriminability}
+    head = prunex.attach(model, "attributes", attributes=args.attributes, **weights)
     mine = {id(p) for p in head.head.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--diversity", type=float, nargs="+", default=[0.1, 0.0], help="weights to compare")
+    parser.add_argument("--discriminability", type=float, default=0.5, help="weight of that loss, which parts too")
     parser.add_argument("--attributes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)

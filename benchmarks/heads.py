@@ -8,9 +8,9 @@ Every row trains as long as every other from the same weights; `linear` keeps ti
 rows say whether a digit is even, by a Concept Transformer whose ten concepts are the digits, with and without its
 explanation loss (`concepts`, `concepts-0`), beside `parity-linear`. On images that training never saw: accuracy; how
 often the concept with most attention is present; the tree's controls (hard, classifier alone, tree without it, routing
-shuffled); the share of the head's evidence for the label (its positive part) that lies on the object, and of TokenTM's
-map; and the perturbation test of both on the model itself by dropping tokens (positive: lower is better, negative:
-higher). Rows that OUT/heads.csv holds already are skipped. Written: heads.csv and heads.md.
+shuffled). On --explained of them: the share of the head's evidence for the label (its positive part) that lies on the
+object, and of TokenTM's map; and the perturbation test of both on the model itself by dropping tokens (positive: lower
+is better, negative: higher). Rows that OUT/heads.csv holds already are skipped. Written: heads.csv and heads.md.
 """
 
 from __future__ import annotations
@@ -128,13 +128,14 @@ def measure(source: Any, row: str, module: Any, seed: int, args: argparse.Namesp
     own = None if head is None else head.method
     sums: dict[str, list[float]] = {}
     hits: dict[str, list[torch.Tensor]] = {}
-    for images, labels, masks, *more in source.test(row, seed, 50, args.explained):
+    for images, labels, _, *more in source.test(row, seed, 100, args.val_size):
         if own == "concept_transformer" and more:
             top = head.read(images).attention["global"].mean((1, 2)).argmax(1)
             sums.setdefault("top_concept", []).extend(more[0]["concepts"].gather(1, top[:, None])[:, 0].tolist())
         if own == "vit_net":
             for name, share in head.controls(images, labels).items():
-                sums.setdefault(name, []).append(share)
+                sums.setdefault(name, []).extend([share] * len(labels))
+    for images, labels, masks, *_ in source.test(row, seed, 50, args.explained):
         for prefix, method in (("", own), ("tokentm_", "tokentm")):
             if method is None:
                 continue

@@ -18,7 +18,7 @@ from prunex.callbacks.participant import Participant, progress
 from prunex.callbacks.rates import check_stepped, give_rates
 from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError, unknown
-from prunex.heads.tree_reading import Nearest
+from prunex.heads.tree_patches import Nearest
 
 
 class ExplainableHead(Participant):
@@ -201,7 +201,8 @@ class ExplainableHead(Participant):
     def _collect(self, forward: Any) -> None:
         """Look for the patches nearest a tree's prototypes among the images of this step's last forward."""
         images, self._images = self._images, None
-        if images is not None and len(images) == forward.images:
+        known = forward.reading.tokens.grid is not None
+        if images is not None and known and len(images) == forward.images:
             names = [f"{self._seen + i}" for i in range(len(images))]
             self._head.collect(forward.reading, images, names)
             self._seen += len(images)

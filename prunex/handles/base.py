@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,19 @@ def accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     """Before a dense model's state dict is loaded, strictly: what hangs on the model keeps its values."""
     if not any(k.startswith(prefix) for k in state):
         state.update({prefix + k: v for k, v in module.state_dict().items()})
+
+
+def warn_of_frozen(learner: nn.Module, method: str, reached: str) -> None:
+    """Tell of parameters that rest while others train: what adds adapters to a model freezes all that it has."""
+    named = list(learner.named_parameters())
+    frozen = [name for name, p in named if not p.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} of {len(named)} parameters of {method} ({frozen[0]}, ...) are frozen while others train: "
+            f"where that is not meant, call {reached}.requires_grad_(True) after what froze them (peft.get_peft_model "
+            "does) and before the optimiser is made",
+            stacklevel=4,
+        )
 
 
 class Handle:

@@ -14,7 +14,7 @@ import prunex.heads  # noqa: F401  (registers the heads)
 from prunex.brief import Brief
 from prunex.checks import check_number
 from prunex.errors import PrunexError
-from prunex.handles.base import Handle, accept_dense, drop_mark
+from prunex.handles.base import Handle, accept_dense, drop_mark, warn_of_frozen
 from prunex.handles.steps import Steps
 from prunex.heads.base import Evidence, Reading, TokenHead
 from prunex.heads.final_tokens import FinalTokens
@@ -23,12 +23,13 @@ from prunex.vit.anatomy import Anatomy, ViT, check_images, head_classes, pixels_
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.aside import as_found
 from prunex.vit.forward import own_anatomy, run
-from prunex.vit.handover import Handed
+from prunex.vit.handover import Handed, Handover
 from prunex.vit.methods import route
 from prunex.vit.mount import HEAD, mounted, mounted_head, unmount
 from prunex.vit.readout import classifier
 from prunex.vit.recording import choose_target
 from prunex.vit.state import TokenState
+from prunex.vit.trace import TokenTrace
 
 _CLASSIFIER = ("head", "head_dist", "attn_pool")  # timm's own: what is between final tokens and logits
 
@@ -49,6 +50,7 @@ class Headed(nn.Module):
 
     Attributes:
         steps: The training forwards whose losses were not asked for yet.
+        handover: Of models for any image size, without a token pruner: which patch grid tokens have.
         last: What the last forward in eval mode without a graph read.
         ran: Set by every forward, for whoever wants to know whether one came.
         rests: Parameters of timm's classifier that would be trained, and have no part in the answer meanwhile.
@@ -60,9 +62,11 @@ class Headed(nn.Module):
         self.method = head.name
         self.dense = dense
         self.steps: Steps[Read] = Steps()
+        self.handover = Handover()
         self.ran = False
         self.last: Reading | None = None
         self.rests: list[str] = []
+        self._looked = False  # whether it was seen that a training trains the head
         self.register_load_state_dict_pre_hook(drop_mark)
         self.register_load_state_dict_pre_hook(accept_dense)
 
@@ -86,6 +90,17 @@ class Headed(nn.Module):
         if (tuple(embed.img_size), pixels_of(embed)) != (known.image, known.patch):
             self.dense = read(model)
         return self.dense
+
+    def came_from(self, model: ViT, images: Tensor, tokens: Tensor) -> None:
+        """Remember that final tokens, from which nothing was taken, are of images [B, C, H, W]."""
+        anatomy = self.current(model)
+        grid = anatomy.grid_at(images.shape[2], images.shape[3])
+        trace = TokenTrace(grid, anatomy.prefix, tokens.shape[0], tokens.device)
+        self.handover.give(tokens, Handed(anatomy, trace=trace))
+
+    def handed(self, model: ViT, x: Tensor) -> Handed:
+        """What is known of final tokens where no token pruner is."""
+        return self.handover.take(x) or Handed(self.current(model))
 
     def read(self, model: ViT, x: Tensor, left: Handed) -> Reading:
         """What the head makes of final tokens [B, prefix + n, D]."""
@@ -117,6 +132,9 @@ class Headed(nn.Module):
         """Keep a training forward's reading until its losses are asked for."""
         if self.training and Steps.counts():
             self.steps.remember(Read(reading, len(reading.logits)), reading.logits)
+            if not self._looked and not torch.compiler.is_compiling() and reading.logits.requires_grad:
+                self._looked = True
+                warn_of_frozen(self.head, self.method, Head.reached)
 
 
 class Head(Handle):
@@ -178,7 +196,8 @@ class Head(Handle):
             came = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise PrunexError(f"tokens are {came}: give [B, {anatomy.prefix} + patches, {anatomy.width}]")
         pruned = mounted(self.model)
-        reading = self._headed.read(self.model, tokens, Handed(anatomy) if pruned is None else pruned.handed(tokens))
+        left = self._headed.handed(self.model, tokens) if pruned is None else pruned.handed(tokens)
+        reading = self._headed.read(self.model, tokens, left)
         self._headed.remember(reading)
         return reading
 

@@ -250,7 +250,7 @@ class ConceptTransformer(TokenHead):
         present = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         if stream == "spatial":
             rows, present = tokens.on_patches(rows)
-        target = self.fitting(stream, target, rows.shape[0], rows.shape[1], tokens.known_grid).to(rows)
+        target = self.fitting(stream, target, rows.shape[0], rows.shape[1], tokens.grid).to(rows)
         if stream == "spatial" and self.none:
             target = torch.cat([target, (target.sum(-1, keepdim=True) == 0).to(target)], -1)
         total = target.sum(-1, keepdim=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
+from prunex.vit.weights import effective, is_plain
 
 STREAMS = ("global", "spatial", "unsupervised")
 NONE = "none"
@@ -53,7 +54,10 @@ class ConceptAttention(nn.Module):
     def table(self) -> Tensor:
         """G [H, C, classes]: what a unit of a head's attention to a concept adds to each score."""
         _, values = self.kv(self.concepts).chunk(2, -1)
-        weights = self.proj.weight.T.unflatten(0, (self.heads, -1))
+        # An adapter put round it has a part in the scores too; exported graphs have none, and no numbers to see it by.
+        plain = torch.compiler.is_compiling() or is_plain(self.proj)
+        weight = self.proj.weight if plain else effective(self.proj)[0]
+        weights = weight.T.unflatten(0, (self.heads, -1))
         return self._split(values) @ weights
 
     def macs(self, queries: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunex.brief import Brief
+from prunex.errors import PrunexError
 from prunex.vit.handover import Handed
 from prunex.vit.trace import TokenTrace
 
@@ -21,16 +22,15 @@ class FinalTokens(Brief):
         patches: [B, n, D], the patch tokens that are left; slots of dropped ones included while training masked.
         counts: float [B, n] or None: how many patches each token stands for, 0 in an empty slot; None: one each.
         trace: Which patches the tokens are; None: all of them, in raster order.
-        grid: The patch grid of the images where that is known, else the model's own.
-        known_grid: The patch grid of the images; None where nothing tells it: dynamic sizes without a token pruner.
+        grid: The patch grid of the images; None where nothing tells it, of tokens of a model for any image size that
+            no forward of its gave.
     """
 
     prefix: Tensor
     patches: Tensor
     counts: Tensor | None
     trace: TokenTrace | None
-    grid: tuple[int, int]
-    known_grid: tuple[int, int] | None = None
+    grid: tuple[int, int] | None
 
     @classmethod
     def of(cls, x: Tensor, left: Handed) -> FinalTokens:
@@ -43,9 +43,22 @@ class FinalTokens(Brief):
                 factor = factor[:, prefix:].to(x.dtype)
                 counts = factor if counts is None else counts * factor
         trace = left.trace if left.trace is not None and left.trace.stages else None
-        grid = left.anatomy.grid if left.trace is None else left.trace.grid
-        known = None if left.trace is None and left.anatomy.dynamic else grid
-        return cls(x[:, :prefix], x[:, prefix:], counts, trace, grid, known)
+        own = None if left.anatomy.dynamic else left.anatomy.grid
+        return cls(x[:, :prefix], x[:, prefix:], counts, trace, own if left.trace is None else left.trace.grid)
+
+    @property
+    def whole_grid(self) -> tuple[int, int]:
+        """The patch grid, for whoever cannot do without.
+
+        Raises:
+            PrunexError: Where nothing tells it.
+        """
+        if self.grid is None:
+            raise PrunexError(
+                "this model takes images of any size, and these tokens do not tell their patch grid: give images, or "
+                "what its forward_features returned"
+            )
+        return self.grid
 
     @property
     def shares(self) -> Tensor:

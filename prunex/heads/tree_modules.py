@@ -90,20 +90,24 @@ class Leaves(nn.Module):
         self.predict, self.predict_bias = _uniform(width, leaves, classes, width), _uniform(width, leaves * classes)
         self.norm, self.norm_bias = _norm(leaves * classes)
 
-    def forward(self, z: Tensor, at: slice | Tensor, tokens: FinalTokens, scores: Tensor | None) -> Tensor:
-        """Distributions [B, L, classes] for tokens [B, L, n, d] at all leaves, or with L = 1 at an image's own [B]."""
+    def forward(self, arrived: Tensor, at: slice | Tensor, scores: Tensor | None) -> Tensor:
+        """Distributions [B, L, classes] for v [B, L, d] at all leaves, or with L = 1 at an image's own [B]."""
         classes = self.predict.shape[1]
         whole = isinstance(at, slice)
         rows = (self.predict_bias, self.norm, self.norm_bias)
         bias, scale, shift = (t.unflatten(0, (-1, classes))[at] for t in rows)
         if not whole:
             bias, scale, shift = bias.unsqueeze(1), scale.unsqueeze(1), shift.unsqueeze(1)
-        largest = tokens.hide(z.transpose(1, 2), 0.0).amax(1)  # [B, L, d], of what is above 0
-        product = (largest.transpose(0, 1) if whole else largest) @ self.predict[at].transpose(1, 2)
+        product = (arrived.transpose(0, 1) if whole else arrived) @ self.predict[at].transpose(1, 2)
         out = (product.transpose(0, 1) if whole else product) + bias
         if scores is not None:
             out = out + scores.unsqueeze(1)
         return (promoted(F.layer_norm(promoted(out), (classes,), eps=EPS)) * scale + shift).softmax(2)
+
+
+def largest_of(z: Tensor, tokens: FinalTokens) -> Tensor:
+    """The largest entries of tokens [B, L, n, d], which are above 0, at each of L leaves: [B, L, d]."""
+    return tokens.hide(z.transpose(1, 2), 0.0).amax(1)
 
 
 def distances_to(z: Tensor, prototypes: Tensor, tokens: FinalTokens) -> Tensor:
@@ -116,7 +120,7 @@ def distances_to(z: Tensor, prototypes: Tensor, tokens: FinalTokens) -> Tensor:
     if prototypes.shape[-1] == 1:
         squares = (z - prototypes.flatten(3).transpose(2, 3)).square().sum(3)
     else:
-        gh, gw = tokens.grid
+        gh, gw = tokens.whole_grid
         grid = z.unflatten(2, (gh, gw))
         corners = [
             (grid[:, :, i : gh - 1 + i, j : gw - 1 + j] - prototypes[:, :, None, None, :, i, j]).square().sum(4)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunex.brief import Brief
+from prunex.errors import PrunexError
 from prunex.heads.base import Evidence, Reading
 from prunex.heads.tree_modules import numbers_of
-
-NEAREST = 3  # training patches kept for each prototype
+from prunex.heads.tree_patches import Nearest
 
 
 @dataclass(eq=False, repr=False)
@@ -20,7 +21,7 @@ class TreeReading(Reading):
     """What a ViT-NeT makes of final tokens.
 
     Branches are in pre-order (a branch, its left subtree, its right one), leaves from left to right. Hard inference
-    computes what lies on each image's path alone: elsewhere similarities, distances and leaves are NaN.
+    computes what lies on each image's path alone: elsewhere similarities, distances and what is of leaves are NaN.
 
     Attributes:
         probabilities: float [B, classes], the output itself; rows sum to 1. Under ``routing="raw"`` entries may be
@@ -34,6 +35,7 @@ class TreeReading(Reading):
         leaf: int64 [B], where it ends.
         leaves: float [B, leaves, classes], each leaf's distribution.
         weights: float [B, leaves], each leaf's part in the output; rows sum to 1.
+        arrived: float [B, leaves, d], the largest entries of the tokens that arrive at each leaf.
         scores: [B, classes], what timm's own classifier said, which all leaves add; or None.
     """
 
@@ -48,6 +50,7 @@ class TreeReading(Reading):
     leaf: Tensor
     leaves: Tensor
     weights: Tensor
+    arrived: Tensor
     scores: Tensor | None
 
     @property
@@ -104,23 +107,6 @@ class TreeEvidence(Evidence):
 
 
 @dataclass(eq=False, repr=False)
-class Nearest(Brief):
-    """A training patch that is near a prototype.
-
-    Attributes:
-        value: Its similarity.
-        id: Of its image, as it was given.
-        cell: (row, column) on the patch grid; of 2x2 prototypes of the upper left patch.
-        pixels: [C, h, w], as they were given.
-    """
-
-    value: float
-    id: Any
-    cell: tuple[int, int]
-    pixels: Tensor
-
-
-@dataclass(eq=False, repr=False)
 class Node(Brief):
     """A branch or a leaf of the tree.
 
@@ -164,26 +150,26 @@ def nodes_of(depth: int, nearest: Mapping[int, Sequence[Nearest]]) -> list[Node]
     return nodes
 
 
-def offer(
-    nearest: dict[int, list[Nearest]],
-    branch: int,
-    value: float,
-    name: Any,
-    image: Tensor,
-    patch: int,
-    grid: tuple[int, int],
-    size: int,
-) -> None:
-    """Take an image's patch, or window of ``size`` patches a side, in among a branch's nearest ones, if it is."""
-    held = nearest.get(branch, [])
-    others = [n for n in held if n.id != name]
-    again = [n for n in held if n.id == name and n.value >= value]
-    if value < 0 or patch < 0 or again or (len(others) >= NEAREST and others[-1].value >= value):
-        return
-    row, column = divmod(patch, grid[1])
-    (height, width), (gh, gw) = image.shape[1:], grid
-    rows = slice(row * height // gh, (row + size) * height // gh)
-    columns = slice(column * width // gw, (column + size) * width // gw)
-    pixels = image[:, rows, columns].detach().cpu().clone()
-    every = sorted([*others, Nearest(value, name, (row, column), pixels)], key=lambda n: -n.value)
-    nearest[branch] = every[:NEAREST]
+def check_classes(labels: Any, batch: int, classes: int) -> None:
+    """Refuse labels that are no class of each of so many images, or a single image.
+
+    Raises:
+        PrunexError: Likewise.
+    """
+    whole = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+    if not whole or len(labels) != batch or batch < 2:
+        came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise PrunexError(
+            f"labels are {came} for {batch} images: give one class index an image, of at least two images to "
+            "shuffle between"
+        )
+    lowest, highest = torch.stack(torch.aminmax(labels)).tolist()
+    if not 0 <= lowest <= highest < classes:
+        raise PrunexError(f"labels run from {lowest} to {highest}, the model has {classes} classes")
+
+
+def handed_round(routing: Tensor) -> Tensor:
+    """Shares [B, branches], those of each branch handed round among the images, none keeping its own."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = torch.stack([torch.randperm(len(routing), generator=generator) for _ in range(routing.shape[1])], 1)
+    return routing.gather(0, torch.empty_like(rounds).scatter(0, rounds, rounds.roll(1, 0)).to(routing.device))

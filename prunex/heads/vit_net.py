@@ -14,8 +14,18 @@ from prunex.checks import check_choice, check_whole
 from prunex.errors import PrunexError
 from prunex.heads.base import TokenHead
 from prunex.heads.final_tokens import FinalTokens
-from prunex.heads.tree_modules import Contexts, Leaves, distances_to, numbers_of, official_tree, paths_to, similarity_of
-from prunex.heads.tree_reading import NEAREST, Nearest, Node, TreeEvidence, TreeReading, nodes_of, offer
+from prunex.heads.tree_modules import (
+    Contexts,
+    Leaves,
+    distances_to,
+    largest_of,
+    numbers_of,
+    official_tree,
+    paths_to,
+    similarity_of,
+)
+from prunex.heads.tree_patches import Nearest, NearestPatches
+from prunex.heads.tree_reading import Node, TreeEvidence, TreeReading, check_classes, handed_round, nodes_of
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.trace import TokenTrace
@@ -71,9 +81,6 @@ class ViTNeT(TokenHead):
         PrunexError: For options out of range, fewer than two classes, a grid smaller than a prototype, or 2x2
             prototypes where a pruner takes tokens away.
 
-    Attributes:
-        nearest: By branch, what :meth:`collect` kept.
-
     >>> import prunex, timm, torch
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3).eval()
     >>> head = prunex.attach(model, "vit_net", depth=2)
@@ -125,7 +132,7 @@ class ViTNeT(TokenHead):
         order = torch.tensor([numbers_of(path, self.depth)[1] for path in paths_to(self.depth)])
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", order.argsort(), persistent=False)
-        self.nearest: dict[int, list[Nearest]] = {}
+        self._near = NearestPatches()
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse a grid without room for a prototype."""
@@ -152,8 +159,8 @@ class ViTNeT(TokenHead):
         """Refuse tokens that are no whole grid, which 2x2 windows need."""
         if tokens.counts is not None or tokens.trace is not None:
             raise _no_grid("some were pruned")
-        (gh, gw), count = tokens.grid, tokens.patches.shape[1]
-        if count != gh * gw:
+        (gh, gw), count = tokens.whole_grid, tokens.patches.shape[1]
+        if count != gh * gw or min(gh, gw) < self.side:
             raise _no_grid(f"there are {count} patch tokens for a grid of {gh} x {gw}")
 
     def levels(self, tokens: FinalTokens) -> Iterator[Tensor]:
@@ -171,7 +178,8 @@ class ViTNeT(TokenHead):
         for level, z in enumerate(inner):
             here = self.prototypes[self.order[2**level - 1 : 2 ** (level + 1) - 1]]
             each.append(distances_to(z, here.unsqueeze(0), tokens))
-        leaves = self.leaves(last, slice(None), tokens, scores)
+        arrived = largest_of(last, tokens)
+        leaves = self.leaves(arrived, slice(None), scores)
         distances = torch.cat(each, 1)
         similarity = similarity_of(distances.amin(2))
         visited, path, leaf = self._walk(similarity)
@@ -185,6 +193,7 @@ class ViTNeT(TokenHead):
             path=path,
             visited=visited,
             leaf=leaf,
+            arrived=arrived,
             scores=scores,
         )
 
@@ -214,14 +223,19 @@ class ViTNeT(TokenHead):
             sides.append(side)
             place = 2 * place + side
             z = self.contexts(z, 2 ** (level + 1) - 2 + place, tokens)
-        leaf = self.leaves(z, place, tokens, scores)
+        largest = largest_of(z, tokens)
+        leaf = self.leaves(largest, place, scores)
         at, way = torch.stack(visited, 1), torch.cat(distances, 1)
         branches, ends = len(self.order), len(self.order) + 1
         unknown = way.new_full((batch, branches, way.shape[2]), torch.nan)
         spread = unknown.scatter(1, at.unsqueeze(2).expand_as(way), way)
         similarity = similarity_of(spread.amin(2))
-        index = place.reshape(-1, 1, 1).expand(-1, 1, self.classes)
-        leaves = leaf.new_full((batch, ends, self.classes), torch.nan).scatter(1, index, leaf)
+        leaves, arrived = (
+            at_end.new_full((batch, ends, at_end.shape[2]), torch.nan).scatter(
+                1, place.reshape(-1, 1, 1).expand_as(at_end), at_end
+            )
+            for at_end in (leaf, largest)
+        )
         output = leaf.squeeze(1)
         return TreeReading(
             (output + _FLOOR).log(),
@@ -235,6 +249,7 @@ class ViTNeT(TokenHead):
             leaf=place,
             leaves=leaves,
             weights=output.new_zeros(batch, ends).scatter(1, place.unsqueeze(1), 1.0),
+            arrived=arrived,
             scores=scores,
         )
 
@@ -267,8 +282,7 @@ class ViTNeT(TokenHead):
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> TreeEvidence:
         """The path, what was near on it, and what each turn did to the target's score."""
         tokens, logits, batch = reading.tokens, reading.logits, len(target)
-        # A hard forward knows no other leaves to compare with.
-        reading = reading if not bool(reading.leaves.isnan().any()) else self.soft(tokens, reading.scores)
+        reading = self._all_leaves(reading)
         steps = self._steps(reading, target)
         positions = reading.cells.gather(1, reading.visited)
         left = steps.masked_fill(reading.path == 1, 0)
@@ -281,7 +295,7 @@ class ViTNeT(TokenHead):
         shown = reading.visited.unsqueeze(2).expand(-1, -1, reading.distances.shape[2])
         maps = similarity_of(reading.distances.gather(1, shown))
         if self.side > 1:
-            gh, gw = tokens.grid
+            gh, gw = tokens.whole_grid
             # The largest of the windows that a patch is in: of one at corners, of four inside.
             windows = F.pad(maps.unflatten(2, (gh - 1, gw - 1)), (1, 1, 1, 1), value=-torch.inf)
             maps = F.max_pool2d(windows, 2, 1).flatten(2)
@@ -303,6 +317,10 @@ class ViTNeT(TokenHead):
             weights=reading.weights,
         )
 
+    def _all_leaves(self, reading: TreeReading) -> TreeReading:
+        """A reading that knows all leaves: a hard one has none to compare with, and is done again."""
+        return self.soft(reading.tokens, reading.scores) if bool(reading.leaves.isnan().any()) else reading
+
     def _steps(self, reading: TreeReading, target: Tensor) -> Tensor:
         """How log p(target) changes with the way that each visited branch went, [B, depth]; the rest is as it was."""
         routing = reading.routing[:, self.order]
@@ -322,7 +340,7 @@ class ViTNeT(TokenHead):
         """The tokens [..., side^2] at positions, each the token itself or the four of its window."""
         if self.side == 1:
             return positions.unsqueeze(-1)
-        gw = tokens.grid[1]
+        gw = tokens.whole_grid[1]
         first = positions // (gw - 1) * gw + positions % (gw - 1)
         return torch.stack([first, first + 1, first + gw, first + gw + 1], -1)
 
@@ -350,33 +368,24 @@ class ViTNeT(TokenHead):
             PrunexError: For labels that are none, or a single image.
         """
         batch = len(reading.logits)
-        whole = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        if not whole or len(labels) != batch or batch < 2:
-            came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-            raise PrunexError(
-                f"labels are {came} for {batch} images: give one class index an image, of at least two images to "
-                "shuffle between"
-            )
-        if not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise PrunexError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {self.classes} classes"
-            )
-        tokens, scores = reading.tokens, reading.scores
+        check_classes(labels, batch, self.classes)
         with torch.no_grad():
-            soft = self.soft(tokens, scores)
-            generator = torch.Generator().manual_seed(0)
-            rounds = torch.stack([torch.randperm(batch, generator=generator) for _ in range(len(self.order))], 1)
-            source = torch.empty_like(rounds).scatter(0, rounds, rounds.roll(1, 0)).to(soft.routing.device)
-            weights = self._reach(soft.routing.gather(0, source))[-1]
+            soft = self._all_leaves(reading)
+            weights = self._reach(handed_round(soft.routing))[-1]
             answers = {
                 "soft": soft.probabilities,
-                "hard": self.hard(tokens, scores).probabilities,
-                "classifier": scores,
-                "tree": self.soft(tokens, None).probabilities,
+                "hard": soft.leaves[torch.arange(batch, device=soft.leaf.device), soft.leaf],
+                "classifier": soft.scores,
+                "tree": (soft.weights.unsqueeze(2) * self.leaves(soft.arrived, slice(None), None)).sum(1),
                 "shuffled": (weights.unsqueeze(2) * soft.leaves).sum(1),
             }
-        labels = labels.to(reading.logits.device)
-        return {n: float((a.argmax(1) == labels).float().mean()) for n, a in answers.items() if a is not None}
+        right = {n: (a.argmax(1) == labels.to(a.device)).float().mean() for n, a in answers.items() if a is not None}
+        return dict(zip(right, torch.stack([*right.values()]).tolist(), strict=True))
+
+    @property
+    def nearest(self) -> dict[int, list[Nearest]]:
+        """By branch, what :meth:`collect` kept, the nearest first."""
+        return self._near.by_branch
 
     def tree(self) -> list[Node]:
         """The tree's nodes in pre-order, with the training patches nearest each prototype where they were collected."""
@@ -402,13 +411,10 @@ class ViTNeT(TokenHead):
                 f"images are {list(images.shape)} with {len(ids)} ids for a reading of {batch}: give "
                 f"[{batch}, C, H, W] and one id an image"
             )
-        values = reading.similarity.detach().float()
-        patches = self._patches(reading.cells.clamp(min=0), reading.tokens).tolist()
-        best = values.nan_to_num(-1).topk(min(NEAREST, batch), 0)
-        for branch, (top, rows) in enumerate(zip(best.values.T.tolist(), best.indices.T.tolist(), strict=True)):
-            for value, row in zip(top, rows, strict=True):
-                place = (patches[row][branch], reading.tokens.grid, self.side)
-                offer(self.nearest, branch, value, ids[row], images[row], *place)
+        patches = self._patches(reading.cells.clamp(min=0), reading.tokens)
+        # On the images' device, which may be another one than the model's.
+        values, patches = reading.similarity.to(images.device), patches.to(images.device)
+        self._near.offer(values, patches, images, ids, reading.tokens.whole_grid, self.side)
 
     def outputs(self, reading: Any) -> dict[str, Tensor]:
         """``path``: int64 [B, depth], 0 left, 1 right; read as a binary number it is the leaf."""

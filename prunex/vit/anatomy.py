@@ -75,6 +75,10 @@ class Anatomy:
         """The model's heads for a further attention over its whole width: as many as divide it, where blocks differ."""
         return max(h for h in range(1, max(1, *self.heads) + 1) if self.width % h == 0)
 
+    def grid_at(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid of images of some size in pixels; what is left at the edges is padded to a whole patch."""
+        return -(-height // self.patch[0]), -(-width // self.patch[1])
+
     def readout(self, tokens: int, policy: Tensor | None, like: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Which tokens the head reads, as weights: [B, tokens] summing to 1, of ``like``'s batch, device and dtype.
 

@@ -236,4 +236,4 @@ def _grid(a: Anatomy, size: Sequence[int]) -> tuple[int, int]:
         raise PrunexError(
             f"image_size={size!r} is not allowed: give (h, w) in pixels, multiples of the patch {a.patch}"
         )
-    return -(-size[0] // a.patch[0]), -(-size[1] // a.patch[1])
+    return a.grid_at(size[0], size[1])

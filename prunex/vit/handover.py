@@ -37,7 +37,12 @@ class Handed(Brief):
     read: bool = False  # whether somebody who knows of these has read the tokens
 
     def fits(self, tokens: Tensor) -> bool:
-        """Whether policy and sizes are of so many tokens of so many images."""
+        """Whether policy, sizes, and the grid where nothing was taken from it are of so many tokens."""
+        trace = self.trace
+        if trace is not None and not trace.stages and not trace.bare:
+            gh, gw = trace.grid
+            if tokens.shape[1] != trace.prefix + gh * gw:
+                return False
         return all(t is None or t.shape == tokens.shape[:2] for t in (self.policy, self.sizes))
 
 

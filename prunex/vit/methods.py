@@ -14,11 +14,19 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, ViT, read
 from prunex.vit.aside import as_found
 from prunex.vit.forward import run
-from prunex.vit.handover import Handed
 from prunex.vit.intermediates import intermediates
 from prunex.vit.mount import mounted, mounted_head
 from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
+
+
+def _told_grid(name: str, self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A method of timm's own, with its final tokens' patch grid for the head: where sizes differ, no token says it."""
+    out = getattr(type(self), name)(self, x, *args, **kwargs)
+    tokens = out[0] if isinstance(out, tuple) else out
+    if isinstance(tokens, Tensor):
+        mounted_head(self).came_from(self, x, tokens)
+    return out
 
 
 def _forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -38,7 +46,7 @@ def _pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
 def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
     tokens, explainable = mounted(self), mounted_head(self)
     if explainable is not None and not pre_logits:
-        out = explainable.logits(self, x, Handed(explainable.current(self)) if tokens is None else tokens.handed(x))
+        out = explainable.logits(self, x, explainable.handed(self, x) if tokens is None else tokens.handed(x))
     elif tokens is None:
         return type(self).forward_head(self, x, pre_logits=pre_logits)
     # timm's own heads, which must not pool tokens that are not there; BEiT's pools inside, whoever is there.
@@ -71,17 +79,26 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+_TOKENS = ("forward_features", "forward_intermediates")  # which give final tokens
+
+
 def route(model: ViT) -> None:
     """Lead the model's methods through what hangs on it, and the others to its class again.
 
-    A token pruner (an object with features, pool, handed, for_heads and saw_logits) needs all of them, a head
-    (current, logits) ``forward_head`` alone.
+    A token pruner (an object with features, pool, handed, for_heads and saw_logits) needs all of them. A head (logits,
+    handed, came_from) needs ``forward_head``, and beside it where images may have any size what gives it tokens.
     """
     pruned, headed = mounted(model) is not None, mounted_head(model) is not None
+    sizes = headed and getattr(model, "dynamic_img_size", False)
     for name, function in _METHODS.items():
         model.__dict__.pop(name, None)
-        if hasattr(type(model), name) and (pruned or (headed and name == "forward_head")):
-            model.__dict__[name] = partial(function, model)  # pickle would look a bound method up by its name
+        if not hasattr(type(model), name):
+            continue
+        # Partial, since pickle would look a bound method up by its name.
+        if pruned or (headed and name == "forward_head"):
+            model.__dict__[name] = partial(function, model)
+        elif sizes and name in _TOKENS:
+            model.__dict__[name] = partial(_told_grid, name, model)
 
 
 def check_methods(model: nn.Module) -> None:

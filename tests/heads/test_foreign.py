@@ -8,7 +8,7 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
-from tests.heads.heads import HEADS, attach
+from tests.heads.heads import HEADS, OPTIONS, attach
 from tests.vits import images, largest, tiny
 
 
@@ -59,9 +59,16 @@ def test_the_grid_of_labels_is_the_patches_own():
         head.losses(spatial=torch.ones(3, 3, 5, 3))
     _, head = trained("not_square", size=(40, 24))
     assert "explanation" in head.losses(spatial=torch.ones(3, 5, 3, 3))
-    # Of a dynamic model nothing tells the grid: as many patches are taken as they come.
+    for other in ((8, 2), (4, 4)):  # as many patches as there are
+        _, head = trained("dynamic", size=(16, 64))
+        with pytest.raises(PrunexError, match=r"give \[3, 16, 3\] or \[3, 2, 8, 3\]"):
+            head.losses(spatial=torch.ones(3, *other, 3))
     _, head = trained("dynamic", size=(16, 64))
     assert "explanation" in head.losses(spatial=torch.ones(3, 2, 8, 3))
+    # Of tokens that no forward gave nothing tells the grid: as many patches are taken as they come.
+    head = attach(tiny("dynamic").train(), "concept_transformer")
+    head.from_tokens(torch.randn(3, 17, 48))
+    assert "explanation" in head.losses(spatial=torch.ones(3, 8, 2, 3))
 
 
 def test_labels_go_to_every_forward_of_as_many_images():
@@ -94,6 +101,64 @@ def test_attached_under_inference_mode_it_can_be_trained(name):
     model.train()
     model(images()).sum().backward()
     assert all(p.grad is not None for p in head.head.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", [*HEADS, "evit", "dynamicvit", "xpruner"])
+def test_attached_where_new_tensors_are_on_the_meta_device(name):
+    model, twin = tiny(), tiny()
+    options = OPTIONS.get(name, {})
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        prunex.attach(model, name, **options)
+    torch.manual_seed(0)
+    prunex.attach(twin, name, **options)
+    assert torch.equal(model(images()), twin(images()))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_frozen_after_it_was_attached_it_says_so_once(name):
+    model = tiny().train()
+    head = attach(model, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+    model = tiny().train()
+    head = attach(model, name)
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())  # nothing trains
+    model.blocks[0].requires_grad_(True)
+    number = len(list(head.head.parameters()))
+    with pytest.warns(UserWarning, match=rf"{number} of {number} parameters of {name} .* frozen while others train"):
+        model(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_adapters_freeze_a_head_that_is_there_and_thawed_it_learns(name):
+    peft = pytest.importorskip("peft")
+    model = tiny()
+    head = attach(model, name)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv"])).train()
+    with pytest.warns(UserWarning, match=rf"parameters of {name} .* frozen while others train"):
+        wrapped(images())
+    prunex.attached(wrapped, head=True).head.requires_grad_(True)
+    head.forget()
+    wrapped(images()).square().sum().backward()
+    assert all(p.grad is not None for p in head.head.parameters())
+
+
+def test_contributions_know_an_adapter_on_the_heads_own_layers():
+    peft = pytest.importorskip("peft")
+    model = tiny()
+    head = attach(model, "concept_transformer", concepts=["loop", "bar"])
+    targets = r"prunex_head.*\.(q|kv|proj)"
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    evidence = head.evidence(images())
+    assert largest(evidence.contributions.sum(1) + evidence.bias, evidence.logits) < 1e-5
 
 
 def test_an_intervention_is_no_part_of_a_slim_model(tmp_path):

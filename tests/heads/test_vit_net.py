@@ -437,6 +437,10 @@ def test_controls_say_what_decides():
     assert set(controls) == {"soft", "hard", "classifier", "tree", "shuffled"}
     assert controls["soft"] == 1
     assert controls["classifier"] == float((reading.scores.argmax(1) == labels).float().mean())
+    alone = head.head.soft(reading.tokens, None).probabilities
+    assert controls["tree"] == float((alone.argmax(1) == labels).float().mean())
+    walked = head.head.hard(reading.tokens, reading.scores).probabilities
+    assert controls["hard"] == float((walked.argmax(1) == labels).float().mean())
     head.head.inference = "hard"
     assert head.controls(x, labels) == controls
     assert head.controls(x, head.read(x).probabilities.argmax(1))["hard"] == 1
@@ -453,6 +457,16 @@ def test_controls_say_what_decides():
     controls = head.controls(x, labels)
     assert controls["soft"] == controls["tree"] == 1
     assert controls["shuffled"] < 1
+
+
+@pytest.mark.parametrize("inference", ["soft", "hard"])
+def test_controls_walk_the_tree_once(inference):
+    model, head = headed(depth=3, inference=inference)
+    x = images_for(model, 8)
+    reading, calls = head.read(x), []
+    head.head.contexts.register_forward_hook(lambda *_: calls.append(1))
+    head.head.controls(reading, torch.zeros(8, dtype=torch.long))
+    assert len(calls) == (0 if inference == "soft" else 3)  # a level each
 
 
 def test_controls_refuse():
@@ -514,6 +528,26 @@ def test_nearest_patches_are_collected(prototype):
     assert head.tree()[0].nearest[0].pixels.shape == (3, 16 * prototype, 16 * prototype)
     with pytest.raises(prunex.PrunexError, match="one id an image"):
         head.head.collect(head.read(x), x, [1, 2])
+
+
+def test_collecting_waits_for_no_device(monkeypatch):
+    model, head = headed(depth=2)
+    x = images_for(model, 8)
+    reading = head.read(x)
+
+    def waits(*_, **__):
+        raise AssertionError("the device was waited for")
+
+    with monkeypatch.context() as patched:
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+            patched.setattr(torch.Tensor, name, waits)
+        for i in range(20):
+            head.head.collect(reading, x, range(8 * i, 8 * i + 8))
+    # Of equal ones the first to come stay, also where steps were looked at on the way.
+    for i in range(20, 60):
+        head.head.collect(reading, x, range(8 * i, 8 * i + 8))
+    top = int(reading.similarity[:, 0].argmax())
+    assert [n.id for n in head.head.nearest[0]] == [top, top + 8, top + 16]
 
 
 def test_nearest_patches_of_pruned_and_hard_models():
@@ -635,6 +669,74 @@ def test_two_by_two_prototypes_need_every_patch():
         head.head(final(torch.randn(2, 16, 48), counts=torch.ones(2, 16)), None)
     with pytest.raises(prunex.PrunexError, match="at least one"):
         head.head(final(torch.randn(2, 0, 48)), None)
+
+
+def by_every_way(model, x):
+    """Logits of images as users ask for them."""
+    head = prunex.attached(model, head=True)
+    yield model(x)
+    yield model.forward_head(model.forward_features(x))
+    yield head.from_tokens(model.forward_features(x)).logits
+    tokens = model.forward_features(x)
+    model.forward_features(x.transpose(2, 3))  # another grid meanwhile
+    yield model.forward_head(tokens)
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16), (32, 32), (24, 40)])
+@pytest.mark.parametrize("family", ["dynamic", "dinov3"])
+def test_windows_lie_on_the_grid_that_images_have(family, size):
+    model, head = headed(family, prototype=2, depth=2)
+    x = images(3, size)
+    reading = head.read(x)
+    gh, gw = size[0] // 8, size[1] // 8
+    assert reading.distances.shape == (3, 3, (gh - 1) * (gw - 1))
+    with torch.no_grad():
+        for logits in by_every_way(model, x):
+            assert largest(logits, reading.logits) < 1e-5
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert largest(copied(x), reading.logits) < 1e-5
+    head.detach()
+    assert not {"forward_features", "forward_intermediates", "forward_head"} & set(vars(model))
+
+
+def test_final_tokens_of_intermediates_tell_their_grid():
+    model, head = headed("dynamic", prototype=2, depth=2)
+    x = images(3, (16, 64))
+    with torch.no_grad():
+        tokens, _ = model.forward_intermediates(x)
+        assert largest(model.forward_head(tokens), head.read(x).logits) < 1e-5
+        assert len(model.forward_intermediates(x, intermediates_only=True)) == 4
+
+
+def test_windows_of_padded_images():
+    model, head = headed("dynamic", prototype=2, depth=1)
+    model.patch_embed.dynamic_img_pad = True
+    x = images(3, (13, 60))
+    with torch.no_grad():
+        assert largest(model(x), head.read(x).logits) < 1e-5
+    assert head.read(x).distances.shape == (3, 1, 7)
+
+
+def test_tokens_that_do_not_tell_their_grid_have_no_windows():
+    _, head = headed("dynamic", prototype=2, depth=1)
+    with pytest.raises(prunex.PrunexError, match="do not tell their patch grid"):
+        head.from_tokens(torch.randn(2, 17, 48))
+    model, head = headed("dynamic", prototype=2, depth=1)
+    with pytest.raises(prunex.PrunexError, match="16 patch tokens for a grid of 1 x 16"):
+        model(images(2, (8, 128)))
+    _, head = headed("dynamic", depth=1)
+    reading = head.from_tokens(torch.randn(2, 17, 48))
+    with pytest.raises(prunex.PrunexError, match="do not tell their patch grid"):
+        head.head.collect(reading, images(2), [0, 1])
+
+
+def test_a_compiled_model_knows_the_grid():
+    model, head = headed("dynamic", prototype=2, depth=1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in ((16, 64), (64, 16)):
+        x = images(2, size)
+        with torch.no_grad():
+            assert largest(compiled(x), head.read(x).logits) < 1e-5
 
 
 def test_prototypes_on_a_grid_that_is_not_square():

@@ -41,7 +41,7 @@ class ExplainableHead(Participant):
     Checkpoints, of weights only too, say what was attached, see :func:`prunex.callbacks.load_from_checkpoint`.
 
     Args:
-        method: A head's name: "concept_transformer", "vit_net" or "attributes".
+        method: A head's name: "concept_transformer", "vit_net", "attributes" or "mean_patch".
         options: Its options, such as ``{"concepts": ["loop", "bar"]}``.
         model: Dotted path of the ViT in the module, when it holds several.
         lr_scale: Learning rate of the head's parameters as a multiple of what the module gives them, at least 0. None:
@@ -227,7 +227,7 @@ class ExplainableHead(Participant):
         if not self.runs.now or dataloader_idx != 0 or trainer.sanity_checking:
             return
         if reading is None:
-            if self.method != "attributes" and not self._unread:
+            if self.method in ("concept_transformer", "vit_net") and not self._unread:
                 self._unread = True
                 rank_zero_warn(
                     f"validation runs {self.method} compiled or with a graph, which leaves nothing to measure: "

@@ -36,6 +36,7 @@ class HeadMonitor(Monitor):
       their similarity, NaN for none.
     - ``attributes``: where each is in each image and what it adds. ``head/contributions``, ``head/attention``
       float [M, K, gh, gw].
+    - ``mean_patch``: as ``concept_transformer``, of its two parts: timm's classifier and the mean patch.
 
     Evidence that has a place is there as any explainer's: ``relevance/<head>`` float [M, gh, gw], on the original
     patches whatever is pruned. Arguments are those of all monitors: :class:`~prunex.callbacks.monitor.Monitor`.
@@ -123,7 +124,7 @@ class HeadMonitor(Monitor):
                 arrays["head/concepts"] = np.asarray(evidence.names)
                 arrays["head/concept_maps"] = _plain(evidence.spatial)
                 maps = arrays["head/concept_maps"].sum(1) if evidence.spatial.shape[1] else None
-                title += "what concepts add to the scores"
+                title += "what its parts add" if head.method == "mean_patch" else "what concepts add to the scores"
                 names = evidence.names
                 picture = concept_contributions(arrays["images"], contributions, names, target, maps, *about[1:], title)
         self.write(trainer, "head", picture, arrays)

@@ -26,6 +26,7 @@ _PLACES = {
     "cost": "vit.cost",
     "explain": "explain",
     "export": "slim",
+    "from_transformers": "sources",
     "load": "slim",
     "methods": "catalogue",
     "save": "slim",
@@ -57,6 +58,7 @@ if _typing.TYPE_CHECKING:
     from prunex.explain import explain as explain
     from prunex.relevance.explanation import Explanation as Explanation
     from prunex.slim.export import export as export
+    from prunex.sources.convert import from_transformers as from_transformers
     from prunex.slim.files import load as load, save as save
     from prunex.slim.slim import slim as slim
     from prunex.vit.cost import Cost as Cost, cost as cost

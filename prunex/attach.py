@@ -25,7 +25,7 @@ from prunex.vit.mount import TOKENS, mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone
 
 UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
-HeadMethod = Literal["concept_transformer", "vit_net", "attributes"]
+HeadMethod = Literal["concept_transformer", "vit_net", "attributes", "mean_patch"]
 
 
 @overload

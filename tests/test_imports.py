@@ -28,7 +28,7 @@ STOREYS = [
     ["pruners", "explainers"],
     ["handles"],
     ["attach", "explain"],
-    ["metrics", "slim", "guidance", "split"],
+    ["metrics", "slim", "guidance", "split", "sources"],
     ["multimodal"],
     ["catalogue"],
     ["prunex"],

@@ -16,7 +16,7 @@ NO_CLASS = ("raw_attention", "dino", "rollout", "attention_flow")
 GRADIENTS = ("generic_attention", "grad_cam", "grad_sam", "tokentm", "integrated_gradients", "beyond_intuition")
 RULES = ("lrp", "partial_lrp", "transformer_attribution")
 RUNS = ("atman", "shap", "vit_cx", "r_cut")
-TRAINED = ("diffmask", "vit_shapley", "concept_transformer", "vit_net", "attributes")
+TRAINED = ("diffmask", "vit_shapley", "concept_transformer", "vit_net", "attributes", "mean_patch")
 
 
 def images(batch=2, seed=1):

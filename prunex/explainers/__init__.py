@@ -16,6 +16,7 @@ from prunex.explainers.grad_sam import grad_sam as grad_sam
 from prunex.explainers.head_maps import head_maps as head_maps
 from prunex.explainers.inherent import attributes as attributes
 from prunex.explainers.inherent import concept_transformer as concept_transformer
+from prunex.explainers.inherent import mean_patch as mean_patch
 from prunex.explainers.inherent import vit_net as vit_net
 from prunex.explainers.integrated_gradients import integrated_gradients as integrated_gradients
 from prunex.explainers.lrp import lrp as lrp

@@ -99,6 +99,31 @@ def attributes(model: ViT, images: Tensor, target: int | Tensor | None = None) -
     return _by_its_head("attributes", model, images, target)
 
 
+@register(
+    "explainer",
+    "mean_patch",
+    "Zhou et al., CVPR 2016, arXiv 1512.04150",
+    "that head on the model; one forward",
+)
+def mean_patch(model: ViT, images: Tensor, target: int | Tensor | None = None) -> Explanation:
+    """What each patch adds to the class score through the mean patch: a class activation map, exact for that part.
+
+    Returns:
+        ``maps`` signed, summing to what the mean patch adds to the score; ``info``: ``contributions`` [B, 2, classes]
+        of timm's classifier and the mean patch, ``patch_maps`` [B, 1, gh, gw].
+
+    Raises:
+        PrunexError: For a model without such a head, or in a module that makes other classes of the head's.
+
+    >>> import prunex, timm, torch
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5)
+    >>> _ = prunex.attach(model, "mean_patch")
+    >>> prunex.explain("mean_patch", model, torch.randn(2, 3, 64, 64)).maps.shape
+    torch.Size([2, 4, 4])
+    """
+    return _by_its_head("mean_patch", model, images, target)
+
+
 def _by_its_head(name: str, model: ViT, images: Tensor, target: int | Tensor | None) -> Explanation:
     """The evidence of the model's own head, lifted through the trace."""
     headed = mounted_head(model)

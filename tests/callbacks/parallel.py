@@ -47,6 +47,7 @@ HEADS = {
     "concept_transformer": {"concepts": 2, "spatial": 3, "dropout": 0.0},
     "vit_net": {"depth": 2},
     "attributes": {"attributes": 3, "warmup": 0.0},
+    "mean_patch": {},
 }
 
 
@@ -68,12 +69,15 @@ TRAINED = {
     "concept_transformer": lambda: [TokenPruning("evit", keep_ratio=0.6), head("concept_transformer")],
     "vit_net": lambda: [TokenPruning("evit", keep_ratio=0.6), head("vit_net")],
     "attributes": lambda: [TokenPruning("evit", keep_ratio=0.6), head("attributes")],
+    "mean_patch": lambda: [TokenPruning("evit", keep_ratio=0.6), head("mean_patch")],
     "guidance": lambda: [TokenPruning("evit", keep_ratio=0.6), RelevancyGuidance("rollout")],
     "unit_guidance": lambda: [MaskPruning("xpruner", budget=0.6, **UNITS), RelevancyGuidance("rollout")],
 }
 # Losses of these are means over images, so that two batches of two are one of four. That of unit_guidance is one over
 # the images whose class has a mask that varies by then, which may be other numbers of them.
-LINEAR = ("evit", "topk", "diffmask", "xpruner", "guidance", "concept_transformer", "vit_net", "attributes")
+LINEAR = (
+    "evit", "topk", "diffmask", "xpruner", "guidance", "concept_transformer", "vit_net", "attributes", "mean_patch",
+)  # fmt: skip
 
 
 class Losses(L.Callback):

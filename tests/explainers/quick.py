@@ -9,7 +9,7 @@ QUICK = {
     "vit_cx": {"max_masks": 4},
 }
 # These bring networks of their own and are tested where they are made.
-HEADS = ["attributes", "concept_transformer", "vit_net"]
+HEADS = ["attributes", "concept_transformer", "mean_patch", "vit_net"]
 TRAINED = ["diffmask", "vit_shapley", *HEADS]
 EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name not in TRAINED]
 # raw is one number a token, [B, prefix + P].

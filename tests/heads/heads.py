@@ -6,6 +6,7 @@ OPTIONS = {
     "concept_transformer": {"spatial": ["ink", "paper", "edge"]},
     "vit_net": {"depth": 2},
     "attributes": {"attributes": 4},
+    "mean_patch": {},
 }
 HEADS = [m.name for m in prunex.methods("head")]
 

@@ -180,7 +180,7 @@ class MaskPruning(Participant):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next stage where its time has come."""
         if not self._begun and not self.pruning.decided and self.pruning.pruner.needs in LOOKING:
-            parts(batch).labels("calibration", "the training batch")  # refused now, not when ``start`` has come
+            parts(batch).truth("calibration", "the training batch")  # refused now, not when ``start`` has come
         self._begun = True
         self._advance(trainer, pl_module, progress(trainer, batch_idx))
 
@@ -333,7 +333,7 @@ def _first(batches: Iterable[Parts], count: int) -> list[tuple[Tensor, Tensor] |
     """The first images of some batches, with labels where there are any."""
     taken: list[tuple[Tensor, Tensor] | Tensor] = []
     for fields in batches:
-        images, labels = fields["images"][:count], fields.labels("calibration", "the training batch")
+        images, labels = fields["images"][:count], fields.truth("calibration", "the training batch")
         taken.append(images if labels is None else (images, labels[:count]))
         count -= len(images)
         if count <= 0:

@@ -32,6 +32,8 @@ _DEPTH = 3  # containers in containers; what strangers put into a batch may hold
 class Parts(dict[str, Tensor]):
     """What a batch holds: "images", "labels", "masks" and concept labels, as far as they are known.
 
+    In the place of "labels" stand "multi_hot" where an image may have several, and "values" where it has a number.
+
     Attributes:
         unclear: By part, which tensors may be meant, or do not fit. Of several image tensors the first stands in the
             dict all the same, for pictures; labels and masks that are unclear do not.
@@ -64,6 +66,13 @@ class Parts(dict[str, Tensor]):
             warnings.warn(f"{who} goes by the predicted classes: {self.unfit['labels']}", stacklevel=2)
         return self.get("labels")
 
+    def truth(self, who: str, where: str | None = None) -> Tensor | None:
+        """What a loss compares outputs with: several labels or a number of each image, else as :meth:`labels`."""
+        for name in ("multi_hot", "values"):
+            if name in self and "labels" not in self.unclear:
+                return self[name]
+        return self.labels(who, where)
+
     def cpu(self) -> Parts:
         """The same on the CPU."""
         moved = Parts(self.kind)
@@ -91,7 +100,8 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
         images: float [B, C, H, W], where they are known already: what a model made of the batch's.
 
     Returns:
-        images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W]. By name alone
+        images: float [B, C, H, W]; labels: whole numbers [B], class indices; masks: bool [B, H, W]. Where there are no
+        such labels, multi_hot: [B, C] of 0 and 1, or bool, a column a label; or values: float [B]. By name alone
         concepts: [B, C], and spatial_concepts: [B, patches, C], of 0, 1 and NaN (unknown), or bool. Whatever goes by
         these names is taken for nothing else; whether it fits, the head says that reads it.
 
@@ -216,10 +226,28 @@ def _labels(fields: Parts, leaves: Sequence[_Leaf], count: int) -> None:
     elif indices:
         fields.unclear["labels"] = _several(indices if named else [*indices, *others], "labels")
     elif others:
-        fields.unfit["labels"] = f"{others[0]} and no class index of each image: give those as integers [{count}]"
+        first = others[0]
+        fields.unfit["labels"] = f"{first} and no class index of each image: give those as integers [{count}]"
+        if len(_distinct(others)) == 1:
+            _in_place_of_labels(fields, first, count)
     elif lists:
         shape = list(lists[0].value.shape)
         fields.unclear["labels"] = f"{lists[0].path} holds labels {shape} for {count} images: give one class an image"
+    else:
+        single = _distinct(leaf for leaf in leaves if leaf.value.is_floating_point() and leaf.value.shape == (count,))
+        if len(single) == 1:
+            _in_place_of_labels(fields, single[0], count)
+
+
+def _in_place_of_labels(fields: Parts, leaf: _Leaf, count: int) -> None:
+    """Several labels of each image, or a number, from the one tensor that may be either."""
+    rows = leaf.value
+    if rows.ndim == 2 and len(rows) == count and rows.shape[1] > 1 and bool(((rows == 0) | (rows == 1)).all()):
+        fields["multi_hot"] = rows
+        fields.unfit["labels"] = f"{leaf}: several labels an image, and no one class of each"
+    elif rows.is_floating_point() and rows.shape in ((count,), (count, 1)):
+        fields["values"] = rows.reshape(count)
+        fields.unfit["labels"] = f"{leaf}: a number of each image, and no class"
 
 
 def _concepts(fields: Parts, leaves: Sequence[_Leaf], name: str) -> None:

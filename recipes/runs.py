@@ -27,8 +27,9 @@ from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.recipes.given import check_folder, check_model
 from prunex.recipes.modules.backbone import create_model, model_from_weights
+from prunex.recipes.modules.tasks import Task, task_of
 from prunex.recipes.modules.training import ExplainerTraining
-from prunex.recipes.tables import line, macs_column, share
+from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.untrusted import read_text
 from prunex.vit.anatomy import channels_of, find, head_classes
@@ -215,10 +216,15 @@ def token_pruning(model: nn.Module) -> prunex.Pruning | None:
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> dict[str, float]:
-    """Accuracy (0..1) on so many batches; of a pruned model also ``kept_digit_cover``, where they have masks."""
-    weight = next(model.parameters())
-    pruning = token_pruning(model)
-    right = seen = 0
+    """How well a model does on so many batches; of a pruned one also ``kept_digit_cover``, where they have masks.
+
+    Labels say by what: ``accuracy`` (0..1) for one class an image, ``map`` (0..1, mean average precision) for 0 and 1
+    of several labels, ``mae`` (mean absolute error) for numbers.
+    """
+    weight, pruning = next(model.parameters()), token_pruning(model)
+    task: Task | None = None
+    answers: list[Tensor] = []
+    truths: list[Tensor] = []
     cover: list[tuple[float, int]] = []
     model.eval()
     with torch.no_grad():
@@ -227,16 +233,19 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
                 break
             named = parts(batch)
             images = named.need("images", "accuracy", "the validation batch")
-            labels = named.need("labels", "accuracy", "the validation batch")
-            predicted = model(images.to(weight)).argmax(1).cpu()
-            right += int((predicted == labels.cpu()).sum())
-            seen += len(predicted)
+            logits = model(images.to(weight)).float().cpu()
+            kind, labels = task_of(named, logits.shape[1], "accuracy", "the validation batch")
+            if task is not None and kind.name != task.name:
+                raise PrunexError(f"some validation batches have {task.part} and some {kind.part}: give all the same")
+            task = kind
+            answers.append(logits)
+            truths.append(labels.cpu())
             # Pooled tokens are no patches, so that none of them covers an object.
             if pruning is not None and "masks" in named and not pruning.trace.pooled:
-                cover.append((object_kept(pruning.trace.kept().cpu(), named["masks"].cpu()), len(predicted)))
-    if not seen:
+                cover.append((object_kept(pruning.trace.kept().cpu(), named["masks"].cpu()), len(logits)))
+    if task is None:
         raise PrunexError("there are no validation images to evaluate on")
-    measured = {"accuracy": right / seen}
+    measured = {task.score: task.measure(torch.cat(answers), torch.cat(truths))}
     if cover:
         measured["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
     return measured
@@ -258,7 +267,7 @@ def forward(model: nn.Module, images: Tensor) -> Any:
 def compare(
     models: dict[str, nn.Module], batches: Iterable[Any], evaluated: set[str], limit: int | None = None
 ) -> dict[str, Any]:
-    """Cost, speed and accuracy of models that take turns in one process: what the report's cost table shows.
+    """Cost, speed and score of models that take turns in one process: what the report's cost table shows.
 
     Those whose names are in ``evaluated`` go through validation batches (at most ``limit``). Returns plain values,
     ``{"machine": str, "rows": [...]}``, with images a second and their quartiles over the rounds.
@@ -297,11 +306,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     model                  accuracy   object kept      MMACs   params (M)   images/s
     dense                    90.0 %                     50.0         0.70        900
     """
-    unit, macs = macs_column([r["gmacs"] for r in rows])
+    (unit, macs), score = macs_column([r["gmacs"] for r in rows]), score_of(rows)
     widths = [-20, 10, 13, 10, 12, 10]
-    lines = [line(["model", "accuracy", "object kept", unit, "params (M)", "images/s"], widths)]
+    lines = [line(["model", SCORES[score][0], "object kept", unit, "params (M)", "images/s"], widths)]
     for r, cost in zip(rows, macs, strict=True):
-        shown = [r["model"], share(r.get("accuracy")), share(r.get("kept_digit_cover")), cost]
+        shown = [r["model"], score_text(score, r.get(score)), share(r.get("kept_digit_cover")), cost]
         low, high = (r.get(f"images_per_s_{end}") for end in ("low", "high"))
         spread = "" if low is None or high is None else f"  ({low:.0f} to {high:.0f})"
         lines.append(line([*shown, f"{r['params_m']:.2f}", f"{r['images_per_s']:.0f}"], widths) + spread)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LARGEST = 1e100  # axes cannot have steps between larger numbers
+# How well a model does what it is for, by its key in rows: what it is called, and whether it is a share.
+SCORES = {"accuracy": ("accuracy", True), "map": ("mAP", True), "mae": ("MAE", False)}
 
 
 def as_number(value: Any) -> float | None:
@@ -56,6 +58,27 @@ def macs_column(gmacs: Sequence[float]) -> tuple[str, list[str]]:
     """
     factor, unit = macs_unit(gmacs)
     return unit, [f"{factor * g:,.{1 if unit == 'MMACs' else 2}f}" for g in gmacs]
+
+
+def score_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """By which score the rows of a table are compared: the first that one of them has, else accuracy.
+
+    >>> score_of([{"model": "dense"}, {"map": 0.9}])
+    'map'
+    """
+    held = [row.keys() for row in rows]
+    return next((key for key in SCORES if any(key in keys for keys in held)), "accuracy")
+
+
+def score_text(key: str, value: float | None) -> str:
+    """A score in its own form; nothing where it is not known.
+
+    >>> score_text("map", 0.912), score_text("mae", 0.1234)
+    ('91.2 %', '0.123')
+    """
+    if value is None or SCORES[key][1]:
+        return share(value)
+    return f"{value:.3g}"
 
 
 def share(value: float | None) -> str:

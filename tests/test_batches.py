@@ -111,7 +111,7 @@ def test_labels_that_may_be_two_are_not_guessed(batch, named):
 )
 def test_labels_that_are_no_class_indices_are_none_and_said(batch, told):
     found = parts(batch)
-    assert set(found) == {"images"}
+    assert "labels" not in found
     with pytest.warns(UserWarning, match=f"taylor goes by the predicted classes: {told}"):
         assert found.labels("taylor") is None
     with pytest.raises(PrunexError, match=told):
@@ -217,3 +217,38 @@ def test_a_list_of_concepts_is_no_table():
         fields.need("concepts", "x")
     with pytest.raises(PrunexError, match=r"x found no spatial_concepts in a dict: give batches that hold"):
         fields.need("spatial_concepts", "x")
+
+
+HOT = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_several_labels_an_image_are_known_as_such(dtype):
+    hot = HOT.to(dtype)
+    masks = torch.zeros(4, 3, 8, 8, dtype=torch.bool)
+    for batch in ((X, hot), {"image": X, "labels": hot}, (X, hot, {"label_masks": masks})):
+        found = parts(batch)
+        assert found["multi_hot"] is hot
+        assert found.truth("taylor") is hot
+        with pytest.raises(PrunexError, match=r"several labels an image, and no one class of each"):
+            found.need("labels", "accuracy")
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_a_number_an_image_is_known_as_such(shape):
+    numbers = torch.rand(shape)
+    for batch in ((X, numbers), {"image": X, "target": numbers}):
+        found = parts(batch)
+        assert torch.equal(found["values"], numbers.flatten())
+        with pytest.raises(PrunexError, match="a number of each image, and no class"):
+            found.need("labels", "accuracy")
+
+
+def test_what_may_be_several_things_is_neither():
+    for batch in ((X, HOT, HOT.clone()), (X, torch.rand(4), torch.rand(4)), (X, Y, HOT), (X, SOFT)):
+        found = parts(batch)
+        assert not {"multi_hot", "values"} & set(found)
+    # Class indices by name are classes, whatever weights lie beside them.
+    found = parts({"image": X, "label": Y, "weight": torch.rand(4)})
+    assert set(found) == {"images", "labels"}
+    assert found.truth("taylor") is found["labels"]

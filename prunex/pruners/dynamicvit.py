@@ -71,8 +71,8 @@ class DynamicViT(Adaptive):
     floor(P * keep_ratio^(s+1)) best-scored of the P original patches continue and the rest are gone.
 
     Auxiliary losses, added to the user's own: ``ratio``, mean over stages and images of (kept share - target)^2, weight
-    2; ``distill``, KL(teacher || student) of the logits, and ``tokens``, the mean squared error of the final patch
-    tokens still kept, weight 0.5 each, both against the frozen dense model.
+    2; ``distill``, KL(teacher || student) of the logits (of a single output the squared error), and ``tokens``, the
+    mean squared error of the final patch tokens still kept, weight 0.5 each, both against the frozen dense model.
 
     With ``count="adaptive"`` an image keeps the patches whose keep probability is above ``threshold``: any number, 0
     included (but one where the head only pools patches). Training is the same, except that the ratio is held on the
@@ -210,12 +210,13 @@ class DynamicViT(Adaptive):
                     f"the model gives logits {list(forward.logits.shape)}, its dense teacher {list(wanted.shape)}: "
                     "change the classifier before attaching, or attach with teacher=False"
                 )
-            losses["distill"] = F.kl_div(
-                forward.logits.float().log_softmax(-1),
-                wanted.float().log_softmax(-1),
-                reduction="batchmean",
-                log_target=True,
-            )
+            given, wanted = forward.logits.float(), wanted.float()
+            if wanted.shape[-1] == 1:  # the softmax of one output is always 1
+                losses["distill"] = F.mse_loss(given, wanted)
+            else:
+                losses["distill"] = F.kl_div(
+                    given.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+                )
         student, target = forward.tokens[:, prefix:].float(), features[:, prefix:].float()
         # Tokens that were dropped are no longer meant to say what the teacher's say.
         kept = forward.masks[-1].detach() > 0.5

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from prunex.batches import batches_in, parts
+from prunex.batches import Parts, batches_in, parts
 from prunex.errors import PrunexError
 from prunex.units.base import Scores, UnitPruner
 from prunex.vit.anatomy import check_images, check_values, read
@@ -25,8 +26,11 @@ P = TypeVar("P", bound=UnitPruner)
 Batch = tuple[Tensor, Tensor | None]
 
 
-def labelled_batches(source: Any, model: Any) -> Iterator[Batch]:
+def labelled_batches(source: Any, model: Any, truth: bool = False) -> Iterator[Batch]:
     """Batches of images, and labels int64 [B] or None, checked, on the model's device and in its dtype.
+
+    With ``truth``, for whoever takes a loss, labels may also be several of each image, [B, C] of 0 and 1, or, of a
+    model of one output, numbers [B]: floating both.
 
     The source is a data loader or any iterable of batches as :func:`prunex.batches.parts` reads them, or one such
     batch. All have labels, or none has; labels that are no class indices (scores of classes) count as none, with a
@@ -40,7 +44,7 @@ def labelled_batches(source: Any, model: Any) -> Iterator[Batch]:
         given = parts(batch)
         images = given.need("images", "calibration")
         _check_images(model, images)
-        labels = given.labels("calibration")
+        labels = _truth(given, classes) if truth else given.labels("calibration")
         if labelled is not None and labelled != (labels is not None):
             raise PrunexError("some calibration batches have labels and some have none: give labels with all or none")
         labelled = labels is not None
@@ -60,7 +64,7 @@ def as_they_enter(source: Any, module: nn.Module, model: Any) -> tuple[Any, list
             given = parts(batch)
             call = follow(module, model, given.need("images", "calibration"), "calibration", named=True)
             answering = call.vit
-            labels = given.labels("calibration")
+            labels = given.truth("calibration")
             entered.append(call.entered if labels is None else (call.entered, labels))
     return answering, entered
 
@@ -79,7 +83,19 @@ def _graphable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _truth(given: Parts, classes: int) -> Tensor | None:
+    """What a loss compares with; a number of each image says nothing of a model of several outputs."""
+    rows = given.labels("calibration") if "values" in given and classes > 1 else given.truth("calibration")
+    if rows is None or rows is given.get("labels"):
+        return rows
+    if rows.ndim == 2 and rows.shape[1] != classes:
+        raise PrunexError(f"calibration labels are {list(rows.shape)} of 0 and 1: this model has {classes} outputs")
+    return rows.float()
+
+
 def _check_labels(labels: Tensor, classes: int) -> Tensor:
+    if labels.is_floating_point():
+        return labels
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise PrunexError(f"calibration labels run from {low} to {high}: this model has classes 0..{classes - 1}")
@@ -134,7 +150,9 @@ def widened(model: nn.Module) -> Any:
         return copy.deepcopy(model).float()
 
 
-def mean_over_images(pruner: P, model: nn.Module, batches: Any, scores: Callable[..., Scores]) -> Scores:
+def mean_over_images(
+    pruner: P, model: nn.Module, batches: Any, scores: Callable[..., Scores], truth: bool = False
+) -> Scores:
     """A criterion's mean over images, float64 [units] a branch, all units open; ``scores`` makes the sum of a batch."""
     count = 0
     with undisturbed(model):
@@ -143,11 +161,30 @@ def mean_over_images(pruner: P, model: nn.Module, batches: Any, scores: Callable
         working = widened(model)
         own: P = mounted_units(working).pruner
         with own.all_open():
-            for images, labels in labelled_batches(batches, working):
+            for images, labels in labelled_batches(batches, working, truth):
                 for key, total in scores(own, working, images, labels).items():
                     totals[key] += total
                 count += len(images)
     return {key: total / count for key, total in totals.items()}
+
+
+def loss_of(logits: Any, truth: Tensor | None) -> Tensor:
+    """The summed loss of what each image is known to be: cross-entropy, with the predicted class where nothing is.
+
+    Several labels, [B, C] of 0 and 1: the binary cross-entropies of all. A number, where the model has one output: the
+    squared error.
+    """
+    classes = classes_of(logits, None if truth is None or truth.is_floating_point() else truth)
+    if truth is not None and truth.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, truth.to(logits), reduction="sum")
+    if logits.shape[1] > 1:
+        return F.cross_entropy(logits, classes, reduction="sum")
+    if truth is None:
+        raise PrunexError(
+            "this model has one output, and no batch says what it should be: give floating numbers [B] with the "
+            "images, or score units by magnitude or relevance"
+        )
+    return F.mse_loss(logits[:, 0], truth.to(logits), reduction="sum")
 
 
 def classes_of(logits: Any, labels: Tensor | None) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.checks import check_flag
 from prunex.registry import register
 from prunex.units.base import Scores, UnitOptions, UnitPruner
-from prunex.units.batches import classes_of, mean_over_images
+from prunex.units.batches import loss_of, mean_over_images
 from prunex.vit.recording import gradients
 from prunex.vit.surroundings import own_output
 from prunex.vit.units import Branch
@@ -29,11 +28,13 @@ class Taylor(UnitPruner):
 
         score(unit) = mean over images of (dL_image / dg_unit)^2
 
-    L is the cross-entropy with the image's label; without labels, with the class the model predicts. The paper squares
-    the gradient of a batch's mean loss; here every image's own is squared, the paper's rule at a batch of one: a
-    trained model's gradients cancel over a batch, and how a loader happens to split images must not change what is
-    removed. Each image has its own row of gates, so that one backward pass still serves a whole batch. The paper
-    removes units little by little while training and re-estimates; this is one shot.
+    L is the cross-entropy with the image's label; without labels, with the class the model predicts; with several
+    labels an image, [B, C] of 0 and 1, the sum of their binary cross-entropies; with a number an image, where the
+    model has one output, the squared error. The paper squares the gradient of a batch's mean loss; here every
+    image's own is squared, the paper's rule at a batch of one: a trained model's gradients cancel over a batch, and
+    how a loader happens to split images must not change what is removed. Each image has its own row of gates, so
+    that one backward pass still serves a whole batch. The paper removes units little by little while training and
+    re-estimates; this is one shot.
 
     Scores estimate loss, so they compare across branches: a unit is worth its score per multiply-add.
 
@@ -78,7 +79,7 @@ class Taylor(UnitPruner):
             gradients = pruner._gradients(working, images, labels)
             return {key: gradient.cpu().double().square().sum(0) for key, gradient in gradients.items()}
 
-        return mean_over_images(self, model, batches, squares)
+        return mean_over_images(self, model, batches, squares, truth=True)
 
     def _gradients(self, model: Any, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """dL/dg of each image: [B, units] a branch."""
@@ -86,8 +87,7 @@ class Taylor(UnitPruner):
         self._probes = probes
         try:
             logits = own_output(model, images)[0]
-            loss = F.cross_entropy(logits, classes_of(logits, labels), reduction="sum")
-            by_branch = gradients(loss, list(probes.values()))
+            by_branch = gradients(loss_of(logits, labels), list(probes.values()))
         finally:
             self._probes = None
         return dict(zip(probes, by_branch, strict=True))

@@ -42,7 +42,7 @@ from prunex.recipes.runs import (
     slim_folder,
     token_pruning,
 )
-from prunex.recipes.tables import line, macs_column, share
+from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find
@@ -94,8 +94,9 @@ def measure(
     (where it names none) those of chance, and its accuracy is left unknown. A run that pruned nothing has one row.
 
     Returns:
-        ``machine``, the conditions, ``rows`` (model, accuracy 0..1, gmacs, params_m, file_mb), ``speed`` (runtime,
-        batch, and for each model the quartiles of images a second and of the ratio to the first model's) and ``notes``.
+        ``machine``, the conditions, ``rows`` (model, gmacs, params_m, file_mb, and accuracy or map in 0..1, or mae, as
+        labels have it), ``speed`` (runtime, batch, and for each model the quartiles of images a second and of the ratio
+        to the first model's) and ``notes``.
     """
     config = config_of(run)
     try:
@@ -367,13 +368,13 @@ def table(measured: dict[str, Any]) -> str:
     rows = measured["rows"]
     first, width = rows[0]["model"], max(len(row["model"]) for row in rows)
     covered = any("kept_digit_cover" in row for row in rows)
-    unit, costs = macs_column([row["gmacs"] for row in rows])
+    (unit, costs), score = macs_column([row["gmacs"] for row in rows]), score_of(rows)
     widths = [-width, 10, 10, 12, 11, *[13] * covered]
-    heading = ["", "accuracy", unit, "params (M)", "file (MB)", *["object kept"] * covered]
+    heading = ["", SCORES[score][0], unit, "params (M)", "file (MB)", *["object kept"] * covered]
     lines = [line(heading, widths)]
     for row, macs in zip(rows, costs, strict=True):
         sizes = [macs, f"{row['params_m']:.3f}", f"{row['file_mb']:.2f}"]
-        cells = [row["model"], share(row.get("accuracy")) or "unknown", *sizes]
+        cells = [row["model"], score_text(score, row.get(score)) or "unknown", *sizes]
         lines.append(line([*cells, *[share(row.get("kept_digit_cover"))] * covered], widths))
     lines += ["", "images/s: median (quartiles), and how many times the first model's, round by round"]
     for speed in measured["speed"]:

@@ -25,12 +25,17 @@ FILE = "predictions.csv"
 
 
 class PredictionTable(BasePredictionWriter):
-    """Write a CSV file with a row an image: path, predicted class, its probability, kept share, all probabilities."""
+    """Write a CSV file with a row an image: path, predicted class, its probability, kept share, all probabilities.
+
+    Of several labels an image: the predicted ones (at least 0.5) with + between, and each one's probability. Of
+    numbers: these.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(write_interval="batch")
         self.path = Path(path)
         self._rows: dict[tuple[int, int], tuple[str, list[float], float | None]] = {}
+        self._kind = "probabilities"
 
     def write_on_batch_end(
         self,
@@ -43,7 +48,7 @@ class PredictionTable(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Take a batch's rows."""
-        shares = probabilities(prediction)
+        self._kind, shares = numbers(prediction)
         loaders: Any = trainer.predict_dataloaders
         loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
         # Images of a stream have no numbers.
@@ -71,8 +76,21 @@ class PredictionTable(BasePredictionWriter):
             raise PrunexError("there was nothing to predict: the data have no images for it")
         ordered = [rows[key] for key in sorted(rows)]
         names = names_of(trainer, pl_module, len(ordered[0][1]))
-        write_whole(self.path, _table(ordered, names).encode())
+        write_whole(self.path, _table(ordered, names, self._kind).encode())
         print(f"{self.path} ({len(rows):,} images)")
+
+
+def numbers(prediction: Any) -> tuple[str, Tensor]:
+    """What a ``predict_step`` returned, [B, C], and what it is: class "probabilities", or a mapping's own name for it.
+
+    >>> numbers({"values": torch.tensor([[1.5]])})
+    ('values', tensor([[1.5000]]))
+    """
+    for kind in ("label_probabilities", "values"):
+        rows = prediction.get(kind) if isinstance(prediction, Mapping) else None
+        if isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point():
+            return kind, _finite(rows)
+    return "probabilities", probabilities(prediction)
 
 
 def probabilities(prediction: Any) -> Tensor:
@@ -89,9 +107,7 @@ def probabilities(prediction: Any) -> Tensor:
             f"no table can be made of what predict_step returned ({type(prediction).__name__}{shape}): return logits "
             "or probabilities [B, classes], or write it yourself with a BasePredictionWriter and trainer.predict"
         )
-    values = prediction.detach().float().cpu()
-    if not values.isfinite().all():
-        raise PrunexError("predict_step returned NaN or infinite numbers: take the weights of an earlier epoch")
+    values = _finite(prediction)
     # Numbers in 0..1 that add up to 1 are probabilities; others in 0..1 may be of several labels.
     within = bool(((values >= 0) & (values <= 1)).all())
     if within and torch.allclose(values.sum(1), torch.ones(len(values)), atol=1e-3):
@@ -99,9 +115,17 @@ def probabilities(prediction: Any) -> Tensor:
     if values.shape[1] == 1 or (within and bool(values.any())):
         raise PrunexError(
             f"predict_step returned [B, {values.shape[1]}] numbers that may be logits or probabilities of several "
-            "classes at once: return {'logits': ...} or probabilities that add up to 1"
+            "classes at once: return {'logits': ...}, {'label_probabilities': ...} of several labels an image, "
+            "{'values': ...}, or probabilities that add up to 1"
         )
     return values.softmax(1)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    values = rows.detach().float().cpu()
+    if not values.isfinite().all():
+        raise PrunexError("predict_step returned NaN or infinite numbers: take the weights of an earlier epoch")
+    return values
 
 
 def path_of(dataset: Any, index: int) -> str:
@@ -137,17 +161,22 @@ def _kept(trainer: Trainer, module: LightningModule, count: int) -> Tensor | Non
     return pruning.trace.keep_ratios()[-1].cpu()
 
 
-def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[str] | None) -> str:
+def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[str] | None, kind: str) -> str:
     """The rows as CSV; classes go by their names where these are known, else by their numbers."""
     classes = len(rows[0][1])
     names = [readable(name) for name in class_names or map(str, range(classes))]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     pruned = any(kept is not None for _, _, kept in rows)
-    table.writerow(["path", "predicted", "probability", *["kept"] * pruned, *(f"p({name})" for name in names)])
+    heads = {"probabilities": ["predicted", "probability"], "label_probabilities": ["predicted"], "values": []}[kind]
+    columns = names if kind == "values" else [f"p({name})" for name in names]
+    table.writerow(["path", *heads, *["kept"] * pruned, *columns])
     for path, shares, kept in rows:
         # The first of equals, as argmax has it.
         best = max(range(classes), key=shares.__getitem__)
+        said = [names[best], f"{shares[best]:.6f}"]
+        if kind == "label_probabilities":
+            said = [" + ".join(name for name, share in zip(names, shares, strict=True) if share >= 0.5)]
         left = ["" if kept is None else f"{kept:.4f}"] * pruned
-        table.writerow([path, names[best], f"{shares[best]:.6f}", *left, *(f"{share:.6f}" for share in shares)])
+        table.writerow([path, *said[: len(heads)], *left, *(f"{share:.6f}" for share in shares)])
     return text.getvalue()

@@ -4,6 +4,8 @@ Both sources ship inside scikit-learn, so the data needs no network: 1,797 handw
 two photos. A scene is a crop of a photo with one digit painted on it in lighter ink; its label is the digit, its mask
 the painted pixels. Every fifth digit of each class and the left-hand part of each photo belong to validation alone.
 
+Scenes of several digits have each of them in a quarter of its own.
+
 Nothing is stored: a scene is a pure function of ``(seed, split, epoch, index)``, and a whole batch is drawn at once.
 """
 
@@ -22,10 +24,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from prunex.checks import check_choice, check_share, check_whole
 from prunex.errors import PrunexError
 
-Batch = tuple[Any, ...]  # images, labels, masks; of tasks with concepts a dict of them, too
-Task = Literal["digit", "parity"]
+Batch = tuple[Any, ...]  # images, labels, masks; of some tasks a dict of more, too
+Task = Literal["digit", "parity", "several", "count"]
 CONCEPTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TASKS = {"digit": tuple(str(digit) for digit in range(10)), "parity": ("even", "odd")}
+DIGITS = tuple(str(digit) for digit in range(10))
+TASKS = {"digit": DIGITS, "parity": ("even", "odd"), "several": DIGITS, "count": ("digits",)}  # names of the outputs
+MANY = {"several": (2, 2), "count": (1, 3)}  # fewest and most digits of scenes that may have several
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 HELD_OUT_EVERY = 5  # every fifth digit of each class is never trained on
@@ -146,29 +150,62 @@ class DigitDataset(Dataset[Batch]):
         return images[0], labels[0], masks[0], *({name: rows[0] for name, rows in each.items()} for each in more)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A batch: images float32 [B, 3, H, W], normalised, labels int64 [B], masks bool [B, H, W], maybe concepts."""
+        """A batch: images float32 [B, 3, H, W], normalised, labels as the task has them, masks bool [B, H, W], more."""
         numbers = np.asarray(indices, dtype=np.int64)
         pixels, labels, masks = self.paint(numbers)
         images = (pixels - self._mean) / self._std
         if self.task == "digit":
             return images, labels, masks
+        if self.task in MANY:
+            shown, anywhere = masks.flatten(2).any(2), masks.any(1)
+            if self.task == "count":
+                return images, shown.sum(1).float(), anywhere
+            return images, shown.float(), anywhere, {"label_masks": masks}
         concepts = F.one_hot(labels, 10).float()
         known = uniform((self.seed, SPLITS[self.split]), numbers)[:, DRAWS - 1] < self.annotated
         return images, labels % 2, masks, {"concepts": concepts.masked_fill(~known.unsqueeze(1), math.nan)}
 
     def paint(self, numbers: np.ndarray) -> Batch:
-        """As ``__getitems__``, with images in [0, 1]."""
+        """Images in [0, 1], digits int64 [B] and masks bool [B, H, W]; of several digits [B, k] and [B, 10, H, W]."""
         u = uniform((self.seed, SPLITS[self.split]), numbers).unbind(1)
         ease = self._ease(numbers)
-        which = (u[0] * len(self.labels)).long()
         photos = self._crops(u[1], u[2], u[3], flip=u[4] < 0.5)
         mean = photos.mean((2, 3), keepdim=True)
         # An easy scene has a faded photo.
         photos = mean + (photos - mean) * (1 - 0.8 * ease).view(-1, 1, 1, 1)
-        alpha = self._place(self.strokes[which], u[7:13], ease)
+        if self.task in MANY:
+            digits, inks = self._several(numbers, ease)
+            alpha = inks.amax(1, keepdim=True)
+            masks = torch.zeros(len(numbers), 10, *alpha.shape[2:], dtype=torch.bool)
+            # Where ink of two meets, the later digit lies on top.
+            for digit, ink in zip(digits.unbind(1), inks.unbind(1), strict=True):
+                drawn = ink >= 0.5
+                masks &= ~drawn[:, None]
+                masks[torch.arange(len(numbers)), digit] |= drawn
+        else:
+            which = (u[0] * len(self.labels)).long()
+            alpha = self._place(self.strokes[which], u[7:13], ease)
+            digits, masks = self.labels[which], alpha[:, 0] >= 0.5
         photos, ink = self._light(photos, alpha, u[13:18])
-        pixels = photos + alpha * (ink - photos)
-        return pixels, self.labels[which], alpha[:, 0] >= 0.5
+        return photos + alpha * (ink - photos), digits, masks
+
+    def _several(self, numbers: np.ndarray, ease: Tensor) -> tuple[Tensor, Tensor]:
+        """Different digits int64 [B, k] and their ink [B, k, H, W], none of those beyond a scene's own number."""
+        # Numbers of their own, so that scenes of one digit stay as they are.
+        fewest, most = MANY[self.task]
+        u = uniform((self.seed, SPLITS[self.split], 1), numbers, draws=15 + 7 * most)
+        count = fewest + (u[:, 0] * (most - fewest + 1)).long()
+        digits, quarters = u[:, 1:11].argsort(1)[:, :most], u[:, 11:15].argsort(1)[:, :most]
+        order, sizes = self.labels.argsort(stable=True), self.labels.bincount(minlength=10)
+        first = sizes.cumsum(0) - sizes
+        inks = []
+        for i in range(most):
+            draws, digit, quarter = u[:, 15 + 7 * i : 22 + 7 * i].unbind(1), digits[:, i], quarters[:, i]
+            which = order[first[digit] + (draws[0] * sizes[digit]).long()]
+            corner = torch.stack([quarter % 2, quarter // 2], 1) - 0.5
+            ink = self._place(self.strokes[which], draws[1:], ease, corner)[:, 0]
+            inks.append(ink * (i < count).view(-1, 1, 1))
+        return digits, torch.stack(inks, 1)
 
     def _ease(self, numbers: np.ndarray) -> Tensor:
         """1 for the first epoch's scenes, 0 once the curriculum is over; ``[B]``."""
@@ -184,16 +221,22 @@ class DigitDataset(Dataset[Batch]):
         crops = windows[:, y, x].transpose(0, 1).float() / 255
         return torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops)
 
-    def _place(self, strokes: Tensor, u: Sequence[Tensor], ease: Tensor) -> Tensor:
-        """Turn, slant, scale and move the digits; how much ink lies on each pixel ``[B, 1, H, W]``."""
-        least, most = self.digit_size
+    def _place(self, strokes: Tensor, u: Sequence[Tensor], ease: Tensor, corner: Tensor | None = None) -> Tensor:
+        """Turn, slant, scale and move the digits; how much ink lies on each pixel ``[B, 1, H, W]``.
+
+        ``corner`` [B, 2] is -0.5 or 0.5 across and down for digits that stay within a quarter.
+        """
+        span = self.image_size if corner is None else self.image_size // 2
+        least, most = self.digit_size[0], min(self.digit_size[1], span)
         side = least + (most - least) * u[0]
-        side = side + (0.7 * self.image_size - side).clamp(min=0) * ease
+        side = side + (0.7 * span - side).clamp(min=0) * ease
         angle, slant = math.radians(24) * (u[1] - 0.5), 0.3 * (u[2] - 0.5)
         stretch = torch.exp(0.3 * (u[3] - 0.5))
         # In half images, how far from the middle the centre may lie.
-        room = (self.image_size - side) / self.image_size
+        room = (span - side) / self.image_size
         centre_x, centre_y = (2 * u[4] - 1) * room, (2 * u[5] - 1) * room
+        if corner is not None:
+            centre_x, centre_y = centre_x + corner[:, 0], centre_y + corner[:, 1]
         scale = self.image_size / side
         cos, sin = angle.cos() * scale, angle.sin() * scale
         a, b = cos * stretch, sin * stretch + slant * cos
@@ -241,6 +284,11 @@ class DigitScenes(LightningDataModule):
     With ``task="parity"`` labels are 0 for even digits and 1 for odd ones, and a batch has a fourth part,
     ``{"concepts": float32 [B, 10]}``: which digit it is, NaN where that is not told.
 
+    With ``task="several"`` a scene has two different digits, each within a quarter of its own and at most half the
+    image high: labels are float32 [B, 10], 1 for the digits that are there, and a batch has a fourth part,
+    ``{"label_masks": bool [B, 10, H, W]}``, whose union the masks are. With ``task="count"`` it has one to three, and
+    labels are their number, float32 [B].
+
     Args:
         batch_size: Scenes per batch (per process).
         train_size: Scenes per training epoch.
@@ -248,13 +296,13 @@ class DigitScenes(LightningDataModule):
         image_size: Side of a scene in pixels, 32 to 128.
         min_digit: Smallest side of a digit's box in pixels.
         max_digit: Largest side of a digit's box in pixels.
-        contrast: How much lighter, 0.1 to 0.5 of full luminance, a digit's ink at least is than the mean of the photo
-            behind it. Photos that are too light for that are dimmed.
+        contrast: How much lighter, 0.1 to 0.5 of full luminance, the ink at least is than the mean of the photo behind
+            it. Photos that are too light for that are dimmed.
         curriculum: Epochs over which training scenes go from easy (large digits, faded photos) to full difficulty;
             0 starts with full difficulty. Validation is always at full difficulty.
         seed: Another seed gives other scenes, from the same split of digits and photos.
         num_workers: Processes that draw ahead; 0 draws in the training process.
-        task: What labels say: which "digit" it is, or its "parity".
+        task: What labels say: which "digit" it is, or its "parity"; which digits of "several", or their "count".
         annotated: Share of the training scenes, in [0, 1], whose concepts are told.
 
     Raises:
@@ -304,6 +352,11 @@ class DigitScenes(LightningDataModule):
             raise PrunexError(
                 f"min_digit={min_digit!r}, max_digit={max_digit!r} is not allowed: "
                 f"give 8 <= min_digit <= max_digit <= image_size ({image_size})"
+            )
+        if task in MANY and min_digit > image_size // 2:
+            raise PrunexError(
+                f"min_digit={min_digit!r} is not allowed with task={task!r}: give at most half of image_size "
+                f"({image_size // 2}), as every digit has a quarter of the image"
             )
         if not 0.1 <= contrast <= 0.5:
             raise PrunexError(f"contrast={contrast!r} is not allowed: give a number from 0.1 to 0.5")

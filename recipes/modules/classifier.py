@@ -9,11 +9,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.data import Mixup
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 import prunex
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import create_model, load_weights
+from prunex.recipes.modules.tasks import TaskName, make_task, only_single
 from prunex.recipes.modules.training import Restored, check_at_most, check_classes, cosine, images_of
 
 NOT_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token")
@@ -37,11 +38,14 @@ def patch_labels(masks: Tensor, labels: Tensor, grid: tuple[int, int], backgroun
 class ImageClassifier(Restored, LightningModule):
     """A timm classifier that trains with AdamW, warm-up and cosine, and saves nothing but plain values.
 
-    Batches are ``(images [B, 3, H, W], labels [B])`` or ``(images, labels, masks bool [B, H, W])``.
+    Batches are ``(images [B, 3, H, W], labels)`` or ``(images, labels, masks bool [B, H, W])``; what else they hold is
+    left to callbacks. Labels are whole numbers [B] of a ``single`` class an image, 0 and 1 [B, num_classes] of a
+    ``multi_label`` task, or numbers [B] of a ``regression``.
 
     Args:
         architecture: Name of a timm model.
-        num_classes: Number of classes; on the command line, None takes it from the data module.
+        num_classes: Number of classes or labels, 1 for a regression; on the command line, None takes it from the data
+            module.
         model_args: Overrides for timm's constructor, such as ``img_size``, ``patch_size``, ``embed_dim``, ``depth``.
         weights: Path of a safetensors file, or the name of weights shipped with prunex (``digits``).
         pretrained: Download timm's weights; needs a network.
@@ -53,7 +57,8 @@ class ImageClassifier(Restored, LightningModule):
         warmup: Share (0..1) of all steps over which the learning rate rises linearly; a cosine takes it to
             ``final_learning_rate`` times the peak afterwards.
         final_learning_rate: Learning rate of the last step, as a share (0..1) of the peak.
-        label_smoothing: Of the classification loss, 0..1.
+        label_smoothing: Of the classification loss, 0..1. This and what follows up to ``patch_label_weight`` goes with
+            one class an image alone.
         mixup: Alpha of timm's Mixup; 0 is off. Masks are not mixed: batches that were mixed skip the patch loss.
         cutmix: Alpha of CutMix, likewise.
         patch_label_weight: Weight of an auxiliary loss in which a linear head on the final patch tokens names the
@@ -62,6 +67,9 @@ class ImageClassifier(Restored, LightningModule):
             pruned by the callback ``TokenPruning``, so that ``load_from_checkpoint`` alone rebuilds a pruned model.
         unit_pruning: The same for heads and MLP channels, and the callback ``MaskPruning``.
         head: The same for a head that explains itself, and the callback ``ExplainableHead``.
+        task: "single": cross-entropy, and accuracy (``val_accuracy``); "multi_label": binary cross-entropy, and the
+            mean over labels of their average precision (``val_map``); "regression": mean squared error, and mean
+            absolute error (``val_mae``).
 
     Raises:
         PrunexError: If an argument is outside its range, or the weights cannot be loaded.
@@ -93,6 +101,7 @@ class ImageClassifier(Restored, LightningModule):
         unit_pruning: dict[str, Any] | None = None,
         from_scratch: bool = False,
         head: dict[str, Any] | None = None,
+        task: TaskName = "single",
     ) -> None:
         super().__init__()
         num_classes = check_classes(num_classes)
@@ -106,6 +115,14 @@ class ImageClassifier(Restored, LightningModule):
             patch_label_weight=patch_label_weight,
         )
         check_at_most(1.0, warmup=warmup, final_learning_rate=final_learning_rate, label_smoothing=label_smoothing)
+        self.task = make_task(task, num_classes)
+        only_single(
+            self.task,
+            label_smoothing=label_smoothing,
+            mixup=mixup,
+            cutmix=cutmix,
+            patch_label_weight=patch_label_weight,
+        )
         self.save_hyperparameters()
         self.model = cast(Any, create_model(architecture, num_classes, model_args, pretrained))
         if weights:
@@ -121,9 +138,7 @@ class ImageClassifier(Restored, LightningModule):
             if mixup or cutmix
             else None
         )
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.train_score, self.val_score, self.test_score = (self.task.meter() for _ in range(3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
@@ -147,7 +162,7 @@ class ImageClassifier(Restored, LightningModule):
         if len(batch) < 2:
             raise PrunexError("a training batch has one part: give (images, labels) or (images, labels, masks)")
         images, labels, masks = batch[0], batch[1], batch[2] if len(batch) > 2 else None
-        self._check_labels(labels)
+        labels = self.task.check(labels)
         # Mixup pairs images; a mixed image has no mask of its own.
         if self.mix is not None and len(images) % 2 == 0:
             images, targets = self.mix(images, labels)
@@ -155,9 +170,9 @@ class ImageClassifier(Restored, LightningModule):
             loss = -(targets * F.log_softmax(self(images).float(), 1)).sum(1).mean()
         else:
             logits, tokens = self._logits_and_tokens(images) if self.patch_head is not None else (self(images), None)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
-            self.train_accuracy(logits, labels)
-            self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+            loss = self.task.loss(logits.float(), labels, self.hparams["label_smoothing"])
+            self.train_score.update(logits.detach().float(), labels)
+            self.log(f"train_{self.task.score}", self.train_score, on_step=False, on_epoch=True)
             if tokens is not None and self.patch_head is not None:
                 patch_loss = self._patch_loss(self.patch_head, tokens, labels, masks)
                 self.log("train_patch_loss", patch_loss, on_step=False, on_epoch=True)
@@ -166,16 +181,16 @@ class ImageClassifier(Restored, LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Logs ``val_loss`` and ``val_accuracy``."""
-        self._evaluate("val", self.val_accuracy, batch)
+        """Logs ``val_loss`` and the task's score, such as ``val_accuracy``."""
+        self._evaluate("val", self.val_score, batch)
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Logs ``test_loss`` and ``test_accuracy``."""
-        self._evaluate("test", self.test_accuracy, batch)
+        """Logs ``test_loss`` and the task's score, such as ``test_accuracy``."""
+        self._evaluate("test", self.test_score, batch)
 
-    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        """Class probabilities ``[B, num_classes]``."""
-        return self(images_of(batch)).float().softmax(1)
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Any:
+        """Class probabilities [B, num_classes]; of other tasks ``label_probabilities`` or ``values`` [B, 1] by name."""
+        return self.task.predict(self(images_of(batch)).float())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weights decayed and others not, head and rest apart; warm-up and cosine, stepped every batch."""
@@ -205,20 +220,13 @@ class ImageClassifier(Restored, LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, ...]) -> None:
-        images, labels = batch[:2]
-        self._check_labels(labels)
+    def _evaluate(self, stage: str, score: Metric, batch: tuple[Tensor, ...]) -> None:
+        images, labels = batch[0], self.task.check(batch[1])
         logits = self(images)
-        accuracy(logits, labels)
-        self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(labels), sync_dist=True)
-        self.log(f"{stage}_accuracy", accuracy, batch_size=len(labels), prog_bar=True)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise PrunexError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {self.num_classes} "
-                "classes: set num_classes to the number of classes in the data"
-            )
+        score.update(logits.float(), labels)
+        loss = self.task.loss(logits.float(), labels)
+        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_{self.task.score}", score, batch_size=len(labels), prog_bar=True)
 
     def _logits_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, num_classes]`` and the final patch tokens ``[B, gh * gw, D]`` of one forward."""

@@ -17,6 +17,8 @@ _LAST = "Parts of the loss"
 _KNOWN = (
     (rf"{_SPLIT}loss(?:_step|_epoch)?", "Loss", "{part}", ""),
     (rf"{_SPLIT}acc(?:uracy)?(?:_step|_epoch)?", "Accuracy", "{part}", "share"),
+    (rf"{_SPLIT}map(?:_step|_epoch)?", "Mean average precision", "{part}", "share"),
+    (rf"{_SPLIT}mae(?:_step|_epoch)?", "Mean absolute error", "{part}", ""),
     (r"prunex/keep_ratio_(?P<name>stage\d+)", "Patches kept", "{name}, training", "share"),
     (r"prunex/val_keep_ratio_(?P<name>stage\d+)", "Patches kept", "{name}, validation", "share"),
     (r"prunex/object_kept", "Patches of the object kept", "after the last stage", "share"),
@@ -31,7 +33,7 @@ _KNOWN = (
     (r"prunex/loss_(?P<name>.+)", _LAST, "{name}", ""),
     (r"lr(?:-(?P<name>.+))?", "Learning rate", "{name}", ""),
 )
-_FIRST = ("Loss", "Accuracy", "Patches kept", "Compute")
+_FIRST = ("Loss", "Accuracy", "Mean average precision", "Mean absolute error", "Patches kept", "Compute")
 _STILL = 1e-3  # a change below this share of the value is none
 
 

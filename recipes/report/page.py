@@ -21,7 +21,7 @@ from prunex.recipes.report.reading import Arrays, conditions, json_of, maps_of, 
 from prunex.recipes.report.scores import scores_of
 from prunex.recipes.report.units import units_of
 from prunex.recipes.runs import home, slim_folder
-from prunex.recipes.tables import as_number, entries, macs_unit, objects
+from prunex.recipes.tables import SCORES, as_number, entries, macs_unit, objects, score_of
 
 _NO_MAPS = (
     "There are no maps in the run folder, so there are no pictures: "
@@ -57,7 +57,8 @@ def write_report(run: str | Path) -> Path:
 
     ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
     multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
-    be missing. The row whose model is called ``dense`` is what the others are compared with.
+    be missing, and in the place of ``accuracy`` may stand ``map`` (0..1) or ``mae``. The
+    row whose model is called ``dense`` is what the others are compared with.
 
     Args:
         run: The run folder.
@@ -167,10 +168,13 @@ def _ratio(row: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float 
     return value / base if value is not None and base else None
 
 
-def _points(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """Difference in accuracy to the dense model, in points."""
-    value, base = as_number(row.get("accuracy")), as_number(dense.get("accuracy"))
-    return "" if value is None or base is None else f"{100 * (value - base):+.1f} points".replace("-", "−")
+def _points(row: Mapping[str, Any], dense: Mapping[str, Any], score: str) -> str:
+    """Difference in a score to the dense model: of shares in points, of others in their own unit."""
+    value, base = as_number(row.get(score)), as_number(dense.get(score))
+    if value is None or base is None:
+        return ""
+    text = f"{100 * (value - base):+.1f} points" if SCORES[score][1] else f"{value - base:+.3g}"
+    return text.replace("-", "−")
 
 
 def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays], unit: str) -> list[tuple[str, str, str]]:
@@ -182,10 +186,11 @@ def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays], unit: 
     # Of several pruned models the first is the run's own.
     dense = _dense(rows)
     pruned = next((r for r in rows if r is not dense and "untrained" not in str(r.get("model", "")).lower()), {})
-    cards = []
-    if (accuracy := as_number(pruned.get("accuracy"))) is not None:
-        points = _points(pruned, dense)
-        cards.append((f"{accuracy:.1%}", "accuracy", f"{points} to dense" if points else ""))
+    cards, score = [], score_of(rows)
+    if (value := as_number(pruned.get(score))) is not None:
+        points, (name, is_share) = _points(pruned, dense, score), SCORES[score]
+        text = f"{value:.1%}" if is_share else f"{value:.3g}"
+        cards.append((text, name, f"{points} to dense" if points else ""))
     for key, what, each in (("gmacs", "compute", f"{unit} an image"), ("images_per_s", "speed", "images/s")):
         if (ratio := _ratio(pruned, dense, key)) is not None:
             cards.append((f"{ratio:.2f}×", what, f"{short(dense[key])} → {short(pruned[key])} {each}"))
@@ -200,7 +205,7 @@ def _cards(rows: Sequence[Mapping[str, Any]], maps: Mapping[int, Arrays], unit: 
 def _table(rows: Sequence[Mapping[str, Any]], unit: str) -> Table:
     """Headings and rows; a column nobody has a number for is left out."""
     columns = [
-        ("accuracy", "accuracy", "{:.1%}"),
+        *((key, name, "{:.1%}" if is_share else "{:.3g}") for key, (name, is_share) in SCORES.items()),
         ("gmacs", f"{unit} / image", "{:.3g}"),
         ("params_m", "parameters (M)", "{:.3g}"),
         ("file_mb", "file (MB)", "{:.3g}"),
@@ -228,7 +233,7 @@ def _cost_cell(row: Mapping[str, Any], dense: Mapping[str, Any], key: str, form:
     if value is None:
         return Cell("–")
     ratio = _ratio(row, dense, key)
-    note = _points(row, dense) or None if key == "accuracy" else None
+    note = _points(row, dense, key) or None if key in SCORES else None
     if key in ("gmacs", "params_m", "file_mb", "images_per_s") and ratio is not None:
         note = f"{ratio:.2f}×"
     if key == "images_per_s" and as_number(row.get("images_per_s_low")) is not None:

@@ -140,6 +140,71 @@ def test_an_unknown_split_offers_the_known_ones():
         DigitDataset("valid")
 
 
+def test_scenes_of_several_digits_say_where_each_is():
+    data = DigitDataset("val", size=400, task="several")
+    images, labels, masks, more = data.__getitems__(list(range(400)))
+    assert labels.dtype == torch.float32
+    assert (labels.sum(1) == 2).all()
+    assert (labels.sum(0) > 40).all()  # all digits, in equal parts
+    each = more["label_masks"]
+    assert torch.equal(each.any(1), masks)
+    assert torch.equal(each.flatten(2).any(2), labels.bool())
+    assert (each.sum(1) <= 1).all()  # a pixel shows one digit
+    # Each of the two is one of the known strokes' size, within a quarter of its own, give or take its slant.
+    for scene, there in zip(each[:50], labels[:50].bool(), strict=True):
+        centres = [mask.nonzero().float().mean(0) // 32 for mask in scene[there]]
+        assert not torch.equal(*centres)
+    together, alone = data.__getitems__([3, 50, 7]), data[50]
+    for whole, one in zip(together[:3], alone[:3], strict=True):
+        torch.testing.assert_close(whole[1].float(), one.float(), rtol=0, atol=1e-6)
+    assert torch.equal(together[3]["label_masks"][1], alone[3]["label_masks"])
+
+
+def test_the_digit_that_is_drawn_is_the_one_that_the_label_names():
+    """Every mask is most like strokes of its own class, by a nearest mean that never saw it."""
+    strokes, classes = module._digits(held_out=False)
+    means = torch.stack([strokes[classes == d].mean(0) for d in range(10)]).flatten(1)
+    means = means - means.mean(1, keepdim=True)
+    labels, _, more = DigitDataset("val", size=200, task="several", digit_size=(30, 32)).__getitems__(list(range(200)))[
+        1:
+    ]
+    right = []
+    for scene, there in zip(more["label_masks"], labels.bool(), strict=True):
+        for digit in there.nonzero()[:, 0]:
+            rows, columns = scene[digit].nonzero().unbind(1)
+            tile = scene[digit][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].float()
+            side = torch.zeros(max(tile.shape), max(tile.shape))
+            left = (side.shape[1] - tile.shape[1]) // 2
+            side[: tile.shape[0], left : left + tile.shape[1]] = tile
+            size = (module.STROKE, module.STROKE)
+            seen = torch.nn.functional.interpolate(side[None, None], size, mode="bilinear").flatten()
+            right.append(int((means @ (seen - seen.mean())).argmax()) == int(digit))
+    assert sum(right) / len(right) > 0.6  # slanted and turned as they are; by chance 0.1
+
+
+def test_counts_are_of_the_digits_in_the_scene():
+    data = DigitDataset("train", size=300, task="count", seed=3)
+    images, labels, masks = data.__getitems__(list(range(300)))
+    assert labels.dtype == torch.float32
+    assert labels.shape == (300,)
+    assert set(labels.tolist()) == {1.0, 2.0, 3.0}
+    assert (labels.unique(return_counts=True)[1] > 70).all()
+    area = [masks[labels == n].float().mean() for n in (1, 2, 3)]
+    assert area[0] < area[1] < area[2]
+
+
+def test_scenes_of_one_digit_are_not_changed_by_those_of_several():
+    plain, parity = (
+        DigitDataset("val", size=8, task=task).__getitems__(list(range(8))) for task in ("digit", "parity")
+    )
+    assert torch.equal(plain[0], parity[0])
+    assert torch.equal(plain[1] % 2, parity[1])
+    with pytest.raises(PrunexError, match=r"min_digit=33.*task='several'.*at most half of image_size \(32\)"):
+        DigitScenes(task="several", min_digit=33)
+    with pytest.raises(PrunexError, match=r"unknown task 'two'.*several"):
+        DigitScenes(task="two")
+
+
 def test_other_image_sizes():
     images, _, masks = DigitDataset("val", size=4, image_size=96).__getitems__([0, 1])
     assert images.shape == (2, 3, 96, 96)

@@ -104,7 +104,8 @@ def _check_whole(model: Any) -> None:
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise PrunexError(f"{name} is quantised: convert it before it is, and quantise what prunex exports")
     for path, module in model.named_modules():
-        if hasattr(module, "base_layer") or (isinstance(module, nn.Linear) and not is_plain(module)):
+        packed = callable(getattr(module, "weight", None))  # as torch's quantised layers have it
+        if packed or hasattr(module, "base_layer") or (isinstance(module, nn.Linear) and not is_plain(module)):
             raise PrunexError(
                 f"{path} of {name} is a {type(module).__name__} and no plain linear layer: merge adapters "
                 "(merge_and_unload()) and convert before quantising"

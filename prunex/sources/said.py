@@ -26,7 +26,7 @@ def describe_twin(twin: Any, config: Any, processor: Any, folder: Path | None) -
         warnings.warn(
             "nothing says how the model's images are normalised, and prunex will take 0.5 for mean and standard "
             "deviation: give from_transformers its processor=",
-            stacklevel=5,
+            stacklevel=4,
         )
         return
     twin.pretrained_cfg |= normalisation(said, channels)

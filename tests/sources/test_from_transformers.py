@@ -291,7 +291,7 @@ def test_saved_loaded_and_exported(name, tmp_path):
 @pytest.mark.parametrize("name", ["vit_classes", "dinov2_classes", "dinov3", "siglip_classes", "beit_relative"])
 def test_trained_and_explained(name):
     twin = twin_of(made(name))
-    pruning = prunex.attach(twin, "dynamicvit", keep_ratio=0.6, stages=(1, 2), distill=False)
+    pruning = prunex.attach(twin, "dynamicvit", keep_ratio=0.6, stages=(1, 2), teacher=False)
     twin.train()
     loss = twin(images()).square().mean() + sum(pruning.losses().values())
     loss.backward()
@@ -398,7 +398,10 @@ class ViTModel(nn.Linear):
         (lambda: made("dinov3", hidden_act="relu"), "hidden_act='relu' is not timm's for this DINOv3"),
         (lambda: made("dinov3", key_bias=True), "block 0 has a key bias"),
         (lambda: made("vit").to("meta"), "on the meta device and has no values"),
-        (lambda: torch.ao.quantization.quantize_dynamic(made("vit"), {nn.Linear}), "no query|quantised|plain linear"),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(made("vit"), {nn.Linear}),
+            "is a Linear and no plain linear layer: merge adapters",
+        ),
         (
             lambda: transformers.BeitModel(made("beit").config, add_pooling_layer=False).eval(),
             "norm of the mean|without its pooling",

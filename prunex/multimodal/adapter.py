@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from prunex.brief import Brief
+from prunex.brief import Brief, brief
 from prunex.errors import PrunexError
 from prunex.multimodal.recorder import Recording, attention_modules
 from prunex.multimodal.rules import Attended, Relevance, Rules, by_role, grad_cam, last, propagate, rollout
@@ -84,11 +84,17 @@ class Adapter:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         missing = [name for name in self.needs if not isinstance(inputs.get(name), Tensor)]
-        if missing:
+        if missing or not all(isinstance(name, str) for name in inputs):
             raise PrunexError(
                 f"{type(model).__name__} is explained from {', '.join(self.needs)}, and inputs hold "
-                f"{', '.join(inputs) or 'nothing'}: give its processor's batch as tensors (return_tensors='pt')"
+                f"{brief(dict(inputs))}: give its processor's batch as tensors (return_tensors='pt')"
             )
+        _check_values({name: inputs[name] for name in self.needs})
+        together = [*dict.fromkeys((*self.needs, *self.text_parts, *self.image_parts, "pixel_mask"))]
+        for part in (
+            (self.text_parts, [n for n in together if n not in self.text_parts]) if self.compares else (together,)
+        ):
+            _check_batch({name: inputs[name] for name in part if isinstance(inputs.get(name), Tensor)})
         self.model, self.inputs = model, inputs
         self.config: Any = getattr(model, "config", None)
 
@@ -162,6 +168,26 @@ class Adapter:
         """Which of the inputs' texts each target is about, int64 like ``classes``, [B, K]."""
         return torch.arange(len(classes), device=classes.device)[:, None].expand_as(classes)
 
+    def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
+        """By role, the tokens whose rows of the last map alone can matter to the answer, int64 [B, r].
+
+        The alarm for a forward that reads others; a role that is not named is not looked at.
+        """
+        return {}
+
+    def check_rows(self, maps: Sequence[Attended], targets: Targets, column: Tensor) -> None:
+        """See that the answer reads the tokens that it is known to read, and no others."""
+        for role, tokens in self.answering(targets, column).items():
+            map_ = last(maps, role)
+            reached = torch.as_tensor(map_.gradient).abs().amax((1, 3))
+            others = reached.scatter(1, tokens.to(reached.device), 0).nonzero()
+            if len(others):
+                raise PrunexError(
+                    f"the scores of {type(self.model).__name__} rest on token {int(others[0, 1])} of {map_.path}, and "
+                    f"its answer is known to read {tokens[others[0, 0]].tolist()} alone: its forward goes another way, "
+                    "or it was registered with another row"
+                )
+
     def text_valid(self) -> Tensor | None:
         """Bool [B, T], false for padding; None without text."""
         mask = self.inputs.get("attention_mask")
@@ -217,25 +243,49 @@ class Adapter:
         return None
 
 
+def _check_values(needed: Mapping[str, Tensor]) -> None:
+    """Tensors that hold something, and no NaN; this waits for the device."""
+    for name, value in needed.items():
+        if value.is_meta or not value.numel():
+            where = (
+                "is on the meta device, which holds no values" if value.is_meta else f"is empty, {list(value.shape)}"
+            )
+            raise PrunexError(f"{name} {where}: give at least one sample")
+        if value.is_floating_point() and not value.isfinite().all():
+            bad = (~value.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            raise PrunexError(f"{name} of samples {bad[:8]} hold NaN or infinite values: clean them first")
+
+
+def _check_batch(parts: Mapping[str, Tensor]) -> None:
+    """Tensors of as many samples: some models spread one sample over all others."""
+    if len({len(value) if value.ndim else 0 for value in parts.values()}) > 1:
+        raise PrunexError(f"inputs hold {brief(dict(parts))}: give as many samples of each")
+
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def classes_of(target: Any, logits: Tensor) -> Tensor:
     """Classes to explain, int64 [B, K]: None is the predicted one, a number one for all, [B] one a sample.
 
     Raises:
-        PrunexError: Another shape or kind, or a class that does not exist.
+        PrunexError: Another shape or kind, or a class that does not exist; scores that are not [B, C].
     """
+    if logits.ndim != 2:
+        raise PrunexError(f"the model's scores are {list(logits.shape)}: only those [B, classes] can be explained")
     batch, count = logits.shape
     if target is None:
         return logits.argmax(1, keepdim=True)
-    if isinstance(target, int) and not isinstance(target, bool):
-        target = torch.full((batch,), target)
-    whole = isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype == torch.bool)
-    if not whole or target.ndim not in (1, 2) or len(target) != batch or target.numel() == 0:
-        came = f"a {target.dtype} tensor of shape {list(target.shape)}" if isinstance(target, Tensor) else repr(target)
+    if type(target) is int and 0 <= target < count:
+        return torch.full((batch, 1), target, device=logits.device)
+    whole = isinstance(target, Tensor) and target.dtype in _WHOLE and not target.is_meta
+    if type(target) is not int and not (whole and target.ndim in (1, 2) and len(target) == batch and target.numel()):
         raise PrunexError(
-            f"target is {came}: give None, a class, or whole numbers [{batch}] or [{batch}, K] (K classes a sample)"
+            f"target={brief(target)} is not allowed: give None, a class, or a tensor of whole numbers [{batch}] or "
+            f"[{batch}, K] (K classes a sample)"
         )
-    if int(target.min()) < 0 or int(target.max()) >= count:
-        raise PrunexError(f"target={target.flatten().tolist()[:8]} is not allowed: classes are 0..{count - 1}")
+    if not whole or int(target.min()) < 0 or int(target.max()) >= count:
+        raise PrunexError(f"target={brief(target)} is not allowed: classes are 0..{count - 1}")
     return target.to(logits.device).long().reshape(batch, -1)
 
 

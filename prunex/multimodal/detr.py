@@ -103,6 +103,9 @@ class Detr(Detector):
         rolled = {"R_qq": queries, "R_ii": image, "R_qi": cross}
         return {name: matrix for name, matrix in rolled.items() if matrix is not None}
 
+    def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
+        return {"qi": torch.tensor(targets.queries, device=column.device)[column][:, None]}
+
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[None, Tensor]:
         query = torch.tensor(targets.queries, device=column.device)[column]
         return None, matrices["R_qi"][torch.arange(len(column), device=column.device), query]

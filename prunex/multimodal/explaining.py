@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunex.checks import check_choice, check_flag
+from prunex.checks import called_as, check_choice, check_flag
 from prunex.errors import NothingDetected, PrunexError, unknown
 from prunex.multimodal.adapter import Adapter, Targets
 from prunex.multimodal.explanation import MultimodalExplanation, Queries, Query
@@ -23,6 +23,7 @@ _WITH_GRADIENTS = ("generic_attention", "grad_cam")
 _RULES = {"literal": False, "normalise": True, "self_terms": True, "accumulate": True}
 
 
+@called_as("prunex.multimodal.explain(model, inputs)")
 def explain(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -91,6 +92,7 @@ def explain(
         for number, each in enumerate(targets.passes):
             if method in _WITH_GRADIENTS:
                 maps = recording.with_gradients(each.score, number == len(targets.passes) - 1, adapter.unread)
+                adapter.check_rows(maps, targets, each.column)
                 matrices = answer.of_gradients(maps, method, rules)
             answer.add(matrices, each.column)
         return _explanation(adapter, recording, targets, answer, method, {**vars(rules), **chosen}, processor)

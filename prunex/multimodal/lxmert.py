@@ -75,6 +75,9 @@ class Lxmert(Adapter):
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         return matrices["R_tt"][:, 0], matrices["R_ti"][:, 0]
 
+    def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
+        return {"tt": torch.zeros(len(column), 1, dtype=torch.long)}
+
     def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
         mask = self.inputs.get("visual_attention_mask")
         features = self.inputs["visual_feats"]

@@ -38,6 +38,9 @@ class SingleStream(Adapter):
         row[every, read] = 0
         return row[:, : self.length()], row[:, self.length() + self.cells()[0] :]
 
+    def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
+        return {"ss": self.read()[:, None]}
+
     def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
         ids = self.inputs["input_ids"]
         return torch.ones(len(ids), count, dtype=torch.bool, device=ids.device)
@@ -48,9 +51,9 @@ class SingleStream(Adapter):
 
 @known
 class VisualBert(SingleStream):
-    """VisualBERT: boxes without places; question answering reads the last token before [SEP], reasoning the first."""
+    """VisualBERT: boxes without places; question answering reads the last token before [SEP]."""
 
-    models = ("VisualBertForQuestionAnswering", "VisualBertForVisualReasoning")
+    models: ClassVar[tuple[str, ...]] = ("VisualBertForQuestionAnswering",)
     roles = {r"encoder\.layer\.\d+\.attention\.self": ("ss",)}
     needs = ("input_ids", "attention_mask", "visual_embeds")
     image_parts = ("visual_attention_mask", "visual_embeds", "visual_token_type_ids")
@@ -60,10 +63,7 @@ class VisualBert(SingleStream):
         return self.config.num_hidden_layers
 
     def read(self) -> Tensor:
-        mask = self.inputs["attention_mask"]
-        if "QuestionAnswering" not in type(self.model).__name__:
-            return torch.zeros(len(mask), dtype=torch.long, device=mask.device)
-        lengths = mask.sum(1).long()
+        lengths = self.inputs["attention_mask"].sum(1).long()
         if int(lengths.min()) < 2:
             raise PrunexError(
                 "attention_mask holds a text of fewer than 2 tokens: the answer reads the one before [SEP]"
@@ -83,6 +83,19 @@ class VisualBert(SingleStream):
     def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
         mask: Any = self.inputs.get("visual_attention_mask")
         return super().image_valid(count, grid) if mask is None else mask.bool()
+
+
+@known
+class VisualBertReasoning(VisualBert):
+    """VisualBERT that compares: it reads the first token."""
+
+    models = ("VisualBertForVisualReasoning",)
+
+    def read(self) -> Tensor:
+        return SingleStream.read(self)
+
+    def protected(self, length: int) -> list[int]:
+        return SingleStream.protected(self, length)
 
 
 @known

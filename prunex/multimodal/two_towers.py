@@ -83,6 +83,11 @@ class Clip(Adapter):
         texts = targets.classes.gather(1, column.clamp(min=0)[:, None])[:, 0]
         return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
 
+    def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
+        end = self.config.text_config.eos_token_id
+        first = torch.zeros(len(column), 1, dtype=torch.long)
+        return {"tt": end_of_text(self.inputs["input_ids"], end)[:, None], "ii": first}
+
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         """The end of the text, and the image's class token."""
         texts = targets.classes.gather(1, column.clamp(min=0)[:, None])[:, 0]
@@ -137,6 +142,18 @@ class OwlViT(Detector):
         """Each image has texts of its own."""
         return classes + torch.arange(len(classes), device=classes.device)[:, None] * self.per_image
 
+    def targets(self, recording: Recording, target: Any, options: Mapping[str, Any]) -> Targets:
+        """A text of each patch. Padding, whose first token is 0, is no text."""
+        targets = super().targets(recording, target, options)
+        padding = self.inputs["input_ids"][self.texts(targets.classes), 0] == 0
+        if (padding & torch.as_tensor(targets.kept)).any():
+            image, k = (padding & torch.as_tensor(targets.kept)).nonzero()[0].tolist()
+            raise PrunexError(
+                f"target: text {int(targets.classes[image, k])} of image {image} is padding (its first token is 0), "
+                "which nothing resembles: give another"
+            )
+        return targets
+
     def _chosen(self, targets: Targets, column: Tensor) -> Tensor:
         """Each image's text among all texts, int64 [B]."""
         return self.texts(targets.classes).gather(1, column[:, None])[:, 0]
@@ -144,6 +161,11 @@ class OwlViT(Detector):
     def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
         texts = self._chosen(targets, column)
         return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
+
+    def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
+        patch = torch.tensor(targets.queries, device=column.device)[column] + 1
+        both = torch.stack([torch.zeros_like(patch), patch], 1)
+        return {"tt": end_of_text(self.inputs["input_ids"], None)[:, None], "ii": both}
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         ids = self.inputs["input_ids"][self._chosen(targets, column)]

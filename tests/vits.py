@@ -61,7 +61,7 @@ FAMILIES = {
 # timm 1.0.20 adds the MLP's own bias of such a block in another place, and such models are refused.
 OLD_TIMM = not hasattr(ParallelScalingBlock, "reset_parameters")
 ROPE = {"cls": Eva, "use_rot_pos_emb": True}
-# Families that relevance rules do not reach, or of other blocks; tests/vit/families.py has one of every family.
+# Families of other blocks; tests/vit/families.py has one of every family.
 MORE_FAMILIES = {
     "eva02": ROPE | {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "mlp_ratio": 8 / 3},
     "dinov3": ROPE

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunex.relevance.rules import Layer, Route, gamma_rule
 from prunex.vit.arithmetic import Arithmetic, fused_attention, unknown_layer
 from prunex.vit.units import let_through
+from prunex.vit.weights import effective
 
 
 class ModifiedGradients(Arithmetic):
@@ -22,7 +23,8 @@ class ModifiedGradients(Arithmetic):
 
     - element-wise f: the gradient is f(x) / x;
     - norms: the deviation (or root mean square) is a constant;
-    - attention: "attnlrp" divides the gradients of q and k by 4 and of v by 2; "cplrp" takes q and k as constants;
+    - attention: "attnlrp" divides the gradients of q and k by 4 and of v by 2 (of k by 2 where queries are learned, in
+      attention pooling), "cplrp" takes q and k as constants; rotary turns and relative biases are left as they are;
     - products in gated MLPs: half each; gates of gated attention are constants;
     - linear layers and the patch convolution: as they are, or by the gamma rule of a pair of strengths.
     """
@@ -33,23 +35,31 @@ class ModifiedGradients(Arithmetic):
     def __init__(self, kind: Literal["attnlrp", "cplrp"], gamma: tuple[float, float] | None = None) -> None:
         self.kind, self.gamma = kind, gamma
 
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        return self._by_rule(module, x, 1)
+    def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
+        if self.gamma is None:
+            return super().linear(module, x, beside)
+        x = let_through(module, x)
+        return self._by_gamma(layer, super().linear(module, x, beside), x, self.gamma[1])
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """As a linear layer."""
+        out = super().affine(x, weight, bias, beside)
+        return out if self.gamma is None else self._by_gamma(Layer.linear(weight, bias, beside), out, x, self.gamma[1])
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
-        return self._by_rule(module, images, 0)
-
-    def _by_rule(self, module: nn.Module, x: Tensor, which: int) -> Tensor:
         layer = Layer.of(module)
         if self.gamma is None:
-            return module(x)
-        x, gamma = let_through(module, x), self.gamma[which]
+            return module(images)
+        images = let_through(module, images)
+        return self._by_gamma(layer, module(images), images, self.gamma[0])
 
+    def _by_gamma(self, layer: Layer, out: Tensor, x: Tensor, gamma: float) -> Tensor:
         def back(saved: tuple[Tensor, ...], out: Tensor, grad: Tensor) -> tuple[Tensor]:
             # Gradient times output is the relevance that comes, relevance over input the gradient that goes.
             return (gamma_rule(layer, saved[0], out, grad * out, gamma) / (saved[0] + 1e-10),)
 
-        return Route.apply(self, back, module(x), x)
+        return Route.apply(self, back, out, x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         if isinstance(module, nn.Identity):
@@ -67,14 +77,18 @@ class ModifiedGradients(Arithmetic):
     def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
         return signal * openness.detach()
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None = None) -> Tensor:
         """Fused attention; queries, keys and values get their share of the gradient."""
-        return fused_attention(*self._queries_and_keys(q, k), self._gathered(v))
+        return fused_attention(*self._queries_and_keys(q, k), self._gathered(v), relative)
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The products, for masked attention."""
         q, k = self._queries_and_keys(q, k)
         return (q * scale) @ k.transpose(-2, -1)
+
+    def latent_scores(self, latent: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Learned queries are constants: keys alone get what attention gets, half."""
+        return super().latent_scores(latent, k.detach() if self.kind == "cplrp" else _Scaled.apply(k, 0.5), scale)
 
     def gather(self, attention: Tensor, values: Tensor) -> Tensor:
         """What is gathered, for masked attention."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
@@ -36,11 +37,16 @@ class Layer(Brief):
     back: Callable[[Tensor, Tensor], Tensor]  # outputs and a weight to inputs (the transpose)
 
     @classmethod
+    def linear(cls, weight: Tensor, *biases: Tensor | None) -> Layer:
+        """A linear layer of given weights [out, in] and biases [out]."""
+        some = [b.detach() for b in biases if b is not None]
+        return cls(weight.detach(), sum(some[1:], some[0]) if some else None, lambda x, w: x @ w.T, lambda s, w: s @ w)
+
+    @classmethod
     def of(cls, module: nn.Module) -> Layer:
         """The layer behind a module; refused where that is neither linear nor a patch convolution."""
         if is_linear(module):
-            weight, bias = effective(module)
-            return cls(weight, bias, lambda x, w: x @ w.T, lambda s, w: s @ w)
+            return cls.linear(*effective(module))
         if _is_patch_convolution(module):
             stride: Any = module.stride
             weight, bias = effective(module)
@@ -144,30 +150,31 @@ def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.clamp(min=0), x.clamp(max=0)
 
 
-def proportional(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def proportional(terms: Sequence[Tensor], out: Tensor, r: Tensor) -> tuple[Tensor, ...]:
     """A sum's relevance in proportion to its terms."""
     s = ratio(r, out)
-    return a * s, b * s
+    return tuple(term * s for term in terms)
 
 
-def conserving_add(a: Tensor, b: Tensor, out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`proportional`, rescaled: a term's share of an image is |sum R_a| / (|sum R_a| + |sum R_b|)."""
-    parts = proportional(a, b, out, r)
+def conserving_sum(terms: Sequence[Tensor], out: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+    """As :func:`proportional`, rescaled: a term's share of an image is |sum R_a| / (|sum R_a| + |sum R_b| + ...)."""
+    parts = proportional(terms, out, r)
     axes = tuple(range(1, r.ndim))
     sums = [p.sum(axes, keepdim=True) for p in parts]
-    size = sums[0].abs() + sums[1].abs()
+    size = torch.stack([s.abs() for s in sums]).sum(0)
     whole = r.sum(axes, keepdim=True)
-    # Together the parts sum to what came, each by its share of both sums' magnitudes.
-    first, second = (p.mul_(ratio(ratio(s.abs(), size) * whole, s)) for p, s in zip(parts, sums, strict=True))
-    return first, second
+    # Together the parts sum to what came, each by its share of all sums' magnitudes.
+    return tuple(p.mul_(ratio(ratio(s.abs(), size) * whole, s)) for p, s in zip(parts, sums, strict=True))
 
 
 class RelevanceRules(Arithmetic):
     """A forward whose graph carries gradients or, with ``relevance`` set, relevance.
 
     Norms, element-wise non-linearities, softmax and LayerScale pass relevance through unchanged; a product of two
-    signals gives each half; sigmoid gates, pooling weights and a fused token's weights are constants; the scale of the
-    scores is left out; positions keep what they get.
+    signals gives each half, and all to the keys where queries are learned (attention pooling); sigmoid gates, pooling
+    weights and a fused token's weights are constants; the scale of the scores is left out; positions that are added
+    keep what they get. A rotary turn is a linear map, and shares by proportion; a relative bias on the scores is what
+    a bias of a linear layer is: nothing under "zplus", part of the denominator under the others.
 
     Args:
         linear: Rule of linear layers: "zplus", "epsilon" or "gamma".
@@ -196,17 +203,26 @@ class RelevanceRules(Arithmetic):
     def _through(self, out: Tensor, x: Tensor) -> Tensor:
         return Route.apply(self, lambda saved, out, r: (r.reshape(saved[0].shape),), out, x)
 
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        return self._by_rule(module, x, self.gamma[1], zplus if self.rule_set == "conserving" else zplus_split)
+    def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
+        x = let_through(module, x)  # the rules see the layer's inputs as its gates leave them
+        return self._by_rule(layer, super().linear(module, x, beside), x, self.gamma[1], self._positive)
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """As a linear layer."""
+        out = super().affine(x, weight, bias, beside)
+        return self._by_rule(Layer.linear(weight, bias, beside), out, x, self.gamma[1], self._positive)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
         """The pixel layer: zB under z+, else the linear layers' rule."""
-        return self._by_rule(module, images, self.gamma[0], bounded)
+        layer, images = Layer.of(module), let_through(module, images)
+        return self._by_rule(layer, module(images), images, self.gamma[0], bounded)
 
-    def _by_rule(self, module: nn.Module, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
-        layer = Layer.of(module)
-        x = let_through(module, x)  # the rules see the layer's inputs as its gates leave them
+    @property
+    def _positive(self) -> Callable[..., Tensor]:
+        return zplus if self.rule_set == "conserving" else zplus_split
 
+    def _by_rule(self, layer: Layer, out: Tensor, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
             if self.rule == "epsilon":
                 return (epsilon_rule(layer, saved[0], out, r, self.epsilon),)
@@ -214,25 +230,28 @@ class RelevanceRules(Arithmetic):
                 return (gamma_rule(layer, saved[0], out, r, gamma, self.epsilon),)
             return (positive(layer, saved[0], out, r),)
 
-        return Route.apply(self, back, module(x), x)
+        return Route.apply(self, back, out, x)
 
-    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
+    def scaled(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return x if isinstance(module, nn.Identity) else self._through(module(x), x)
 
-    activation = norm
-    scaled = norm
+    norm = scaled
+    activation = scaled
 
     def softmax(self, scores: Tensor) -> Tensor:
         return self._through(scores.softmax(-1), scores)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """In proportion to the terms."""
+        return self._sum(a + b, [a, b])
+
+    def total(self, branches: Sequence[Tensor]) -> Tensor:
+        """In proportion to the branches, as a skip connection."""
+        return self._sum(super().total(branches), branches)
+
+    def _sum(self, out: Tensor, terms: Sequence[Tensor]) -> Tensor:
         conserving = self.rule == "zplus" and self.rule_set == "conserving"
-
-        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-            return (conserving_add if conserving else proportional)(saved[0], saved[1], out, r)
-
-        return Route.apply(self, back, a + b, a, b)
+        return Route.apply(self, conserving_sum if conserving else proportional, out, *terms)
 
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         both = self.add(a, b)
@@ -243,6 +262,27 @@ class RelevanceRules(Arithmetic):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return Route.apply(self, lambda saved, out, r: (r / 2, r / 2), a * b, a, b)
+
+    def rotated(self, x: Tensor, table: Tensor, half: bool) -> Tensor:
+        """In proportion to the products x_j w_jk of the turn as a linear map."""
+        return self.whole(partial(super().rotated, table=table, half=half), x)
+
+    def latent_scores(self, latent: Tensor, k: Tensor, scale: float) -> Tensor:
+        """All to the keys, in proportion to the products: a learned query is a constant."""
+        fixed = latent.detach()
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            return (saved[0] * (ratio(r, out / scale).transpose(-2, -1) @ fixed),)
+
+        return Route.apply(self, back, super().latent_scores(latent, k, scale), k)
+
+    def biased(self, scores: Tensor, bias: Tensor) -> Tensor:
+        """As a bias of a linear layer: under z+ it takes no part, else it absorbs its share."""
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            return (r if self.rule == "zplus" else saved[0] * r / stabilised(out, self.epsilon),)
+
+        return Route.apply(self, back, scores + bias, scores)
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Queries and keys half each, in proportion to their products."""
@@ -263,7 +303,7 @@ class RelevanceRules(Arithmetic):
         return Route.apply(self, back, attention @ values, attention, values)
 
     def whole(self, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A head without rules of its own: input times gradient, R_j = x_j sum_k (dz_k / dx_j) R_k / z_k."""
+        """A function without rules of its own: input times gradient, R_j = x_j sum_k (dz_k / dx_j) R_k / z_k."""
 
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
             with torch.enable_grad():

@@ -17,10 +17,9 @@ from prunex.units.base import Scores, UnitOptions, UnitPruner
 from prunex.units.batches import mean_over_images
 from prunex.vit.anatomy import ViT, read
 from prunex.vit.arithmetic import Arithmetic
-from prunex.vit.blocks import layout_of
 from prunex.vit.recording import gradients, recording
 from prunex.vit.tape import Tape
-from prunex.vit.units import Branch, blocks_of, last_layer
+from prunex.vit.units import Branch, last_layer
 
 Rule = Literal["zplus", "attnlrp"]
 RULES: tuple[Rule, ...] = ("zplus", "attnlrp")
@@ -79,11 +78,10 @@ class Relevance(UnitPruner):
 
     def prepare(self, model: nn.Module) -> None:
         """Refuse by name what relevance cannot be led through."""
-        closed = [block for _, block in blocks_of(model) if not isinstance(model, ViT) or not layout_of(block).opens]
-        if closed:
+        if not isinstance(model, ViT):
             raise PrunexError(
-                f"relevance cannot be led through {type(model).__name__} with {type(closed[0]).__name__}: lrp knows "
-                "timm's Block and ResPostBlock; use taylor or magnitude"
+                f"relevance cannot be led through {type(model).__name__}: lrp knows timm's VisionTransformer, Eva and "
+                "Beit; use taylor or magnitude"
             )
         read(model)
 
@@ -129,12 +127,12 @@ class _Watching(Arithmetic):
     watched: Mapping[nn.Module, str]
     seen: dict[str, Tensor]
 
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+    def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """As it is; the input of a watched layer is kept."""
         if module in self.watched:
             x = x.view_as(x)
             self.seen[self.watched[module]] = x
-        return super().linear(module, x)
+        return super().linear(module, x, beside)
 
 
 class _Rules(_Watching, RelevanceRules):

@@ -7,12 +7,13 @@ differentiates them in its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import GELUTanh, GluMlp, Mlp, QuickGELU, RmsNorm, SwiGLU
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
@@ -40,9 +41,15 @@ class Arithmetic:
     opened = False
     matrices = False
 
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A linear layer (or an identity in its place)."""
-        return module(x)
+    def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """A linear layer (or an identity in its place); ``beside``: a bias [out] that is kept apart from it."""
+        out: Tensor = module(x)
+        return out if beside is None else out + beside
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """A linear map by its weight [out, in], as where several share one layer; ``beside``: a further bias [out]."""
+        out = nn.functional.linear(x, weight, bias)
+        return out if beside is None else out + beside
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
         """The patch embedding's convolution: [B, C, H, W] to [B, D, gh, gw]."""
@@ -56,13 +63,17 @@ class Arithmetic:
         """An element-wise non-linearity."""
         return module(x)
 
-    def scaled(self, module: nn.Module, x: Tensor) -> Tensor:
+    def scaled(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """LayerScale."""
         return module(x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """A skip connection, ``a`` the stream and ``b`` the branch."""
         return a + b
+
+    def total(self, branches: Sequence[Tensor]) -> Tensor:
+        """The sum of several branches that read one stream."""
+        return torch.stack(list(branches)).sum(0)
 
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         """The mean of two signals: of two heads, or of two ways to pool."""
@@ -76,9 +87,22 @@ class Arithmetic:
         """A signal let through in part, as in gated attention: ``openness`` in 0..1."""
         return signal * openness
 
+    def rotated(self, x: Tensor, table: Tensor, half: bool) -> Tensor:
+        """Queries or keys [B, H, n, d] turned by their places: a rotary table [..., n, 2d], of halves or of pairs."""
+        out: Tensor = apply_rot_embed_cat(x, table, half=half)
+        return out
+
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Scaled products of queries and keys, [B, H, m, n]."""
         return (q * scale) @ k.transpose(-2, -1)
+
+    def latent_scores(self, latent: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Those of learned queries, which no image has a part in."""
+        return (latent * scale) @ k.transpose(-2, -1)
+
+    def biased(self, scores: Tensor, bias: Tensor) -> Tensor:
+        """Scores and a relative bias, broadcast to [B, H, m, n]."""
+        return scores + bias
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Attention of each row over its keys."""
@@ -88,9 +112,9 @@ class Arithmetic:
         """What the heads gather: [B, H, m, n] times [B, H, n, d]."""
         return attention.to(values.dtype) @ values
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention without its matrix, [B, H, m, d]."""
-        return fused_attention(q, k, v)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None = None) -> Tensor:
+        """Attention without its matrix, [B, H, m, d]; ``relative`` is added to the scores."""
+        return fused_attention(q, k, v, relative)
 
     def whole(self, head: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A head that is no chain of these operations: tokens [B, N, D] to logits [B, classes]."""

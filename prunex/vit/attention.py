@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from prunex.brief import Brief
 from prunex.vit import policy as masking
-from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention, promoted
+from prunex.vit.arithmetic import PLAIN, Arithmetic, fused_attention, mlp, pooled, promoted
 from prunex.vit.weights import is_plain, sizes
 
 
@@ -90,32 +89,36 @@ def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
     return x.index_select(dim, at)
 
 
-def rotated_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def rotated_heads(
+    attn: Any, x: Tensor, rope: Tensor | None = None, ops: Arithmetic = PLAIN
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, values [B, H, N, d] of EVA's and BEiT's attention, maybe rotated by a [..., N - prefix, 2d]."""
     if attn.qkv is None:
         each = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
-        q, k, v = (p(x).unflatten(2, (-1, each)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        three = (ops.linear(p, x) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (t.unflatten(2, (-1, each)).transpose(1, 2) for t in three)
     else:
-        q_bias = getattr(attn, "q_bias", None)
-        if q_bias is None:
-            qkv = attn.qkv(x)
-        else:
-            bias = torch.cat((q_bias, attn.k_bias, attn.v_bias))
-            qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+        qkv = _joint(attn, x, ops)
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(attn, "q_norm"):
-        q, k = attn.q_norm(q), attn.k_norm(k)
+        q, k = ops.norm(attn.q_norm, q), ops.norm(attn.k_norm, k)
     if rope is not None:
         prefix, half = q.shape[2] - rope.shape[-2], bool(getattr(attn, "rotate_half", False))
-        q, k = (
-            torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2).type_as(v)
-            for t in (q, k)
-        )
+        q, k = (torch.cat([t[:, :, :prefix], ops.rotated(t[:, :, prefix:], rope, half)], 2).type_as(v) for t in (q, k))
     # Fewer keys than queries: each serves a group of heads.
     groups = attn.num_heads // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return q, k, v
+
+
+def _joint(attn: Any, x: Tensor, ops: Arithmetic) -> Tensor:
+    """Queries, keys and values side by side, [B, N, 3D]; EVA and BEiT keep their biases beside the layer."""
+    q_bias = getattr(attn, "q_bias", None)
+    if q_bias is None:
+        return ops.linear(attn.qkv, x)
+    bias = torch.cat((q_bias, attn.k_bias, attn.v_bias))
+    return ops.linear(attn.qkv, x, bias) if attn.qkv_bias_separate else ops.affine(x, attn.qkv.weight, bias)
 
 
 _AS_IT_IS = nn.Identity()
@@ -175,14 +178,16 @@ def matrix(
     rows of q [B, H, m, d] among the N tokens of k; None: all. ``relative`` is added to the scores before anything else.
     """
     seen = None if policy is None else masking.seen(policy, queries)
-    return ops.softmax(_weighed(ops.scores(q, k, scale), seen, keys, relative))
+    return ops.softmax(_weighed(ops.scores(q, k, scale), seen, keys, relative, ops))
 
 
-def _weighed(scores: Tensor, seen: Tensor | None, keys: KeyWeights | None, relative: Tensor | None) -> Tensor:
+def _weighed(
+    scores: Tensor, seen: Tensor | None, keys: KeyWeights | None, relative: Tensor | None, ops: Arithmetic = PLAIN
+) -> Tensor:
     """Scores [B, H, m, N] in at least float32, biased, weighed by their keys, and -inf for keys that are not seen."""
     scores = promoted(scores)
     if relative is not None:
-        scores = scores + relative.to(scores.dtype)
+        scores = ops.biased(scores, relative.to(scores.dtype))
     if keys is not None:
         scores = keys.on_scores(scores, seen)
     return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
@@ -230,31 +235,40 @@ def _rows(
     return _weighed(PLAIN.scores(q, k, scale), seen, keys, relative).softmax(-1)
 
 
-def latent(pool: Any, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def latent(pool: Any, x: Tensor, weight: Tensor | None = None, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor]:
     """Timm's ``AttentionPoolLatent`` over tokens [B, N, D] that are there: [B, D], and what it looks at, [B, N].
 
     ``weight`` [B, N], at least 0, says how much each token counts in the softmax (None: 1); differentiable, also where
     it is 0. An image without any gets the pooling of nothing. The attention is the mean over heads and latents.
     """
-    b, n, _ = x.shape
-    query = pool.q(pool.latent.expand(b, -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
-    k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    query, k = pool.q_norm(query), pool.k_norm(k)
-    scores = promoted(PLAIN.scores(query, k, pool.scale))
-    if weight is None:
-        seen = scores.softmax(-1)
-    else:
-        w = weight.to(scores.dtype)[:, None, None, :]
-        lowest = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
-        nobody = (w <= 0).all(
-            -1, keepdim=True
-        )  # who must not be divided by next to nothing: gradients would be infinite
-        top = torch.where(nobody, scores.detach(), lowest).amax(-1, keepdim=True)
-        raised = (scores - top).clamp(max=40).exp() * w
-        seen = raised / torch.where(nobody, 1, raised.sum(-1, keepdim=True))
-    out = (seen.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    out = pool.proj_drop(pool.proj(out))
+    # Learned queries are the same for all images: what they are made of is nobody's input.
+    query = pool.q(pool.latent.expand(len(x), -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+    k, v = ops.linear(pool.kv, x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query, k = pool.q_norm(query), ops.norm(pool.k_norm, k)
+    seen = _looked_at(promoted(ops.latent_scores(query, k, pool.scale)), weight, ops)
+    out = pool.proj_drop(ops.linear(pool.proj, ops.gather(seen, v).transpose(1, 2).flatten(2)))
     if pool.mlp is not None:
-        out = out + pool.mlp(pool.norm(out))
-    out = out.mean(1) if pool.pool == "avg" else out[:, 0]
+        out = ops.add(out, mlp(pool.mlp, ops.norm(pool.norm, out), ops))
+    if pool.pool != "avg":
+        out = out[:, 0]
+    elif ops.opened:
+        out = pooled(out, out.new_full(out.shape[:2], 1 / out.shape[1]), ops)
+    else:
+        out = out.mean(1)
     return out, seen.mean((1, 2))
+
+
+def _looked_at(scores: Tensor, weight: Tensor | None, ops: Arithmetic) -> Tensor:
+    """Softmax of scores [B, H, m, N] over tokens that count by a weight [B, N]; 0 in images without any."""
+    if weight is None:
+        return ops.softmax(scores)
+    w = weight.to(scores.dtype)[:, None, None, :]
+    nobody = (w <= 0).all(-1, keepdim=True)
+    if ops.opened:  # weights are constants here
+        counted = torch.where(nobody, 0, scores + w.detach().log())
+        return ops.softmax(counted).masked_fill(nobody, 0)
+    lowest = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
+    # An image without any must not be divided by next to nothing: gradients would be infinite.
+    top = torch.where(nobody, scores.detach(), lowest).amax(-1, keepdim=True)
+    raised = (scores - top).clamp(max=40).exp() * w
+    return raised / torch.where(nobody, 1, raised.sum(-1, keepdim=True))

@@ -49,9 +49,18 @@ def enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x, rope = inner._pos_embed(x)
         return _entering(model, inner.norm_pre(x)), rope
     if isinstance(model, Beit):
-        x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        return _entering(model, inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed)), None
+        return _entering(model, _placed(model, x)), None
     return _entering(model, inner.norm_pre(inner.patch_drop(inner._pos_embed(x)))), None
+
+
+def _placed(model: ViT, x: Tensor) -> Tensor:
+    """Embedded patches with positions and prefix tokens, before any norm: [B, prefix + P, D]."""
+    inner: Any = model
+    if isinstance(model, Beit):
+        x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        return inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed)
+    placed = inner._pos_embed(x)
+    return placed[0] if isinstance(model, Eva) else placed
 
 
 def _entering(model: ViT, x: Tensor) -> Tensor:
@@ -79,26 +88,24 @@ def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None =
 
 
 def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
-    """The same by elementary operations: what ``_pos_embed`` adds to patches is what it gives for patches of zeros."""
-    if isinstance(model, Eva | Beit):
-        raise unknown_layer(model, "VisionTransformer")
+    """The same by elementary operations: what positions add to patches is what they make of patches of zeros."""
+    inner: Any = model
     if isinstance(model.patch_embed, HybridEmbed):
         raise unknown_layer(model.patch_embed, "PatchEmbed")
     x = inside(model.patch_embed, partial(_patches_opened, model, ops), images)
-    grid = grid_of(model, x)
-    x = x.flatten(1, 2) if x.ndim == 4 else x
+    grid, dynamic = grid_of(model, x), x.ndim == 4
+    x = x.flatten(1, 2) if dynamic else x
     with torch.no_grad():
-        empty = torch.zeros_like(x)
-        added = model._pos_embed(empty.unflatten(1, grid) if model.dynamic_img_size else empty)
+        added = _placed(model, torch.zeros_like(x).unflatten(1, grid) if dynamic else torch.zeros_like(x))
     # Prefix tokens are parameters: no relevance goes past them.
     prefix = model.num_prefix_tokens
     parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
     tokens = [t for t in parts if t is not None]
     front = torch.cat([t.detach() for t in tokens], 1).expand(len(x), -1, -1) if tokens else added[:, :0]
-    table: Tensor | None = None if model.no_embed_class else model.pos_embed
+    table: Tensor | None = None if getattr(model, "no_embed_class", False) else inner.pos_embed
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
-    return _entering(model, ops.norm(model.norm_pre, x)), grid
+    return _entering(model, x if isinstance(model, Beit) else ops.norm(inner.norm_pre, x)), grid
 
 
 def _patches_opened(model: ViT, ops: Arithmetic, images: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ def _patches_opened(model: ViT, ops: Arithmetic, images: Tensor) -> Tensor:
         images = nn.functional.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
     patches = ops.patches(inner.proj, images)
     x = ops.norm(inner.norm, patches.flatten(2).transpose(1, 2))
-    return x.unflatten(1, patches.shape[2:]) if model.dynamic_img_size else x
+    return x.unflatten(1, patches.shape[2:]) if getattr(model, "dynamic_img_size", False) else x
 
 
 def over_pixels(

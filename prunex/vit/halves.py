@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prunex.vit import attention
 from prunex.vit import policy as masking
-from prunex.vit.arithmetic import PLAIN, promoted, unknown_layer
+from prunex.vit.arithmetic import PLAIN, promoted
 from prunex.vit.blocks import layout_of
 from prunex.vit.calls import hooked_within, inside
 from prunex.vit.packing import Packing
@@ -121,8 +121,6 @@ class Halves:
     def _attend(self, x: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Attended | None]:
         """From [B, N, D] to the stream after attention, the read-out row, the keys' mean, and the recording."""
         layout, block, ops = self.layout, self.block, self.recorder.ops
-        if ops.opened and not layout.opens:
-            raise unknown_layer(block, "timm's Block and ResPostBlock")
         y = layout.read(block, x, ops)
         recorded = self._recording(x, y, policy)
         if recorded is not None and recorded.normed is not None:
@@ -216,7 +214,7 @@ class Halves:
             out = masking.under_policy(q, k, v, policy, attn.scale, dropout, **more)
             return out if only is None else attention.some(out, only, 2), None
         if ops.opened:
-            return ops.attention(asking, k, v), None
+            return ops.attention(asking, k, v, added), None
         return attention.fused(asking, k, v, dropout, keys, relative=added), None
 
     def _row(self, q: Tensor, k: Tensor, policy: Tensor | None, matrix: Tensor | None) -> Tensor:

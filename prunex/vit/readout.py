@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.vit import attention
 from prunex.vit.anatomy import ViT, head_classes
-from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted, unknown_layer
+from prunex.vit.arithmetic import PLAIN, Arithmetic, classify, pooled, promoted
 from prunex.vit.calls import inside
 from prunex.vit.handover import Handed
 from prunex.vit.mount import mounted_head
@@ -77,8 +77,7 @@ def _features(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
     """The pooled tokens, [B, D]."""
     pool = left.anatomy.pool
     if ops.opened and pool == "map":
-        inner: Any = model
-        raise unknown_layer(inner.attn_pool, "token and average pooling")
+        return _map_pooled(model, x, left, ops)
     if not ops.opened or pool not in ("avg", "avgmax"):
         return masked_pool(model, x, left)
     # Means are sums with weights, so that relevance is shared by them.
@@ -110,13 +109,21 @@ def masked_pool(model: ViT, x: Tensor, left: Handed, pool_type: str | None = Non
         if kind == "":
             return x
     elif anatomy.pool == "map" and not all_alike:
-        weights = _weights(policy, sizes, start)
-        return inside(inner.attn_pool, lambda x: attention.latent(inner.attn_pool, x, weights)[0], x[:, start:])
+        return _map_pooled(model, x, replace(left, policy=policy, sizes=sizes))
     elif all_alike or kind in ("token", "", "map") or not isinstance(kind, str):
         if isinstance(model, Beit):
             return global_pool_nlc(x, kind, anatomy.prefix)
         return type(inner).pool(inner, x, pool_type)
     return over_patches(x, policy, sizes, start, kind)
+
+
+def _map_pooled(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
+    """Attention pooling over tokens that are there, by size, opened within its own call: [B, D]."""
+    inner: Any = model
+    start = 0 if left.anatomy.pool_prefix else left.anatomy.prefix
+    weights = _weights(left.policy, left.sizes, start)
+    out: Tensor = inside(inner.attn_pool, lambda x: attention.latent(inner.attn_pool, x, weights, ops)[0], x[:, start:])
+    return out
 
 
 def over_patches(x: Tensor, policy: Tensor | None, sizes: Tensor | None, start: int, kind: str) -> Tensor:

@@ -10,7 +10,19 @@ from prunex.vit.arithmetic import classify
 from prunex.vit.forward import record
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
-from tests.vits import FAMILIES, assert_same_state, gated, images, images_for, largest, lively, relative, state_of, tiny
+from tests.vits import (
+    ALL_FAMILIES,
+    MORE_FAMILIES,
+    assert_same_state,
+    gated,
+    images,
+    images_for,
+    largest,
+    lively,
+    relative,
+    state_of,
+    tiny,
+)
 
 TARGETS = torch.tensor([4, 0, 2])
 KINDS = ["attnlrp", "cplrp"]
@@ -23,7 +35,8 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gamma", [None, (0.25, 0.05)])
 @pytest.mark.parametrize(
-    "family", ["vit", "dinov2_giant", "qk_norm", "attn_norm", "deit_distilled", "clip", "max_pool"]
+    "family",
+    ["vit", "dinov2_giant", "qk_norm", "attn_norm", "deit_distilled", "clip", "max_pool", "dinov3"],
 )
 def test_values_stay_bit_for_bit(family, kind, gamma):
     model = tiny(family)
@@ -34,7 +47,7 @@ def test_values_stay_bit_for_bit(family, kind, gamma):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_values_of_every_family(family, kind):
     model = tiny(family).double()
     tape = Tape(narrow=True, ops=ModifiedGradients(kind))
@@ -61,11 +74,16 @@ def relevance_of_tokens(model, kind, gamma=None):
     return found.sum(-1).detach(), score.detach()
 
 
-@pytest.mark.parametrize("family", ["vit", "layer_scale", "dinov2_giant", "avg_pool", "avgmax_pool", "deit_distilled"])
+@pytest.mark.parametrize(
+    "family",
+    ["vit", "layer_scale", "dinov2_giant", "avg_pool", "avgmax_pool", "deit_distilled", *MORE_FAMILIES],
+)
 def test_cplrp_sums_to_the_logit_without_biases(family):
-    found, score = relevance_of_tokens(without_biases(tiny(family).double()), "cplrp")
+    model = without_biases(tiny(family).double())
+    found, score = relevance_of_tokens(model, "cplrp")
     assert largest(found.sum(1), score) < 1e-6
-    assert largest(found[:, 1:].sum(1), score) > 1e-3  # the class token's part counts
+    if model.num_prefix_tokens:
+        assert largest(found[:, model.num_prefix_tokens :].sum(1), score) > 1e-3  # the other tokens' part counts
     attnlrp = relevance_of_tokens(without_biases(tiny(family).double()), "attnlrp")[0]
     assert largest(attnlrp.sum(1), score) > 1e-3  # its softmax rule does not conserve
 

@@ -9,7 +9,7 @@ from prunex.relevance.rules import (
     Layer,
     RelevanceRules,
     bounded,
-    conserving_add,
+    conserving_sum,
     epsilon_rule,
     gamma_rule,
     proportional,
@@ -21,7 +21,7 @@ from prunex.vit.arithmetic import PLAIN, classify
 from prunex.vit.forward import record
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
-from tests.vits import FAMILIES, gated, images, images_for, largest, relative, tiny
+from tests.vits import ALL_FAMILIES, MORE_FAMILIES, gated, images, images_for, largest, relative, tiny
 
 
 def draw(*shape, seed=0):
@@ -177,20 +177,26 @@ def test_ratio_is_zero_at_zero():
 
 def test_skips():
     a, b, r = draw(3, 5, 4), draw(3, 5, 4, seed=1), draw(3, 5, 4, seed=2)
-    plain = proportional(a, b, a + b, r)
+    plain = proportional([a, b], a + b, r)
     assert relative(plain[0], a * r / (a + b)) < 1e-6
     assert relative(sum(plain), r) < 1e-6
-    first, second = conserving_add(a, b, a + b, r)
+    first, second = conserving_sum([a, b], a + b, r)
     for i in range(3):
         sums = [p[i].sum() for p in plain]
         share = sums[0].abs() / (sums[0].abs() + sums[1].abs())
         assert relative(first[i], plain[0][i] * share * r[i].sum() / sums[0]) < 1e-6
         assert relative(first[i].sum() + second[i].sum(), r[i].sum()) < 1e-6
-        alone = conserving_add(a[i : i + 1], b[i : i + 1], (a + b)[i : i + 1], r[i : i + 1])
+        alone = conserving_sum([a[i : i + 1], b[i : i + 1]], (a + b)[i : i + 1], r[i : i + 1])
         assert alone[0][0].equal(first[i])  # sums are an image's own
-    nothing = conserving_add(a, torch.zeros_like(a), a, r)
+    nothing = conserving_sum([a, torch.zeros_like(a)], a, r)
     assert (nothing[1] == 0).all()
     assert relative(nothing[0].sum((1, 2)), r.sum((1, 2))) < 1e-6
+    c = draw(3, 5, 4, seed=3)
+    three = conserving_sum([a, b, c], a + b + c, r)
+    sums = [(x * r / (a + b + c)).sum((1, 2)) for x in (a, b, c)]
+    for part, own in zip(three, sums, strict=True):
+        share = own.abs() / sum(s.abs() for s in sums)
+        assert relative(part.sum((1, 2)), share * r.sum((1, 2))) < 1e-6
 
 
 def back(rules, out, inputs, r):
@@ -249,7 +255,7 @@ def test_weights_of_a_sum_are_constants_to_relevance_alone():
         assert x.equal(y)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gated"])
+@pytest.mark.parametrize("family", [*ALL_FAMILIES, "gated"])
 def test_a_whole_model_conserves_relevance(family):
     model = (gated() if family == "gated" else tiny(family)).double()
     rules = RelevanceRules()
@@ -262,7 +268,9 @@ def test_a_whole_model_conserves_relevance(family):
     assert largest(r.sum((1, 2)), torch.ones(3)) < 2e-4  # the stabiliser where a skip's or a product's sum is near 0
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2_giant", "qk_norm", "attn_norm", "avg_pool", "deit_distilled"])
+@pytest.mark.parametrize(
+    "family", ["vit", "dinov2_giant", "qk_norm", "attn_norm", "avg_pool", "deit_distilled", *MORE_FAMILIES]
+)
 @pytest.mark.parametrize("pruner", [None, "evit"])
 def test_one_graph_gives_ordinary_gradients_too(family, pruner):
     model = tiny(family).double()

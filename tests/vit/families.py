@@ -22,44 +22,40 @@ class Family:
         names: Published architectures of timm; the first one is built and tested.
         note: What is special about it, for whoever prunes it.
         args: Beside ``SMALL``, what makes it small and lively.
-        rules: Whether relevance rules (lrp, partial_lrp, transformer_attribution) reach all of its layers.
+        rules: Whether relevance rules (lrp, partial_lrp, transformer_attribution) reach all of its layers: "yes", or
+            the layer that they do not know, as the error names it.
     """
 
     title: str
     names: tuple[str, ...]
     note: str
     args: dict = field(default_factory=dict)
-    rules: bool = False
+    rules: str = "yes"
 
 
 FAMILIES = {
-    "vit": Family(
-        "ViT, DeiT, MAE, DINO", ("vit_tiny_patch16_224", "deit_small_patch16_224"), "class token", rules=True
-    ),
+    "vit": Family("ViT, DeiT, MAE, DINO", ("vit_tiny_patch16_224", "deit_small_patch16_224"), "class token"),
     "distilled": Family(
-        "distilled DeiT", ("deit_tiny_distilled_patch16_224",), "the distillation token is never pruned", rules=True
+        "distilled DeiT", ("deit_tiny_distilled_patch16_224",), "the distillation token is never pruned"
     ),
-    "deit3": Family("DeiT-III", ("deit3_small_patch16_224",), "LayerScale", {"init_values": 0.5}, True),
+    "deit3": Family("DeiT-III", ("deit3_small_patch16_224",), "LayerScale", {"init_values": 0.5}),
     "dinov2": Family(
         "DINOv2",
         ("vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"),
         "registers are never pruned; SwiGLU in the giant",
         {"init_values": 0.5},
-        True,
     ),
     "gap": Family(
         "average-pooled ViTs",
         ("vit_medium_patch16_gap_256", "vit_betwixt_patch16_reg4_gap_256"),
         "no class token: all pooled tokens rank the patches",
-        rules=True,
     ),
     "clip": Family(
         "CLIP",
         ("vit_base_patch16_clip_quickgelu_224", "vit_base_patch32_clip_224"),
         "norm in front of the blocks",
-        rules=True,
     ),
-    "aimv2": Family("AIMv2", ("aimv2_large_patch14_224",), "RMS norms, SwiGLU, norm of the patches", rules=True),
+    "aimv2": Family("AIMv2", ("aimv2_large_patch14_224",), "RMS norms, SwiGLU, norm of the patches"),
     "siglip": Family(
         "SigLIP, SigLIP 2",
         ("vit_base_patch16_siglip_224", "vit_so400m_patch14_siglip_224"),
@@ -70,7 +66,6 @@ FAMILIES = {
         ("vit_base_patch16_rpn_224",),
         "norms behind attention and MLP; average-pooled",
         {"init_values": None},
-        True,
     ),
     "parallel_scaling": Family(
         "parallel ViT (ViT-22B)",
@@ -161,5 +156,5 @@ def table() -> str:
     rows = ["| family | timm names, for example | what to know | relevance rules |", "|---|---|---|---|"]
     for f in FAMILIES.values():
         names = ", ".join(f"`{n}`" for n in f.names)
-        rows.append(f"| {f.title} | {names} | {f.note} | {'yes' if f.rules else 'no'} |")
+        rows.append(f"| {f.title} | {names} | {f.note} | {f.rules} |")
     return "\n".join(rows)

@@ -14,6 +14,7 @@ from tests.vit.families import FAMILIES, build, double, table
 from tests.vits import assert_same_state, images_for, largest, randomise, relative, state_of
 
 METHODS = ("topk", "evit", "dynamicvit")
+RELEVANCE = ("lrp", "partial_lrp", "transformer_attribution")
 EXPLAINERS = ("raw_attention", "rollout", "generic_attention", "grad_cam")
 EXPORTED = ("eva02", "beit")  # the others are exported by make test-all
 ONNX = ("eva02", "beit", "pe")
@@ -116,15 +117,24 @@ def test_explained(family, explainer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_relevance_rules_reach_it_or_say_so(family):
+@pytest.mark.parametrize("explainer", RELEVANCE)
+def test_relevance_rules_reach_it_or_say_so(family, explainer):
     model = double(family)
     x = images_for(model)
-    for explainer in ("lrp", "partial_lrp", "transformer_attribution"):
-        if FAMILIES[family].rules:
-            assert torch.isfinite(prunex.explain(explainer, model, x).maps).all()
-            continue
-        with pytest.raises(prunex.PrunexError, match="do not know .*generic_attention and rollout take this model"):
+    if FAMILIES[family].rules != "yes":
+        with pytest.raises(prunex.PrunexError, match=f"do not know {FAMILIES[family].rules}: known are .*rollout take"):
             prunex.explain(explainer, model, x)
+        return
+    dense = prunex.explain(explainer, model, x)
+    assert float(dense.maps.flatten(1).var(1).min()) > 0
+    for method in ("topk", "evit"):
+        with attach(model, method) as pruning:
+            removed = prunex.explain(explainer, model, x)
+            assert torch.isfinite(removed.raw).all()
+            pruning.masked = True
+            assert relative(prunex.explain(explainer, model, x).raw, removed.raw) < 1e-7
+            pruning.masked = None
+            assert relative(prunex.explain(explainer, model, x[:1]).raw, removed.raw[:1]) < 1e-7
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,4 +173,4 @@ def test_the_readme_shows_the_table_of_families():
         pytest.skip("the README has no table of families")
     shown = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", text, re.DOTALL)
     assert shown is not None, "the table ends with <!-- /families -->"
-    assert shown.group(1).strip() == table(), "run python docs/make_families.py and paste what it prints"
+    assert shown.group(1).strip() == table(), "run python docs/make_families.py"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from prunex.vit import attention
-from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
 from prunex.vit.blocks.plain import Layout, scaled
 from prunex.vit.calls import inside
 from prunex.vit.weights import effective
@@ -39,7 +39,7 @@ class EvaLayout(Layout):
         return branch
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return block.norm1(x)
+        return ops.norm(block.norm1, x)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
         if not _rotates_all(block.attn, y, rope):
@@ -54,14 +54,13 @@ class EvaLayout(Layout):
         return self.inside(block, opened, y, rope)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
-        return attention.rotated_heads(block.attn, y, rope)
+        return attention.rotated_heads(block.attn, y, rope, ops)
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        return block.drop_path1(branch if block.gamma_1 is None else block.gamma_1 * branch)
+        return block.drop_path1(_times(block.gamma_1, branch, ops))
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        branch = block.mlp(block.norm2(x))
-        return branch if block.gamma_2 is None else block.gamma_2 * branch
+        return _times(block.gamma_2, mlp(block.mlp, ops.norm(block.norm2, x), ops), ops)
 
     def output(self, block: Any) -> Tensor:
         return scaled(effective(block.attn.proj)[0], block.gamma_1)
@@ -74,13 +73,18 @@ class EvaPostLayout(EvaLayout):
         return x
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        return block.drop_path1(block.norm1(branch))
+        return block.drop_path1(ops.norm(block.norm1, branch))
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return block.norm2(block.mlp(x))
+        return ops.norm(block.norm2, mlp(block.mlp, x, ops))
 
     def output(self, block: Any) -> Tensor:
         return effective(block.attn.proj)[0]
+
+
+def _times(gamma: Tensor | None, branch: Tensor, ops: Arithmetic) -> Tensor:
+    """A branch scaled channel by channel, by a parameter where other blocks have a LayerScale."""
+    return branch if gamma is None else ops.scaled(lambda x: gamma * x, branch)
 
 
 def _rotates_all(attn: Any, x: Tensor, rope: Tensor | None) -> bool:

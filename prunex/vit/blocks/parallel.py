@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit import attention
-from prunex.vit.arithmetic import PLAIN, Arithmetic
+from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
 from prunex.vit.blocks.plain import Layout, scaled
-from prunex.vit.calls import hooked
+from prunex.vit.calls import hooked, inside
 from prunex.vit.weights import effective, scale_of
 
 
@@ -40,7 +39,7 @@ class Things(Layout):
         return tuple(part.mlp for part in block.ffns)
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return torch.cat([part.norm(x) for part in block.attns], -1)
+        return torch.cat([ops.norm(part.norm, x) for part in block.attns], -1)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
         parts = zip(block.attns, y.chunk(len(block.attns), -1), strict=True)
@@ -55,13 +54,14 @@ class Things(Layout):
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
         count = len(block.attns)
         parts = zip(block.attns, out.chunk(count, 1), y.chunk(count, -1), strict=True)
-        return torch.stack([p.drop_path(p.ls(attention.project(p.attn, o, n, ops))) for p, o, n in parts]).sum(0)
+        projected = ((p, attention.project(p.attn, o, n, ops)) for p, o, n in parts)
+        return ops.total([p.drop_path(ops.scaled(p.ls, out)) for p, out in projected])
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
         return branch
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return torch.stack([part(x) for part in block.ffns]).sum(0)
+        return ops.total([_fed(part, x, ops) for part in block.ffns])
 
     def drop_fed(self, block: Any, branch: Tensor) -> Tensor:
         return branch
@@ -97,7 +97,7 @@ class Scaling(Layout):
         return ()
 
     def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return block.in_norm(x)
+        return ops.norm(block.in_norm, x)
 
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
         q, k, v = self.heads(block, y, rope, PLAIN)
@@ -106,21 +106,21 @@ class Scaling(Layout):
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         """From the last three parts of the input projection."""
-        three = F.linear(y, *_outputs(block.in_proj, block.in_split[0], None))
+        three = ops.affine(y, *_outputs(block.in_proj, block.in_split[0], None))
         q, k, v = three.unflatten(2, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        return block.q_norm(q), block.k_norm(k), v
+        return ops.norm(block.q_norm, q), ops.norm(block.k_norm, k), v
 
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
         """By attention's own projection, or its part of the shared one."""
         gathered = out.transpose(1, 2).flatten(2)
         if fused_out(block) is None:
-            return block.attn_out_proj(gathered)
+            return ops.linear(block.attn_out_proj, gathered)
         # Without its bias, which is added once: with the MLP's part.
-        return F.linear(gathered, block.out_proj.weight[:, : gathered.shape[-1]])
+        return ops.affine(gathered, block.out_proj.weight[:, : gathered.shape[-1]])
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
         """LayerScale; stochastic depth is drawn for both halves."""
-        return block.ls(branch)
+        return ops.scaled(block.ls, branch)
 
     def draw(self, block: Any, x: Tensor) -> Tensor | None:
         """Stochastic depth of both branches, [B, 1, 1]."""
@@ -130,13 +130,14 @@ class Scaling(Layout):
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
         """From the stream that entered the block."""
-        hidden = F.linear(block.in_norm(x), *_outputs(block.in_proj, 0, block.in_split[0]))
-        # timm adds the bias behind the joint projection, whose attention part has its own.
-        hidden = hidden if block.mlp_bias is None else hidden + block.mlp_bias
-        hidden = block.mlp_drop(block.mlp_act(hidden))
+        # timm adds the MLP's bias behind the joint projection, whose attention part has its own.
+        first = _outputs(block.in_proj, 0, block.in_split[0])
+        hidden = ops.affine(ops.norm(block.in_norm, x), *first, beside=block.mlp_bias)
+        hidden = block.mlp_drop(ops.activation(block.mlp_act, hidden))
         if fused_out(block) is None:
-            return block.ls(block.mlp_out_proj(hidden))
-        return block.ls(F.linear(hidden, block.out_proj.weight[:, -hidden.shape[-1] :], block.out_proj.bias))
+            return ops.scaled(block.ls, ops.linear(block.mlp_out_proj, hidden))
+        second = block.out_proj.weight[:, -hidden.shape[-1] :], block.out_proj.bias
+        return ops.scaled(block.ls, ops.affine(hidden, *second))
 
     def drop_fed(self, block: Any, branch: Tensor) -> Tensor:
         return branch
@@ -155,6 +156,18 @@ class Scaling(Layout):
     def macs(self, block: Any) -> tuple[int, int]:
         width, hidden, inner = block.in_proj.in_features, block.in_split[0], self.width(block)
         return width * 3 * inner + inner * width, 2 * width * hidden
+
+
+def _fed(part: Any, x: Tensor, ops: Arithmetic) -> Tensor:
+    """One of several MLP branches, stochastic depth included; opened within its own call."""
+    if not ops.opened:
+        return part(x)
+
+    def opened(x: Tensor) -> Tensor:
+        return part.drop_path(ops.scaled(part.ls, mlp(part.mlp, ops.norm(part.norm, x), ops)))
+
+    out: Tensor = inside(part, opened, x)
+    return out
 
 
 def fused_out(block: Any) -> Any:

@@ -24,6 +24,7 @@ class Layout:
     on.
     """
 
+    # Whether queries of some tokens can be computed alone, and images of different lengths packed into one sequence.
     opens = True
     parallel = False
 

@@ -48,6 +48,12 @@ def lrp(
     maps of ViTs are noisy; gamma calms them and wants tuning per model. Published figures beyond the z+ ones of arXiv
     2012.09838 could not be checked (unverified). LRP is patented for commercial use by its authors' institutions.
 
+    One rule an operation holds for every family: a rotary turn is a linear map and shares by signed proportion; a
+    relative bias on the scores is treated as a linear layer's bias; a gated product gives each side half, a sigmoid
+    gate nothing; queries that are learned (attention pooling) leave all of a score to its key; branches side by side
+    share as skips do. "cplrp" takes scores as constants, positions included. Public implementations differ in these,
+    so they are choices.
+
     Tokens that left keep what earlier blocks gave them. A fused token's weights are constants. Half-precision weights
     are read in float32.
 
@@ -59,7 +65,8 @@ def lrp(
 
     Returns:
         Signed. ``maps``: relevance of the patch tokens that enter the first block, position included, summed over
-        channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours.
+        channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours. ``info["prefix"]``
+        [B, prefix]: of class, distillation and register tokens, which is no pixel's.
 
     Raises:
         PrunexError: For a gamma or rule set that the rule does not have, or layers that the rules do not know.
@@ -88,7 +95,8 @@ def lrp(
         # These give gradients, to be multiplied; the rules give relevance itself.
         if isinstance(ops, ModifiedGradients):
             tokens, pixels = tokens * recorded.embedded, pixels * images
-        return answer(recorded, tokens.sum(-1), pixels, signed=True, fine=pixels.sum(1))
+        row, prefix = tokens.sum(-1), recorded.anatomy.prefix
+        return answer(recorded, row, pixels, signed=True, fine=pixels.sum(1), info={"prefix": row[:, :prefix]})
 
 
 def _strengths(rule: str, gamma: Any) -> tuple[float, float] | None:

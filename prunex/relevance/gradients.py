@@ -88,7 +88,8 @@ class ModifiedGradients(Arithmetic):
 
     def latent_scores(self, latent: Tensor, k: Tensor, scale: float) -> Tensor:
         """Learned queries are constants: keys alone get what attention gets, half."""
-        return super().latent_scores(latent, k.detach() if self.kind == "cplrp" else _Scaled.apply(k, 0.5), scale)
+        keys = k.detach() if self.kind == "cplrp" else _Scaled.apply(k, 0.5)
+        return super().latent_scores(latent.detach(), keys, scale)
 
     def gather(self, attention: Tensor, values: Tensor) -> Tensor:
         """What is gathered, for masked attention."""

@@ -167,6 +167,16 @@ def test_exported_to_onnx(family, tmp_path):
     assert prunex.export(prunex.slim(model), tmp_path / "model.onnx", images_for(model)).is_file()
 
 
+def test_the_page_of_explainers_says_what_relevance_sums_to_in_every_family():
+    page = (README.parent / "docs" / "explainers.md").read_text()
+    rows = page.split("## What relevance sums to")[1].split("\n## ")[0].splitlines()
+    told = {cells[1].strip(): cells[2:-1] for cells in (row.split("|") for row in rows) if len(cells) == 8}
+    for family in FAMILIES.values():
+        z, cp, _, whole, _ = (float(cell) for cell in told[family.title])
+        assert z == whole == 1.0
+        assert 0.2 < cp < 1.5
+
+
 def test_the_readme_shows_the_table_of_families():
     text = README.read_text()
     if "<!-- families -->" not in text:

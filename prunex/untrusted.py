@@ -1,16 +1,19 @@
-"""Reading files that anyone may have written: JSON, safetensors and npz, whole, of plain values, within limits."""
+"""Reading files that anyone may have written: JSON, safetensors, npz and images, of plain values, within limits."""
 
 from __future__ import annotations
 
 import json
 import math
 import zipfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +23,20 @@ TEXT_BYTES = 2**26  # of a JSON, CSV or YAML file
 NPZ_BYTES = 2**31  # of all arrays in an npz file, unpacked
 _KINDS = "biufU"  # booleans, numbers, text
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What image files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+LONGEST_SIDE = 2**16
+
+
+class BrokenImage(PrunexError):
+    """A file that cannot be read as an image; the same one line whether a worker met it or the main process.
+
+    A `DataLoader` carries an exception out of a worker by making a new one of its class, with the worker's whole
+    traceback as the message. The last line of that is the message that was meant.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def read_text(path: Path) -> str:
@@ -103,3 +120,24 @@ def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
             raise ValueError(f"{part.filename} is {dtype} {shape}, which is not what it holds")
     with archive.open(part) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def read_picture(path: Path, use: Callable[[Image.Image], Any]) -> Any:
+    """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        with Image.open(path, formats=_formats()) as image:
+            if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
+            return use(image)
+    except Exception as error:  # Pillow's readers stumble over broken files in many ways
+        reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
+        raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]

@@ -18,8 +18,9 @@ from prunex.attributes import models_normalisation, read_normalisation
 from prunex.batches import Parts, parts
 from prunex.errors import PrunexError
 from prunex.files import readable
-from prunex.recipes.data.images import choose_range, object_pixels, preparation, read_file, read_image
+from prunex.recipes.data.images import choose_range, object_pixels, preparation, read_image
 from prunex.recipes.given import image_files
+from prunex.untrusted import read_picture
 from prunex.vit.anatomy import read
 
 
@@ -123,7 +124,7 @@ def _mask(path: Path, image: Path, size: tuple[int, int], wanted: tuple[int, int
     """A mask cropped and resized as :func:`preparation` does with its image: bool [H, W]."""
     if not path.is_file():
         raise PrunexError(f"there is no mask '{path}' for '{image}': add it, or point --masks to whole masks")
-    pixels = read_file(path, object_pixels)
+    pixels = read_picture(path, object_pixels)
     if (pixels.shape[1], pixels.shape[0]) != size:
         raise PrunexError(
             f"mask '{path}' is {pixels.shape[1]} x {pixels.shape[0]} pixels, its image '{image.name}' "

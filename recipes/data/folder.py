@@ -23,9 +23,9 @@ from prunex.checks import check_number, check_share, check_whole
 from prunex.errors import PrunexError
 from prunex.files import readable
 from prunex.recipes.data.concepts import Concepts
-from prunex.recipes.data.images import BrokenImage as BrokenImage
-from prunex.recipes.data.images import choose_range, object_pixels, read_file, read_image
+from prunex.recipes.data.images import choose_range, object_pixels, read_image
 from prunex.recipes.given import check_range
+from prunex.untrusted import read_picture
 
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -260,9 +260,9 @@ class FolderSplit(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         path, label = self.samples[index]
         image = read_image(path, self.value_range)
-        planes = [] if self.masks is None else [read_file(self.masks[index], object_pixels)]
+        planes = [] if self.masks is None else [read_picture(self.masks[index], object_pixels)]
         places = [] if self.concepts is None else self.concepts.masks_of(path)
-        planes += [read_file(mask, object_pixels) for mask in places if mask is not None]
+        planes += [read_picture(mask, object_pixels) for mask in places if mask is not None]
         # All in one call, so that every random crop and flip is the same for all.
         image, *moved = self.transform(image, *map(tv_tensors.Mask, planes)) if planes else [self.transform(image)]
         pixels = [mask.as_subclass(Tensor).bool() for mask in moved]
@@ -339,10 +339,10 @@ def _check_files(samples: list[tuple[Path, int]], masks: list[Path] | None, deco
         return image.size
 
     def check(index: int) -> None:
-        size = read_file(samples[index][0], shown_size)
+        size = read_picture(samples[index][0], shown_size)
         if masks is None:
             return
-        other = read_file(masks[index], mask_size)
+        other = read_picture(masks[index], mask_size)
         if other != size:
             raise PrunexError(
                 f"mask '{masks[index]}' is {other[0]} x {other[1]} pixels, its image '{samples[index][0].name}' "

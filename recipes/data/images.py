@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,10 @@ from prunex.attributes import models_normalisation
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Picture
 from prunex.recipes.given import FULL_RANGE, check_range
+from prunex.untrusted import read_picture
 from prunex.vit.anatomy import read
 
-# What files may hold, whatever their names end in: Pillow knows more, and runs Ghostscript on PostScript.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
-LONGEST_SIDE = 2**16
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners fill of a container of 16
-
-
-class BrokenImage(PrunexError):
-    """A file that cannot be read as an image; the same one line whether a worker met it or the main process.
-
-    A `DataLoader` carries an exception out of a worker by making a new one of its class, with the worker's whole
-    traceback as the message. The last line of that is the message that was meant.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def choose_range(
@@ -62,7 +48,7 @@ def choose_range(
 
     # One scale for all: each by its own would make a dark image as bright as a bright one.
     with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes outside the interpreter's lock
-        highest = max(pool.map(lambda path: read_file(path, peak), paths), default=-1)
+        highest = max(pool.map(lambda path: read_picture(path, peak), paths), default=-1)
     if given is not None or highest < 0:
         return given
     value_range: int = next(2**bits - 1 for bits in DEPTHS if highest < 2**bits)
@@ -76,7 +62,7 @@ def choose_range(
 
 def read_image(path: Path, value_range: int | None = None) -> Image.Image:
     """One image as RGB, turned as EXIF says; ``value_range`` is what becomes white of 16 bits (None: 65535)."""
-    return read_file(path, lambda image: _rgb(image, FULL_RANGE if value_range is None else value_range))
+    return read_picture(path, lambda image: _rgb(image, FULL_RANGE if value_range is None else value_range))
 
 
 def _rgb(image: Image.Image, value_range: int) -> Image.Image:
@@ -119,27 +105,6 @@ def _deep(image: Any, value_range: int) -> NDArray[np.int64]:
     if pixels.max() > value_range:
         raise ValueError(f"its pixels go up to {pixels.max()}, over the range {value_range}; give a larger one")
     return pixels
-
-
-def read_file(path: Path, use: Callable[[Image.Image], Any]) -> Any:
-    """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
-        with Image.open(path, formats=_formats()) as image:
-            if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
-                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
-            return use(image)
-    except Exception as error:  # Pillow's readers stumble over broken files in many ways
-        reason = " ".join(str(error).replace(str(path), "the file").split())[:200] or type(error).__name__
-        raise BrokenImage(f"cannot read image '{path}' ({reason}): replace the file or remove it") from error
-
-
-@cache
-def _formats() -> list[str]:
-    """Those that this Pillow was built with."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def object_pixels(image: Image.Image) -> Tensor:

@@ -33,9 +33,10 @@ from prunex.recipes.commands import cli
 from prunex.recipes.commands.explain import read_options
 from prunex.recipes.commands.score_data import from_folder
 from prunex.recipes.commands.sheets import sheet_names
-from prunex.recipes.data.folder import object_pixels, read_file, read_image
+from prunex.recipes.data.folder import object_pixels, read_image
 from prunex.recipes.given import image_files
 from prunex.recipes.runs import model_from_weights, open_model
+from prunex.untrusted import read_picture
 from prunex.vit.trace import Stage, TokenTrace
 from tests.hostile.room import Canary, Room
 
@@ -401,7 +402,7 @@ def images(rng: random.Random, room: Room) -> None:
         for file in image_files(folder):
             assert sheet_names([file], folder)[0].count("..") <= file.name.count("..")
             read_image(file).resize((8, 8))
-        read_file(path, object_pixels)
+        read_picture(path, object_pixels)
         return
     root = room.copy("photos")
     put(rng, root / rng.choice(["train", "val"]) / "ant", room.good / "slim" / "config.json")

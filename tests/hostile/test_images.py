@@ -11,8 +11,9 @@ from PIL import EpsImagePlugin, Image
 
 from prunex import PrunexError
 from prunex.recipes import ImageFolder
-from prunex.recipes.data.folder import BrokenImage, object_pixels, read_file, read_image
+from prunex.recipes.data.folder import object_pixels, read_image
 from prunex.recipes.given import image_files
+from prunex.untrusted import BrokenImage, read_picture
 
 HUGE = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
@@ -31,7 +32,7 @@ def test_every_mode_becomes_rgb_and_a_mask(tmp_path, mode):
             read_image(path)
     else:
         assert read_image(path).mode == "RGB"
-    assert read_file(path, object_pixels).shape == (4, 5)
+    assert read_picture(path, object_pixels).shape == (4, 5)
 
 
 def test_a_palette_with_transparency(tmp_path):
@@ -69,7 +70,7 @@ def test_the_first_of_several_frames_counts(tmp_path, form):
 def test_what_is_no_image_is_told_in_one_line(tmp_path, content):
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    for read in (read_image, lambda p: read_file(p, object_pixels)):
+    for read in (read_image, lambda p: read_picture(p, object_pixels)):
         with pytest.raises(PrunexError, match="cannot read image .*: replace the file or remove it"):
             read(path)
 

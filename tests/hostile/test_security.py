@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from prunex import errors, untrusted
-from prunex.recipes.data import images
 from prunex.recipes.modules import backbone
 from prunex.vit import rebuild
 
@@ -25,7 +24,7 @@ TEXT = (Path(__file__).resolve().parents[2] / "SECURITY.md").read_text(encoding=
         (f"{untrusted.TEXT_BYTES // 2**20} MiB", True),
         (f"{untrusted.NPZ_BYTES // 2**30} GiB", True),
         (f"about {round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)} million pixels", True),
-        (f"a side of {images.LONGEST_SIDE:,}", True),
+        (f"a side of {untrusted.LONGEST_SIDE:,}", True),
         (f"{errors.LONGEST:,} letters", True),
     ],
 )
@@ -36,7 +35,7 @@ def test_limits_are_those_of_the_code(says, is_so):
 
 def test_formats_are_those_that_are_opened():
     told = re.search(r"Images are opened as ([^.]*?) whatever", " ".join(TEXT.split()))[1]
-    assert set(told.upper().replace(" OR", ",").replace(" ", "").split(",")) == set(images.FORMATS) - {"DIB"}
+    assert set(told.upper().replace(" OR", ",").replace(" ", "").split(",")) == set(untrusted.FORMATS) - {"DIB"}
 
 
 def test_long_texts_end_in_a_short_message(tmp_path):

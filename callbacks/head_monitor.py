@@ -15,6 +15,7 @@ from prunex.callbacks.described import names_of, shown_channels
 from prunex.callbacks.monitor import Monitor
 from prunex.callbacks.run_folder import moment
 from prunex.errors import PrunexError
+from prunex.heads.concept_transformer import ConceptTransformer
 from prunex.pictures import attribute_rows, concept_contributions, from_tensor, prototype_tree
 from prunex.pictures.arrays import Floats
 
@@ -25,9 +26,10 @@ class HeadMonitor(Monitor):
     Writes ``maps/head-epoch=NNN.png``, sends it to every logger that takes images, and puts into
     ``maps/epoch=NNN.npz`` what it was drawn from, for the predicted class ``target/<head>`` [M]:
 
-    - ``concept_transformer``: a table of concepts by classes, and the strongest concepts of each image, with a map of
-      what spatial ones add. ``head/concepts`` names [C], ``head/contributions`` float [M, C, classes],
-      ``head/concept_maps`` and ``head/attention`` float [M, C_s, gh, gw].
+    - ``concept_transformer``: a table of what concepts add to classes where all attention is on them, and the strongest
+      concepts of each image, with a map of what spatial ones add. ``head/concepts`` names [C], ``head/effects`` float
+      [C, classes], ``head/contributions`` float [M, C, classes], ``head/concept_maps`` and ``head/attention`` float
+      [M, C_s, gh, gw].
     - ``vit_net``: the tree, with the training patches nearest each prototype and the share of images that go each way,
       of the whole validation where its steps ran the head (as ``validation_step`` usually does), else of the watched
       images; the picture says which. ``head/path`` int [M, depth], ``head/leaf`` [M], ``head/passed`` int [nodes]
@@ -125,8 +127,11 @@ class HeadMonitor(Monitor):
                 arrays["head/concept_maps"] = _plain(evidence.spatial)
                 maps = arrays["head/concept_maps"].sum(1) if evidence.spatial.shape[1] else None
                 title += "what its parts add" if head.method == "mean_patch" else "what concepts add to the scores"
-                names = evidence.names
-                picture = concept_contributions(arrays["images"], contributions, names, target, maps, *about[1:], title)
+                effects, module = None, head.head
+                if isinstance(module, ConceptTransformer):
+                    effects = arrays["head/effects"] = _plain(module.effects().detach())
+                shown = (arrays["images"], contributions, evidence.names, target, maps)
+                picture = concept_contributions(*shown, *about[1:], title, effects=effects)
         self.write(trainer, "head", picture, arrays)
 
     def _tree(

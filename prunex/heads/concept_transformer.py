@@ -293,6 +293,10 @@ class ConceptTransformer(TokenHead):
         here = (tokens.counts > 0).to(entropy)
         return (entropy.mean(2) * here).sum() / here.sum().clamp(min=1)
 
+    def effects(self) -> Tensor:
+        """What each concept adds to each score where all attention is on it, [C, classes], global ones first."""
+        return torch.cat([module.table().sum(0) for module in self.streams.values()])
+
     def contributions(self, reading: Any) -> Tensor:
         """What each concept adds to each score, [B, C, classes], global ones first."""
         parts = []

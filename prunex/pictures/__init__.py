@@ -4,10 +4,11 @@ from prunex.pictures.arrays import from_tensor, png_bytes, resized, save_npz, sa
 from prunex.pictures.bars import bars, bars_svg
 from prunex.pictures.contact_sheet import contact_sheet
 from prunex.pictures.curves import curves, curves_svg
-from prunex.pictures.heads import attribute_rows, concept_contributions, prototype_tree
+from prunex.pictures.heads import attribute_rows, concept_contributions
 from prunex.pictures.mosaic import kept_mosaic, relevancy_mosaic, share_mosaic
 from prunex.pictures.multimodal import Detection, boxes_over, colored_words, detection_sheet, relevance_bars
 from prunex.pictures.overlay import dim_dropped, outline, overlay
+from prunex.pictures.trees import prototype_tree
 from prunex.pictures.units import class_heads, head_attention, unit_widths
 
 __all__ = [

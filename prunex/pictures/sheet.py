@@ -19,6 +19,7 @@ DPI = 64  # a power of two: sizes in inches are exact, so the canvas has the pix
 GAP = 8
 _FONT = "DejaVu Sans"  # comes with matplotlib
 WIDE, NARROW = 0.64, 0.53  # mean width of a letter per size, in bold and plain
+LETTER = 0.58  # likewise, with which no line of a note is cut
 HEAD, NOTE = 15, 11  # sizes of a title, and of what explains
 _MISSING = "Glyph .* missing"  # a name in a script that the font lacks
 SIGNED = "RdBu_r"  # colours of signed numbers: red above 0, blue below
@@ -36,6 +37,11 @@ class Sheet:
     def put(self, x: int, y: int, picture: Picture) -> None:
         """Lay a picture, uint8 [h, w, 3], with its upper left corner at a place."""
         self.pixels[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+
+    def fill(self, x: float, y: float, width: float, height: int, color: Any) -> None:
+        """Lay a rectangle of one colour."""
+        left, right = round(x), round(x + width)
+        self.pixels[round(y) : round(y) + height, left:right] = color
 
     def axes(self, x: float, y: float, width: float, height: float) -> Any:
         """Axes without lines or ticks in a box."""

@@ -49,9 +49,15 @@ def test_picture_and_arrays_of_every_epoch(tmp_path, name, pruned):
     else:
         assert np.allclose(arrays["head/contributions"], evidence.contributions.numpy(), atol=1e-5)
         assert np.allclose(arrays["head/attention"], evidence.attention.numpy(), atol=1e-5, equal_nan=True)
-    assert ("head/concepts" in arrays) == (name == "concept_transformer")
+    assert ("head/concepts" in arrays) == (name in ("concept_transformer", "mean_patch"))
     if "head/concepts" in arrays:
         assert arrays["head/concepts"].tolist() == list(evidence.names)
+    assert ("head/effects" in arrays) == (name == "concept_transformer")
+    if "head/effects" in arrays:  # attention is linear, and here mean attention in place of all of it
+        module = prunex.attached(module, head=True).head
+        with torch.no_grad():
+            parts = torch.cat([s.table() for s in module.streams.values()], 1).sum(0)
+        assert np.allclose(arrays["head/effects"], parts.numpy(), atol=1e-6)
 
 
 def test_concepts_without_a_place_have_no_map(tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import prunex
 from prunex import PrunexError
-from tests.vits import images_for, largest, randomise, relative, state_of, tiny
+from tests.vits import images, images_for, largest, randomise, relative, state_of, tiny
 
 NAN = float("nan")
 BOTH = {"concepts": ["loop", "bar"], "spatial": ["ink", "paper", "edge"], "unsupervised": 2}
@@ -271,3 +271,15 @@ def test_labels_that_do_not_fit():
     model(images_for(model))
     with pytest.raises(PrunexError, match="there are global concept labels, and this head has no global concepts"):
         head.losses(concepts=torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("stream", ["global", "spatial", "unsupervised"])
+def test_effects_are_what_all_attention_on_a_concept_adds(stream):
+    model = tiny()
+    options = {"global": {"concepts": ["a", "b", "c"]}, "spatial": {"spatial": ["a", "b", "c"]}}
+    head = prunex.attach(model, "concept_transformer", **options.get(stream, {"unsupervised": 3}))
+    effects, names = head.head.effects(), head.head.all_names
+    bias = head.evidence(images()).bias
+    for number, name in enumerate(names):
+        with head.intervene({other: float(other == name) for other in names}), torch.no_grad():
+            assert largest(model(images()), (bias + effects[number]).expand(3, -1)) < 1e-5

@@ -57,6 +57,20 @@ def test_the_table_is_the_mean_over_images():
     assert where[1][1] > where[0][1] + 15
 
 
+def test_effects_take_the_table_and_leave_the_bars():
+    values = [[[1.0, 0.0], [0.0, 0.0]]]
+    plain = concepts(values, targets=(1,))
+    told = concepts(values, targets=(1,), effects=[[0.0, 0.0], [0.0, 3.0]])
+    assert area(plain, END) > 1000
+    assert area(told, END) == pytest.approx(area(plain, END), rel=0.1)
+    where = [np.argwhere((p == END).all(-1)).mean(0) for p in (plain, told)]
+    assert (where[1] > where[0] + 15).all()
+    with pytest.raises(PrunexError, match=r"effects of shape \(2, 3\) do not fit contributions: give \(2, 2\)"):
+        concepts(values, targets=(1,), effects=np.ones((2, 3)))
+    with pytest.raises(PrunexError, match="finite"):
+        concepts(values, targets=(1,), effects=np.full((2, 2), np.nan))
+
+
 def test_large_tables_show_the_strongest_and_fit_on_a_screen():
     values = np.zeros((1, 112, 200))
     values[0, 100, 150] = 1

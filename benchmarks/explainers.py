@@ -32,6 +32,8 @@ CHEAP: list[tuple[str, str, dict[str, Any], str]] = [
     ("r_cut", "r_cut", {}, "1F + 1L + eigenvectors"),
     ("generic_attention", "generic_attention", {}, "1F + 1B"),
     ("grad_sam", "grad_sam", {}, "1F + 1B"),
+    ("legrad", "legrad", {}, "1F + 2L"),
+    ("legrad, all blocks", "legrad", {"start_layer": 0}, "1F + 1B"),
     ("tokentm", "tokentm", {}, "1F + 1B"),
     ("lrp, attnlrp", "lrp", {"rule": "attnlrp"}, "1F + 1B"),
     ("lrp, cplrp", "lrp", {"rule": "cplrp"}, "1F + 1B"),

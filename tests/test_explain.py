@@ -266,6 +266,7 @@ DEFAULTS = {
     "generic_attention": {"start_layer": 0, "full": False},
     "grad_cam": {"kind": "tokens", "layer": -1},
     "grad_sam": {"axis": "key", "lift": "direct"},
+    "legrad": {"start_layer": -2, "pool": "mean"},
     "integrated_gradients": {
         "steps": 50,
         "baseline": 0.0,

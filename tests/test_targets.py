@@ -13,7 +13,10 @@ from tests.vits import tiny
 
 QUICK = {"shap": {"budget": 40, "output": "logit"}, "integrated_gradients": {"steps": 4}, "vit_cx": {"max_masks": 3}}
 NO_CLASS = ("raw_attention", "dino", "rollout", "attention_flow")
-GRADIENTS = ("generic_attention", "grad_cam", "grad_sam", "tokentm", "integrated_gradients", "beyond_intuition")
+GRADIENTS = (
+    *("generic_attention", "grad_cam", "grad_sam", "tokentm", "integrated_gradients", "beyond_intuition"),
+    "legrad",
+)
 RULES = ("lrp", "partial_lrp", "transformer_attribution")
 RUNS = ("atman", "shap", "vit_cx", "r_cut")
 TRAINED = ("diffmask", "vit_shapley", "concept_transformer", "vit_net", "attributes", "mean_patch")
@@ -141,7 +144,7 @@ def test_several_labels_are_those_one_by_one(method):
         torch.testing.assert_close(e.maps, want.maps, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["generic_attention", "grad_cam", "grad_sam", "tokentm", "rollout"])
+@pytest.mark.parametrize("method", ["generic_attention", "grad_cam", "grad_sam", "tokentm", "rollout", "legrad"])
 def test_several_labels_share_a_forward(method, monkeypatch):
     model = tiny("vit", depth=3).eval()
     runs = []

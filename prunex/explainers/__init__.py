@@ -19,6 +19,7 @@ from prunex.explainers.inherent import concept_transformer as concept_transforme
 from prunex.explainers.inherent import mean_patch as mean_patch
 from prunex.explainers.inherent import vit_net as vit_net
 from prunex.explainers.integrated_gradients import integrated_gradients as integrated_gradients
+from prunex.explainers.legrad import legrad as legrad
 from prunex.explainers.lrp import lrp as lrp
 from prunex.explainers.partial_lrp import partial_lrp as partial_lrp
 from prunex.explainers.r_cut import r_cut as r_cut

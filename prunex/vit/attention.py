@@ -241,24 +241,30 @@ def latent(pool: Any, x: Tensor, weight: Tensor | None = None, ops: Arithmetic =
     ``weight`` [B, N], at least 0, says how much each token counts in the softmax (None: 1); differentiable, also where
     it is 0. An image without any gets the pooling of nothing. The attention is the mean over heads and latents.
     """
+    seen, v = looked_at(pool, x, weight, ops)
+    return pooled_by(pool, seen, v, ops), seen.mean((1, 2))
+
+
+def looked_at(pool: Any, x: Tensor, weight: Tensor | None = None, ops: Arithmetic = PLAIN) -> tuple[Tensor, Tensor]:
+    """The first part of :func:`latent`: what latent queries look at, [B, H, latents, N], and values [B, H, N, d]."""
     # Learned queries are the same for all images: what they are made of is nobody's input.
     query = pool.q(pool.latent.expand(len(x), -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
     k, v = ops.linear(pool.kv, x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     query, k = pool.q_norm(query), ops.norm(pool.k_norm, k)
-    seen = _looked_at(promoted(ops.latent_scores(query, k, pool.scale)), weight, ops)
+    return _counted(promoted(ops.latent_scores(query, k, pool.scale)), weight, ops), v
+
+
+def pooled_by(pool: Any, seen: Tensor, v: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
+    """The rest of it: what is gathered, through projection and MLP, [B, D]."""
     out = pool.proj_drop(ops.linear(pool.proj, ops.gather(seen, v).transpose(1, 2).flatten(2)))
     if pool.mlp is not None:
         out = ops.add(out, mlp(pool.mlp, ops.norm(pool.norm, out), ops))
     if pool.pool != "avg":
-        out = out[:, 0]
-    elif ops.opened:
-        out = pooled(out, out.new_full(out.shape[:2], 1 / out.shape[1]), ops)
-    else:
-        out = out.mean(1)
-    return out, seen.mean((1, 2))
+        return out[:, 0]
+    return pooled(out, out.new_full(out.shape[:2], 1 / out.shape[1]), ops) if ops.opened else out.mean(1)
 
 
-def _looked_at(scores: Tensor, weight: Tensor | None, ops: Arithmetic) -> Tensor:
+def _counted(scores: Tensor, weight: Tensor | None, ops: Arithmetic) -> Tensor:
     """Softmax of scores [B, H, m, N] over tokens that count by a weight [B, N]; 0 in images without any."""
     if weight is None:
         return ops.softmax(scores)

@@ -32,6 +32,11 @@ def head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor
     """
     explainable = mounted_head(model)
     out = classifier(model, x, left, ops) if explainable is None else explainable.logits(model, x, left, ops)
+    return ended(model, out, ops)
+
+
+def ended(model: ViT, out: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
+    """What follows the ViT in the module that it stands for, of its own output [R, D]."""
     tail = vars(model).get(TAIL)
     return out if tail is None else tail(out, ops)
 

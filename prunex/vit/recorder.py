@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from prunex.vit.state import TokenState
-from prunex.vit.tape import Attended, Fed, Tape
+from prunex.vit.tape import Attended, Fed, Left, Tape
 from prunex.vit.trace import Stage
 
 _ASKS_FOR_NOTHING = Tape()
@@ -50,6 +50,8 @@ class Recorder:
 
     def passed(self, block: int, state: TokenState) -> None:
         """A block is done."""
+        if self.tape is not None and block in self.tape.leaving:
+            self.tape.left[block] = Left(state.tokens, state.policy, state.sizes, len(self.tape.steps))
         if self.watch is not None:
             self.watch.after(block, state)
 

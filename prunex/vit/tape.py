@@ -47,6 +47,16 @@ class Fed(Brief):
 
 
 @dataclass(eq=False, repr=False)
+class Left(Brief):
+    """The stream as it left a block."""
+
+    tokens: Tensor  # [B, n, D], part of the graph
+    policy: Tensor | None  # [B, n] or None: which slots hold a token (masked mode)
+    sizes: Tensor | None  # [B, n] or None: how many patches each token stands for
+    steps: int  # how many steps the tape had then
+
+
+@dataclass(eq=False, repr=False)
 class Tape(Brief):
     """A recording of one forward, in the order things happened."""
 
@@ -59,6 +69,7 @@ class Tape(Brief):
     head_rows: frozenset[int] = frozenset()  # blocks whose read-out row is wanted for each head
     blocks: frozenset[int] | None = None  # blocks whose matrix is wanted; None: all of them
     normed: frozenset[int] = frozenset()  # blocks whose first norm's output is wanted, as a place to differentiate at
+    leaving: frozenset[int] = frozenset()  # blocks whose leaving stream is wanted, part of the graph
     # First block that is part of the graph. Nothing before it can be differentiated, nor costs memory.
     graph_from: int = 0
     # in the last block only the tokens that the head reads go on, as far as nobody asks for the others
@@ -66,6 +77,7 @@ class Tape(Brief):
     ops: Arithmetic = PLAIN  # how elementary operations are carried out
     # ``Attended``, ``Fed`` and ``Stage`` in forward order
     steps: list[Attended | Fed | Stage] = field(default_factory=list)
+    left: dict[int, Left] = field(default_factory=dict)  # by block, the stream that left it
     # [B, N, D], the tokens entering the first block; part of the graph if the images are
     embedded: Tensor | None = None
     policy: Tensor | None = None  # [B, n] or None: which slots hold a token at the end (masked mode)
@@ -78,7 +90,7 @@ class Tape(Brief):
 
     def asked(self) -> tuple[Any, ...]:
         """What is asked for; tapes that ask the same record the same."""
-        nodes = (self.rows, self.head_rows, self.blocks, self.normed, self.graph_from)
+        nodes = (self.rows, self.head_rows, self.blocks, self.normed, self.leaving, self.graph_from)
         return (self.attention, self.reduce, self.gradients, self.streams, self.narrow, *nodes)
 
     def attended(self) -> list[Attended]:
@@ -98,6 +110,12 @@ class Tape(Brief):
             elif isinstance(step, Attended) and step.block == block:
                 break
         return stages
+
+    def lifted(self, row: Tensor, steps: int, prefix: int) -> Tensor:
+        """Row vectors [..., n] over the tokens that were there after so many steps, carried to the input tokens."""
+        for step in reversed(self.steps[:steps]):
+            row = step.lift(row, prefix) if isinstance(step, Stage) else row
+        return row
 
     def wants_matrix(self, block: int) -> bool:
         """Whether a block's attention matrix is asked for."""

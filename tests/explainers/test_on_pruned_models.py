@@ -223,6 +223,8 @@ def test_a_removed_patch_is_not_forced_to_zero(family, explainer):
     assert gone.sum() == 3 * 8
     if explainer in NOTHING_LEFT:
         assert (e.maps[gone] == 0).all()
+    elif explainer == "legrad":  # a patch may lower the score in both blocks
+        assert (e.maps[gone] != 0).float().mean() > 0.8
     elif explainer != "vit_cx":  # its masks cover patches, kept or not
         assert (e.maps[gone] != 0).all()
 

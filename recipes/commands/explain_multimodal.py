@@ -7,21 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-import prunex.multimodal
-from prunex.errors import NothingDetected, PrunexError
+from prunex.errors import PrunexError
 from prunex.multimodal.showing import pictures_of
 from prunex.pictures.arrays import Picture
-from prunex.recipes.commands.explain import option_value
+from prunex.recipes.commands.multimodal_explainers import Explainers
 from prunex.recipes.commands.multimodal_model import OpenedFolder
-from prunex.recipes.commands.multimodal_options import METHODS
 from prunex.recipes.commands.multimodal_tables import MultimodalOutput
-from prunex.recipes.commands.options import split_names, split_option
 from prunex.recipes.commands.sheets import check_out, name_of_model
 from prunex.recipes.data.images import choose_range, read_image
 from prunex.recipes.given import image_files
@@ -29,7 +25,7 @@ from prunex.recipes.given import image_files
 
 def explain_multimodal(args: Any) -> int:
     """Do what ``prunex explain`` was asked for with a transformers folder, and give back the exit code."""
-    explainers = _Explainers(args)
+    explainers = Explainers(args)
     root, out = Path(args.images), Path(args.out or Path("explained", name_of_model(args.run)))
     files = image_files(root, besides=out if args.out else Path("explained"))
     check_out(out, root, files)
@@ -40,7 +36,7 @@ def explain_multimodal(args: Any) -> int:
     try:
         with tqdm(total=len(files) * len(explainers.names), desc="explaining", unit="map") as bar:
             for batch in _batches(opened, files, value_range, args.batch):
-                explanations = explainers(opened, batch, bar)
+                explanations = explainers(opened, opened.batch(batch.images), len(batch.images), bar)
                 output.add(batch.sizes, batch.drawn(opened, explanations), explanations)
         output.finish(explainers.times(len(files)))
     except PrunexError:
@@ -86,48 +82,3 @@ def _batches(opened: OpenedFolder, files: Sequence[Path], value_range: int | Non
         batch.images.append(prepared)
         batch.sizes.append((image.height, image.width))
     yield batch
-
-
-class _Explainers:
-    """The methods asked for, with their options, and what each took."""
-
-    def __init__(self, args: Any) -> None:
-        given = split_names(args.methods)
-        self.names = list(dict.fromkeys([*(METHODS if "all" in given else ()), *(n for n in given if n != "all")]))
-        self.threshold, self.target = 0.5 if args.threshold is None else args.threshold, args.target
-        self.options: dict[str, dict[str, Any]] = {name: {} for name in self.names}
-        for text in args.option:
-            method, name, value = split_option(text)
-            self.options[method][name] = option_value(text, value)
-        self._seconds = dict.fromkeys(self.names, 0.0)
-
-    def __call__(
-        self, opened: OpenedFolder, batch: _Batch, bar: Any
-    ) -> dict[str, prunex.multimodal.MultimodalExplanation]:
-        """One explanation a method; none where no object is detected in any of the images."""
-        inputs = opened.batch(batch.images)
-        more = {"threshold": self.threshold} if opened.folder.kind.detects else {}
-        explanations = {}
-        for name in self.names:
-            bar.set_postfix_str(name)
-            start = perf_counter()
-            with suppress(NothingDetected):
-                explanations[name] = prunex.multimodal.explain(
-                    opened.model,
-                    inputs,
-                    self.target,
-                    name,
-                    processor=opened.tokenizer,
-                    **more,
-                    **self.options[name],
-                )
-                # Waits for the device, so that its time counts.
-                explanations[name].image = explanations[name].image.float().cpu()
-                opened.name(explanations[name])
-            self._seconds[name] += perf_counter() - start
-            bar.update(len(batch.images))
-        return explanations
-
-    def times(self, images: int) -> list[list[Any]]:
-        """Rows of a table: method, seconds an image, images."""
-        return [[name, f"{self._seconds[name] / max(1, images):.4g}", images] for name in self.names]

@@ -34,10 +34,9 @@ class OpenedFolder:
 
     def __init__(self, folder: Folder, texts: Sequence[str], device: str | None) -> None:
         self.folder, self.texts = folder, list(texts)
-        with _quiet():
-            self.model = self._model()
-            self._images = self._made("AutoImageProcessor")
-            self.tokenizer = self._made("AutoTokenizer") if folder.kind.texts != "none" else None
+        self.model = opened_model(folder)
+        self._images = self._made("AutoImageProcessor")
+        self.tokenizer = self._made("AutoTokenizer") if folder.kind.texts != "none" else None
         self.device = to_device(device, [self.model])
         self._tokens = self._tokenised()
 
@@ -46,7 +45,7 @@ class OpenedFolder:
         try:
             made = self._images(images=[image], return_tensors="pt")
         except Exception as error:  # processors are other people's code
-            raise self._cannot("prepare an image", error) from error
+            raise _cannot(self.folder, "prepare an image", error) from error
         return {name: made[name] for name in _OF_IMAGES if isinstance(made.get(name), Tensor)}
 
     def batch(self, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -79,32 +78,6 @@ class OpenedFolder:
         for query in e.queries or ():
             query.label = self.class_name(query.target)
 
-    def _model(self) -> Any:
-        import transformers
-
-        made = getattr(transformers, self.folder.architecture)
-        try:
-            config = made.config_class.from_pretrained(self.folder.path, local_files_only=True)
-            # The weights are in the folder: none of a backbone's own are looked for.
-            if getattr(config, "use_pretrained_backbone", None):
-                config.use_pretrained_backbone = False
-            model, found = made.from_pretrained(
-                self.folder.path,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # damaged files surface in many ways
-            raise self._cannot(f"open a {self.folder.architecture}", error) from error
-        wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-        if wrong:
-            raise PrunexError(
-                f"{self.folder.path}: its weights lack {len(wrong)} of the model's, such as {wrong[0][:120]}, which "
-                "would be random: save the whole model"
-            )
-        return model.eval()
-
     def _made(self, kind: str) -> Any:
         import transformers
 
@@ -113,7 +86,7 @@ class OpenedFolder:
                 self.folder.path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
-            raise self._cannot(f"open its {kind.removeprefix('Auto')}", error) from error
+            raise _cannot(self.folder, f"open its {kind.removeprefix('Auto')}", error) from error
 
     def _tokenised(self) -> dict[str, Tensor]:
         """The texts' tokens, [texts, T]."""
@@ -124,15 +97,70 @@ class OpenedFolder:
         try:
             made = self.tokenizer(self.texts, return_tensors="pt", padding=len(self.texts) > 1)
         except Exception as error:
-            raise self._cannot("read --text", error) from error
+            raise _cannot(self.folder, "read --text", error) from error
         length = made["input_ids"].shape[1]
         if length > most:
             raise PrunexError(f"--text is {length} tokens long, and the model reads {most} at most: shorten it")
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
-    def _cannot(self, what: str, error: Exception) -> PrunexError:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return PrunexError(f"{self.folder.path}: cannot {what} ({reason})")
+
+def opened_model(folder: Folder) -> Any:
+    """The model of a folder alone, in eval mode.
+
+    Raises:
+        PrunexError: What cannot be opened, and weights that do not fit.
+    """
+    import transformers
+
+    made = getattr(transformers, folder.architecture)
+    try:
+        with _quiet():
+            config = _config(folder, made.config_class)
+            model, read = made.from_pretrained(
+                folder.path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except PrunexError:
+        raise
+    except Exception as error:  # damaged files surface in many ways
+        raise _cannot(folder, f"open a {folder.architecture}", error) from error
+    wrong = sorted(map(str, [*read["missing_keys"], *read["mismatched_keys"]]))
+    if wrong:
+        raise PrunexError(
+            f"{folder.path}: its weights lack {len(wrong)} of the model's, such as {wrong[0][:120]}, which would be "
+            "random: save the whole model"
+        )
+    return model.eval()
+
+
+def _config(folder: Folder, kind: Any) -> Any:
+    """The model's configuration, with its backbone's in it."""
+    read, _ = kind.get_config_dict(folder.path, local_files_only=True)
+    name, more = read.get("backbone"), read.get("backbone_kwargs") or {}
+    if name is None or read.get("backbone_config") is not None:
+        return kind.from_dict(read)
+    # Older versions named the backbone alone, which newer ones look up in the library's hub.
+    if not read.get("use_timm_backbone", True):
+        raise PrunexError(
+            f"{folder.path}: config.json says of the backbone no more than its name, {str(name)[:80]!r}, which would "
+            "be looked up in the network: give its backbone_config"
+        )
+    read["backbone_config"] = {
+        "model_type": "timm_backbone",
+        "backbone": name,
+        "features_only": True,
+        "use_pretrained_backbone": False,
+        "num_channels": more.get("in_chans", read.get("num_channels", 3)),
+        "out_indices": more.get("out_indices", [1, 2, 3, 4]),
+        **({"output_stride": more.get("output_stride", 16)} if read.get("dilation") else {}),
+    }
+    for key in ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"):
+        read.pop(key, None)
+    return kind.from_dict(read)
+
+
+def _cannot(folder: Folder, what: str, error: Exception) -> PrunexError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return PrunexError(f"{folder.path}: cannot {what} ({reason})")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.tx
 _CONFIG_BYTES = 2**26
 # What a timm ViT is told, and a processor knows.
 _OF_VITS = ("weights", "pretrained", "img_size", "mean", "std")
+_OF_SCORES = ("metrics", "masks", "models", "removal", "target", "again")
+_DEFAULTS = {"metrics": "all", "target": "predicted"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ KINDS = {
     "CLIPModel": Kind("some", shared=True),
     "OwlViTForObjectDetection": Kind("some", detects=True),
 }
+# What each protocol can score: by masks what names its objects' classes, by questions what parts can be removed from.
+PROTOCOLS = {
+    "masks": tuple(name for name, kind in KINDS.items() if kind == _DETECTOR),
+    "vqa": ("LxmertForQuestionAnswering", "VisualBertForQuestionAnswering", "ViltForQuestionAnswering"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,27 +76,43 @@ class Folder:
 
     def check(self, args: Any) -> None:
         """Refuse what the folder lacks, and options that do not go with its model."""
-        self._check_files()
-        for name in _OF_VITS:
-            if getattr(args, name):
-                flag = name.replace("_", "-")
-                raise PrunexError(
-                    f"--{flag} goes with a timm ViT, and {self.path} says what its images are: leave it out"
-                )
+        self._check_files(True, self.kind.texts != "none")
+        self._refuse(args, _OF_VITS, "goes with a timm ViT")
         self._check_texts(args.text)
-        if args.threshold is not None and not self.kind.detects:
+        self._check_threshold(args.threshold, self.kind.detects)
+
+    def check_score(self, args: Any) -> None:
+        """The same of ``prunex score``, which reads annotations or questions instead of texts."""
+        by_masks = args.protocol == "masks"
+        self._check_files(by_masks, False)
+        self._refuse(args, (*_OF_VITS, *_OF_SCORES, "range"), "goes with metrics of ViTs, not with --protocol")
+        self._check_threshold(args.threshold, by_masks)
+        if args.mask_rule is not None and not by_masks:
+            raise PrunexError("--mask-rule goes with --protocol masks: leave it out")
+        if not args.data or not is_there(Path(args.data), Path.is_dir):
+            holds = "annotations.json in COCO's format and images/" if by_masks else ".npz files of inputs and answers"
+            raise PrunexError(f"--data {args.data} is no folder: give one that holds {holds}")
+
+    def _refuse(self, args: Any, names: Iterable[str], why: str) -> None:
+        """Options that were given and mean nothing here."""
+        for name in names:
+            if getattr(args, name) not in (None, False, _DEFAULTS.get(name)):
+                flag = name.replace("_", "-")
+                raise PrunexError(f"--{flag} {why}, and {self.path} holds a {self.architecture}: leave it out")
+
+    def _check_threshold(self, threshold: float | None, allowed: bool) -> None:
+        if threshold is not None and not allowed:
             raise PrunexError(
                 f"--threshold goes with detectors, and {self.path} holds a {self.architecture}: leave it out"
             )
-        if args.threshold is not None and not (math.isfinite(args.threshold) and 0 <= args.threshold <= 1):
-            raise PrunexError(f"--threshold {args.threshold} is not allowed: give a probability in [0, 1]")
+        if threshold is not None and not (math.isfinite(threshold) and 0 <= threshold <= 1):
+            raise PrunexError(f"--threshold {threshold} is not allowed: give a probability in [0, 1]")
 
-    def _check_files(self) -> None:
-        needed: dict[str, tuple[str, ...]] = {
-            "image processor": _IMAGE_PROCESSOR,
-            "weights in safetensors": _WEIGHTS,
-        }
-        if self.kind.texts != "none":
+    def _check_files(self, images: bool, texts: bool) -> None:
+        needed: dict[str, tuple[str, ...]] = {"weights in safetensors": _WEIGHTS}
+        if images:
+            needed["image processor"] = _IMAGE_PROCESSOR
+        if texts:
             needed["tokenizer"] = _TOKENIZER
         for what, names in needed.items():
             if not any(is_there(self.path / name, Path.is_file) for name in names):
@@ -116,20 +140,22 @@ class Folder:
             raise PrunexError("--text is empty: give some words")
 
 
-def folder_at(where: str) -> Folder | None:
+def folder_at(
+    where: str, known: Collection[str] = tuple(KINDS), what: str = "can be explained from image files"
+) -> Folder | None:
     """The transformers model that lies somewhere; None where there is none.
 
     Raises:
-        PrunexError: One that cannot be explained from images.
+        PrunexError: One that is not among those known, which are told as what can be done.
     """
     names = _architectures(Path(where) / "config.json")
     if not names:
         return None
-    name = next((each for each in names if each in KINDS), None)
+    name = next((each for each in names if each in known), None)
     if name is None:
         raise PrunexError(
-            f"{where} holds a {names[0][:80]} of transformers. What can be explained from image files: "
-            f"{', '.join(KINDS)}; prunex.multimodal.explain takes others"
+            f"{where} holds a {names[0][:80]} of transformers. What {what}: {', '.join(known)}; "
+            "prunex.multimodal.explain takes others"
         )
     return Folder(Path(where), name)
 

@@ -118,8 +118,7 @@ def parse_explain(arguments: Sequence[str]) -> Any:
             if getattr(args, name) not in (None, []):
                 raise PrunexError(f"--{name} goes with a folder of transformers, and {args.run} is none: leave it out")
     else:
-        _check_basics(args, split_names(args.methods), args.methods)
-        multimodal_options.check_methods(split_names(args.methods), [split_option(text)[:2] for text in args.option])
+        _check_multimodal(args)
         args.folder.check(args)
         args.worker = "explain_multimodal"
     # A folder that is there is walked once, when the model has been opened.
@@ -151,8 +150,22 @@ def parse_score(arguments: Sequence[str]) -> Any:
     add("--out", help="folder to write to; default RUN/score, or score")
     add("--again", action="store_true", help="compute anew what is there already")
     _add_explaining(parser, batch=25)
+    group = parser.add_argument_group("models of text and image (a folder of transformers), by one of two protocols")
+    group.add_argument(
+        "--protocol",
+        choices=list(multimodal_options.PROTOCOLS),
+        help="masks: AP of a detector's maps as masks, --data DIR with annotations.json in COCO's format and images/; "
+        "vqa: boxes and words taken away, --data DIR with .npz files of the model's inputs and answers",
+    )
+    group.add_argument("--threshold", type=float, help="probability of detections that are explained; default 0.5")
+    group.add_argument("--mask-rule", choices=("reference", "half"), help="where a mask ends; default reference")
     args = parser.parse_args(arguments)
     _check_counts(args, "images")
+    if args.protocol is not None:
+        return _parse_protocol(args)
+    for name in ("threshold", "mask_rule"):
+        if getattr(args, name) is not None:
+            raise PrunexError(f"--{name.replace('_', '-')} goes with --protocol: leave it out")
     for name in ("masks", "mean", "std", "range"):
         if getattr(args, name) and not args.data:
             raise PrunexError(f"--{name} goes with --data: a run's own data bring their masks, and say what pixels are")
@@ -170,6 +183,26 @@ def parse_score(arguments: Sequence[str]) -> Any:
             f"--data {args.data} is not a folder: give one that holds val/<class>/<image>, or <class>/<image>"
         )
     return args
+
+
+def _parse_protocol(args: Any) -> Any:
+    """Of ``prunex score --protocol``."""
+    known = multimodal_options.PROTOCOLS[args.protocol]
+    args.folder = multimodal_options.folder_at(args.run, known, f"--protocol {args.protocol} scores")
+    if args.folder is None:
+        raise PrunexError(f"--protocol goes with a folder of transformers, and {args.run} is none: leave it out")
+    _check_multimodal(args)
+    args.folder.check_score(args)
+    args.target, args.mask_rule = None, args.mask_rule or "reference"
+    args.worker = f"score_{args.protocol}"
+    return args
+
+
+def _check_multimodal(args: Any) -> None:
+    """What explaining models of text and image has in common."""
+    names = split_names(args.methods)
+    _check_basics(args, names, args.methods)
+    multimodal_options.check_methods(names, [split_option(text)[:2] for text in args.option])
 
 
 def _add_explaining(parser: Parser, batch: int) -> None:

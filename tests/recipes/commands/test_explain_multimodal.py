@@ -13,7 +13,7 @@ import prunex.multimodal
 from prunex import PrunexError
 from prunex.recipes.commands import cli, multimodal_options
 from tests.multimodal.folders import save_clip, save_detr, save_owlvit, save_vilt
-from tests.multimodal.models import MAKERS
+from tests.multimodal.models import DECODER, MAKERS
 
 transformers = pytest.importorskip("transformers")
 METHODS = list(multimodal_options.METHODS)
@@ -299,3 +299,29 @@ def test_names_of_the_light_half_are_those_of_the_heavy_one():
     assert multimodal_options.METHODS == prunex.multimodal.explaining.METHODS
     assert set(multimodal_options.RULES) == set(prunex.multimodal.explaining._RULES)
     assert set(multimodal_options.KINDS) <= set(prunex.multimodal.models())
+
+
+def test_a_backbone_that_is_only_named_is_not_looked_up(folders, tmp_path, monkeypatch):
+    import socket
+
+    from prunex.recipes.commands.multimodal_model import opened_model
+
+    backbone = transformers.TimmBackboneConfig(backbone="resnet18", out_indices=[1, 2, 3, 4])
+    model = transformers.DetrForObjectDetection(transformers.DetrConfig(**DECODER, backbone_config=backbone))
+    model.save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    del new["backbone_config"]
+    named = {"use_timm_backbone": True, "use_pretrained_backbone": True, "backbone": "resnet18"}
+    named["backbone_kwargs"] = {"in_chans": 3, "out_indices": [1, 2, 3, 4]}
+    (tmp_path / "config.json").write_text(json.dumps(new | named))
+
+    def refused(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    folder = multimodal_options.folder_at(str(tmp_path))
+    weights = opened_model(folder).state_dict()
+    assert all(np.array_equal(weights[name], value) for name, value in model.state_dict().items())
+    (tmp_path / "config.json").write_text(json.dumps(new | named | {"use_timm_backbone": False}))
+    with pytest.raises(PrunexError, match="no more than its name, 'resnet18', which would be looked up in the network"):
+        opened_model(folder)

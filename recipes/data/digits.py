@@ -360,7 +360,8 @@ class DigitScenes(LightningDataModule):
             )
         if not 0.1 <= contrast <= 0.5:
             raise PrunexError(f"contrast={contrast!r} is not allowed: give a number from 0.1 to 0.5")
-        self.save_hyperparameters()
+        # Kept in checkpoints, and not logged: Lightning refuses a module whose own ``task`` is called otherwise.
+        self.save_hyperparameters(logger=False)
         self.image_size, self.digit_size, self.contrast = image_size, (min_digit, max_digit), contrast
 
     def dataset(self, split: Literal["train", "val", "test"]) -> DigitDataset:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch.multiprocessing import ProcessExitedException
 
 from prunex import PrunexError
-from prunex.recipes import DigitScenes
+from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.data import digits as module
 from prunex.recipes.data.digits import DigitDataset, uniform
 
@@ -252,3 +253,21 @@ def test_two_processes_share_the_epoch(tmp_path):
     ranks = [np.load(tmp_path / f"{rank}.npy", allow_pickle=False) for rank in range(2)]
     everything = DigitDataset("train", size=8).__getitems__(list(range(16)))[0].mean((1, 2, 3)).numpy()
     np.testing.assert_allclose(np.sort(np.concatenate(ranks)), np.sort(everything), atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["digit", "parity"])
+def test_a_logged_training_of_the_classifier_on_digits(tmp_path, task):
+    """Module and data have a ``task`` each, which loggers are not given as one."""
+    data = DigitScenes(batch_size=2, train_size=2, val_size=2, image_size=32, min_digit=16, max_digit=24, task=task)
+    args = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    classifier = ImageClassifier("vit_tiny_patch16_224", data.num_classes, args, from_scratch=True)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(classifier, data)
+    again = DigitScenes.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert again.task == task

@@ -180,6 +180,11 @@ class Adapter:
         for role, tokens in self.answering(targets, column).items():
             map_ = last(maps, role)
             reached = torch.as_tensor(map_.gradient).abs().amax((1, 3))
+            if int(tokens.min()) < 0 or int(tokens.max()) >= reached.shape[1]:
+                raise PrunexError(
+                    f"the answer of {type(self.model).__name__} is said to read token {int(tokens.max())} of "
+                    f"{map_.path}, which has {reached.shape[1]}: register it with another row"
+                )
             others = reached.scatter(1, tokens.to(reached.device), 0).nonzero()
             if len(others):
                 raise PrunexError(

@@ -44,7 +44,8 @@ def explain(
 
     Args:
         model: A transformers model as it is; :func:`prunex.multimodal.models` lists the classes.
-        inputs: Its processor's batch: tensors by name. A sample's map is the same alone and in any batch.
+        inputs: Its processor's batch: tensors by name. A sample's map is the same alone and in any batch, with padding
+            too; those of "grad_cam" and "rollout" count padded tokens, as the authors' code does.
         target: Class index (CLIP: number of the text), int64 [B], or [B, K] for K of each sample; None for the
             predicted one. Of a detector: for each object query, [B, Q].
         method: "generic_attention", "raw_attention", "rollout" or "grad_cam".

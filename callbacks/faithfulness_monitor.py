@@ -16,6 +16,7 @@ from prunex.callbacks.run_folder import add_rows
 from prunex.errors import PrunexError
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
 from prunex.removal.game import ROUTES
+from prunex.targets import Function, MultiLabel, spelt
 from prunex.vit.readout import classifies, outputs
 
 FILE = "faithfulness.csv"
@@ -26,8 +27,9 @@ class FaithfulnessMonitor(ExplainingMonitor):
     """Score explainers, after every validation epoch, on a few fixed validation images.
 
     The numbers are those of ``prunex score``: logged as ``prunex/<metric>/<method>``, and added with their bootstrap
-    intervals to ``faithfulness.csv`` in the run folder. The class is the one predicted at the time; perturbation counts
-    the label as right where batches have labels. Agreement judges a pruned model by the dense model of the same
+    intervals to ``faithfulness.csv`` in the run folder. The class is the one predicted at the time, unless ``target``
+    says what else is explained and measured; perturbation counts the label as right where batches have one an image,
+    else the predicted class. Agreement judges a pruned model by the dense model of the same
     weights. A metric that nothing can be said of (localisation without masks, agreement without kept patches) is left
     out with a warning.
 
@@ -40,9 +42,11 @@ class FaithfulnessMonitor(ExplainingMonitor):
         removal: How patches are taken away; None: as published, see :func:`prunex.metrics.scores`.
         chunk: Most altered images in one forward; None: what is fastest.
         options: Of the explainers, by method: ``{"rollout": {"discard_ratio": 0.9}}``.
+        target: As of :class:`~prunex.callbacks.relevancy_monitor.RelevancyMonitor`; each of several labels has rows of
+            its own, under ``<method>:<label>``.
 
     Raises:
-        PrunexError: For an unknown explainer, option, metric or removal, at once.
+        PrunexError: For an unknown explainer, option, metric, removal or target, at once.
     """
 
     def __init__(
@@ -57,8 +61,9 @@ class FaithfulnessMonitor(ExplainingMonitor):
         options: dict[str, dict[str, Any]] | None = None,
         mean: float | list[float] | None = None,
         std: float | list[float] | None = None,
+        target: str | int | Function | MultiLabel | None = None,
     ) -> None:
-        super().__init__(methods, options, images, every_n_epochs, model, mean, std)
+        super().__init__(methods, options, images, every_n_epochs, model, mean, std, target=target)
         if not (metrics is None or isinstance(metrics, list | tuple)):
             raise PrunexError(f"metrics={metrics!r} is not allowed: give a list, such as ['deletion']")
         self.metrics = measures(["deletion", "insertion"] if metrics is None else metrics)
@@ -78,6 +83,7 @@ class FaithfulnessMonitor(ExplainingMonitor):
             methods=self.methods,
             metrics=[m.name for m in self.metrics],
             **({"options": self.options} if self.options else {}),
+            **({} if self.target is None else {"target": spelt(self.target)}),
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,7 +93,7 @@ class FaithfulnessMonitor(ExplainingMonitor):
 
     def check_model(self, vit: Any) -> None:
         """Refuse a ViT without classes where faithfulness is asked for, or with one class alone and perturbation."""
-        if not classifies(vit) and any(m.group == "faithfulness" for m in self.metrics):
+        if not (classifies(vit) or callable(self.target)) and any(m.group == "faithfulness" for m in self.metrics):
             raise PrunexError("FaithfulnessMonitor: this ViT has no classifier, so removing patches changes no class")
         if outputs(vit) == 1 and any(m.kind in ("positive", "negative") for m in self.metrics):
             raise PrunexError(
@@ -100,9 +106,14 @@ class FaithfulnessMonitor(ExplainingMonitor):
         mean, std = self.normalisation(trainer, pl_module)
         rows: list[list[Any]] = []
         dense: Any = None
-        for name in self.methods:
-            options = self.options.get(name, {})
-            e = prunex.explain(name, call.vit, call.entered, **options)
+        if "multi_hot" in batch and any(m.kind in ("positive", "negative") for m in self.metrics):
+            warn_once(
+                trainer,
+                "FaithfulnessMonitor: batches have several labels an image, so perturbation counts the predicted class "
+                "as right",
+            )
+        for method, name, e in self.explained(call.vit, call.entered):
+            options, target = self.options.get(method, {}), e.goal()
             tensors: dict[str, Any] = {
                 part: batch[part].to(e.maps.device) for part in ("labels", "masks") if part in batch
             }
@@ -110,8 +121,7 @@ class FaithfulnessMonitor(ExplainingMonitor):
             kept, judge = None, None
             if any(m.group == "agreement" for m in self.metrics) and _chooses(e):
                 dense = without_pruning(call.vit) if dense is None else dense
-                target = e.goal()
-                kept, judge = e.trace.kept(), prunex.explain(name, dense, call.entered, target, **options).maps
+                kept, judge = e.trace.kept(), prunex.explain(method, dense, call.entered, target, **options).maps
             chosen = [m.name for m in self.metrics if _applies(trainer, m, tensors.get("masks"), kept)]
             if not chosen:
                 continue
@@ -120,12 +130,12 @@ class FaithfulnessMonitor(ExplainingMonitor):
                 call.vit,
                 call.entered,
                 e.maps,
-                e.target,
+                e.target if e.function is None else target,
                 **tensors,
                 pixels=e.pixels.float(),
                 kept=kept,
                 judge=judge,
-                explainer=name,
+                explainer=method,
                 options=options,
                 removal=self.removal,  # type: ignore[arg-type]
                 mean=mean,

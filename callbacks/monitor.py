@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError, unknown
 from prunex.pictures import from_tensor, save_npz, save_png, under_grid
 from prunex.registry import lookup
+from prunex.targets import MultiLabel, as_target, spelt
 from prunex.vit.anatomy import channels_of, find, read
 from prunex.vit.aside import as_found
 from prunex.vit.surroundings import Call, answering, follow, look
@@ -273,10 +275,15 @@ class Monitor(Callback):
 
 
 class ExplainingMonitor(Monitor):
-    """Base of the monitors that explain: names of explainers (None: ``tokentm``), and their options by method."""
+    """Base of the monitors that explain: names of explainers (None: ``tokentm``), their options, and what of.
 
-    def __init__(self, methods: Any, options: Any, *args: Any) -> None:
+    ``target`` is None for the predicted class, a class, a spelling such as "contrast:3,5" or "labels:1,4"
+    (:func:`prunex.targets.parse`), an object of :mod:`prunex.targets`, or a function of the model's output.
+    """
+
+    def __init__(self, methods: Any, options: Any, *args: Any, target: Any = None) -> None:
         super().__init__(*args)
+        self.target = as_target(target)
         if not (methods is None or isinstance(methods, list | tuple)) or methods in ([], ()):
             raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
         self.methods: list[str] = ["tokentm"] if methods is None else list(methods)
@@ -300,8 +307,36 @@ class ExplainingMonitor(Monitor):
         self.check_model(vit)
         size = vit.patch_embed.img_size
         image = next(vit.parameters()).new_zeros(1, channels_of(vit.patch_embed), *size)
+        for _ in self.explained(vit, image):
+            pass
+
+    @property
+    def state_key(self) -> str:
+        """Lets one trainer hold several, by what they watch and explain."""
+        asked = {} if self.target is None else {"target": spelt(self.target)}
+        return self._generate_state_key(
+            images=self.images, every_n_epochs=self.every_n_epochs, model=self.model, **asked
+        )
+
+    def explained(self, vit: Any, images: Tensor) -> Iterator[tuple[str, str, prunex.Explanation]]:
+        """Each method, what its maps go by, and these: by the method alone for the predicted class, else of what, too.
+
+        Of several labels there is one a label, unless the method knows no class.
+        """
         for name in self.methods:
-            prunex.explain(name, vit, image, **self.options.get(name, {}))
+            options = self.options.get(name, {})
+            if not isinstance(self.target, MultiLabel):
+                words = "" if self.target is None else f":{spelt(self.target)}"
+                e = prunex.explain(name, vit, images, self.target, **options)
+                yield name, name + words if e.class_specific else name, e
+                continue
+            for label, e in zip(
+                self.target.which, prunex.explain(name, vit, images, self.target, **options), strict=True
+            ):
+                if not e.class_specific:
+                    yield name, name, e
+                    break
+                yield name, f"{name}:{label}", e
 
     def check_model(self, vit: Any) -> None:
         """Refuse a ViT, as the module answers through it, of which nothing can be said."""

@@ -58,7 +58,8 @@ def watched_part(step: StepWatch, batch: Parts, who: str) -> tuple[str | None, d
     """What is collected of a step, through which module it is explained, and what there is to say about it.
 
     Returns the path of the outermost module that answers for the images that entered the ViT (None: the ViT alone); of
-    these "images", "given" (what that module was called on), "batch" (the loader's), "labels" and "masks"; warnings.
+    these "images", "given" (what that module was called on), "batch" (the loader's), "labels" or "multi_hot", and
+    "masks"; warnings.
     """
     kind, outermost, complaints = type(step.vit).__name__, step.outermost(), []
     through: str | None
@@ -86,11 +87,11 @@ def watched_part(step: StepWatch, batch: Parts, who: str) -> tuple[str | None, d
         part["given"] = given
     if through and len(batch.get("images", ())) == len(images):
         part["batch"] = batch["images"]  # for a forward that was called as such, which no hook sees
-    for name in ("labels", "masks"):
+    for name in ("labels", "multi_hot", "masks"):
         if name not in batch:
             continue
         rows = batch[name]
-        if len(rows) == len(images) and (name == "labels" or rows.shape[1:] == images.shape[2:]):
+        if len(rows) == len(images) and (name != "masks" or rows.shape[1:] == images.shape[2:]):
             part[name] = rows
         else:
             complaints.append(f"{who} leaves {name} {list(rows.shape)} out: {list(images.shape)} entered the {kind}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.checks import check_index
 from prunex.errors import PrunexError
+from prunex.spelling import SHOWN, read_target
 
 Function = Callable[[Any], Tensor]
 Target = int | Tensor | Function | None  # a class, one of each image, any number an image, or the predicted class
@@ -211,6 +212,48 @@ class MultiLabel:
         whole = isinstance(self.which, Sequence) and all(type(label) is int for label in self.which)
         if not whole or not self.which or len({*self.which}) < len(self.which):
             raise PrunexError(f"which={self.which!r} is not allowed: give labels as whole numbers, each once")
+
+
+def parse(text: str | int) -> int | Function | MultiLabel:
+    """A target as the command line and configs spell it: a class's number, or a name with numbers after a colon.
+
+    Names: ``contrast:3,5``, ``margin``, ``margin:2``, ``entropy``, ``regression``, ``regression:0``, ``labels:1,4``.
+
+    >>> parse("contrast:3,5")(torch.tensor([[0.0, 0.0, 0.0, 4.0, 0.0, 1.0]])), parse("7")
+    (tensor([3.]), 7)
+    """
+    name, numbers = read_target(text)
+    if name == "labels":
+        return MultiLabel(numbers)
+    if name == "class":
+        return numbers[0]
+    made: dict[str, Any] = {"contrast": Contrast, "margin": Margin, "entropy": Entropy, "regression": Regression}
+    return made[name](*numbers)
+
+
+def spelt(target: Any) -> str:
+    """A target in :func:`parse`'s spelling where it has one, else as it shows itself.
+
+    >>> spelt(parse("margin:2")), spelt(parse("labels:1,4")), spelt(5), spelt(Contrast(1, 0, path="main"))
+    ('margin:2', 'labels:1,4', '5', "Contrast(path='main', a=1, b=0)")
+    """
+    names: dict[type, str] = {Contrast: "contrast", Margin: "margin", Entropy: "entropy", Regression: "regression"}
+    if isinstance(target, MultiLabel):
+        return f"labels:{','.join(map(str, target.which))}"
+    name = names.get(type(target))
+    if name is None or target.path:
+        return getattr(target, "__name__", None) or repr(target)
+    numbers = [str(v) for k, v in vars(target).items() if k != "path" and v is not None]
+    return f"{name}:{','.join(numbers)}" if numbers else name
+
+
+def as_target(value: Any) -> int | Function | MultiLabel | None:
+    """What a callback was given for a target: None, a class, a spelling, or an object of this file or a function."""
+    if value is None or isinstance(value, MultiLabel) or (callable(value) and not isinstance(value, type)):
+        return value
+    if type(value) is int or isinstance(value, str):
+        return parse(value)
+    raise PrunexError(f"target={value!r} is not allowed: give None, a function of the output, or {SHOWN}")
 
 
 class Aimed(nn.Module):

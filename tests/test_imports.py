@@ -16,6 +16,7 @@ GROUND = [
     "batches",
     "version",
     "registry",
+    "spelling",
     "targets",
     "configs",
     "lazy",

@@ -23,8 +23,9 @@ from prunex.recipes.commands.options import split_names, split_option
 from prunex.recipes.commands.sheets import Output, check_out, name_of_model
 from prunex.recipes.data.images import choose_range, preparation, read_image
 from prunex.recipes.given import image_files
-from prunex.recipes.runs import open_model_or_name, renormalise, run_of, to_device
+from prunex.recipes.runs import config_of, open_model_or_name, renormalise, run_of, to_device
 from prunex.registry import lookup
+from prunex.targets import MultiLabel, Regression, parse, spelt
 from prunex.untrusted import read_json
 from prunex.vit.anatomy import find, read
 from prunex.vit.recording import choose_target
@@ -43,17 +44,19 @@ def explain(args: Any) -> int:
     renormalise(vit, args.mean, args.std)
     # Everything that can be refused is refused before the first image is explained.
     to_device(args.device, [vit])
-    _check_target(vit, args.target)
+    target = parse(args.target) if args.target is not None else None
+    check_target(vit, target)
     prepare = preparation(vit)
     # All of them now: a broken one at the end would cost the whole run.
     value_range = choose_range(tqdm(files, desc="reading", unit="image", leave=False, delay=1), args.range)
-    output = Output(out, files, root, list(getattr(vit, "label_names", None) or []) or None)
+    names = list(getattr(vit, "label_names", None) or []) or None
+    output = Output(out, files, root, names, several=has_several_labels(args.run))
     try:
         with tqdm(total=len(files) * len(explainers.names), desc="explaining", unit="map") as bar:
             for batch in batches(len(files), args.batch):
                 opened = [read_image(files[i], value_range) for i in batch]
                 pictures, images = map(list, zip(*map(prepare, opened), strict=True))
-                explanations = explainers(vit, torch.stack(images), args.target, bar, left=len(files) - batch.start)
+                explanations = explainers(vit, torch.stack(images), target, bar, left=len(files) - batch.start)
                 output.add(pictures, explanations, explainers.times())
                 if batch.start == 0 and batch.stop < len(files):
                     for line in explainers.announcements(len(files) - batch.stop):
@@ -100,9 +103,12 @@ class Explainers:
         self._forwards = dict.fromkeys(self.names, 0)
 
     def __call__(
-        self, model: nn.Module, images: Tensor, target: int | Tensor | None = None, bar: Any = None, left: int = 0
+        self, model: nn.Module, images: Tensor, target: Any = None, bar: Any = None, left: int = 0
     ) -> dict[str, prunex.Explanation]:
-        """One explanation a method of normalised images; ``bar`` counts maps, of ``left`` images that are to come."""
+        """One explanation a method of normalised images; ``bar`` counts maps, of ``left`` images that are to come.
+
+        Of several labels, one a label that the method tells apart, named ``<method>:<label>``.
+        """
         bar = tqdm(disable=True) if bar is None else bar
         explanations = {}
         for name in list(self.names):
@@ -110,7 +116,7 @@ class Explainers:
             start = perf_counter()
             try:
                 with _forwards(find(model)[1]) as forwards:
-                    e = prunex.explain(name, model, images, target, **self.options.get(name, {}))
+                    several = by_label(name, prunex.explain(name, model, images, target, **self.options.get(name, {})))
             except PrunexError as error:
                 # After the first batch a method has shown that it can take the model.
                 if name in self._required or self.images:
@@ -121,8 +127,9 @@ class Explainers:
                 bar.write(f"skipped {name}: {error}")
                 continue
             # Waits for the device, so that its time counts.
-            e.maps = e.maps.float().cpu()
-            explanations[name] = e
+            for e in several.values():
+                e.maps = e.maps.float().cpu()
+            explanations |= several
             self._seconds[name] += perf_counter() - start
             self._forwards[name] += sum(forwards)
             bar.update(len(images))
@@ -158,6 +165,21 @@ class Explainers:
             needs = lookup("explainer", name).needs
             table.writerow([name, f"{self.seconds(name):.4g}", f"{self.forwards(name):g}", self.images, needs])
         return text.getvalue()
+
+
+def has_several_labels(where: str) -> bool:
+    """Whether the run that a model is of trained it for several labels an image, each with a probability of its own."""
+    run = run_of(Path(where))
+    options = config_of(run).get("model", {}).get("init_args") if run is not None else None
+    return isinstance(options, dict) and options.get("task") == "multi_label"
+
+
+def by_label(name: str, explained: prunex.Explanation | list[prunex.Explanation]) -> dict[str, prunex.Explanation]:
+    """A method's explanations by what they go by: of several labels one each, unless the method knows no class."""
+    several = explained if isinstance(explained, list) else [explained]
+    if several is not explained or not several[0].class_specific:
+        return {name: several[0]}
+    return {f"{name}:{int(e.target[0])}": e for e in several}
 
 
 @contextmanager
@@ -238,11 +260,13 @@ def check_outputs(logits: Tensor) -> None:
         )
 
 
-def _check_target(vit: nn.Module, target: int | None) -> None:
+def check_target(vit: Any, target: Any) -> None:
     """Refuse a class that the model does not have before every method does."""
-    if target is None:
-        return
     classes = read(vit).classes
-    if classes == 0:
-        raise PrunexError(f"--target {target}: this model has no classifier; leave --target out")
-    choose_target(torch.zeros(1, classes), target)
+    if target is not None and classes == 0 and not isinstance(target, Regression):
+        raise PrunexError(f"--target {spelt(target)}: this model has no classifier; leave --target out")
+    if isinstance(target, MultiLabel | int):
+        for label in target.which if isinstance(target, MultiLabel) else [target]:
+            choose_target(torch.zeros(1, classes), label)
+    elif target is not None:
+        target(torch.zeros(1, classes or vit.num_features))

@@ -15,6 +15,7 @@ from prunex.recipes.commands import multimodal_options
 from prunex.recipes.commands.listing import check_methods
 from prunex.recipes.given import check_folder, check_model, check_range, image_files
 from prunex.recipes.report.score_table import LEFT
+from prunex.spelling import SHOWN, read_target
 
 # Metrics of prunex score in the order of its table; "perturbation" stands for the first two.
 METRICS = (
@@ -101,7 +102,7 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     )
     add = parser.add_argument
     add("--images", required=True, help="folder of images (or one image)")
-    add("--target", type=int, default=None, help="class index; default the predicted class")
+    add("--target", metavar="WHAT", help=f"{SHOWN}; default the predicted class")
     add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL")
     _add_explaining(parser, batch=8)
     group = parser.add_argument_group(
@@ -112,6 +113,8 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     group.add_argument("--threshold", type=float, help="probability of detections that are explained; default 0.5")
     args = parser.parse_args(arguments)
     args.folder = multimodal_options.folder_at(args.run)
+    if args.target is not None:
+        args.target = _target(args.target, args.folder is None)
     if args.folder is None:
         _check_explaining(args, args.methods)
         for name in ("text", "threshold"):
@@ -143,9 +146,10 @@ def parse_score(arguments: Sequence[str]) -> Any:
     add("--removal", choices=list(LEFT), help="how patches leave; default black for perturbation, drop for curves")
     add(
         "--target",
-        choices=("predicted", "label"),
+        metavar="WHAT",
         default="predicted",
-        help="class that is explained and scored: the model's own (default) or the image's",
+        help="what is explained and scored: the class predicted (default), label (the image's), or one thing for all: "
+        "3, contrast:3,5, margin, margin:2, entropy or regression:0",
     )
     add("--out", help="folder to write to; default RUN/score, or score")
     add("--again", action="store_true", help="compute anew what is there already")
@@ -166,6 +170,8 @@ def parse_score(arguments: Sequence[str]) -> Any:
     for name in ("threshold", "mask_rule"):
         if getattr(args, name) is not None:
             raise PrunexError(f"--{name.replace('_', '-')} goes with --protocol: leave it out")
+    if args.target not in ("predicted", "label") and read_target(args.target, "--target")[0] == "labels":
+        raise PrunexError(f"--target {args.target}: scores are of one thing; give one label's number, as in --target 3")
     for name in ("masks", "mean", "std", "range"):
         if getattr(args, name) and not args.data:
             raise PrunexError(f"--{name} goes with --data: a run's own data bring their masks, and say what pixels are")
@@ -193,6 +199,8 @@ def _parse_protocol(args: Any) -> Any:
         raise PrunexError(f"--protocol goes with a folder of transformers, and {args.run} is none: leave it out")
     _check_multimodal(args)
     args.folder.check_score(args)
+    if args.target != "predicted":
+        raise PrunexError(f"--target {args.target} does not go with --protocol, which says what is explained")
     args.target, args.mask_rule = None, args.mask_rule or "reference"
     args.worker = f"score_{args.protocol}"
     return args
@@ -203,6 +211,14 @@ def _check_multimodal(args: Any) -> None:
     names = split_names(args.methods)
     _check_basics(args, names, args.methods)
     multimodal_options.check_methods(names, [split_option(text)[:2] for text in args.option])
+
+
+def _target(text: str, functions: bool) -> str | int:
+    """A target's spelling that names something; without functions a class alone."""
+    name, numbers = read_target(text, "--target")
+    if name != "class" and not functions:
+        raise PrunexError(f"--target {text}: models of text and image are explained by classes; give a class's number")
+    return text if functions else numbers[0]
 
 
 def _add_explaining(parser: Parser, batch: int) -> None:

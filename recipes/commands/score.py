@@ -25,7 +25,7 @@ from prunex.metrics.scoring import (
     without_pruning,
 )
 from prunex.recipes.commands.bench import contestants
-from prunex.recipes.commands.explain import Explainers, check_outputs, own_explainer, read_options
+from prunex.recipes.commands.explain import Explainers, check_outputs, check_target, own_explainer, read_options
 from prunex.recipes.commands.options import RANDOM, split_names
 from prunex.recipes.commands.score_data import from_folder, from_run
 from prunex.recipes.commands.score_record import digest
@@ -35,6 +35,7 @@ from prunex.recipes.report.score_table import LEFT, Score, by_removal, table, wr
 from prunex.recipes.runs import open_data, open_model_or_name, read_run, renormalise, run_of, to_device, token_pruning
 from prunex.recipes.timing import chip
 from prunex.registry import lookup
+from prunex.targets import parse
 from prunex.vit.anatomy import find, read
 from prunex.vit.embedding import embed
 from prunex.vit.widths import WidthSpec, widths_of
@@ -131,13 +132,14 @@ class Scoring:
             scenes = from_run(open_data(run), args.images)
         else:
             raise PrunexError(f"{args.run} brings no data: give --data DIR, a folder of images")
-        target = "label" if args.target == "label" else None
+        target = None if args.target == "predicted" else args.target
         self.setting = Setting(scenes, metrics, options, args.removal, args.batch, device, out, target, args.again)
         self.notes += scenes.notes
         for m in self.models:
             self._look(m)
-        if args.target == "label":
-            self.notes.append("explained and scored is the class of each image's label")
+        if target is not None:
+            what = "the class of each image's label" if target == "label" else target
+            self.notes.append(f"explained and scored is {what}")
         self._leave_out(everything)
         if "all" in named:
             self._cheapen(named)
@@ -172,6 +174,11 @@ class Scoring:
         if classes > 0 and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise PrunexError(f"labels from {int(labels.min())} to {int(labels.max())} do not fit {classes} classes")
         m.target = m.predicted
+        if self.args.target not in ("predicted", "label"):
+            goal = parse(self.args.target)
+            check_target(vit, goal)
+            m.function = goal if callable(goal) else None
+            m.target = torch.full((len(self.setting.scenes.images),), goal) if isinstance(goal, int) else None
         if self.args.target == "label" and m.predicted is not None:
             if labels is None:
                 raise PrunexError("--target label: these images have no labels; leave it out for the predicted class")

@@ -18,6 +18,7 @@ from prunex.recipes.commands.explain import MANY, Explainers, batches
 from prunex.recipes.commands.options import RANDOM
 from prunex.recipes.commands.score_data import Scenes
 from prunex.recipes.commands.score_record import Record
+from prunex.targets import Function, Target
 
 LAYOUT = 2  # of the npz files; another number and everything is computed anew
 
@@ -31,10 +32,15 @@ class Model:
     judge: nn.Module | None = None  # the dense ViT that judges which patches it keeps
     predicted: Tensor | None = None  # int64 [N]; None without a classifier
     target: Tensor | None = None  # the class that is explained, likewise
+    function: Function | None = None  # or the number of each image that is
     kept: Tensor | None = None  # bool [N, gh, gw], where patches are kept as themselves
     grid: tuple[int, int] = (0, 0)
     digest: str = ""  # a hash of its weights and options
     judge_digest: str = ""
+
+    def asked(self, part: Any, device: torch.device) -> Target:
+        """What is explained of some images."""
+        return self.function if self.target is None else self.target[part].to(device)
 
 
 @dataclass
@@ -146,7 +152,7 @@ class Row:
         self, model: nn.Module, bar: Any, record: Record | None = None, which: Tensor | None = None
     ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """Place, maps and finer maps batch by batch; ``which`` are some images, which the bar does not count."""
-        setting, target = self.setting, self.model.target
+        setting = self.setting
         if self.method == RANDOM:
             maps = random_maps(setting.scenes.images, self.model.grid)
             for part in setting.parts():
@@ -159,9 +165,8 @@ class Row:
         if which is not None:
             parts = [part for part in which.split(setting.batch) if len(part)]
         for part in parts:
-            classes = None if target is None else target[part].to(setting.device)
             try:
-                e = explainers(model, setting.images(part), classes)[self.method]
+                e = explainers(model, setting.images(part), self.model.asked(part, setting.device))[self.method]
             except PrunexError as error:
                 if explainers.images == 0 and self.lenient:
                     raise Refused(str(error).removeprefix(f"{self.method}: ")) from error
@@ -196,7 +201,7 @@ class Row:
                 m.model,
                 setting.images(part),
                 maps[part].to(setting.device),
-                some(m.target, part),
+                m.asked(part, setting.device),
                 labels=some(setting.scenes.labels, part),
                 masks=some(setting.scenes.masks, part),
                 kept=some(m.kept, part),

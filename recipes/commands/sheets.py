@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 import prunex
 from prunex.errors import PrunexError
@@ -19,6 +20,7 @@ from prunex.files import readable, write_whole
 from prunex.pictures import contact_sheet, save_npz, save_png, under_grid
 from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
+from prunex.targets import spelt
 
 PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so many times what one took
 
@@ -26,11 +28,14 @@ PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so ma
 class Output:
     """What is written: a sheet an image, and now and then the maps and times of all images so far."""
 
-    def __init__(self, out: Path, files: Sequence[Path], root: Path, class_names: Sequence[str] | None) -> None:
+    def __init__(
+        self, out: Path, files: Sequence[Path], root: Path, class_names: Sequence[str] | None, several: bool = False
+    ) -> None:
         self.out = out
         self.files = [name_of(file, root) for file in files]
         self.sheets = sheet_names(files, root)
         self.class_names = class_names
+        self.several = several  # whether images have several labels, each with a probability of its own
         self.done = 0
         self._parts: list[dict[str, NDArray[Any]]] = []
         self._times = ""  # of what maps.npz does not hold yet
@@ -39,14 +44,21 @@ class Output:
     def add(self, pictures: Sequence[Picture], explanations: Mapping[str, prunex.Explanation], times: str) -> None:
         """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time."""
         e = next(iter(explanations.values()))
-        target = e.target.cpu().numpy()
-        # Features have no class.
-        predicted = np.where(target < 0, -1, e.logits.argmax(1).cpu().numpy())
+        logits = e.logits.float().cpu()
+        said: dict[str, NDArray[Any]]
+        if e.function is None:
+            target = e.target.cpu().numpy()
+            # Features have no class.
+            said = {"predicted": np.where(target < 0, -1, logits.argmax(1).numpy())}
+            # What a map is of says its name where there are several.
+            said |= {} if len(labels_of(explanations)) > 1 else {"target": target}
+        else:
+            said = {"value": logits[:, 0].numpy()}
         kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
         maps = {name: each.maps.numpy() for name, each in explanations.items()}
-        shares = e.logits.float().softmax(1).cpu().numpy()
+        shares = (logits.sigmoid() if self.several else logits.softmax(1)).numpy()
         first, self.done = self.done, self.done + len(pictures)
-        self._parts.append({"predicted": predicted, "target": target, **maps, **kept})
+        self._parts.append({**said, **maps, **kept})
         self._times = times
         # The file is written whole, and grows: most of the time should go into explaining.
         if perf_counter() - self._written > PATIENCE * self._took:
@@ -60,7 +72,7 @@ class Output:
                 kept["kept"][one] if kept else None,
                 heading=[
                     readable(self.files[first + place]),
-                    _in_words(int(predicted[place]), int(target[place]), shares[place], self.class_names, explanations),
+                    _in_words(place, logits[place], shares[place], self.class_names, explanations),
                 ],
             )
             with writing(self.out):
@@ -87,25 +99,39 @@ def writing(out: Path) -> Iterator[None]:
         raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
 
 
+def labels_of(explanations: Mapping[str, prunex.Explanation]) -> list[int]:
+    """The classes that are explained of the first image, each once."""
+    return list(dict.fromkeys(int(e.target[0]) for e in explanations.values() if e.class_specific))
+
+
 def _in_words(
-    predicted: int,
-    target: int,
+    place: int,
+    logits: Tensor,
     shares: NDArray[np.float32],
     class_names: Sequence[str] | None,
     explanations: Mapping[str, prunex.Explanation],
 ) -> str:
-    """Which class was predicted and which explained, in words, and which methods know none."""
+    """What was predicted and what explained of an image, in words, and which methods know no class."""
+    e = next(iter(explanations.values()))
+    target, predicted = int(e.target[place]), int(logits.argmax())
+    classless = [name for name, each in explanations.items() if not each.class_specific]
+    end = f" · of no class: {', '.join(classless)}" if classless else ""
+    if e.function is not None:
+        return f"explained: {spelt(e.function)} = {float(logits[0]):.4g}{end}"
     if target < 0:
         return "no classifier: what the features rest on"
+    if len(shares) == 1:  # a number, of which no share can be told
+        return f"predicted and explained: {float(logits[0]):.4g}{end}"
 
     def named(number: int) -> str:
         share = "below 1%" if shares[number] < 0.005 else f"{shares[number]:.0%}"
         return f"{class_name(number, class_names)} ({share})"
 
-    classless = [name for name, e in explanations.items() if not e.class_specific]
     if len(classless) == len(explanations):
         return f"predicted: {named(predicted)} · maps of no class"
-    end = f" · of no class: {', '.join(classless)}" if classless else ""
+    labels = labels_of(explanations)
+    if len(labels) > 1:
+        return f"predicted: {named(predicted)} · explained: {', '.join(map(named, labels))}{end}"
     if target == predicted:
         return f"predicted and explained: {named(predicted)}{end}"
     return f"predicted: {named(predicted)} · explained: {named(target)}{end}"

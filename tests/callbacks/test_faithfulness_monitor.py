@@ -13,6 +13,7 @@ from prunex.callbacks.run_folder import add_rows
 from prunex.metrics import corrected_overlap, energy_inside, perturbation, perturbation_auc, removal_curves
 from prunex.metrics.curves import deletion, insertion
 from prunex.metrics.scoring import scores, without_pruning
+from prunex.targets import Contrast
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, snapshot, trainer
 
 
@@ -177,3 +178,26 @@ def test_options_reach_explainer_judge_and_max_sensitivity(tmp_path):
     assert abs(float((truth["max_sensitivity"] - without["max_sensitivity"]).mean())) > 1e-3
     same, other = (FaithfulnessMonitor(["rollout"], options=o).state_key for o in (None, {"rollout": options}))
     assert same != other
+
+
+def test_other_targets_are_scored_as_the_metrics_do(tmp_path):
+    module, images = Plain(), data(8)[0][:4]
+    watch = [
+        FaithfulnessMonitor(["tokentm"], ["deletion", "corrected_overlap"], images=4, target="contrast:2,0"),
+        FaithfulnessMonitor(["tokentm"], ["deletion"], images=4, target="labels:1,3"),
+    ]
+    run = trainer(tmp_path, TokenPruning("topk", keep_ratio=0.6), *watch, logger=csv_logger(tmp_path))
+    run.fit(module, loader(8), loader(8))
+    written = {(r["method"], r["metric"]): float(r["mean"]) for r in rows(tmp_path / "run" / "version_0")}
+    assert set(written) == {
+        ("tokentm:contrast:2,0", "deletion"), ("tokentm:contrast:2,0", "corrected_overlap"),
+        ("tokentm:1", "deletion"), ("tokentm:3", "deletion"),
+    }  # fmt: skip
+    for name, target in (("contrast:2,0", Contrast(2, 0)), ("1", 1), ("3", 3)):
+        e = prunex.explain("tokentm", module, images, target)
+        curve = deletion(removal_curves(module, images, e.maps, e.goal()))
+        assert written[f"tokentm:{name}", "deletion"] == pytest.approx(float(curve.mean()), abs=1e-4)
+    e = prunex.explain("tokentm", module, images, Contrast(2, 0))
+    judge = prunex.explain("tokentm", without_pruning(module), images, Contrast(2, 0))
+    overlap = corrected_overlap(e.trace.kept(), judge.maps)
+    assert written["tokentm:contrast:2,0", "corrected_overlap"] == pytest.approx(float(overlap.nanmean()), abs=1e-4)

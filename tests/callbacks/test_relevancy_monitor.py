@@ -9,6 +9,7 @@ import prunex
 from prunex import PrunexError
 from prunex.callbacks import FaithfulnessMonitor, KeptTokenMonitor, RelevancyMonitor, TokenPruning
 from prunex.callbacks.relevancy_monitor import share_inside
+from prunex.targets import Contrast
 from tests.callbacks.modules import Plain, csv_logger, data, loader, metrics, trainer
 from tests.vits import tiny
 
@@ -182,3 +183,67 @@ def test_pictures_end_where_the_patches_do(tmp_path, options):
     assert shown[:, :32, :32].std() > 10
     assert objects.any() == bool(options)  # the object lies where only the padded patches are
     assert ("prunex/object_kept" in metrics(folder)) == bool(options)
+
+
+def found_in(path):
+    with np.load(path, allow_pickle=False) as found:
+        return {name: found[name] for name in found.files}
+
+
+@pytest.mark.parametrize("target", ["contrast:3,1", Contrast(3, 1)])
+def test_other_numbers_than_a_class_are_watched(tmp_path, target):
+    module = Plain()
+    watch = RelevancyMonitor(["rollout", "tokentm"], images=4, target=target)
+    run = trainer(tmp_path, TokenPruning("topk"), watch, logger=csv_logger(tmp_path))
+    run.fit(module, loader(8), loader(8))
+    found = found_in(tmp_path / "run" / "version_0" / "maps" / "epoch=000.npz")
+    assert set(found) >= {"relevance/rollout", "relevance/tokentm:contrast:3,1"}
+    assert not {"predicted", "target/rollout", "target/tokentm:contrast:3,1"} & set(found)  # nobody's class
+    want = prunex.explain("tokentm", module, data(8)[0][:4], Contrast(3, 1)).maps
+    assert np.allclose(found["relevance/tokentm:contrast:3,1"], want.numpy(), atol=1e-5)
+    assert "prunex/relevancy_kept/tokentm:contrast:3,1" in metrics(run.log_dir)
+
+
+def test_several_labels_have_a_map_each_and_monitors_of_two_targets_stand_side_by_side(tmp_path):
+    module = Plain()
+    watch = [
+        RelevancyMonitor(["rollout", "tokentm"], images=4, target="labels:0,2"),
+        RelevancyMonitor(["tokentm"], images=4, target=3),
+        RelevancyMonitor(["tokentm"], images=4),
+    ]
+    run = trainer(tmp_path, TokenPruning("topk"), *watch)
+    run.fit(module, loader(8), loader(8))
+    found = found_in(tmp_path / "maps" / "epoch=000.npz")
+    names = {name for name in found if name.startswith("relevance/")}
+    assert names == {"relevance/rollout", *(f"relevance/tokentm{label}" for label in (":0", ":2", ":3", ""))}
+    for label in (0, 2, 3):
+        want = prunex.explain("tokentm", module, data(8)[0][:4], label).maps
+        assert np.allclose(found[f"relevance/tokentm:{label}"], want.numpy(), atol=1e-5)
+        assert found[f"target/tokentm:{label}"].tolist() == [label] * 4
+    assert found["predicted"].tolist() == module.eval()(data(8)[0][:4]).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("kind", [RelevancyMonitor, FaithfulnessMonitor])
+def test_a_target_that_the_model_has_not_is_refused_before_training(tmp_path, kind):
+    with pytest.raises(PrunexError, match="unknown target 'contrats'"):
+        kind(["tokentm"], target="contrats:1,2")
+    for target in ("contrast:1,99", "labels:1,99", 99):
+        run = trainer(tmp_path, kind(["tokentm"], target=target))
+        with pytest.raises(PrunexError, match="99"):
+            run.fit(Plain(), loader(8), loader(8))
+        assert run.global_step == 0
+
+
+def test_batches_of_several_labels_are_watched_without_a_class_of_each(tmp_path):
+    hot = torch.eye(5)[data(8)[1]] + torch.eye(5)[(data(8)[1] + 1) % 5]
+    batches = DataLoader(TensorDataset(data(8)[0], hot), batch_size=4)
+    run = trainer(tmp_path, TokenPruning("topk"), RelevancyMonitor(["tokentm"], images=4), KeptTokenMonitor(images=4))
+    run.validate(Plain(), batches)
+    found = found_in(next((tmp_path / "maps").glob("*.npz")))
+    assert "labels" not in found
+    assert {"predicted", "kept", "relevance/tokentm"} <= set(found)
+    watch = FaithfulnessMonitor(["tokentm"], ["perturbation_positive"], images=4)
+    with pytest.warns(
+        UserWarning, match="several labels an image, so perturbation counts the predicted class as right"
+    ):
+        trainer(tmp_path, watch).validate(Plain(), batches)

@@ -21,6 +21,7 @@ from prunex.recipes.commands.sheets import sheet_names
 from prunex.recipes.data.images import preparation, read_image
 from prunex.recipes.given import image_files
 from prunex.recipes.runs import as_the_data_tell, open_model_or_name
+from prunex.targets import parse
 from tests.vits import images_for, tiny
 
 LABELS = ["ant", "bee", "cat", "dog", "eel"]
@@ -130,6 +131,63 @@ def test_target_and_options_reach_the_methods(slim, photos, tmp_path):
     assert found["target"].tolist() == [3]
     for name, chosen in (("rollout", {"head_fusion": "max", "discard_ratio": 0.5}), ("generic_attention", {})):
         assert np.allclose(found[name], prunex.explain(name, model, image, 3, **chosen).maps.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["contrast:3,1", "margin", "margin:2", "entropy", "regression:4"])
+def test_any_number_of_the_output_is_explained(slim, photos, tmp_path, spelling, monkeypatch):
+    headings = []
+    drawn = sheets.contact_sheet
+    monkeypatch.setattr(sheets, "contact_sheet", lambda *a, **k: headings.append(k["heading"]) or drawn(*a, **k))
+    out, model = tmp_path / "out", prunex.load(slim)
+    run(slim, "--images", photos / "a.png", "--out", out, "--methods", "rollout,tokentm", "--target", spelling)
+    image = preparation(model)(read_image(photos / "a.png"))[1][None]
+    want = prunex.explain("tokentm", model, image, parse(spelling))
+    found = arrays(out)
+    assert set(found) == {"files", "value", "kept", "rollout", "tokentm"}
+    assert np.allclose(found["tokentm"], want.maps.numpy(), atol=1e-6)
+    assert found["value"][0] == pytest.approx(float(want.logits), abs=1e-5)
+    assert headings[0][1] == f"explained: {spelling} = {float(want.logits):.4g} · of no class: rollout"
+
+
+def test_several_labels_have_a_map_each(slim, photos, tmp_path, monkeypatch):
+    headings = []
+    drawn = sheets.contact_sheet
+    monkeypatch.setattr(sheets, "contact_sheet", lambda *a, **k: headings.append(k["heading"]) or drawn(*a, **k))
+    out, model = tmp_path / "out", prunex.load(slim)
+    run(slim, "--images", photos, "--out", out, "--methods", "rollout,tokentm", "--target", "labels:1,4")
+    found = arrays(out)
+    assert set(found) == {"files", "predicted", "kept", "rollout", "tokentm:1", "tokentm:4"}
+    image = preparation(model)(read_image(photos / "a.png"))[1][None]
+    for label in (1, 4):
+        want = prunex.explain("tokentm", model, image, label).maps.numpy()
+        assert np.allclose(found[f"tokentm:{label}"][0], want[0], atol=1e-6)
+    assert "explained: bee (" in headings[0][1]
+    assert ", eel (" in headings[0][1]
+
+
+def test_targets_that_the_model_has_not_are_refused_before_anything_is_explained(slim, photos, tmp_path):
+    for spelling in ("5", "labels:1,7", "contrast:1,9", "margin:8", "regression:6"):
+        with pytest.raises(PrunexError, match="0..4"):
+            run(slim, "--images", photos, "--out", tmp_path / "out", "--target", spelling)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_is_shown_as_one(photos, tmp_path, monkeypatch):
+    headings = []
+    drawn = sheets.contact_sheet
+    monkeypatch.setattr(sheets, "contact_sheet", lambda *a, **k: headings.append(k["heading"]) or drawn(*a, **k))
+    model = tiny(num_classes=1).eval()
+    run(
+        prunex.save(model, tmp_path / "one"),
+        "--images",
+        photos / "a.png",
+        "--out",
+        tmp_path / "out",
+        "--methods",
+        "tokentm",
+    )
+    image = preparation(model)(read_image(photos / "a.png"))[1][None]
+    assert headings[0][1] == f"predicted and explained: {float(model(image)):.4g}"
 
 
 def test_a_second_call_does_not_explain_the_first_ones_sheets(slim, photos):

@@ -24,6 +24,8 @@ MISTAKES = [
     ["fit", "--config", "digits/dens"], ["fit", "--ckpt_path", "nope.ckpt"], ["predict", "--out"],
     ["report", "nowhere"], ["bench", "nowhere"], ["export", "nowhere"], ["export", ".", "--format", "tflite"],
     ["bench", ".", "--batches", "0"], ["bench", ".", "--device", "tpu"], ["bench", ".", "--seconds", "nan"],
+    ["explain", ".", "--images", ".", "--target", "contrast:3"], ["explain", ".", "--images", ".", "--target", "x"],
+    ["score", ".", "--target", "labels:1,2"], ["score", ".", "--target", "true"],
     ["explain", ".", "--images", "nowhere"], ["explain", "nowhere", "--images", "."],
     ["explain", "vit_tiny_patch16_224", "--images", "."], ["explain", ".", "--images", ".", "--batch", "0"],
     ["explain", ".", "--images", ".", "--methods", "rolout"], ["explain", ".", "--images", ".", "--methods", "evit"],

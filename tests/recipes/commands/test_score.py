@@ -16,6 +16,7 @@ import prunex
 from prunex import PrunexError
 from prunex.metrics import (
     bootstrap,
+    corrected_overlap,
     deletion,
     energy_inside,
     kept_auc,
@@ -32,6 +33,7 @@ from prunex.recipes.commands.score_data import from_folder, from_run, spaced
 from prunex.recipes.report.page import write_report
 from prunex.recipes.report.score_table import Score, best, read_scores, table, write_scores
 from prunex.recipes.runs import open_data
+from prunex.targets import parse
 from tests.vits import tiny
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -574,3 +576,28 @@ def test_the_label_may_be_explained_instead_of_the_prediction(run, photos, tmp_p
             "--methods",
             "dino",
         )
+
+
+def test_anything_that_can_be_spelt_is_scored(run, tmp_path):
+    wanted = [run, "--methods", "generic_attention", "--metrics", "deletion,corrected_overlap", "--images", 6]
+    scenes, slim = from_run(open_data(run), 6), prunex.load(run / "slim")
+    dense = without_pruning(slim)
+    for place, spelling in enumerate(("contrast:2,1", "margin", "3")):
+        out = tmp_path / str(place)
+        assert score(*wanted, "--target", spelling, "--out", out) == 0
+        e = prunex.explain("generic_attention", slim, scenes.images, parse(spelling))
+        found = values(out, "slim", "generic_attention")
+        assert (found["target"] == (3 if spelling == "3" else -1)).all()
+        assert np.abs(found["maps"] - e.maps.numpy()).max() < 1e-5
+        truth = deletion(removal_curves(slim, scenes.images, e.maps, e.goal()))
+        assert np.abs(found["deletion"] - truth.numpy()).max() < 1e-5
+        judge = prunex.explain("generic_attention", dense, scenes.images, e.goal()).maps
+        assert np.abs(found["corrected_overlap"] - corrected_overlap(e.trace.kept(), judge).numpy()).max() < 1e-5
+        assert json.loads((out / "about.json").read_text())["target"] == spelling
+        # What is there already is of this target.
+        assert score(*wanted, "--target", "predicted", "--out", out) == 0
+        assert not np.array_equal(values(out, "slim", "generic_attention")["maps"], found["maps"])
+    with pytest.raises(PrunexError, match=r"b=99 .*0\.\."):
+        score(*wanted, "--target", "contrast:2,99")
+    with pytest.raises(PrunexError, match="--target labels:1,2: scores are of one thing"):
+        score(*wanted, "--target", "labels:1,2")

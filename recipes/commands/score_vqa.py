@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 import prunex.multimodal
 from prunex.errors import PrunexError
 from prunex.multimodal.removal import ModelRemover, questions
-from prunex.multimodal.vqa import MODALITIES, Question, VQAPerturbation, vqa_perturbation
+from prunex.multimodal.vqa import MODALITIES, Question, Remover, VQAPerturbation, vqa_perturbation
 from prunex.pictures import curves, save_png
 from prunex.pictures.sheet import stacked
 from prunex.recipes.commands.multimodal_explainers import Explainers
@@ -42,7 +43,7 @@ def score_vqa(args: Any) -> int:
         bar = tqdm(total=sum(len(part[ANSWERS]) for part in parts), desc=name, unit="question")
         with bar:
             asked = _explained(model, parts, explainers, name, args.batch, bar)
-            measured[name] = vqa_perturbation(ModelRemover(model), asked)
+            measured[name] = vqa_perturbation(_remover(model), asked)
     _draw(measured, out)
     first = next(iter(measured.values()))
     conditions = {"questions": first.questions, "count_rule": first.count_rule, "answer": "predicted"}
@@ -95,9 +96,21 @@ def _explained(
             some = {key: value[start : start + batch].to(device) for key, value in part.items()}
             answers = some.pop(ANSWERS)
             e = prunex.multimodal.explain(model, some, None, name, **explainers.options[name])
-            for question in questions(model, some, e, answers):
-                yield question
+            for each in questions(model, some, e, answers):
+                # Orders are counted where the protocol counts, answers where the model is.
+                right = each.answers if isinstance(each.answers, int) else each.answers.cpu()
+                yield replace(each, image=each.image.cpu(), text=each.text.cpu(), answers=right)
                 bar.update()
+
+
+def _remover(model: Any) -> Remover:
+    """What answers without some parts, on the model's device."""
+    remover, device = ModelRemover(model), next(model.parameters()).device
+
+    def answers(inputs: Any, image: Tensor, text: Tensor) -> Tensor:
+        return remover(inputs, image.to(device), text.to(device)).cpu()
+
+    return answers
 
 
 def _rows(measured: Mapping[str, VQAPerturbation]) -> list[list[str]]:

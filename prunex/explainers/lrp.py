@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.registry import register
@@ -13,7 +14,7 @@ from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.gradients import ModifiedGradients
 from prunex.relevance.rules import RelevanceRules, RuleSet
 from prunex.vit.anatomy import ViT
-from prunex.vit.recording import gradients, recording, widened
+from prunex.vit.recording import Recording, gradients, recording, widened
 from prunex.vit.tape import Tape
 
 RULES = ("zplus", "epsilon", "gamma", "attnlrp", "cplrp")
@@ -33,6 +34,7 @@ def lrp(
     rule: Literal["zplus", "epsilon", "gamma", "attnlrp", "cplrp"] = "zplus",
     gamma: float | tuple[float, float] | None = None,
     rule_set: RuleSet = "conserving",
+    positions: bool = False,
 ) -> Explanation:
     """A logit decomposed backwards through every layer, to tokens and pixels.
 
@@ -62,11 +64,17 @@ def lrp(
         gamma: For "gamma", "attnlrp" and "cplrp": strength >= 0 of the gamma rule, one number, or one for the patch
             convolution and one for linear layers. None: (0.25, 0.05) for "gamma", no gamma rule for the others.
         rule_set: For "zplus": "conserving", or "published_baseline", whose linear layers may double relevance.
+        positions: For "attnlrp": positions are inputs too (PE-LRP, arXiv 2506.02138). A patch's map has the part of
+            its added position in any case, and its pixels get it too, each the same; rotary tables take half of their
+            products with queries and keys, and |sum R| of a block's sines and of its cosines is the patch's as well.
+            So maps of rotary models no longer sum to anything, and their tokens' own part is smaller. Relative biases
+            have no part. The paper was read in summary alone; for images it has code for added positions only.
 
     Returns:
         Signed. ``maps``: relevance of the patch tokens that enter the first block, position included, summed over
         channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours. ``info["prefix"]``
-        [B, prefix]: of class, distillation and register tokens, which is no pixel's.
+        [B, prefix]: of class, distillation and register tokens, which is no pixel's. With ``positions``,
+        ``info["positions"]`` [B, P]: the part of the maps that is the patches' positions.
 
     Raises:
         PrunexError: For a gamma or rule set that the rule does not have, or layers that the rules do not know.
@@ -79,24 +87,58 @@ def lrp(
     strengths = _strengths(rule, gamma)
     if rule != "zplus" and rule_set != "conserving":
         raise PrunexError(f"rule_set={rule_set!r} with rule={rule!r} is not allowed: rule sets belong to rule='zplus'")
+    if positions and rule != "attnlrp":
+        raise PrunexError(
+            f"positions=True with rule={rule!r} is not allowed: positions are inputs under rule='attnlrp' alone"
+        )
     model, images = widened(model, images)
     # The pixels become part of the graph, which the caller's own tensor must not.
     with torch.inference_mode(False):
         images = images.clone().requires_grad_()
     if rule == "attnlrp" or rule == "cplrp":
-        ops: ModifiedGradients | RelevanceRules = ModifiedGradients(rule, strengths)
+        ops: ModifiedGradients | RelevanceRules = ModifiedGradients(rule, strengths, positions)
     else:
         ops = RelevanceRules(rule, rule_set, strengths or (0.25, 0.05))
     tape = Tape(gradients=True, narrow=True, ops=ops)
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
-        one_hot = recorded.one_hot()
+        one_hot, prefix = recorded.one_hot(), recorded.anatomy.prefix
         ops.relevance = True
-        tokens, pixels = gradients(recorded.logits, [recorded.embedded, images], one_hot)
+        inputs = [recorded.embedded, images, *(_places(ops) if positions else ())]
+        relevance = gradients(recorded.logits, inputs, one_hot)
         # These give gradients, to be multiplied; the rules give relevance itself.
         if isinstance(ops, ModifiedGradients):
-            tokens, pixels = tokens * recorded.embedded, pixels * images
-        row, prefix = tokens.sum(-1), recorded.anatomy.prefix
-        return answer(recorded, row, pixels, signed=True, fine=pixels.sum(1), info={"prefix": row[:, :prefix]})
+            relevance = [r * x for r, x in zip(relevance, inputs, strict=True)]
+        tokens, pixels, *places = relevance
+        row, info = tokens.sum(-1), {}
+        if positions:
+            added, turned = places[0].sum(-1), _turned(recorded, places[1:])
+            row, info["positions"] = row + turned, (added + turned)[:, prefix:]
+            pixels = pixels + _spread(recorded, info["positions"], pixels)
+        info["prefix"] = row[:, :prefix]
+        return answer(recorded, row, pixels, signed=True, fine=pixels.sum(1), info=info)
+
+
+def _places(ops: Any) -> list[Tensor]:
+    """What tells tokens' places, as a forward left it: added positions, then each block's rotary table."""
+    return [ops.added, *ops.tables]
+
+
+def _turned(recorded: Recording, tables: Sequence[Tensor]) -> Tensor:
+    """|sum R| of sines and of cosines, summed over blocks, on the tokens that entered: [B, prefix + P]."""
+    prefix, row = recorded.anatomy.prefix, recorded.logits.new_zeros(len(recorded.logits), recorded.embedded.shape[1])
+    for block, r in enumerate(tables):
+        sines, cosines = r.sum(1).chunk(2, -1)
+        own = sines.sum(-1).abs() + cosines.sum(-1).abs()
+        row = row + recorded.entering(block).lift(nn.functional.pad(own, (prefix, 0)))
+    return row
+
+
+def _spread(recorded: Recording, patches: Tensor, pixels: Tensor) -> Tensor:
+    """Relevance [B, P] of patches on all values of their pixels alike: [B, C, H, W]."""
+    (high, wide), (channels, height, width) = recorded.anatomy.patch, pixels.shape[1:]
+    each = patches.unflatten(1, recorded.trace.grid) / (high * wide * channels)
+    fine = each.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, None, :height, :width]
+    return nn.functional.pad(fine, (0, width - fine.shape[3], 0, height - fine.shape[2])).expand_as(pixels)
 
 
 def _strengths(rule: str, gamma: Any) -> tuple[float, float] | None:

@@ -26,14 +26,21 @@ class ModifiedGradients(Arithmetic):
     - attention: "attnlrp" divides the gradients of q and k by 4 and of v by 2 (of k by 2 where queries are learned, in
       attention pooling), "cplrp" takes q and k as constants; rotary turns and relative biases are left as they are;
     - products in gated MLPs: half each; gates of gated attention are constants;
-    - linear layers and the patch convolution: as they are, or by the gamma rule of a pair of strengths.
+    - linear layers and the patch convolution: as they are, or by the gamma rule of a pair of strengths;
+    - with ``positions``, what tells places is an input too (PE-LRP, arXiv 2506.02138): ``added``, the positions that
+      tokens are given [B, N, D], and ``tables``, a block's sines and cosines each [B, 1 or H, n, 2d], whose products
+      with queries and keys give either side half. Each forward fills them anew.
     """
 
     opened = True
     relevance = True  # its graph has no other use
 
-    def __init__(self, kind: Literal["attnlrp", "cplrp"], gamma: tuple[float, float] | None = None) -> None:
-        self.kind, self.gamma = kind, gamma
+    def __init__(
+        self, kind: Literal["attnlrp", "cplrp"], gamma: tuple[float, float] | None = None, positions: bool = False
+    ) -> None:
+        self.kind, self.gamma, self.positions = kind, gamma, positions
+        self.added: Tensor | None = None
+        self.tables: list[Tensor] = []
 
     def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
         layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
@@ -76,6 +83,22 @@ class ModifiedGradients(Arithmetic):
 
     def gate(self, signal: Tensor, openness: Tensor) -> Tensor:
         return signal * openness.detach()
+
+    def placed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """As a skip; positions that are inputs are kept as a place to differentiate at."""
+        if self.positions:
+            positions = self.added = positions.detach().clone().requires_grad_()
+            self.tables = []
+        return super().placed(tokens, positions)
+
+    def rotated(self, q: Tensor, k: Tensor, table: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+        """A linear map, or products of two inputs each."""
+        if not self.positions:
+            return super().rotated(q, k, table, half)
+        heads = 1 if table.ndim == 2 else table.shape[-3]
+        leaf = table.detach().expand(len(q), heads, *table.shape[-2:]).clone().requires_grad_()
+        self.tables.append(leaf)
+        return super().rotated(_Scaled.apply(q, 0.5), _Scaled.apply(k, 0.5), _Scaled.apply(leaf, 0.5), half)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None = None) -> Tensor:
         """Fused attention; queries, keys and values get their share of the gradient."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from prunex.brief import Brief
@@ -263,9 +264,10 @@ class RelevanceRules(Arithmetic):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return Route.apply(self, lambda saved, out, r: (r / 2, r / 2), a * b, a, b)
 
-    def rotated(self, x: Tensor, table: Tensor, half: bool) -> Tensor:
+    def rotated(self, q: Tensor, k: Tensor, table: Tensor, half: bool) -> tuple[Tensor, Tensor]:
         """In proportion to the products x_j w_jk of the turn as a linear map."""
-        return self.whole(partial(super().rotated, table=table, half=half), x)
+        turn = partial(apply_rot_embed_cat, emb=table, half=half)
+        return self.whole(turn, q), self.whole(turn, k)
 
     def latent_scores(self, latent: Tensor, k: Tensor, scale: float) -> Tensor:
         """All to the keys, in proportion to the products: a learned query is a constant."""

@@ -71,6 +71,10 @@ class Arithmetic:
         """A skip connection, ``a`` the stream and ``b`` the branch."""
         return a + b
 
+    def placed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens and the positions that are added to them."""
+        return self.add(tokens, positions)
+
     def total(self, branches: Sequence[Tensor]) -> Tensor:
         """The sum of several branches that read one stream."""
         return torch.stack(list(branches)).sum(0)
@@ -87,10 +91,9 @@ class Arithmetic:
         """A signal let through in part, as in gated attention: ``openness`` in 0..1."""
         return signal * openness
 
-    def rotated(self, x: Tensor, table: Tensor, half: bool) -> Tensor:
-        """Queries or keys [B, H, n, d] turned by their places: a rotary table [..., n, 2d], of halves or of pairs."""
-        out: Tensor = apply_rot_embed_cat(x, table, half=half)
-        return out
+    def rotated(self, q: Tensor, k: Tensor, table: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H, n, d] turned by their places: a rotary table [..., n, 2d], of halves or of pairs."""
+        return apply_rot_embed_cat(q, table, half=half), apply_rot_embed_cat(k, table, half=half)
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Scaled products of queries and keys, [B, H, m, n]."""

@@ -104,7 +104,8 @@ def rotated_heads(
         q, k = ops.norm(attn.q_norm, q), ops.norm(attn.k_norm, k)
     if rope is not None:
         prefix, half = q.shape[2] - rope.shape[-2], bool(getattr(attn, "rotate_half", False))
-        q, k = (torch.cat([t[:, :, :prefix], ops.rotated(t[:, :, prefix:], rope, half)], 2).type_as(v) for t in (q, k))
+        turned = ops.rotated(q[:, :, prefix:], k[:, :, prefix:], rope, half)
+        q, k = (torch.cat([t[:, :, :prefix], r], 2).type_as(v) for t, r in zip((q, k), turned, strict=True))
     # Fewer keys than queries: each serves a group of heads.
     groups = attn.num_heads // k.shape[1]
     if groups > 1:

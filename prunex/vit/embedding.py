@@ -104,7 +104,7 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     front = torch.cat([t.detach() for t in tokens], 1).expand(len(x), -1, -1) if tokens else added[:, :0]
     table: Tensor | None = None if getattr(model, "no_embed_class", False) else inner.pos_embed
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
-    x = ops.add(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
+    x = ops.placed(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
     return _entering(model, x if isinstance(model, Beit) else ops.norm(inner.norm_pre, x)), grid
 
 

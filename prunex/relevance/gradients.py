@@ -46,27 +46,28 @@ class ModifiedGradients(Arithmetic):
         layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
         if self.gamma is None:
             return super().linear(module, x, beside)
-        x = let_through(module, x)
-        return self._by_gamma(layer, super().linear(module, x, beside), x, self.gamma[1])
+        seen = let_through(module, x).detach()
+        return self._by_gamma(layer, super().linear(module, x, beside), x, seen, self.gamma[1])
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
         """As a linear layer."""
         out = super().affine(x, weight, bias, beside)
-        return out if self.gamma is None else self._by_gamma(Layer.linear(weight, bias, beside), out, x, self.gamma[1])
+        if self.gamma is None:
+            return out
+        return self._by_gamma(Layer.linear(weight, bias, beside), out, x, x.detach(), self.gamma[1])
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
         layer = Layer.of(module)
         if self.gamma is None:
             return module(images)
-        images = let_through(module, images)
-        return self._by_gamma(layer, module(images), images, self.gamma[0])
+        return self._by_gamma(layer, module(images), images, images.detach(), self.gamma[0])
 
-    def _by_gamma(self, layer: Layer, out: Tensor, x: Tensor, gamma: float) -> Tensor:
-        def back(saved: tuple[Tensor, ...], out: Tensor, grad: Tensor) -> tuple[Tensor]:
+    def _by_gamma(self, layer: Layer, out: Tensor, x: Tensor, seen: Tensor, gamma: float) -> Tensor:
+        def back(saved: tuple[Tensor, ...], out: Tensor, grad: Tensor) -> tuple[Tensor, None]:
             # Gradient times output is the relevance that comes, relevance over input the gradient that goes.
-            return (gamma_rule(layer, saved[0], out, grad * out, gamma) / (saved[0] + 1e-10),)
+            return gamma_rule(layer, saved[1], out, grad * out, gamma) / (saved[0] + 1e-10), None
 
-        return Route.apply(self, back, out, x)
+        return Route.apply(self, back, out, x, seen)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         if isinstance(module, nn.Identity):

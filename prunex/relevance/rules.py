@@ -206,32 +206,35 @@ class RelevanceRules(Arithmetic):
 
     def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
         layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
-        x = let_through(module, x)  # the rules see the layer's inputs as its gates leave them
-        return self._by_rule(layer, super().linear(module, x, beside), x, self.gamma[1], self._positive)
+        # The rules see the layer's inputs as its gates leave them; a gate is a constant factor, all goes on.
+        seen = let_through(module, x).detach()
+        return self._by_rule(layer, super().linear(module, x, beside), x, seen, self.gamma[1], self._positive)
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
         """As a linear layer."""
         out = super().affine(x, weight, bias, beside)
-        return self._by_rule(Layer.linear(weight, bias, beside), out, x, self.gamma[1], self._positive)
+        layer = Layer.linear(weight, bias, beside)
+        return self._by_rule(layer, out, x, x.detach(), self.gamma[1], self._positive)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
         """The pixel layer: zB under z+, else the linear layers' rule."""
-        layer, images = Layer.of(module), let_through(module, images)
-        return self._by_rule(layer, module(images), images, self.gamma[0], bounded)
+        return self._by_rule(Layer.of(module), module(images), images, images.detach(), self.gamma[0], bounded)
 
     @property
     def _positive(self) -> Callable[..., Tensor]:
         return zplus if self.rule_set == "conserving" else zplus_split
 
-    def _by_rule(self, layer: Layer, out: Tensor, x: Tensor, gamma: float, positive: Callable[..., Tensor]) -> Tensor:
-        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+    def _by_rule(
+        self, layer: Layer, out: Tensor, x: Tensor, seen: Tensor, gamma: float, positive: Callable[..., Tensor]
+    ) -> Tensor:
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, None]:
             if self.rule == "epsilon":
-                return (epsilon_rule(layer, saved[0], out, r, self.epsilon),)
+                return epsilon_rule(layer, saved[1], out, r, self.epsilon), None
             if self.rule == "gamma":
-                return (gamma_rule(layer, saved[0], out, r, gamma, self.epsilon),)
-            return (positive(layer, saved[0], out, r),)
+                return gamma_rule(layer, saved[1], out, r, gamma, self.epsilon), None
+            return positive(layer, saved[1], out, r), None
 
-        return Route.apply(self, back, out, x)
+        return Route.apply(self, back, out, x, seen)
 
     def scaled(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return x if isinstance(module, nn.Identity) else self._through(module(x), x)

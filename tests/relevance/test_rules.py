@@ -21,6 +21,7 @@ from prunex.vit.arithmetic import PLAIN, classify
 from prunex.vit.forward import record
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
+from prunex.vit.units import put_gates
 from tests.vits import ALL_FAMILIES, MORE_FAMILIES, gated, images, images_for, largest, relative, tiny
 
 
@@ -166,6 +167,24 @@ def test_positive_products_take_three_products_with_weights():
     x = draw(5, 40)
     zplus(layer, x, module(x).detach(), draw(5, 30, seed=1))
     assert sorted(calls) == ["back", "back", "forth"]
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "gamma"}, {"rule": "attnlrp"}, {"rule": "cplrp", "gamma": 0.1}])
+def test_half_open_gates_are_constant_factors(options):
+    """A model whose units are half open explains as one whose next layers' weights are half as large."""
+    x, found = images(dtype=torch.float64), []
+    for gates in (True, False):
+        model = tiny().double()
+        if gates:
+            put_gates(model, lambda key, n: torch.full((48 if key.endswith("heads") else 192,), 0.5))
+        else:
+            for block in model.blocks:
+                block.attn.proj.weight.data *= 0.5
+                block.mlp.fc2.weight.data *= 0.5
+        found.append(prunex.explain("lrp", model, x, 1, **options))
+    assert relative(found[0].logits, found[1].logits) < 1e-12
+    assert relative(found[0].raw, found[1].raw) < 1e-4
+    assert relative(found[0].maps, found[1].maps) < 1e-4
 
 
 def test_ratio_is_zero_at_zero():

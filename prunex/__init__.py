@@ -28,6 +28,7 @@ _PLACES = {
     "export": "slim",
     "from_transformers": "sources",
     "load": "slim",
+    "load_pretrained": "sources",
     "methods": "catalogue",
     "save": "slim",
     "slim": "slim",
@@ -59,6 +60,7 @@ if _typing.TYPE_CHECKING:
     from prunex.relevance.explanation import Explanation as Explanation
     from prunex.slim.export import export as export
     from prunex.sources.convert import from_transformers as from_transformers
+    from prunex.sources.pretrained import load_pretrained as load_pretrained
     from prunex.slim.files import load as load, save as save
     from prunex.slim.slim import slim as slim
     from prunex.vit.cost import Cost as Cost, cost as cost

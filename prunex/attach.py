@@ -12,6 +12,7 @@ import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import called_as
 from prunex.errors import PrunexError, unknown
 from prunex.handles.heads import Head, put_head
+from prunex.handles.pretrained import tell_on_save
 from prunex.handles.tokens import Attached, Pruning
 from prunex.handles.units import UnitPruning, check_readable, put_units
 from prunex.heads.base import TokenHead
@@ -87,7 +88,9 @@ def attach(
     """
     # What is made in inference mode could never be trained, and what is made on the meta device holds no values.
     with torch.inference_mode(False), torch.device("cpu"):
-        return _attach(model, method_of(method, options), path, budget, options)
+        handle = _attach(model, method_of(method, options), path, budget, options)
+        tell_on_save(model, handle.model)
+        return handle
 
 
 def _attach(

@@ -31,7 +31,10 @@ from prunex.recipes.modules.tasks import Task, task_of
 from prunex.recipes.modules.training import ExplainerTraining
 from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
 from prunex.recipes.timing import quartiles, side_by_side
-from prunex.untrusted import read_text
+from prunex.sources.classes import WRAPPERS
+from prunex.sources.folder import class_in, holds_vit
+from prunex.sources.said import label_names
+from prunex.untrusted import read_json, read_text
 from prunex.vit.anatomy import channels_of, find, head_classes
 from prunex.vit.mount import mounted
 from prunex.vit.surroundings import warn_of_the_rest
@@ -90,7 +93,10 @@ def run_of(where: Path) -> Path | None:
 
 
 def open_model(where: str | Path) -> nn.Module:
-    """The slim model of a slim folder, a run (its slim/, else its newest checkpoint) or a checkpoint, in eval mode."""
+    """The slim model of a slim folder, a run (its slim/, else its newest checkpoint) or a checkpoint, in eval mode.
+
+    Of a folder of transformers, the timm twin of its ViT; of one with its wrapper of timm models, the ViT in it.
+    """
     path = Path(where)
     if is_there(path, Path.is_file):
         run = path.parent.parent
@@ -100,6 +106,8 @@ def open_model(where: str | Path) -> nn.Module:
                 "prunex fit wrote it, or a run or slim folder"
             )
         return _from_checkpoint(read_run(run), path)
+    if holds_vit(path):
+        return _of_transformers(path)
     # What was exported last is what the run is for; a checkpoint stands in for it.
     slim = slim_folder(path)
     if slim is not None:
@@ -109,6 +117,19 @@ def open_model(where: str | Path) -> nn.Module:
     if not checkpoints:
         raise PrunexError(f"{path} has neither a slim model nor a checkpoint: train with prunex fit first")
     return _from_checkpoint(config, checkpoints[-1])
+
+
+def _of_transformers(folder: Path) -> nn.Module:
+    """The ViT in a folder of transformers, with names and normalisation."""
+    if class_in(read_json(folder / "config.json")) not in WRAPPERS:
+        twin: nn.Module = prunex.from_transformers(folder)
+        return twin
+    wrapper = prunex.load_pretrained(folder)
+    vit = find(wrapper)[1]
+    vit.label_names = label_names(wrapper.config, head_classes(vit))
+    said = getattr(wrapper.config, "pretrained_cfg", None) or {}
+    _describe(vit, **{name: said[name] for name in ("mean", "std") if said.get(name) is not None})
+    return vit
 
 
 def open_model_or_name(

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from prunex.errors import PrunexError
-from prunex.sources.parts import CLASSES, no_twin
+from prunex.sources.classes import CLASSES, WRAPPERS, no_twin
 from prunex.untrusted import read_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,15 +33,11 @@ def open_folder(folder: Path) -> Any:
         PrunexError: For a folder that is none, that names another class, or whose weights are not safetensors, are
             quantised, damaged or not whole.
     """
-    if not folder.is_dir():
-        raise PrunexError(
-            f"{str(folder)!r} is no folder: give a local one that save_pretrained wrote (nothing is downloaded)"
-        )
-    config = _config(folder)
+    config = read_config(folder)
     name = class_in(config)
     if name not in CLASSES:
         raise no_twin(str(name))
-    _check_weights(folder)
+    weight_files(folder)
     return _opened(folder, str(name))
 
 
@@ -51,17 +47,21 @@ def class_in(config: Mapping[str, Any]) -> str:
     return names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else f"{names}"
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether a folder is of a class that has a twin, which nobody has to look at closely to say."""
+def holds_vit(folder: Path) -> bool:
+    """Whether a folder says that it is of a class that is known here."""
     try:
         config = read_json(folder / "config.json")
     except PrunexError:
         return False
-    return isinstance(config, Mapping) and class_in(config) in CLASSES
+    return isinstance(config, Mapping) and class_in(config) in (*CLASSES, *WRAPPERS)
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
+def read_config(folder: Path) -> Mapping[str, Any]:
     """Its config.json, as far as it can be told before transformers reads it."""
+    if not folder.is_dir():
+        raise PrunexError(
+            f"{str(folder)!r} is no folder: give a local one that save_pretrained wrote (nothing is downloaded)"
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise PrunexError(f"{folder} has no config.json: give a folder that save_pretrained wrote")
@@ -83,8 +83,8 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> None:
-    """See that there are safetensors, each readable."""
+def weight_files(folder: Path) -> list[Path]:
+    """Its safetensors, each of which was seen to be one."""
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file():
         if not (folder / _INDEX).is_file():
@@ -98,8 +98,8 @@ def _check_weights(folder: Path) -> None:
         if not isinstance(shards, Mapping) or not all(isinstance(name, str) for name in shards.values()):
             raise PrunexError(f"{folder / _INDEX} is damaged: it has no weight_map")
         names = sorted(set(shards.values()))
-    for name in names:
-        path = folder / name
+    paths = [folder / name for name in names]
+    for name, path in zip(names, paths, strict=True):
         if Path(name).name != name or not path.is_file():
             raise PrunexError(f"{folder} has no {name[:80]}: it is not whole; save the model again")
         try:
@@ -107,15 +107,26 @@ def _check_weights(folder: Path) -> None:
                 pass
         except Exception as error:  # safetensors has its own error
             raise PrunexError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return paths
 
 
-def _opened(folder: Path, name: str) -> Any:
+def library() -> Any:
+    """The library itself.
+
+    Raises:
+        PrunexError: Where it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
         raise PrunexError(
             "this folder is read by transformers, which is not installed: pip install 'prunex-vit[transformers]'"
         ) from error
+    return transformers
+
+
+def _opened(folder: Path, name: str) -> Any:
+    transformers = library()
     try:
         # Attention is named, since a configuration may name a kernel that would be fetched and run.
         model, told = getattr(transformers, name).from_pretrained(

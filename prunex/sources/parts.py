@@ -1,65 +1,17 @@
-"""A ViT of transformers, taken apart: which classes are known, and what each part is called in any of them."""
+"""A ViT of transformers, taken apart: what each part is called in any of the classes that are known."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.sources.classes import CLASSES, no_twin
 
-Answer = Literal["class token", "tokens", "pooler_output", "image_embeds", "logits"]
-
-
-@dataclass(frozen=True)
-class Known:
-    """One class of transformers.
-
-    Attributes:
-        tower: Path of the image tower; empty for the model itself.
-        head: Path of the linear layer behind the tower, if there is one.
-        pool: What the head, or the answer, is of, as timm's ``global_pool`` has it.
-        answer: What of the model's output its twin gives.
-        both: Whether the head reads the class token beside the mean patch.
-        pooled_norm: Whether the tower's last norm lies between its blocks and this answer.
-    """
-
-    tower: str = ""
-    head: str = ""
-    pool: str = "token"
-    answer: Answer = "logits"
-    both: bool = False
-    pooled_norm: bool = True
-
-
-CLASSES = {
-    "ViTModel": Known(answer="class token"),
-    "ViTForImageClassification": Known("vit", "classifier"),
-    "DeiTModel": Known(answer="class token"),
-    "DeiTForImageClassification": Known("deit", "classifier"),
-    "DeiTForImageClassificationWithTeacher": Known("deit", "cls_classifier"),
-    "Dinov2Model": Known(answer="class token"),
-    "Dinov2ForImageClassification": Known("dinov2", "classifier", both=True),
-    "Dinov2WithRegistersModel": Known(answer="class token"),
-    "Dinov2WithRegistersForImageClassification": Known("dinov2_with_registers", "classifier", both=True),
-    "DINOv3ViTModel": Known(answer="class token"),
-    "CLIPModel": Known("vision_model", "visual_projection", answer="image_embeds"),
-    "CLIPVisionModel": Known(answer="pooler_output"),
-    "CLIPVisionModelWithProjection": Known("vision_model", "visual_projection", answer="image_embeds"),
-    "CLIPForImageClassification": Known("vision_model", "classifier", "avg", pooled_norm=False),
-    "SiglipModel": Known("vision_model", pool="map", answer="image_embeds"),
-    "SiglipVisionModel": Known(pool="map", answer="pooler_output"),
-    "SiglipForImageClassification": Known("vision_model", "classifier", "avg"),
-    "Siglip2Model": Known("vision_model", pool="map", answer="image_embeds"),
-    "Siglip2VisionModel": Known(pool="map", answer="pooler_output"),
-    "Siglip2ForImageClassification": Known("vision_model", "classifier", "avg"),
-    "BeitModel": Known(answer="pooler_output"),
-    "BeitForImageClassification": Known("beit", "classifier"),
-}
 # What a part is called: in one family or another, in transformers 5.0 or since.
 _PATHS = {
     "patches": ("patch_embeddings.projection", "patch_embeddings", "patch_embedding"),
@@ -122,14 +74,6 @@ def known_class(model: Any) -> str:
         if kind.__module__.split(".")[0] == "transformers" and kind.__name__ in CLASSES:
             return kind.__name__
     raise no_twin(type(model).__name__)
-
-
-def no_twin(name: str) -> PrunexError:
-    """The error for a class that has none."""
-    hint = ""
-    if name.startswith("TimmWrapper"):
-        hint = "; it holds a timm model, which prunex.attach and prunex.explain take as it is"
-    return PrunexError(f"{name} has no timm twin that is known{hint}; known are {', '.join(CLASSES)}")
 
 
 class Parts:

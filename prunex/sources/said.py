@@ -79,9 +79,9 @@ def _settings(processor: Any) -> dict[str, Any]:
 
 def _in_folder(folder: Path | None) -> dict[str, Any] | None:
     """The settings of the processor that lies in a folder; None where there is none."""
-    for name in _FILES if folder is not None else ():
-        path = Path(folder, name)
-        if path.is_file():
+    for name in _FILES:
+        path = None if folder is None else folder / name
+        if path is not None and path.is_file():
             said = read_json(path)
             said = said.get("image_processor", said) if isinstance(said, Mapping) else said
             if isinstance(said, Mapping) and "image_mean" in said:

@@ -124,9 +124,11 @@ def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[
         )
     if not vits:
         children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]
+        theirs = any(type(m).__module__.startswith("transformers.models.") for m in module.modules())
+        hint = "; prunex.from_transformers makes the timm twin of a ViT of transformers" if theirs else ""
         raise PrunexError(
             f"no supported ViT in {type(module).__module__.split('.')[0]}.{type(module).__name__} "
-            f"({_reason(module) or 'it holds ' + (', '.join(children) or 'nothing')}); what works: {WORKS}"
+            f"({_reason(module) or 'it holds ' + (', '.join(children) or 'nothing')}); what works: {WORKS}{hint}"
         )
     return vits[0]
 

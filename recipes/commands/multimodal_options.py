@@ -12,6 +12,7 @@ from typing import Any
 
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
+from prunex.sources.classes import CLASSES, WRAPPERS
 
 METHODS = ("generic_attention", "raw_attention", "rollout", "grad_cam")
 RULES = ("literal", "normalise", "self_terms", "accumulate")  # options of generic_attention
@@ -152,10 +153,12 @@ def folder_at(
     if not names:
         return None
     name = next((each for each in names if each in known), None)
+    if name is None and names[0] in (*CLASSES, *WRAPPERS) and names[0] not in KINDS:
+        return None  # a ViT, which is opened as its timm twin
     if name is None:
         raise PrunexError(
             f"{where} holds a {names[0][:80]} of transformers. What {what}: {', '.join(known)}; "
-            "prunex.multimodal.explain takes others"
+            "prunex.multimodal.explain takes others, prunex.from_transformers ViTs"
         )
     return Folder(Path(where), name)
 

@@ -4,13 +4,15 @@ import copy
 import warnings
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import prunex
 from prunex import PrunexError
+from prunex.sources.classes import CLASSES
 from prunex.sources.convert import TOLERANCE, difference
-from prunex.sources.parts import CLASSES, Parts
+from prunex.sources.parts import Parts
 from tests.sources.models import CLASSES as COUNT
 from tests.sources.models import MODELS, PATCH, SIZE, images, made, transformers
 from tests.vits import assert_same_state, relative, state_of
@@ -417,6 +419,17 @@ def test_refused_by_name(model, wrong):
 def test_sizes_that_are_none(size):
     with pytest.raises(PrunexError, match="is no size|multiples of the patch"):
         twin_of(made("vit"), size)
+
+
+def test_who_attaches_to_the_model_itself_is_told_of_its_twin():
+    with pytest.raises(PrunexError, match="prunex.from_transformers makes the timm twin"):
+        prunex.attach(made("vit_classes"), "evit")
+
+
+def test_timm_finds_how_images_are_prepared():
+    cfg = timm.data.resolve_model_data_config(twin_of(made("vit_classes")))
+    assert cfg["mean"] == pytest.approx((0.4, 0.5, 0.6))
+    assert cfg["input_size"] == (3, SIZE, SIZE)
 
 
 def test_an_adapted_model_is_refused():

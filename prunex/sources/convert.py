@@ -84,8 +84,7 @@ def from_transformers(
     else:
         kind = type(model_or_folder).__name__
         raise PrunexError(f"a {kind} is no model: give a model of transformers, or a local folder of one")
-    with torch.no_grad():
-        twin = _checked_twin(model, size)
+    twin = _checked_twin(model, size)
     describe_twin(twin, model.config, processor, folder)
     twin.to(device=device, dtype=dtype)
     return twin
@@ -125,6 +124,7 @@ def _to_read(copy: Any, dtype: torch.dtype) -> Any:
     return copy.eval()
 
 
+@torch.no_grad()
 def _checked_twin(model: Any, size: tuple[int, int] | None) -> Any:
     """The twin, once it was seen to answer as the model does."""
     name = type(model).__name__

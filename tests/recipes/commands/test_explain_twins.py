@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import prunex
+from prunex import PrunexError
 from prunex.recipes.commands import cli
 from prunex.recipes.commands.multimodal_options import KINDS, folder_at
 from prunex.recipes.runs import open_model
@@ -52,14 +53,14 @@ def test_the_model_that_is_opened(tmp_path):
     assert vit.label_names == [f"kind {i}" for i in range(5)]
 
 
-def test_mistakes_are_told(tmp_path, photos, capsys):
+def test_mistakes_are_told(tmp_path, photos):
     made("vit").save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    given = ["explain", str(tmp_path / "model"), "--images", str(photos)]
-    assert cli.run([*given, "--device", "cpu"]) != 0
-    assert "has no model.safetensors" in capsys.readouterr().err
-    assert cli.run([*given, "--img-size", "96"]) != 0
-    assert "--img-size goes with a timm model name" in capsys.readouterr().err
+    given = ["explain", str(tmp_path / "model"), "--images", str(photos), "--device", "cpu"]
+    with pytest.raises(PrunexError, match="has no model.safetensors"):
+        cli.run(given)
+    with pytest.raises(PrunexError, match="--img-size goes with a timm model name"):
+        cli.run([*given, "--img-size", "96"])
 
 
 def test_who_opens_which_folder(tmp_path):

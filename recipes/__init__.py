@@ -4,13 +4,27 @@ from typing import TYPE_CHECKING
 
 from prunex.lazy import later
 
-__all__ = ["DiffMask", "DigitScenes", "ImageClassifier", "ImageFolder", "RunReport", "ViTShapley", "write_report"]
+__all__ = [
+    "BoxQuestions",
+    "DiffMask",
+    "DigitScenes",
+    "DrawnShapes",
+    "ImageClassifier",
+    "ImageFolder",
+    "RunReport",
+    "TransformersModel",
+    "ViTShapley",
+    "write_report",
+]
 
 if TYPE_CHECKING:
+    from prunex.recipes.data.box_questions import BoxQuestions
     from prunex.recipes.data.digits import DigitScenes
+    from prunex.recipes.data.drawn_shapes import DrawnShapes
     from prunex.recipes.data.folder import ImageFolder
     from prunex.recipes.modules.classifier import ImageClassifier
     from prunex.recipes.modules.diffmask import DiffMask
+    from prunex.recipes.modules.transformers_model import TransformersModel
     from prunex.recipes.modules.vit_shapley import ViTShapley
     from prunex.recipes.report.callback import RunReport
     from prunex.recipes.report.page import write_report
@@ -19,10 +33,13 @@ else:
     __getattr__ = later(
         __name__,
         {
+            "BoxQuestions": "data.box_questions",
             "DigitScenes": "data.digits",
+            "DrawnShapes": "data.drawn_shapes",
             "ImageFolder": "data.folder",
             "ImageClassifier": "modules.classifier",
             "DiffMask": "modules.diffmask",
+            "TransformersModel": "modules.transformers_model",
             "ViTShapley": "modules.vit_shapley",
             "RunReport": "report.callback",
             "write_report": "report.page",

@@ -6,23 +6,22 @@ the painted pixels. Every fifth digit of each class and the left-hand part of ea
 
 Scenes of several digits have each of them in a quarter of its own.
 
-Nothing is stored: a scene is a pure function of ``(seed, split, epoch, index)``, and a whole batch is drawn at once.
+Nothing is stored (see :mod:`prunex.recipes.data.draws`), and a whole batch is drawn at once.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from prunex.checks import check_choice, check_share, check_whole
 from prunex.errors import PrunexError
+from prunex.recipes.data.draws import SPLITS, DrawnData, DrawnDataset, Split, uniform
 
 Batch = tuple[Any, ...]  # images, labels, masks; of some tasks a dict of more, too
 Task = Literal["digit", "parity", "several", "count"]
@@ -31,40 +30,12 @@ DIGITS = tuple(str(digit) for digit in range(10))
 TASKS = {"digit": DIGITS, "parity": ("even", "odd"), "several": DIGITS, "count": ("digits",)}  # names of the outputs
 MANY = {"several": (2, 2), "count": (1, 3)}  # fewest and most digits of scenes that may have several
 
-SPLITS = {"train": 0, "val": 1, "test": 2}
 HELD_OUT_EVERY = 5  # every fifth digit of each class is never trained on
 HELD_OUT_WIDTH = 0.3  # nor is the left-hand 30 % of each photo
 ZOOMS = (1.0, 0.7, 0.5)  # photos are also shown scaled down, which makes their texture finer
 STROKE = 48  # side of the enlarged digits, in pixels; at least the largest size they are painted at
 LUMINANCE = (0.299, 0.587, 0.114)
 DRAWS = 20  # random numbers a scene may use
-
-
-def uniform(key: Sequence[int], counters: np.ndarray, draws: int = DRAWS) -> Tensor:
-    """Random numbers, float32 ``[N, draws]`` in [0, 1), that depend on key and counters ``[N]`` alone.
-
-    Not on the order they are asked for in; the key is integers such as ``(seed, split)``.
-
-    >>> a = uniform((0, 1), np.array([3, 4])); b = uniform((0, 1), np.array([4]))
-    >>> bool((a[1] == b[0]).all()), bool((a[0] == a[1]).any())
-    (True, False)
-    """
-
-    # The finaliser of SplitMix64: every input bit reaches every output bit.
-    def mix(z: np.ndarray) -> np.ndarray:
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-    # 2^64 over the golden ratio, SplitMix64's step: counters in a row land far apart.
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        state = np.zeros(1, np.uint64)
-        for part in key:
-            state = mix(state + golden + np.array([part % 2**64], np.uint64))
-        rows = mix(state + golden * (counters.astype(np.uint64) + np.uint64(1)))
-        numbers = mix(rows[:, None] + golden * np.arange(1, draws + 1, dtype=np.uint64))
-    return torch.from_numpy((numbers >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
 
 
 @functools.cache
@@ -110,7 +81,7 @@ def _photos(held_out: bool, side: int) -> tuple[Tensor, Tensor]:
     return atlas, torch.tensor(table)
 
 
-class DigitDataset(Dataset[Batch]):
+class DigitDataset(DrawnDataset):
     """The scenes of one split; index ``epoch * len(self) + i`` is scene ``i`` of that epoch.
 
     Arguments are those of :class:`DigitScenes`; ``"val"`` and ``"test"`` share digits and photo parts, not scenes.
@@ -122,7 +93,7 @@ class DigitDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        split: Literal["train", "val", "test"] = "train",
+        split: Split = "train",
         size: int = 10_000,
         image_size: int = 64,
         digit_size: tuple[int, int] = (22, 34),
@@ -142,9 +113,6 @@ class DigitDataset(Dataset[Batch]):
         self.atlas, self.places = _photos(held_out=split != "train", side=image_size)
         self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
 
-    def __len__(self) -> int:
-        return self.size
-
     def __getitem__(self, index: int) -> Batch:
         images, labels, masks, *more = self.__getitems__([index])
         return images[0], labels[0], masks[0], *({name: rows[0] for name, rows in each.items()} for each in more)
@@ -162,12 +130,12 @@ class DigitDataset(Dataset[Batch]):
                 return images, shown.sum(1).float(), anywhere
             return images, shown.float(), anywhere, {"label_masks": masks}
         concepts = F.one_hot(labels, 10).float()
-        known = uniform((self.seed, SPLITS[self.split]), numbers)[:, DRAWS - 1] < self.annotated
+        known = uniform((self.seed, SPLITS[self.split]), numbers, DRAWS)[:, DRAWS - 1] < self.annotated
         return images, labels % 2, masks, {"concepts": concepts.masked_fill(~known.unsqueeze(1), math.nan)}
 
     def paint(self, numbers: np.ndarray) -> Batch:
         """Images in [0, 1], digits int64 [B] and masks bool [B, H, W]; of several digits [B, k] and [B, 10, H, W]."""
-        u = uniform((self.seed, SPLITS[self.split]), numbers).unbind(1)
+        u = uniform((self.seed, SPLITS[self.split]), numbers, DRAWS).unbind(1)
         ease = self._ease(numbers)
         photos = self._crops(u[1], u[2], u[3], flip=u[4] < 0.5)
         mean = photos.mean((2, 3), keepdim=True)
@@ -261,20 +229,7 @@ class DigitDataset(Dataset[Batch]):
         return photos, (level.view(-1, 1, 1, 1) + tint).clamp(0, 1)
 
 
-class _EpochSampler(DistributedSampler[int]):
-    """Yields ``epoch * size + i``, so a scene's number tells its epoch, in worker processes too."""
-
-    def __iter__(self) -> Iterator[int]:
-        size = len(self.dataset)  # type: ignore[arg-type]
-        for index in super().__iter__():
-            yield self.epoch * size + index
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-class DigitScenes(LightningDataModule):
+class DigitScenes(DrawnData):
     """Batches of digit scenes: fresh ones every training epoch, always the same ones for validation and test.
 
     A batch is ``(images float32 [B, 3, H, W] normalised, labels int64 [B] in 0..9, masks bool [B, H, W])``; the masks
@@ -332,18 +287,13 @@ class DigitScenes(LightningDataModule):
         task: Task = "digit",
         annotated: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, train_size, val_size, seed, num_workers)
         self.task: Task = task
         self.class_names = TASKS[check_choice("task", task, TASKS)]
         self.num_classes = len(self.class_names)
         self.concept_names = CONCEPTS if task == "parity" else ()
         self.annotated = check_share("annotated", annotated, zero=True)
-        self.batch_size = check_whole("batch_size", batch_size, 1)
-        self.train_size = check_whole("train_size", train_size, 1)
-        self.val_size = check_whole("val_size", val_size, 1)
         self.curriculum = check_whole("curriculum", curriculum, 0)
-        self.seed = check_whole("seed", seed, 0)
-        self.num_workers = check_whole("num_workers", num_workers, 0)
         if not 32 <= image_size <= 128:
             raise PrunexError(
                 f"image_size={image_size!r} is not allowed: give 32 to 128 pixels, as the photos are small"
@@ -364,11 +314,11 @@ class DigitScenes(LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.image_size, self.digit_size, self.contrast = image_size, (min_digit, max_digit), contrast
 
-    def dataset(self, split: Literal["train", "val", "test"]) -> DigitDataset:
+    def dataset(self, split: Split) -> DigitDataset:
         """The scenes of one split as a map-style dataset."""
         return DigitDataset(
             split,
-            size=self.train_size if split == "train" else self.val_size,
+            size=self.size_of(split),
             image_size=self.image_size,
             digit_size=self.digit_size,
             contrast=self.contrast,
@@ -379,31 +329,3 @@ class DigitScenes(LightningDataModule):
             task=self.task,
             annotated=self.annotated,
         )
-
-    def _loader(self, dataset: DigitDataset, sampler: DistributedSampler[int] | None = None) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            # The dataset draws whole batches.
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Fresh scenes; Lightning tells the sampler the epoch."""
-        dataset = self.dataset("train")
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        # Scenes are independent draws already, so shuffling their numbers would add nothing.
-        return self._loader(dataset, _EpochSampler(dataset, world, rank, shuffle=False))
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The same scenes every time."""
-        return self._loader(self.dataset("val"))
-
-    predict_dataloader = val_dataloader
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Other scenes from validation's digits and photo parts."""
-        return self._loader(self.dataset("test"))

@@ -11,7 +11,8 @@ from torch.multiprocessing import ProcessExitedException
 from prunex import PrunexError
 from prunex.recipes import DigitScenes, ImageClassifier
 from prunex.recipes.data import digits as module
-from prunex.recipes.data.digits import DigitDataset, uniform
+from prunex.recipes.data.digits import DigitDataset
+from prunex.recipes.data.draws import uniform
 
 
 def test_batch_has_the_promised_types_and_shapes():

@@ -129,7 +129,7 @@ def test_a_target_is_explained_in_the_predictions_place(folders, photos, tmp_pat
         assert found["target"].tolist() == [target] * 3
         assert set(found["label"]) == {texts[2 * target + 1]}
         assert len(set(found["predicted"])) == 1 or target == 0
-    with pytest.raises(PrunexError, match=r"target=\[3.*\] is not allowed: classes are 0..2"):
+    with pytest.raises(PrunexError, match="target=3 is not allowed: classes are 0..2"):
         run(folders["clip"], "--images", photos, "--out", tmp_path / "no", *texts, "--target", 3)
     assert not (tmp_path / "no").exists()
 
@@ -224,7 +224,7 @@ def test_sheets_are_drawn_on_what_the_model_sees(folders, tmp_path):
         ("detr", ["--img-size", "96"], "--img-size goes with a timm ViT"),
         ("detr", ["--mean", "0.5"], "--mean goes with a timm ViT"),
         ("detr", ["--batch", "0"], "--batch 0 is not allowed"),
-        ("detr", ["--target", "99"], r"target=\[99.*classes are 0..4"),
+        ("detr", ["--target", "99"], "target=99 is not allowed: classes are 0..4"),
     ],
 )
 def test_mistakes_leave_nothing_behind(folders, photos, tmp_path, folder, arguments, says):

@@ -56,7 +56,7 @@ def train(model: str, seed: int, args: argparse.Namespace) -> Any:
         "vit_tiny_patch16_224", 10, VIT, weights="digits", task="multi_label", learning_rate=args.learning_rate
     )
     # What the dense weights know before they are tuned is another task: they teach nothing here.
-    options = {"teacher": False} if model == "dynamicvit" else {}
+    options: dict[str, Any] = {"options": {"teacher": False}} if model == "dynamicvit" else {}
     callbacks = [] if model == "dense" else [TokenPruning(model, keep_ratio=args.keep_ratio, stages=STAGES, **options)]
     data = DigitScenes(batch_size=64, train_size=args.train_size, task="several", seed=seed)
     fit(module, data, callbacks, args.epochs, args.device)

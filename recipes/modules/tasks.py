@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanAbsoluteError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
 from torchmetrics.functional.classification import multilabel_average_precision
@@ -196,7 +196,7 @@ def _unlike(labels: Tensor, task: str, wanted: str) -> str:
     return f"task={task!r} takes labels {wanted}: these are {dtype} {list(labels.shape)}"
 
 
-def only_single(task: Task, **options: nn.Module | float | None) -> None:
+def only_single(task: Task, **options: float) -> None:
     """Refuse options of a classifier of one class an image with another task."""
     for name, value in options.items():
         if value and not isinstance(task, Single):

@@ -126,7 +126,9 @@ def explain(
         check_images(anatomy, call.entered, values=True)
         targets = target.which if isinstance(target, MultiLabel) else [target]
         with one_forward() if len(targets) > 1 else nullcontext():
-            explanations = [_by_method(method, make, call, each, options) for each in targets]
+            explanations = []
+            for each in targets:  # a comprehension would be a frame of its own, which warnings count
+                explanations.append(_by_method(method, make, call, each, options))
     for e in explanations:
         # What a method cannot know of itself: its name, and what was done round its ViT.
         e.method, e.options = method, {**defaults, **options}

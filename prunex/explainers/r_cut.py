@@ -147,5 +147,5 @@ def _warn(arbitrary: Tensor, silent: Tensor) -> None:
     if bool(silent[arbitrary].all()):
         why = "no gradient of the class reaches this block's norm1, or its features are all 0"
     warnings.warn(
-        f"r_cut has no cut for images {shown} of the batch ({why}): they get the Grad-CAM map instead", stacklevel=5
+        f"r_cut has no cut for images {shown} of the batch ({why}): they get the Grad-CAM map instead", stacklevel=6
     )

@@ -163,7 +163,7 @@ def _called(model: nn.Module, inputs: Callable[[], Mapping[str, Any]]) -> Any:
     given: Mapping[str, Any] = {}
     try:
         given = inputs()
-        return model(**{name: _outside_inference(value) for name, value in given.items()})
+        return model(**{name: outside_inference(value) for name, value in given.items()})
     except (PrunexError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -183,13 +183,13 @@ def _same_draws(model: nn.Module) -> Any:
     return torch.random.fork_rng([*devices], device_type="cuda")
 
 
-def _outside_inference(value: Any) -> Any:
+def outside_inference(value: Any) -> Any:
     """What a graph may hold: tensors made under inference_mode are copied, those of labels in lists and dicts too."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if type(value) in (list, tuple):
-        return type(value)(map(_outside_inference, value))
-    return {name: _outside_inference(each) for name, each in value.items()} if type(value) is dict else value
+        return type(value)(map(outside_inference, value))
+    return {name: outside_inference(each) for name, each in value.items()} if type(value) is dict else value
 
 
 def _thawed(model: nn.Module) -> Any:

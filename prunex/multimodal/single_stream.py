@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunex.errors import PrunexError
 from prunex.multimodal.adapter import Adapter, Targets, known
-from prunex.multimodal.recorder import Recording
+from prunex.multimodal.recorder import Recording, outside_inference
 from prunex.multimodal.rules import Attended
 
 
@@ -124,6 +124,7 @@ class Vilt(SingleStream):
         pixels, mask = self.inputs["pixel_values"], self.inputs.get("pixel_mask")
         mask = torch.ones_like(pixels[:, 0], dtype=torch.long) if mask is None else mask
         embeddings: Any = self.model.get_submodule("vilt.embeddings")
+        pixels, mask = outside_inference(pixels), outside_inference(mask)
         tokens, seen, (index, grid) = embeddings.visual_embed(pixels, mask, max_image_length=most)
         self._grid = (int(grid[0]), int(grid[1]))
         return tokens, seen, index[..., 0] * self._grid[1] + index[..., 1]

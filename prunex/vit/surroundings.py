@@ -85,7 +85,7 @@ class Call(Brief):
         )
         if exact:
             raise PrunexError(text)
-        warnings.warn(f"{text} (in low precision this may be rounding)", stacklevel=3)
+        warnings.warn(f"{text} (in low precision this may be rounding)", stacklevel=5)
 
 
 ASKING: ContextVar[bool] = ContextVar("asking", default=False)  # whether a check runs, for who counts forwards

@@ -182,7 +182,7 @@ def test_batch_forms(tmp_path, collate, keys):
 def test_parts_are_told_by_dtype_and_shape():
     x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int32)
     assert set(parts([y, x])) == {"images", "labels"}
-    assert set(parts((x, torch.zeros(4)))) == {"images"}  # float labels of several classes are no labels
+    assert set(parts((x, torch.zeros(4)))) == {"images", "values"}  # numbers to predict are no classes
     assert set(parts((x, torch.zeros(3, dtype=torch.long)))) == {"images"}
     assert set(parts((x, y, torch.zeros(4, 4, 4, dtype=torch.bool)))) == {"images", "labels"}
     assert "images" not in parts((x.to(torch.uint8), y))

@@ -101,7 +101,7 @@ def _wrapper(folder: Path, name: str, said: Mapping[str, Any]) -> Any:
             continue
         if not isinstance(spec, Mapping) or any(spec.get(option) is not None for option in _ELSEWHERE):
             raise PrunexError(f"its entry {kind!r} is none of prunex's: was the file edited?")
-        handle = attach(wrapper, **spec)
+        handle: Any = attach(wrapper, **spec)
         if kind == "pruning":
             handle.progress = check_number("progress", said.get("progress", 1.0), 0, 1)
     return wrapper

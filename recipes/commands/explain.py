@@ -110,7 +110,7 @@ class Explainers:
         Of several labels, one a label that the method tells apart, named ``<method>:<label>``.
         """
         bar = tqdm(disable=True) if bar is None else bar
-        explanations = {}
+        explanations: dict[str, prunex.Explanation] = {}
         for name in list(self.names):
             bar.set_postfix_str(name)
             start = perf_counter()

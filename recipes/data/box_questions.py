@@ -164,8 +164,8 @@ class BoxQuestions(DrawnData):
 
     >>> data = BoxQuestions(batch_size=4, train_size=8, val_size=8)
     >>> batch = next(iter(data.val_dataloader()))
-    >>> [VOCABULARY[i] for i in batch["input_ids"][0] if i != PAD][:3]
-    ['[CLS]', 'here', 'tell']
+    >>> [VOCABULARY[i] for i in batch["input_ids"][0]][:1], batch["visual_feats"].shape
+    (['[CLS]'], torch.Size([4, 8, 32]))
     """
 
     num_classes = CODES

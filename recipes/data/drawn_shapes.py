@@ -134,7 +134,7 @@ class DrawnShapes(DrawnData):
     >>> data = DrawnShapes(batch_size=4, train_size=8, val_size=8)
     >>> batch = next(iter(data.val_dataloader()))
     >>> batch["pixel_values"].shape, [SHAPES[i] for i in batch["labels"][0]["class_labels"]]
-    (torch.Size([4, 3, 96, 96]), ['circle'])
+    (torch.Size([4, 3, 96, 96]), ['circle', 'triangle', 'circle'])
     """
 
     mean = (0.5, 0.5, 0.5)

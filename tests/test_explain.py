@@ -274,7 +274,7 @@ DEFAULTS = {
         "rule": "gausslegendre",
         "chunk": None,
     },
-    "lrp": {"rule": "zplus", "gamma": None, "rule_set": "conserving"},
+    "lrp": {"rule": "zplus", "gamma": None, "rule_set": "conserving", "positions": False},
     "partial_lrp": {"rule_set": "conserving", "gradient": False},
     "r_cut": {"layer": -1, "threshold": 0.2, "orient": "peak", "objective": "probability"},
     "raw_attention": {"layer": -1},

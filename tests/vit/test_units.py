@@ -157,7 +157,7 @@ def test_cost_with_tokens_pruned_too(method):
 
 # --- who looks inside attention sees what the slim model has
 
-TRAINED = {"vit_shapley", "diffmask", "attributes", "concept_transformer", "vit_net"}
+TRAINED = {"vit_shapley", "diffmask", "attributes", "concept_transformer", "mean_patch", "vit_net"}
 EXPLAINERS = [m.name for m in prunex.methods("explainer") if m.name not in TRAINED]
 CLOSED = {"dense": {"1.heads": [0, 1, 2], "3.heads": [0, 1, 2], "2.channels": range(192)}}
 CLOSED |= {"evit": {"1.heads": [2]}, "tome": {"0.heads": [0, 1, 2]}}

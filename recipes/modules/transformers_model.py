@@ -62,6 +62,7 @@ class TransformersModel(LightningModule):
         self.save_hyperparameters()
         self.processor = None if processor is None else _processor(dict(processor))
         self.model: Any = _built(model, config) if folder is None else _read(model, folder)
+        self.model.train()  # what is read from a folder comes back as it is for answers
         self._frozen = thaw_norms(self.model) if train_norms else []
         # A name of ours would hide one of the model's.
         self._takes = set(inspect.signature(self.model.forward).parameters)

@@ -45,6 +45,7 @@ def test_lxmert(tmp_path):
             module.eval()(batch).question_answering_score,
         )
     again = TransformersModel("LxmertForQuestionAnswering", folder=str(folder))
+    assert all(m.training for m in again.model.modules())
     assert torch.equal(again.model.answer_head.logit_fc[0].weight, module.model.answer_head.logit_fc[0].weight)
 
 

@@ -149,6 +149,12 @@ class MultimodalExplanation(Brief):
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
+    def same(self, query: Query) -> Query:
+        """An object query of another method's explanation as this one has it."""
+        if self.queries is None:
+            raise PrunexError(f"query {query.query} of image {query.image}: this explanation has no object queries")
+        return self.queries[query.image, query.query]
+
     def show(self, images: Sequence[Any] | Tensor | None = None, words: Sequence[Sequence[str]] | None = None) -> Image:
         """The explanation drawn: words coloured, and boxes or cells over the image; of a detector each object query.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunex.brief import Brief
+from prunex.errors import PrunexError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,10 +84,18 @@ class Relevance(Brief):
         return named
 
 
+def gradient_of(map_: Attended) -> Tensor:
+    """The gradient of the score in a map; an error where no score was led back to it."""
+    if map_.gradient is None:
+        raise PrunexError(
+            f"the {map_.role} map {map_.path} has no gradient of the score: run backward from the score first"
+        )
+    return map_.gradient
+
+
 def over_heads(map_: Attended) -> Tensor:
     """Mean over heads of max(0, attention * gradient), eq. 5: [B, queries, keys]."""
-    assert map_.gradient is not None
-    return (map_.attention * map_.gradient).clamp(min=0).mean(1)
+    return (map_.attention * gradient_of(map_)).clamp(min=0).mean(1)
 
 
 def normalised(relevance: Relevance, stream: str, rules: Rules) -> Tensor:
@@ -180,8 +189,7 @@ def between(left: Tensor | None, mix: Tensor, right: Tensor | None) -> Tensor:
 
 def grad_cam(map_: Attended) -> Tensor:
     """max(0, mean over heads of attention * its head's mean gradient) (arXiv 1610.02391): [B, queries, keys]."""
-    assert map_.gradient is not None
-    weights = map_.gradient.mean((-2, -1), keepdim=True)
+    weights = gradient_of(map_).mean((-2, -1), keepdim=True)
     return (map_.attention * weights).mean(1).clamp(min=0)
 
 

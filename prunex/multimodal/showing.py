@@ -122,13 +122,13 @@ def _detector(
             continue
         seen.add(each.text_number)
         for method, other in explanations.items():
-            row: Any = _same(other, each).text
+            row: Any = other.same(each).text
             parts.append(_text(row, other, each.text_number, words, f"text of query {each.query}: {method}"))
     return stacked(parts)
 
 
 def _detection(explanations: Explanations, query: Query) -> Detection:
-    same = {method: _same(e, query) for method, e in explanations.items()}
+    same = {method: e.same(query) for method, e in explanations.items()}
     return Detection(
         label=query.label,
         note=f"{query.probability:.0%}\nquery {query.query}",
@@ -136,12 +136,6 @@ def _detection(explanations: Explanations, query: Query) -> Detection:
         maps={method: each.map.float().cpu().numpy() for method, each in same.items()},
         masks={method: each.mask.cpu().numpy() for method, each in same.items()},
     )
-
-
-def _same(e: MultimodalExplanation, query: Query) -> Query:
-    """The same object query by another method."""
-    assert e.queries is not None
-    return e.queries[query.image, query.query]
 
 
 def _text(
@@ -162,7 +156,8 @@ def _text(
 
 def map_of(e: MultimodalExplanation, place: tuple[int, ...]) -> NDArray[np.float32]:
     """The cells [h, w] that lie on a sample's image, NaN where the model did not look; padding is cut off."""
-    assert e.grid is not None
+    if e.grid is None:
+        raise PrunexError("an image that is a list of boxes has no map of cells: read image and boxes")
     valid = e.image_valid[place[0]].view(e.grid)
     tall, wide = (int(valid.any(axis).nonzero().max()) + 1 for axis in (1, 0))
     cells = e.image[place].view(e.grid).float().masked_fill(~valid, math.nan)

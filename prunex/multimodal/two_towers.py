@@ -30,13 +30,41 @@ def text_row(matrix: Tensor, ids: Tensor, end: int | None) -> Tensor:
     return row
 
 
-def patch_grid(config: Any, pixels: Tensor) -> tuple[int, int]:
-    """Height and width of a vision tower's patches."""
-    return pixels.shape[2] // config.patch_size, pixels.shape[3] // config.patch_size
+class TwoTowers(Adapter):
+    """What models share whose image and texts meet only in the score."""
+
+    reads = ("tt", "ii")
+    needs = ("input_ids", "pixel_values")
+    compares = True
+
+    def count(self) -> int:
+        return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
+
+    def chosen(self, targets: Targets, column: Tensor) -> Tensor:
+        """Each image's text among all texts, int64 [B]; an image that waits (column -1) has its first."""
+        return self.texts(targets.classes).gather(1, column.clamp(min=0)[:, None])[:, 0]
+
+    def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
+        # A text that several images share was run once, and has one matrix.
+        texts = self.chosen(targets, column)
+        return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
+
+    def text_valid(self) -> Tensor | None:
+        # A detector has no text of its own; which text belongs to which image, only targets know.
+        return Adapter.text_valid(self)
+
+    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
+        pixels = self.inputs["pixel_values"]
+        return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
+
+    def grid(self, recording: Recording) -> tuple[int, int] | None:
+        height, width = self.inputs["pixel_values"].shape[-2:]
+        patch = self.config.vision_config.patch_size
+        return height // patch, width // patch
 
 
 @known
-class Clip(Adapter):
+class Clip(TwoTowers):
     """CLIP: the score is the scaled cosine of one image and one text; a class is a text's number.
 
     With None each image is explained for the text it is most like.
@@ -47,13 +75,7 @@ class Clip(Adapter):
         r"text_model\.encoder\.layers\.\d+\.self_attn": ("tt",),
         r"vision_model\.encoder\.layers\.\d+\.self_attn": ("ii",),
     }
-    reads = ("tt", "ii")
-    needs = ("input_ids", "pixel_values")
-    compares = True
     scores = "logits_per_image"
-
-    def count(self) -> int:
-        return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
 
     def texts(self, classes: Tensor) -> Tensor:
         return classes
@@ -79,10 +101,6 @@ class Clip(Adapter):
         single = not (isinstance(target, Tensor) and target.ndim == 2)
         return Targets(classes, passes, scores.detach(), single=single)
 
-    def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
-        texts = targets.classes.gather(1, column.clamp(min=0)[:, None])[:, 0]
-        return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
-
     def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
         end = self.config.text_config.eos_token_id
         first = torch.zeros(len(column), 1, dtype=torch.long)
@@ -90,24 +108,13 @@ class Clip(Adapter):
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         """The end of the text, and the image's class token."""
-        texts = targets.classes.gather(1, column.clamp(min=0)[:, None])[:, 0]
+        texts = self.chosen(targets, column)
         end = self.config.text_config.eos_token_id
         return text_row(matrices["R_tt"], self.inputs["input_ids"][texts], end), matrices["R_ii"][:, 0, 1:]
 
-    def text_valid(self) -> Tensor | None:
-        """Of all texts, [N, T]: which belongs to which image, only targets know."""
-        return super().text_valid()
-
-    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        pixels = self.inputs["pixel_values"]
-        return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
-
-    def grid(self, recording: Recording) -> tuple[int, int] | None:
-        return patch_grid(self.config.vision_config, self.inputs["pixel_values"])
-
 
 @known
-class OwlViT(Detector):
+class OwlViT(TwoTowers, Detector):
     """OWL-ViT: every patch is an object query, and every text a class.
 
     A patch's score reads two tokens of the image, the patch and the class token that multiplies it: its relevance is
@@ -119,9 +126,6 @@ class OwlViT(Detector):
         r"owlvit\.text_model\.encoder\.layers\.\d+\.self_attn": ("tt",),
         r"owlvit\.vision_model\.encoder\.layers\.\d+\.self_attn": ("ii",),
     }
-    reads = ("tt", "ii")
-    needs = ("input_ids", "pixel_values")
-    compares = True
 
     def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
         super().__init__(model, inputs)
@@ -131,9 +135,6 @@ class OwlViT(Detector):
                 f"inputs hold {texts} texts for {images} images: give as many for each, as the processor does"
             )
         self.per_image = texts // images
-
-    def count(self) -> int:
-        return self.config.text_config.num_hidden_layers + self.config.vision_config.num_hidden_layers
 
     def probability(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
@@ -154,32 +155,14 @@ class OwlViT(Detector):
             )
         return targets
 
-    def _chosen(self, targets: Targets, column: Tensor) -> Tensor:
-        """Each image's text among all texts, int64 [B]."""
-        return self.texts(targets.classes).gather(1, column[:, None])[:, 0]
-
-    def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
-        texts = self._chosen(targets, column)
-        return {name: m[texts] if name == "R_tt" else m for name, m in matrices.items()}
-
     def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
         patch = torch.tensor(targets.queries, device=column.device)[column] + 1
         both = torch.stack([torch.zeros_like(patch), patch], 1)
         return {"tt": end_of_text(self.inputs["input_ids"], None)[:, None], "ii": both}
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
-        ids = self.inputs["input_ids"][self._chosen(targets, column)]
+        ids = self.inputs["input_ids"][self.chosen(targets, column)]
         every = torch.arange(len(column), device=column.device)
         patch = torch.tensor(targets.queries, device=column.device)[column] + 1
         image = matrices["R_ii"][every, patch] + matrices["R_ii"][:, 0]
         return text_row(matrices["R_tt"], ids, None), image[:, 1:]
-
-    def text_valid(self) -> Tensor | None:
-        return Adapter.text_valid(self)
-
-    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        pixels = self.inputs["pixel_values"]
-        return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
-
-    def grid(self, recording: Recording) -> tuple[int, int] | None:
-        return patch_grid(self.config.vision_config, self.inputs["pixel_values"])

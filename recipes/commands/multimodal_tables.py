@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from prunex.files import readable, write_whole
-from prunex.multimodal import MultimodalExplanation, Query
+from prunex.multimodal import MultimodalExplanation
 from prunex.multimodal.showing import corners, map_of, sample_sheet
 from prunex.multimodal.words import pieces
 from prunex.pictures import resized, save_npz, save_png
@@ -104,7 +104,7 @@ class MultimodalOutput:
             )
             return
         for query in (each for each in e.queries if each.image == sample):
-            same = {m: _same(each, query) for m, each in explanations.items()}
+            same = {m: each.same(query) for m, each in explanations.items()}
             yield _Entry(
                 self.done,
                 query.target,
@@ -185,11 +185,6 @@ def _texts(
     valid = torch.as_tensor(e.text_valid)[text].nonzero()[:, 0].tolist()
     words = [piece.text for piece in pieces([e.words[text][place] for place in valid])]
     return {method: row[valid].float().cpu().numpy() for method, row in rows.items()}, words
-
-
-def _same(e: MultimodalExplanation, query: Query) -> Query:
-    assert e.queries is not None
-    return e.queries[query.image, query.query]
 
 
 def _padded(arrays: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

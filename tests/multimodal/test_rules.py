@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunex import PrunexError
 from prunex.multimodal.rules import (
     Attended,
     Rules,
@@ -242,6 +243,12 @@ def test_grad_cam_weighs_heads_by_their_mean_gradient():
     attention = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).view(1, 2, 1, 2)  # two heads, one query, two keys
     gradient = torch.tensor([[1.0, 3.0], [-6.0, 2.0]]).view(1, 2, 1, 2)  # means 2 and -2
     assert grad_cam(Attended("qi", attention, gradient)).flatten().tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("rule", [over_heads, grad_cam])
+def test_a_map_to_which_no_score_was_led_back_is_named(rule):
+    with pytest.raises(PrunexError, match="the qi map decoder.0.cross has no gradient"):
+        rule(Attended("qi", torch.ones(1, 2, 1, 2), path="decoder.0.cross"))
 
 
 def test_maps_by_role_keep_their_order():

@@ -107,6 +107,16 @@ def test_what_are_no_images(images, says):
         explained("clip").show(images)
 
 
+def test_a_list_of_boxes_has_no_map_and_no_object_queries():
+    model, inputs = detector("Detr")
+    query = next(iter(prunex.multimodal.explain(model, inputs, queries=[0]).queries))
+    boxes = prunex.multimodal.explain(*lxmert())
+    with pytest.raises(PrunexError, match="list of boxes has no map"):
+        map_of(boxes, (0,))
+    with pytest.raises(PrunexError, match="this explanation has no object queries"):
+        boxes.same(query)
+
+
 def test_boxes_lie_on_a_picture_or_become_bars():
     model, inputs = lxmert()
     e = prunex.multimodal.explain(model, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class TwoTowers(Adapter):
     """What models share whose image and texts meet only in the score."""
 
     reads = ("tt", "ii")
-    needs = ("input_ids", "pixel_values")
+    needs: ClassVar[tuple[str, ...]] = ("input_ids", "pixel_values")
     compares = True
 
     def count(self) -> int:

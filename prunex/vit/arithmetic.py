@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.calls import inside
+from prunex.vit.sums import grouped, members
 
 
 def fused_attention(
@@ -130,11 +131,8 @@ class Arithmetic:
     def merge(self, weights: Tensor, group: Tensor, count: int, tokens: Tensor) -> Tensor:
         """Weighted sums of the tokens of each group: weights and groups [B, n] of tokens [B, n, D] to [B, count, D]."""
         if self.opened:
-            at = nn.functional.one_hot(group, count).transpose(1, 2)
-            return self.combine(weights.unsqueeze(1) * at.to(weights.dtype), tokens)
-        parts = weights.unsqueeze(2) * tokens
-        empty = parts.new_zeros(parts.shape[0], count, parts.shape[2])
-        return empty.scatter_add(1, group.unsqueeze(2).expand_as(parts), parts)
+            return self.combine(weights.unsqueeze(1) * members(group, count).to(weights.dtype), tokens)
+        return grouped(weights.unsqueeze(2) * tokens, group, count)
 
     def largest(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Each window's maximum a channel, and which token alone has it: [B, m, k, D] to two of [B, m, D]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunex.brief import Brief
 from prunex.vit.state import TokenState
+from prunex.vit.sums import grouped
 from prunex.vit.trace import Stage
 
 if TYPE_CHECKING:
@@ -129,11 +130,11 @@ class Merge(Decision):
         if state.sizes is None:
             state.sizes = body.new_ones(b, prefix + n, dtype=torch.promote_types(body.dtype, torch.float32))
         group = self.group if present is None else self.group.masked_fill(present <= 0, -1)
-        at, size = group.clamp(min=0), state.sizes[:, prefix:].masked_fill(group < 0, 0)
-        total = size.new_zeros(b, self.count).scatter_add(1, at, size)
-        share = size / total.gather(1, at).clamp(min=1)
+        size = state.sizes[:, prefix:].masked_fill(group < 0, 0)
+        total = grouped(size, group, self.count)
+        share = size / total.gather(1, group.clamp(min=0)).clamp(min=1)
         # Through the arithmetic, so that relevance is led back through the mean.
-        merged = state.ops.merge(share.to(body.dtype), at, self.count, body)
+        merged = state.ops.merge(share.to(body.dtype), group, self.count, body)
         state.proportional, state.left = self.proportional, self.count
         if not state.masked and present is None:
             state.tokens = torch.cat([state.tokens[:, :prefix], merged], 1)

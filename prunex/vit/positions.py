@@ -17,6 +17,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from prunex.brief import Brief
+from prunex.vit.sums import grouped
 from prunex.vit.trace import Stage
 
 
@@ -66,7 +67,7 @@ class Positions(Brief):
         links = self.links
         if links is not None or joins(stage):
             links = _follow(links, index, group, weight)
-            count = torch.zeros(b, out + 1, device=device).scatter_add(1, aim, there.float())[:, :out]
+            count = grouped(torch.ones(flat.shape, device=device), flat, out)
             places = torch.where(count > 1, -1, places)
         return replace(self, index=places, links=links, _looked_up={})
 
@@ -102,14 +103,11 @@ class Positions(Brief):
         # Rows first, then columns: a token of several patches has the mean over its members on either side.
         joined = self._joined()
         patch, token, share = self._all_links()
-        b, n, e = patch.shape[0], self._numbers().shape[1], patch.shape[1]
-        share = share.to(whole.dtype)
-        source = whole[:, patch].transpose(0, 1) * share[:, None, :, None]
-        rows = whole.new_zeros(b, whole.shape[0], n, side)
-        rows = rows.scatter_add(2, token[:, None, :, None].expand(-1, whole.shape[0], -1, side), source)
-        columns = rows.gather(3, patch[:, None, None, :].expand(-1, whole.shape[0], n, -1)) * share[:, None, None, :]
-        mean = whole.new_zeros(b, whole.shape[0], n, n)
-        mean = mean.scatter_add(3, token[:, None, None, :].expand(-1, whole.shape[0], n, e), columns)
+        n, share = self._numbers().shape[1], share.to(whole.dtype)
+        # Links first, [B, E, H, ...], which are what is summed.
+        rows = grouped(whole[:, patch].permute(1, 2, 0, 3) * share[:, :, None, None], token, n)
+        columns = rows.gather(3, patch[:, None, None, :].expand(-1, n, whole.shape[0], -1)).permute(0, 3, 2, 1)
+        mean = grouped(columns * share[:, :, None, None], token, n).permute(0, 2, 3, 1)
         either = (joined.unsqueeze(2) | joined.unsqueeze(1)).unsqueeze(1)
         return torch.where(either, mean, bias)
 
@@ -121,9 +119,9 @@ class Positions(Brief):
             return rows_alone
         patch, token, share = self.links
         mine = share * (index < 0).gather(1, token)  # links of tokens that are one patch would count it twice
-        rows = table[:, patch].transpose(0, 1) * mine[:, None, :, None].to(table.dtype)
-        at = token[:, None, :, None].expand(-1, table.shape[0], -1, table.shape[2])
-        return rows_alone.masked_fill((index < 0)[:, None, :, None], 0).scatter_add(2, at, rows)
+        rows = table[:, patch].permute(1, 2, 0, 3) * mine[:, :, None, None].to(table.dtype)
+        several = grouped(rows, token, index.shape[1]).transpose(1, 2)
+        return rows_alone.masked_fill((index < 0)[:, None, :, None], 0) + several
 
     def _numbers(self) -> Tensor:
         """Each token's row in a bias over prefix and patches, [B, prefix + n]; 0 for tokens of several patches."""

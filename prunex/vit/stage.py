@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunex.brief import Brief, brief
 from prunex.errors import PrunexError
+from prunex.vit.sums import grouped
 
 
 @dataclass(eq=False, repr=False)
@@ -123,8 +124,4 @@ class Stage(Brief):
 
     def _sums(self, values: Tensor) -> Tensor:
         """Sums over each group's members, [B, n_out]; values are shaped as ``group``."""
-        # What was removed goes to a slot behind the last, which is cut off.
-        group = self.group.masked_fill(self.group < 0, self.n_out).flatten(1)
-        # Not len(): that would fix an exported graph to the batch of its example.
-        room = values.new_zeros(values.shape[0], self.n_out + 1)
-        return room.scatter_add(1, group, values.flatten(1))[:, : self.n_out]
+        return grouped(values.flatten(1), self.group.flatten(1), self.n_out)

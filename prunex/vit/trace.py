@@ -12,6 +12,7 @@ from torch import Tensor
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.stage import Stage as Stage
+from prunex.vit.sums import grouped
 
 
 @dataclass(eq=False, repr=False)
@@ -102,10 +103,8 @@ class TokenTrace(Brief):
         whole = torch.eye(self.grid[0] * self.grid[1], device=self.device).expand(self.batch, -1, -1)
         for s in self._upto(stage):
             group, weight = (t if t.ndim == 3 else t.unsqueeze(-1) for t in (s.group, s.weight))
-            step = weight.new_zeros(*group.shape[:2], s.n_out)
-            if s.n_out:
-                step = step.scatter_add(2, group.clamp(min=0), weight.masked_fill(group < 0, 0))
-            whole = whole.to(step.dtype) @ step
+            step = grouped(weight.flatten(0, 1), group.flatten(0, 1), s.n_out)
+            whole = whole.to(step.dtype) @ step.view(*group.shape[:2], s.n_out)
         return whole
 
     def kept(self, stage: int = -1) -> Tensor:
@@ -130,10 +129,10 @@ class TokenTrace(Brief):
         return any(s.merged for s in self._upto(stage))
 
     def _members(self, where: Tensor) -> Tensor:
-        """Number of patches in each token, [B, tokens], from positions [B, P]."""
-        # Every stage may have added the slot of a fused token.
-        room = torch.zeros(self.batch, where.shape[1] + len(self.stages), dtype=torch.long, device=self.device)
-        return room.scatter_add(1, where.clamp(min=0), (where >= 0).long())
+        """Number of patches in each token, float [B, tokens], from positions [B, P]."""
+        # Every stage may have added the slot of a fused token. Floats: runtimes multiply no matrices of integers.
+        ones = torch.ones(where.shape, device=self.device)
+        return grouped(ones, where, where.shape[1] + len(self.stages))
 
     def left(self, stage: int = -1) -> Tensor:
         """Number of tokens that hold patches after a stage, -1 the last: int64 [B]."""

@@ -31,6 +31,7 @@ from prunex.metrics.agreement import (
 )
 from prunex.metrics.base import MeanOverImages
 from prunex.metrics.bootstrap import Interval, bootstrap, bootstrap_ratios, compare
+from prunex.metrics.complexity import Complexity, Sparseness, complexity, sparseness
 from prunex.metrics.curves import (
     AOPC,
     SRG,
@@ -50,12 +51,16 @@ from prunex.metrics.curves import (
     sufficiency,
 )
 from prunex.metrics.faithfulness import (
+    ROAD,
+    Completeness,
     FaithfulnessCorrelation,
     Infidelity,
     SaCo,
     SensitivityN,
+    completeness,
     faithfulness_correlation,
     infidelity,
+    road,
     saco,
     sensitivity_n,
 )
@@ -96,18 +101,20 @@ from prunex.metrics.scoring import Measure, by_chance, interval, measures, score
 from prunex.vit.cost import BlockCost, Cost, cost
 
 __all__ = [
-    "AOPC", "Agreement", "BatchOrder", "BlockCost", "Comprehensiveness", "CorrectedOverlap", "Cost", "Curves",
-    "Deletion", "DepthCorrelation", "EnergyInMask", "EqualAreaIoU", "FaithfulnessCorrelation", "ForegroundAUC",
-    "ForegroundF1", "Infidelity", "Insertion", "Interval", "KeptAUC", "LogOdds", "MassEfficiency", "MassKept",
-    "MaxSensitivity", "MeanAP", "MeanIoU", "MeanOverImages", "Measure", "ModelRandomisation", "ObjectShare",
-    "Perturbation", "PerturbationAUC", "PixelAccuracy", "PointingGame", "RankAccuracy", "RankBiasedOverlap",
-    "RankKendall", "RankSpearman", "SRG", "SaCo", "SensitivityN", "SignAgreement", "Sufficiency", "TopKIntersection",
-    "TopKOverlap", "agreement", "aopc", "baselines", "batch_order", "bootstrap", "bootstrap_ratios", "by_chance",
-    "chance", "compare", "comprehensiveness", "corrected_overlap", "cost", "deletion", "depth_correlation",
-    "energy_inside", "equal_area_iou", "faithfulness_correlation", "foreground_auc", "foreground_f1", "infidelity",
-    "insertion", "interval", "keep_scores", "kept_auc", "kept_share", "log_odds", "mass_efficiency", "mass_kept",
-    "max_sensitivity", "mean_ap", "mean_iou", "measures", "model_randomisation", "object_share", "perturbation",
-    "perturbation_auc", "perturbation_maximum", "pixel_accuracy", "pointing_game", "randomised", "rank_accuracy",
-    "rank_biased_chance", "rank_biased_overlap", "rank_kendall", "rank_spearman", "removal_curves", "saco", "scores",
-    "segmentation_counts", "sensitivity_n", "sign_agreement", "srg", "sufficiency", "topk_intersection", "topk_overlap",
+    "AOPC", "Agreement", "BatchOrder", "BlockCost", "Completeness", "Complexity", "Comprehensiveness",
+    "CorrectedOverlap", "Cost", "Curves", "Deletion", "DepthCorrelation", "EnergyInMask", "EqualAreaIoU",
+    "FaithfulnessCorrelation", "ForegroundAUC", "ForegroundF1", "Infidelity", "Insertion", "Interval", "KeptAUC",
+    "LogOdds", "MassEfficiency", "MassKept", "MaxSensitivity", "MeanAP", "MeanIoU", "MeanOverImages", "Measure",
+    "ModelRandomisation", "ObjectShare", "Perturbation", "PerturbationAUC", "PixelAccuracy", "PointingGame", "ROAD",
+    "RankAccuracy", "RankBiasedOverlap", "RankKendall", "RankSpearman", "SRG", "SaCo", "SensitivityN", "SignAgreement",
+    "Sparseness", "Sufficiency", "TopKIntersection", "TopKOverlap", "agreement", "aopc", "baselines", "batch_order",
+    "bootstrap", "bootstrap_ratios", "by_chance", "chance", "compare", "completeness", "complexity",
+    "comprehensiveness", "corrected_overlap", "cost", "deletion", "depth_correlation", "energy_inside",
+    "equal_area_iou", "faithfulness_correlation", "foreground_auc", "foreground_f1", "infidelity", "insertion",
+    "interval", "keep_scores", "kept_auc", "kept_share", "log_odds", "mass_efficiency", "mass_kept", "max_sensitivity",
+    "mean_ap", "mean_iou", "measures", "model_randomisation", "object_share", "perturbation", "perturbation_auc",
+    "perturbation_maximum", "pixel_accuracy", "pointing_game", "randomised", "rank_accuracy", "rank_biased_chance",
+    "rank_biased_overlap", "rank_kendall", "rank_spearman", "removal_curves", "road", "saco", "scores",
+    "segmentation_counts", "sensitivity_n", "sign_agreement", "sparseness", "srg", "sufficiency", "topk_intersection",
+    "topk_overlap",
 ]  # fmt: skip

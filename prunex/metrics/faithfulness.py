@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from prunex.checks import check_choice, check_flag, check_whole
 from prunex.errors import PrunexError
 from prunex.metrics.base import mean_of
+from prunex.metrics.checks import check_steps
+from prunex.metrics.curves import PERCENT, removal_curves
 from prunex.metrics.occlusion import ClassOcclusion
 from prunex.metrics.ranks import TINY, average_ranks, pearson, ranked
 from prunex.registry import register
@@ -34,6 +36,8 @@ ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
 _ANCONA = "Ancona et al., ICLR 2018, arXiv 1711.06104"
 _BHATT = "Bhatt, Weller & Moura, IJCAI 2020, arXiv 2005.00631"
 _YEH = "Yeh et al., NeurIPS 2019, arXiv 1901.09392"
+_RONG = "Rong et al., ICML 2022, arXiv 2202.00449"
+_SUNDARARAJAN = "Sundararajan, Taly & Yan, ICML 2017, arXiv 1703.01365"
 _WU = "Wu et al., CVPR 2024, arXiv 2404.01415"
 
 
@@ -184,6 +188,73 @@ def saco_of(relevance: Tensor, lost: Tensor) -> Tensor:
     return signed.sum(-1) / total.where(total > 0, torch.nan)
 
 
+@register(
+    "metric",
+    "road",
+    _RONG,
+    "eighteen forwards and imputations an image",
+    SCORE_DEFAULTS | {"removal": "impute"},
+)
+def road(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    target: Target = None,
+    *,
+    fractions: Sequence[float] = PERCENT,
+    **options: Unpack[ScoreOptions],
+) -> Tensor:
+    """Remove and debias (ROAD, arXiv 2202.00449), both orders combined: [B]; high is better, 0 for random maps.
+
+    Half of the mean over ``fractions`` q (10 to 90 %) of f(x without its least relevant share q) - f(x without its most
+    relevant share q). What is gone is filled in from round it (``removal`` "impute" where nothing is said, see
+    :func:`prunex.removal.imputing.imputed`), so that the shape of what was taken tells the model little: the paper's
+    debiasing. The paper itself prints the accuracy at each q, most relevant first, which the means over images of
+    :func:`prunex.metrics.removal_curves` with this ``removal`` are for probabilities; the combination is that of its
+    users.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2)
+    >>> road(model, torch.randn(1, 3, 224, 224), torch.ones(1, 14, 14), removal="drop").shape
+    torch.Size([1])
+    """
+    options = {"removal": "impute", **options}
+    curves = removal_curves(model, images, maps, target, steps=fractions, orders=("without", "least"), **options)
+    return (torch.as_tensor(curves.least) - torch.as_tensor(curves.without)).mean(1) / 2
+
+
+@register("metric", "completeness", _SUNDARARAJAN, "one forward an image", SCORE_DEFAULTS | {"output": "logit"})
+def completeness(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    target: Target = None,
+    **options: Unpack[ScoreOptions],
+) -> Tensor:
+    """How far a map is from adding up to what it explains (arXiv 1703.01365, Prop. 1): [B] from 0 on; low is better.
+
+    |sum of the map - (f(x) - f(nothing))| / |f(x) - f(nothing)|, ``output`` "logit" where nothing is said; NaN where
+    the two are the same. 0 is asked of maps that claim to share the score out, such as Shapley values of the same
+    ``removal`` ("drop"); a map of zeros scores 1, and a random one whatever its scale makes it. Maps in pixels count
+    with the sum of their pixels.
+
+    >>> import prunex, timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=2).eval()
+    >>> images = torch.randn(1, 3, 64, 64)
+    >>> e = prunex.explain("shap", model, images, budget=32, output="logit")
+    >>> completeness(model, images, e.maps, e.target).item() < 1e-3
+    True
+    """
+    options = {"output": "logit", **options}
+    occlusion = ClassOcclusion(model, images, maps, target, **options)
+    batch = len(occlusion.values)
+    nothing = torch.ones(batch, occlusion.patches, dtype=torch.bool, device=occlusion.values.device)
+    after = occlusion.of_sets(torch.arange(batch, device=nothing.device), nothing)
+    due = occlusion.lost(after[:, None])[:, 0]
+    residual = (occlusion.maps.double().flatten(1).sum(1) - due).abs()
+    return occlusion.hide(residual / due.abs().where(due != 0, torch.nan))
+
+
 def logarithmic_sizes(patches: int, count: int = 10) -> tuple[int, ...]:
     """Sizes from 1 to 0.8 P, evenly spaced on a logarithmic scale, each once.
 
@@ -226,3 +297,5 @@ SensitivityN = mean_of("SensitivityN", sensitivity_n)
 FaithfulnessCorrelation = mean_of("FaithfulnessCorrelation", faithfulness_correlation)
 Infidelity = mean_of("Infidelity", infidelity, higher_is_better=False)
 SaCo = mean_of("SaCo", saco)
+ROAD = mean_of("ROAD", road, fractions=check_steps)
+Completeness = mean_of("Completeness", completeness, higher_is_better=False)

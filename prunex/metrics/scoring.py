@@ -31,7 +31,7 @@ from prunex.vit.embedding import over_pixels
 from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.units import Backbone
 
-GROUPS = ("faithfulness", "localisation", "agreement", "robustness")
+GROUPS = ("faithfulness", "localisation", "agreement", "robustness", "complexity")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Measure:
 
     name: str  # as it is asked for; the function's in ``prunex.metrics``, perturbation by its order
     group: str  # one of GROUPS
-    kind: str  # "positive", "negative" (perturbation), "curves", "mask", "counts", "kept", or the name
+    kind: str  # "positive", "negative" (perturbation), "curves", "mask", "counts", "kept", "map", or the name
     higher: bool = True  # whether more is better
     usual: bool = True  # whether it is taken when all are asked for
 
@@ -59,8 +59,9 @@ _KEPT = (
     *("corrected_overlap", "kept_auc", "mass_kept", "equal_area_iou"),
     *("topk_overlap", "mass_efficiency", "sign_agreement"),
 )
-_MODEL = ("saco", "faithfulness_correlation", "sensitivity_n", "infidelity")
-_LOW = ("deletion", "log_odds", "sufficiency", "infidelity")
+_MODEL = ("saco", "faithfulness_correlation", "sensitivity_n", "infidelity", "road", "completeness")
+_MAP = ("sparseness", "complexity")
+_LOW = ("deletion", "log_odds", "sufficiency", "infidelity", "completeness", "complexity")
 _USUAL = (
     *("deletion", "insertion", "aopc", "log_odds", "comprehensiveness", "sufficiency"),
     *("energy_inside", "pointing_game", "rank_accuracy", "mean_ap", "pixel_accuracy", "mean_iou"),
@@ -83,6 +84,7 @@ MEASURES: dict[str, Measure] = {
         *_of(_COUNTS, "localisation", "counts"),
         *_of(_KEPT, "agreement", "kept"),
         Measure("max_sensitivity", "robustness", "max_sensitivity", higher=False, usual=False),
+        *_of(_MAP, "complexity", "map"),
     ]
 }
 
@@ -205,6 +207,7 @@ def scores(
             chosen_route = {} if removal is None else {"removal": removal}
             sampled = _each([name], model, images, maps, target, **chosen_route, **game)[name]
             values[name] = sampled if sampled.ndim == 1 else sampled.nanmean(1)
+    values |= _each(names.get("map", ()), maps)
     explainer = evidence.get("explainer")
     if explainer is not None and "max_sensitivity" in names:
         options = dict(evidence.get("options") or {})

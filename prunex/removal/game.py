@@ -4,8 +4,8 @@ Prefix tokens are always there. A patch that is absent is gone before the first 
 results: *drop* takes its token out, so that the cost falls with the number of patches; *mask* keeps all slots and hides
 absent ones from every query of every block, so that coalitions of any size share a batch (Covert, Kim, Lee, arXiv
 2206.05282). The other routes paint pixels: *black* is 0 before normalisation, *grey* 0 after it (the mean colour of the
-data), *mean* the image's own mean colour, *blur* the image under a Gaussian. Numbers of different routes are not
-interchangeable.
+data), *mean* the image's own mean colour, *blur* the image under a Gaussian, *impute* what the pixels round it suggest
+(see :mod:`prunex.removal.imputing`). Numbers of different routes are not interchangeable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
-from prunex.removal.painting import PAINTS, normalisation, substrate
+from prunex.removal.painting import PAINTS, normalisation, painter
 from prunex.vit.anatomy import ViT
 from prunex.vit.decisions import Decided
 from prunex.vit.embedding import embed
@@ -32,7 +32,7 @@ from prunex.vit.replay import Absent, Replay, ReplayAmong
 from prunex.vit.tape import Tape
 from prunex.vit.turns import Pruner
 
-Route = Literal["drop", "black", "grey", "mean", "blur"]
+Route = Literal["drop", "black", "grey", "mean", "blur", "impute"]
 Selection = Literal["free", "frozen"]
 Output = Literal["probability", "logit", "log_odds"]
 TOKENS = ("drop", "mask")
@@ -61,7 +61,7 @@ class RemovalOptions(GameOptions, total=False):
     """:class:`GameOptions`, and how parts of images are taken away.
 
     Attributes:
-        removal: "drop" (tokens leave), or paint: "black", "grey", "mean", "blur".
+        removal: "drop" (tokens leave), or paint: "black", "grey", "mean", "blur", "impute".
     """
 
     removal: Route
@@ -152,7 +152,7 @@ class Removal:
         """Make what pixels are painted with, and know what a pruner decided on the clean images."""
         scale = normalisation(self.model, mean, std) if self.removal == "black" else (None, None)
         # Painted images are embedded as they are made; one clean image is enough to know sizes by.
-        self.images, self.substrate = images, substrate(images, self.removal, *scale)
+        self.images, self.painter = images, painter(images, self.removal, *scale)
         self.tokens, self.grid = embed(self.model, images[:1])
         self.masked, self.replayed = False, selection == "frozen" and bool(own_pruners(self.model))
         if self.replayed:
@@ -197,8 +197,7 @@ class Removal:
     def _logits(self, image: Tensor, present: Tensor) -> Tensor:
         """One forward of R sequences: [R, classes] for present bool [R, P], of equal sizes where tokens leave."""
         if self.painted:
-            pictures = torch.where(self._pixels(present), self.images[image], self.substrate[image])
-            return self._logits_of(pictures, image)
+            return self._logits_of(self.painter(image, self._pixels(present)), image)
         if self.removal == "mask":
             return masked(self.model, self.tokens[image], self.grid, present, self.decisions, image)
         prefix, count = self.anatomy.prefix, int(present[0].sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,21 @@ from torch import Tensor
 
 from prunex.attributes import numbers_of
 from prunex.errors import PrunexError
+from prunex.removal.imputing import imputed
 from prunex.vit.anatomy import channels_of
 
-PAINTS = ("black", "grey", "mean", "blur")
+PAINTS = ("black", "grey", "mean", "blur", "impute")
 KERNEL, SIGMA = 11, 5.0  # of the blur, as RISE has them
+
+
+def painter(
+    images: Tensor, removal: str, mean: Tensor | None = None, std: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of which images, int64 [R], and their pixels present, bool [R, 1, H, W], to pictures [R, C, H, W]."""
+    if removal == "impute":
+        return lambda image, present: imputed(images[image], present)
+    colours = substrate(images, removal, mean, std)
+    return lambda image, present: torch.where(present, images[image], colours[image])
 
 
 def substrate(images: Tensor, removal: str, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:

@@ -21,9 +21,10 @@ from prunex.spelling import SHOWN, read_target
 METRICS = (
     *("perturbation_positive", "perturbation_negative", "deletion", "insertion", "aopc", "log_odds"),
     *("comprehensiveness", "sufficiency", "srg", "saco", "faithfulness_correlation", "sensitivity_n", "infidelity"),
+    *("road", "completeness"),
     *("energy_inside", "pointing_game", "rank_accuracy", "mean_ap", "foreground_auc", "foreground_f1"),
     *("pixel_accuracy", "mean_iou", "corrected_overlap", "kept_auc", "mass_kept", "equal_area_iou", "topk_overlap"),
-    *("mass_efficiency", "sign_agreement", "max_sensitivity"),
+    *("mass_efficiency", "sign_agreement", "max_sensitivity", "sparseness", "complexity"),
 )
 RANDOM = "random"  # the row of random maps, which is always in a table of scores
 

@@ -21,6 +21,7 @@ LEFT = {  # how patches leave, in words
     "grey": "patches painted grey",
     "mean": "patches painted in the mean colour",
     "blur": "patches blurred",
+    "impute": "patches filled in from round them",
 }
 _PROBABILITY = ("deletion", "insertion", "aopc", "comprehensiveness", "sufficiency", "srg")
 _CORRELATION = ("faithfulness_correlation", "sensitivity_n")
@@ -31,7 +32,10 @@ UNITS = {
     **dict.fromkeys(_CORRELATION, "correlation"),
     **dict.fromkeys(("kept_auc", "foreground_auc"), "AUC"),
     **dict.fromkeys(("corrected_overlap", "mass_efficiency"), "up to 1"),
-    "log_odds": "nats",
+    **dict.fromkeys(("log_odds", "complexity"), "nats"),
+    "road": "probability, half",
+    "completeness": "relative",
+    "sparseness": "Gini",
     "infidelity": "squared",
     "saco": "-1..1",
     "max_sensitivity": "relative",

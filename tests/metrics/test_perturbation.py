@@ -276,7 +276,7 @@ def test_flags_and_caller_are_left_as_found():
     ("change", "match"),
     [
         ({"order": "posive"}, "unknown order 'posive': did you mean 'positive'"),
-        ({"removal": "white"}, "unknown removal 'white'.*black, blur, drop, grey, mean"),
+        ({"removal": "white"}, "unknown removal 'white'.*black, blur, drop, grey, impute, mean"),
         ({"selection": "adaptive"}, "unknown selection 'adaptive'.*free, frozen"),
         ({"steps": (0.1, 0.2)}, "begin with 0"),
         ({"steps": (0, 0.2, 0.2)}, "rising fractions"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +20,10 @@ from prunex.callbacks.token_pruning import TokenPruning
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.handles.units import UnitPruning
+from prunex.handles.units import UnitPruning, schedule_done
 from prunex.units.base import UnitPruner
+from prunex.units.batches import entering
+from prunex.units.correction import Cut, check_biases, check_correct, make_up, note
 from prunex.units.xpruner import XPruner
 from prunex.vit.surroundings import check_own_classes
 
@@ -58,15 +60,18 @@ class MaskPruning(Participant):
         options: Further options of the method, such as ``{"round_to": 8}``.
         mask_lr: Adam's learning rate for the masks.
         threshold_lr: Adam's learning rate for the thresholds.
-        images: Images that the other criteria look at.
+        images: Images that the other criteria, and a correction, look at.
         remove: Whether units leave during training; False keeps hard gates to the end.
+        correct: Let the other weights make up for closed units at the moment at which these are chosen: "bias", or
+            "refit" (True), see :func:`prunex.slim`. It looks at ``images`` of the first training batches, as they enter
+            the ViT.
         model: Dotted path of the ViT in the module, when it holds several.
 
     Raises:
         PrunexError: At once for numbers out of range or fractions that leave nothing for fine-tuning; in ``setup`` for
             an unknown option, a budget out of reach, no ViT or several, manual optimisation or
-            "16-mixed" precision with ``xpruner``; when training starts without an end, or with an optimiser whose
-            memory cannot be cut.
+            "16-mixed" precision with ``xpruner``; when training starts without an end, with an optimiser whose
+            memory cannot be cut, or with layers that no correction can be written to (adapted, or without a bias).
 
     >>> from prunex.callbacks import MaskPruning
     >>> MaskPruning("xpruner", budget=0.5, options={"round_to": 8}).budget
@@ -91,6 +96,7 @@ class MaskPruning(Participant):
         images: int = 512,
         remove: bool = True,
         model: str | None = None,
+        correct: bool | str | None = None,
     ) -> None:
         super().__init__()
         registered = prunex.registry.lookup("pruner", method)
@@ -117,6 +123,7 @@ class MaskPruning(Participant):
         self.images = check_whole("images", images, 1)
         self.remove = check_flag("remove", remove)
         self.model = model
+        self.correct = check_correct(correct)
         self._learns = bool(make.trains)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._saved: dict[str, Any] = {}  # their states in a checkpoint, until they are there
@@ -160,6 +167,9 @@ class MaskPruning(Participant):
         if not self._stays and not self.pruning.removed:
             self.pruning.check_removable(trainer.optimizers)
             self._copies = Copies(trainer, pl_module, self.pruning.model)
+        if self.correct is not None and not self.pruning.decided:
+            self.pruning.check_removable()  # what cannot be cut cannot be written to either
+            check_biases(self.pruning.model, self.pruning.pruner.branches, self.correct)
         pruner = self._xpruner
         if pruner is not None:
             check_own_classes(pl_module, self.pruning.model, self.method, pruner.classes)
@@ -196,7 +206,10 @@ class MaskPruning(Participant):
                 pruner.stage = "thresholds"
                 pruning.budget()
             if pruner.stage == "thresholds" and done >= self.masks + self.thresholds:
+                searched = pruner.passed()
                 pruning.conclude()
+                if self.correct is not None:
+                    self._calibrate_once(trainer, lambda: self._make_up(trainer, module, searched))
             self._rest(trainer, pruner.stage == "masks")
         if pruning.decided and not before:
             branches = pruning.pruner.branches
@@ -207,11 +220,30 @@ class MaskPruning(Participant):
 
     def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
         """Score the units, on the first training batches where the criterion looks at images."""
-        if self.pruning.pruner.needs not in LOOKING:
+        pruner = self.pruning.pruner
+        dense = {b.key: pruner.open(b.key).clone() for b in pruner.branches}
+        if pruner.needs not in LOOKING:
             self.pruning.calibrate()
+        else:
+            with training_batches(trainer, module, self.pruning.model) as batches:
+                self.pruning.calibrate(_first(batches, self.images), module, entered=True)
+        self._make_up(trainer, module, dense)
+
+    def _make_up(self, trainer: Trainer, module: LightningModule, before: Mapping[str, Tensor]) -> None:
+        """Correct the weights for units that were open before, bool [units] by branch, and are closed now."""
+        if self.correct is None:
             return
-        with training_batches(trainer, module, self.pruning.model) as batches:
-            self.pruning.calibrate(_first(batches, self.images), module, entered=True)
+        model, pruner = self.pruning.model, self.pruning.pruner
+        chosen = {b.key: pruner.open(b.key).clone() for b in pruner.branches}
+        cuts = [Cut(b, chosen[b.key].cpu(), (before[b.key] & ~chosen[b.key]).cpu()) for b in pruner.branches]
+        with (
+            training_batches(trainer, module, model) as batches,
+            schedule_done(model),
+            pruner.reopened(before),
+        ):
+            done = make_up(model, cuts, entering(_first(batches, self.images), model), self.correct)
+        note(model, done)
+        rank_zero_info(f"prunex: {done.summary()}\n{done.table()}")
 
     def _take_out(self, trainer: Trainer) -> None:
         """Remove the closed units, unless something would not follow that was not there when training began."""
@@ -329,13 +361,11 @@ def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
         pruner.updates.copy_(before + added)
 
 
-def _first(batches: Iterable[Parts], count: int) -> list[tuple[Tensor, Tensor] | Tensor]:
+def _first(batches: Iterable[Parts], count: int) -> Iterator[tuple[Tensor, Tensor] | Tensor]:
     """The first images of some batches, with labels where there are any."""
-    taken: list[tuple[Tensor, Tensor] | Tensor] = []
     for fields in batches:
         images, labels = fields["images"][:count], fields.truth("calibration", "the training batch")
-        taken.append(images if labels is None else (images, labels[:count]))
+        yield images if labels is None else (images, labels[:count])
         count -= len(images)
         if count <= 0:
             break
-    return taken

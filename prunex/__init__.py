@@ -23,6 +23,7 @@ _PLACES = {
     "WidthSpec": "vit.widths",
     "attach": "attach",
     "attached": "attach",
+    "correction": "units.correction",
     "cost": "vit.cost",
     "explain": "explain",
     "export": "slim",
@@ -63,6 +64,7 @@ if _typing.TYPE_CHECKING:
     from prunex.sources.pretrained import load_pretrained as load_pretrained
     from prunex.slim.files import load as load, save as save
     from prunex.slim.slim import slim as slim
+    from prunex.units.correction import correction as correction
     from prunex.vit.cost import Cost as Cost, cost as cost
     from prunex.vit.widths import WidthSpec as WidthSpec
     from prunex import callbacks as callbacks, configs as configs, explainers as explainers, heads as heads

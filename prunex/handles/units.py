@@ -48,6 +48,7 @@ class Gated(nn.Module):
         self.labels: Tensor | None = None
         self.more: list[Callable[[Tensor, Tensor], Mapping[str, Tensor]]] = []
         self.ran = False  # set by every forward, for whoever wants to know whether one came
+        self.trained = False  # set by every training forward in which closed units took no part any more
         self.register_load_state_dict_pre_hook(drop_mark)
 
     @property
@@ -59,6 +60,7 @@ class Gated(nn.Module):
     def gate(self, key: str, batch: int) -> Tensor | None:
         """What the layer behind a branch's units shall have its input multiplied by; refuses labels of other images."""
         self.ran = True
+        self.trained = self.trained or (self.training and self.pruner.left(key) is not None)
         factors = self.pruner.gate(key, self.labels)
         if factors is not None and factors.ndim == 2 and len(factors) != batch:
             raise PrunexError(f"labelled(...) was given {len(factors)} labels for {batch} images: give one an image")
@@ -190,7 +192,7 @@ class UnitPruning(Handle):
         multiply-adds that all units together may cost; a budget out of reach is refused.
         """
         pruner = self.pruner
-        with _schedule_done(self.model):
+        with schedule_done(self.model):
             if not self.removed:
                 check_gates(self.model)
                 pruner.price(unit_branches(self.model))
@@ -303,7 +305,7 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
 
 
 @contextmanager
-def _schedule_done(model: nn.Module) -> Iterator[None]:
+def schedule_done(model: nn.Module) -> Iterator[None]:
     """The token pruner's rates as they are when its schedule has ended."""
     attached: Any = mounted(model)
     if attached is None:

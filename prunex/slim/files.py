@@ -27,6 +27,7 @@ from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
 from prunex.slim.slim import mark_slim, slim_of
+from prunex.units.correction import Correction, correction, note
 from prunex.untrusted import read_json, read_tensors
 from prunex.version import __version__
 from prunex.vit.anatomy import find, read
@@ -207,6 +208,8 @@ def load(folder: str | Path) -> nn.Module:
             holder.load_state_dict(held, assign=True)
     vit.pretrained_cfg = dict(config.get("pretrained_cfg", {}))
     vit.label_names = [readable(name) for name in config.get("label_names") or []]
+    if ours.get("correction") is not None:
+        note(vit, _corrected(ours["correction"]))
     mark_slim(vit)
     return vit
 
@@ -281,6 +284,14 @@ def _put_head(vit: Any, spec: Mapping[str, Any]) -> None:
         raise PrunexError(f"cannot attach {name} as described ({type(error).__name__} {error})") from error
 
 
+def _corrected(values: Any) -> Correction:
+    """The described correction."""
+    try:
+        return Correction.read(values)
+    except PrunexError as error:
+        raise PrunexError(f"{CONFIG} is damaged: its correction entry cannot be read; save the model again") from error
+
+
 def _versions() -> dict[str, str]:
     return {"prunex": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
@@ -303,7 +314,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
         _described(pruning)
     head = Head(vit).spec if mounted_head(vit) is not None else None
     count = cost(vit)
-    names = class_names(vit, anatomy.classes, labels)
+    names, done = class_names(vit, anatomy.classes, labels), correction(vit)
     config = {
         "architecture": architecture(vit) or _NEAREST.get(model["class"], "vit_small_patch16_224"),
         "num_classes": anatomy.classes,
@@ -318,6 +329,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
             "model_sha256": _digest(model),
             "pruning": pruning,
             **({"head": head} if head is not None else {}),
+            **({"correction": done.plain()} if done is not None else {}),
             "macs": count.macs,
             "params": count.params,
             "tokens_per_block": count.tokens,
@@ -370,6 +382,8 @@ def _card(config: Mapping[str, Any]) -> str:
         after = (
             "\npruning = prunex.attached(model)  # after a forward pruning.trace.kept() says which patches were used"
         )
+    done = ours.get("correction")
+    corrected = "" if done is None else f"\n| corrected | {_corrected(done).summary()} |"
     head = ours.get("head")
     head_row = "" if head is None else f"\n| head | {', '.join(f'{k}={v}' for k, v in head.items())} |"
     if head is not None:
@@ -384,7 +398,7 @@ tags: [image-classification, vision-transformer, token-pruning]
 |---|---|
 | input | {size}, mean {cfg.get("mean", "not recorded")}, std {cfg.get("std", "not recorded")} |
 | classes | {config["num_classes"]} |
-| pruning | {options} |{head_row}
+| pruning | {options} |{head_row}{corrected}
 | multiply-adds an image | {ours["macs"] / 1e9:.3f} G |
 | parameters | {ours["params"] / 1e6:.2f} M |
 | tokens in each block | {", ".join(map(str, ours["tokens_per_block"]))} |

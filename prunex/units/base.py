@@ -96,6 +96,20 @@ class UnitPruner(nn.Module):
         finally:
             self._left = left
 
+    @contextmanager
+    def reopened(self, units: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let these units through, too, for a while: bool [units] by branch."""
+        chosen = {b.key: self.open(b.key).clone() for b in self.branches}
+        try:
+            for key, more in units.items():
+                self.open(key).logical_or_(more)
+            self.refresh()
+            yield
+        finally:
+            for key, open_ in chosen.items():
+                self.open(key).copy_(open_)
+            self.refresh()
+
     def open(self, key: str) -> Tensor:
         """Which units of a branch are kept: bool [units]."""
         return self.get_buffer(slot("open", key))

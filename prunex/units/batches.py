@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +54,24 @@ def labelled_batches(source: Any, model: Any, truth: bool = False) -> Iterator[B
         yield _graphable(images.detach().to(weight.device, weight.dtype)), labels
     if seen == 0:
         raise PrunexError("calibration got no images: give a loader with at least one")
+
+
+def entering(source: Any, model: Any, module: nn.Module | None = None) -> Iterator[Tensor]:
+    """Batches of images alone, checked, as they enter the model, on its device and in its dtype; one at a time.
+
+    ``module``: what the source's images are for, where that calls the model and may prepare them.
+    """
+    weight, seen = next(model.parameters()), 0
+    for batch in _batches(source):
+        images = parts(batch).need("images", "correction")
+        if module is not None:
+            with as_found(module, train=False):
+                images = follow(module, model, images, "correction", named=True).entered
+        _check_images(model, images)
+        seen += len(images)
+        yield images.detach().to(weight.device, weight.dtype)
+    if seen == 0:
+        raise PrunexError("correction got no images: give a loader with at least one")
 
 
 def as_they_enter(source: Any, module: nn.Module, model: Any) -> tuple[Any, list[Any]]:
@@ -114,26 +132,30 @@ def _check_images(model: Any, images: Tensor) -> None:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, graph: bool = True) -> Iterator[None]:
     """Look at a model in eval mode and full view of autograd, outside autocast; give all back as it was.
 
     Train flags, grad mode and random state (a shuffling loader draws from it), and what the token pruner's last forward
-    left. Nothing is accumulated into ``.grad`` as long as only activations are differentiated.
+    left. Nothing is accumulated into ``.grad`` as long as only activations are differentiated. Without a ``graph``
+    nothing is, and tokens leave as they do in any evaluation.
     """
-    check_made_outside(model, "score units by magnitude or random")
+    if graph:
+        check_made_outside(model, "score units by magnitude or random")
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     tokens: Any = mounted(model)
     names = ("trace", "masked")
     left = {} if tokens is None else {n: getattr(tokens, n) for n in names}
-    if tokens is not None and tokens.pruner.count == "adaptive":
+    if tokens is not None and not graph:
+        tokens.masked = None
+    elif tokens is not None and tokens.pruner.count == "adaptive":
         tokens.masked = True  # images of different lengths would be packed into one sequence, and are told apart here
     try:
         with (
             torch.random.fork_rng(devices),
             as_found(model, train=False),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.inference_mode(False) if graph else nullcontext(),
+            torch.set_grad_enabled(graph),
             torch.autocast(weight.device.type, enabled=False),
         ):
             yield

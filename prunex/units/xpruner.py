@@ -211,17 +211,17 @@ class XPruner(UnitPruner):
             return super().left(key)
         if self.stage == "masks" or self.training:
             return None
-        kept = self._passed()[key]
+        kept = self.passed()[key]
         return None if bool(kept.all()) else tuple(kept.nonzero().flatten().tolist())
 
-    def _passed(self) -> dict[str, Tensor]:
+    def passed(self) -> dict[str, Tensor]:
         """The units whose hard gates are open while thresholds are learned, by branch: bool [units]."""
         with torch.no_grad():
             return {b.key: self.hard(b) > 0 for b in self.branches}
 
     def present(self) -> WidthSpec:
         """As the hard gates have them while thresholds are learned."""
-        return self._spec(self._passed()) if self.stage == "thresholds" else super().present()
+        return self._spec(self.passed()) if self.stage == "thresholds" else super().present()
 
     def saw(self, labels: Tensor) -> None:
         """Count the classes that a training step of the masks has seen."""
@@ -238,7 +238,7 @@ class XPruner(UnitPruner):
         """As the hard gates have them while thresholds are learned."""
         if self.stage != "thresholds":
             return super().closed()
-        return {key: len(kept) - int(kept.sum()) for key, kept in self._passed().items()}
+        return {key: len(kept) - int(kept.sum()) for key, kept in self.passed().items()}
 
     def _number(self, branch: Branch) -> int:
         return next(i for i, b in enumerate(self.branches) if b.key == branch.key)
@@ -319,7 +319,7 @@ class XPruner(UnitPruner):
             rows = self.mask(b).detach().abs()[self.groups]
             tables[b.kind][b.block] = rows.view(len(rows), b.units, b.width).mean(2).cpu()
         searching = self.stage == "thresholds"
-        kept = self._passed() if searching else {b.key: self.open(b.key) for b in self.branches}
+        kept = self.passed() if searching else {b.key: self.open(b.key) for b in self.branches}
         kept = {key: units.cpu() for key, units in kept.items()}
         return UnitRelevance(tables["heads"], tables["channels"], kept, self.updates.cpu())
 

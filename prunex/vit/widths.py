@@ -152,15 +152,20 @@ def narrow(
         raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
     left, spec = widths_of(model), _tuples(spec)
     shape = dense_shape(model) or shape_of(model)
-    places, optimizers = _Places(model, spec, left).spec(), list(optimizers)
-    check_cuts(model, places)
+    kept, optimizers = places(model, spec), list(optimizers)
+    check_cuts(model, kept)
     check_followed(optimizers)
     with whole_or_not(model, optimizers):
-        follow(optimizers, cut(model, places))
+        follow(optimizers, cut(model, kept))
     if remember:
         model.__dict__["prunex_widths"] = _joined(left, spec, shape)
         model.__dict__["prunex_dense"] = shape
     return model
+
+
+def places(model: nn.Module, spec: WidthSpec) -> WidthSpec:
+    """A spec of the dense model's numbers in those that a model, narrowed or not, has now; refused as by narrow."""
+    return _Places(model, _tuples(spec), widths_of(model)).spec()
 
 
 def _tuples(spec: Any) -> WidthSpec:

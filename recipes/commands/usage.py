@@ -41,7 +41,7 @@ what the config's callbacks do
   --pruning.budget X            or share of the dense multiply-adds, or 2.9GMACs
   --pruning.stages [I, J, K]
   --pruning.options.NAME X      an option of the method
-  --masks.budget X              MaskPruning: heads and MLP channels; also --masks.method
+  --masks.budget X              MaskPruning: heads and MLP channels; also --masks.method, --masks.correct
   --slim.folder DIR             SlimExport: DIR/slim; also --slim.formats [onnx]
   --relevancy.methods [NAME]    RelevancyMonitor; also --kept.*, --units.*, --faithfulness.*, --guidance.*
   --head.method NAME            ExplainableHead: its options as --head.options.NAME; --evidence.* are HeadMonitor's

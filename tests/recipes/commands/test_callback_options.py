@@ -51,6 +51,7 @@ def put(tmp_path):
         ("TokenPruning", ["--pruning.options.fuse", "false"], {"options": {"fuse": False}}),
         ("TokenPruning", ["--pruning.method=topk", "--pruning.backbone_lr_scale=1e-2"], {"backbone_lr_scale": 0.01}),
         ("MaskPruning", ["--masks.budget", "2.4GMACs"], {"budget": "2.4GMACs", "method": "taylor"}),
+        ("MaskPruning", ["--masks.correct", "refit"], {"correct": "refit", "method": "taylor"}),
         ("SlimExport", ["--slim.formats=[onnx]", "--slim.folder", "out"], {"formats": ["onnx"], "folder": "out"}),
         ("EarlyStopping", ["--EarlyStopping.min_delta", "1e-4"], {"min_delta": 0.0001, "monitor": "val_loss"}),
         ("Interrupt", ["--Interrupt.anything", "3"], {"anything": 3}),  # nothing is imported to know better

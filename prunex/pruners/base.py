@@ -55,6 +55,7 @@ class TokenPruner(nn.Module):
 
     name = ""
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
+    freezes_model = False  # whether it learns while the model's weights stay as they are
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
     # What its choice depends on: each image; the calibration alone, so that all images keep the same positions; or
     # the slots that tokens lie in, so that absent patches must keep theirs.
@@ -170,13 +171,24 @@ def calibration_images(source: Any, limit: int | None = None) -> list[Tensor]:
     return taken
 
 
-def top(score: Tensor, k: int, present: Tensor | None) -> Tensor:
-    """Positions of the k best tokens that are there, in rising order: int64 [B, k]; of equal ones the first."""
+def ranked(score: Tensor, k: int, present: Tensor | None) -> Tensor:
+    """Positions of the k best tokens that are there, the best first: int64 [B, k]; of equal ones the first."""
     if present is not None:
         score = score.masked_fill(present <= 0, float("-inf"))
     if torch.compiler.is_exporting():  # ONNX has no stable sort; its TopK breaks ties so too
-        return score.topk(k, dim=1, sorted=False).indices.sort(1).values
-    return score.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+        return score.topk(k, dim=1).indices
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def top(score: Tensor, k: int, present: Tensor | None) -> Tensor:
+    """Positions of the k best tokens that are there, in rising order: int64 [B, k]; of equal ones the first."""
+    return ranked(score, k, present).sort(1).values
+
+
+def row_macs(anatomy: Anatomy, entering: int, inner: int) -> int:
+    """Multiply-adds of the rows that rank patches: one of the class token, without it one a pooled token."""
+    asking = 1 if anatomy.rankers else entering + anatomy.prefix * anatomy.pool_prefix
+    return asking * (entering + anatomy.prefix) * inner
 
 
 def ceil_share(rate: float, n: int) -> int:

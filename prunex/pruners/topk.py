@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 
 from prunex.pruners.adaptive import Adaptive, AdaptiveOptions, reaching
-from prunex.pruners.base import ceil_share, top
+from prunex.pruners.base import ceil_share, row_macs, top
 from prunex.pruners.schedules import Schedule
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
@@ -98,7 +98,4 @@ class TopK(Adaptive):
 
     def macs(self, entering: int, inner: int = 0) -> int:
         """The rows that rank (one of the class token; one a pooled token without it), and the fused token."""
-        a = self.anatomy
-        # Models without a class token pay a row for every token that is pooled.
-        asking = 1 if a.rankers else entering + a.prefix * a.pool_prefix
-        return asking * (entering + a.prefix) * inner + self.fuses * entering * a.width
+        return row_macs(self.anatomy, entering, inner) + self.fuses * entering * self.anatomy.width

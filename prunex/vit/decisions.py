@@ -94,12 +94,10 @@ class Mask(Decision):
 
     def apply(self, state: TokenState, block: int) -> Stage:
         """All tokens stay; attention reads those that the policy leaves."""
-        b, n = self.policy.shape
         hard = self.policy.detach() > 0
-        state.masks.append(self.policy)
-        state.ragged = False
-        state.policy = torch.cat([self.policy.new_ones(b, state.anatomy.prefix), self.policy], 1)
-        return Stage(block, _stay(hard), hard.to(self.policy.dtype), n, False, self.score, hard.sum(1))
+        _set_policy(state, self.policy)
+        weight = hard.to(self.policy.dtype)
+        return Stage(block, _stay(hard), weight, hard.shape[1], False, self.score, hard.sum(1), stays=True)
 
     def pick(self, index: Tensor | None) -> Mask:
         """Without its scores."""
@@ -113,14 +111,21 @@ class Mask(Decision):
 
 @dataclass(eq=False, repr=False)
 class Merge(Decision):
-    """Which patch tokens become one, their mean weighted by size. Nobody is lost."""
+    """Which patch tokens become one, their mean weighted by size."""
 
     # int64 [B, n], the token each becomes a part of, 0..count-1: its position afterwards. -1 for slots that hold no
-    # token.
+    # token, and for tokens that leave.
     group: Tensor
     count: int  # number of groups (an upper bound where images differ)
     # whether later attention counts a key as often as its size says: log size is added to its scores
     proportional: bool = True
+    score: Tensor | None = None  # [B, n] or None, what they were ranked by
+    even: bool = False  # whether every token counts once in its group's mean, whatever its size
+    # float [B, n] or None: what each token's size is multiplied by before its group's is their sum, 1 at least
+    worth: Tensor | None = None
+    # In training: a (differentiable) policy [B, n] in 0..1. All tokens stay, groups are named by the slot that their
+    # mean takes, and attention reads those that the policy leaves.
+    policy: Tensor | None = None
 
     def apply(self, state: TokenState, block: int) -> Stage:
         """Groups become tokens 0..count-1; masked, the slots that became free stay behind them."""
@@ -130,25 +135,37 @@ class Merge(Decision):
         if state.sizes is None:
             state.sizes = body.new_ones(b, prefix + n, dtype=torch.promote_types(body.dtype, torch.float32))
         group = self.group if present is None else self.group.masked_fill(present <= 0, -1)
-        size = state.sizes[:, prefix:].masked_fill(group < 0, 0)
-        total = grouped(size, group, self.count)
+        slots = self.count if self.policy is None else n
+        size = (torch.ones_like(group) if self.even else state.sizes[:, prefix:]).to(state.sizes.dtype)
+        size = size.masked_fill(group < 0, 0)
+        if self.worth is not None:
+            worth = torch.cat([self.worth.new_ones(b, prefix), self.worth], 1)
+            state.sizes = state.sizes * worth.to(state.sizes.dtype)
+        total = grouped(size, group, slots)
         share = size / total.gather(1, group.clamp(min=0)).clamp(min=1)
         # Through the arithmetic, so that relevance is led back through the mean.
-        merged = state.ops.merge(share.to(body.dtype), group, self.count, body)
+        merged = state.ops.merge(share.to(body.dtype), group, slots, body)
         state.proportional, state.left = self.proportional, self.count
+        if self.policy is not None:
+            body = torch.where(total.unsqueeze(2) > 0, merged, body)
+            state.tokens = torch.cat([state.tokens[:, :prefix], body], 1)
+            _set_policy(state, self.policy)
+            return Stage(block, group, share, n, score=self.score, counted=self.count, merged=True, stays=True)
         if not state.masked and present is None:
             state.tokens = torch.cat([state.tokens[:, :prefix], merged], 1)
-            return Stage(block, group, share, self.count, counted=self.count, merged=True)
+            return Stage(block, group, share, self.count, score=self.score, counted=self.count, merged=True)
         behind = body[:, self.count :]  # whatever: nobody reads it
         state.tokens = torch.cat([state.tokens[:, :prefix], merged, behind], 1)
         left = (total > 0).to(size.dtype)
         state.policy = torch.cat([left.new_ones(b, prefix), left, left.new_zeros(b, behind.shape[1])], 1)
         counted = self.count if present is None else left.sum(1)
-        return Stage(block, group, share, self.count + behind.shape[1], counted=counted, merged=True)
+        slots += behind.shape[1]
+        return Stage(block, group, share, slots, score=self.score, counted=counted, merged=True)
 
     def pick(self, index: Tensor | None) -> Merge:
-        """Of some images."""
-        return Merge(_pick(self.group, index), self.count, self.proportional)
+        """Of some images, without its scores."""
+        worth = None if self.worth is None else _pick(self.worth, index)
+        return replace(self, group=_pick(self.group, index), worth=worth, score=None)
 
     def among(self, present: Tensor, slots: Slots) -> tuple[list[Decision], Tensor]:
         """A group is the mean of its members that are there; where nobody is, its slot stays empty."""
@@ -158,8 +175,9 @@ class Merge(Decision):
         left = present.new_zeros(present.shape[0], width + 1).scatter(1, group.masked_fill(group < 0, width), True)[
             :, :width
         ]
+        worth = None if self.worth is None else slots.values(self.worth)
         slots.merged(self.group.shape[1], self.count, width)
-        return [Merge(group, self.count, self.proportional)], left
+        return [replace(self, group=group, worth=worth, score=None)], left
 
 
 @dataclass(eq=False, repr=False)
@@ -333,7 +351,8 @@ def apply(answer: Answer, block: int, when: When, state: TokenState, entered: in
         if state.keys is not None and state.keys.factor is not None:
             state.keys = replace(state.keys, factor=stage.push(state.keys.factor, state.anatomy.prefix))
         if state.sizes is not None:
-            state.sizes = stage.total(state.sizes, state.anatomy.prefix)
+            # A size below 1 would have a token count less than one patch, and 0 has no logarithm.
+            state.sizes = stage.total(state.sizes, state.anatomy.prefix).clamp(min=1)
         if state.positions is not None:
             state.positions = state.positions.after(stage)
         state.trace.stages.append(stage)
@@ -384,6 +403,13 @@ def _hide(state: TokenState, kept: Tensor, fuse: Tensor | None, fused_slot: Tens
         kept = torch.cat([kept, fused_slot.to(kept.dtype)], 1)
     state.policy = torch.cat([kept.new_ones(kept.shape[0], state.anatomy.prefix), kept], 1)
     return group, weight
+
+
+def _set_policy(state: TokenState, policy: Tensor) -> None:
+    """Patch tokens go on in their slots as a policy [B, n] says."""
+    state.masks.append(policy)
+    state.ragged = False
+    state.policy = torch.cat([policy.new_ones(policy.shape[0], state.anatomy.prefix), policy], 1)
 
 
 def _policy_of(state: TokenState) -> Tensor:

@@ -31,6 +31,7 @@ class Stage(Brief):
         counted: Patch tokens that the stage leaves for later blocks, also when masked slots are carried along;
             float [B] where images may differ (masked training, adaptive counts), else int.
         merged: Whether tokens became one as equals, so that each stays part of a token that stands for it.
+        stays: Whether tokens that leave or go elsewhere are still in their slots, hidden (training under a policy).
     """
 
     block: int
@@ -41,6 +42,7 @@ class Stage(Brief):
     score: Tensor | None = None
     counted: Tensor | int = 0
     merged: bool = False
+    stays: bool = False
 
     def __post_init__(self) -> None:
         """Refuse maps of another form; what numbers they hold is :meth:`TokenTrace.check`'s, which reads them all."""
@@ -88,9 +90,9 @@ class Stage(Brief):
         return torch.cat([values[:, :prefix], body], 1)
 
     def total(self, values: Tensor, prefix: int) -> Tensor:
-        """As :meth:`push`, each group the plain sum of its members."""
+        """As :meth:`push`, each group the plain sum of its members; tokens that stay in their slots keep theirs."""
         moved = values[:, prefix:]
-        body = torch.where(self._sums(torch.ones_like(moved)) > 0, self._sums(moved), 1)
+        body = torch.where(self._sums(torch.ones_like(moved)) > 0, self._sums(moved), moved if self.stays else 1)
         return torch.cat([values[:, :prefix], body], 1)
 
     def back(self, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class TokenPruning(Participant):
         model: Dotted path of the ViT in the module, when it holds several.
         backbone_lr_scale: Share of each optimiser step that reaches the ViT's own parameters, its head among them but
             not the pruner, in [0, 1] (DynamicViT's recipe: 0.01). Any optimiser and schedule; costs a copy of them.
-            What the module has beside the ViT (a decoder, a head of its own) takes whole steps.
+            What the module has beside the ViT (a decoder, a head of its own) takes whole steps. None: 1; of a method
+            that learns beside a frozen model (``diffrate``) those parameters need no gradient till the run ends.
         freeze_backbone: Fraction of training at whose start those parameters do not move at all.
         lr_scale: Learning rate of the pruner's parameters as a multiple of what the module gives them, at least 0.
             None: the method's own rate (``lr`` of its class: DynamicViT's is 9e-4), where the module's is lower. Any
@@ -88,7 +90,7 @@ class TokenPruning(Participant):
         stages: list[int] | None = None,
         options: dict[str, Any] | None = None,
         model: str | None = None,
-        backbone_lr_scale: float = 1.0,
+        backbone_lr_scale: float | None = None,
         freeze_backbone: float = 0.0,
         budget: float | str | None = None,
         lr_scale: float | None = None,
@@ -124,7 +126,9 @@ class TokenPruning(Participant):
                 )
             self.options[name] = value
         self.model = model
-        self.backbone_lr_scale = check_number("backbone_lr_scale", backbone_lr_scale, 0, 1)
+        scale = 1.0 if backbone_lr_scale is None else backbone_lr_scale
+        self.backbone_lr_scale = check_number("backbone_lr_scale", scale, 0, 1)
+        self._may_freeze = backbone_lr_scale is None
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)
         self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
         self._brings_losses = bool(make.trains_masked)
@@ -155,6 +159,12 @@ class TokenPruning(Participant):
             self._dense = handle.dense_macs()
         # Predictors of stages that keep everything are held still by the method.
         self._learned = {name: p for name, p in handle.pruner.named_parameters() if p.requires_grad}
+        if self._may_freeze and handle.pruner.freezes_model:
+            # Now, since optimisers and DDP look at what learns when they are made.
+            for parameter in backbone_of(handle):
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self._undo.append(partial(setattr, parameter, "requires_grad", True))
 
     def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
         output, pruning = step(), self.pruning
@@ -247,12 +257,9 @@ class TokenPruning(Participant):
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Copy what shall not take the whole of a step, with the share that it shall take."""
         self._before = []
-        pruner, vit = self.pruning.pruner, self.pruning.model
-        # What is new hangs on the ViT, so its parameters are among the ViT's.
-        new = [pruner, mounted_head(vit) or nn.Identity()]
-        backbone = {id(p) for p in vit.parameters()} - {id(p) for module in new for p in module.parameters()}
+        backbone = {id(p) for p in backbone_of(self.pruning)}
         # Progress is that of the step's begin.
-        scale = 0.0 if pruner.progress < self.freeze_backbone else self.backbone_lr_scale
+        scale = 0.0 if self.pruning.pruner.progress < self.freeze_backbone else self.backbone_lr_scale
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             share = scale if id(p) in backbone else 1.0
             if share < 1:
@@ -336,6 +343,14 @@ class TokenPruning(Participant):
     def _restore(self) -> None:
         super()._restore()
         self._before = []
+
+
+def backbone_of(pruning: prunex.Pruning) -> list[nn.Parameter]:
+    """The ViT's own parameters, without those of its pruner and of a head that explains itself."""
+    # What is new hangs on the ViT, so its parameters are among the ViT's.
+    new = [pruning.pruner, mounted_head(pruning.model) or nn.Identity()]
+    brought = {id(p) for module in new for p in module.parameters()}
+    return [p for p in pruning.model.parameters() if id(p) not in brought]
 
 
 def _rates(pruning: prunex.Pruning) -> str:

@@ -112,7 +112,7 @@ class Classifier(nn.Module):
         return self.classify(self.net["backbone"](x))
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "ia_red2"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "ia_red2", "diffrate"])
 def test_inside_a_module_of_ones_own(method):
     outer = Classifier().eval()
     x = images()
@@ -124,7 +124,8 @@ def test_inside_a_module_of_ones_own(method):
         outer.train()
         logits = outer(x)
         losses = pruning.losses()  # the head is the user's, so there are no logits to distil
-        assert set(losses) == {"dynamicvit": {"ratio", "tokens"}, "ia_red2": {"ratio"}}.get(method, set())
+        own = {"dynamicvit": {"ratio", "tokens"}, "ia_red2": {"ratio"}, "diffrate": {"flops"}}
+        assert set(losses) == own.get(method, set())
         (logits.square().sum() + sum(losses.values())).backward()
         assert outer.classify.weight.grad is not None
         outer.eval()
@@ -254,7 +255,9 @@ def test_training_a_pruned_model_changes_what_detach_gives_back(method):
     assert list(model.state_dict()) == list(tiny().state_dict())
 
 
-@pytest.mark.parametrize("method", ["evit", "topk", "dynamicvit", "tome", "ia_red2", "hvt", "patch_slimming"])
+@pytest.mark.parametrize(
+    "method", ["evit", "topk", "dynamicvit", "tome", "ia_red2", "hvt", "patch_slimming", "diffrate"]
+)
 def test_a_pruned_model_is_pickled_whole(method):
     """As torch.save of a model, and processes that are spawned, do; the copy's methods are its own."""
     model = tiny()

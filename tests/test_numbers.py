@@ -30,6 +30,7 @@ FEWEST = {
     "ia_red2": {"keep_ratio": 0.1},
     "diffmask": {"keep_ratio": 0.1, "count": "fixed", "layer": 2},
     "tome": {"r": 99},
+    "diffrate": {"keep_ratio": 0.1},
     "hvt": {},
     "patch_slimming": {"keep": [[0]] * 3},
 }

@@ -1,6 +1,7 @@
 """One published token or unit pruner a file, named as its paper names it."""
 
 from prunex.pruners.diffmask import DiffMask
+from prunex.pruners.diffrate import DiffRate
 from prunex.pruners.dynamicvit import DynamicViT
 from prunex.pruners.evit import EViT
 from prunex.pruners.hvt import HVT
@@ -17,6 +18,7 @@ from prunex.units.xpruner import XPruner
 __all__ = [
     "HVT",
     "DiffMask",
+    "DiffRate",
     "DynamicViT",
     "EViT",
     "IARED2",

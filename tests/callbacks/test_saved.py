@@ -18,6 +18,7 @@ PRUNERS = {
     "topk": lambda: TokenPruning("topk", keep_ratio=0.6, options={"count": "adaptive", "threshold": 0.6}),
     "tome": lambda: TokenPruning("tome", options={"r": 2}),
     "dynamicvit": lambda: TokenPruning("dynamicvit", keep_ratio=0.6),
+    "diffrate": lambda: TokenPruning("diffrate", keep_ratio=0.6, lr_scale=10),
     "patch_slimming": lambda: TokenPruning("patch_slimming"),
     "ia_red2": lambda: TokenPruning("ia_red2"),
     "taylor": lambda: MaskPruning("taylor", budget=0.7, images=8),

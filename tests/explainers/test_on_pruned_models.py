@@ -8,7 +8,7 @@ from prunex import PrunexError
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, QUICK_FAMILIES, images, images_for, quick, randomise, relative, tiny
 
-PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome"]
+PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome", "diffrate"]
 # HVT pools instead of keeping some: whatever has no keep ratio holds for it too.
 ALL = [*PRUNERS, "hvt"]
 FEW = ["atman", "tokentm", "attention_flow", "lrp", "integrated_gradients"]
@@ -30,7 +30,8 @@ def attach(model, pruner, **options):
         extra["r"] = round(8 * (1 - options.pop("keep_ratio")))
     method, more = VARYING.get(pruner, (pruner.removesuffix("_unfused"), extra))
     pruning = prunex.attach(model, method, **(options | more))
-    randomise(pruning.pruner)
+    if pruner != "diffrate":  # what it learns are the counts themselves
+        randomise(pruning.pruner)
     return pruning
 
 

@@ -21,6 +21,7 @@ PRUNERS = {
     "evit": {"keep_ratio": 0.6, "stages": (1, 2)},
     "dynamicvit": {"keep_ratio": 0.6, "stages": (1, 2)},
     "tome": {"r": 2},
+    "diffrate": {"keep_ratio": 0.7, "learns": False},
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 every_family = pytest.mark.parametrize("family", quick(FAMILIES, QUICK))

@@ -244,7 +244,7 @@ def test_nothing_comes_after_a_stage_that_leaves_no_tokens():
         trace.check()
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "tome", "hvt"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "tome", "hvt", "diffrate"])
 def test_what_pruners_leave_passes(room, method):
     from tests.vits import tiny
 

@@ -28,15 +28,17 @@ PRUNERS = {
     "evit_unfused": ("evit", {"fuse": False}),
     "dynamicvit": ("dynamicvit", {}),
     "tome": ("tome", {}),
+    "diffrate": ("diffrate", {}),
 }
-RATED = [p for p in PRUNERS if p != "tome"]  # those that keep a share; ToMe merges a number
+RATED = [p for p in PRUNERS if p not in ("tome", "diffrate")]  # those that keep a share, and never merge
 
 
 def attach(model, pruner, keep_ratio=0.6, stages=(1, 2), **more):
     method, options = PRUNERS[pruner]
-    rate = {"keep_ratio": keep_ratio} if pruner in RATED else {"r": round(8 * (1 - keep_ratio))}
+    rate = {"r": round(8 * (1 - keep_ratio))} if pruner == "tome" else {"keep_ratio": keep_ratio}
     pruning = prunex.attach(model, method, stages=stages, **rate, **options, **more)
-    randomise(pruning.pruner)
+    if pruner != "diffrate":  # predictors shall decide something; what DiffRate learns are the counts themselves
+        randomise(pruning.pruner)
     return pruning
 
 

@@ -39,6 +39,7 @@ METHODS = {
     "evit_not_fused": {"keep_ratio": [0.9, 0.6, 0.5], "fuse": False},
     "dynamicvit": {"keep_ratio": 0.6},
     "tome": {"r": 3},
+    "diffrate": {"keep_ratio": 0.7},
 }
 
 

@@ -24,6 +24,7 @@ PRUNERS = {
     "topk": {"keep_ratio": 0.6, "stages": (1, 2), "schedule": "linear", "shrink_length": 0.5},
     "dynamicvit": {"keep_ratio": 0.6, "stages": (1, 2)},
     "tome": {"r": 2},
+    "diffrate": {"keep_ratio": 0.7},
 }
 
 

@@ -17,6 +17,7 @@ CASES = {
     "masked dynamicvit": ("dynamicvit", {"keep_ratio": 0.5}, {"global_pool": "avg"}, "vit"),
     "adaptive dynamicvit": ("dynamicvit", {"keep_ratio": 0.5, "count": "adaptive"}, {"global_pool": "avg"}, "vit"),
     "attention pooling": ("tome", {"r": 3}, {}, "siglip"),
+    "diffrate, average": ("diffrate", {"keep_ratio": 0.7}, {"global_pool": "avg"}, "vit"),
     "beit": ("tome", {"r": 3}, {"global_pool": "avg"}, "beit"),
 }
 

@@ -17,6 +17,7 @@ TOKENS = {
     "hvt": {},
     "patch_slimming": {"options": {"calibration_images": 16}},
     "tome": {"options": {"r": 2}},
+    "diffrate": {"keep_ratio": 0.7},
 }
 RUNS = {
     "dense": [],

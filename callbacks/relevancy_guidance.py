@@ -104,7 +104,8 @@ class RelevancyGuidance(Layered):
         # Explained is the label's class: a head of the module's own behind the ViT has other classes.
         check_own_classes(pl_module, backbone, "RelevancyGuidance")
         if tokens is not None:
-            if tokens.pruner.chooses != "image" or tokens.method == "tome":
+            still = tokens.method == "tome" or tokens.pruner.freezes_model
+            if tokens.pruner.chooses != "image" or still:
                 raise PrunexError(
                     f"{tokens.method} ranks no tokens by scores that training could move: RelevancyGuidance takes "
                     "dynamicvit, evit, topk and ia_red2"

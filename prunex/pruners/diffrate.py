@@ -220,8 +220,12 @@ class DiffRate(TokenPruner):
         half = len(self.stages)
         return list(zip(counts[:half], counts[half:], strict=True))
 
-    def plan(self) -> list[Cut]:  # type: ignore[override]
+    def plan(self) -> list[Turn]:
         """Inside the blocks that remove anything."""
+        return list(self.cuts())
+
+    def cuts(self) -> list[Cut]:
+        """The turns of :meth:`plan`, and what is left by each."""
         turns: list[Cut] = []
         alive = self.patches
         for s, (prune, merge) in enumerate(self.table()):
@@ -274,7 +278,7 @@ class DiffRate(TokenPruner):
 
     def counts(self, patches: int) -> list[int]:
         """Patch tokens after each stage, at the rates as they are now."""
-        cuts, counts = {cut.stage: cut for cut in self.plan()}, []
+        cuts, counts = {cut.stage: cut for cut in self.cuts()}, []
         for s in range(len(self.stages)):
             patches = min(patches, cuts[s].merged) if s in cuts else patches
             counts.append(patches)
@@ -283,7 +287,7 @@ class DiffRate(TokenPruner):
     def macs(self, entering: int, inner: int = 0) -> int:
         """The rows that rank, and the similarities of the tokens that join others to those that stay."""
         # Counts fall from cut to cut: the first that leaves fewer is the one that so many enter.
-        cut = next((cut for cut in self.plan() if cut.merged < entering), None)
+        cut = next((cut for cut in self.cuts() if cut.merged < entering), None)
         if cut is None:
             return 0
         pairs = (min(cut.pruned, entering) - cut.merged) * cut.merged

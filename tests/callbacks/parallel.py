@@ -63,6 +63,7 @@ TRAINED = {
     "evit": lambda: [TokenPruning("evit", keep_ratio=0.6)],
     "topk": lambda: [TokenPruning("topk", keep_ratio=0.6)],
     "ia_red2": lambda: [TokenPruning("ia_red2", keep_ratio=0.6)],
+    "diffrate": lambda: [TokenPruning("diffrate", keep_ratio=0.7, options={"target": 0.5}, lr_scale=5)],
     "diffmask": lambda: [TokenPruning("diffmask", keep_ratio=0.6, options={"count": "fixed", "layer": 2})],
     "xpruner": lambda: [MaskPruning("xpruner", budget=0.6, **UNITS)],
     "taylor": lambda: [MaskPruning("taylor", budget=0.6, images=BATCH, remove=False)],
@@ -76,7 +77,8 @@ TRAINED = {
 # Losses of these are means over images, so that two batches of two are one of four. That of unit_guidance is one over
 # the images whose class has a mask that varies by then, which may be other numbers of them.
 LINEAR = (
-    "evit", "topk", "diffmask", "xpruner", "guidance", "concept_transformer", "vit_net", "attributes", "mean_patch",
+    "evit", "topk", "diffrate", "diffmask", "xpruner", "guidance", "concept_transformer", "vit_net", "attributes",
+    "mean_patch",
 )  # fmt: skip
 
 

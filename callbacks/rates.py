@@ -187,7 +187,8 @@ def check_stepped(trainer: Trainer, handle: Handle, learned: dict[str, torch.nn.
     if frozen:
         complaints.append(
             f"{len(frozen)} of {len(learned)} parameters of {handle.method} ({frozen[0]}, ...) were frozen after they "
-            "were attached: freeze the others only, or do it before the callback's setup"
+            "were attached: freeze the others only, or do it (and put adapters on) before the callback's setup, as in "
+            "__init__"
         )
     if missing:
         complaints.append(

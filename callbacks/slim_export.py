@@ -45,8 +45,8 @@ class SlimExport(Callback):
 
     Raises:
         PrunexError: For an unknown mode or format, or numbers that are no normalisation, at once; before training, for
-            a model that plain values do not describe (a head that is no linear layer, adapters, layers of somebody's
-            own) or a format that was named and is not installed; at the end, for a metric that is never logged, or a
+            a model that plain values do not describe (a head of several layers, layers of somebody's own that are not
+            linear) or a format that was named and is not installed; at the end, for a metric that is never logged, or a
             model that no training step ran.
     """
 

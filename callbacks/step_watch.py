@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from prunex.batches import Parts
-from prunex.vit.anatomy import ViT, find, head_classes
+from prunex.vit.anatomy import ViT, channels_of, find, head_classes
 
 
 class StepWatch:
@@ -102,4 +102,4 @@ def input_kind(vit: ViT) -> tuple[Any, ...]:
     """What images a ViT takes and how many classes it has; images kept from before fit as long as it is the same."""
     embed: Any = vit.patch_embed
     size = None if getattr(vit, "dynamic_img_size", False) else tuple(embed.img_size)
-    return size, tuple(embed.patch_size), embed.proj.in_channels, head_classes(vit)
+    return size, tuple(embed.patch_size), channels_of(embed), head_classes(vit)

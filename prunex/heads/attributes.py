@@ -19,6 +19,7 @@ from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.arithmetic import promoted
 from prunex.vit.trace import TokenTrace
+from prunex.vit.weights import effective
 
 NORM = 1e-6  # the least norm that a cosine divides by
 ROOT = 1e-8  # the least attention whose root has a gradient
@@ -231,7 +232,10 @@ class Attributes(TokenHead):
 
     def _contributions(self, features: Tensor) -> Tensor:
         """What attributes with features [B, M, D] add to each score, [B, M, classes]."""
-        return self.weights * (features @ self.values.weight.T)
+        if type(self.values) is nn.Linear:
+            return self.weights * (features @ self.values.weight.T)
+        # An adapter put round it has a part in the scores too.
+        return self.weights * (self.values(features) - self.values.bias)
 
     def _warm(self, weight: float) -> float:
         """A weight as training has warmed up to it."""
@@ -262,7 +266,7 @@ class Attributes(TokenHead):
         """Contributions attribute by attribute, and those to the target patch by patch."""
         # Copies: evidence stays what it was while training goes on.
         x, weights = reading.tokens.patches, self.weights.detach()
-        vectors, bias = (p.detach().clone() for p in (self.values.weight, self.values.bias))
+        vectors, bias = effective(self.values)[0].clone(), self.values.bias.detach().clone()
         worth = torch.einsum("bnd,bd->bn", x, vectors[target])
         parts = reading.attention * weights[:, target].T.unsqueeze(2) * worth.unsqueeze(1)
         row = F.pad(parts.sum(1), (trace.prefix, 0))

@@ -15,6 +15,7 @@ from prunex.heads.final_tokens import FinalTokens
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.trace import TokenTrace
+from prunex.vit.weights import effective
 
 
 @dataclass(eq=False, repr=False)
@@ -108,7 +109,7 @@ class MeanPatch(TokenHead):
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> MeanPatchEvidence:
         """Both parts by class, and the patches' by patch."""
         tokens = reading.tokens
-        vectors = self.values.weight.detach()[target]
+        vectors = effective(self.values)[0][target]
         parts = (tokens.patches * vectors.unsqueeze(1)).sum(-1) * tokens.shares
         row = trace.lift(F.pad(parts, (trace.prefix, 0)))
         shares = trace.lift(F.pad(tokens.shares, (trace.prefix, 0)))

@@ -36,9 +36,12 @@ class Interpreter(nn.Module):
     def forward(self, x: Tensor, prefix: int, policy: Tensor | None = None) -> Tensor:
         """From tokens [B, prefix + n, D], the class token first, and their policy to p [B, n], in at least float32."""
         y = self.norm(x if policy is None else x * policy.unsqueeze(-1).to(x.dtype))
-        (query, key), (q_bias, k_bias) = self.qk.weight.chunk(2), self.qk.bias.chunk(2)
-        q = F.linear(y[:, :1], query, q_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k = F.linear(y[:, prefix:], key, k_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        if type(self.qk) is nn.Linear:
+            (query, key), (q_bias, k_bias) = self.qk.weight.chunk(2), self.qk.bias.chunk(2)
+            q, k = F.linear(y[:, :1], query, q_bias), F.linear(y[:, prefix:], key, k_bias)
+        else:  # an adapter was put round it, and has a part in both
+            q, k = self.qk(y[:, :1]).chunk(2, -1)[0], self.qk(y[:, prefix:]).chunk(2, -1)[1]
+        q, k = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         return scores.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().mean(1)[:, 0]
 

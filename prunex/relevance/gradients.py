@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunex.relevance.rules import Layer, Route, gamma_rule
 from prunex.vit.arithmetic import Arithmetic, fused_attention, unknown_layer
 from prunex.vit.units import let_through
-from prunex.vit.weights import effective
+from prunex.vit.weights import behind, effective, is_identity
 
 
 class ModifiedGradients(Arithmetic):
@@ -70,9 +70,9 @@ class ModifiedGradients(Arithmetic):
         return Route.apply(self, back, out, x, seen)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(module, nn.Identity):
+        if is_identity(module):
             return x
-        return _Norm.apply(x, module(x), module)
+        return _Norm.apply(x, module(x), behind(module))
 
     def activation(self, module: nn.Module, x: Tensor) -> Tensor:
         if isinstance(module, nn.Identity):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from prunex.brief import Brief
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
 from prunex.vit.recording import Recording, gradients
 from prunex.vit.units import let_through
-from prunex.vit.weights import effective, is_linear
+from prunex.vit.weights import convolution_of, effective, is_identity, is_linear
 
 LinearRule = Literal["zplus", "epsilon", "gamma"]
 RuleSet = Literal["conserving", "published_baseline"]
@@ -48,8 +48,9 @@ class Layer(Brief):
         """The layer behind a module; refused where that is neither linear nor a patch convolution."""
         if is_linear(module):
             return cls.linear(*effective(module))
-        if _is_patch_convolution(module):
-            stride: Any = module.stride
+        convolution: Any = convolution_of(module)
+        if convolution is not None and _cuts_patches(convolution):
+            stride = convolution.stride
             weight, bias = effective(module)
             return cls(
                 weight,
@@ -60,14 +61,12 @@ class Layer(Brief):
         raise unknown_layer(module, "nn.Linear and patch convolutions")
 
 
-def _is_patch_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+def _cuts_patches(convolution: nn.Conv2d) -> bool:
     return (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and module.stride == module.kernel_size
-        and set(module.padding) == {0}
-        and module.groups == 1
-        and set(module.dilation) == {1}
+        convolution.stride == convolution.kernel_size
+        and set(convolution.padding) == {0}
+        and convolution.groups == 1
+        and set(convolution.dilation) == {1}
     )
 
 
@@ -237,7 +236,7 @@ class RelevanceRules(Arithmetic):
         return Route.apply(self, back, out, x, seen)
 
     def scaled(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return x if isinstance(module, nn.Identity) else self._through(module(x), x)
+        return x if is_identity(module) else self._through(module(x), x)
 
     norm = scaled
     activation = scaled

@@ -33,11 +33,12 @@ from prunex.version import __version__
 from prunex.vit.anatomy import find, read
 from prunex.vit.cost import cost
 from prunex.vit.describe import describe, outline
+from prunex.vit.fold import copy_of, fold, wrapped_parts
 from prunex.vit.methods import check_parity
 from prunex.vit.mount import HEAD, TOKENS, mounted, mounted_head
 from prunex.vit.rebuild import Still, build, build_like
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
-from prunex.vit.weights import copy_of, fold, misfits, wrapped_layers
+from prunex.vit.weights import misfits
 
 VERSION = 3  # 2 knows widths and Swin, 3 heads; whatever needs none is written as 1, which older versions read
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -121,7 +122,7 @@ def check_savable(model: nn.Module, path: str | None = None) -> None:
     """
     vit = find(model, path, Backbone)[1]
     # Slimming will fold adapters into their layers, and what is left then is what must be savable.
-    if next(wrapped_layers(vit), None):
+    if next(wrapped_parts(vit), None):
         vit = fold(copy_of(vit))
     check_tensors(vit.state_dict())
     describe(vit)

@@ -16,9 +16,9 @@ from prunex.units.correction import Correct, check_biases, check_correct, cuts_o
 from prunex.vit.anatomy import find
 from prunex.vit.cuts import check_cuts
 from prunex.vit.describe import outline
+from prunex.vit.fold import copy_of, fold, wrapped_parts
 from prunex.vit.mount import mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone
-from prunex.vit.weights import copy_of, fold, wrapped_layers
 from prunex.vit.widths import WidthSpec, narrow, places
 
 
@@ -36,7 +36,7 @@ def slim(
     own blocks, each of its own width. A unit pruner that has not chosen yet leaves all units that an evaluation has
     open now, with a warning; so a training run may slim before its end. Teachers and schedules are left out too, with
     a warning attention that :meth:`~prunex.handles.heads.Head.intervene` has set by hand, and adapters, masks and
-    reparametrisations of linear layers are folded into their weights.
+    reparametrisations of linear layers and the patch embedding are folded into their weights.
 
     Args:
         model: A pruned (or dense) ViT or timm Swin, or a module that holds exactly one.
@@ -105,7 +105,7 @@ def slim_of(vit: Any) -> Any:
     pruned = mounted_units(vit) is not None or (tokens is not None and not getattr(tokens, "slim", False))
     headed = mounted_head(vit)
     forced = headed is not None and bool(headed.head.forced)
-    return slim(vit) if pruned or forced or next(wrapped_layers(vit), None) else vit
+    return slim(vit) if pruned or forced or next(wrapped_parts(vit), None) else vit
 
 
 def mark_slim(small: Any) -> None:

@@ -15,7 +15,8 @@ from prunex.sources.folder import open_folder
 from prunex.sources.parts import Parts, known_class, pair
 from prunex.sources.said import describe_twin
 from prunex.sources.twin import twin_of
-from prunex.vit.weights import copy_of, is_plain
+from prunex.vit.fold import copy_of
+from prunex.vit.weights import is_plain
 
 TOLERANCE = 1e-5  # of the largest output
 

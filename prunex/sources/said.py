@@ -11,6 +11,7 @@ from typing import Any
 from prunex.attributes import numbers_of
 from prunex.errors import PrunexError
 from prunex.untrusted import read_json
+from prunex.vit.anatomy import channels_of
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic", 1: "lanczos"}  # as Pillow numbers them
@@ -18,7 +19,7 @@ _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic", 1: "lanczos"}  # as Pillo
 
 def describe_twin(twin: Any, config: Any, processor: Any, folder: Path | None) -> None:
     """Write class names, mean and standard deviation on the twin."""
-    channels = twin.patch_embed.proj.in_channels
+    channels = channels_of(twin.patch_embed)
     twin.label_names = label_names(config, twin.num_classes)
     said = _settings(processor) if processor is not None else _in_folder(folder)
     twin.pretrained_cfg = {"input_size": (channels, *twin.patch_embed.img_size), "num_classes": twin.num_classes}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunex.batches import Parts, batches_in, parts
 from prunex.errors import PrunexError
 from prunex.units.base import Scores, UnitPruner
-from prunex.vit.anatomy import check_images, check_values, read
+from prunex.vit.anatomy import channels_of, check_images, check_values, read
 from prunex.vit.aside import as_found
 from prunex.vit.mount import mounted, mounted_units
 from prunex.vit.readout import outputs
@@ -125,7 +125,7 @@ def _check_images(model: Any, images: Tensor) -> None:
         check_images(read(model), images, values=True)
         return
     embed: Any = model.patch_embed
-    wanted = [embed.proj.in_channels, *embed.img_size]
+    wanted = [channels_of(embed), *embed.img_size]
     if list(images.shape[1:]) != wanted or len(images) == 0:
         raise PrunexError(f"images have shape {list(images.shape)}: this model takes {['B', *wanted]}, B at least 1")
     check_values(images)

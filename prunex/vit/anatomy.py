@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.vit.blocks import layout_of, unknown_part
 from prunex.vit.mount import mounted_head
+from prunex.vit.weights import convolution_of
 
 ViT = VisionTransformer | Eva | Beit
 
@@ -219,7 +220,10 @@ def _unknown(model: Any) -> str | None:
 def channels_of(embed: Any) -> int:
     """Image channels that a patch embedding takes."""
     if not isinstance(embed, HybridEmbed):
-        return int(embed.proj.in_channels)
+        convolution = convolution_of(embed.proj)
+        if convolution is None:
+            raise PrunexError(f"patch_embed.proj is a {type(embed.proj).__name__}, and no convolution is in it")
+        return int(convolution.in_channels)
     return next(m.in_channels for m in embed.backbone.modules() if isinstance(m, nn.Conv2d))
 
 

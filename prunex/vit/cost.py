@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from prunex.vit.blocks import layout_of
 from prunex.vit.blocks.plain import linear_macs
 from prunex.vit.mount import mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone, blocks_of, branches, head_dim, tokens_in, unit_params
+from prunex.vit.weights import convolution_of, sizes
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,12 @@ def count_windows(vit: Any, image_size: tuple[int, int] | None = None) -> Cost:
         padded, tokens, _ = tokens_in(vit, block)
         blocks.append(BlockCost(padded, tokens, units.get(number, 0)))
     gh, gw = vit.patch_embed.grid_size
-    rest = gh * gw * vit.patch_embed.proj.weight.numel()
+    rest = gh * gw * _patch_macs(vit.patch_embed)
     for stage in vit.layers:
         merge = getattr(stage.downsample, "reduction", None)
         if merge is not None:
             h, w = stage.blocks[0].input_resolution
-            rest += merge.in_features * merge.out_features * h * w
+            rest += math.prod(sizes(merge)) * h * w
     rest += linear_macs(vit.head)
     params = sum(p.numel() for p in vit.parameters())
     return Cost(rest + sum(b.macs for b in blocks), params, tuple(blocks))
@@ -208,7 +210,7 @@ def _slim_block(block: Any, width: int, attending: int, asking: int, decision: i
 def _embedding(embed: Any, a: Anatomy, grid: tuple[int, int]) -> int:
     """Patch embedding: one product a patch; of a convolutional stem those of every place of its layers, too."""
     if not isinstance(embed, HybridEmbed):
-        return grid[0] * grid[1] * int(embed.proj.weight.numel())
+        return grid[0] * grid[1] * _patch_macs(embed)
     # Shapes alone tell: no number is computed.
     stem, macs = copy.deepcopy(embed).to("meta").eval(), 0
     stem.strict_img_size = False
@@ -224,9 +226,15 @@ def _embedding(embed: Any, a: Anatomy, grid: tuple[int, int]) -> int:
     return macs
 
 
+def _patch_macs(embed: Any) -> int:
+    """Multiply-adds of one patch's projection."""
+    kept = convolution_of(embed.proj)
+    return 0 if kept is None else int(kept.weight.numel())
+
+
 def _pooling(pool: Any, tokens: int) -> int:
     """Attention pooling: keys and values of all tokens; everything else for the latent queries alone."""
-    kv, latents = pool.kv.in_features * pool.kv.out_features, pool.latent_len
+    kv, latents = math.prod(sizes(pool.kv)), pool.latent_len
     return tokens * kv + latents * (linear_macs(pool) - kv + 2 * tokens * pool.num_heads * pool.head_dim)
 
 

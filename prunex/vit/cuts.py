@@ -13,10 +13,11 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.vit.fold import what_is_on, wrapped_parts
 from prunex.vit.narrow import NarrowAttention
 from prunex.vit.optimisers import Slices, chain, sliced
 from prunex.vit.units import blocks_of, head_dim
-from prunex.vit.weights import Unread, by_name, stands_for_linear, what_is_on
+from prunex.vit.weights import Unread, by_name, stands_for_linear
 
 _HEADS = ("qkv", "gate", "proj")
 _CHANNELS = ("fc1", "fc1_g", "fc1_x", "fc2")
@@ -37,6 +38,7 @@ def check_cuts(model: Any, spec: Any) -> None:
 def _to_cut(model: Any, spec: Any) -> Iterator[tuple[str, nn.Module]]:
     """Modules whose parameters are cut, by their paths."""
     if spec.embedding is not None:  # every layer there is
+        yield from ((path, part) for path, _, _, part in wrapped_parts(model))
         for name, m in model.named_modules():
             if stands_for_linear(m, name.rpartition(".")[2]) or next(m.children(), None) is None:
                 yield name, m

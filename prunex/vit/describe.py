@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from prunex.errors import PrunexError
-from prunex.vit.anatomy import Anatomy, ViT, head_classes, read
+from prunex.vit.anatomy import Anatomy, ViT, channels_of, head_classes, read
 from prunex.vit.blocks.parallel import fused_out
 from prunex.vit.mount import PLACES
 from prunex.vit.rebuild import BLOCKS, MLPS, sketch
@@ -52,7 +52,7 @@ def outline(model: Backbone) -> Anatomy:
         grid=tuple(embed.grid_size),
         image=tuple(embed.img_size),
         patch=tuple(embed.patch_size),
-        channels=embed.proj.in_channels,
+        channels=channels_of(embed),
         classes=head_classes(model),
         pool=inner.global_pool,
         dynamic=not embed.strict_img_size,

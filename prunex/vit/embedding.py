@@ -16,6 +16,7 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic, unknown_layer
 from prunex.vit.calls import inside
 from prunex.vit.mount import mounted
+from prunex.vit.weights import is_identity
 
 
 def embed(model: ViT, images: Tensor, ops: Arithmetic = PLAIN) -> tuple[Tensor, tuple[int, int]]:
@@ -77,7 +78,7 @@ def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None =
     (CLIP) cannot be taken back: its models give the normed tokens as they are.
     """
     body = x[:, model.num_prefix_tokens :]
-    if not isinstance(getattr(model, "norm_pre", None), nn.Identity | None):
+    if not is_identity(getattr(model, "norm_pre", None)):
         return body
     empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
     # What positions add to patches of zeros is what they added.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.narrow import NarrowAttention
-from prunex.vit.weights import OwnHook, is_linear, sizes
+from prunex.vit.weights import OwnHook, is_identity, is_linear, sizes
 
 Kind = Literal["heads", "channels"]
 Backbone = VisionTransformer | Eva | Beit | SwinTransformer
@@ -60,14 +60,14 @@ def opens_heads(block: Any) -> bool:
     if type(attn) is WindowAttention:
         return True
     plain = type(attn) in (Attention, NarrowAttention)
-    return plain and isinstance(getattr(attn, "norm", None), nn.Identity | None)
+    return plain and is_identity(getattr(attn, "norm", None))
 
 
 def opens_channels(block: Any) -> bool:
     """Whether a block's MLP channels can be; not where a norm between the layers reads all of them."""
     mlp: Any = getattr(block, "mlp", None)
     supported = type(mlp) in (Mlp, GluMlp, SwiGLU)
-    return supported and isinstance(getattr(mlp, "norm", None), nn.Identity | None) and is_linear(mlp.fc2)
+    return supported and is_identity(getattr(mlp, "norm", None)) and is_linear(mlp.fc2)
 
 
 def last_layer(block: Any, kind: Kind) -> nn.Module:

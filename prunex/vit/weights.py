@@ -1,14 +1,13 @@
 """What a layer computes with, whatever was put on it: adapters, masks, reparametrised and quantised weights.
 
-``layer.weight`` is what a linear layer computes with only where nothing else takes part in its forward. Of any other
-layer that is linear all the same, the weight is f(1) - f(0), 1 the identity and f the layer in eval mode: that needs no
-knowledge of who wrapped it. Nothing is remembered from one reading to the next, since adapters are switched, scaled and
-merged by attributes that nobody can watch.
+``layer.weight`` is what a linear layer, or the patch embedding's convolution, computes with only where nothing else
+takes part in its forward. Of any other layer that is linear all the same, the weight is f(1) - f(0), 1 the identity and
+f the layer in eval mode: that needs no knowledge of who wrapped it. Nothing is remembered from one reading to the next,
+since adapters are switched, scaled and merged by attributes that nobody can watch.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from functools import partial
 from typing import Any, TypeGuard
 
 import torch
-from timm.layers import LayerScale
+from timm.layers import HybridEmbed, LayerScale, PatchEmbed
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
@@ -58,15 +57,16 @@ def by_name(model: nn.Module) -> Iterator[None]:
 
 def is_linear(layer: Any) -> bool:
     """Whether a module stands where a linear layer does: one itself, or what somebody put round one."""
-    return _may_be_linear(layer) and (_tells_sizes(layer) or _inner(layer) is not None)
+    if not isinstance(layer, nn.Module) or convolution_of(layer) is not None:
+        return False
+    return _tells_sizes(layer) or _inner(layer) is not None
 
 
 def stands_for_linear(layer: Any, name: str) -> bool:
     """Whether a module stands, under its name in timm's models, where a linear layer does; not a head of several."""
-    if not _may_be_linear(layer):
-        return False
     # By name first: every module of a model is asked, and looking inside walks through all that it holds.
-    return _tells_sizes(layer) or (name in _SLOTS and name not in _HEADS and _inner(layer) is not None)
+    named = name in _SLOTS and name not in _HEADS
+    return (_tells_sizes(layer) or (named and _inner(layer) is not None)) and convolution_of(layer) is None
 
 
 def sizes(layer: Any) -> tuple[int, int]:
@@ -77,8 +77,22 @@ def sizes(layer: Any) -> tuple[int, int]:
     return linear.in_features, linear.out_features
 
 
-def _may_be_linear(layer: Any) -> bool:
-    return isinstance(layer, nn.Module) and not isinstance(layer, nn.Conv2d)
+def convolution_of(layer: Any) -> nn.Conv2d | None:
+    """The convolution that a layer is, or that somebody put something round; None of a linear layer, or of neither."""
+    if not isinstance(layer, nn.Module):
+        return None
+    # By all customs the first layer in a wrapper is the one that was there before.
+    first = next((m for m in layer.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
+    return first if isinstance(first, nn.Conv2d) else None
+
+
+def _stands_for_convolution(parent: nn.Module, name: str, layer: nn.Module) -> bool:
+    return name == "proj" and isinstance(parent, PatchEmbed | HybridEmbed) and convolution_of(layer) is not None
+
+
+def kind_of(layer: nn.Module) -> type[nn.Linear] | type[nn.Conv2d]:
+    """What a layer is, or stands in the place of."""
+    return nn.Linear if convolution_of(layer) is None else nn.Conv2d
 
 
 def _tells_sizes(layer: Any) -> bool:
@@ -88,7 +102,7 @@ def _tells_sizes(layer: Any) -> bool:
 
 
 def _inner(layer: nn.Module) -> nn.Linear | None:
-    """The first linear layer in a wrapper: by all customs the one that was there before."""
+    """The first linear layer in a wrapper."""
     return next((m for m in layer.modules() if isinstance(m, nn.Linear)), None)
 
 
@@ -105,10 +119,10 @@ def forwards_plainly(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
 
 def is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
     """Whether a layer computes with its own weight and bias, and with nothing else."""
-    return isinstance(layer, kind) and forwards_plainly(layer, kind) and _holds_plain(layer)
+    return isinstance(layer, kind) and forwards_plainly(layer, kind) and holds_plain(layer)
 
 
-def _holds_plain(layer: nn.Module) -> bool:
+def holds_plain(layer: nn.Module) -> bool:
     """Whether weight and bias are parameters of ordinary numbers, not computed from others and not packed."""
     parameters = layer._parameters
     return (
@@ -128,7 +142,7 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     Of an ``nn.Linear``, an ``nn.Conv2d`` whose stride is its kernel, or whatever stands in one's place. One that is not
     linear, or does not run on its own, is :class:`Unread`.
     """
-    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    kind = kind_of(layer)
     if is_plain(layer, kind):
         return _held(layer)
     run = _bare(layer)
@@ -147,7 +161,7 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
                 "same inputs), so it has no weights to read; use a method that needs none, such as taylor or rollout",
             )
         # Hooks that only watch change nothing, not even rounding: the layer's own weights are exact then.
-        if _holds_plain(layer) and isinstance(layer, kind) and _equal(_held(layer), (weight, bias), _tolerance(layer)):
+        if holds_plain(layer) and isinstance(layer, kind) and _equal(_held(layer), (weight, bias), _tolerance(layer)):
             return _held(layer)
     return weight, bias
 
@@ -169,16 +183,22 @@ def _probed(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, 
     count = math.prod(shape)
     bias = run(_arranged(torch.zeros(1, *shape, **like))).reshape(-1)
     rows = run(_arranged(torch.eye(count, **like).view(count, *shape))).reshape(count, -1)
-    base = layer if isinstance(layer, nn.Conv2d) else _inner(layer)
+    base = convolution_of(layer) or _inner(layer)
     has_bias = getattr(base, "bias", None) is not None or bool(bias.any())
     return (rows - bias).T.reshape(-1, *shape), bias if has_bias else None
 
 
 def _gap(layer: nn.Module, run: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None) -> float:
     """How far a layer's outputs for three random inputs are from those of a weight, as a share of the largest."""
-    x = _random(layer, *_input_shape(layer))
-    out = run(_arranged(x)).reshape(3, -1)
-    wanted = x.flatten(1) @ weight.flatten(1).to(x).T + (0 if bias is None else bias.to(x))
+    shape, convolution = _input_shape(layer), convolution_of(layer)
+    if convolution is None:
+        x = _random(layer, *shape)
+        wanted = nn.functional.linear(x, weight.to(x), None if bias is None else bias.to(x))
+    else:  # several patches, which one that turns or mixes pixels would not leave apart
+        x = _random(layer, shape[0], 2 * shape[1], 2 * shape[2])
+        how: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        wanted = nn.functional.conv2d(x, weight.to(x), None if bias is None else bias.to(x), *how)
+    out = run(_arranged(x)).reshape(wanted.shape)
     return float((out - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
@@ -192,9 +212,9 @@ def _arranged(x: Tensor) -> Tensor:
 
 
 def _input_shape(layer: nn.Module) -> tuple[int, ...]:
-    if isinstance(layer, nn.Conv2d):
-        kernel: Any = layer.kernel_size
-        return (layer.in_channels, *kernel)
+    convolution: Any = convolution_of(layer)
+    if convolution is not None:
+        return (convolution.in_channels, *convolution.kernel_size)
     return (sizes(layer)[0],)
 
 
@@ -253,6 +273,7 @@ def _equal(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None], tol
 
 def scale_of(module: nn.Module) -> Tensor | None:
     """What LayerScale, or whatever stands in its place, multiplies each channel by, [D]; None for an identity."""
+    module = behind(module)
     if isinstance(module, nn.Identity):
         return None
     if type(module) is LayerScale and forwards_plainly(module, LayerScale):
@@ -270,58 +291,35 @@ def scale_of(module: nn.Module) -> Tensor | None:
     return scale
 
 
+def behind(module: Any) -> Any:
+    """The module that runs inside of one that switches between several, as peft's ``modules_to_save`` are kept.
+
+    Any other module itself.
+    """
+    saved = getattr(module, "modules_to_save", None)
+    if not isinstance(saved, nn.ModuleDict) or not hasattr(module, "original_module"):
+        return module
+    active = module.active_adapters
+    off = module.disable_adapters or not active or active[0] not in saved
+    return module.original_module if off else saved[active[0]]
+
+
+def is_identity(module: Any) -> bool:
+    """Whether a module passes everything on, or there is none."""
+    return isinstance(behind(module), nn.Identity | None)
+
+
 def wrapped_layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Layers of a timm model that stand where linear ones do and are not plain: path, parent, name there, layer."""
+    """Layers of a timm model that are not plain where linear ones, or the patch embedding's convolution, stand.
+
+    Of each its path, its parent, its name there, and itself.
+    """
     for name, child in model.named_children():
-        if not stands_for_linear(child, name):
+        if not stands_for_linear(child, name) and not _stands_for_convolution(model, name, child):
             if child not in (mounted(model), mounted_units(model)):
                 yield from wrapped_layers(child, f"{path}{name}.")
-        elif not is_plain(child):
+        elif not is_plain(child, kind_of(child)):
             yield path + name, model, name, child
-
-
-def what_is_on(layer: nn.Module) -> str:
-    """What keeps a layer from being a plain linear one, and how to make it one; empty where nothing does."""
-    own: Any = layer
-    held = next(layer.parameters(), None) is not None
-    if is_plain(layer) or (not held and not is_linear(layer)):
-        return ""
-    if hasattr(own, "parametrizations"):
-        return "is reparametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
-    if hasattr(own, "weight_mask"):
-        return "has a pruning mask: call torch.nn.utils.prune.remove(layer, 'weight') first"
-    if is_packed(layer):
-        return "holds quantised or sharded weights: do this before the model is quantised"
-    if not is_linear(layer):
-        return ""
-    if isinstance(layer, nn.Linear) and _holds_plain(layer):
-        alike = effective(layer)[0].data_ptr() == layer.weight.data_ptr()
-        return "" if alike else "computes with more than its weight, such as a hook: take that off first"
-    return (
-        "is no plain nn.Linear: merge the adapter into it first (peft: model = model.merge_and_unload()), or let "
-        "prunex.slim(model) do so in a copy (MaskPruning: remove=False)"
-    )
-
-
-def fold(model: nn.Module) -> nn.Module:
-    """Put plain linear layers in the place of all wrapped ones, in place; all, or where one is refused none."""
-    made = []
-    with by_name(model):
-        for path, parent, name, layer in wrapped_layers(model):
-            what = what_is_on(layer)
-            if is_packed(layer):
-                raise Unread(layer, what, path)
-            if what:
-                made.append((parent, name, _plain(layer)))
-    for parent, name, layer in made:
-        setattr(parent, name, layer)
-    return model
-
-
-def copy_of(model: nn.Module) -> Any:
-    """A deep copy, also where hooks left tensors of the last forward's graph on layers, as pruning masks do."""
-    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(v): v.detach().clone() for v in left})
 
 
 def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -334,20 +332,10 @@ def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[s
     return sorted(names)
 
 
-def _plain(layer: nn.Module) -> nn.Linear:
-    weight, bias = effective(layer)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    free = any(p.requires_grad for p in layer.parameters())
-    linear.weight = nn.Parameter(weight.clone(), free)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.clone(), free)
-    return linear.train(layer.training)
-
-
 def check_gradients(model: nn.Module, instead: str) -> None:
     """Refuse, by name, layers that gradients do not pass, and say that ``instead`` would do."""
     for path, _, _, layer in wrapped_layers(model):
-        if type(layer).forward is nn.Linear.forward and _holds_plain(layer) and "forward" not in vars(layer):
+        if type(layer).forward is kind_of(layer).forward and holds_plain(layer) and "forward" not in vars(layer):
             continue  # it has hooks, which shall see nothing but what the model is given
         how = _stops_gradients(layer)
         if how:
@@ -358,15 +346,14 @@ def check_gradients(model: nn.Module, instead: str) -> None:
 
 def _stops_gradients(layer: nn.Module) -> str:
     """What a layer does to gradients that it should not; of one that does not run on its own nothing is known."""
-    inputs, outputs = sizes(layer)
     with _aside(layer, graph=True):
-        run, r = _bare(layer), _random(layer, outputs)
-        x = _random(layer, inputs)
+        run, x = _bare(layer), _random(layer, *_input_shape(layer))
         x[2] = x[0] + x[1]
         try:
-            zero, out = run(torch.zeros_like(x)[None])[0], run(x.requires_grad_()[None])[0]
+            zero, out = (run(_arranged(v)).reshape(3, -1) for v in (torch.zeros_like(x), x.requires_grad_()))
         except Exception:
             return ""
+        r = _random(layer, out.shape[1])
         gradient = torch.autograd.grad(out, x, r, allow_unused=True)[0] if out.requires_grad else None
     if gradient is None:
         return "lets no gradient through"
@@ -374,7 +361,7 @@ def _stops_gradients(layer: nn.Module) -> str:
         moved = out - zero
         linear = (moved[2] - moved[0] - moved[1]).abs() <= _tolerance(layer) * moved.abs().max()
         # Of a linear layer <r, f(x) - f(0)> is <gradient, x>: an equation that needs no weights.
-        gap = ((r * moved).sum(1) - (gradient * x).sum(1)).abs()
+        gap = ((r * moved).sum(1) - (gradient * x).flatten(1).sum(1)).abs()
         passed = gap <= _tolerance(layer) * (r * moved).abs().sum(1)
     return "lets only a part of the gradient through" if bool(linear.all()) and not bool(passed.all()) else ""
 

@@ -19,7 +19,7 @@ from prunex.vit.mount import mounted
 from prunex.vit.narrow import NarrowAttention
 from prunex.vit.optimisers import check_followed, follow
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
-from prunex.vit.weights import sizes
+from prunex.vit.weights import is_identity, sizes
 
 Kept = tuple[int, ...]
 PLAIN = (Attention, NarrowAttention)  # attention without rotation or biases
@@ -254,7 +254,7 @@ class _Places:
             raise PrunexError(f"the heads of block {number} were made narrower already: start from the dense model")
         block = self.blocks[self.place[number]]
         attn = block.attn
-        if type(attn) not in PLAIN or not isinstance(attn.q_norm, nn.Identity) or not opens_heads(block):
+        if type(attn) not in PLAIN or not is_identity(attn.q_norm) or not opens_heads(block):
             raise PrunexError(
                 f"heads of block {number} ({type(attn).__name__}) cannot be made narrower: their scores are normed, "
                 "rotated or biased channel by channel"

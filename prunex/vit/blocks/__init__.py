@@ -70,7 +70,7 @@ def _unknown_scaling(block: Any) -> str | None:
     name = type(block).__name__
     for part in (block.in_proj, fused_out(block)):
         if part is not None and type(part) is not nn.Linear:
-            return f"{name} with other than plain linear layers"
+            return f"{name} with other than plain linear layers (adapters: merge them first)"
     # timm 1.0.20 keeps zeros for the missing bias, and puts them in front of the MLP's, whose channels come first.
     misplaced = getattr(block, "qkv_bias", None) is not None
     return f"{name} without qkv_bias, whose bias this timm misplaces," if misplaced else None

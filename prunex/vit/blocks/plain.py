@@ -13,7 +13,7 @@ from prunex.vit import attention
 from prunex.vit.arithmetic import Arithmetic, mlp
 from prunex.vit.calls import inside
 from prunex.vit.units import heads_left
-from prunex.vit.weights import effective, is_linear, scale_of, sizes, stands_for_linear
+from prunex.vit.weights import behind, effective, is_linear, scale_of, sizes, stands_for_linear
 
 
 class Layout:
@@ -154,4 +154,4 @@ def _linear_macs(module: nn.Module, name: str) -> int:
     # An adapter round a linear layer counts once, not with the layer in it.
     if stands_for_linear(module, name):
         return math.prod(sizes(module))
-    return sum(_linear_macs(child, name) for name, child in module.named_children())
+    return sum(_linear_macs(child, name) for name, child in behind(module).named_children())

@@ -7,7 +7,7 @@ attention runs inside the attention module's own call, so that hooks see what th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ from prunex.vit.tape import Attended, Fed
 from prunex.vit.turns import Turns
 
 
+class Seen(NamedTuple):
+    """What pruners were shown of one attention; see :class:`~prunex.vit.state.TokenState`."""
+
+    row: Tensor | None = None
+    key_mean: Tensor | None = None
+    value_norm: Tensor | None = None
+
+
 class Halves:
     """One block of one forward: ``x + drop_path(ls(attn(norm(x))))``, then ``x + drop_path(ls(mlp(norm(x))))``.
 
@@ -39,7 +47,8 @@ class Halves:
         self.layout = layout_of(block)
         self.decides = bool(turns.at("inside", number))
         self.shows_row = turns.show("row", number) or number in recorder.request.rows
-        self.shows_keys = turns.show("keys", number)
+        self.shows_keys, self.shows_values = turns.show("keys", number), turns.show("values", number)
+        self.shows_shift = turns.show("shift", number)
         self.fixed = turns.only(number, block, state, recorder)
         self.entered = state.patches.shape[1] if self.fixed is not None else None
         self.only: tuple[int, ...] | Tensor | None = self.fixed
@@ -57,8 +66,8 @@ class Halves:
     @property
     def closed(self) -> bool:
         """Whether timm's own block will do: nobody asks anything of it from inside."""
-        tape = self.decides or self.shows_row or self.fixed is not None or self.recorder.tape is not None
-        return not tape and self.state.plain
+        shows = self.decides or self.shows_row or self.shows_shift
+        return not shows and self.fixed is None and self.recorder.tape is None and self.state.plain
 
     def whole(self) -> None:
         """The block as timm runs it."""
@@ -92,7 +101,8 @@ class Halves:
         if state.packing is not None:
             state.tokens, state.row = self._attend_packed(state.tokens, state.packing)
             return
-        state.tokens, state.row, state.key_mean, recorded = self._rerunning(self._attend, state.tokens, state.policy)
+        state.tokens, seen, recorded = self._rerunning(self._attend, state.tokens, state.policy)
+        state.row, state.key_mean, state.value_norm = seen
         if recorded is not None:
             self.recorder.note([recorded])
         if state.beside is not None and self.only is not None:
@@ -101,12 +111,14 @@ class Halves:
     def feed(self) -> None:
         """The second half."""
         state = self.state
-        state.row = state.key_mean = None
+        state.row = state.key_mean = state.value_norm = None
         state.packing = packing_of(state, self.recorder)
         if state.packing is not None:
-            state.tokens = state.packing.unpack(self._feed(state.packing.pack(state.tokens), None)[0])
+            fed_tokens, shift, _ = self._feed(state.packing.pack(state.tokens), None)
+            state.tokens = state.packing.unpack(fed_tokens)
+            state.shift = None if shift is None else state.packing.unpack(shift.unsqueeze(2)).squeeze(2)
             return
-        state.tokens, fed = self._rerunning(self._feed, state.tokens, state.beside)
+        state.tokens, state.shift, fed = self._rerunning(self._feed, state.tokens, state.beside)
         state.beside = None
         if fed is not None:
             self.recorder.note([fed])
@@ -118,22 +130,21 @@ class Halves:
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
-    def _attend(self, x: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Attended | None]:
-        """From [B, N, D] to the stream after attention, the read-out row, the keys' mean, and the recording."""
+    def _attend(self, x: Tensor, policy: Tensor | None) -> tuple[Tensor, Seen, Attended | None]:
+        """From [B, N, D] to the stream after attention, what was asked for of it, and the recording."""
         layout, block, ops = self.layout, self.block, self.recorder.ops
         y = layout.read(block, x, ops)
         recorded = self._recording(x, y, policy)
         if recorded is not None and recorded.normed is not None:
             y = recorded.normed
-        row: Tensor | None = None
-        key_mean: Tensor | None = None
+        seen = Seen()
         if self._closed_attention(policy):
             branch = layout.attend(block, y, self.rope)
         else:
 
             def opened(y: Tensor, rope: Tensor | None = self.rope, **_: Any) -> Tensor:
-                nonlocal row, key_mean
-                branch, row, key_mean = self._look(y, rope, policy, recorded)
+                nonlocal seen
+                branch, seen = self._look(y, rope, policy, recorded)
                 return branch
 
             branch = layout.inside(block, opened, y, self.rope)
@@ -142,7 +153,7 @@ class Halves:
         after = ops.add(stream, branch if self.share is None else branch * self.share)
         if recorded is not None and self.recorder.request.streams:
             recorded.before, recorded.after = x.detach(), after.detach()
-        return after, row, key_mean, recorded
+        return after, seen, recorded
 
     def _recording(self, x: Tensor, y: Tensor, policy: Tensor | None) -> Attended | None:
         """An empty recording of this half, with the place to differentiate at where one is asked for."""
@@ -160,21 +171,26 @@ class Halves:
 
     def _closed_attention(self, policy: Tensor | None) -> bool:
         """Whether timm's own attention will do: nobody asks anything from inside."""
-        shown = self.shows_row or self.shows_keys or self.recorder.request.looks_into(self.number)
+        shown = self._shows or self.recorder.request.looks_into(self.number)
         if shown or self.recorder.ops.opened:
             return False
         return policy is None and self.keys is None and self.only is None and self.relative is None
 
+    @property
+    def _shows(self) -> bool:
+        """Whether somebody must be shown anything of the attention."""
+        return self.shows_row or self.shows_keys or self.shows_values
+
     def _look(
         self, y: Tensor, rope: Tensor | None, policy: Tensor | None, recorded: Attended | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The attention opened: what it gives for y [B, N, D], the read-out row, and the keys' mean."""
+    ) -> tuple[Tensor, Seen]:
+        """The attention opened: what it gives for y [B, N, D], and what was asked for of it."""
         layout, block, only, tape = self.layout, self.block, self.only, self.recorder.request
         attn = layout.attentions(block)[0]
         # Without anybody to show it to, the others' queries need not be computed.
         going = y if only is None else attention.some(y, only)
         alone = None
-        unasked = recorded is None and not (self.shows_row or self.shows_keys)
+        unasked = recorded is None and not self._shows
         if only is not None and policy is None and unasked and layout.opens:
             alone = attention.heads_of_some(attn, y, going)
         q, k, v = layout.heads(block, y, rope, self.recorder.ops) if alone is None else alone
@@ -188,7 +204,8 @@ class Halves:
                 recorded.head_rows = self._head_rows(q, k, policy)
             recorded.row, recorded.value = row, v.detach() if tape.streams else None
         key_mean = attention.over_heads(promoted(k.detach())) if self.shows_keys else None
-        return layout.project(block, out, going, self.recorder.ops), row, key_mean
+        value_norm = promoted(v.detach()).square().sum((1, 3)).sqrt() if self.shows_values else None
+        return layout.project(block, out, going, self.recorder.ops), Seen(row, key_mean, value_norm)
 
     def _gathered(
         self, asking: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None
@@ -259,15 +276,16 @@ class Halves:
             return there
         return self.sizes[:, start:] if there is None else self.sizes[:, start:] * there
 
-    def _feed(self, x: Tensor, entered: Tensor | None) -> tuple[Tensor, Fed | None]:
-        """From [B, n, D], and what entered a parallel block, to the stream after the MLP, and the recording."""
+    def _feed(self, x: Tensor, entered: Tensor | None) -> tuple[Tensor, Tensor | None, Fed | None]:
+        """From [B, n, D], and what entered a parallel block, to the stream after the MLP, its shift, the recording."""
         ops, layout = self.recorder.ops, self.layout
         branch = layout.feed(self.block, x if entered is None else entered, ops)
         fed = None
         if self.recorder.request.streams:
             fed = Fed(self.number, x.detach(), branch.detach(), self.state.policy)
+        shift = torch.linalg.vector_norm(promoted(branch), dim=-1) if self.shows_shift else None
         branch = layout.drop_fed(self.block, branch)
-        return ops.add(x, branch if self.share is None else branch * self.share), fed
+        return ops.add(x, branch if self.share is None else branch * self.share), shift, fed
 
     def _attend_packed(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         """The first half where nothing is computed for empty slots: the stream, zeros in these, and the row."""

@@ -50,6 +50,12 @@ class TokenState(Brief):
     # [B, prefix + n, d] or None: the keys of the block's attention, mean over heads, off the graph; present between the
     # halves of a block that a pruner asked them for
     key_mean: Tensor | None = None
+    # [B, prefix + n] or None: lengths of the values of the block's attention, all heads side by side, off the graph;
+    # there as keys are
+    value_norm: Tensor | None = None
+    # [B, prefix + n] or None: how far the block's MLP moved each token, the length of what it added (without stochastic
+    # depth); present after a block that a pruner asked it for
+    shift: Tensor | None = None
     # rotary tables and relative biases of the tokens, for models that have them; they follow every stage
     positions: Positions | None = None
     # [B, prefix + n, D] or None: between the halves of a parallel block, the stream as it entered

@@ -14,6 +14,8 @@ from prunex.vit.decisions import Answer, When, apply
 from prunex.vit.recorder import Recorder
 from prunex.vit.state import TokenState
 
+Shown = Literal["row", "keys", "values", "shift"]
+
 
 @dataclass(eq=False, repr=False)
 class Turn(Brief):
@@ -23,9 +25,10 @@ class Turn(Brief):
     # Before the block, between its halves ("inside"), or after it. "never": nothing is decided, and ``only`` alone is
     # told.
     when: When | Literal["never"] = "before"
-    # what a turn inside must be shown of the block's attention: "row", who is looked at (``TokenState.row``), or
-    # "keys", their mean over heads (``TokenState.key_mean``)
-    shown: tuple[Literal["row", "keys"], ...] = ()
+    # What a turn inside must be shown of the block's attention: "row", who is looked at (``TokenState.row``), "keys",
+    # their mean over heads (``TokenState.key_mean``), "values", their lengths (``TokenState.value_norm``). A turn after
+    # it: "shift", how far its MLP moved each token (``TokenState.shift``).
+    shown: tuple[Shown, ...] = ()
     # The tokens that go on after the block's attention, int64 [m], prefix included, where that is known before it and
     # the same for all images. Where nobody needs the others, only their queries are computed; what is decided inside
     # must say the same.
@@ -63,8 +66,8 @@ class Turns:
         """Whose turn it is at one place."""
         return self._at.get((when, block), ())
 
-    def show(self, what: Literal["row", "keys"], block: int) -> bool:
-        """Whether somebody must be shown this of a block's attention."""
+    def show(self, what: Shown, block: int) -> bool:
+        """Whether somebody must be shown this of a block."""
         return (what, block) in self._shown
 
     def only(self, number: int, block: Any, state: TokenState, recorder: Recorder) -> Tensor | None:

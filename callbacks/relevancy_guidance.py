@@ -14,6 +14,7 @@ from prunex.callbacks.participant import check_strategy
 from prunex.checks import check_options, check_whole
 from prunex.errors import PrunexError
 from prunex.guidance import Guidance, UnitGuidance, check_guidance, dense_copy
+from prunex.pruners.tome import ToMe
 from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find
 from prunex.vit.mount import mounted
@@ -104,7 +105,7 @@ class RelevancyGuidance(Layered):
         # Explained is the label's class: a head of the module's own behind the ViT has other classes.
         check_own_classes(pl_module, backbone, "RelevancyGuidance")
         if tokens is not None:
-            still = tokens.method == "tome" or tokens.pruner.freezes_model
+            still = isinstance(tokens.pruner, ToMe) or tokens.pruner.freezes_model
             if tokens.pruner.chooses != "image" or still:
                 raise PrunexError(
                     f"{tokens.method} ranks no tokens by scores that training could move: RelevancyGuidance takes "

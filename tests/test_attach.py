@@ -256,7 +256,7 @@ def test_training_a_pruned_model_changes_what_detach_gives_back(method):
 
 
 @pytest.mark.parametrize(
-    "method", ["evit", "topk", "dynamicvit", "tome", "ia_red2", "hvt", "patch_slimming", "diffrate"]
+    "method", ["evit", "topk", "dynamicvit", "tome", "ppt", "ia_red2", "hvt", "patch_slimming", "diffrate"]
 )
 def test_a_pruned_model_is_pickled_whole(method):
     """As torch.save of a model, and processes that are spawned, do; the copy's methods are its own."""

@@ -31,6 +31,7 @@ FEWEST = {
     "diffmask": {"keep_ratio": 0.1, "count": "fixed", "layer": 2},
     "tome": {"r": 99},
     "diffrate": {"keep_ratio": 0.1},
+    "ppt": {"r": 99},
     "hvt": {},
     "patch_slimming": {"keep": [[0]] * 3},
 }

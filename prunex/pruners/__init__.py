@@ -7,6 +7,7 @@ from prunex.pruners.evit import EViT
 from prunex.pruners.hvt import HVT
 from prunex.pruners.ia_red2 import IARED2
 from prunex.pruners.patch_slimming import PatchSlimming
+from prunex.pruners.ppt import PPT
 from prunex.pruners.tome import ToMe
 from prunex.pruners.topk import TopK
 from prunex.units.magnitude import Magnitude
@@ -17,6 +18,7 @@ from prunex.units.xpruner import XPruner
 
 __all__ = [
     "HVT",
+    "PPT",
     "DiffMask",
     "DiffRate",
     "DynamicViT",

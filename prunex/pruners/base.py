@@ -191,6 +191,19 @@ def row_macs(anatomy: Anatomy, entering: int, inner: int) -> int:
     return asking * (entering + anatomy.prefix) * inner
 
 
+def shares(values: Tensor, present: Tensor | None) -> Tensor:
+    """Values [B, n], at least 0, as shares of their sum over the tokens that are there; 0 for others, or all at 0.
+
+    >>> shares(torch.tensor([[1.0, 5.0, 3.0], [0.0, 7.0, 0.0]]), torch.tensor([[1, 0, 1], [1, 0, 1]])).tolist()
+    [[0.25, 0.0, 0.75], [0.0, 0.0, 0.0]]
+    """
+    if present is not None:
+        values = values.masked_fill(present <= 0, 0)
+    total = values.sum(1, keepdim=True)
+    # Not by next to nothing, whose gradient would be infinite.
+    return values / torch.where(total > 0, total, 1)
+
+
 def ceil_share(rate: float, n: int) -> int:
     """ceil(rate * n), at least 1, not fooled by the last bit of a float product (0.55 * 100 is 55)."""
     return max(1, math.ceil(rate * n - 1e-9))

@@ -15,9 +15,9 @@ from prunex.errors import PrunexError
 from prunex.pruners.base import TokenPruner
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
-from prunex.vit.decisions import Merge
+from prunex.vit.decisions import Decision, Merge
 from prunex.vit.state import TokenState
-from prunex.vit.turns import Turn
+from prunex.vit.turns import Shown, Turn
 
 
 @register("pruner", "tome", "Bolya et al., ICLR 2023, arXiv 2210.09461", "nothing; works untrained")
@@ -75,6 +75,7 @@ class ToMe(TokenPruner):
         self.proportional = check_flag("proportional", proportional)
         self.odd = anatomy.prefix == 1  # the class token takes the first place of the first set
         self.pair_width = anatomy.head_dim
+        self.shown: tuple[Shown, ...] = ("keys",)
         given = list(r) if isinstance(r, Sequence) else r
         self.options = {"r": given, "proportional": proportional, "inflect": inflect, **self.options}
 
@@ -91,9 +92,9 @@ class ToMe(TokenPruner):
 
     def plan(self) -> list[Turn]:
         """Inside the blocks that merge."""
-        return [Turn(b, "inside", shown=("keys",)) for b, r in zip(self.stages, self.removed, strict=True) if r]
+        return [Turn(b, "inside", shown=self.shown) for b, r in zip(self.stages, self.removed, strict=True) if r]
 
-    def decide(self, turn: Turn, state: TokenState) -> Merge | None:
+    def decide(self, turn: Turn, state: TokenState) -> Decision | None:
         """Merge the most similar pairs of a stage's block."""
         r = min(self.removed[self.stages.index(turn.block)], state.left // 2)
         if r <= 0:

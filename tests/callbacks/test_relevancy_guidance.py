@@ -63,7 +63,8 @@ def test_refusals(tmp_path):
         RelevancyGuidance("tokentn")
     with pytest.raises(prunex.PrunexError, match="has neither"):
         trainer(tmp_path, RelevancyGuidance()).fit(Plain(), loader())
-    for pruning in (TokenPruning("tome", options={"r": 2}), TokenPruning("diffrate")):
+    pruners = [("tome", {"r": 2}), ("ppt", {"r": 2}), ("diffrate", {})]
+    for pruning in (TokenPruning(name, options=options) for name, options in pruners):
         with pytest.raises(prunex.PrunexError, match="ranks no tokens by scores that training could move"):
             trainer(tmp_path, pruning, RelevancyGuidance()).fit(Plain(), loader())
 

@@ -8,7 +8,7 @@ from prunex import PrunexError
 from tests.explainers.quick import DIVIDES, EXPLAINERS, NOTHING_LEFT, ROWS, SIGNED, explain
 from tests.vits import FAMILIES, QUICK_FAMILIES, images, images_for, quick, randomise, relative, tiny
 
-PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome", "diffrate"]
+PRUNERS = ["topk", "evit", "evit_unfused", "dynamicvit", "patch_slimming", "tome", "ppt", "diffrate"]
 # HVT pools instead of keeping some: whatever has no keep ratio holds for it too.
 ALL = [*PRUNERS, "hvt"]
 FEW = ["atman", "tokentm", "attention_flow", "lrp", "integrated_gradients"]
@@ -26,8 +26,8 @@ def attach(model, pruner, **options):
     if pruner == "hvt":  # its counts follow from the stages alone
         options = {k: v for k, v in options.items() if k != "keep_ratio"}
     extra = {"fuse": False} if pruner == "evit_unfused" else {}
-    if pruner == "tome":
-        extra["r"] = round(8 * (1 - options.pop("keep_ratio")))
+    if pruner in ("tome", "ppt"):
+        extra = {"r": round(8 * (1 - options.pop("keep_ratio")))} | ({"tau": 0.01} if pruner == "ppt" else {})
     method, more = VARYING.get(pruner, (pruner.removesuffix("_unfused"), extra))
     pruning = prunex.attach(model, method, **(options | more))
     if pruner != "diffrate":  # what it learns are the counts themselves

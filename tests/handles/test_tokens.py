@@ -198,11 +198,12 @@ def test_every_view_is_given_to_further_losses():
         ("evit", {}),
         ("dynamicvit", {"count": "adaptive"}),
         ("tome", {"r": 3}),
+        ("ppt", {"r": 3, "tau": 0.01}),
     ],
 )
 def test_pooled_patches_are_the_same_masked_and_gone(method, options, kind):
     model = tiny().eval()
-    pruning = prunex.attach(model, method, **({"keep_ratio": 0.5} if method != "tome" else {}), **options)
+    pruning = prunex.attach(model, method, **({} if "r" in options else {"keep_ratio": 0.5}), **options)
     randomise(pruning.pruner)
     x, pooled = images(3), {}
     with torch.no_grad():

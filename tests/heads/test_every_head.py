@@ -22,6 +22,7 @@ PRUNERS = {
     "dynamicvit": {"keep_ratio": 0.6, "stages": (1, 2)},
     "tome": {"r": 2},
     "diffrate": {"keep_ratio": 0.7, "learns": False},
+    "ppt": {"r": 3, "tau": 0.01},
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 every_family = pytest.mark.parametrize("family", quick(FAMILIES, QUICK))

@@ -244,14 +244,14 @@ def test_nothing_comes_after_a_stage_that_leaves_no_tokens():
         trace.check()
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "tome", "hvt", "diffrate"])
+@pytest.mark.parametrize("method", ["topk", "evit", "dynamicvit", "tome", "ppt", "hvt", "diffrate"])
 def test_what_pruners_leave_passes(room, method):
     from tests.vits import tiny
 
     model = tiny()
-    options = {"r": 3} if method == "tome" else {} if method == "hvt" else {"keep_ratio": 0.6}
+    options = {"r": 3} if method in ("tome", "ppt") else {} if method == "hvt" else {"keep_ratio": 0.6}
     pruning = prunex.attach(model, method, **options)
-    for masked in (False, True) if method not in ("tome", "hvt") else (False,):
+    for masked in (False, True) if method not in ("tome", "ppt", "hvt") else (False,):
         pruning.masked = masked
         model(room.images)
         trace = pruning.trace

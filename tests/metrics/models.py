@@ -12,6 +12,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PRUNED = {
     "evit": {"keep_ratio": 0.6, "stages": (1, 2)},
     "tome": {"r": 3},
+    "ppt": {"r": 3, "tau": 0.01, "stages": (1, 2)},
     "dynamicvit": {"keep_ratio": 0.6, "stages": (1, 2)},
 }
 

@@ -308,11 +308,11 @@ def test_three_stages_compose_to_what_tags_say():
     assert "depth_correlation" not in given
 
 
-@pytest.mark.parametrize("method", ["evit", "dynamicvit", "tome", "hvt"])
+@pytest.mark.parametrize("method", ["evit", "dynamicvit", "tome", "ppt", "hvt"])
 def test_on_pruned_models(method):
     model, pictures = tiny(global_pool="avg" if method == "hvt" else "token"), images(2)
     dense = prunex.explain("grad_cam", model, pictures)
-    options = {"r": 3} if method == "tome" else {} if method == "hvt" else {"keep_ratio": 0.7, "stages": (1, 2)}
+    options = {"tome": {"r": 3}, "ppt": {"r": 3}, "hvt": {}}.get(method, {"keep_ratio": 0.7, "stages": (1, 2)})
     with prunex.attach(model, method, **options) as pruning, torch.no_grad():
         model(pictures)
         trace = pruning.trace

@@ -29,13 +29,18 @@ PRUNERS = {
     "dynamicvit": ("dynamicvit", {}),
     "tome": ("tome", {}),
     "diffrate": ("diffrate", {}),
+    "ppt": ("ppt", {"tau": 0.01}),
+    "ppt_prunes": ("ppt", {"tau": 0}),
 }
-RATED = [p for p in PRUNERS if p not in ("tome", "diffrate")]  # those that keep a share, and never merge
+REMOVING = ("tome", "ppt", "ppt_prunes")  # so many tokens, not a share of them
+RATED = [p for p in PRUNERS if p not in (*REMOVING, "diffrate")]  # those that keep a share, and never merge
 
 
 def attach(model, pruner, keep_ratio=0.6, stages=(1, 2), **more):
     method, options = PRUNERS[pruner]
-    rate = {"r": round(8 * (1 - keep_ratio))} if pruner == "tome" else {"keep_ratio": keep_ratio}
+    rate = {"r": round(8 * (1 - keep_ratio))} if pruner in REMOVING else {"keep_ratio": keep_ratio}
+    if pruner == "ppt" and model.global_pool != "token":
+        options = {"tau": 0.002}  # the mean of many rows is flatter than one: else all images would pool
     pruning = prunex.attach(model, method, stages=stages, **rate, **options, **more)
     if pruner != "diffrate":  # predictors shall decide something; what DiffRate learns are the counts themselves
         randomise(pruning.pruner)
@@ -74,7 +79,7 @@ def test_masked_equals_removed_in_float32(family, pruner):
         assert largest(model(x), removed) < 1e-5
 
 
-@pytest.mark.parametrize("pruner", ["topk", "evit", "evit_unfused", "tome"])
+@pytest.mark.parametrize("pruner", [p for p in PRUNERS if p not in ("dynamicvit", "diffrate")])
 @pytest.mark.parametrize("family", ["vit", "dinov2_reg", "avg_pool"])
 def test_masked_equals_removed_in_gradients(pruner, family):
     model = tiny(family).double().train()

@@ -40,6 +40,7 @@ METHODS = {
     "dynamicvit": {"keep_ratio": 0.6},
     "tome": {"r": 3},
     "diffrate": {"keep_ratio": 0.7},
+    "ppt": {"r": 3, "tau": 0.01},
 }
 
 

@@ -25,6 +25,7 @@ PRUNERS = {
     "dynamicvit": {"keep_ratio": 0.6, "stages": (1, 2)},
     "tome": {"r": 2},
     "diffrate": {"keep_ratio": 0.7},
+    "ppt": {"r": 3, "tau": 0.01},
 }
 
 

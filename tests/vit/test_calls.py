@@ -18,6 +18,7 @@ OPENERS = {
     "dynamicvit": {"keep_ratio": 0.5, "stages": (1, 3)},  # masked below: its blocks run under a policy
     "tome": {"r": 3},
     "diffrate": {"keep_ratio": 0.7},
+    "ppt": {"r": 3, "tau": 0.01},
     "adaptive": {"keep_ratio": 0.5, "stages": (1, 2), "count": "adaptive"},
 }
 PLACES = ("blocks.1", "blocks.3", "blocks.1.attn", "blocks.3.mlp", "blocks.1.norm1", "blocks.2.drop_path2", "blocks")

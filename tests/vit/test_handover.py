@@ -18,6 +18,7 @@ CASES = {
     "adaptive dynamicvit": ("dynamicvit", {"keep_ratio": 0.5, "count": "adaptive"}, {"global_pool": "avg"}, "vit"),
     "attention pooling": ("tome", {"r": 3}, {}, "siglip"),
     "diffrate, average": ("diffrate", {"keep_ratio": 0.7}, {"global_pool": "avg"}, "vit"),
+    "prune or pool": ("ppt", {"r": 3, "tau": 0.01}, {"global_pool": "avg"}, "vit"),
     "beit": ("tome", {"r": 3}, {"global_pool": "avg"}, "beit"),
 }
 

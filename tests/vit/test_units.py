@@ -145,10 +145,10 @@ def test_closed_form_of_a_plain_vit():
     assert [b.macs for b in prunex.cost(small).blocks] == blocks
 
 
-@pytest.mark.parametrize("method", ["evit", "topk", "tome", "dynamicvit"])
+@pytest.mark.parametrize("method", ["evit", "topk", "tome", "ppt", "dynamicvit"])
 def test_cost_with_tokens_pruned_too(method):
     model = tiny()
-    prunex.attach(model, method, **({"r": 2} if method == "tome" else {"keep_ratio": 0.6}))
+    prunex.attach(model, method, **({"r": 2} if method in ("tome", "ppt") else {"keep_ratio": 0.6}))
     hard(model, closed={"1.heads": [0], "3.heads": [0, 1]})
     small = prunex.slim(model)
     assert prunex.cost(model) == prunex.cost(small)
@@ -226,9 +226,9 @@ def test_tokens_are_not_ranked_by_heads_that_are_not_there():
     assert prunex.attached(other) is None
 
 
-@pytest.mark.parametrize("method", ["evit", "tome", "dynamicvit"])
+@pytest.mark.parametrize("method", ["evit", "tome", "ppt", "dynamicvit"])
 def test_both_prunings_in_either_order_decide_alike(method):
-    options = {"r": 2} if method == "tome" else {"keep_ratio": 0.6}
+    options = {"r": 2} if method in ("tome", "ppt") else {"keep_ratio": 0.6}
     models = [tiny(), tiny()]
     prunex.attach(models[0], method, **options)
     hard(models[0], closed={"2.heads": [0]})

@@ -18,6 +18,7 @@ TOKENS = {
     "patch_slimming": {"options": {"calibration_images": 16}},
     "tome": {"options": {"r": 2}},
     "diffrate": {"keep_ratio": 0.7},
+    "ppt": {"options": {"r": 2}},
 }
 RUNS = {
     "dense": [],

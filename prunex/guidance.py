@@ -30,7 +30,7 @@ class Guidance:
     r"""A loss that asks a token pruner's scores to follow a relevancy map of the same image.
 
     At every stage s whose pruner ranked tokens by scores u (DynamicViT: the predictor's keep probability; EViT, Top-K:
-    the class token's attention), and over the patches that still entered it as tokens of their own::
+    the class token's attention, or the shift), and over the patches that still entered it as tokens of their own::
 
         pearson:  L_s = mean over images of 1 - corr(u, r)
         kl:       L_s = mean over images of KL(softmax(r / t) || softmax(u / t)), r and u standardised per image

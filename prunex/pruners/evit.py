@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
 from prunex.checks import check_flag
 from prunex.pruners.adaptive import AdaptiveOptions
@@ -18,8 +18,11 @@ class EViT(TopK):
 
     As :class:`TopK`, and the dropped patches are fused into one extra token f = sum_dropped a_i x_i, which is not
     divided by its weights' sum and competes like any other token at the next stage. Gradients reach queries and keys
-    through a. Only patches are ever dropped: class, distillation and register tokens stay where they are (the authors'
-    code protects index 0 alone).
+    through a. With ``score="shift"`` (see :class:`TopK`) the weights a are shares of the shift, and gradients reach the
+    MLP; that use of it is ours.
+
+    Only patches are ever dropped: class, distillation and register tokens stay where they are (the authors' code
+    protects index 0 alone).
 
     In training the keep rate may fall along a cosine, as in the authors' training from scratch, or a line: see
     :class:`prunex.pruners.schedules.Schedule`. By default the base rate holds at once, as in their fine-tuning.
@@ -29,6 +32,7 @@ class EViT(TopK):
         keep_ratio: Share of the entering patch tokens kept at a stage, in (0, 1].
         stages: Blocks that shrink.
         fuse: Whether dropped patches leave a fused token.
+        score: What patches are ranked and fused by, "attention" or "shift".
         **shared: As for :class:`TopK`.
     """
 
@@ -40,9 +44,10 @@ class EViT(TopK):
         keep_ratio: float | Sequence[float] = 0.7,
         stages: Sequence[int] | None = None,
         fuse: bool = True,
+        score: Literal["attention", "shift"] = "attention",
         **shared: Unpack[AdaptiveOptions],
     ) -> None:
-        super().__init__(anatomy, keep_ratio, stages, **shared)
+        super().__init__(anatomy, keep_ratio, stages, score, **shared)
         # All else is Top-K's: only what becomes of the dropped patches differs.
         self.fuses = check_flag("fuse", fuse)
         self.options["fuse"] = self.fuses

@@ -18,6 +18,7 @@ PRUNERS = {
     "topk": lambda: TokenPruning("topk", keep_ratio=0.6, options={"count": "adaptive", "threshold": 0.6}),
     "tome": lambda: TokenPruning("tome", options={"r": 2}),
     "ppt": lambda: TokenPruning("ppt", options={"r": 3, "tau": 0.01}),
+    "topk, by shift": lambda: TokenPruning("topk", keep_ratio=0.6, options={"score": "shift"}),
     "dynamicvit": lambda: TokenPruning("dynamicvit", keep_ratio=0.6),
     "diffrate": lambda: TokenPruning("diffrate", keep_ratio=0.6, lr_scale=10),
     "patch_slimming": lambda: TokenPruning("patch_slimming"),

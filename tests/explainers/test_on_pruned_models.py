@@ -16,6 +16,7 @@ VARYING = {  # images keep different numbers of patches
     "ia_red2": ("ia_red2", {"threshold": 0.45}),
     "dynamicvit_adaptive": ("dynamicvit", {"count": "adaptive"}),
     "evit_adaptive": ("evit", {"count": "adaptive", "threshold": 0.8}),
+    "evit_shift": ("evit", {"count": "adaptive", "threshold": 0.8, "score": "shift"}),
 }
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "qk_norm", "layer_scale", "dynamic"]
 

@@ -18,6 +18,8 @@ PRUNERS = {
     "topk": ("topk", {"count": "adaptive", "threshold": 0.7}),
     "evit": ("evit", {"count": "adaptive", "threshold": 0.7}),
     "evit_unfused": ("evit", {"count": "adaptive", "threshold": 0.7, "fuse": False}),
+    "topk_shift": ("topk", {"count": "adaptive", "threshold": 0.7, "score": "shift"}),
+    "evit_shift": ("evit", {"count": "adaptive", "threshold": 0.7, "score": "shift"}),
     "dynamicvit": ("dynamicvit", {"count": "adaptive"}),
     "ia_red2": ("ia_red2", {"threshold": 0.48}),
 }
@@ -92,7 +94,7 @@ def test_an_image_may_lose_every_patch(pruner):
         assert largest(model(x), together) < 1e-6
 
 
-@pytest.mark.parametrize("pruner", ["topk", "evit", "dynamicvit"])
+@pytest.mark.parametrize("pruner", ["topk", "evit", "topk_shift", "dynamicvit"])
 def test_a_head_that_only_pools_patches_keeps_one(pruner):
     model = tiny("avg_pool_no_class")
     pruning = attach(model, pruner, threshold=1.0 if pruner == "dynamicvit" else 0.0)
@@ -131,7 +133,7 @@ def test_training_and_detaching(pruner):
 
 
 @pytest.mark.parametrize("masked", [None, True])
-@pytest.mark.parametrize("pruner", ["topk", "evit"])
+@pytest.mark.parametrize("pruner", ["topk", "evit", "topk_shift", "evit_shift"])
 def test_training_keeps_what_inference_keeps(pruner, masked):
     model = tiny()
     x = images_for(model)
@@ -171,9 +173,10 @@ def test_above_is_strict_and_rescues_the_best():
     assert not above(score, 0.5, torch.zeros(2, 3), least=1).any()
 
 
-def test_topk_keeps_the_mass_it_says():
+@pytest.mark.parametrize("pruner", ["topk", "topk_shift"])
+def test_topk_keeps_the_mass_it_says(pruner):
     model = tiny()
-    pruning = attach(model, "topk", stages=(1,))
+    pruning = attach(model, pruner, stages=(1,))
     with torch.no_grad():
         model(images_for(model))
     score = pruning.trace.stages[0].score
@@ -225,9 +228,9 @@ def test_expected_counts_are_those_of_keep_ratio_until_measured(pruner):
         assert pruning._attached.trace is last
         model(torch.cat([images_for(model, 4), images_for(model, 2, seed=2)]))
     assert shares == pytest.approx([float(r.mean()) for r in pruning.trace.keep_ratios()], abs=1e-6)
-    assert pruning.counts() == [round(s * 16) + (pruner == "evit") for s in shares]
+    assert pruning.counts() == [round(s * 16) + (pruner in ("evit", "evit_shift")) for s in shares]
     assert prunex.cost(model).tokens[3] == 1 + pruning.counts()[1]
-    if pruner != "evit":  # among the tokens it keeps is an earlier fused one
+    if pruner not in ("evit", "evit_shift"):  # among the tokens it keeps is an earlier fused one
         assert fixed.calibrate(images_for(model)) == [n / 16 for n in fixed.counts()]
     assert fixed.options["expected"] is None
     with pytest.raises(prunex.PrunexError, match="calibration got no images"):

@@ -27,6 +27,8 @@ PRUNERS = {
     "evit": ("evit", {}),
     "evit_unfused": ("evit", {"fuse": False}),
     "dynamicvit": ("dynamicvit", {}),
+    "topk_shift": ("topk", {"score": "shift"}),
+    "evit_shift": ("evit", {"score": "shift"}),
     "tome": ("tome", {}),
     "diffrate": ("diffrate", {}),
     "ppt": ("ppt", {"tau": 0.01}),

@@ -41,6 +41,7 @@ METHODS = {
     "tome": {"r": 3},
     "diffrate": {"keep_ratio": 0.7},
     "ppt": {"r": 3, "tau": 0.01},
+    "topk_shift": {"keep_ratio": 0.6, "score": "shift"},
 }
 
 

@@ -1,6 +1,7 @@
 """How long a slim model's forward takes, as a ratio to the dense timm model's, measured side by side.
 
     python benchmarks/forward.py --threads 2 --batches 1 8 32
+    python benchmarks/forward.py --threads 1 --clock cpu --batches 8 --methods ppt tome   # equal tokens in every block
 
 Random weights: time depends on shapes alone. The last lines are a markdown table.
 """
@@ -21,21 +22,28 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--methods", nargs="+", default=["evit", "dynamicvit", "topk"], help="also ppt, tome")
     args = parser.parse_args()
     start(args)
     dtype = getattr(torch, args.dtype)
     r = args.keep_ratio
     variants: list[tuple[str, str, dict[str, Any]]] = [
-        (f"evit {r}", "evit", {}),
-        (f"evit {r}, not fused", "evit", {"fuse": False}),
-        (f"dynamicvit {r}", "dynamicvit", {"teacher": False}),
-        (f"topk {r}", "topk", {}),
+        (f"evit {r}", "evit", {"keep_ratio": r}),
+        (f"evit {r}, not fused", "evit", {"keep_ratio": r, "fuse": False}),
+        (f"dynamicvit {r}", "dynamicvit", {"keep_ratio": r, "teacher": False}),
+        (f"topk {r}", "topk", {"keep_ratio": r}),
+        (f"topk {r} by shift", "topk", {"keep_ratio": r, "score": "shift"}),
+        # Random weights look at all patches alike, and images of them pool; ranked and matched are both in any case.
+        ("ppt 50", "ppt", {"r": 50}),
+        ("ppt 50, tau 0", "ppt", {"r": 50, "tau": 0}),
+        ("tome 50 at the same blocks", "tome", {"r": 50, "stages": (3, 6, 9)}),
+        ("tome 11 in every block", "tome", {"r": 11}),
     ]
     dense = timm.create_model(args.model).eval()
     models = {"dense (timm)": dense}
-    for name, method, more in variants:
+    for name, method, more in (v for v in variants if v[1] in args.methods):
         model = timm.create_model(args.model).eval()
-        prunex.attach(model, method, keep_ratio=r, **more)
+        prunex.attach(model, method, **more)
         models[name] = prunex.slim(model)
     macs = {name: prunex.cost(m).macs / prunex.cost(dense).macs for name, m in models.items()}
     models = {name: m.to(args.device, dtype) for name, m in models.items()}

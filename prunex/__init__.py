@@ -27,12 +27,14 @@ _PLACES = {
     "cost": "vit.cost",
     "explain": "explain",
     "export": "slim",
+    "find_register_neurons": "relevance.registers",
     "from_transformers": "sources",
     "load": "slim",
     "load_pretrained": "sources",
     "methods": "catalogue",
     "save": "slim",
     "slim": "slim",
+    "with_registers": "relevance.registers",
 }
 
 # Rooms with public names of their own.
@@ -59,6 +61,8 @@ if _typing.TYPE_CHECKING:
     from prunex.errors import PrunexError as PrunexError
     from prunex.explain import explain as explain
     from prunex.relevance.explanation import Explanation as Explanation
+    from prunex.relevance.registers import find_register_neurons as find_register_neurons
+    from prunex.relevance.registers import with_registers as with_registers
     from prunex.slim.export import export as export
     from prunex.sources.convert import from_transformers as from_transformers
     from prunex.sources.pretrained import load_pretrained as load_pretrained

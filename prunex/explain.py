@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, get_type_hints, overload
+from typing import Any, Literal, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
 
 import prunex.explainers  # noqa: F401  (registers the explainers)
-from prunex.checks import called_as, check_kind
+from prunex.brief import brief
+from prunex.checks import called_as, check_choice, check_kind
 from prunex.errors import PrunexError, Unreached, unknown
 from prunex.registry import lookup
 from prunex.relevance.explanation import Explanation
+from prunex.relevance.registers import RegisterNeurons, with_registers
 from prunex.targets import Aimed, Function, MultiLabel
 from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.aside import as_found
@@ -33,6 +35,7 @@ def explain(
     *,
     path: str | None = None,
     through: str | None = None,
+    registers: RegisterNeurons | Literal["test"] | None = None,
     **options: Any,
 ) -> list[Explanation]: ...
 @overload
@@ -44,6 +47,7 @@ def explain(
     *,
     path: str | None = None,
     through: str | None = None,
+    registers: RegisterNeurons | Literal["test"] | None = None,
     **options: Any,
 ) -> Explanation: ...
 @called_as('prunex.explain("tokentm", model, images)', method=str, model=nn.Module)
@@ -55,6 +59,7 @@ def explain(
     *,
     path: str | None = None,
     through: str | None = None,
+    registers: RegisterNeurons | Literal["test"] | None = None,
     **options: Any,
 ) -> Explanation | list[Explanation]:
     """Explain what a ViT's prediction rests on, dense or pruned.
@@ -76,6 +81,9 @@ def explain(
         through: Dotted path of a ViT in a module of several inputs or several calls, such as ``"encoder_a"`` or
             ``"encoder#1"`` for its second call: that call is explained, for one sample, and all else that the module is
             given is held fixed. ``images`` are then its arguments, [1, ...] each: a tuple, or a dict by name.
+        registers: "test", or what :func:`prunex.find_register_neurons` found: the ViT is explained with a test-time
+            register (:func:`prunex.with_registers`), where background tokens draw its attention. Logits are then those
+            of that copy. "test" takes what was found last for this model.
         **options: The method's own.
 
     Returns:
@@ -103,6 +111,8 @@ def explain(
         if name not in defaults:
             raise unknown(f"option of {method}", name, defaults)
         check_kind(name, value, kinds.get(name))
+    if registers is not None:
+        model = _with_registers(model, registers)
     function = target if callable(target) else None
     if through is not None:
         path = through.partition("#")[0]
@@ -137,6 +147,17 @@ def explain(
         if function is not None:
             e.function, e.target = function, torch.full_like(e.target, -1)
     return explanations if isinstance(target, MultiLabel) else explanations[0]
+
+
+def _with_registers(model: nn.Module, registers: Any) -> nn.Module:
+    vit: nn.Module = find(model)[1]
+    if vit is not model:
+        raise PrunexError(
+            f"registers={brief(registers)} explains a ViT by itself: give the ViT in this {type(model).__name__}"
+        )
+    if isinstance(registers, str):
+        check_choice("registers", registers, ("test",))
+    return with_registers(vit, None if isinstance(registers, str) else registers)  # type: ignore[no-any-return]
 
 
 def _by_method(method: str, make: Callable[..., Explanation], call: Call, target: Any, options: Any) -> Explanation:

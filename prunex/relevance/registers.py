@@ -157,7 +157,8 @@ def with_registers(
     if bad:
         raise PrunexError(f"neuron {bad[0]} is none of this model's: find them for this model")
     # Whoever embeds in another way, as DeiT with its distillation token does, takes no register in.
-    if type(vit)._pos_embed not in (VisionTransformer._pos_embed, Eva._pos_embed) or anatomy.pool_prefix:
+    embed = getattr(type(vit), "_pos_embed", None)
+    if embed not in (VisionTransformer._pos_embed, Eva._pos_embed) or anatomy.pool_prefix:
         what = "averages its prefix tokens" if anatomy.pool_prefix else "takes no register tokens in timm"
         raise PrunexError(f"{type(vit).__name__} {what}: extra tokens go to a VisionTransformer or Eva of timm")
     widened: Any = copy.deepcopy(vit)

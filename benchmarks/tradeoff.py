@@ -39,7 +39,10 @@ ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
 STAGES = [1, 3, 4]  # as the shipped configurations have them
 # How a method is trained where that is not as the rest: the recipes of the shipped configurations.
-RECIPES: dict[str, dict[str, Any]] = {"dynamicvit": {"learning_rate": 1e-3, "backbone_lr_scale": 0.1}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "dynamicvit": {"learning_rate": 1e-3, "backbone_lr_scale": 0.1},
+    "diffrate": {"learning_rate": 0.1, "backbone_lr_scale": None},  # its rates alone: the weights stay
+}
 # Where a method without a rate finds its own counts: the settings it takes part at.
 POINTS: dict[str, list[dict[str, Any]]] = {
     "patch_slimming": [{"tolerance": t, "calibration_images": 512} for t in (0.02, 0.05, 0.1)],
@@ -61,7 +64,9 @@ def classifier(**more: Any) -> ImageClassifier:
     )
 
 
-def settings(method: str, budgets: Sequence[float], keep_ratios: Sequence[float] | None) -> list[Setting]:
+def settings(
+    method: str, budgets: Sequence[float], keep_ratios: Sequence[float] | None, stages: Sequence[int]
+) -> list[Setting]:
     """At which points a method takes part: budgets, keep ratios, or its own settings where it has no rate."""
     if method == DENSE:
         return [("1", {})]
@@ -69,7 +74,7 @@ def settings(method: str, budgets: Sequence[float], keep_ratios: Sequence[float]
         return [(f"budget {budget:g}", {"budget": budget}) for budget in budgets]
     model = classifier().model
     takes = accepted(lookup("pruner", method).make)
-    common: dict[str, Any] = {"stages": STAGES} if "stages" in takes else {}
+    common: dict[str, Any] = {"stages": list(stages)} if stages and "stages" in takes else {}
     if keep_ratios is not None and "keep_ratio" in takes:
         return [(f"keep_ratio {r:g}", {**common, "keep_ratio": r}) for r in keep_ratios]
     found = []
@@ -269,6 +274,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--token-budget", type=float, default=0.65, help="of TOKENS+UNITS: what tokens alone are pruned to"
     )
+    made.add_argument(
+        "--stages", type=int, nargs="*", default=STAGES, help="blocks that shrink; none: each method's own"
+    )
+    made.add_argument("--pruned-only", action="store_true", help="leave the dense model out")
     made.add_argument("--learning-rate", type=float, help="of every method; None: each one's own")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--epochs", type=int, default=2, help="0: untrained")
@@ -288,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start(args)
     args.out.mkdir(parents=True, exist_ok=True)
     methods = args.methods or [m.name for m in prunex.methods("pruner") if not units_of(m.name)]
-    points = [(m, s) for m in [DENSE, *methods] for s in settings(m, args.budgets, args.keep_ratios)]
+    methods = methods if args.pruned_only else [DENSE, *methods]
+    points = [(m, s) for m in methods for s in settings(m, args.budgets, args.keep_ratios, args.stages)]
     path = args.out / "tradeoff.csv"
     done = {tuple(r[k] for k in KEY) for r in read_rows(path)}
     dense = prunex.cost(classifier().model).macs

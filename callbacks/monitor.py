@@ -32,6 +32,7 @@ from prunex.registry import lookup
 from prunex.targets import MultiLabel, as_target, spelt
 from prunex.vit.anatomy import channels_of, find, read
 from prunex.vit.aside import as_found
+from prunex.vit.readout import classifies
 from prunex.vit.surroundings import Call, answering, follow, look
 
 
@@ -235,7 +236,8 @@ class Monitor(Callback):
                 call = follow(module, vit, batch.get("given", batch["images"]), who, named=True)
             if call.output is None and module is not vit:  # it could not be followed: what entered the ViT is known
                 call = follow(vit, vit, batch["images"], who)
-        for warning in caught:
+        # Nothing is said of classes where neither the ViT nor what follows it has any, such as under a decoder.
+        for warning in caught if classifies(call.vit) else ():
             warn_once(trainer, str(warning.message))
         return call
 

@@ -12,6 +12,7 @@ from prunex.relevance.explanation import Explanation, answer
 from prunex.relevance.features import Features, features, features_tape, on_patches
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import promoted
+from prunex.vit.readout import check_head
 from prunex.vit.recording import Recording, check_layer, gradients, recording
 from prunex.vit.tape import Tape
 
@@ -79,6 +80,7 @@ def _rows(recorded: Recording, layer: int, score: Tensor) -> Features:
     """What the tokens that the head reads pay to each patch token, and its gradient; heads are the channels."""
     ((step, attention),) = recorded.tape.matrices()
     gradient = promoted(gradients(score.sum(), [attention])[0])
+    check_head(recorded.model)
     # Rows that the head reads count as one: their mean, with the sum of their gradients.
     readers = recorded.anatomy.readout(attention.shape[3], step.policy, attention.detach(), step.sizes)
     if step.queries is not None:

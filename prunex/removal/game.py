@@ -26,7 +26,7 @@ from prunex.vit.embedding import embed
 from prunex.vit.forward import own_anatomy, own_pruners, record, resume
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places
-from prunex.vit.readout import before_softmax, scalar
+from prunex.vit.readout import before_softmax, reads_grids, scalar
 from prunex.vit.recording import check_chunk, sequences
 from prunex.vit.replay import Absent, Replay, ReplayAmong
 from prunex.vit.tape import Tape
@@ -125,6 +125,11 @@ class Removal:
         check_chunk(chunk)
         self.model, self.removal, self.output = model, removal, "logit" if scalar(model) else output
         self.painted, self.batch = removal in PAINTS, len(images)
+        if reads_grids(model) and not self.painted:
+            raise PrunexError(
+                f"removal={removal!r} leaves tokens out, and this model reads grids, which are whole: paint pixels "
+                f"({', '.join(PAINTS)}) where that is offered, or use vit_cx"
+            )
         self.anatomy = own_anatomy(model)
         self.free: Pruner | None = None
         self.decisions: list[Decided] = []

@@ -27,7 +27,7 @@ from prunex.vit.halves import Halves
 from prunex.vit.handover import Handed
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places, positions_of
-from prunex.vit.readout import head, pool_attention
+from prunex.vit.readout import TAIL, check_head, head, pool_attention, reads_grids
 from prunex.vit.recorder import SILENT, Recorder
 from prunex.vit.state import TokenState
 from prunex.vit.tape import Attended, Tape
@@ -143,12 +143,27 @@ def predict(
     masked: bool | None = None,
 ) -> Prediction:
     """:func:`run`, and what the head makes of it."""
+    recorder = _for_tail(model, recorder)
     state = run(model, images, pruners, recorder, masked)
     return Prediction(answer(state, recorder), state)
 
 
+def _for_tail(model: ViT, recorder: Recorder) -> Recorder:
+    """A recorder that takes grids as well, where the model stands for a module that reads them."""
+    return Recorder(recorder.tape, vars(model)[TAIL].asked.watch(model)) if reads_grids(model) else recorder
+
+
 def answer(state: TokenState, recorder: Recorder = SILENT) -> Tensor:
-    """What the head makes of the final tokens: [B, classes], or the pooled features without one."""
+    """What the head makes of the final tokens: [B, classes], or the pooled features without one.
+
+    Of a model that stands for a module which reads grids, what that makes of those.
+    """
+    if reads_grids(state.model):
+        if recorder.ops.opened:
+            check_head(state.model)
+        tail = vars(state.model)[TAIL]
+        rows: Tensor = tail(tail.asked.taken(recorder.watch))
+        return rows
     return head(state.model, state.tokens, Handed(state.anatomy, state.policy, state.sizes, state.trace), recorder.ops)
 
 
@@ -179,7 +194,8 @@ def resume(
     """
     tape = Tape(narrow=True) if tape is None else tape
     state = begin(model, x, grid, own_anatomy(model), masked, keys, places)
-    tape.logits = answer(encode(state, Turns(pruners), Recorder(tape)), Recorder(tape))
+    recorder = _for_tail(model, Recorder(tape))
+    tape.logits = answer(encode(state, Turns(pruners), recorder), recorder)
     return tape.logits
 
 

@@ -61,6 +61,7 @@ class Halves:
         """Whether the tape is content with the tokens that the head reads, and this is the last block."""
         tape, last = self.recorder.request, self.number == self.state.anatomy.depth - 1
         wanted = last and tape.narrow and not tape.streams and bool(self.state.anatomy.readers)
+        wanted = wanted and self.recorder.watch is None
         return wanted and not hooked_within(self.block)
 
     @property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunex.brief import Brief
@@ -46,6 +48,56 @@ class Watch(Brief):
             self.grids[block] = full if self.channels_first else full.flatten(1, 2)
 
 
+@dataclass(eq=False, repr=False)
+class GridCall(Brief):
+    """One call of ``forward_intermediates`` for grids alone, whose answer can stand as one row [B, F] an image."""
+
+    wanted: list[int]  # blocks, in rising order
+    norm: bool
+    fill: float | Tensor | None
+    channels_first: bool
+    stop: int | None
+    shapes: list[list[int]] = field(default_factory=list)  # of the grids, without the batch
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        fill: float | Tensor | None = None,
+    ) -> GridCall | None:
+        """The call with timm's arguments and ``fill``; None where it gives more than a list of grids."""
+        _check_format(output_fmt)
+        wanted = chosen_blocks(indices, len(model.blocks))
+        if return_prefix_tokens or output_dict or not intermediates_only:
+            return None
+        return cls(wanted, norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
+
+    def watch(self, model: Any) -> Watch:
+        """Who takes these grids of one forward."""
+        return Watch(model, frozenset(self.wanted), self.norm, self.fill, self.channels_first, self.stop)
+
+    def row(self, grids: Sequence[Tensor]) -> Tensor:
+        """The grids as [B, F]."""
+        self.shapes = [list(grid.shape[1:]) for grid in grids]
+        return torch.cat([grid.flatten(1) for grid in grids], 1)
+
+    def taken(self, watch: Any) -> Tensor:
+        """The same of what a watch took."""
+        return self.row([watch.grids[i] for i in self.wanted])
+
+    def grids(self, row: Tensor) -> list[Tensor]:
+        """The grids of rows [R, F]."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return [part.unflatten(1, shape) for part, shape in zip(row.split(sizes, 1), self.shapes, strict=True)]
+
+
 def intermediates(
     model: Any,
     x: Tensor,
@@ -68,9 +120,8 @@ def intermediates(
     Raises:
         PrunexError: For blocks that do not exist, another format, or a ``fill`` that does not fit.
     """
-    if output_fmt not in FORMATS:
-        raise PrunexError(f"output_fmt={output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
-    wanted = _chosen(indices, len(model.blocks))
+    _check_format(output_fmt)
+    wanted = chosen_blocks(indices, len(model.blocks))
     watch = Watch(model, frozenset(wanted), norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
     final = mounted(model).features(model, x, watch)
     grids: list[Any] = [watch.grids[i] for i in wanted]
@@ -85,8 +136,13 @@ def intermediates(
     return grids if intermediates_only else (final, grids)
 
 
-def _chosen(indices: Any, depth: int) -> list[int]:
-    """Block indices in rising order."""
+def _check_format(output_fmt: Any) -> None:
+    if output_fmt not in FORMATS:
+        raise PrunexError(f"output_fmt={output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
+
+
+def chosen_blocks(indices: Any, depth: int) -> list[int]:
+    """The blocks that timm's ``indices`` mean (None: all, a number: so many last ones), in rising order."""
     wrong = PrunexError(f"indices={indices!r} is not allowed: give how many last blocks, or block indices, of {depth}")
     if indices is None:
         return list(range(depth))

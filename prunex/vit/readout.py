@@ -37,8 +37,25 @@ def head(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor
 
 def ended(model: ViT, out: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
     """What follows the ViT in the module that it stands for, of its own output [R, D]."""
+    check_head(model)
     tail = vars(model).get(TAIL)
     return out if tail is None else tail(out, ops)
+
+
+def reads_grids(model: ViT) -> bool:
+    """Whether a ViT stands for a module that reads grids of it, and not what its head makes of the final tokens."""
+    tail = vars(model).get(TAIL)
+    return tail is not None and tail.asked is not None
+
+
+def check_head(model: ViT) -> None:
+    """Refuse such a module, for who starts from the tokens that a head reads."""
+    if reads_grids(model):
+        module = vars(model)[TAIL].module
+        raise PrunexError(
+            f"{type(getattr(module, 'model', module)).__name__} reads grids of its ViT (forward_intermediates), and "
+            "this starts from the tokens that a head reads: use integrated_gradients, grad_cam, r_cut, atman or vit_cx"
+        )
 
 
 def before_softmax(model: ViT, out: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from prunex.vit.aside import as_found
 from prunex.vit.attention import KeyWeights
 from prunex.vit.embedding import embed
 from prunex.vit.forward import own_pruners, record, resume
-from prunex.vit.readout import classifies
+from prunex.vit.readout import check_head, classifies
 from prunex.vit.replay import Replay
 from prunex.vit.state import TokenState
 from prunex.vit.tape import Tape
@@ -100,6 +100,7 @@ class Recording(Brief):
 
     def readout(self) -> Tensor:
         """Which tokens the head reads, as weights [B, n_last] summing to 1, in at least float32."""
+        check_head(self.model)
         like = promoted(self.logits.detach())
         if self.tape.readout is not None:
             return self.tape.readout.to(like.dtype)

@@ -21,9 +21,11 @@ from prunex.errors import PrunexError, Unfollowed
 from prunex.targets import Aimed, Function, fields
 from prunex.vit.anatomy import ViT, channels_of, check_values, find, head_classes
 from prunex.vit.aside import as_found
-from prunex.vit.forward import predict
+from prunex.vit.forward import predict, run
+from prunex.vit.intermediates import FORMATS, GridCall
 from prunex.vit.mount import mounted
 from prunex.vit.readout import TAIL
+from prunex.vit.recorder import Recorder
 from prunex.vit.tail import Tail, alike, cannot, fits, kind, precise, rows_of, shallow, stand_in, with_another
 from prunex.vit.trace import TokenTrace
 from prunex.vit.weights import is_packed, wrapped_layers
@@ -154,6 +156,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
     output.
     """
     calls: list[tuple[Tensor, Tensor, Tensor, TokenTrace | None]] = []
+    asked: list[GridCall] = []  # of the calls those for grids
     state = hash((_state(module), images.dtype, torch.is_autocast_enabled(images.device.type)))
     # A module that gave its ViT's output on, in this very state, is only looked at for what enters and comes out.
     known, sample = _HANDING_ON.get(module, (None, None))
@@ -169,9 +172,18 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
         calls.append((x, out.clone(), out, trace))  # the module may write into it
         return out
 
+    def grids(x: Tensor, *more: Any, **named: Any) -> list[Tensor]:
+        call = GridCall.of(vit, *more, **named)
+        if call is None:
+            raise cannot(module, f"asks its {kind(vit)} for more than grids", "ask with intermediates_only=True")
+        result, trace = own_grids(vit, x, call)
+        calls.append((x, call.row(result).clone(), x, trace))
+        asked.append(call)
+        return result
+
     with torch.no_grad():
         try:
-            answer = with_another(module, vit, stand_in(vit, forward))(images)
+            answer = with_another(module, vit, stand_in(vit, forward, grids))(images)
         except NotImplementedError as error:
             if calls:
                 raise cannot(module, f"raised {type(error).__name__} ({error})") from error
@@ -206,7 +218,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
         # Something follows the ViT: the ViT that is explained ends in it.
         field, output = _chosen(module, answer, len(images))
         seen = shallow(vit)
-        seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output)
+        seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output, *asked)
         return Call(module, seen, images, entered, output, field, trace)
 
 
@@ -280,6 +292,18 @@ def own_output(vit: ViT, images: Tensor) -> tuple[Tensor, TokenTrace | None]:
         return out if tail is None else tail(out), None
     prediction = predict(vit, images)
     return prediction.logits, prediction.state.trace
+
+
+def own_grids(vit: ViT, images: Tensor, call: GridCall) -> tuple[list[Tensor], TokenTrace | None]:
+    """As :func:`own_output`, the grids of a call."""
+    if mounted(vit) is None:
+        inner: Any = vit
+        layout = FORMATS[0] if call.channels_first else FORMATS[1]
+        options = {"norm": call.norm, "output_fmt": layout, "stop_early": call.stop is not None}
+        return inner.forward_intermediates(images, call.wanted, intermediates_only=True, **options), None
+    watch = call.watch(vit)
+    state = run(vit, images, recorder=Recorder(watch=watch))
+    return [watch.grids[i] for i in call.wanted], state.trace
 
 
 def _chosen(module: nn.Module, answer: Any, count: int) -> tuple[str, Tensor]:

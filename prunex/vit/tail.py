@@ -13,6 +13,7 @@ from prunex.targets import Aimed, fields
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.aside import as_found
+from prunex.vit.intermediates import GridCall
 
 Forward = Callable[..., Tensor]
 ROWS = 64  # unit vectors that go through a tail at once
@@ -23,11 +24,22 @@ class Tail:
 
     ``blank`` [1, ...] is an image without content, which the module is called on when its ViT's answer is known;
     ``field`` is the part of its output that is taken; ``given`` and ``output`` are the ViT's and the module's answer to
-    a real call. Refused where images and batch have a part in the module's output beside the ViT's.
+    a real call. Refused where images and batch have a part in the module's output beside the ViT's. With ``asked`` it
+    is the ViT's grids that the module reads, and rows are these.
     """
 
-    def __init__(self, module: nn.Module, vit: ViT, blank: Tensor, field: str, given: Tensor, output: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        vit: ViT,
+        blank: Tensor,
+        field: str,
+        given: Tensor,
+        output: Tensor,
+        asked: GridCall | None = None,
+    ) -> None:
         self.module, self.vit, self.blank, self.field, self.given = module, vit, blank, field, given
+        self.asked = asked
         self.classes = output.shape[1]
         # A number of its own kind, and no class's score.
         self.scalar = isinstance(module, Aimed) and module.target is not None
@@ -89,8 +101,12 @@ class Tail:
             with torch.set_grad_enabled(out.requires_grad):
                 return out.clone()
 
+        def grids(*_: Any, **__: Any) -> list[Tensor]:
+            row = forward()
+            return [row] if self.asked is None else self.asked.grids(row)
+
         with as_found(self.module, train=False):
-            whole = with_another(self.module, self.vit, stand_in(self.vit, forward))
+            whole = with_another(self.module, self.vit, stand_in(self.vit, forward, grids))
             output = whole(self.blank.expand(len(out), *self.blank.shape[1:]))
         if len(answered) != 1:
             raise cannot(self.module, f"calls its {kind(self.vit)} {len(answered)} times on other images")
@@ -133,10 +149,12 @@ def with_another(module: nn.Module, vit: nn.Module, other: nn.Module) -> nn.Modu
     return copied
 
 
-def stand_in(vit: ViT, forward: Forward) -> ViT:
-    """The ViT with another forward; hooks on it stay."""
+def stand_in(vit: ViT, forward: Forward, grids: Callable[..., Any] | None = None) -> ViT:
+    """The ViT with another forward, and another ``forward_intermediates``; hooks on it stay."""
     copied = shallow(vit)
     copied.__dict__["forward"] = forward
+    if grids is not None:
+        copied.__dict__["forward_intermediates"] = grids
     return copied
 
 

@@ -6,12 +6,14 @@ from prunex.lazy import later
 
 __all__ = [
     "BoxQuestions",
+    "DetectionModel",
     "DiffMask",
     "DigitScenes",
     "DrawnShapes",
     "ImageClassifier",
     "ImageFolder",
     "RunReport",
+    "SegmentationModel",
     "TransformersModel",
     "ViTShapley",
     "write_report",
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from prunex.recipes.data.drawn_shapes import DrawnShapes
     from prunex.recipes.data.folder import ImageFolder
     from prunex.recipes.modules.classifier import ImageClassifier
+    from prunex.recipes.modules.detection import DetectionModel
     from prunex.recipes.modules.diffmask import DiffMask
+    from prunex.recipes.modules.segmentation import SegmentationModel
     from prunex.recipes.modules.transformers_model import TransformersModel
     from prunex.recipes.modules.vit_shapley import ViTShapley
     from prunex.recipes.report.callback import RunReport
@@ -38,7 +42,9 @@ else:
             "DrawnShapes": "data.drawn_shapes",
             "ImageFolder": "data.folder",
             "ImageClassifier": "modules.classifier",
+            "DetectionModel": "modules.detection",
             "DiffMask": "modules.diffmask",
+            "SegmentationModel": "modules.segmentation",
             "TransformersModel": "modules.transformers_model",
             "ViTShapley": "modules.vit_shapley",
             "RunReport": "report.callback",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.attributes import class_names, read_normalisation
-from prunex.batches import parts
+from prunex.batches import Parts, parts
 from prunex.callbacks.checkpoints import pruning_entry, read_checkpoint, restore
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.run_folder import RECORD, read_record
@@ -27,6 +27,7 @@ from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.recipes.given import check_folder, check_model
 from prunex.recipes.modules.backbone import create_model, model_from_weights
+from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.modules.tasks import Task, task_of
 from prunex.recipes.modules.training import ExplainerTraining
 from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
@@ -240,13 +241,13 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
     """How well a model does on so many batches; of a pruned one also ``kept_digit_cover``, where they have masks.
 
     Labels say by what: ``accuracy`` (0..1) for one class an image, ``map`` (0..1, mean average precision) for 0 and 1
-    of several labels, ``mae`` (mean absolute error) for numbers.
+    of several labels, ``mae`` (mean absolute error) for numbers. A :class:`GridModel` has a score of its own, such as
+    ``miou``.
     """
     weight, pruning = next(model.parameters()), token_pruning(model)
-    task: Task | None = None
-    answers: list[Tensor] = []
-    truths: list[Tensor] = []
+    scorer = _GridScore(model) if isinstance(model, GridModel) else _ClassScore()
     cover: list[tuple[float, int]] = []
+    seen = 0
     model.eval()
     with torch.no_grad():
         for number, batch in enumerate(batches):
@@ -254,22 +255,55 @@ def evaluate(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
                 break
             named = parts(batch)
             images = named.need("images", "accuracy", "the validation batch")
-            logits = model(images.to(weight)).float().cpu()
-            kind, labels = task_of(named, logits.shape[1], "accuracy", "the validation batch")
-            if task is not None and kind.name != task.name:
-                raise PrunexError(f"some validation batches have {task.part} and some {kind.part}: give all the same")
-            task = kind
-            answers.append(logits)
-            truths.append(labels.cpu())
+            scorer.update(model(images.to(weight)), batch, named)
+            seen += len(images)
             # Pooled tokens are no patches, so that none of them covers an object.
             if pruning is not None and "masks" in named and not pruning.trace.pooled:
-                cover.append((object_kept(pruning.trace.kept().cpu(), named["masks"].cpu()), len(logits)))
-    if task is None:
+                cover.append((object_kept(pruning.trace.kept().cpu(), named["masks"].cpu()), len(images)))
+    if not seen:
         raise PrunexError("there are no validation images to evaluate on")
-    measured = {task.score: task.measure(torch.cat(answers), torch.cat(truths))}
+    measured = scorer.measured()
     if cover:
         measured["kept_digit_cover"] = sum(c * n for c, n in cover) / sum(n for _, n in cover)
     return measured
+
+
+class _ClassScore:
+    """The score of logits, by the task that the batches' labels are of."""
+
+    def __init__(self) -> None:
+        self.task: Task | None = None
+        self.answers: list[Tensor] = []
+        self.truths: list[Tensor] = []
+
+    def update(self, logits: Tensor, batch: Any, named: Parts) -> None:
+        """Take in a batch."""
+        task, labels = task_of(named, logits.shape[1], "accuracy", "the validation batch")
+        if self.task is not None and task.name != self.task.name:
+            raise PrunexError(f"some validation batches have {self.task.part} and some {task.part}: give all the same")
+        self.task = task
+        self.answers.append(logits.float().cpu())
+        self.truths.append(labels.cpu())
+
+    def measured(self) -> dict[str, float]:
+        """By its name."""
+        task, logits, labels = self.task, torch.cat(self.answers), torch.cat(self.truths)
+        return {} if task is None else {task.score: task.measure(logits, labels)}
+
+
+class _GridScore:
+    """The score that a segmentation or detection model has."""
+
+    def __init__(self, model: GridModel) -> None:
+        self.model, self.meter = model, model.meter().to(next(model.parameters()).device)
+
+    def update(self, output: Any, batch: Any, named: Parts) -> None:
+        """Take in a batch."""
+        self.model.update(self.meter, output, batch)
+
+    def measured(self) -> dict[str, float]:
+        """By its name."""
+        return {self.model.score: self.model.read(self.meter)}
 
 
 def noise(model: nn.Module, batch: int) -> Tensor:

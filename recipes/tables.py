@@ -7,7 +7,13 @@ from typing import Any
 
 LARGEST = 1e100  # axes cannot have steps between larger numbers
 # How well a model does what it is for, by its key in rows: what it is called, and whether it is a share.
-SCORES = {"accuracy": ("accuracy", True), "map": ("mAP", True), "mae": ("MAE", False)}
+SCORES = {
+    "accuracy": ("accuracy", True),
+    "map": ("mAP", True),
+    "mae": ("MAE", False),
+    "miou": ("mIoU", True),
+    "box_ap": ("box AP", True),
+}
 
 
 def as_number(value: Any) -> float | None:

@@ -45,7 +45,7 @@ from prunex.recipes.runs import (
 from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 from prunex.slim.files import WEIGHTS
-from prunex.vit.anatomy import find
+from prunex.vit.anatomy import find, head_classes
 from prunex.vit.mount import UNITS
 from prunex.vit.units import Backbone
 from prunex.vit.widths import WidthSpec, widths_of
@@ -232,6 +232,9 @@ def _evaluate(
     notes: list[str],
 ) -> None:
     """Put accuracies into the rows of models whose weights are known."""
+    if not head_classes(models[0].model):
+        notes.append("the ViT has no classifier, so it is timed alone: prunex validate scores what is built on it")
+        return
     for contestant, row in zip(models, rows, strict=True):
         # Weights of chance would have the accuracy of chance.
         if not contestant.evaluable:

@@ -18,17 +18,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
 from prunex.checks import check_choice, check_share, check_whole
 from prunex.errors import PrunexError
 from prunex.recipes.data.draws import SPLITS, DrawnData, DrawnDataset, Split, uniform
 
 Batch = tuple[Any, ...]  # images, labels, masks; of some tasks a dict of more, too
-Task = Literal["digit", "parity", "several", "count"]
+Task = Literal["digit", "parity", "several", "count", "segmentation", "detection"]
 CONCEPTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = tuple(str(digit) for digit in range(10))
-TASKS = {"digit": DIGITS, "parity": ("even", "odd"), "several": DIGITS, "count": ("digits",)}  # names of the outputs
-MANY = {"several": (2, 2), "count": (1, 3)}  # fewest and most digits of scenes that may have several
+TASKS: dict[str, tuple[str, ...]] = {  # names of the outputs
+    "digit": DIGITS,
+    "parity": ("even", "odd"),
+    "several": DIGITS,
+    "count": ("digits",),
+    "segmentation": ("background", *DIGITS),
+    "detection": DIGITS,
+}
+# Fewest and most digits of scenes that may have several.
+MANY = {"several": (2, 2), "count": (1, 3), "segmentation": (1, 3), "detection": (1, 3)}
 
 HELD_OUT_EVERY = 5  # every fifth digit of each class is never trained on
 HELD_OUT_WIDTH = 0.3  # nor is the left-hand 30 % of each photo
@@ -125,13 +134,21 @@ class DigitDataset(DrawnDataset):
         if self.task == "digit":
             return images, labels, masks
         if self.task in MANY:
-            shown, anywhere = masks.flatten(2).any(2), masks.any(1)
-            if self.task == "count":
-                return images, shown.sum(1).float(), anywhere
-            return images, shown.float(), anywhere, {"label_masks": masks}
+            return self._labelled(images, masks)
         concepts = F.one_hot(labels, 10).float()
         known = uniform((self.seed, SPLITS[self.split]), numbers, DRAWS)[:, DRAWS - 1] < self.annotated
         return images, labels % 2, masks, {"concepts": concepts.masked_fill(~known.unsqueeze(1), math.nan)}
+
+    def _labelled(self, images: Tensor, masks: Tensor) -> Batch:
+        """A batch of scenes of several digits, with masks [B, 10, H, W], as the task has it."""
+        shown, anywhere = masks.flatten(2).any(2), masks.any(1)
+        if self.task == "count":
+            return images, shown.sum(1).float(), anywhere
+        if self.task == "segmentation":
+            return images, torch.where(anywhere, masks.int().argmax(1) + 1, 0), anywhere
+        if self.task == "detection":
+            return images, [_boxes(each) for each in masks], anywhere
+        return images, shown.float(), anywhere, {"label_masks": masks}
 
     def paint(self, numbers: np.ndarray) -> Batch:
         """Images in [0, 1], digits int64 [B] and masks bool [B, H, W]; of several digits [B, k] and [B, 10, H, W]."""
@@ -229,6 +246,15 @@ class DigitDataset(DrawnDataset):
         return photos, (level.view(-1, 1, 1, 1) + tint).clamp(0, 1)
 
 
+def _boxes(masks: Tensor) -> dict[str, Tensor]:
+    """Boxes round the digits that are there, of masks [10, H, W], and which digits they are."""
+    labels = masks.flatten(1).any(1).nonzero()[:, 0]
+    boxes = masks_to_boxes(masks[labels])
+    # Its last row and column are inside, and a box ends behind them.
+    boxes[:, 2:] += 1
+    return {"boxes": boxes, "labels": labels}
+
+
 class DigitScenes(DrawnData):
     """Batches of digit scenes: fresh ones every training epoch, always the same ones for validation and test.
 
@@ -244,6 +270,11 @@ class DigitScenes(DrawnData):
     ``{"label_masks": bool [B, 10, H, W]}``, whose union the masks are. With ``task="count"`` it has one to three, and
     labels are their number, float32 [B].
 
+    With ``task="segmentation"`` and ``"detection"`` the scenes are those of ``"count"``. For the first, labels are
+    int64 [B, H, W]: 0 for background, d + 1 where digit d is; for the second a list of B dicts, as torchvision has
+    them: ``boxes`` float32 [n, 4] (left, top, right, bottom, in pixels), one round each digit's mask, and ``labels``
+    int64 [n] in 0..9.
+
     Args:
         batch_size: Scenes per batch (per process).
         train_size: Scenes per training epoch.
@@ -257,7 +288,8 @@ class DigitScenes(DrawnData):
             0 starts with full difficulty. Validation is always at full difficulty.
         seed: Another seed gives other scenes, from the same split of digits and photos.
         num_workers: Processes that draw ahead; 0 draws in the training process.
-        task: What labels say: which "digit" it is, or its "parity"; which digits of "several", or their "count".
+        task: What labels say: which "digit" it is, or its "parity"; which digits of "several", or their "count"; which
+            digit each pixel shows ("segmentation"), or each digit's box ("detection").
         annotated: Share of the training scenes, in [0, 1], whose concepts are told.
 
     Raises:

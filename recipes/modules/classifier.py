@@ -11,13 +11,11 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-import prunex
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import create_model, load_weights
 from prunex.recipes.modules.tasks import TaskName, make_task, only_single
-from prunex.recipes.modules.training import Restored, check_at_most, check_classes, cosine, images_of
+from prunex.recipes.modules.training import Restored, adamw, check_at_most, check_classes, images_of, put_on
 
-NOT_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token")
 PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the patch to be labelled with its class
 
 
@@ -146,16 +144,7 @@ class ImageClassifier(Restored, LightningModule):
 
     def configure_model(self) -> None:
         """Put on what the hyperparameters tell of; what is on the model already stays as it is."""
-        kinds: dict[str, dict[str, bool]] = {"pruning": {}, "unit_pruning": {"units": True}, "head": {"head": True}}
-        for name, kind in kinds.items():
-            spec = dict(self.hparams.get(name) or {})
-            if not spec:
-                continue
-            if prunex.attached(self.model, **kind) is not None:  # type: ignore[call-overload]
-                continue
-            if "method" not in spec:
-                raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
-            prunex.attach(self.model, **spec)
+        put_on(self.model, self.hparams)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Classification loss, with the patch loss where it is on."""
@@ -194,31 +183,7 @@ class ImageClassifier(Restored, LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weights decayed and others not, head and rest apart; warm-up and cosine, stepped every batch."""
-        rate, decay, scale = (self.hparams[k] for k in ("learning_rate", "weight_decay", "head_lr_scale"))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                # Decay would pull norms and biases to zero, which nothing pushes back.
-                decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
-                head = name.startswith(("model.head.", "model.head_dist."))
-                groups.setdefault((decayed, head), []).append(parameter)
-        settings: list[dict[str, Any]] = []
-        for (decayed, head), parameters in groups.items():
-            options = {"weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
-            settings.append({"params": parameters, **options})
-        optimizer = torch.optim.AdamW(settings, lr=rate)
-        total = self.trainer.estimated_stepping_batches
-        warm, floor = self.hparams["warmup"] * total, self.hparams["final_learning_rate"]
-
-        def factor(step: int) -> float:
-            if math.isinf(total):  # an open-ended run has no cosine
-                return 1.0
-            if step < warm:
-                return (step + 1) / (warm + 1)
-            return cosine((step - warm) / max(1.0, total - warm), floor)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(self, lambda name: name.startswith(("model.head.", "model.head_dist.")))
 
     def _evaluate(self, stage: str, score: Metric, batch: tuple[Tensor, ...]) -> None:
         images, labels = batch[0], self.task.check(batch[1])

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+import prunex
 from prunex.callbacks.run_folder import run_folder
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import check_described, create_model, load_weights
 from prunex.vit.anatomy import find
+
+NOT_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token")
 
 
 def check_classes(num_classes: int | None) -> int:
@@ -35,6 +40,52 @@ def check_at_most(most: float, **values: float) -> None:
 def cosine(done: float, floor: float = 0.0) -> float:
     """The share of the peak's learning rate where so much (0..1) of the way down to ``floor`` is done."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def put_on(model: nn.Module, hparams: Mapping[str, Any]) -> None:
+    """Attach to a timm model what hyperparameters tell of; what is on the model already stays as it is."""
+    kinds: dict[str, dict[str, bool]] = {"pruning": {}, "unit_pruning": {"units": True}, "head": {"head": True}}
+    for name, kind in kinds.items():
+        spec = dict(hparams.get(name) or {})
+        if not spec:
+            continue
+        if prunex.attached(model, **kind) is not None:  # type: ignore[call-overload]
+            continue
+        if "method" not in spec:
+            raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
+        prunex.attach(model, **spec)
+
+
+def adamw(module: LightningModule, is_head: Callable[[str], bool]) -> OptimizerLRSchedulerConfig:
+    """AdamW by a module's hyperparameters, weights decayed and others not, its head's rate ``head_lr_scale`` times.
+
+    Warm-up and cosine, stepped every batch. ``is_head`` is asked for names of parameters.
+    """
+    options: Mapping[str, Any] = module.hparams
+    rate, decay, scale = (options[k] for k in ("learning_rate", "weight_decay", "head_lr_scale"))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            # Decay would pull norms and biases to zero, which nothing pushes back.
+            decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
+            groups.setdefault((decayed, is_head(name)), []).append(parameter)
+    settings: list[dict[str, Any]] = []
+    for (decayed, head), parameters in groups.items():
+        group = {"weight_decay": decay if decayed else 0.0, "lr": rate * scale if head else rate}
+        settings.append({"params": parameters, **group})
+    optimizer = torch.optim.AdamW(settings, lr=rate)
+    total = module.trainer.estimated_stepping_batches
+    warm, floor = options["warmup"] * total, options["final_learning_rate"]
+
+    def factor(step: int) -> float:
+        if math.isinf(total):  # an open-ended run has no cosine
+            return 1.0
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return cosine((step - warm) / max(1.0, total - warm), floor)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Restored:

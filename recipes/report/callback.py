@@ -12,11 +12,13 @@ from torch import nn
 import prunex
 from prunex.callbacks.run_folder import run_folder
 from prunex.errors import PrunexError
+from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.report.page import write_report
 from prunex.recipes.runs import SUMMARY, compare, slim_folder, table, token_pruning, write_summary
 from prunex.untrusted import read_json
 from prunex.vit.anatomy import find
 from prunex.vit.mount import mounted, mounted_units
+from prunex.vit.tail import with_another
 from prunex.vit.units import Backbone
 
 
@@ -26,7 +28,8 @@ class RunReport(Callback):
     Rows: ``dense`` (the ViT as it was before anything was attached), the trained model, and Top-K at the same keep
     ratio and stages on the untrained dense model; where the method has no keep ratio and no parameters of its own
     (ToMe), the method itself on that model instead. Put it before ``TokenPruning`` and ``MaskPruning`` in the list of
-    callbacks, so that it sees the dense model.
+    callbacks, so that it sees the dense model. Of a segmentation or detection model rows are of the whole module, but
+    for multiply-adds and parameters, which are the ViT's.
 
     Args:
         dense_accuracy: Evaluate the dense model too; False where its classifier starts untrained.
@@ -63,7 +66,7 @@ class RunReport(Callback):
         run, batches = run_folder(trainer), trainer.val_dataloaders
         if batches is None:  # nothing to compare models on
             return
-        trained = prunex.slim(pl_module, self.model)
+        vit, trained = find(pl_module, self.model, Backbone)[1], prunex.slim(pl_module, self.model)
         pruning, units = token_pruning(trained), prunex.attached(pl_module, self.model, units=True)
         methods = [handle.method for handle in (pruning, units) if handle is not None]
         name = " + ".join(methods) or "dense, trained"
@@ -71,7 +74,7 @@ class RunReport(Callback):
         evaluated = {name}
         if self._dense and methods:
             dense = self._dense[0].to(next(trained.parameters()).device)
-            models["dense"] = dense
+            models["dense"] = _whole(pl_module, vit, dense)
             if self.dense_accuracy:
                 evaluated.add("dense")
                 # How far one comes without training, at the same cost.
@@ -79,9 +82,9 @@ class RunReport(Callback):
                 if baseline is not None:
                     plain = copy.deepcopy(dense)
                     prunex.attach(plain, **baseline)
-                    models[f"{baseline['method']}, untrained"] = plain
+                    models[f"{baseline['method']}, untrained"] = _whole(pl_module, vit, plain)
                     evaluated.add(f"{baseline['method']}, untrained")
-        models[name] = trained
+        models[name] = _whole(pl_module, vit, trained)
         most = trainer.num_val_batches[0] if isinstance(trainer.num_val_batches, list) else None
         limit = most if isinstance(most, int) else None  # inf for loaders without a length
         summary = compare(models, batches[0] if isinstance(batches, list) else batches, evaluated, limit)
@@ -94,6 +97,11 @@ class RunReport(Callback):
         slim = slim_folder(run)
         if slim is not None:
             print(f"slim model: {slim}")
+
+
+def _whole(module: LightningModule, vit: nn.Module, other: nn.Module) -> nn.Module:
+    """What is measured of another ViT: a decoder that scores it comes along, a classifier is in it already."""
+    return with_another(module, vit, other) if isinstance(module, GridModel) else other
 
 
 def _untrained(pruning: prunex.Pruning) -> dict[str, Any] | None:

@@ -272,3 +272,29 @@ def test_a_logged_training_of_the_classifier_on_digits(tmp_path, task):
     trainer.fit(classifier, data)
     again = DigitScenes.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert again.task == task
+
+
+def test_scenes_for_segmentation_and_detection_are_those_of_count():
+    images, numbers, anywhere = DigitDataset("val", size=60, task="count").__getitems__(list(range(60)))
+    mapped, maps, covered = DigitDataset("val", size=60, task="segmentation").__getitems__(list(range(60)))
+    boxed, targets, inside = DigitDataset("val", size=60, task="detection").__getitems__(list(range(60)))
+    assert images.equal(mapped)
+    assert images.equal(boxed)
+    assert anywhere.equal(covered)
+    assert anywhere.equal(inside)
+    assert maps.dtype == torch.int64
+    assert (maps > 0).equal(anywhere)
+    assert [len(target["labels"]) for target in targets] == numbers.int().tolist()
+    for one, target in zip(maps, targets, strict=True):
+        assert [d - 1 for d in one.unique().tolist() if d] == target["labels"].tolist()
+        for (left, top, right, bottom), digit in zip(target["boxes"].int().tolist(), target["labels"], strict=True):
+            shows = one == digit + 1
+            # All of the digit lies in its box, and reaches each of its edges.
+            assert shows.sum() == shows[top:bottom, left:right].sum()
+            box = shows[top:bottom, left:right]
+            assert box[0].any()
+            assert box[-1].any()
+            assert box[:, 0].any()
+            assert box[:, -1].any()
+    single = DigitDataset("val", size=60, task="detection")[7]
+    assert single[1]["boxes"].equal(targets[7]["boxes"])

@@ -21,7 +21,7 @@ from prunex.pruners.budget import Budget
 from prunex.registry import METHODS, lookup
 from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import Anatomy, ViT, find
-from prunex.vit.methods import check_methods, check_parity, route
+from prunex.vit.methods import check_methods, check_parity, check_routes, route
 from prunex.vit.mount import TOKENS, mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone
 
@@ -101,6 +101,7 @@ def _attach(
             raise PrunexError(f"budget={budget!r} is for pruners, and {make.name} prunes nothing: leave it out")
         vit = find(model, path)[1]
         check_methods(vit)
+        check_routes(vit)
         return put_head(vit, make, options, model)
     if issubclass(make, UnitPruner):
         own = options if budget is None else {"budget": budget, **options}
@@ -109,6 +110,7 @@ def _attach(
     if mounted(vit) is not None:
         raise PrunexError(f"{type(vit).__name__} is pruned already by {mounted(vit).method}: detach() it first")
     anatomy = check_parity(vit)
+    check_routes(vit)
     if budget is not None:
         options = Budget(vit, anatomy, make, options).solve(budget)
     return put_tokens(vit, anatomy, make, options)

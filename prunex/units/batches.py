@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -136,8 +137,8 @@ def undisturbed(model: nn.Module, graph: bool = True) -> Iterator[None]:
     """Look at a model in eval mode and full view of autograd, outside autocast; give all back as it was.
 
     Train flags, grad mode and random state (a shuffling loader draws from it), and what the token pruner's last forward
-    left. Nothing is accumulated into ``.grad`` as long as only activations are differentiated. Without a ``graph``
-    nothing is, and tokens leave as they do in any evaluation.
+    left. Compiled parts run uncompiled. Nothing is accumulated into ``.grad`` as long as only activations are
+    differentiated. Without a ``graph`` nothing is, and tokens leave as they do in any evaluation.
     """
     if graph:
         check_made_outside(model, "score units by magnitude or random")
@@ -157,6 +158,8 @@ def undisturbed(model: nn.Module, graph: bool = True) -> Iterator[None]:
             torch.inference_mode(False) if graph else nullcontext(),
             torch.set_grad_enabled(graph),
             torch.autocast(weight.device.type, enabled=False),
+            # A compiled block knows no hooks that come after it; where nothing was compiled, the import takes seconds.
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
         ):
             yield
     finally:

@@ -100,6 +100,18 @@ class Anatomy:
 
 def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[str, Any]:
     """The one model of some ``kinds`` in a module, at ``path`` where there are several: path ("" for itself), model."""
+    name, model = _found(module, path, kinds)
+    # Inside of a wrapper a block's halves are out of reach, and one graph would be what was compiled before.
+    part = next((n for n, m in model.named_modules() if "_orig_mod" in m._modules), None)
+    if part is not None:
+        raise PrunexError(
+            f"{part} of this {type(model).__name__} is wrapped by torch.compile: compile the whole model instead "
+            f"(torch.compile(model) or model.compile()), or parts in place, as in model.{part}.compile()"
+        )
+    return name, model
+
+
+def _found(module: nn.Module, path: str | None, kinds: Any) -> tuple[str, Any]:
     if not isinstance(module, nn.Module):
         raise PrunexError(
             f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}: build it first"

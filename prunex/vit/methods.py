@@ -113,6 +113,16 @@ def check_methods(model: nn.Module) -> None:
         )
 
 
+def check_routes(model: nn.Module) -> None:
+    """Refuse a model one of whose methods was compiled on the object, where :func:`route` would put its own."""
+    compiled = [name for name in _METHODS if hasattr(vars(model).get(name), "_torchdynamo_orig_callable")]
+    if compiled:
+        raise PrunexError(
+            f"{', '.join(compiled)} of this {type(model).__name__} is compiled on the object, and what is attached "
+            f"would take its place: del model.{compiled[0]}, and compile the model (model.compile()) instead"
+        )
+
+
 def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
     """Refuse, by name, a model of whose small random input our forward makes something else; else its anatomy."""
     anatomy = read(model)

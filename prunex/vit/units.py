@@ -7,10 +7,12 @@ acts in every forward alike, pruned tokens or not.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -162,6 +164,7 @@ def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
             windows = padded // keys
         hook = OwnHook(_through, gate, left, branch.key, windows)
         last_layer(block, branch.kind).register_forward_pre_hook(hook)
+    _forget_graphs()
 
 
 def check_gates(model: nn.Module) -> None:
@@ -182,6 +185,13 @@ def take_gates_off(model: nn.Module) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, OwnHook):
                 del module._forward_pre_hooks[key]
+    _forget_graphs()
+
+
+def _forget_graphs() -> None:
+    """Have compiled graphs traced anew: they do not look for hooks that came, or went, after them."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes seconds
+        torch.compiler.reset()
 
 
 def let_through(module: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -30,8 +29,18 @@ _SLOTS = (
 _HEADS = ("head", "head_dist")  # which may also hold several layers, and are called as they are
 
 
-class OwnHook(partial[Any]):
-    """A forward hook of prunex itself: it takes part in what a layer computes, and is no part of its weights."""
+class OwnHook:
+    """A forward hook of prunex itself: it takes part in what a layer computes, and is no part of its weights.
+
+    What a ``functools.partial`` is, but for its name: torch.compile takes those of a class derived from it for plain.
+    """
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __call__(self, *more: Any) -> Any:
+        """The hook, as torch calls it."""
+        return self.function(*self.args, *more)
 
 
 class Unread(PrunexError):

@@ -32,6 +32,7 @@ _PLACES = {
     "load": "slim",
     "load_pretrained": "sources",
     "methods": "catalogue",
+    "quantise": "slim",
     "save": "slim",
     "slim": "slim",
     "with_registers": "relevance.registers",
@@ -67,6 +68,7 @@ if _typing.TYPE_CHECKING:
     from prunex.sources.convert import from_transformers as from_transformers
     from prunex.sources.pretrained import load_pretrained as load_pretrained
     from prunex.slim.files import load as load, save as save
+    from prunex.slim.int8 import quantise as quantise
     from prunex.slim.slim import slim as slim
     from prunex.units.correction import correction as correction
     from prunex.vit.cost import Cost as Cost, cost as cost

@@ -157,7 +157,7 @@ def _with_registers(model: nn.Module, registers: Any) -> nn.Module:
         )
     if isinstance(registers, str):
         check_choice("registers", registers, ("test",))
-    return with_registers(vit, None if isinstance(registers, str) else registers)  # type: ignore[no-any-return]
+    return with_registers(vit, None if isinstance(registers, str) else registers)
 
 
 def _by_method(method: str, make: Callable[..., Explanation], call: Call, target: Any, options: Any) -> Explanation:

@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.layers import SwiGLUPacked
+from timm.layers import RelPosMlp, SwiGLUPacked
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
 # Those that between them have most of what families differ in.
@@ -78,6 +80,27 @@ MORE_FAMILIES = {
     "rope_mixed": ROPE | {"rope_type": "mixed", "no_embed_class": True, "global_pool": "token"},
     "beit": {"cls": Beit, "use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.5},
     "beit_shared": {"cls": Beit, "use_shared_rel_pos_bias": True, "global_pool": "token"},
+    "relpos": {
+        "cls": VisionTransformerRelPos,
+        "rel_pos_type": "bias",
+        "class_token": True,
+        "global_pool": "token",
+        "init_values": 0.5,
+    },
+    "relpos_shared": {
+        "cls": VisionTransformerRelPos,
+        "rel_pos_type": "mlp-swin",
+        "rel_pos_dim": 20,
+        "shared_rel_pos": True,
+        "block_fn": ResPostRelPosBlock,
+        "init_values": None,
+        "qk_norm": True,
+        "fc_norm": True,
+        "img_size": (40, 24),
+    },
+    "cait": {"cls": Cait, "init_values": 0.5, "depth_token_only": 3, "mlp_ratio_token_only": 2.0, "img_size": (24, 40)},
+    "cait_mean": {"cls": Cait, "init_values": 0.5, "depth_token_only": 1, "global_pool": "avg"},
+    "differential": {"attn_layer": "diff", "qk_norm": True, "reg_tokens": 2, "scale_attn_norm": True},
     "siglip": {"class_token": False, "global_pool": "map"},
     "parallel_scaling": {"block_fn": ParallelScalingBlock, "qkv_bias": OLD_TIMM, "qk_norm": True},
     "res_post": {"block_fn": ResPostBlock, "class_token": False, "global_pool": "avg"},
@@ -90,8 +113,12 @@ def tiny(family="vit", seed=0, **kwargs):
     args = SIZES | ALL_FAMILIES[family] | kwargs
     if family == "rope_mixed" and OLD_TIMM:
         pytest.skip("this timm computes mixed rotary tables in float32 alone")
+    if "attn_layer" in args and not hasattr(timm.layers, "DiffAttention"):
+        pytest.skip("this timm has no differential attention")
     cls = args.pop("cls", VisionTransformer)
     model = lively(cls(**args), seed).eval()
+    for pairs in (m for m in model.modules() if isinstance(m, RelPosMlp)):
+        pairs.mlp.drop1.p = 0  # timm draws biases in training, without an option
     if args.get("pos_embed") == "none" and model._pos_embed(torch.zeros(1, 1, 1, model.embed_dim)).shape[1] == 1:
         pytest.skip("this timm leaves prefix tokens out where there is no position embedding")
     return model

@@ -43,8 +43,9 @@ def attention_flow(
     """Maximum flow from the head's token to each input token through 0.5 A + 0.5 I (arXiv 2005.00928, Sec. 3).
 
     One node a token and layer; block l joins token i above it to token j below it with capacity M_l[i, j], A being the
-    head mean. Every input token j is the only sink of a maximum flow f_j of its own, solved exactly on capacities
-    rounded to 1 / scale: a cut of m edges is off by at most m / (2 * scale).
+    head mean (of differential attention and talking heads as for ``rollout``). Every input token j is the only sink of
+    a maximum flow f_j of its own, solved exactly on capacities rounded to 1 / scale: a cut of m edges is off by at most
+    m / (2 * scale).
 
     The source feeds each token by what the head reads of it: 1 into the class token (the paper's only case), half each
     into class and distillation token, 1 / m into each of m pooled tokens. So no flow exceeds 1, and f_j is at least
@@ -80,7 +81,7 @@ def attention_flow(
     check_whole("max_tokens", max_tokens, 1)
     start = check_layer(start_layer, len(model.blocks))
     _check_cost(own_anatomy(model), images, start, max_tokens)
-    tape = Tape(attention=True, reduce=over_heads)
+    tape = Tape(attention=True, reduce=over_heads, shares=True)
     with recording(model, images, target, tape) as recorded:
         prefix, readout = recorded.anatomy.prefix, recorded.readout()
         tokens = prefix + recorded.trace.grid[0] * recorded.trace.grid[1]

@@ -74,7 +74,7 @@ def beyond_intuition(
     if variant == "head":
         tape = Tape(attention=True, gradients=True)
     else:  # Nothing of this forward is part of a graph; gradients are taken along the path alone.
-        tape = Tape(attention=True, reduce=over_heads, streams=True, gradients=felt, graph_from=last + 1)
+        tape = Tape(attention=True, reduce=over_heads, shares=True, streams=True, gradients=felt, graph_from=last + 1)
     with recording(model, images, target, tape, needs_class=felt or variant == "head") as recorded:
         weights = _head_weighted(recorded) if variant == "head" else _token_weighted(recorded)
         gradient = _path_gradient(recorded, images, steps, chunk) if felt else None

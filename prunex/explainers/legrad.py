@@ -14,6 +14,7 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, classify, promoted
 from prunex.vit.attention import looked_at, over_heads, pooled_by
 from prunex.vit.handover import Handed
+from prunex.vit.late import finished
 from prunex.vit.readout import ended, head
 from prunex.vit.recording import Recording, check_layer, gradients, recording
 from prunex.vit.tape import Attended, Tape
@@ -78,7 +79,7 @@ def _of_block(recorded: Recording, step: Attended, pool: str, number: int) -> tu
         # One vector in the place of every token that the head may read; the norm comes after the mean.
         mean = (tokens * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
         tokens, handed = mean.expand(-1, recorded.anatomy.prefix, -1), Handed(recorded.anatomy)
-    logits = head(model, model.norm(tokens), handed)
+    logits = head(model, *finished(model, tokens, handed))
     gradient = gradients(_chosen(recorded, logits), [torch.as_tensor(step.attention)])[0]
     positive = over_heads(gradient.clamp(min=0)).sum(1)
     # Rows of dropped tokens have no part in the score, nor in the mean.

@@ -52,9 +52,10 @@ def lrp(
 
     One rule an operation holds for every family: a rotary turn is a linear map and shares by signed proportion; a
     relative bias on the scores is treated as a linear layer's bias; a gated product gives each side half, a sigmoid
-    gate nothing; queries that are learned (attention pooling) leave all of a score to its key; branches side by side
-    share as skips do. "cplrp" takes scores as constants, positions included. Public implementations differ in these,
-    so they are choices.
+    gate nothing; heads that are taken from each other share by signed proportion, heads that are mixed as a linear
+    layer does, but by magnitudes under "zplus"; queries that are learned (attention pooling) leave all of a score to
+    its key; branches side by side share as skips do. "cplrp" takes scores as constants, positions included. Public
+    implementations differ in these, so they are choices.
 
     Tokens that left keep what earlier blocks gave them. A fused token's weights are constants. Half-precision weights
     are read in float32.
@@ -73,8 +74,8 @@ def lrp(
     Returns:
         Signed. ``maps``: relevance of the patch tokens that enter the first block, position included, summed over
         channels; ``raw`` [B, C, H, W], of the pixels. ``pixels`` sums them over colours. ``info["prefix"]``
-        [B, prefix]: of class, distillation and register tokens, which is no pixel's. With ``positions``,
-        ``info["positions"]`` [B, P]: the part of the maps that is the patches' positions.
+        [B, prefix]: of class, distillation and register tokens, also of one that enters late (CaiT), which is no
+        pixel's. With ``positions``, ``info["positions"]`` [B, P]: the part of the maps that is the patches' positions.
 
     Raises:
         PrunexError: For a gamma or rule set that the rule does not have, or layers that the rules do not know.
@@ -103,18 +104,20 @@ def lrp(
     with recording(model, images, target, tape, needs_class=True, precise=True) as recorded:
         one_hot, prefix = recorded.one_hot(), recorded.anatomy.prefix
         ops.relevance = True
-        inputs = [recorded.embedded, images, *(_places(ops) if positions else ())]
+        late = () if tape.late is None else (tape.late,)
+        inputs = [recorded.embedded, images, *late, *(_places(ops) if positions else ())]
         relevance = gradients(recorded.logits, inputs, one_hot)
         # These give gradients, to be multiplied; the rules give relevance itself.
         if isinstance(ops, ModifiedGradients):
             relevance = [r * x for r, x in zip(relevance, inputs, strict=True)]
         tokens, pixels, *places = relevance
+        entered = [places.pop(0).sum(-1) for _ in late]
         row, info = tokens.sum(-1), {}
         if positions:
             added, turned = places[0].sum(-1), _turned(recorded, places[1:])
             row, info["positions"] = row + turned, (added + turned)[:, prefix:]
             pixels = pixels + _spread(recorded, info["positions"], pixels)
-        info["prefix"] = row[:, :prefix]
+        info["prefix"] = entered[0] if entered else row[:, :prefix]
         return answer(recorded, row, pixels, signed=True, fine=pixels.sum(1), info=info)
 
 

@@ -17,7 +17,8 @@ def raw_attention(model: ViT, images: Tensor, target: int | Tensor | None = None
     """Head-mean class-token attention of one block, the cheapest map and the very signal EViT prunes by.
 
     Only that row is computed (N numbers a head); attention stays fused. Average-pooled models have no class row: the
-    mean row of the pooled tokens is taken. A patch that left before the block gets 0 (order such ties by
+    mean row of the pooled tokens is taken. Of differential attention, and of talking heads, the positive part of each
+    head's row counts, rescaled to sum 1. A patch that left before the block gets 0 (order such ties by
     ``trace.depth()``), one inside a fused token its share of that token's value. Not class-specific.
 
     Args:

@@ -44,6 +44,9 @@ def rollout(
     what that code calls gradient rollout, but there a block's attention meets another block's gradient, before the
     softmax. It has no publication of its own; the published method of this idea is ``generic_attention``.
 
+    Where heads may look at tokens negatively (differential attention, talking heads), A is the positive part of each
+    head's row, rescaled to sum 1 (our rule); ``gradient`` takes what the head really uses.
+
     Args:
         head_fusion: "mean" (the paper), "max" or "min" over heads; with ``gradient`` "mean".
         discard_ratio: Share of each fused matrix' smallest entries set to 0, in [0, 1).
@@ -64,7 +67,7 @@ def rollout(
     if gradient and head_fusion != "mean":
         raise PrunexError(f"head_fusion={head_fusion!r} goes without gradient=True: give 'mean'")
     plain = head_fusion == "mean" and discard_ratio == 0 and not gradient
-    tape = Tape(attention=True, reduce=_FUSIONS[head_fusion], narrow=plain)
+    tape = Tape(attention=True, reduce=_FUSIONS[head_fusion], narrow=plain, shares=True)
     if gradient:
         blocks = frozenset(range(start, len(model.blocks)))
         tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start)

@@ -24,9 +24,10 @@ from prunex.vit.arithmetic import PLAIN, Arithmetic
 from prunex.vit.aside import as_found
 from prunex.vit.forward import own_anatomy, run
 from prunex.vit.handover import Handed, Handover
+from prunex.vit.late import left_by
 from prunex.vit.methods import route
 from prunex.vit.mount import HEAD, mounted, mounted_head, unmount
-from prunex.vit.readout import classifier
+from prunex.vit.readout import classifier, norm_behind_pool
 from prunex.vit.recording import choose_target
 from prunex.vit.state import TokenState
 from prunex.vit.trace import TokenTrace
@@ -86,7 +87,8 @@ class Headed(nn.Module):
 
     def current(self, model: ViT) -> Anatomy:
         """The dense forward's anatomy, read again after ``set_input_size`` changed it."""
-        embed, known = model.patch_embed, self.dense
+        embed: Any = model.patch_embed
+        known = self.dense
         if (tuple(embed.img_size), pixels_of(embed)) != (known.image, known.patch):
             self.dense = read(model)
         return self.dense
@@ -112,7 +114,7 @@ class Headed(nn.Module):
             )
         logits = classifier(model, x, left) if head.uses_classifier else None
         # Models that pool before their last norm have it between pooling and head.
-        reading: Reading = head(FinalTokens.of(inner.fc_norm(x), left), logits)
+        reading: Reading = head(FinalTokens.of(norm_behind_pool(inner)(x), left), logits)
         return reading
 
     def logits(self, model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
@@ -264,8 +266,7 @@ class Head(Handle):
         check_images(read(model), images, values=True)
         with as_found(model, train=False), torch.no_grad():
             state = run(model, images, masked=masked)
-            left = Handed(state.anatomy, state.policy, state.sizes, state.trace)
-            return self._headed.read(model, state.tokens, left), state
+            return self._headed.read(model, state.tokens, left_by(state)), state
 
     def evidence(self, images: Tensor, target: int | Tensor | None = None) -> Evidence:
         """What the decision is made of; in eval mode, leaving the model as it was.
@@ -393,6 +394,11 @@ def put_head(vit: ViT, make: Any, options: Mapping[str, Any], root: nn.Module | 
             f"{type(vit).__name__} has a head that explains itself, {mounted_head(vit).method}: detach() it first"
         )
     check_one_output(vit, make.name)
+    if own_anatomy(vit).late:
+        raise PrunexError(
+            f"{make.name} cannot be put on a {type(vit).__name__}, whose class token enters behind its blocks: heads "
+            "that explain themselves take every other supported ViT"
+        )
     head = make(own_anatomy(vit), **options)
     if mounted(vit) is not None:
         head.check_pruned()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from prunex.vit.anatomy import Anatomy, ViT, head_classes, pixels_of, read
 from prunex.vit.forward import run
 from prunex.vit.handover import Handed, Handover
 from prunex.vit.intermediates import Watch
+from prunex.vit.late import left_by
 from prunex.vit.methods import route
 from prunex.vit.mount import TOKENS, unmount
 from prunex.vit.readout import POOLS, for_heads, masked_pool, over_patches
@@ -70,7 +72,8 @@ class Attached(nn.Module):
 
     def current(self, model: ViT) -> Anatomy:
         """The pruned forward's anatomy, read again after ``reset_classifier`` or ``set_input_size`` changed it."""
-        embed, known = model.patch_embed, self.dense
+        embed: Any = model.patch_embed
+        known = self.dense
         now = (head_classes(model), model.global_pool, tuple(embed.img_size), pixels_of(embed))
         if now != (known.classes, known.pool, known.image, known.patch):
             self.refit(model)
@@ -87,13 +90,13 @@ class Attached(nn.Module):
         masked = self.masked if self.masked is not None else model.training and pruner.trains_masked
         recorder = SILENT if watch is None else Recorder(watch=watch)
         state = run(model, images, (pruner,), recorder, masked)
-        tokens, anatomy = state.tokens, state.anatomy
+        tokens, known = state.tokens, left_by(state)
         self.ran = True
-        self.trace = state.trace.detach()
+        self.trace = replace(state.trace.detach(), prefix=known.anatomy.prefix)
         # The user's own code may pool these tokens later: it needs to know which are there.
-        self.handover.give(tokens, Handed(anatomy, state.policy, state.sizes, self.trace, read=watch is not None))
+        self.handover.give(tokens, replace(known, trace=self.trace, read=watch is not None))
         if model.training and Steps.counts():
-            forward = Forward(images, tokens, state.policy, anatomy, state.masks, trace=state.trace, model=model)
+            forward = Forward(images, tokens, known.policy, known.anatomy, state.masks, trace=state.trace, model=model)
             self.steps.remember(forward, tokens)
         return tokens
 

@@ -22,6 +22,7 @@ from prunex.vit.arithmetic import promoted
 from prunex.vit.embedding import embed_patches, place, unplace
 from prunex.vit.forward import begin, look_ahead, resume
 from prunex.vit.handover import Handed
+from prunex.vit.late import finished
 from prunex.vit.positions import Places
 from prunex.vit.readout import head
 from prunex.vit.rebuild import build_like
@@ -245,7 +246,7 @@ class DiffMaskExplainer(Beside):
             x = place(self.model, patches, grid)
             state = begin(self.model, x, grid, self.anatomy)
             states, last = hidden_states(self.model, state, self.layers - 1)
-            logits = head(self.model, self.model.norm(last), Handed(self.anatomy))
+            logits = head(self.model, *finished(self.model, last, Handed(self.anatomy)))
         return Seen(patches, grid, logits, self.gates(states[: layer + 1]))
 
     def forward(self, images: Tensor) -> Tensor:

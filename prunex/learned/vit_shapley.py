@@ -64,7 +64,7 @@ class ShapleyExplainer(Beside):
             nn.Linear(hidden, anatomy.classes),
         )
         self.mlp_ratio = mlp_ratio
-        self.prefix = anatomy.prefix
+        self.prefix = anatomy.final_prefix
         weight = next(surrogate.parameters())
         self.to(device=weight.device, dtype=weight.dtype)
 

@@ -233,7 +233,7 @@ def _stages(vit: Any) -> list[tuple[str, list[str]]]:
     # What a pruner decides by is no part of the model that is tested.
     names = [name for name, _ in vit.named_parameters() if not name.startswith(("prunex.", "prunex_units."))]
     blocks = {f"blocks.{i}": [n for n in names if n.startswith(f"blocks.{i}.")] for i in reversed(range(depth))}
-    after = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
+    after = ("blocks_token_only.", "norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
     head = [n for n in names if n.startswith(after)]
     later = set(head).union(*blocks.values())
     stages = [("head", head), *blocks.items(), ("embed", [n for n in names if n not in later])]

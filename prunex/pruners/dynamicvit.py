@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +194,7 @@ class DynamicViT(Adaptive):
         return losses
 
     def _distill(self, forward: Forward) -> dict[str, Tensor]:
-        teacher = self._teacher[0]
+        teacher: Any = self._teacher[0]
         prefix = forward.anatomy.prefix
         with torch.no_grad(), as_found(teacher, train=False):
             teacher.to(forward.images.device, next(self.predictors.parameters()).dtype)

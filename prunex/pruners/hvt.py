@@ -18,6 +18,7 @@ from prunex.vit.decisions import Pool
 from prunex.vit.positions import positions_of
 from prunex.vit.state import TokenState
 from prunex.vit.turns import Turn
+from prunex.vit.units import prefix_of
 
 
 class Position(nn.Module):
@@ -131,7 +132,7 @@ class HVT(TokenPruner):
 
     def prepare(self, model: ViT) -> None:
         """Refuse a model whose attention has a bias for the class token that shall not enter."""
-        known = positions_of(model, model.num_prefix_tokens, self.grid)
+        known = positions_of(model, prefix_of(model), self.grid)
         if self.class_token == "drop" and known is not None and known.relative:
             raise PrunexError(
                 f"hvt cannot drop the class token of a {type(model).__name__} with relative position bias: "

@@ -18,6 +18,7 @@ from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.decisions import Drop, Keep, Mask
 from prunex.vit.state import TokenState
 from prunex.vit.turns import Turn
+from prunex.vit.units import prefix_of
 
 
 class Interpreter(nn.Module):
@@ -115,9 +116,10 @@ class IARED2(Adaptive):
 
     def prepare(self, model: ViT) -> None:
         """Refuse a model without a class token."""
-        if model.cls_token is None:
+        if model.cls_token is None or prefix_of(model) == 0:
+            has = "one that enters behind the blocks" if model.cls_token is not None else "none"
             raise PrunexError(
-                f"ia_red2 asks with the class token, and this {type(model).__name__} has none: use dynamicvit, which "
+                f"ia_red2 asks with the class token, and this {type(model).__name__} has {has}: use dynamicvit, which "
                 "scores patches without one"
             )
 

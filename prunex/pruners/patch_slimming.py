@@ -280,6 +280,7 @@ def _check_head(anatomy: Anatomy) -> None:
     """Refuse a model whose head reads patches."""
     if not anatomy.readers or anatomy.pool == "":
         what = "an explainable head that reads patches" if anatomy.rankers else f"global_pool={anatomy.pool!r}"
+        what = "a class token that enters behind the blocks" if anatomy.late else what
         raise PrunexError(
             f"patch_slimming needs a head that reads a class token, this model has {what}: the last block's set is "
             "what the head reads, so here it would be all patches, and so would every set before"

@@ -173,8 +173,9 @@ class RelevanceRules(Arithmetic):
     Norms, element-wise non-linearities, softmax and LayerScale pass relevance through unchanged; a product of two
     signals gives each half, and all to the keys where queries are learned (attention pooling); sigmoid gates, pooling
     weights and a fused token's weights are constants; the scale of the scores is left out; positions that are added
-    keep what they get. A rotary turn is a linear map, and shares by proportion; a relative bias on the scores is what
-    a bias of a linear layer is: nothing under "zplus", part of the denominator under the others.
+    keep what they get. A rotary turn is a linear map, and shares by proportion, as the difference of two attentions
+    does; a relative bias on the scores is what a bias of a linear layer is: nothing under "zplus", part of the
+    denominator under the others.
 
     Args:
         linear: Rule of linear layers: "zplus", "epsilon" or "gamma".
@@ -255,6 +256,28 @@ class RelevanceRules(Arithmetic):
     def _sum(self, out: Tensor, terms: Sequence[Tensor]) -> Tensor:
         conserving = self.rule == "zplus" and self.rule_set == "conserving"
         return Route.apply(self, conserving_sum if conserving else proportional, out, *terms)
+
+    def difference(self, a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
+        """In proportion to the terms; the factor is a constant."""
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            # What gathering gave is in proportion to the difference: no small one makes a large quotient.
+            s = torch.where(out == 0, 0, r / out)
+            return saved[0] * s, -factor.detach() * saved[1] * s
+
+        return Route.apply(self, back, super().difference(a, b, factor), a, b)
+
+    def mixed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As a linear layer; under z+ by the magnitudes of products, since so few heads may have no positive one."""
+        if self.rule != "zplus":
+            return self.affine(x, weight)
+        gain = weight.detach().abs()
+
+        def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            size = saved[0].abs()
+            return (size * (ratio(r, size @ gain.T) @ gain),)
+
+        return Route.apply(self, back, super().mixed(x, weight), x)
 
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         both = self.add(a, b)

@@ -23,7 +23,7 @@ from prunex.version import __version__
 from prunex.vit.anatomy import check_images, find
 from prunex.vit.describe import outline
 from prunex.vit.forward import predict, run
-from prunex.vit.handover import Handed
+from prunex.vit.late import left_by
 from prunex.vit.mount import mounted, mounted_head
 from prunex.vit.units import Backbone
 
@@ -58,8 +58,7 @@ class Graph(nn.Module):
             state = prediction.state
         else:
             state, explainable = run(vit, images, masked=False), mounted_head(vit)
-            left = Handed(state.anatomy, state.policy, state.sizes, state.trace)
-            reading = explainable.read(vit, state.tokens, left)
+            reading = explainable.read(vit, state.tokens, left_by(state))
             outputs = {"logits": reading.logits, **explainable.head.outputs(reading)}
         if self.kept:
             outputs["kept"] = state.trace.kept()

@@ -45,6 +45,8 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _NEAREST = {  # for models that timm has no name for
     "Eva": "eva02_small_patch14_224",
     "Beit": "beit_base_patch16_224",
+    "Cait": "cait_xxs24_224",
+    "VisionTransformerRelPos": "vit_relpos_small_patch16_224",
     "SwinTransformer": "swin_tiny_patch4_window7_224",
 }
 # Constructor arguments that timm's JSON cannot carry.
@@ -306,7 +308,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
     cfg = known_cfg(vit, anatomy.channels, mean, std) | {
         "input_size": [anatomy.channels, *anatomy.image],
         "num_classes": anatomy.classes,
-        "first_conv": "patch_embed.proj",
+        "first_conv": next(n for n, m in vit.named_modules() if isinstance(m, nn.Conv2d)),
         "classifier": "head.fc" if windowed else "head",
         "fixed_input_size": not anatomy.dynamic,
     }

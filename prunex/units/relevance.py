@@ -80,8 +80,8 @@ class Relevance(UnitPruner):
         """Refuse by name what relevance cannot be led through."""
         if not isinstance(model, ViT):
             raise PrunexError(
-                f"relevance cannot be led through {type(model).__name__}: lrp knows timm's VisionTransformer, Eva and "
-                "Beit; use taylor or magnitude"
+                f"relevance cannot be led through {type(model).__name__}: prunex.explain knows "
+                "other ViTs of timm; use taylor or magnitude"
             )
         read(model)
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import timm
 import torch
 from timm.layers import AttentionPoolLatent, HybridEmbed, PatchEmbed
 from timm.models.beit import Beit
+from timm.models.cait import Cait, ClassAttn, LayerScaleBlockClassAttn
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.vit.blocks import layout_of, unknown_part
 from prunex.vit.mount import mounted_head
+from prunex.vit.units import prefix_of
 from prunex.vit.weights import convolution_of
 
-ViT = VisionTransformer | Eva | Beit
+ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | Cait
 
 WORKS = (
-    "timm VisionTransformer, VisionTransformerDistilled, Eva and Beit: ViT, DeiT, distilled DeiT, DeiT-III, DINO, "
-    "DINOv2 with and without registers, CLIP, SigLIP, AIMv2, EVA, EVA-02, DINOv3, PE, ROPE-ViT, BEiT, BEiTv2; plain, "
-    "post-norm and parallel blocks, hybrid stems, LayerScale, qk-norm; class token, average, max or attention pooling"
+    "timm VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Eva, Beit and Cait: ViT, DeiT, "
+    "distilled DeiT, DeiT-III, DINO, DINOv2 with and without registers, CLIP, SigLIP, AIMv2, EVA, EVA-02, DINOv3, PE, "
+    "ROPE-ViT, BEiT, BEiTv2, relative-position and differential ViTs, CaiT; plain, post-norm and parallel blocks, "
+    "hybrid stems, LayerScale, qk-norm; class token, average, max or attention pooling"
 )
 # What other models of timm are, where it is known why tokens cannot leave them one by one.
 _REASONS = {
@@ -37,11 +41,10 @@ _REASONS = {
         "MultiScaleVit", "PoolingVisionTransformer", "Levit", "LevitDistilled", "NextVit", "EdgeNeXt", "CoaT",
         "Visformer", "Nest", "VOLO",
     ),
-    "images of several sizes packed into one sequence": ("NaFlexVit",),
-    "a class token that enters after the patches' blocks": ("Cait",),
+    "a patch grid of its own for each image, where all images of a batch must share one": ("NaFlexVit",),
     "attention between channels instead of tokens": ("Xcit",),
     "blocks of its own, which are not known from inside": (
-        "VisionTransformerRelPos", "ConVit", "CrossVit", "TNT", "DeepseekVitEncoder", "DeepseekVitClassifier",
+        "ConVit", "CrossVit", "TNT", "DeepseekVitEncoder", "DeepseekVitClassifier",
         "Gemma4VitEncoder", "Gemma4VitClassifier", "Qwen3VitEncoder", "Qwen3VitClassifier",
     ),
 }  # fmt: skip
@@ -70,11 +73,17 @@ class Anatomy:
     pool_prefix: bool = False  # whether pooling takes prefix tokens in
     pads: bool = False  # whether images are padded to whole patches
     rankers: tuple[int, ...] = ()  # prefix positions by whose attention patches are ranked: those timm's own head reads
+    late: bool = False  # whether a class token enters behind the blocks (CaiT), and reads the patches there
 
     @property
     def dividing_heads(self) -> int:
         """The model's heads for a further attention over its whole width: as many as divide it, where blocks differ."""
         return max(h for h in range(1, max(1, *self.heads) + 1) if self.width % h == 0)
+
+    @property
+    def final_prefix(self) -> int:
+        """Prefix tokens among the final ones."""
+        return self.prefix + self.late
 
     def grid_at(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid of images of some size in pixels; what is left at the edges is padded to a whole patch."""
@@ -151,10 +160,13 @@ def read(model: nn.Module) -> Anatomy:
     _check_supported(model)
     inner: Any = model
     embed, blocks = inner.patch_embed, list(inner.blocks)
+    late = isinstance(model, Cait) and model.blocks_token_only is not None
     readers: tuple[int, ...] = ()
     # Two heads read two tokens, and their mean is the output.
     if isinstance(model, VisionTransformerDistilled):
         readers = (0, 1)
+    elif late:
+        readers = ()  # patches, by way of a class token that is in no block
     elif inner.global_pool == "token" or (inner.global_pool == "" and inner.cls_token is not None):
         readers = (0,)
     layouts = [layout_of(b) for b in blocks]
@@ -171,7 +183,7 @@ def read(model: nn.Module) -> Anatomy:
         heads=tuple(counts),
         head_dim=next((y.width(b) // n for y, b, n in zip(layouts, blocks, counts, strict=True) if n), 0),
         hidden=tuple(lay.hidden(b) for lay, b in zip(layouts, blocks, strict=True)),
-        prefix=inner.num_prefix_tokens,
+        prefix=prefix_of(model),
         grid=tuple(embed.grid_size),
         image=tuple(embed.img_size),
         patch=pixels_of(embed),
@@ -183,13 +195,14 @@ def read(model: nn.Module) -> Anatomy:
         pool_prefix=bool(getattr(inner, "pool_include_prefix", False)) or attends_all,
         pads=bool(getattr(embed, "dynamic_img_pad", False)),
         rankers=rankers,
+        late=late,
     )
 
 
 def _check_supported(model: nn.Module) -> None:
     """Refuse what the one forward does not know, by name."""
     name, inner = type(model).__name__, cast(Any, model)
-    if not isinstance(model, VisionTransformer | Eva | Beit):
+    if not isinstance(model, ViT):
         reason = _reason(model)
         raise PrunexError(f"{name} is not supported{f' ({reason})' if reason else ''}; what works: {WORKS}")
     unknown = _unknown(inner)
@@ -218,6 +231,11 @@ def _unknown(model: Any) -> str | None:
         part = unknown_part(block)
         if part is not None:
             return f"with {part} (block {i})"
+    if isinstance(model, Cait):
+        for block in cast(Any, model).blocks_token_only or ():
+            for part, known in ((block, LayerScaleBlockClassAttn), (block.attn, ClassAttn)):
+                if type(part).forward is not known.forward:
+                    return f"with {type(part).__name__}"
     if model.global_pool not in _POOLS:
         return f"with global_pool={model.global_pool!r}"
     pool, embed = model.attn_pool if model.global_pool == "map" else None, model.patch_embed
@@ -261,7 +279,7 @@ def _reason(model: nn.Module) -> str:
 
 def _overridden(cls: type) -> set[str]:
     """Methods a subclass brings that timm's own classes do not have."""
-    known = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, nn.Module, object)
+    known = (VisionTransformerDistilled, *get_args(ViT), nn.Module, object)
     names: set[str] = set()
     for c in cls.__mro__:
         if c not in known:

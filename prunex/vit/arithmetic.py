@@ -80,6 +80,14 @@ class Arithmetic:
         """The sum of several branches that read one stream."""
         return torch.stack(list(branches)).sum(0)
 
+    def difference(self, a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
+        """Two attentions [B, H, m, n] (or what they gather), the second taken off so many times."""
+        return a - factor * b
+
+    def mixed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Maps of all heads, mixed for each pair of tokens: x [..., H] by a weight [G, H] to [..., G]."""
+        return nn.functional.linear(x, weight)
+
     def mean(self, a: Tensor, b: Tensor) -> Tensor:
         """The mean of two signals: of two heads, or of two ways to pool."""
         return (a + b) / 2

@@ -6,6 +6,7 @@ has a slot, which :mod:`prunex.vit.policy` masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +54,14 @@ class KeyWeights(Brief):
             lowest = scores if seen is None else scores.masked_fill(~seen, float("inf"))
             scores = scores - lowest.amin(-1, keepdim=True)
         return scores * factor
+
+
+Shown = Callable[[Tensor], Tensor]
+
+
+def same(x: Tensor) -> Tensor:
+    """What softmaxes show of plain attention: themselves."""
+    return x
 
 
 def over_heads(x: Tensor) -> Tensor:
@@ -202,13 +211,27 @@ def rows_of_heads(
     counts: Tensor | None = None,
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
+    shown: Shown = same,
 ) -> Tensor:
     """Attention of each head averaged over query rows q [B, H, m, d], [B, H, N]; ``counts`` [B, m] weigh the rows."""
-    seen = _rows(q, k, scale, policy, keys, relative)
+    return mean_rows(shown(_rows(q, k, scale, policy, keys, relative)), counts)
+
+
+def mean_rows(seen: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean of rows [B, H, m, N], weighed by ``counts`` [B, m]: [B, H, N]."""
     if counts is None:
         return seen.mean(2)
     counts = counts.to(seen.dtype)
     return torch.einsum("bm,bhmn->bhn", counts, seen) / counts.sum(1).clamp(min=1)[:, None, None]
+
+
+def shares(seen: Tensor) -> Tensor:
+    """What is looked at [..., N], entries below 0 and any sum, as shares: the positive part, rescaled to sum 1.
+
+    Of a row without any, the magnitudes are.
+    """
+    positive = torch.where((seen > 0).any(-1, keepdim=True), seen, seen.abs()).clamp(min=0)
+    return positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(seen.dtype).tiny)
 
 
 def rows(
@@ -219,12 +242,17 @@ def rows(
     chunk: int = 64,
     keys: KeyWeights | None = None,
     relative: Tensor | None = None,
+    shown: Shown = same,
 ) -> Tensor:
-    """Attention averaged over the given query rows q [B, H, m, d] and heads: [B, N] in at least float32, sum 1."""
+    """Attention averaged over the given query rows q [B, H, m, d] and heads: [B, N] in at least float32, sum 1.
+
+    ``shown`` makes of softmaxes [B, H, m, N] what is averaged.
+    """
     # In chunks: the whole (of pooled models) would be the N x N matrix that nobody asked for.
     parts = q.split(chunk, 2)
     added = [None] * len(parts) if relative is None else relative.split(chunk, 2)
-    seen = [over_heads(_rows(p, k, scale, policy, keys, r)).sum(1) for p, r in zip(parts, added, strict=True)]
+    pairs = zip(parts, added, strict=True)
+    seen = [over_heads(shown(_rows(p, k, scale, policy, keys, r))).sum(1) for p, r in pairs]
     return sum(seen[1:], seen[0]) / q.shape[2]
 
 
@@ -252,7 +280,8 @@ def looked_at(pool: Any, x: Tensor, weight: Tensor | None = None, ops: Arithmeti
     query = pool.q(pool.latent.expand(len(x), -1, -1)).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
     k, v = ops.linear(pool.kv, x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     query, k = pool.q_norm(query), ops.norm(pool.k_norm, k)
-    return _counted(promoted(ops.latent_scores(query, k, pool.scale)), weight, ops), v
+    scores = promoted(ops.latent_scores(query, k, pool.scale))
+    return counted(scores, None if weight is None else weight[:, None, None, :], ops), v
 
 
 def pooled_by(pool: Any, seen: Tensor, v: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
@@ -265,15 +294,15 @@ def pooled_by(pool: Any, seen: Tensor, v: Tensor, ops: Arithmetic = PLAIN) -> Te
     return pooled(out, out.new_full(out.shape[:2], 1 / out.shape[1]), ops) if ops.opened else out.mean(1)
 
 
-def _counted(scores: Tensor, weight: Tensor | None, ops: Arithmetic) -> Tensor:
-    """Softmax of scores [B, H, m, N] over tokens that count by a weight [B, N]; 0 in images without any."""
+def counted(scores: Tensor, weight: Tensor | None, ops: Arithmetic) -> Tensor:
+    """Softmax of scores [B, H, m, N] over keys that count by a weight [B, 1, 1 or m, N]; 0 in rows without any."""
     if weight is None:
         return ops.softmax(scores)
-    w = weight.to(scores.dtype)[:, None, None, :]
+    w = weight.to(scores.dtype)
     nobody = (w <= 0).all(-1, keepdim=True)
     if ops.opened:  # weights are constants here
-        counted = torch.where(nobody, 0, scores + w.detach().log())
-        return ops.softmax(counted).masked_fill(nobody, 0)
+        weighed = torch.where(nobody, 0, scores + w.detach().log())
+        return ops.softmax(weighed).masked_fill(nobody, 0)
     lowest = scores.detach().masked_fill(w <= 0, torch.finfo(scores.dtype).min)
     # An image without any must not be divided by next to nothing: gradients would be infinite.
     top = torch.where(nobody, scores.detach(), lowest).amax(-1, keepdim=True)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from timm.layers import HybridEmbed
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from prunex.errors import PrunexError
 from prunex.vit.anatomy import Anatomy, find, read
 from prunex.vit.blocks import layout_of
 from prunex.vit.blocks.plain import linear_macs
+from prunex.vit.late import class_macs
 from prunex.vit.mount import mounted, mounted_head, mounted_units
 from prunex.vit.units import Backbone, blocks_of, branches, head_dim, tokens_in, unit_params
 from prunex.vit.weights import convolution_of, sizes
@@ -140,7 +140,9 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
         if pruner is not None and i in left and (after != before or ahead is not None):
             inner = layout_of(block).width(block)
             shut = (closed or {}).get(f"{i}.heads", 0)
-            decision = pruner.macs(before, inner - (shut * head_dim(block.attn) if shut else 0))
+            inner -= shut * head_dim(block.attn) if shut else 0
+            # Who has the matrix reads who is looked at out of it.
+            decision = pruner.macs(before, 0 if layout_of(block).matrices else inner)
             decision += sum(_block(b, a.prefix + n, a.prefix + n, 0).macs for b in list(vit.blocks)[: ahead or 0])
         # Who leaves before a block is in neither half of it, who leaves inside in the first alone.
         attending = after if turn is not None and turn.when == "before" else before
@@ -152,6 +154,7 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
             blocks.append(_slim_block(block, a.width, a.prefix + attending, len(turn.only), decision))
     embedding = _embedding(vit.patch_embed, a, (gh, gw))
     head = linear_macs(vit.head, getattr(vit, "head_dist", nn.Identity()))
+    head += class_macs(vit, n)
     if a.pool == "map":
         head += _pooling(vit.attn_pool, n + a.prefix * a.pool_prefix)
     explainable = mounted_head(vit)
@@ -193,7 +196,7 @@ def tokens_of(counted: Cost) -> list[tuple[int, int, int]]:
 def _block(block: Any, attending: int, feeding: int, decision: int) -> BlockCost:
     layout = layout_of(block)
     linear, mlp = layout.macs(block)
-    macs = attending * linear + 2 * attending * attending * layout.width(block) + feeding * mlp + decision
+    macs = attending * linear + attending * attending * layout.pair_macs(block) + feeding * mlp + decision
     return BlockCost(attending, feeding, macs)
 
 
@@ -203,7 +206,7 @@ def _slim_block(block: Any, width: int, attending: int, asking: int, decision: i
     inner = layout.width(block)
     # Where attention is not opened, only scores and what follows them are spared, not the queries' projection.
     linear = width * inner * (2 if layout.opens else 1)
-    spared = (attending - asking) * (linear + 2 * attending * inner)
+    spared = (attending - asking) * (linear + attending * layout.pair_macs(block))
     return BlockCost(attending, asking, whole.macs - spared, asking)
 
 
@@ -222,7 +225,8 @@ def _embedding(embed: Any, a: Anatomy, grid: tuple[int, int]) -> int:
     for layer in stem.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(count)
-    stem(torch.empty(1, a.channels, grid[0] * a.patch[0], grid[1] * a.patch[1], device="meta"))
+    like = next(stem.parameters())
+    stem(like.new_empty(1, a.channels, grid[0] * a.patch[0], grid[1] * a.patch[1]))
     return macs
 
 

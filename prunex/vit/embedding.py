@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from timm.layers import HybridEmbed
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic, unknown_layer
 from prunex.vit.calls import inside
 from prunex.vit.mount import mounted
+from prunex.vit.units import prefix_of
 from prunex.vit.weights import is_identity
 
 
@@ -40,7 +43,8 @@ def place(model: ViT, patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def grid_of(model: ViT, x: Tensor) -> tuple[int, int]:
     """The patch grid of what ``patch_embed`` gave."""
-    return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(model.patch_embed.grid_size)
+    stem: Any = model.patch_embed
+    return (x.shape[1], x.shape[2]) if x.ndim == 4 else tuple(stem.grid_size)
 
 
 def enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +53,7 @@ def enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if isinstance(model, Eva):
         x, rope = inner._pos_embed(x)
         return _entering(model, inner.norm_pre(x)), rope
-    if isinstance(model, Beit):
+    if isinstance(model, Beit | VisionTransformerRelPos | Cait):
         return _entering(model, _placed(model, x)), None
     return _entering(model, inner.norm_pre(inner.patch_drop(inner._pos_embed(x)))), None
 
@@ -60,6 +64,10 @@ def _placed(model: ViT, x: Tensor) -> Tensor:
     if isinstance(model, Beit):
         x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
         return inner.pos_drop(x if inner.pos_embed is None else x + inner.pos_embed)
+    if isinstance(model, Cait):
+        return inner.pos_drop(x + inner.pos_embed)
+    if isinstance(model, VisionTransformerRelPos):
+        return x if inner.cls_token is None else torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)
     placed = inner._pos_embed(x)
     return placed[0] if isinstance(model, Eva) else placed
 
@@ -67,7 +75,7 @@ def _placed(model: ViT, x: Tensor) -> Tensor:
 def _entering(model: ViT, x: Tensor) -> Tensor:
     """The tokens that enter the first block: without prefix tokens that the attached pruner does not take along."""
     attached = mounted(model)
-    left_out = 0 if attached is None else model.num_prefix_tokens - attached.anatomy.prefix
+    left_out = 0 if attached is None else prefix_of(model) - attached.anatomy.prefix
     return x[:, left_out:] if left_out else x
 
 
@@ -77,12 +85,13 @@ def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None =
     Up to rounding; ``index`` [B, n] says which patches of the grid these are (None: all). A norm in front of the blocks
     (CLIP) cannot be taken back: its models give the normed tokens as they are.
     """
-    body = x[:, model.num_prefix_tokens :]
+    prefix = prefix_of(model)
+    body = x[:, prefix:]
     if not is_identity(getattr(model, "norm_pre", None)):
         return body
     empty = body.new_zeros(1, grid[0] * grid[1], body.shape[2])
     # What positions add to patches of zeros is what they added.
-    added = place(model, empty, grid)[:, model.num_prefix_tokens :]
+    added = place(model, empty, grid)[:, prefix:]
     if index is not None:
         added = added.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, body.shape[2]))
     return body - added
@@ -90,7 +99,6 @@ def unplace(model: ViT, x: Tensor, grid: tuple[int, int], index: Tensor | None =
 
 def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, tuple[int, int]]:
     """The same by elementary operations: what positions add to patches is what they make of patches of zeros."""
-    inner: Any = model
     if isinstance(model.patch_embed, HybridEmbed):
         raise unknown_layer(model.patch_embed, "PatchEmbed")
     x = inside(model.patch_embed, partial(_patches_opened, model, ops), images)
@@ -99,14 +107,15 @@ def _embed_opened(model: ViT, images: Tensor, ops: Arithmetic) -> tuple[Tensor, 
     with torch.no_grad():
         added = _placed(model, torch.zeros_like(x).unflatten(1, grid) if dynamic else torch.zeros_like(x))
     # Prefix tokens are parameters: no relevance goes past them.
-    prefix = model.num_prefix_tokens
+    prefix = prefix_of(model)
     parts = (getattr(model, n, None) for n in ("cls_token", "dist_token", "reg_token"))
-    tokens = [t for t in parts if t is not None]
+    tokens = [t for t in parts if t is not None] if prefix else []
     front = torch.cat([t.detach() for t in tokens], 1).expand(len(x), -1, -1) if tokens else added[:, :0]
-    table: Tensor | None = None if getattr(model, "no_embed_class", False) else inner.pos_embed
+    table: Tensor | None = None if getattr(model, "no_embed_class", False) else getattr(model, "pos_embed", None)
     at = torch.zeros_like(front) if table is None else table.detach()[:, :prefix].expand_as(front)
     x = ops.placed(torch.cat([front, x], 1), torch.cat([at, added[:, prefix:]], 1))
-    return _entering(model, x if isinstance(model, Beit) else ops.norm(inner.norm_pre, x)), grid
+    norm = getattr(model, "norm_pre", None)
+    return _entering(model, x if norm is None else ops.norm(norm, x)), grid
 
 
 def _patches_opened(model: ViT, ops: Arithmetic, images: Tensor) -> Tensor:

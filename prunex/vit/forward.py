@@ -25,6 +25,7 @@ from prunex.vit.calls import hooked_within, inside
 from prunex.vit.embedding import embed, enter, grid_of
 from prunex.vit.halves import Halves
 from prunex.vit.handover import Handed
+from prunex.vit.late import finish, left_by
 from prunex.vit.mount import mounted
 from prunex.vit.positions import Places, positions_of
 from prunex.vit.readout import TAIL, check_head, head, pool_attention, reads_grids
@@ -78,7 +79,7 @@ def encode(state: TokenState, turns: Turns, recorder: Recorder = SILENT) -> Toke
     # timm calls the blocks as one module where it may; a watch wants some of them alone.
     together = isinstance(blocks, nn.Sequential) and recorder.watch is None
     state.tokens = inside(blocks, through_all, state.tokens) if together else through_all(state.tokens)
-    state.tokens = recorder.ops.norm(state.model.norm, state.tokens)
+    finish(state, recorder)
     return state
 
 
@@ -164,7 +165,7 @@ def answer(state: TokenState, recorder: Recorder = SILENT) -> Tensor:
         tail = vars(state.model)[TAIL]
         rows: Tensor = tail(tail.asked.taken(recorder.watch))
         return rows
-    return head(state.model, state.tokens, Handed(state.anatomy, state.policy, state.sizes, state.trace), recorder.ops)
+    return head(state.model, state.tokens, left_by(state), recorder.ops)
 
 
 def record(model: ViT, images: Tensor, tape: Tape, masked: bool | None = None) -> TokenState:

@@ -7,6 +7,7 @@ attention runs inside the attention module's own call, so that hooks see what th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -200,9 +201,10 @@ class Halves:
         row = self._row(q, k, policy, matrix) if self.shows_row else None
         if recorded is not None:
             if matrix is not None and tape.wants_matrix(self.number):
-                recorded.attention = matrix if tape.reduce is None else tape.reduce(matrix)
+                seen = self._shares(matrix) if tape.shares else matrix
+                recorded.attention = seen if tape.reduce is None else tape.reduce(seen)
             if self.number in tape.head_rows:
-                recorded.head_rows = self._head_rows(q, k, policy)
+                recorded.head_rows = self._head_rows(q, k, policy, matrix)
             recorded.row, recorded.value = row, v.detach() if tape.streams else None
         key_mean = attention.over_heads(promoted(k.detach())) if self.shows_keys else None
         value_norm = promoted(v.detach()).square().sum((1, 3)).sqrt() if self.shows_values else None
@@ -213,27 +215,29 @@ class Halves:
     ) -> tuple[Tensor, Tensor | None]:
         """The heads' outputs [B, H, m, d] of the tokens that go on, and the attention matrix where there is one."""
         ops, only, keys, relative = self.recorder.ops, self.only, self.keys, self.relative
-        attn, tape = self.layout.attentions(self.block)[0], self.recorder.request
-        dropout = attn.attn_drop.p if self.block.training else 0.0
+        layout, tape = self.layout, self.recorder.request
+        attn = layout.attentions(self.block)[0]
+        dropout, through = attn.attn_drop.p if self.block.training else 0.0, partial(layout.through, self.block)
         added = relative if relative is None or only is None else attention.some(relative, only, 2)
         wants_matrix = tape.wants_matrix(self.number)
         weighed = policy is not None and keys is not None and keys.factor is not None
         unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
         # The matrix costs N x N numbers a head: only where somebody reads it, or no kernel knows the weights.
-        if wants_matrix or ops.matrices or weighed or unusual:
-            matrix = attention.matrix(asking, k, attn.scale, policy, keys, only, ops, added)
+        if wants_matrix or ops.matrices or layout.matrices or weighed or unusual:
+            matrix = layout.matrix(self.block, asking, k, policy, keys, only, ops=ops, relative=added)
             if wants_matrix and tape.gradients and torch.is_grad_enabled():
                 matrix.requires_grad_()
-            return ops.gather(attn.attn_drop(matrix), v), matrix
+            return layout.gather(self.block, matrix, v, ops), matrix
         if policy is not None:
-            more: dict[str, Tensor | None] = {} if keys is None else {"sizes": keys.sizes}
+            more: dict[str, Any] = {} if keys is None else {"sizes": keys.sizes}
             if relative is not None:
                 more["relative"] = relative
-            out = masking.under_policy(q, k, v, policy, attn.scale, dropout, **more)
+            kernel = partial(masking.under_policy, policy=policy, scale=attn.scale, dropout=dropout, **more)
+            out = through(kernel, q, k, v, ops)
             return out if only is None else attention.some(out, only, 2), None
         if ops.opened:
-            return ops.attention(asking, k, v, added), None
-        return attention.fused(asking, k, v, dropout, keys, relative=added), None
+            return through(partial(ops.attention, relative=added), asking, k, v, ops), None
+        return through(partial(attention.fused, dropout=dropout, keys=keys, relative=added), asking, k, v, ops), None
 
     def _row(self, q: Tensor, k: Tensor, policy: Tensor | None, matrix: Tensor | None) -> Tensor:
         """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
@@ -246,23 +250,35 @@ class Halves:
             return attention.over_heads(self._head_rows(q, k, policy))
         if matrix is None:
             scale, relative = self.layout.attentions(self.block)[0].scale, _rows_of(self.relative, start)
-            return attention.rows(q[:, :, start:], k, scale, keys=self.keys, relative=relative)
+            shown = self._as_shares
+            return attention.rows(q[:, :, start:], k, scale, keys=self.keys, relative=relative, shown=shown)
         if anatomy.rankers:
-            return attention.over_heads(matrix[:, :, 0])
+            return attention.over_heads(self._shares(matrix[:, :, 0]))
+        matrix = self._shares(matrix[:, :, start:])
         if counts is None:
-            return attention.over_heads(matrix[:, :, start:]).mean(1)
+            return attention.over_heads(matrix).mean(1)
         # Images differ in which rows hold a dropped token, and those must not count: each is weighed by its policy.
         counts = counts.to(torch.promote_types(q.dtype, torch.float32))
-        total = counts.sum(1, keepdim=True).clamp(min=1) * max(1, q.shape[1])
-        return torch.einsum("bm,bhmn->bn", counts, matrix[:, :, start:]) / total
+        total = counts.sum(1, keepdim=True).clamp(min=1) * max(1, matrix.shape[1])
+        return torch.einsum("bm,bhmn->bn", counts, matrix) / total
 
-    def _head_rows(self, q: Tensor, k: Tensor, policy: Tensor | None) -> Tensor:
+    def _head_rows(self, q: Tensor, k: Tensor, policy: Tensor | None, matrix: Tensor | None = None) -> Tensor:
         """The read-out row of each head, [B, H, N]."""
         start, last = self._first_row, 1 if self.state.anatomy.rankers else None
         counts = None if last else self._counts(policy, start)
+        if matrix is not None and self.layout.matrices:
+            return attention.mean_rows(self._shares(matrix[:, :, start:last]), counts)
         relative = _rows_of(self.relative, start, last)
-        scale = self.layout.attentions(self.block)[0].scale
-        return attention.rows_of_heads(q[:, :, start:last], k, scale, policy, counts, self.keys, relative)
+        scale, shown = self.layout.attentions(self.block)[0].scale, self._as_shares
+        return attention.rows_of_heads(q[:, :, start:last], k, scale, policy, counts, self.keys, relative, shown)
+
+    def _as_shares(self, softmaxes: Tensor) -> Tensor:
+        """Softmaxes [B, H, m, N] of :meth:`Layout.heads` as what the heads look at, in shares."""
+        return self._shares(self.layout.shown(self.block, softmaxes, PLAIN))
+
+    def _shares(self, seen: Tensor) -> Tensor:
+        """What heads look at, in shares: those who rank or roll out by it know no negative attention."""
+        return attention.shares(seen) if self.layout.signed else seen
 
     @property
     def _first_row(self) -> int:

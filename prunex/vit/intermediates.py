@@ -14,6 +14,7 @@ from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.vit.mount import mounted
 from prunex.vit.state import TokenState
+from prunex.vit.units import prefix_of
 
 FORMATS = ("NCHW", "NLC")
 
@@ -125,7 +126,7 @@ def intermediates(
     watch = Watch(model, frozenset(wanted), norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
     final = mounted(model).features(model, x, watch)
     grids: list[Any] = [watch.grids[i] for i in wanted]
-    fronts = [watch.fronts[i] for i in wanted] if return_prefix_tokens and model.num_prefix_tokens else None
+    fronts = [watch.fronts[i] for i in wanted] if return_prefix_tokens and prefix_of(model) else None
     if output_dict:
         answer: dict[str, Any] = {"image_intermediates": grids}
         if fronts is not None:

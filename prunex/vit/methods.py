@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
@@ -16,6 +15,7 @@ from prunex.vit.aside import as_found
 from prunex.vit.forward import run
 from prunex.vit.intermediates import intermediates
 from prunex.vit.mount import mounted, mounted_head
+from prunex.vit.readout import norm_behind_pool
 from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 
@@ -49,9 +49,9 @@ def _forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         out = explainable.logits(self, x, explainable.handed(self, x) if tokens is None else tokens.handed(x))
     elif tokens is None:
         return type(self).forward_head(self, x, pre_logits=pre_logits)
-    # timm's own heads, which must not pool tokens that are not there; BEiT's pools inside, whoever is there.
-    elif isinstance(self, Beit):
-        out = _beit_head(self, x, pre_logits)
+    # timm's own heads, which must not pool tokens that are not there; some pool inside, whoever is there.
+    elif not hasattr(type(self), "pool"):
+        out = _pooling_head(self, x, pre_logits)
     else:
         out = type(self).forward_head(self, tokens.for_heads(self, x), pre_logits=pre_logits)
     if tokens is not None and not pre_logits:
@@ -66,8 +66,8 @@ def _forward_intermediates(
     return intermediates(self, x, *args, **kwargs)
 
 
-def _beit_head(self: Any, x: Tensor, pre_logits: bool) -> Tensor:
-    pooled = self.head_drop(self.fc_norm(mounted(self).pool(self, x, None)))
+def _pooling_head(self: Any, x: Tensor, pre_logits: bool) -> Tensor:
+    pooled = self.head_drop(norm_behind_pool(self)(mounted(self).pool(self, x, None)))
     return pooled if pre_logits else self.head(pooled)
 
 

@@ -30,6 +30,13 @@ def seen(policy: Tensor, queries: tuple[int, ...] | Tensor | None = None) -> Ten
     return present(policy) | (at[:, None] == places)
 
 
+def weights(policy: Tensor, queries: tuple[int, ...] | Tensor | None = None) -> Tensor:
+    """How much each key counts for each query, float [B, 1, m, N]: its policy, and 1 for the query's own."""
+    places = torch.arange(policy.shape[1], device=policy.device)
+    at = places if queries is None else torch.as_tensor(queries, device=policy.device)
+    return torch.where(at[:, None] == places, 1, policy[:, None, None, :])
+
+
 def under_policy(
     q: Tensor,
     k: Tensor,
@@ -42,9 +49,9 @@ def under_policy(
 ) -> Tensor:
     """Fused attention under a (differentiable) token policy: softmax over the tokens that are there, no N x N matrix.
 
-    For q, k, v [B, H, N, d] and a policy [B, N] in 0..1 computes out_i = sum_j W_ij v_j / sum_j W_ij with W_ij =
-    exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1, and the exact gradients of that definition for q, k, v and
-    the policy (also where the policy is 0; up to e^40). With ``sizes`` s [B, N], each W_ij is multiplied by s_j.
+    For q, k [B, H, N, d], v [B, H, N, e] and a policy [B, N] in 0..1 computes out_i = sum_j W_ij v_j / sum_j W_ij with
+    W_ij = exp(A_ij) E_ij, E_ij = policy_j for j != i and E_ii = 1, and the exact gradients of that definition for q, k,
+    v and the policy (also where the policy is 0; up to e^40). With ``sizes`` s [B, N], each W_ij is multiplied by s_j.
 
     Three columns and one key turn it into one ordinary ``scaled_dot_product_attention``:
 
@@ -113,7 +120,8 @@ class _Extend(torch.autograd.Function):
         wide = share.dtype
         rest = (q.to(wide) * k.to(wide)).sum(-1)
         parts = 3 if q.dtype == torch.bfloat16 else 1  # three bfloat16 numbers carry one float32
-        width = -(-(d + 1 + parts) // 8) * 8  # fused kernels like multiples of 8
+        values = v.shape[3]
+        width = -(-max(d + 1 + parts, values + 2) // 8) * 8  # fused kernels like multiples of 8
         query, (key, value) = q.new_empty(b, h, n, width), q.new_empty(2, b, h, n + 1, width)
         query[..., :d] = q
         query[..., d] = 1
@@ -126,26 +134,26 @@ class _Extend(torch.autograd.Function):
         key[:, :, :n, d + 1 :] = 0
         key[:, :, n] = 0
         key[:, :, n, d + 1 : d + 1 + parts] = 1
-        value[:, :, :n, :d] = v
-        value[:, :, :n, :d] *= share
-        value[:, :, :n, d] = share[..., 0]
-        value[:, :, :n, d + 1 :] = 0
+        value[:, :, :n, :values] = v
+        value[:, :, :n, :values] *= share
+        value[:, :, :n, values] = share[..., 0]
+        value[:, :, :n, values + 1 :] = 0
         value[:, :, n] = 0
-        value[:, :, n, d + 1] = 1
+        value[:, :, n, values + 1] = 1
         return query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, share = ctx.saved_tensors
-        n, d, wide = q.shape[2], q.shape[3], share.dtype
+        n, d, values, wide = q.shape[2], q.shape[3], v.shape[3], share.dtype
         gq, gk, gv = grads[0], grads[1][:, :, :n], grads[2][:, :, :n].to(wide)
         itself = gq[..., d + 1 : d + 2].to(wide)
         to_q = torch.addcmul(gq[..., :d].to(wide), itself, k.to(wide)).to(q.dtype)
         to_k = torch.addcmul(gk[..., :d].to(wide), itself, q.to(wide)).to(k.dtype)
-        to_v = (gv[..., :d] * share).to(v.dtype)
+        to_v = (gv[..., :values] * share).to(v.dtype)
         to_share = None
         if ctx.needs_input_grad[4]:
-            to_share = (gv[..., :d] * v.to(wide)).sum(-1, keepdim=True) + gv[..., d : d + 1]
+            to_share = (gv[..., :values] * v.to(wide)).sum(-1, keepdim=True) + gv[..., values : values + 1]
         return to_q, to_k, to_v, None, to_share
 
 

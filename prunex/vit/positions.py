@@ -1,9 +1,9 @@
 """Positions that attention itself knows, rotary tables and relative biases, for the tokens that are there.
 
-Absolute positions are part of a token and leave with it. A rotary table (EVA) or a relative bias (BEiT) is looked up
-inside attention by a token's place in the image, so the places follow every stage of the trace. A token made of several
-patches is given the mean of theirs, weighted by its members' shares: its score with another token is then the mean of
-what the members, had they its query and key, would have scored.
+Absolute positions are part of a token and leave with it. A rotary table (EVA) or a relative bias (BEiT,
+relative-position ViTs) is looked up inside attention by a token's place in the image, so the places follow every stage
+of the trace. A token made of several patches is given the mean of theirs, weighted by its members' shares: its score
+with another token is then the mean of what the members, had they its query and key, would have scored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from prunex.brief import Brief
@@ -194,6 +195,9 @@ def positions_of(
         own = any(b.attn.relative_position_bias_table is not None for b in inner.blocks)
         if shared is not None or own:
             return Positions(prefix, shared=shared, relative=True, index=index)
+    if isinstance(model, VisionTransformerRelPos):
+        shared = None if inner.shared_rel_pos is None else inner.shared_rel_pos.get_bias()[0]
+        return Positions(prefix, shared=shared, relative=True, index=index)
     return None
 
 

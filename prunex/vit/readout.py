@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from prunex.vit.mount import mounted_head
 
 POOLS = ("avg", "max", "avgmax")
 
+_NONE = nn.Identity()
 TAIL = "prunex_tail"  # on a ViT that stands for a whole module: what the module makes of its ViT's output
 
 
@@ -92,7 +92,12 @@ def classifier(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> 
             classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
         )
         return ops.mean(first, second)
-    return classify(inner.head, inner.head_drop(ops.norm(inner.fc_norm, _features(model, x, left, ops))), ops)
+    return classify(inner.head, inner.head_drop(ops.norm(norm_behind_pool(model), _features(model, x, left, ops))), ops)
+
+
+def norm_behind_pool(model: ViT) -> nn.Module:
+    """The norm between pooling and head; an identity where a model has none."""
+    return getattr(model, "fc_norm", _NONE)
 
 
 def _features(model: ViT, x: Tensor, left: Handed, ops: Arithmetic) -> Tensor:
@@ -133,9 +138,9 @@ def masked_pool(model: ViT, x: Tensor, left: Handed, pool_type: str | None = Non
     elif anatomy.pool == "map" and not all_alike:
         return _map_pooled(model, x, replace(left, policy=policy, sizes=sizes))
     elif all_alike or kind in ("token", "", "map") or not isinstance(kind, str):
-        if isinstance(model, Beit):
-            return global_pool_nlc(x, kind, anatomy.prefix)
-        return type(inner).pool(inner, x, pool_type)
+        if hasattr(type(model), "pool"):
+            return type(inner).pool(inner, x, pool_type)
+        return global_pool_nlc(x, kind, anatomy.prefix)
     return over_patches(x, policy, sizes, start, kind)
 
 

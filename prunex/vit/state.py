@@ -31,7 +31,8 @@ class TokenState(Brief):
     # [B, prefix + n] or None: 1 for tokens that are there, 0 for dropped ones in their slots
     policy: Tensor | None = None
     # [B, prefix + n] or None: attention paid to each token by the class token (by the pooled tokens where there is
-    # none), mean over heads; present between the halves of a block that a pruner asked it for
+    # none), mean over heads, each head's in shares that sum to 1 (of differential attention those above 0); present
+    # between the halves of a block that a pruner asked it for
     row: Tensor | None = None
     left: int = 0  # patch tokens that are there (an upper bound where images differ)
     ragged: bool = False  # whether a ``Drop`` left images of different lengths, so that some slots hold nobody

@@ -19,14 +19,15 @@ class Attended(Brief):
 
     block: int  # block index
     # [B, H, n, n] with rows = queries, part of the graph when gradients are on; None unless asked for. [B, H, m, n]
-    # where only the ``queries`` go on.
+    # where only the ``queries`` go on. A differential head's is the difference of its two softmaxes.
     attention: Tensor | None = None
     # [B, H, n, d], the values it gathered, off the graph; None unless streams were asked for
     value: Tensor | None = None
     before: Tensor | None = None  # [B, n, D], the residual stream entering the block, likewise
     after: Tensor | None = None  # [B, n, D], the residual stream with the branch added, likewise
     policy: Tensor | None = None  # [B, n] or None: 0 for slots of tokens that were dropped (masked mode)
-    # [B, n] or None: attention paid by the tokens that the head reads (or the class token), mean over heads
+    # [B, n] or None: attention paid by the tokens that the head reads (or the class token), mean over heads; in shares,
+    # whatever heads look at: what is negative counts as 0, and each head's row sums to 1
     row: Tensor | None = None
     head_rows: Tensor | None = None  # [B, H, n] or None: the same for each head
     # [B, n, D] or None: the tokens as the block's first norm gives them, part of the graph
@@ -63,6 +64,9 @@ class Tape(Brief):
     attention: bool = False  # ask for every block's attention matrix (no fused attention in this forward)
     # applied to each matrix before it is kept, such as a head mean; None keeps all heads
     reduce: Callable[[Tensor], Tensor] | None = None
+    # where a block's heads may look at tokens negatively, or rows do not sum to 1: keep the positive part of each row,
+    # rescaled to sum 1
+    shares: bool = False
     gradients: bool = False  # make the matrices part of an autograd graph even if no parameter asks for gradients
     streams: bool = False  # ask for values and token streams
     rows: frozenset[int] = frozenset()  # blocks whose read-out row alone is wanted (N numbers a head instead of N x N)
@@ -80,6 +84,8 @@ class Tape(Brief):
     left: dict[int, Left] = field(default_factory=dict)  # by block, the stream that left it
     # [B, N, D], the tokens entering the first block; part of the graph if the images are
     embedded: Tensor | None = None
+    # [B, 1, D] or None: the class token that entered behind the blocks, where operations are opened; part of the graph
+    late: Tensor | None = None
     policy: Tensor | None = None  # [B, n] or None: which slots hold a token at the end (masked mode)
     tokens: int = 0  # tokens after the last block, prefix included (those that were not carried on counted too)
     logits: Tensor | None = None  # [B, C], the model's output
@@ -91,7 +97,7 @@ class Tape(Brief):
     def asked(self) -> tuple[Any, ...]:
         """What is asked for; tapes that ask the same record the same."""
         nodes = (self.rows, self.head_rows, self.blocks, self.normed, self.leaving, self.graph_from)
-        return (self.attention, self.reduce, self.gradients, self.streams, self.narrow, *nodes)
+        return (self.attention, self.reduce, self.shares, self.gradients, self.streams, self.narrow, *nodes)
 
     def attended(self) -> list[Attended]:
         """The attention halves in forward order."""

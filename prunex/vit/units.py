@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
@@ -25,12 +27,15 @@ from prunex.vit.narrow import NarrowAttention
 from prunex.vit.weights import OwnHook, is_identity, is_linear, sizes
 
 Kind = Literal["heads", "channels"]
-Backbone = VisionTransformer | Eva | Beit | SwinTransformer
+Backbone = VisionTransformer | Eva | Beit | VisionTransformerRelPos | Cait | SwinTransformer
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
 Gate = Callable[[str, int], Tensor | None]
 Left = Callable[[str], Sequence[int] | None]
 
-WORKS = "timm VisionTransformer (ViT, DeiT, DINO, DINOv2, CLIP, SigLIP), Eva and Beit (MLP channels), SwinTransformer"
+WORKS = (
+    "timm VisionTransformer (ViT, DeiT, DINO, DINOv2, CLIP, SigLIP), Eva, Beit, VisionTransformerRelPos and Cait "
+    "(MLP channels), SwinTransformer"
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,11 @@ def first_layers(block: Any, kind: Kind) -> list[tuple[Any, int]]:
     return [(getattr(block.mlp, name), 1) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(block.mlp, name)]
 
 
+def prefix_of(model: Any) -> int:
+    """Prefix tokens that enter the first block: none of CaiT's, whose class token enters behind the last."""
+    return 0 if isinstance(model, Cait) else model.num_prefix_tokens
+
+
 def tokens_in(model: Any, block: Any) -> tuple[int, int, int]:
     """Tokens in a block's attention (those that pad windows included) and in its MLP, and keys that a token sees."""
     if isinstance(model, SwinTransformer):
@@ -145,7 +155,7 @@ def tokens_in(model: Any, block: Any) -> tuple[int, int, int]:
         padded = -(-h // wh) * wh * (-(-w // ww) * ww)
         return padded, h * w, wh * ww
     gh, gw = model.patch_embed.grid_size
-    n = model.num_prefix_tokens + gh * gw
+    n = prefix_of(model) + gh * gw
     return n, n, n
 
 

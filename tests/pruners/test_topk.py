@@ -37,7 +37,7 @@ def test_the_best_attended_patches_are_kept(family):
     x = images_for(model)
     anatomy = read(model)
     with torch.no_grad():
-        tape = Tape(attention=True)
+        tape = Tape(attention=True, shares=True)
         run(model, x, recorder=Recorder(tape))
         full = tape.attended()[1].attention  # [B, H, N, N]
         if anatomy.readers:

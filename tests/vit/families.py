@@ -24,6 +24,7 @@ class Family:
         args: Beside ``SMALL``, what makes it small and lively.
         rules: Whether relevance rules (lrp, partial_lrp, transformer_attribution) reach all of its layers: "yes", or
             the layer that they do not know, as the error names it.
+        shares: Whether what a head looks at is above 0 and sums to 1.
     """
 
     title: str
@@ -31,10 +32,15 @@ class Family:
     note: str
     args: dict = field(default_factory=dict)
     rules: str = "yes"
+    shares: bool = True
 
 
 FAMILIES = {
-    "vit": Family("ViT, DeiT, MAE, DINO", ("vit_tiny_patch16_224", "deit_small_patch16_224"), "class token"),
+    "vit": Family(
+        "ViT, DeiT, MAE, DINO, FlexiViT",
+        ("vit_tiny_patch16_224", "deit_small_patch16_224", "flexivit_small"),
+        "class token",
+    ),
     "distilled": Family(
         "distilled DeiT", ("deit_tiny_distilled_patch16_224",), "the distillation token is never pruned"
     ),
@@ -78,6 +84,20 @@ FAMILIES = {
         ("vit_small_patch16_18x2_224",),
         "two attentions at once: their heads together rank the patches",
         {"init_values": 0.5},
+    ),
+    "differential": Family(
+        "differential ViT",
+        ("vit_dlittle_patch16_reg1_gap_256",),
+        "each head is the difference of two softmaxes; patches are ranked by its positive part",
+        {"init_values": 0.5},
+        shares=False,
+    ),
+    "differential_parallel": Family(
+        "parallel differential ViT",
+        ("vit_dpwee_patch16_reg1_gap_256",),
+        "the same heads beside an MLP that reads the block's input",
+        {"init_values": 0.5},
+        shares=False,
     ),
     "eva": Family(
         "EVA", ("eva_giant_patch14_224", "eva_giant_patch14_clip_224"), "BEiT's descendant, absolute positions"
@@ -126,6 +146,31 @@ FAMILIES = {
         ("beit_base_patch16_224", "beitv2_base_patch16_224"),
         "relative biases follow their tokens",
         {"init_values": 0.5},
+    ),
+    "cait": Family(
+        "CaiT",
+        ("cait_xxs24_224", "cait_s24_384"),
+        "talking heads; patches rank patches: the class token enters behind the blocks; what it sees is the read-out",
+        {"init_values": 0.5},
+        shares=False,
+    ),
+    "relpos": Family(
+        "relative-position ViT",
+        ("vit_relpos_small_patch16_224", "vit_relpos_medium_patch16_cls_224", "vit_relpos_base_patch16_clsgap_224"),
+        "a small network makes the relative biases, which follow their tokens",
+        {"init_values": 0.5},
+    ),
+    "srelpos": Family(
+        "relative-position ViT, shared",
+        ("vit_srelpos_small_patch16_224", "vit_srelpos_medium_patch16_224"),
+        "all blocks share one bias",
+        {"init_values": 0.5},
+    ),
+    "relpos_post": Family(
+        "relative-position ViT, post-norm",
+        ("vit_relpos_base_patch32_plus_rpn_256", "vit_relpos_small_patch16_rpn_224"),
+        "norms behind attention and MLP",
+        {"init_values": None},
     ),
 }
 

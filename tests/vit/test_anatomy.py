@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from torch import nn
 
 import prunex
@@ -22,21 +22,16 @@ UNSUPPORTED = {
     "FastVit": (lambda: timm.create_model("fastvit_t8"), "convolutions"),
     "NaFlexVit": (
         lambda: timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, num_heads=3, depth=1),
-        "packed",
+        "a patch grid of its own for each image",
     ),
     "VisionTransformerSAM": (
         lambda: timm.create_model("samvit_base_patch16", embed_dim=48, num_heads=3, depth=1, img_size=64),
         "windowed attention",
     ),
-    "Cait": (lambda: timm.create_model("cait_xxs24_224", depth=1), "class token that enters after"),
     "Xcit": (lambda: timm.create_model("xcit_nano_12_p16_224", depth=1), "between channels"),
     "ResNet": (lambda: timm.create_model("resnet18"), ""),
     "prr": (lambda: VisionTransformer(**SMALL, global_pool="prr"), "global_pool"),
-    "DiffAttention": (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "block 0"),
-    "DiffParallelScalingBlock": (
-        lambda: timm.create_model("vit_dpwee_patch16_reg1_gap_256", depth=1),
-        "block 0",
-    ),
+    "DiffAttention": (lambda: VisionTransformer(**SMALL, attn_layer="diff", block_fn=ParallelThingsBlock), "block 0"),
 }
 
 

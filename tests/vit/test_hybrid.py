@@ -8,6 +8,8 @@ from torch import nn
 import prunex
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import read
+from prunex.vit.describe import describe
+from prunex.vit.rebuild import build as rebuild
 from tests.vits import lively
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -90,11 +92,53 @@ def test_a_training_step_reaches_the_stem():
 
 def test_what_a_stem_cannot_do_is_refused_by_name(tmp_path):
     model = build("vit_tiny_r_s16_p8_224")
-    with pytest.raises(PrunexError, match="convolutional stem"):
-        prunex.save(model, tmp_path / "slim")
-    assert not (tmp_path / "slim").exists()
     with pytest.raises(PrunexError, match="HybridEmbed"):
         prunex.explain("lrp", model, images_of(model))
+    model.pretrained_cfg = None  # as where somebody put stem and blocks together
+    with pytest.raises(PrunexError, match="convolutional stem that timm does not build by name"):
+        prunex.save(model, tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_saved_and_loaded_again(name, tmp_path):
+    model = build(name)
+    images = images_of(model)
+    prunex.attach(model, "evit", keep_ratio=0.5, stages=(1,))
+    with torch.no_grad():
+        wanted = model(images)
+        again = prunex.load(prunex.save(prunex.slim(model), tmp_path / "slim"))
+        assert torch.equal(again(images), wanted)
+        twice = prunex.load(prunex.save(again, tmp_path / "again"))
+        assert torch.equal(twice(images), wanted)
+    assert prunex.cost(again) == prunex.cost(model)
+
+
+def test_half_precision_and_narrow_layers_come_back(tmp_path):
+    model = build("vit_tiny_r_s16_p8_224")
+    units = prunex.attach(model, "magnitude", budget=0.98)
+    units.calibrate()
+    small = prunex.slim(model).bfloat16()
+    again = prunex.load(prunex.save(small, tmp_path / "slim"))
+    assert next(again.parameters()).dtype == torch.bfloat16
+    assert [b.mlp.fc2.in_features for b in again.blocks] == [b.mlp.fc2.in_features for b in small.blocks]
+    images = images_of(model).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(again(images), small(images))
+
+
+def test_what_the_name_does_not_say_is_refused(tmp_path):
+    model = build("vit_tiny_r_s16_p8_224")
+    model.blocks[1].mlp.act = nn.ReLU()
+    with pytest.raises(PrunexError, match=r"builds vit_tiny_r_s16_p8_224 with another blocks\.1\.mlp\.act"):
+        prunex.save(model, tmp_path / "slim")
+
+
+def test_a_name_that_is_no_stems_is_not_built():
+    spec = describe(build("vit_tiny_r_s16_p8_224"))
+    for name in ("resnet18", "vit_tiny_patch16_224", "hf-hub:somebody/model"):
+        with pytest.raises(PrunexError, match="no architecture with a convolutional stem"):
+            rebuild({**spec, "args": spec["args"] | {"architecture": name}})
 
 
 def test_another_embedding_is_not_guessed():

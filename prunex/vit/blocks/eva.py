@@ -57,10 +57,10 @@ class EvaLayout(Layout):
         return attention.rotated_heads(block.attn, y, rope, ops)
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        return block.drop_path1(_times(block.gamma_1, branch, ops))
+        return block.drop_path1(times(block.gamma_1, branch, ops))
 
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return _times(block.gamma_2, mlp(block.mlp, ops.norm(block.norm2, x), ops), ops)
+        return times(block.gamma_2, mlp(block.mlp, ops.norm(block.norm2, x), ops), ops)
 
     def output(self, block: Any) -> Tensor:
         return scaled(effective(block.attn.proj)[0], block.gamma_1)
@@ -82,7 +82,7 @@ class EvaPostLayout(EvaLayout):
         return effective(block.attn.proj)[0]
 
 
-def _times(gamma: Tensor | None, branch: Tensor, ops: Arithmetic) -> Tensor:
+def times(gamma: Tensor | None, branch: Tensor, ops: Arithmetic) -> Tensor:
     """A branch scaled channel by channel, by a parameter where other blocks have a LayerScale."""
     return branch if gamma is None else ops.scaled(lambda x: gamma * x, branch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,11 +103,12 @@ class Scaling(Layout):
     def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
         q, k, v = self.heads(block, y, rope, PLAIN)
         dropout = block.attn_drop.p if block.training else 0.0
-        return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
+        out = self.through(block, partial(attention.fused, dropout=dropout), q, k, v, PLAIN)
+        return self.project(block, out, y, PLAIN)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         """From the last three parts of the input projection."""
-        three = ops.affine(y, *_outputs(block.in_proj, block.in_split[0], None))
+        three = side_by_side(block, y, ops)
         q, k, v = three.unflatten(2, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return ops.norm(block.q_norm, q), ops.norm(block.k_norm, k), v
 
@@ -156,6 +158,11 @@ class Scaling(Layout):
     def macs(self, block: Any) -> tuple[int, int]:
         width, hidden, inner = block.in_proj.in_features, block.in_split[0], self.width(block)
         return width * 3 * inner + inner * width, 2 * width * hidden
+
+
+def side_by_side(block: Any, y: Tensor, ops: Arithmetic) -> Tensor:
+    """Queries, keys and values of a parallel scaling block as its input projection makes them, [B, N, 3D]."""
+    return ops.affine(y, *_outputs(block.in_proj, block.in_split[0], None))
 
 
 def _fed(part: Any, x: Tensor, ops: Arithmetic) -> Tensor:

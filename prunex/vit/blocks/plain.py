@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunex.vit import attention
 from prunex.vit.arithmetic import Arithmetic, mlp
+from prunex.vit.attention import KeyWeights
 from prunex.vit.calls import inside
 from prunex.vit.units import heads_left
 from prunex.vit.weights import behind, effective, is_linear, scale_of, sizes, stands_for_linear
@@ -27,6 +28,10 @@ class Layout:
     # Whether queries of some tokens can be computed alone, and images of different lengths packed into one sequence.
     opens = True
     parallel = False
+    # Whether heads look in ways that are no shares: entries below 0, rows that do not sum to 1.
+    signed = False
+    # Whether attention is its matrix or nothing, since no kernel computes it without.
+    matrices = False
 
     def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
         """What timm's models call a block with, beside the stream."""
@@ -68,6 +73,36 @@ class Layout:
         if left is None:
             return q, k, v
         return attention.some(q, left), attention.some(k, left), attention.some(v, left)
+
+    def matrix(
+        self,
+        block: Any,
+        q: Tensor,
+        k: Tensor,
+        policy: Tensor | None,
+        keys: KeyWeights | None,
+        queries: tuple[int, ...] | Tensor | None,
+        *,
+        ops: Arithmetic,
+        relative: Tensor | None,
+    ) -> Tensor:
+        """What each head looks at, [B, H, m, N]; see :func:`prunex.vit.attention.matrix`."""
+        scale = self.attentions(block)[0].scale
+        return attention.matrix(q, k, scale, policy, keys, queries, ops, relative)
+
+    def gather(self, block: Any, matrix: Tensor, v: Tensor, ops: Arithmetic) -> Tensor:
+        """The heads' outputs, [B, H, m, d], by what they look at."""
+        return ops.gather(self.attentions(block)[0].attn_drop(matrix), v)
+
+    def through(
+        self, block: Any, kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, ops: Arithmetic
+    ) -> Tensor:
+        """The heads' outputs by a kernel of softmax attention, without the matrix."""
+        return kernel(q, k, v)
+
+    def shown(self, block: Any, softmaxes: Tensor, ops: Arithmetic) -> Tensor:
+        """What the heads look at [B, H, m, N], of softmaxes over queries and keys as :meth:`heads` gives them."""
+        return softmaxes
 
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
         """From the heads' outputs (or those of the open heads) to what :meth:`attend` gives."""
@@ -122,6 +157,10 @@ class Layout:
     def macs(self, block: Any) -> tuple[int, int]:
         """Multiply-adds a token of the linear layers of either half."""
         return linear_macs(*self.attentions(block)), linear_macs(*self.mlps(block))
+
+    def pair_macs(self, block: Any) -> int:
+        """Multiply-adds of one query and one key: scores, and what is gathered by them."""
+        return 2 * self.width(block)
 
 
 class ResPost(Layout):

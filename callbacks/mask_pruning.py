@@ -241,7 +241,7 @@ class MaskPruning(Participant):
             schedule_done(model),
             pruner.reopened(before),
         ):
-            done = make_up(model, cuts, entering(_first(batches, self.images), model), self.correct)
+            done = make_up(model, cuts, entering(_first(batches, self.images), model), self.correct, self.images)
         note(model, done)
         rank_zero_info(f"prunex: {done.summary()}\n{done.table()}")
 

@@ -11,7 +11,7 @@ from prunex.attach import attached
 from prunex.brief import brief
 from prunex.checks import called_as
 from prunex.errors import PrunexError
-from prunex.units.batches import entering
+from prunex.units.batches import about, entering
 from prunex.units.correction import Correct, check_biases, check_correct, cuts_of, make_up, note
 from prunex.vit.anatomy import find
 from prunex.vit.cuts import check_cuts
@@ -88,7 +88,8 @@ def slim(
         tokens.masked = None
     spec = _closed(small, kind)
     if kind is not None:
-        _correct(small, spec, widths or WidthSpec(), kind, entering(images, vit, None if model is vit else model))
+        batches = entering(images, vit, None if model is vit else model)
+        _correct(small, spec, widths or WidthSpec(), kind, batches, about(images))
     if spec.plain():
         narrow(small, spec)
     if widths is not None:
@@ -182,7 +183,7 @@ def _check_asked(kind: Correct | None, images: Any, widths: WidthSpec | None) ->
         )
 
 
-def _correct(small: Any, spec: WidthSpec, widths: WidthSpec, kind: Correct, batches: Any) -> None:
+def _correct(small: Any, spec: WidthSpec, widths: WidthSpec, kind: Correct, batches: Any, count: int | None) -> None:
     """Make up, in what will be left of a model, for what gates and widths take out of it."""
     # Widths by hand are of units that the gates left open.
     both = WidthSpec(heads={**spec.heads, **widths.heads}, channels={**spec.channels, **widths.channels})
@@ -192,4 +193,4 @@ def _correct(small: Any, spec: WidthSpec, widths: WidthSpec, kind: Correct, batc
     check_cuts(small, places(small, both))
     cuts = [cut for cut in cuts_of(small, both) if bool(cut.lost.any())]
     check_biases(small, [cut.branch for cut in cuts], kind)
-    note(small, make_up(small, cuts, batches, kind))
+    note(small, make_up(small, cuts, batches, kind, count))

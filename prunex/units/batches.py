@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -73,6 +73,18 @@ def entering(source: Any, model: Any, module: nn.Module | None = None) -> Iterat
         yield images.detach().to(weight.device, weight.dtype)
     if seen == 0:
         raise PrunexError("correction got no images: give a loader with at least one")
+
+
+def about(source: Any) -> int | None:
+    """About how many images a source of batches will give, by its length and its first batch; None where unknown."""
+    batches: Any = _batches(source)
+    try:
+        count, size = len(batches), getattr(batches, "batch_size", None)
+    except TypeError:  # a generator, or a loader of a stream
+        return None
+    if size is None and isinstance(batches, Sequence) and count:
+        size = len(parts(batches[0]).get("images", ()))
+    return count * size if isinstance(size, int) and count else None
 
 
 def as_they_enter(source: Any, module: nn.Module, model: Any) -> tuple[Any, list[Any]]:

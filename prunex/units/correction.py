@@ -174,7 +174,12 @@ def check_biases(model: nn.Module, listed: Iterable[Branch], correct: Correct) -
 
 
 def make_up(
-    model: Any, cuts: Sequence[Cut], batches: Iterable[Tensor], correct: Correct, ridge: float = RIDGE
+    model: Any,
+    cuts: Sequence[Cut],
+    batches: Iterable[Tensor],
+    correct: Correct,
+    expected: int | None = None,
+    ridge: float = RIDGE,
 ) -> Correction:
     r"""Change what is left of some layers, in place, so that it gives what they gave before; one pass over images.
 
@@ -191,6 +196,9 @@ def make_up(
       E[h h^T] in the place of C.
 
     All statistics are of the model as it comes in: what an earlier block's units lost is not seen by a later block.
+    Means are of all tokens. Where it is known that there will be more than ten thousand, and ten for each input kept,
+    covariances are of every n-th of them, so that a refit costs less than the forwards. Mean errors stay exactly 0.
+
     The columns of units that are not kept become 0, so that the model computes the same with and without their gates.
 
     Args:
@@ -199,6 +207,7 @@ def make_up(
         cuts: Of its branches; those that lose nothing are left as they are, bit for bit.
         batches: Images [B, C, H, W] as they enter the model, on its device.
         correct: The kind.
+        expected: About how many images there will be, where that is known.
         ridge: Of a refit, at least 0.
 
     Raises:
@@ -207,18 +216,8 @@ def make_up(
     lossy = [cut for cut in cuts if bool(cut.lost.any())]
     layers: list[Any] = [last_layer(model.get_submodule(c.branch.path), c.branch.kind) for c in lossy]
     seen = [_moments(cut, layer, correct) for cut, layer in zip(lossy, layers, strict=True)]
-    images = _look(model, lossy, layers, seen, batches) if lossy else 0
-    names = {id(m): name for name, m in model.named_modules()}
-    for layer, moments in zip(layers, seen, strict=True):
-        moments.check(names[id(layer)])
-    scarce = [(names[id(layer)], m) for layer, m in zip(layers, seen, strict=True) if m.scarce]
-    if scarce:
-        name, least = scarce[0]
-        warnings.warn(
-            f"{len(scarce)} layers are refitted by fewer tokens than they have inputs left, such as {name} "
-            f"({least.rows} for {len(least.kept)}), which fits these images and no others: give ten tokens an input",
-            stacklevel=5,
-        )
+    images = _look(model, lossy, layers, seen, batches, expected) if lossy else 0
+    _check(model, layers, seen)
     changes = [
         moments.refit(layer.bias is not None, ridge) if correct == "refit" else None
         for layer, moments in zip(layers, seen, strict=True)
@@ -233,13 +232,34 @@ def make_up(
     return Correction(correct, images, tuple(rows))
 
 
+def _check(model: nn.Module, layers: Sequence[nn.Module], seen: Sequence[Moments]) -> None:
+    """Refuse what nothing can be fitted to, and tell of fits to fewer tokens than there are coefficients."""
+    names = {id(m): name for name, m in model.named_modules()}
+    named = [(names[id(layer)], moments) for layer, moments in zip(layers, seen, strict=True)]
+    for name, moments in named:
+        moments.check(name)
+    scarce = [(name, moments) for name, moments in named if moments.scarce]
+    if scarce:
+        name, least = scarce[0]
+        warnings.warn(
+            f"{len(scarce)} layers are refitted by fewer tokens than they have inputs left, such as {name} "
+            f"({least.rows} for {len(least.kept)}), which fits these images and no others: give ten tokens an input",
+            stacklevel=6,
+        )
+
+
 def _moments(cut: Cut, layer: Any, correct: Correct) -> Moments:
     kept, lost = (units.repeat_interleave(cut.branch.width).nonzero().flatten() for units in (cut.kept, cut.lost))
     return Moments(layer.weight.detach(), kept, lost, covariance=correct == "refit")
 
 
 def _look(
-    model: Any, cuts: Sequence[Cut], layers: Sequence[nn.Module], seen: Sequence[Moments], batches: Iterable[Tensor]
+    model: Any,
+    cuts: Sequence[Cut],
+    layers: Sequence[nn.Module],
+    seen: Sequence[Moments],
+    batches: Iterable[Tensor],
+    expected: int | None,
 ) -> int:
     """Run the model on images, and let each layer's inputs and outputs be added up; how many images there were."""
     hooks = []
@@ -254,8 +274,10 @@ def _look(
         with undisturbed(model, graph=False):
             for images in batches:
                 for some in images.split(1) if apart else [images]:
+                    for moments in seen if count == 0 else ():
+                        moments.ahead = max(1.0, (expected or 0) / len(some))
                     model(some)
-                count += len(images)
+                    count += len(some)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,7 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError, WidthSpec
-from prunex.units.batches import entering
+from prunex.units.batches import about, entering
 from prunex.units.correction import Correction, Mended, check_correct, cuts_of, make_up
 from prunex.units.moments import Moments
 from prunex.vit.units import last_layer
@@ -239,8 +239,41 @@ def test_means_far_from_zero_do_not_cancel():
     for some in h.split(300):
         moments.add(some, some @ weight.T)
     c = torch.cov(h.double().T, correction=0)
-    assert relative(moments.among / moments.rows, c[:8, :8]) < 1e-4
-    assert relative(moments.across / moments.rows, c[:8, 8:] @ weight[:, 8:].double().T) < 1e-4
+    assert relative(moments.among, c[:8, :8]) < 1e-4
+    assert relative(moments.across, c[:8, 8:] @ weight[:, 8:].double().T) < 1e-4
+
+
+def test_of_many_tokens_every_nth_is_enough_and_the_mean_is_of_all(monkeypatch):
+    monkeypatch.setattr(prunex.units.moments, "ENOUGH", 200)
+    monkeypatch.setattr(prunex.units.moments, "EACH", 0)
+    model = tiny().double()
+    twin, x = copy.deepcopy(model), images_for(model, 48)
+    layer, kept = model.blocks[1].mlp.fc2, list(range(20))
+    done = make_up(model, cuts_of(model, WidthSpec(channels={1: kept})), x.split(12), "refit", expected=48)
+    h, y = rows(twin, x, twin.blocks[1].mlp.fc2)
+    now = h[:, kept] @ layer.weight[:, kept].T + layer.bias
+    assert relative(now.mean(0), y.mean(0)) < 1e-10
+    # 816 tokens: every fourth, from another one on in each batch of 204.
+    batches = [part[i % 4 :: 4] for i, part in enumerate(h.split(204))]
+    used, before = torch.cat(batches), twin.blocks[1].mlp.fc2
+    weight, _ = by_definition(used, before.weight, before.bias, kept, 1e-2)
+    assert relative(layer.weight[:, kept], weight) < 1e-9
+    assert done.branches[0].after == pytest.approx(float((now - y).square().mean().detach()), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        (images(7), 7),
+        ((images(7), torch.arange(7)), 7),
+        ([images(5), images(2)], 10),
+        (torch.utils.data.DataLoader(images(7), 3), 9),
+        (iter([images(7)]), None),
+        ([], None),
+    ],
+)
+def test_about_how_many_images_there_will_be(source, count):
+    assert about(source) == count
 
 
 def test_training_state_random_numbers_and_hooks_are_as_they_were():

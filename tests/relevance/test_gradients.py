@@ -76,7 +76,16 @@ def relevance_of_tokens(model, kind, gamma=None):
 
 @pytest.mark.parametrize(
     "family",
-    ["vit", "layer_scale", "dinov2_giant", "avg_pool", "avgmax_pool", "deit_distilled", *MORE_FAMILIES],
+    # Of a late class token the first block knows nothing: docs/measure_conservation.py counts its part.
+    [
+        "vit",
+        "layer_scale",
+        "dinov2_giant",
+        "avg_pool",
+        "avgmax_pool",
+        "deit_distilled",
+        *sorted({*MORE_FAMILIES} - {"cait"}),
+    ],
 )
 def test_cplrp_sums_to_the_logit_without_biases(family):
     model = without_biases(tiny(family).double())

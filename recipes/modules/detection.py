@@ -98,8 +98,10 @@ class DetectionModel(GridModel):
         )  # fmt: skip
         self.save_hyperparameters()
         self.overlap = check_share("overlap", overlap)
-        self.trunk = nn.Sequential(nn.Conv2d(self.width, self.width, 3, padding=1), nn.GELU())
-        self.head = nn.Conv2d(self.width, self.num_classes + 5, 1)
+        # As wide as the ViT, however many grids: a wider one would cost as much as a small ViT itself.
+        embed_dim = int(self.model.embed_dim)
+        self.trunk = nn.Sequential(nn.Conv2d(self.width, embed_dim, 3, padding=1), nn.GELU())
+        self.head = nn.Conv2d(embed_dim, self.num_classes + 5, 1)
         bias: Any = self.head.bias
         nn.init.constant_(bias[: self.num_classes], math.log(PRIOR / (1 - PRIOR)))
 

@@ -57,7 +57,7 @@ def write_report(run: str | Path) -> Path:
 
     ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
     multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
-    be missing, and in the place of ``accuracy`` may stand ``map`` (0..1) or ``mae``. The
+    be missing, and in the place of ``accuracy`` may stand ``map``, ``miou``, ``box_ap`` (0..1) or ``mae``. The
     row whose model is called ``dense`` is what the others are compared with.
 
     Args:

@@ -48,7 +48,7 @@ class RegisterNeurons(Brief):
     images: int
 
 
-_FOUND: WeakKeyDictionary[nn.Module, RegisterNeurons] = WeakKeyDictionary()
+_REMEMBERED: WeakKeyDictionary[nn.Module, RegisterNeurons] = WeakKeyDictionary()
 
 
 def find_register_neurons(
@@ -107,9 +107,9 @@ def find_register_neurons(
     starts = torch.tensor([0, *anatomy.hidden[: last + 1]]).cumsum(0)
     blocks = [int(torch.searchsorted(starts, place, right=True)) - 1 for place in ranked]
     neurons = tuple((block, place - int(starts[block])) for block, place in zip(blocks, ranked, strict=True))
-    found = RegisterNeurons(neurons, outlying / tokens, largest, seen)
-    _FOUND[vit] = found
-    return found
+    answer = RegisterNeurons(neurons, outlying / tokens, largest, seen)
+    _REMEMBERED[vit] = answer
+    return answer
 
 
 def with_registers(
@@ -149,7 +149,7 @@ def with_registers(
     check_choice("patches", patches, PATCHES)
     check_number("scale", scale, 0)
     vit, anatomy = _dense(model)
-    neurons = _FOUND.get(vit) if neurons is None else neurons
+    neurons = _REMEMBERED.get(vit) if neurons is None else neurons
     if not isinstance(neurons, RegisterNeurons):
         came = "nothing was found for this model" if neurons is None else f"neurons are a {type(neurons).__name__}"
         raise PrunexError(f"{came}: call prunex.find_register_neurons(model, images) first")

@@ -70,14 +70,14 @@ def _reads(head: Any) -> bool:
 
 def what_is_on(layer: nn.Module) -> str:
     """What keeps a layer from being a plain linear one, and how to make it one; empty where nothing does."""
-    own: Any = layer
+    module: Any = layer
     held = next(layer.parameters(), None) is not None
     kind = kind_of(layer)
     if is_plain(layer, kind) or (not held and not is_linear(layer)):
         return ""
-    if hasattr(own, "parametrizations"):
+    if hasattr(module, "parametrizations"):
         return "is reparametrised: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
-    if hasattr(own, "weight_mask"):
+    if hasattr(module, "weight_mask"):
         return "has a pruning mask: call torch.nn.utils.prune.remove(layer, 'weight') first"
     if is_packed(layer):
         return "holds quantised or sharded weights: do this before the model is quantised"

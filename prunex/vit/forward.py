@@ -151,7 +151,7 @@ def predict(
 
 def _for_tail(model: ViT, recorder: Recorder) -> Recorder:
     """A recorder that takes grids as well, where the model stands for a module that reads them."""
-    return Recorder(recorder.tape, vars(model)[TAIL].asked.watch(model)) if reads_grids(model) else recorder
+    return Recorder(recorder.tape, vars(model)[TAIL].grid_call.watch(model)) if reads_grids(model) else recorder
 
 
 def answer(state: TokenState, recorder: Recorder = SILENT) -> Tensor:
@@ -163,7 +163,7 @@ def answer(state: TokenState, recorder: Recorder = SILENT) -> Tensor:
         if recorder.ops.opened:
             check_head(state.model)
         tail = vars(state.model)[TAIL]
-        rows: Tensor = tail(tail.asked.taken(recorder.watch))
+        rows: Tensor = tail(tail.grid_call.taken(recorder.watch))
         return rows
     return head(state.model, state.tokens, left_by(state), recorder.ops)
 

@@ -111,12 +111,12 @@ def _block(
         q, k, v = (ops.linear(layer, t) for layer, t in ((attn.q, y[:, :1]), (attn.k, y), (attn.v, y)))
         q, k, v = (t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         scores = promoted(ops.scores(q, k, attn.scale))
-        there = _in_front(policy)
+        present = _in_front(policy)
         if keys is not None:
             factor, sizes = _in_front(keys.factor), _in_front(keys.sizes)
-            shown = None if there is None else (there > 0)[:, None, None, :]
+            shown = None if present is None else (present > 0)[:, None, None, :]
             scores = KeyWeights(factor, keys.rule, sizes).on_scores(scores, shown)
-        looked = attention.counted(scores, None if there is None else there[:, None, None, :], ops)
+        looked = attention.counted(scores, None if present is None else present[:, None, None, :], ops)
         if seen is not None:
             seen.append(attention.over_heads(looked.detach())[:, 0])
         out = ops.gather(attn.attn_drop(looked), v)
@@ -131,11 +131,11 @@ def _block(
 
 def _through(seen: list[Tensor], tokens: Tensor) -> Tensor:
     """From each block's row [B, 1 + n] to what reached the class token of each patch, [B, n], in at least float32."""
-    own = promoted(tokens.detach()).new_ones(tokens.shape[0], 1)
-    patches = own.new_zeros(tokens.shape[0], tokens.shape[1] - 1)
+    itself = promoted(tokens.detach()).new_ones(tokens.shape[0], 1)
+    patches = itself.new_zeros(tokens.shape[0], tokens.shape[1] - 1)
     for row in reversed(seen):
-        patches = patches + 0.5 * own * row[:, 1:]
-        own = 0.5 * own * (1 + row[:, :1])
+        patches = patches + 0.5 * itself * row[:, 1:]
+        itself = 0.5 * itself * (1 + row[:, :1])
     return patches / patches.sum(1, keepdim=True).clamp(min=torch.finfo(patches.dtype).tiny)
 
 

@@ -45,7 +45,7 @@ def ended(model: ViT, out: Tensor, ops: Arithmetic = PLAIN) -> Tensor:
 def reads_grids(model: ViT) -> bool:
     """Whether a ViT stands for a module that reads grids of it, and not what its head makes of the final tokens."""
     tail = vars(model).get(TAIL)
-    return tail is not None and tail.asked is not None
+    return tail is not None and tail.grid_call is not None
 
 
 def check_head(model: ViT) -> None:

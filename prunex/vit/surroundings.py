@@ -156,7 +156,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
     output.
     """
     calls: list[tuple[Tensor, Tensor, Tensor, TokenTrace | None]] = []
-    asked: list[GridCall] = []  # of the calls those for grids
+    grid_calls: list[GridCall] = []  # of the calls those for grids
     state = hash((_state(module), images.dtype, torch.is_autocast_enabled(images.device.type)))
     # A module that gave its ViT's output on, in this very state, is only looked at for what enters and comes out.
     known, sample = _HANDING_ON.get(module, (None, None))
@@ -178,7 +178,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
             raise cannot(module, f"asks its {kind(vit)} for more than grids", "ask with intermediates_only=True")
         result, trace = own_grids(vit, x, call)
         calls.append((x, call.row(result).clone(), x, trace))
-        asked.append(call)
+        grid_calls.append(call)
         return result
 
     with torch.no_grad():
@@ -218,7 +218,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
         # Something follows the ViT: the ViT that is explained ends in it.
         field, output = _chosen(module, answer, len(images))
         seen = shallow(vit)
-        seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output, *asked)
+        seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output, *grid_calls)
         return Call(module, seen, images, entered, output, field, trace)
 
 

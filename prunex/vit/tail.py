@@ -24,8 +24,8 @@ class Tail:
 
     ``blank`` [1, ...] is an image without content, which the module is called on when its ViT's answer is known;
     ``field`` is the part of its output that is taken; ``given`` and ``output`` are the ViT's and the module's answer to
-    a real call. Refused where images and batch have a part in the module's output beside the ViT's. With ``asked`` it
-    is the ViT's grids that the module reads, and rows are these.
+    a real call. Refused where images and batch have a part in the module's output beside the ViT's. With ``grid_call``
+    it is the ViT's grids that the module reads, and rows are these.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Tail:
         field: str,
         given: Tensor,
         output: Tensor,
-        asked: GridCall | None = None,
+        grid_call: GridCall | None = None,
     ) -> None:
         self.module, self.vit, self.blank, self.field, self.given = module, vit, blank, field, given
-        self.asked = asked
+        self.grid_call = grid_call
         self.classes = output.shape[1]
         # A number of its own kind, and no class's score.
         self.scalar = isinstance(module, Aimed) and module.target is not None
@@ -103,7 +103,7 @@ class Tail:
 
         def grids(*_: Any, **__: Any) -> list[Tensor]:
             row = forward()
-            return [row] if self.asked is None else self.asked.grids(row)
+            return [row] if self.grid_call is None else self.grid_call.grids(row)
 
         with as_found(self.module, train=False):
             whole = with_another(self.module, self.vit, stand_in(self.vit, forward, grids))

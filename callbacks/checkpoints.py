@@ -58,6 +58,9 @@ def _save(
         if path is not None and name != path and not name.startswith(f"{path}."):
             continue
         for child, entry in _entries(part).items():
+            # torch.compile's wrapper hands its module's attributes on, and holds nothing itself.
+            if child not in dict(part.named_children()):
+                continue
             checkpoint.setdefault(CHECKPOINT_KEY, {"version": CHECKPOINT_VERSION, "path": path}).update(entry)
             if isinstance(weights, dict):
                 weights[".".join(p for p in (name, child, MARK) if p)] = torch.empty(0)

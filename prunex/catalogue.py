@@ -19,7 +19,7 @@ def methods(kind: str | None = None) -> list[Method]:
 
     >>> import prunex
     >>> [m.name for m in prunex.methods("pruner")][:4]
-    ['diffmask', 'dynamicvit', 'evit', 'hvt']
+    ['diffmask', 'diffrate', 'dynamicvit', 'evit']
     """
     kinds = {k for k, _ in registry.METHODS}
     if kind is not None and kind not in kinds:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.models.swin_transformer import SwinTransformer
@@ -18,7 +17,7 @@ from prunex.callbacks.run_folder import add_rows, moment
 from prunex.checks import check_whole
 from prunex.explainers.head_maps import head_maps
 from prunex.handles.units import UnitPruning
-from prunex.pictures import class_heads, head_attention, save_png, unit_widths
+from prunex.pictures import head_attention, save_png, unit_widths
 from prunex.units.xpruner import UnitRelevance
 from prunex.vit.anatomy import find
 from prunex.vit.units import Backbone
@@ -79,7 +78,8 @@ class UnitMonitor(Monitor):
             add_rows(self._folder / "units.csv", COLUMNS, epoch, rows)
         count = len(table.updates)
         names = names_of(trainer, pl_module, count) or [str(c) for c in range(count)]
-        self.write(trainer, "units-classes", _classes(table, names, moment(trainer)[1]))
+        title = f"{moment(trainer)[1]}: heads that matter more for a class than on average"
+        self.write(trainer, "units-classes", np.asarray(table.show(names, title)))
         vit = self.vit(pl_module)
         if "labels" in batch and not isinstance(vit, SwinTransformer):
             picture = self._look(trainer, vit, batch, table, names)
@@ -119,13 +119,3 @@ def _widths(pruning: UnitPruning) -> np.ndarray:
         left = int(pruner.open(b.key).sum()) if pruning.decided else b.units - closed.get(b.key, 0)
         kept[b.block, column] = left
     return np.asarray(unit_widths(dense, kept, title=f"{pruning.method}: what each block keeps"))
-
-
-def _classes(table: UnitRelevance, names: list[str], when: str) -> np.ndarray:
-    every = torch.cat(list(table.heads.values()), 1)
-    # A class that is learned slowly has low rows, a head that serves every class a high column: neither is news.
-    values = (every - every.mean(0) - every.mean(1, keepdim=True) + every.mean()).numpy()
-    heads = [f"{block}.{h}" for block, t in table.heads.items() for h in range(t.shape[1])]
-    kept = np.concatenate([table.kept[f"{block}.heads"].numpy() for block in table.heads])
-    title = f"{when}: heads that matter more for a class than on average"
-    return np.asarray(class_heads(values, names, heads, kept, title=title))

@@ -23,6 +23,7 @@ from prunex.batches import Parts, parts
 from prunex.callbacks.checkpoints import pruning_entry, read_checkpoint, restore
 from prunex.callbacks.kept_token_monitor import object_kept
 from prunex.callbacks.run_folder import RECORD, read_record
+from prunex.columns import line, macs_column
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.recipes.given import check_folder, check_model
@@ -30,7 +31,7 @@ from prunex.recipes.modules.backbone import create_model, model_from_weights
 from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.modules.tasks import Task, task_of
 from prunex.recipes.modules.training import ExplainerTraining
-from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
+from prunex.recipes.tables import SCORES, score_of, score_text, share
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.sources.classes import WRAPPERS
 from prunex.sources.folder import class_in, holds_vit

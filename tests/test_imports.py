@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 GROUND = [
     "errors",
     "brief",
+    "columns",
     "checks",
     "files",
     "untrusted",
@@ -23,7 +24,8 @@ GROUND = [
 ]
 STOREYS = [
     GROUND,
-    ["vit", "pictures"],
+    ["pictures"],
+    ["vit"],
     ["relevance", "removal"],
     ["learned", "units", "heads"],
     ["pruners", "explainers"],

@@ -1,16 +1,24 @@
 """What is printed at a prompt: one line each, and nothing that cannot be compared or be a key."""
 
+import base64
 import dataclasses
 import importlib
+import io
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import prunex
 import prunex.callbacks
 from prunex.brief import Brief, brief
+from prunex.units.xpruner import UnitRelevance
 from prunex.vit.trace import Stage
 from tests.vits import tiny
 
@@ -101,3 +109,136 @@ def test_values_in_a_few_words():
     assert brief("x" * 1000) == "str"
     with pytest.raises(prunex.PrunexError, match=r"weight=int64 \[1, 3\] is not allowed"):
         Stage(0, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), 3)
+
+
+class Page(HTMLParser):
+    """The texts and pictures of a piece of HTML; tags that are not closed in their order are an error."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.texts, self.pictures = [], [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert tag in {"div", "b", "span", "table", "thead", "tbody", "tr", "th", "td", "img"}, tag
+        if tag != "img":
+            self.open.append(tag)
+            return
+        source = dict(attrs)["src"]
+        assert source.startswith("data:image/")
+        self.pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def shown(thing):
+    return Page(thing._repr_html_())
+
+
+def test_a_notebook_shows_what_was_kept(pruned):
+    _, pruning = pruned
+    for page in (shown(pruning), shown(pruning.trace)):
+        assert "8 of 16" in page.texts
+        (picture,) = page.pictures
+        assert picture.ndim == 3
+    assert "evit" in shown(pruning).texts
+    # Plain cells in two columns; with images a third one.
+    plain, drawn = (np.asarray(pruning.trace.show(images)) for images in (None, torch.rand(2, 3, 32, 32)))
+    assert plain.shape[0] == drawn.shape[0]
+    assert plain.shape[1] < drawn.shape[1]
+    with pytest.raises(prunex.PrunexError, match="give those that were explained, 2 of them"):
+        pruning.trace.show(torch.rand(3, 3, 32, 32))
+
+
+@pytest.mark.parametrize("method", ["tome", "hvt"])
+def test_a_notebook_shows_merged_and_pooled_tokens(method):
+    model = tiny().eval()
+    pruning = prunex.attach(model, method)
+    assert "dense" not in " ".join(shown(pruning).texts[:1])  # before the first forward: facts alone
+    assert not shown(pruning).pictures
+    model(torch.randn(2, 3, 32, 32))
+    page = shown(pruning)
+    assert "tokens left" in page.texts
+    assert len(page.pictures) == 1
+    pruning.detach()
+    assert "the model is dense" in shown(pruning).texts
+
+
+def test_a_trace_without_stages_says_so():
+    trace = prunex.explain("rollout", tiny().eval(), torch.randn(1, 3, 32, 32)).trace
+    assert "none: every patch is there" in shown(trace).texts
+    assert trace.show(torch.rand(1, 3, 32, 32)).size > (0, 0)
+
+
+def test_a_notebook_shows_an_explanation(pruned):
+    model, _ = pruned
+    images = torch.rand(5, 3, 32, 32)
+    e = prunex.explain("generic_attention", model, images, target=1)
+    page = shown(e)
+    assert "for class 1" in page.texts
+    assert len(page.pictures) == 1
+    with pytest.raises(prunex.PrunexError, match="most=0"):
+        e.show(most=0)
+    one, two = (e.show(images, class_names=["a", "$b$"], most=most).height for most in (1, 2))
+    assert one < two
+    axes = e.plot(4)
+    assert axes.images[0].get_array().tolist() == e.maps[4].tolist()
+    assert axes is e.plot(0, axes)
+    with pytest.raises(prunex.PrunexError, match=r"index=5 .* 0..4"):
+        e.plot(5)
+
+
+def test_a_grid_that_reaches_beyond_the_image_is_drawn_whole():
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        depth=2,
+        embed_dim=24,
+        num_heads=2,
+        patch_size=8,
+        img_size=32,
+        dynamic_img_size=True,
+        dynamic_img_pad=True,
+    ).eval()
+    heights = []
+    for size in ((32, 32), (35, 32)):
+        images = torch.rand(1, 3, *size)
+        heights.append(prunex.explain("rollout", model, images).show(images).height)
+    assert heights[1] - heights[0] == 224 // 4  # a fifth row of patches, though of three pixels
+
+
+def test_a_notebook_shows_a_cost():
+    cost = prunex.cost(timm.create_model("vit_tiny_patch16_224", depth=2))
+    assert {"197", "43.8%", "100.0%"} <= set(shown(cost).texts)
+    assert len(cost.table().splitlines()) == 5
+
+
+def test_a_notebook_shows_which_heads_serve_which_class():
+    kept = {f"{b}.{kind}": torch.arange(4) != 2 for b in range(2) for kind in ("heads", "channels")}
+    tables = {b: torch.rand(3, 4) for b in range(2)}
+    relevance = UnitRelevance(tables, tables, kept, torch.tensor([5, 6, 7]))
+    page = shown(relevance)
+    assert page.texts.count("6 of 8") == 2
+    assert "5 to 7" in page.texts
+    assert relevance.show(["<b>", "&", "x" * 100]).mode == "RGB"
+
+
+def test_what_strangers_named_is_shown_as_text(pruned):
+    model, _ = pruned
+    e = prunex.explain("rollout", model, torch.rand(1, 3, 32, 32))
+    e.method, e.options = "<script>", {"<img src=x>": "</div><b>"}
+    assert {"<script>", "</div><b>"} <= set(shown(e).texts)
+
+
+@pytest.mark.slow  # a Python of its own
+def test_nothing_is_drawn_with_before_it_is_shown():
+    script = (
+        "import sys, timm, torch, prunex; m = timm.create_model('vit_tiny_patch16_224', depth=2, img_size=32)\n"
+        "repr(prunex.explain('rollout', m, torch.rand(1, 3, 32, 32))), prunex.cost(m).table\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -18,12 +18,13 @@ from prunex.pruners.base import Forward, TokenPruner, strip_official
 from prunex.pruners.budget import Budget
 from prunex.registry import lookup
 from prunex.vit.anatomy import Anatomy, ViT, head_classes, pixels_of, read
+from prunex.vit.cost import tally
 from prunex.vit.forward import run
 from prunex.vit.handover import Handed, Handover
 from prunex.vit.intermediates import Watch
 from prunex.vit.late import left_by
 from prunex.vit.methods import route
-from prunex.vit.mount import TOKENS, unmount
+from prunex.vit.mount import TOKENS, mounted, unmount
 from prunex.vit.readout import POOLS, for_heads, masked_pool, over_patches
 from prunex.vit.recorder import SILENT, Recorder
 from prunex.vit.trace import TokenTrace
@@ -359,6 +360,23 @@ class Pruning(Handle):
         self.pruner.load_state_dict(own)
         self.model.load_state_dict(backbone, strict=False)
         return self
+
+    def _repr_html_(self) -> str:
+        from prunex.pictures.cards import card
+        from prunex.vit.showing import trace_parts
+
+        if mounted(self.model, self.kind) is None:
+            return card("Pruning", {"detached": "the model is dense"})
+        left, dense = self.counts(), self._attached.dense.grid
+        macs, whole = tally(self.model).macs, tally(self.model, tokens=False).macs
+        facts = {
+            "method": self.method,
+            "tokens left": ", ".join(map(str, left)) + f" of {dense[0] * dense[1]}",
+            "multiply-adds": f"{macs / whole:.0%} of the dense model's",
+            **self.options,
+        }
+        trace = self._attached.trace
+        return card("Pruning", facts, *([] if trace is None else trace_parts(trace)))
 
     def detach(self) -> nn.Module:
         """Give the dense model back, bit for bit, and return it; harmless when done already."""

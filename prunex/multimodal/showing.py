@@ -24,7 +24,7 @@ from prunex.pictures import (
     relevance_bars,
     resized,
 )
-from prunex.pictures.arrays import Picture, as_pictures
+from prunex.pictures.arrays import Picture, as_pictures, stretched
 from prunex.pictures.sheet import Column, compose, heading_of, stacked
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def pictures_of(e: MultimodalExplanation, images: Any) -> list[Picture | None]:
     if images is None:
         if e.pictures is None or e.sizes is None:
             return [None] * count
-        return [_as_bytes(p[:, :tall, :wide]) for p, (tall, wide) in zip(e.pictures, e.sizes, strict=True)]
+        return [stretched(p[None, :, :tall, :wide])[0] for p, (tall, wide) in zip(e.pictures, e.sizes, strict=True)]
     single = isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3
     given = [images] if single else list(images)
     if len(given) != count:
@@ -216,14 +216,5 @@ def _picture(image: Any) -> Picture:
     if isinstance(image, Tensor) and image.is_floating_point():
         if image.ndim != 3 or image.shape[0] not in (1, 3):
             raise PrunexError(f"an image has shape {list(image.shape)}: give float [C, H, W] of 1 or 3 channels")
-        return _as_bytes(image)
+        return stretched(image[None])[0]
     return as_pictures(image, 3, "an image")
-
-
-def _as_bytes(image: Tensor) -> Picture:
-    """Float [C, H, W] as uint8 [H, W, 3]; what lies outside 0..1 is stretched to that range."""
-    pixels = image.detach().float().cpu().expand(3, -1, -1)
-    low, high = float(pixels.min()), float(pixels.max())
-    if low < 0 or high > 1:
-        pixels = (pixels - low) / max(high - low, 1e-8)
-    return (pixels.permute(1, 2, 0) * 255).round().byte().numpy()

@@ -34,6 +34,22 @@ def from_tensor(images: torch.Tensor, mean: Sequence[float], std: Sequence[float
     return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def stretched(images: torch.Tensor) -> Picture:
+    """Float [B, C, H, W] of 1 or 3 channels as uint8 [B, H, W, 3]; each image outside 0..1 is stretched to that range.
+
+    >>> stretched(torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)).tolist()
+    [[[[0, 0, 0], [255, 255, 255]]]]
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise PrunexError(f"images have shape {list(images.shape)}: give [B, 3, H, W], or a uint8 array [B, H, W, 3]")
+    images = images.detach().float().cpu().expand(-1, 3, -1, -1)
+    # Normalised images are stretched to 0..1, others are left as they are.
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    outside = (low < 0) | (high > 1)
+    images = (images - low * outside) / ((high - low) * outside + ~outside).clamp(min=1e-8)
+    return (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+
+
 def under_grid(pictures: NDArray[Any], covered: tuple[int, int]) -> NDArray[Any]:
     """What of pictures or masks lies under a patch grid, with what the model pads them by.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prunex.errors import PrunexError
-from prunex.pictures.arrays import Floats, Picture, as_grids, as_pictures
+from prunex.pictures.arrays import Floats, Picture, as_grids, as_numpy, as_pictures
 from prunex.pictures.mosaic import Scenes
 from prunex.pictures.overlay import dim_dropped, outline, overlay
 from prunex.pictures.sheet import FAINT, GAP, Column, Sheet, compose, heading_of, stacked
@@ -40,7 +40,7 @@ def contact_sheet(
     method that holds negative values all the same is drawn as a signed one.
 
     Args:
-        images: uint8 [M, H, W, 3].
+        images: uint8 [M, H, W, 3]; None: cells of one colour take their place.
         maps: Relevance, numbers [M, gh, gw] for each method.
         signed: Which of the methods are signed.
         kept: Booleans [M, gh, gw]: patches left after the last stage.
@@ -66,10 +66,10 @@ def contact_sheet(
         raise PrunexError("no map to draw: give maps of at least one method")
     if across < 2:
         raise PrunexError(f"across={across!r} is not allowed: give at least 2 tiles in a row")
-    pictures = as_pictures(images, 4)
-    height, width = pictures.shape[1:3]
+    grid = next(iter(maps.values()))
+    height, width = as_numpy(grid).shape[-2:] if images is None else as_pictures(images, 4).shape[1:3]
     # Tiles are as wide as was asked for, so that names fit above them; tall images get taller tiles.
-    scenes = Scenes(pictures, labels, predicted, class_names, masks, round(side * max(1, height / width)))
+    scenes = Scenes(images, labels, predicted, class_names, masks, round(side * max(1, height / width)), grid)
     boundary = None if kept is None else as_grids(kept, (scenes.count,), "kept")
     columns, two_sided = [], set()
     if boundary is not None:
@@ -95,15 +95,15 @@ def contact_sheet(
     return stacked([*([heading_of(heading, wide)] if heading else []), *bands, below])
 
 
-def _bands(first: Column, columns: list[Column], across: int, again: bool) -> list[list[Column]]:
+def _bands(first: list[Column], columns: list[Column], across: int, again: bool) -> list[list[Column]]:
     """Columns in rows of tiles; several images are shown again beside each, in rows of about one length."""
     if not again:
-        tiles = [first, *columns]
+        tiles = [*first, *columns]
         return [tiles[start : start + across] for start in range(0, len(tiles), across)]
     # As few rows as there can be, and those of about one length.
     count = -(-len(columns) // (across - 1))
     length = -(-len(columns) // count)
-    return [[first, *columns[start : start + length]] for start in range(0, len(columns), length)]
+    return [[*first, *columns[start : start + length]] for start in range(0, len(columns), length)]
 
 
 def _negative(grids: Floats) -> bool:

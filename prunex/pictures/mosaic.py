@@ -11,9 +11,14 @@ from prunex.pictures.arrays import Bools, Picture, as_grids, as_numpy, as_pictur
 from prunex.pictures.overlay import OBJECT, dim_dropped, outline, overlay, paint_groups
 from prunex.pictures.sheet import INK, RIGHT, WRONG, Column, compose
 
+_PLAIN = (96, 150, 220)  # a cell without an image
+
 
 class Scenes:
-    """Images at the size of a cell, and what is known of each: its classes and its object. As for `kept_mosaic`."""
+    """Images at the size of a cell, and what is known of each: its classes and its object. As for `kept_mosaic`.
+
+    Without images cells are of one colour, of the shape of a grid [..., M, gh, gw] that will be drawn on them.
+    """
 
     def __init__(
         self,
@@ -23,8 +28,10 @@ class Scenes:
         class_names: Sequence[str] | None = None,
         masks: Any = None,
         side: int = 160,
+        grid: Any = None,
     ) -> None:
-        pictures = as_pictures(images, 4)
+        self.plain = images is None
+        pictures = as_pictures(_plain(grid, side) if images is None else images, 4)
         self.objects: Bools | None = None if masks is None else as_grids(masks, pictures.shape[:1], "masks")
         self.cells = resized(pictures, side)
         self.count = len(self.cells)
@@ -40,9 +47,11 @@ class Scenes:
             raise PrunexError(f"{len(numbers)} class numbers for {self.count} images: give one for each image")
         return numbers
 
-    def first(self) -> Column:
-        """The images themselves, with their objects outlined where masks are known."""
-        return Column("input", self.cells if self.objects is None else outline(self.cells, self.objects, OBJECT))
+    def first(self) -> list[Column]:
+        """The images themselves, with their objects outlined where masks are known; nothing without images."""
+        if self.plain:
+            return []
+        return [Column("input", self.cells if self.objects is None else outline(self.cells, self.objects, OBJECT))]
 
     def rows(self) -> list[list[tuple[str, str]]]:
         """For each image its class and what was predicted, as coloured words."""
@@ -67,7 +76,7 @@ class Scenes:
 
     def mosaic(self, columns: Sequence[Column], title: str | None, key: Sequence[str] = ()) -> Picture:
         """The images and columns beside them, under a title."""
-        return compose([self.first(), *columns], self.rows(), title, [*key, *self.key()])
+        return compose([*self.first(), *columns], self.rows(), title, [*key, *self.key()])
 
     def kept(self, name: str, grid: Bools) -> Column:
         """What is left of each image, titled with its share, and of the object where masks are known."""
@@ -75,6 +84,13 @@ class Scenes:
         cover = float("nan") if self.objects is None else covered(grid, self.objects)
         title += "" if np.isnan(cover) else f"\ncovers {cover:.0%} of object"
         return Column(title, dim_dropped(self.cells, grid))
+
+
+def _plain(grid: Any, side: int) -> Picture:
+    """Pictures of one colour for a grid [..., M, gh, gw], every patch of it a whole number of pixels."""
+    count, gh, gw = as_numpy(grid).shape[-3:]
+    factor = max(1, -(-side // max(gh, gw)))
+    return np.full((count, gh * factor, gw * factor, 3), _PLAIN, dtype=np.uint8)
 
 
 def kept_mosaic(
@@ -95,7 +111,7 @@ def kept_mosaic(
     those of one token are painted in its mean colour, and titles count tokens.
 
     Args:
-        images: uint8 [M, H, W, 3].
+        images: uint8 [M, H, W, 3]; None: cells of one colour take their place.
         kept: Booleans [S, M, gh, gw], stage by stage: true for a patch that is still there after the stage.
         labels: True classes, integers [M].
         predicted: Predicted classes, integers [M].
@@ -116,9 +132,9 @@ def kept_mosaic(
     >>> picture.dtype, picture.ndim
     (dtype('uint8'), 3)
     """
-    scenes = Scenes(images, labels, predicted, class_names, masks, side)
     if as_numpy(kept).ndim != 4:
         raise PrunexError(f"kept of shape {as_numpy(kept).shape} cannot be drawn: give [stages, images, gh, gw]")
+    scenes = Scenes(images, labels, predicted, class_names, masks, side, kept)
     stages = as_grids(kept, (len(as_numpy(kept)), scenes.count), "kept")
     # Merged tokens are neither kept nor dropped, so groups are painted instead.
     if groups is None:
@@ -149,7 +165,6 @@ def share_mosaic(
     stage on its own scale from 0. ``shares`` are numbers [S, M, gh, gw] in 0..1, stage by stage, and ``tokens`` tells
     how many each stage leaves; all else, what comes back and what is refused is as for `kept_mosaic`.
     """
-    scenes = Scenes(images, labels, predicted, class_names, masks, side)
     values = as_numpy(shares)
     # Counts come from the pruner and shares from the trace: both must speak of the same stages.
     if values.ndim != 4 or len(values) != len(tokens):
@@ -157,6 +172,7 @@ def share_mosaic(
             f"shares of shape {values.shape} with {len(tokens)} token counts cannot be drawn: give "
             "[stages, images, gh, gw] and one count a stage"
         )
+    scenes = Scenes(images, labels, predicted, class_names, masks, side, shares)
     columns = []
     for number, (stage, count) in enumerate(zip(values, tokens, strict=True), start=1):
         grid = as_grids(stage, (scenes.count,), "shares", dtype=float)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunex.brief import Brief
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.targets import Function, Target
 from prunex.vit.embedding import over_pixels
@@ -18,7 +19,9 @@ from prunex.vit.trace import TokenTrace
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
 
 @dataclass(eq=False, repr=False)
@@ -109,36 +112,73 @@ class Explanation(Brief):
         """
         from prunex.pictures import overlay
 
-        if images is None and self.entered is None:
-            raise PrunexError("the ViT was given the images as they were: give them to overlay(), too")
-        images = self.entered if images is None else images
-        pictures: Any = _as_bytes(images) if isinstance(images, Tensor) else images
-        shape = tuple(getattr(pictures, "shape", ()))
-        if not shape or shape[0] != len(self.maps):
-            came = f"of shape {list(shape)}" if shape else f"a {type(pictures).__name__}"
-            raise PrunexError(f"images are {came}: give those that were explained, {len(self.maps)} of them")
-        size = shape[1:3]
-        if self.resized and size != self.image_size:
-            raise PrunexError(
-                f"pictures have size {list(size)}, and the maps lie over what the module made of them, "
-                f"{list(self.image_size)}: call overlay() without pictures"
-            )
+        pictures = self._drawn_on(images)
         # Pictures that end with the grid are drawn from it; others need the pixels beyond it left out.
         maps = self.maps if self.covered == self.image_size else self.upsample()
         return overlay(pictures, maps.float().cpu().numpy(), signed=self.signed)
 
+    def _drawn_on(self, images: Any) -> NDArray[np.uint8]:
+        """The pictures that maps lie over, uint8 [B, H, W, 3]: those given, or what entered the ViT."""
+        from prunex.vit.showing import pictures_for
 
-def _as_bytes(images: Tensor) -> NDArray[np.uint8]:
-    """Float [B, C, H, W] as uint8 [B, H, W, 3]; each image outside 0..1 is stretched to that range."""
-    images = images.detach().float().cpu()
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise PrunexError(f"images have shape {list(images.shape)}: give [B, 3, H, W], or a uint8 array [B, H, W, 3]")
-    images = images.expand(-1, 3, -1, -1)
-    # Normalised images are stretched to 0..1, others are left as they are.
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    outside = (low < 0) | (high > 1)
-    images = (images - low * outside) / ((high - low) * outside + ~outside).clamp(min=1e-8)
-    return (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        if images is None and self.entered is None:
+            raise PrunexError("the ViT was given the images as they were: give them to overlay(), too")
+        pictures = pictures_for(self.entered if images is None else images, len(self.maps))
+        size = pictures.shape[1:3]
+        if self.resized and size != self.image_size:
+            raise PrunexError(
+                f"pictures have size {list(size)}, and the maps lie over what the module made of them, "
+                f"{list(self.image_size)}: leave pictures out"
+            )
+        return pictures
+
+    def show(self, images: Any = None, class_names: Sequence[str] | None = None, most: int = 16) -> Image:
+        """The maps over the images, each with the class it explains and the patches that the model kept.
+
+        Args:
+            images: As for :meth:`overlay`; None, where nothing but the images entered the ViT: over plain cells.
+            class_names: Names of the classes; None: numbers.
+            most: Images drawn at most, the first ones.
+
+        Returns:
+            A PIL image: a notebook shows it, and ``e.show(images).save("map.png")`` keeps it.
+
+        Raises:
+            PrunexError: For images that :meth:`overlay` would refuse.
+
+        >>> import prunex, timm
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3)
+        >>> images = torch.rand(1, 3, 224, 224)
+        >>> prunex.explain("rollout", model, images).show(images, class_names=["cat", "dog", "fox"]).mode
+        'RGB'
+        """
+        from PIL import Image
+
+        from prunex.relevance.showing import sheet
+
+        return Image.fromarray(sheet(self, images, class_names, check_whole("most", most, 1)))
+
+    def plot(self, index: int = 0, axes: Axes | None = None) -> Axes:
+        """One image's map in its own values, as a matplotlib chart with a colour bar, for figures of your own.
+
+        Args:
+            index: Number of the image in the batch.
+            axes: What to draw on; None: a new figure of pyplot's.
+
+        Returns:
+            The axes: ``e.plot().figure.savefig("map.pdf")``.
+
+        Raises:
+            PrunexError: For an image that is not there.
+        """
+        from prunex.relevance.showing import plot
+
+        return plot(self, index, axes)
+
+    def _repr_html_(self) -> str:
+        from prunex.relevance.showing import explanation_card
+
+        return explanation_card(self)
 
 
 def answer(

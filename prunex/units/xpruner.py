@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from prunex.units.base import Scores, UnitOptions, UnitPruner, slot
 from prunex.vit.units import Branch
 from prunex.vit.weights import check_gradients
 from prunex.vit.widths import WidthSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Stage = Literal["masks", "thresholds", "done"]
 STAGES: tuple[Stage, ...] = ("masks", "thresholds", "done")
@@ -63,6 +66,37 @@ class UnitRelevance(Brief):
                     row = {"class": label, "block": block, "head": head, "relevance": round(relevance, 6)}
                     rows.append(row | {"kept": kept[head], "updates": int(self.updates[label])})
         return rows
+
+    def show(self, class_names: Sequence[str] | None = None, title: str | None = None) -> Image:
+        """Which heads matter more for a class than on average, as a PIL image that a notebook shows.
+
+        Args:
+            class_names: Names of the classes; None: their numbers.
+            title: A line above the table.
+        """
+        from PIL import Image
+
+        from prunex.pictures import class_heads
+
+        every = torch.cat(list(self.heads.values()), 1)
+        # A class that is learned slowly has low rows, a head that serves every class a high column: neither is news.
+        values = every - every.mean(0) - every.mean(1, keepdim=True) + every.mean()
+        names = [str(number) for number in range(len(every))] if class_names is None else class_names
+        heads = [f"{block}.{head}" for block, table in self.heads.items() for head in range(table.shape[1])]
+        kept = torch.cat([self.kept[f"{block}.heads"] for block in self.heads])
+        return Image.fromarray(class_heads(values, names, heads, kept, title))
+
+    def _repr_html_(self) -> str:
+        import numpy as np
+
+        from prunex.pictures.cards import card, picture
+
+        facts: dict[str, Any] = {"classes": len(self.updates)}
+        for kind, tables in (("heads", self.heads), ("channels", self.channels)):
+            left = sum(int(self.kept[f"{block}.{kind}"].sum()) for block in tables)
+            facts[f"{kind} kept"] = f"{left:,} of {sum(t.shape[1] for t in tables.values()):,}"
+        facts["images seen of each class"] = f"{int(self.updates.min()):,} to {int(self.updates.max()):,}"
+        return card("UnitRelevance", facts, picture(np.asarray(self.show()), "which heads serve which class"))
 
 
 @register("pruner", "xpruner", "Yu and Xiang, CVPR 2023, arXiv 2303.04935", "training with labels")

@@ -60,6 +60,26 @@ class Cost(Brief):
         """Multiply-adds in units of 1e9."""
         return self.macs / 1e9
 
+    def table(self) -> str:
+        """A text to print: tokens and multiply-adds block by block, of what is outside of the blocks, and of all.
+
+        >>> import prunex, timm
+        >>> print(prunex.cost(timm.create_model("vit_tiny_patch16_224", depth=2)).table())
+        block            tokens  in the MLP  MMACs   share
+        0                   197         197  102.1   43.8%
+        1                   197         197  102.1   43.8%
+        embedding, head                       29.1   12.5%
+        all                                  233.2  100.0%
+        """
+        from prunex.vit.showing import cost_table
+
+        return cost_table(self)
+
+    def _repr_html_(self) -> str:
+        from prunex.vit.showing import cost_card
+
+        return cost_card(self)
+
 
 @called_as("prunex.cost(model)")
 def cost(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prunex.brief import Brief
+from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.vit.stage import Stage as Stage
 from prunex.vit.sums import grouped
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(eq=False, repr=False)
@@ -284,6 +288,38 @@ class TokenTrace(Brief):
                 left = self.kept(number).flatten(1).float().sum(1)
             ratios.append(left / (self.grid[0] * self.grid[1]))
         return ratios
+
+    def show(self, images: Any = None, most: int = 16) -> Image:
+        """What each stage leaves of the images: a row an image, a column a stage.
+
+        Dropped patches are pale, merged ones have their mean colour, pooled ones are bright by the size of their part.
+
+        Args:
+            images: uint8 [B, H, W, 3], or float [B, C, H, W] of 1 or 3 channels, of which what lies outside 0..1 is
+                stretched to that; the patch grid is laid over the whole of each. None: plain cells.
+            most: Images drawn at most, the first ones.
+
+        Returns:
+            A PIL image: a notebook shows it, and ``trace.show(images).save("kept.png")`` keeps it.
+
+        Raises:
+            PrunexError: For images of another shape, number or type.
+
+        >>> trace = TokenTrace((1, 2), 1, 1, torch.device("cpu"))
+        >>> trace.stages.append(Stage(0, torch.tensor([[0, -1]]), torch.tensor([[1.0, 0.0]]), 1))
+        >>> trace.show(torch.rand(1, 3, 32, 64)).mode
+        'RGB'
+        """
+        from PIL import Image
+
+        from prunex.vit.showing import trace_picture
+
+        return Image.fromarray(trace_picture(self, images, check_whole("most", most, 1)))
+
+    def _repr_html_(self) -> str:
+        from prunex.vit.showing import trace_card
+
+        return trace_card(self)
 
     def detach(self) -> TokenTrace:
         """The same trace without a link to the autograd graph."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import prunex
 from prunex.batches import parts
+from prunex.columns import line, macs_column
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.metrics.scoring import without_pruning
@@ -42,7 +43,7 @@ from prunex.recipes.runs import (
     slim_folder,
     token_pruning,
 )
-from prunex.recipes.tables import SCORES, line, macs_column, score_of, score_text, share
+from prunex.recipes.tables import SCORES, score_of, score_text, share
 from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find, head_classes

@@ -1,7 +1,5 @@
 """The pictures of a report: what was kept of each image, and what its prediction rests on."""
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from prunex.pictures import dim_dropped, outline, overlay, png_bytes, resized
+from prunex.pictures import dim_dropped, outline, overlay, resized
 from prunex.pictures.arrays import Picture
+from prunex.pictures.cards import data_uri
 from prunex.pictures.mosaic import class_name, covered, spaced, tokens_left
 from prunex.pictures.overlay import OBJECT, paint_groups
 from prunex.recipes.report.reading import Arrays
 
 IMAGES, EPOCHS, STAGED = 6, 4, 4  # images, epochs, and images shown stage by stage, that fit on a screen
-
-_PNG_BYTES = 30_000  # a tile larger than this is a photo, which JPEG holds in a tenth of the space
 
 
 @dataclass
@@ -138,14 +134,3 @@ def _explained(target: NDArray[Any] | None, arrays: Arrays) -> str:
         if target is not None and key in arrays and np.array_equal(target, arrays[key]):
             return words
     return "relevancy"
-
-
-def data_uri(picture: Picture, most: int = _PNG_BYTES) -> str:
-    """A picture as an address that holds it; JPEG above ``most`` bytes."""
-    content, kind = png_bytes(picture), "png"
-    # A photo as PNG takes ten times the space, and a page holds dozens.
-    if len(content) > most:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
-        content, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from prunex.pictures.cards import data_uri
 from prunex.pictures.mosaic import spaced
 from prunex.recipes.data.images import read_image
-from prunex.recipes.report.gallery import EPOCHS, Tile, data_uri
+from prunex.recipes.report.gallery import EPOCHS, Tile
 from prunex.recipes.report.reading import epochs_of
 from prunex.recipes.report.units import CHART_BYTES
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 import prunex
 from prunex.callbacks.run_folder import RECORD
+from prunex.columns import as_number, macs_unit
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
 from prunex.pictures.mosaic import tokens_left
@@ -21,7 +22,7 @@ from prunex.recipes.report.reading import Arrays, conditions, json_of, maps_of, 
 from prunex.recipes.report.scores import scores_of
 from prunex.recipes.report.units import units_of
 from prunex.recipes.runs import home, slim_folder
-from prunex.recipes.tables import SCORES, as_number, entries, macs_unit, objects, score_of
+from prunex.recipes.tables import SCORES, entries, objects, score_of
 
 _NO_MAPS = (
     "There are no maps in the run folder, so there are no pictures: "

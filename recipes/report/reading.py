@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunex.callbacks.run_folder import read_record
+from prunex.columns import as_number
 from prunex.errors import PrunexError
-from prunex.recipes.tables import as_number, objects
+from prunex.recipes.tables import objects
 from prunex.untrusted import read_npz, read_text
 
 NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger or a monitor."

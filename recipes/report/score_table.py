@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from prunex.columns import as_number, line
 from prunex.files import write_whole
-from prunex.recipes.tables import as_number, line
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from prunex.columns import as_number
 from prunex.errors import PrunexError
+from prunex.pictures.cards import data_uri
 from prunex.pictures.mosaic import class_name
 from prunex.recipes.data.images import read_image
-from prunex.recipes.report.gallery import Tile, data_uri
+from prunex.recipes.report.gallery import Tile
 from prunex.recipes.report.reading import epochs_of, reason_of
-from prunex.recipes.tables import as_number
 from prunex.untrusted import read_text
 
 RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list

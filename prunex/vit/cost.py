@@ -65,11 +65,11 @@ class Cost(Brief):
 
         >>> import prunex, timm
         >>> print(prunex.cost(timm.create_model("vit_tiny_patch16_224", depth=2)).table())
-        block            tokens  in the MLP  MMACs   share
-        0                   197         197  102.1   43.8%
-        1                   197         197  102.1   43.8%
-        embedding, head                       29.1   12.5%
-        all                                  233.2  100.0%
+        block             tokens   in the MLP   MMACs    share
+        0                    197          197   102.0    43.8%
+        1                    197          197   102.0    43.8%
+        embedding, head                          29.1    12.5%
+        all                                     233.2   100.0%
         """
         from prunex.vit.showing import cost_table
 

@@ -109,12 +109,13 @@ class Absorbing(ModifiedGradients):
 
 
 def from_the_first_block(model, x, ops):
-    """Scores [B] of the targets, and the tokens [B, N, D] that they are made of."""
+    """Scores [B] of the targets, and what they are made of: tokens [B, N, D], and a class token that enters late."""
     with torch.no_grad():
         tokens, grid = embed(model, x)
     tokens.requires_grad_()
-    logits = resume(model, tokens, grid, tape=Tape(gradients=True, ops=ops))
-    return logits.gather(1, TARGETS[: len(x), None])[:, 0], tokens
+    tape = Tape(gradients=True, ops=ops)
+    logits = resume(model, tokens, grid, tape=tape)
+    return logits.gather(1, TARGETS[: len(x), None])[:, 0], [tokens] if tape.late is None else [tokens, tape.late]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,10 +123,13 @@ def test_tokens_and_biases_together_are_the_logit(family):
     """What CP-LRP does not hand on, biases absorbed: none is lost or counted twice."""
     model = double(family)
     score, tokens = from_the_first_block(model, images_for(model, 1), Absorbing("cplrp"))
-    # Those of a network that makes relative biases are part of scores, which are constants.
-    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and "rel_pos" not in name]
-    grads = torch.autograd.grad(score.sum(), [tokens, *biases], allow_unused=True)
-    shares = [(p * g).sum() for p, g in zip([tokens, *biases], grads, strict=True) if g is not None]
+    # Those of a network that makes relative biases, or that mix heads, are part of attention, which is constant.
+    apart = ("rel_pos", "proj_l", "proj_w")
+    named = [(name, p) for name, p in model.named_parameters() if not any(part in name for part in apart)]
+    biases = [p for name, p in named if name.endswith("bias")]
+    leaves = [*tokens, *biases]
+    grads = torch.autograd.grad(score.sum(), leaves, allow_unused=True)
+    shares = [(p * g).sum() for p, g in zip(leaves, grads, strict=True) if g is not None]
     assert relative(sum(shares), score[0]) < 1e-9
     assert len(biases) < 10 or largest(shares[0], score[0]) > 1e-4  # they do absorb, in models that have any
 
@@ -207,7 +211,7 @@ def test_registers_without_values_have_relevance_through_scores_alone(rule):
             return super().attention(q, k, v * there, relative)
 
     model = tiny("dinov3").double()
-    score, tokens = from_the_first_block(model, images_for(model), Silenced(rule))
+    score, (tokens, *_) = from_the_first_block(model, images_for(model), Silenced(rule))
     r = (torch.autograd.grad(score.sum(), tokens)[0] * tokens).sum(-1)
     silent = r[:, 1:5].abs().max()
     assert silent == 0 if rule == "cplrp" else silent > 1e-4

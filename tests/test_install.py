@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,3 +39,10 @@ def test_a_wheel_has_every_room():
     inside = {".".join(init.parent.relative_to(ROOT).parts) for init in (ROOT / "prunex").rglob("__init__.py")}
     beside = (init for room in ("callbacks", "recipes", "configs") for init in (ROOT / room).rglob("__init__.py"))
     assert listed == inside | {".".join(("prunex", *init.parent.relative_to(ROOT).parts)) for init in beside}
+
+
+def test_releases_of_lightning_that_an_attacker_published_are_left_out():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        needed = [Requirement(line) for line in tomllib.load(file)["project"]["dependencies"]]
+    allowed = next(r.specifier for r in needed if r.name == "lightning")
+    assert [v for v in ("2.5.0", "2.6.1", "2.6.2", "2.6.3", "2.6.6") if v in allowed] == ["2.5.0", "2.6.1", "2.6.6"]

@@ -21,6 +21,8 @@ OPTIONS = {
     "hvt": {},
     "patch_slimming": {"keep": [range(12)]},
     "tome": {"r": 3},
+    "ppt": {"r": 3, "tau": 0.01, "stages": (0, 1)},
+    "diffrate": {"keep_ratio": 0.6},
     "diffmask": {"keep_ratio": 0.6},
 }
 ADDS = ("scatter_add", "scatter_reduce", "index_add", "index_reduce", "bincount", "histc")

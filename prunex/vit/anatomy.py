@@ -25,10 +25,9 @@ from prunex.vit.weights import convolution_of
 ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | Cait
 
 WORKS = (
-    "timm VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Eva, Beit and Cait: ViT, DeiT, "
-    "distilled DeiT, DeiT-III, DINO, DINOv2 with and without registers, CLIP, SigLIP, AIMv2, EVA, EVA-02, DINOv3, PE, "
-    "ROPE-ViT, BEiT, BEiTv2, relative-position and differential ViTs, CaiT; plain, post-norm and parallel blocks, "
-    "hybrid stems, LayerScale, qk-norm; class token, average, max or attention pooling"
+    "timm's ViT, DeiT, DINO, DINOv2, DINOv3, CLIP, SigLIP, AIMv2, EVA, EVA-02, PE, ROPE-ViT, BEiT, CaiT, "
+    "relative-position and differential ViTs; plain, post-norm and parallel blocks, hybrid stems, registers, distillation "
+    "tokens; class token, average, max or attention pooling"
 )
 # What other models of timm are, where it is known why tokens cannot leave them one by one.
 _REASONS = {

@@ -26,8 +26,8 @@ ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | Cait
 
 WORKS = (
     "timm's ViT, DeiT, DINO, DINOv2, DINOv3, CLIP, SigLIP, AIMv2, EVA, EVA-02, PE, ROPE-ViT, BEiT, CaiT, "
-    "relative-position and differential ViTs; plain, post-norm and parallel blocks, hybrid stems, registers, distillation "
-    "tokens; class token, average, max or attention pooling"
+    "relative-position and differential ViTs; plain, post-norm and parallel blocks, hybrid stems, registers, "
+    "distillation tokens; class token, average, max or attention pooling"
 )
 # What other models of timm are, where it is known why tokens cannot leave them one by one.
 _REASONS = {

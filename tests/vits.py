@@ -28,9 +28,9 @@ QUICK_FAMILIES = [
 
 
 def quick(names, chosen):
-    """Parameters of a test: the chosen names, and the rest of them marked slow."""
-    chosen = set(chosen)
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """Parameters of a test: the chosen names (or tuples of such), and the rest of them marked slow."""
+    chosen, slow = set(chosen), pytest.mark.slow
+    return [n if n in chosen else pytest.param(*(n if isinstance(n, tuple) else [n]), marks=slow) for n in names]
 
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}

@@ -50,7 +50,9 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-@pytest.mark.parametrize(("kind", "whole"), [(Inside, False), (Later, False), (Eager, True)])
+@pytest.mark.parametrize(
+    ("kind", "whole"), [(Inside, False), pytest.param(Later, False, marks=pytest.mark.slow), (Eager, True)]
+)
 def test_the_same_training(tmp_path, name, kind, whole):
     wanted = trained(tmp_path, Eager, CALLBACKS[name])
     module = trained(tmp_path, kind, CALLBACKS[name], whole)

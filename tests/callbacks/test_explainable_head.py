@@ -11,6 +11,7 @@ from prunex import PrunexError
 from prunex.callbacks import ExplainableHead, SlimExport, TokenPruning, load_from_checkpoint
 from tests.callbacks.modules import Plain, Seeded, csv_logger, data, loader, metrics, snapshot, trainer
 from tests.heads.heads import HEADS, OPTIONS
+from tests.vits import quick
 
 NAN = float("nan")
 CONCEPTS = {"concepts": ["round", "long"], "spatial": ["ink"], "dropout": 0.0}
@@ -140,7 +141,7 @@ def _another(name):
     }[name]
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", quick(HEADS, ["concept_transformer"]))
 def test_exported_with_the_run(tmp_path, name):
     module = Plain()
     trainer(tmp_path, callback(name), TokenPruning("evit", keep_ratio=0.6), SlimExport(str(tmp_path))).fit(

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import prunex
 from prunex.callbacks import MaskPruning, TokenPruning
 from tests.callbacks.modules import Plain, data, loader, trainer
-from tests.vits import images
+from tests.vits import images, quick
 
 
 class Sized(Plain):
@@ -43,7 +43,7 @@ PRUNERS = {
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-@pytest.mark.parametrize("pruners", PRUNERS)
+@pytest.mark.parametrize("pruners", quick(PRUNERS, ["dynamicvit", "taylor"]))
 @pytest.mark.filterwarnings("ignore")
 def test_a_tuner_leaves_the_pruning_as_it_was(tmp_path, tuner, pruners):
     module, callbacks = Sized(), PRUNERS[pruners]()

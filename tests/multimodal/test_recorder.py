@@ -364,7 +364,7 @@ def test_one_forward_for_many_targets_and_nothing_is_left_over(kind):
 
     explain(kind, model, inputs, target)
     before = alive()
-    for _ in range(5):
+    for _ in range(2):
         explain(kind, model, inputs, target)
         with pytest.raises(PrunexError):
             explain(kind, model, inputs, 10_000)

@@ -7,7 +7,7 @@ import torch
 
 import prunex
 from prunex.pruners.base import TokenPruner
-from tests.vits import randomise, tiny
+from tests.vits import quick, randomise, tiny
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(m) is None for m in ("onnx", "onnxscript", "onnxruntime")),
@@ -27,6 +27,7 @@ OPTIONS = {
 }
 ADDS = ("scatter_add", "scatter_reduce", "index_add", "index_reduce", "bincount", "histc")
 CASES = [("vit", method) for method in OPTIONS] + [(f, "tome") for f in ("avg_pool", "eva02", "beit")]
+QUICK = [("vit", "evit"), ("vit", "tome"), ("vit", "ppt")]
 
 
 def slim_model(family, method):
@@ -41,7 +42,7 @@ def test_every_pruner_is_read():
 
 
 @pytest.mark.filterwarnings("ignore:.*a graph cannot let images differ", "ignore:.*could not be compared")
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), quick(CASES, QUICK))
 def test_no_graph_adds_by_scattering(tmp_path, family, method):
     """The file is compared with the model before it appears; here its operations are read."""
     path = prunex.export(slim_model(family, method), tmp_path / "model.pt2", kept=True)
@@ -53,7 +54,7 @@ def test_no_graph_adds_by_scattering(tmp_path, family, method):
 
 
 @needs_onnx
-@pytest.mark.parametrize(("family", "method"), [("vit", "tome"), ("vit", "evit")])
+@pytest.mark.parametrize(("family", "method"), [("vit", "tome"), pytest.param("vit", "evit", marks=pytest.mark.slow)])
 def test_no_onnx_node_has_a_reduction(tmp_path, family, method):
     import onnx
 

@@ -265,7 +265,7 @@ def test_a_fresh_process_loads_them_without_unpickling_or_training_code(tmp_path
     ("family", "suffix"),
     [
         pytest.param("vit", ".onnx", marks=needs_onnx),
-        ("swin", ".pt2"),
+        pytest.param("swin", ".pt2", marks=pytest.mark.slow),
         pytest.param("vit", ".pt2", marks=pytest.mark.slow),
         pytest.param("swin", ".onnx", marks=[needs_onnx, pytest.mark.slow]),
     ],

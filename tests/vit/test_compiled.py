@@ -9,7 +9,7 @@ from torch import nn
 
 import prunex
 from prunex import PrunexError
-from tests.vits import images, relative, tiny
+from tests.vits import images, quick, relative, tiny
 
 X, Y = images(2), torch.tensor([0, 1])
 EVIT = {"keep_ratio": 0.6, "stages": (0,)}
@@ -76,7 +76,7 @@ def pair(way, backend="eager"):
     return way(model, backend=backend), Holds(twin) if way in (inside, round_it) else twin
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", quick(WAYS, [in_place, halves_in_place, round_it]))
 @torch.no_grad()
 def test_a_graph_from_before_shows_neither_a_dense_nor_a_pruned_model_that_is_gone(way):
     model, twin = pair(way)

@@ -16,6 +16,7 @@ QUICK = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "score", "shown"), [("multi_label", "map", "mAP"), ("regression", "mae", "MAE")])
 def test_a_run_of_the_config_end_to_end(tmp_path, monkeypatch, capsys, name, score, shown):
     monkeypatch.chdir(tmp_path)

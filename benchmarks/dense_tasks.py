@@ -1,6 +1,6 @@
 """What pruning costs where every pixel counts: segmentation and detection on the full grid of a pruned ViT.
 
-    python benchmarks/dense_tasks.py --seeds 3 --epochs 2
+    python benchmarks/dense_tasks.py --seeds 3 --epochs 4
     python benchmarks/dense_tasks.py --table dense_tasks.csv      the table of what is there
 
 Scenes of one to three digits (`DigitScenes(task="segmentation")`, `"detection"`). The shipped weights, which know one
@@ -52,7 +52,7 @@ def train(task: str, name: str, seed: int, args: argparse.Namespace) -> Any:
     method, options, fill = PRUNERS[name]
     module = make(
         "vit_tiny_patch16_224", classes, VIT, weights="digits", blocks=BLOCKS, fill=fill, **more,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate, head_lr_scale=args.head_lr_scale,
     )  # fmt: skip
     pruning = TokenPruning(method, keep_ratio=args.keep_ratio, stages=STAGES, options=options) if method else None
     data = DigitScenes(batch_size=64, train_size=args.train_size, task=task, seed=seed)
@@ -118,11 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--models", nargs="+", default=list(PRUNERS), choices=list(PRUNERS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--train-size", type=int, default=4800)
-    parser.add_argument("--val-size", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--train-size", type=int, default=3200)
+    parser.add_argument("--val-size", type=int, default=1000)
     parser.add_argument("--keep-ratio", type=float, default=0.7)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--head-lr-scale", type=float, default=10.0, help="the decoder starts from nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.set_defaults(device="cpu", clock="wall")
     args = parser.parse_args(arguments)

@@ -39,14 +39,38 @@ class Watch(Brief):
             return
         tokens = self.model.norm(state.tokens) if self.norm else state.tokens
         prefix, trace = state.anatomy.prefix, state.trace
-        self.fronts[block] = tokens[:, :prefix]
+        self.fronts[block], body = tokens[:, :prefix], tokens[:, prefix:]
+        trained = self._all_masked(state)
         if self.fill is None:
             leaving = [self.model.norm(t) if self.norm else t for t in state.leaving or ()]
-            full = trace.unfold(tokens[:, prefix:], leaving)[0].unflatten(1, trace.grid)
-            self.grids[block] = full.permute(0, 3, 1, 2).contiguous() if self.channels_first else full.flatten(1, 2)
+            full = _mixed(body, state.masks, leaving) if trained else trace.unfold(body, leaving)[0]
         else:
-            full = trace.scatter(tokens, self.fill, self.channels_first)
-            self.grids[block] = full if self.channels_first else full.flatten(1, 2)
+            filling = trace.filling(self.fill, body, self.channels_first)
+            if trained:
+                full = _mixed(body, state.masks[-1:], [filling])
+            else:
+                full, present = trace.unfold(body)
+                full = torch.where(present.unsqueeze(-1), full, filling)
+        self.grids[block] = full.mT.unflatten(2, trace.grid).contiguous() if self.channels_first else full
+
+    @staticmethod
+    def _all_masked(state: TokenState) -> bool:
+        """Whether every stage so far is a policy that is trained, under which all tokens kept their slots."""
+        stages = state.trace.stages
+        return 0 < len(stages) == len(state.masks) and all(s.stays and not s.merged for s in stages)
+
+
+def _mixed(body: Tensor, policies: Sequence[Tensor], left: Sequence[Tensor]) -> Tensor:
+    """Tokens [B, P, D], and in the place of those that left at a stage what they were then, last stage first.
+
+    A policy [B, P] decides as at inference, hard, and has the gradient of one that mixes both: a predictor learns from
+    what a decoder makes of the patches that it lets go, not only from what these no longer tell the others.
+    """
+    for policy, other in zip(reversed(policies), reversed(left), strict=True):
+        slope = (policy - policy.detach()).unsqueeze(-1).to(body.dtype)
+        hard = torch.where((policy > 0).unsqueeze(-1), body, other)
+        body = hard + slope * (body - other).detach()
+    return body
 
 
 @dataclass(eq=False, repr=False)

@@ -225,7 +225,7 @@ class TokenTrace(Brief):
                 f"as forward_features returns them, or [{self.batch}, {left}, D] without prefix tokens"
             )
         body = tokens[:, -left:]
-        filling = self._filling(fill, body, channels_first)
+        filling = self.filling(fill, body, channels_first)
         full, present = self.unfold(body)
         full = torch.where(present.unsqueeze(-1), full, filling).unflatten(1, self.grid)
         return full.permute(0, 3, 1, 2).contiguous() if channels_first else full
@@ -244,8 +244,8 @@ class TokenTrace(Brief):
                 present = torch.ones_like(present)
         return body, present
 
-    def _filling(self, fill: Any, body: Tensor, channels_first: bool) -> Tensor:
-        """What removed patches get, ready to broadcast to [B, P, D]."""
+    def filling(self, fill: Any, body: Tensor, channels_first: bool) -> Tensor:
+        """What removed patches get by ``fill`` of :meth:`scatter`, ready to broadcast to [B, P, D]."""
         if not isinstance(fill, Tensor):
             if isinstance(fill, bool) or not isinstance(fill, int | float):
                 raise PrunexError(f"fill={fill!r} is not allowed: give a number or a tensor")

@@ -7,6 +7,7 @@ from timm.models._features import FeatureGetterNet
 
 import prunex
 from prunex import PrunexError
+from prunex.vit import intermediates
 from prunex.vit.trace import Stage, TokenTrace
 from tests.vit.test_trace import slow_composition
 from tests.vits import FAMILIES, assert_same_state, images, images_for, largest, randomise, state_of, tiny
@@ -268,6 +269,38 @@ def test_dense_heads_train_through_it(pruner):
     (grid.square().sum() + grid.sum() + sum(losses.values())).backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
     assert (mask.grad.abs().sum() > 0) == (pruner != "evit")
+
+
+@pytest.mark.parametrize("fill", [None, 0.5])
+def test_a_policy_learns_from_the_grid_what_its_patches_would_have_become(fill, monkeypatch):
+    """Where attention hands nothing on, the gradient of a mixture of what stays and what left is all there is."""
+    model, seen = tiny().double().train(), []
+    pruning, x = attach(model, "dynamicvit"), images(4).double()
+    for block in model.blocks:
+        block.attn.proj.weight.detach().zero_()
+    mixed = intermediates._mixed
+
+    def noted(body, policies, left):
+        for policy in policies:
+            policy.retain_grad()
+        seen.append((body, policies, left))
+        return mixed(body, policies, left)
+
+    monkeypatch.setattr(intermediates, "_mixed", noted)
+    (grid,) = model.forward_intermediates(x, 1, output_fmt="NLC", intermediates_only=True, fill=fill)
+    r = torch.randn(grid.shape, generator=torch.Generator().manual_seed(0), dtype=grid.dtype)
+    (grid * r).sum().backward()
+    [(body, policies, left)] = seen
+    there = pruning.trace.kept(0).flatten(1)
+    wanted = (r * (body - left[-1])).sum(2)
+    assert largest(policies[-1].grad[there], wanted[there]) < 1e-5  # policies are float32
+    assert policies[-1].grad[there].abs().min() > 0
+    if fill is None:
+        # Who had left before is no matter of the second stage.
+        assert not policies[1].grad[~there].any()
+        assert policies[0].grad[~there].abs().min() > 0
+    predictors = [p for p in pruning.pruner.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in predictors)
 
 
 def test_stop_early_runs_no_further_block_and_traces_what_ran():

@@ -18,6 +18,7 @@ _PLACES = {
     "Cost": "vit.cost",
     "Explanation": "relevance.explanation",
     "Head": "handles.heads",
+    "Maps": "maps",
     "PrunexError": "errors",
     "Pruning": "handles.tokens",
     "WidthSpec": "vit.widths",
@@ -32,6 +33,7 @@ _PLACES = {
     "load": "slim",
     "load_pretrained": "sources",
     "methods": "catalogue",
+    "open_maps": "maps",
     "quantise": "slim",
     "save": "slim",
     "slim": "slim",
@@ -61,6 +63,7 @@ if _typing.TYPE_CHECKING:
     from prunex.catalogue import methods as methods
     from prunex.errors import PrunexError as PrunexError
     from prunex.explain import explain as explain
+    from prunex.maps import Maps as Maps, open_maps as open_maps
     from prunex.relevance.explanation import Explanation as Explanation
     from prunex.relevance.registers import find_register_neurons as find_register_neurons
     from prunex.relevance.registers import with_registers as with_registers

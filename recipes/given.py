@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,10 +104,32 @@ def image_files(path: Path, besides: Path | None = None) -> list[Path]:
     """The images of a folder and its subfolders, sorted, or one image; what lies in ``besides`` does not count."""
     if is_there(path, Path.is_file):
         return [path]
-    inside = path.rglob("*") if is_there(path, Path.is_dir) else ()
-    files = sorted(p for p in inside if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
-    if besides is not None and besides.resolve() != path.resolve():
-        files = [p for p in files if not p.resolve().is_relative_to(besides.resolve())]
-    if not files:
-        raise PrunexError(f"no images in {path}: give a folder that holds {', '.join(IMAGE_ENDINGS)} files")
-    return files
+    return [path / name for name in image_names(path, besides)]
+
+
+def image_names(folder: Path, besides: Path | None = None) -> list[str]:
+    """What :func:`image_files` gives, as paths below the folder: of a million images in seconds."""
+    left_out = None if besides is None or besides.resolve() == folder.resolve() else os.path.realpath(besides)
+    names: list[str] = []
+    waiting = [""] if is_there(folder, Path.is_dir) else []
+    while waiting:
+        below = waiting.pop()
+        # Only folders are resolved, once each, and what is a link.
+        real = "" if left_out is None else os.path.realpath(folder / below)
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if left_out is None or os.path.join(real, entry.name) != left_out:
+                        waiting.append(f"{below}{entry.name}/")
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS and entry.is_file():
+                    outside = left_out is None or not entry.is_symlink()
+                    if outside or not _lies_in(os.path.realpath(entry), str(left_out)):
+                        names.append(below + entry.name)
+    if not names:
+        raise PrunexError(f"no images in {folder}: give a folder that holds {', '.join(IMAGE_ENDINGS)} files")
+    # In the order of paths, which compare part by part: "a/b.png" before "a.png".
+    return sorted(names, key=lambda name: name.replace("/", "\0"))
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

@@ -21,6 +21,7 @@ GROUND = [
     "targets",
     "configs",
     "lazy",
+    "maps",
 ]
 STOREYS = [
     GROUND,

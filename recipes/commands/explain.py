@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import prunex
+from prunex.attributes import models_normalisation
 from prunex.errors import PrunexError, unknown
+from prunex.recipes.commands.explaining import Explaining, Images, MapWriter
 from prunex.recipes.commands.options import split_names, split_option
-from prunex.recipes.commands.sheets import Output, check_out, name_of_model
-from prunex.recipes.data.images import choose_range, preparation, read_image
-from prunex.recipes.given import image_files
-from prunex.recipes.runs import config_of, open_model_or_name, renormalise, run_of, to_device
+from prunex.recipes.commands.processes import predict, quiet, trainer_of
+from prunex.recipes.commands.score_record import digest
+from prunex.recipes.commands.sheets import Sheets, name_of_model
+from prunex.recipes.data.images import preparation
+from prunex.recipes.runs import config_of, open_model_or_name, renormalise, run_of
 from prunex.registry import lookup
 from prunex.targets import MultiLabel, Regression, parse, spelt
 from prunex.untrusted import read_json
@@ -37,42 +40,62 @@ MANY = 1000  # forwards an image from which a method's cost is announced
 def explain(args: Any) -> int:
     """Do what ``prunex explain`` was asked for, and give back the exit code."""
     explainers = Explainers(args.methods, own_explainer(Path(args.run), args.methods, read_options(args.option)))
-    root, out = Path(args.images), Path(args.out or Path("explained", name_of_model(args.run)))
-    files = image_files(root, besides=out if args.out else Path("explained"))
-    check_out(out, root, files)
-    vit = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1]
+    out = Path(args.out or Path("explained", name_of_model(args.run)))
+    vit: Any = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1].float()
     renormalise(vit, args.mean, args.std)
-    # Everything that can be refused is refused before the first image is explained.
-    to_device(args.device, [vit])
+    # What can be refused is refused before the first image is explained.
     target = parse(args.target) if args.target is not None else None
     check_target(vit, target)
-    prepare = preparation(vit)
-    # All of them now: a broken one at the end would cost the whole run.
-    value_range = choose_range(tqdm(files, desc="reading", unit="image", leave=False, delay=1), args.range)
+    data = Images(
+        Path(args.images),
+        out,
+        out if args.out else Path("explained"),
+        facts_of(vit, explainers, args),
+        preparation(vit),
+        partial(batches, size=args.batch),
+        None if args.sheets == "all" else args.sheets,
+        args.range,
+        args.workers,
+        args.again,
+    )
     names = list(getattr(vit, "label_names", None) or []) or None
-    output = Output(out, files, root, names, several=has_several_labels(args.run))
-    try:
-        with tqdm(total=len(files) * len(explainers.names), desc="explaining", unit="map") as bar:
-            for batch in batches(len(files), args.batch):
-                opened = [read_image(files[i], value_range) for i in batch]
-                pictures, images = map(list, zip(*map(prepare, opened), strict=True))
-                explanations = explainers(vit, torch.stack(images), target, bar, left=len(files) - batch.start)
-                output.add(pictures, explanations, explainers.times())
-                if batch.start == 0 and batch.stop < len(files):
-                    for line in explainers.announcements(len(files) - batch.stop):
-                        bar.write(line)
-        output.finish()
-    except PrunexError:
-        # What is done stays; a disk that is full has been told of already.
-        with suppress(PrunexError):
-            output.finish()
-        raise
-    except KeyboardInterrupt:
-        output.finish()
-        print(f"\nprunex: interrupted: maps of {output.done} of {len(files)} images are in {out}", file=sys.stderr)
-        return 130
-    print(out)
+    writer = MapWriter(data, Sheets(out, names, several=has_several_labels(args.run)))
+    with quiet():
+        trainer = trainer_of(args, writer)
+        try:
+            predict(trainer, Explaining(vit, explainers, target), data)
+        except KeyboardInterrupt:
+            if trainer.is_global_zero:
+                count = f"{writer.done()} of {len(data.plan.inputs) if data.plan else 'the'}"
+                said = f"maps of {count} images are in {out}; the same command goes on"
+                print(f"\nprunex: interrupted: {said}", file=sys.stderr)
+            return 130
+        except SIGTERMException:
+            print("prunex: terminated; the same command goes on", file=sys.stderr)
+            return 143
+    if trainer.is_global_zero:
+        print(out)
     return 0
+
+
+def facts_of(vit: Any, explainers: Explainers, args: Any) -> dict[str, Any]:
+    """What maps depend on, in plain values: in a folder they are all of one kind."""
+    anatomy = read(vit)
+    mean, std = models_normalisation(vit, anatomy.channels)
+    options = {
+        name: {k: repr(v) for k, v in sorted(given.items())} for name, given in sorted(explainers.options.items())
+    }
+    return {
+        "prunex": prunex.__version__,
+        "model": digest(vit),
+        "asked": list(explainers.names),
+        "options": options,
+        "target": args.target or "predicted",
+        "image": [*anatomy.image],
+        "mean": [*map(float, mean)],
+        "std": [*map(float, std)],
+        "range": args.range,
+    }
 
 
 class Explainers:
@@ -99,23 +122,25 @@ class Explainers:
                 raise PrunexError(f"an option was given for {name}, which is not among the methods {self.names}")
         self.skipped: dict[str, str] = {}
         self.images = 0
+        self.last: dict[str, tuple[float, float, int]] = {}  # seconds, forwards and images of the last call
         self._seconds = dict.fromkeys(self.names, 0.0)
-        self._forwards = dict.fromkeys(self.names, 0)
+        self._forwards = dict.fromkeys(self.names, 0.0)
 
     def __call__(
-        self, model: nn.Module, images: Tensor, target: Any = None, bar: Any = None, left: int = 0
+        self, model: nn.Module, images: Tensor, target: Any = None, bar: Any = None
     ) -> dict[str, prunex.Explanation]:
-        """One explanation a method of normalised images; ``bar`` counts maps, of ``left`` images that are to come.
+        """One explanation a method of normalised images; ``bar`` says which method is at work.
 
         Of several labels, one a label that the method tells apart, named ``<method>:<label>``.
         """
         bar = tqdm(disable=True) if bar is None else bar
         explanations: dict[str, prunex.Explanation] = {}
+        self.last = {}
         for name in list(self.names):
             bar.set_postfix_str(name)
             start = perf_counter()
             try:
-                with _forwards(find(model)[1]) as forwards:
+                with _forwards(find(model)[1]) as sizes:
                     several = by_label(name, prunex.explain(name, model, images, target, **self.options.get(name, {})))
             except PrunexError as error:
                 # After the first batch a method has shown that it can take the model.
@@ -123,21 +148,25 @@ class Explainers:
                     raise PrunexError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
                 self.names.remove(name)
                 self.skipped[name] = str(error)
-                bar.total = max(0, (bar.total or 0) - left)
                 bar.write(f"skipped {name}: {error}")
                 continue
             # Waits for the device, so that its time counts.
             for e in several.values():
                 e.maps = e.maps.float().cpu()
             explanations |= several
-            self._seconds[name] += perf_counter() - start
-            self._forwards[name] += sum(forwards)
-            bar.update(len(images))
+            self.last[name] = (perf_counter() - start, float(sum(sizes)), len(images))
         if not explanations:
             raise PrunexError(f"no explainer can take this model; the last one said: {[*self.skipped.values()][-1]}")
         check_outputs(next(iter(explanations.values())).logits)
         self.images += len(images)
+        for name, (seconds, forwards, _) in self.last.items():
+            self._seconds[name] += seconds
+            self._forwards[name] += forwards
         return explanations
+
+    def settle(self, names: Sequence[str], skipped: Mapping[str, str]) -> None:
+        """Take what other images, or another process, have shown of the methods: these must work."""
+        self.names, self.skipped, self._required = list(names), dict(skipped), set(names)
 
     def seconds(self, name: str) -> float:
         """Mean seconds an image."""
@@ -155,16 +184,6 @@ class Explainers:
             for name in self.names
             if self.forwards(name) > MANY
         ]
-
-    def times(self) -> str:
-        """The methods' mean times as CSV."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["method", "seconds_per_image", "forwards_per_image", "images", "needs"])
-        for name in self.names:
-            needs = lookup("explainer", name).needs
-            table.writerow([name, f"{self.seconds(name):.4g}", f"{self.forwards(name):g}", self.images, needs])
-        return text.getvalue()
 
 
 def has_several_labels(where: str) -> bool:

@@ -18,7 +18,7 @@ from prunex.pictures.arrays import Picture
 from prunex.recipes.commands.multimodal_explainers import Explainers
 from prunex.recipes.commands.multimodal_model import OpenedFolder
 from prunex.recipes.commands.multimodal_tables import MultimodalOutput
-from prunex.recipes.commands.sheets import check_out, name_of_model
+from prunex.recipes.commands.sheets import check_out, name_of_model, sheet_names
 from prunex.recipes.data.images import choose_range, read_image
 from prunex.recipes.given import image_files
 
@@ -28,7 +28,7 @@ def explain_multimodal(args: Any) -> int:
     explainers = Explainers(args)
     root, out = Path(args.images), Path(args.out or Path("explained", name_of_model(args.run)))
     files = image_files(root, besides=out if args.out else Path("explained"))
-    check_out(out, root, files)
+    check_out(out, root, sheet_names(files, root), files, ours=(out / "maps.npz").exists())
     opened = OpenedFolder(args.folder, args.text, args.device)
     # All of them now: a broken one at the end would cost the whole run.
     value_range = choose_range(tqdm(files, desc="reading", unit="image", leave=False, delay=1), args.range)

@@ -22,6 +22,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.tx
 _CONFIG_BYTES = 2**26
 # What a timm ViT is told, and a processor knows.
 _OF_VITS = ("weights", "pretrained", "img_size", "mean", "std")
+_OF_MANY = ("again", "sheets", "devices", "num_nodes", "accelerator", "workers")
 _OF_SCORES = ("metrics", "masks", "models", "removal", "target", "again")
 _DEFAULTS = {"metrics": "all", "target": "predicted"}
 
@@ -78,7 +79,7 @@ class Folder:
     def check(self, args: Any) -> None:
         """Refuse what the folder lacks, and options that do not go with its model."""
         self._check_files(True, self.kind.texts != "none")
-        self._refuse(args, _OF_VITS, "goes with a timm ViT")
+        self._refuse(args, (*_OF_VITS, *_OF_MANY), "goes with a timm ViT")
         self._check_texts(args.text)
         self._check_threshold(args.threshold, self.kind.detects)
 

@@ -26,6 +26,7 @@ METRICS = (
     *("pixel_accuracy", "mean_iou", "corrected_overlap", "kept_auc", "mass_kept", "equal_area_iou", "topk_overlap"),
     *("mass_efficiency", "sign_agreement", "max_sensitivity", "sparseness", "complexity"),
 )
+SHEETS = 200  # images that get a contact sheet unless more are asked for
 RANDOM = "random"  # the row of random maps, which is always in a table of scores
 
 
@@ -104,8 +105,11 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     add = parser.add_argument
     add("--images", required=True, help="folder of images (or one image)")
     add("--target", metavar="WHAT", help=f"{SHOWN}; default the predicted class")
-    add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL")
+    add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL; one that was stopped goes on")
+    add("--again", action="store_true", help="start over, whatever is there already")
+    add("--sheets", metavar="N|all", help=f"images that get a contact sheet: the first N (default {SHEETS}), or all")
     _add_explaining(parser, batch=8)
+    _add_processes(parser)
     group = parser.add_argument_group(
         "models of text and image (a folder of transformers, with its processor)",
         f"{', '.join(multimodal_options.KINDS)}; methods: {', '.join(multimodal_options.METHODS)}",
@@ -118,6 +122,8 @@ def parse_explain(arguments: Sequence[str]) -> Any:
         args.target = _target(args.target, args.folder is None)
     if args.folder is None:
         _check_explaining(args, args.methods)
+        _check_processes(args)
+        args.sheets = _sheets(args.sheets)
         for name in ("text", "threshold"):
             if getattr(args, name) not in (None, []):
                 raise PrunexError(f"--{name} goes with a folder of transformers, and {args.run} is none: leave it out")
@@ -250,6 +256,36 @@ def _add_explaining(parser: Parser, batch: int) -> None:
         metavar="MAX",
         help="largest value of pixels of 16 bits, such as 4095 for 12; default the smallest that holds all images",
     )
+
+
+def _add_processes(parser: Parser) -> None:
+    """Where a command runs that runs on Lightning's engine."""
+    group = parser.add_argument_group(
+        "many images", "as in prunex fit: on several devices and machines, started by Lightning, torchrun or a cluster"
+    )
+    group.add_argument("--devices", type=int, metavar="N", help="processes on each machine; default 1, or torchrun's")
+    group.add_argument("--num_nodes", "--num-nodes", type=int, metavar="M", help="machines; default 1, or torchrun's")
+    group.add_argument("--accelerator", help="cpu, gpu, cuda, mps, auto; default a GPU where there is one")
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default 0")
+
+
+def _check_processes(args: Any) -> None:
+    _check_counts(args, "devices", "num_nodes")
+    if args.workers < 0:
+        raise PrunexError(f"--workers {args.workers} is not allowed: give a whole number of at least 0")
+    if args.device is not None and args.accelerator is not None:
+        raise PrunexError("--device and --accelerator say the same: give one of them")
+    if args.device is not None and ":" in args.device and args.devices not in (None, 1):
+        raise PrunexError(f"--device {args.device} is one device, and --devices {args.devices}: leave out one of them")
+
+
+def _sheets(text: str | None) -> int | str:
+    """How many images get a sheet."""
+    if text is None or text == "all":
+        return text or SHEETS
+    if not text.isdecimal():
+        raise PrunexError(f"--sheets {text} is not allowed: give a whole number, or all")
+    return int(text)
 
 
 def _check_basics(args: Any, names: list[str], methods: str) -> None:

@@ -1,13 +1,13 @@
-"""What ``prunex explain`` writes: a contact sheet an image, maps.npz and times.csv."""
+"""What ``prunex explain`` draws: a contact sheet an image, and what images and their sheets are called."""
 
 from __future__ import annotations
 
-import math
+import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -16,78 +16,68 @@ from torch import Tensor
 
 import prunex
 from prunex.errors import PrunexError
-from prunex.files import readable, write_whole
-from prunex.pictures import contact_sheet, save_npz, save_png, under_grid
+from prunex.files import readable
+from prunex.pictures import contact_sheet, save_png, under_grid
 from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
 from prunex.targets import spelt
 
-PATIENCE = 20  # maps.npz grows with every batch: between two writings lie so many times what one took
+COLLECT = 32  # sheets
 
 
-class Output:
-    """What is written: a sheet an image, and now and then the maps and times of all images so far."""
+class Sheets:
+    """Draws sheets; ``several`` says that images have several labels, each with a probability of its own."""
 
-    def __init__(
-        self, out: Path, files: Sequence[Path], root: Path, class_names: Sequence[str] | None, several: bool = False
+    def __init__(self, out: Path, class_names: Sequence[str] | None, several: bool = False) -> None:
+        self.out, self.class_names, self.several = out, class_names, several
+        self._drawn = 0
+
+    def draw(
+        self,
+        place: int,
+        name: str,
+        sheet: str,
+        picture: Picture,
+        explanations: Mapping[str, prunex.Explanation],
+        arrays: Mapping[str, NDArray[Any]],
     ) -> None:
-        self.out = out
-        self.files = [name_of(file, root) for file in files]
-        self.sheets = sheet_names(files, root)
-        self.class_names = class_names
-        self.several = several  # whether images have several labels, each with a probability of its own
-        self.done = 0
-        self._parts: list[dict[str, NDArray[Any]]] = []
-        self._times = ""  # of what maps.npz does not hold yet
-        self._written, self._took = -math.inf, 0.0  # when maps.npz was written last, and how long that took
-
-    def add(self, pictures: Sequence[Picture], explanations: Mapping[str, prunex.Explanation], times: str) -> None:
-        """Write the sheets of the next images; maps.npz and times.csv anew, unless that would take most of the time."""
+        """Write one image's sheet: of the explanations' images the one at that place."""
         e = next(iter(explanations.values()))
-        logits = e.logits.float().cpu()
-        said: dict[str, NDArray[Any]]
-        if e.function is None:
-            target = e.target.cpu().numpy()
-            # Features have no class.
-            said = {"predicted": np.where(target < 0, -1, logits.argmax(1).numpy())}
-            # What a map is of says its name where there are several.
-            said |= {} if len(labels_of(explanations)) > 1 else {"target": target}
-        else:
-            said = {"value": logits[:, 0].numpy()}
-        kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
-        maps = {name: each.maps.numpy() for name, each in explanations.items()}
-        shares = (logits.sigmoid() if self.several else logits.softmax(1)).numpy()
-        first, self.done = self.done, self.done + len(pictures)
-        self._parts.append({**said, **maps, **kept})
-        self._times = times
-        # The file is written whole, and grows: most of the time should go into explaining.
-        if perf_counter() - self._written > PATIENCE * self._took:
-            self.finish()
-        for place, picture in enumerate(pictures):
-            one = slice(place, place + 1)
-            sheet = contact_sheet(
-                under_grid(picture[None], e.covered),
-                {name: values[one] for name, values in maps.items()},
-                [name for name, each in explanations.items() if each.signed],
-                kept["kept"][one] if kept else None,
-                heading=[
-                    readable(self.files[first + place]),
-                    _in_words(place, logits[place], shares[place], self.class_names, explanations),
-                ],
-            )
-            with writing(self.out):
-                save_png(self.out / self.sheets[first + place], sheet)
-
-    def finish(self) -> None:
-        """Write the maps and times that are not on disk yet."""
-        if not self._times:
-            return
-        began = perf_counter()
-        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        logits = e.logits[place].float().cpu()
+        shares = (logits.sigmoid() if self.several else logits.softmax(0)).numpy()
+        one = slice(place, place + 1)
+        drawn = contact_sheet(
+            under_grid(picture[None], e.covered),
+            {method: arrays[method][one] for method in explanations},
+            [method for method, each in explanations.items() if each.signed],
+            arrays["kept"][one] if "kept" in arrays else None,
+            heading=[readable(name), _in_words(place, logits, shares, self.class_names, explanations)],
+        )
         with writing(self.out):
-            save_npz(self.out / "maps.npz", {"files": np.array(self.files[: self.done]), **whole}, compressed=False)
-            write_whole(self.out / "times.csv", self._times.encode())
-        self._written, self._took, self._times = perf_counter(), perf_counter() - began, ""
+            save_png(self.out / sheet, drawn)
+        self._drawn += 1
+        if self._drawn % COLLECT == 0:
+            # Matplotlib's figures and renderers hold each other, and a quarter of a MB a sheet, until the collector
+            # comes by of itself, which is after hundreds of them.
+            gc.collect()
+
+
+def arrays_of(explanations: Mapping[str, prunex.Explanation]) -> dict[str, NDArray[Any]]:
+    """What is kept of some images: what was predicted and explained, maps by method, and the patches that stayed."""
+    e = next(iter(explanations.values()))
+    logits = e.logits.float().cpu()
+    said: dict[str, NDArray[Any]]
+    if e.function is None:
+        target = e.target.cpu().numpy()
+        # Features have no class.
+        said = {"predicted": np.where(target < 0, -1, logits.argmax(1).numpy())}
+        # What a map is of says its name where there are several.
+        said |= {} if len(labels_of(explanations)) > 1 else {"target": target}
+    else:
+        said = {"value": logits[:, 0].numpy()}
+    maps = {name: each.maps.numpy() for name, each in explanations.items()}
+    kept = {"kept": e.trace.kept().cpu().numpy()} if e.trace.stages and not e.trace.pooled else {}
+    return {**said, **maps, **kept}
 
 
 @contextmanager
@@ -137,20 +127,33 @@ def _in_words(
     return f"predicted: {named(predicted)} · explained: {named(target)}{end}"
 
 
-def check_out(out: Path, root: Path, files: Sequence[Path]) -> None:
-    """Refuse a folder in which sheets would replace images, or anything that no earlier call wrote."""
+def check_out(out: Path, root: Path, sheets: Iterable[str], images: Iterable[Path], ours: bool) -> None:
+    """Refuse a folder in which sheets would replace images, or, unless it is ours, anything that is there already."""
     if out.resolve() == root.resolve():
         raise PrunexError(f"--out {out} is the folder of the images, among which sheets would lie: give another")
     # Sheets of an earlier call may be replaced, pictures of somebody else may not.
-    ours = (out / "maps.npz").exists()
-    images = {file.resolve() for file in files}
-    for name in sheet_names(files, root):
-        sheet = out / name
-        if sheet.resolve() in images or (sheet.exists() and not ours):
+    taken = [out / name for name in sheets if (out / name).exists()]
+    real = _real_paths(images) if taken and ours else set()
+    for sheet in taken:
+        if not ours or os.path.realpath(sheet) in real:
             raise PrunexError(f"{sheet} is there already and no sheet of an earlier prunex explain: give another --out")
     above = next(p for p in (out, *out.resolve().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise PrunexError(f"cannot write to {out}: {above} is no folder that may be written to; choose another --out")
+
+
+def _real_paths(files: Iterable[Path]) -> set[str]:
+    """Files as they are without links; folders are resolved once each."""
+    folders: dict[Path, str] = {}
+    paths = set()
+    for file in files:
+        if file.is_symlink():
+            paths.add(os.path.realpath(file))
+            continue
+        if file.parent not in folders:
+            folders[file.parent] = os.path.realpath(file.parent)
+        paths.add(os.path.join(folders[file.parent], file.name))
+    return paths
 
 
 def name_of_model(where: str) -> str:
@@ -177,9 +180,20 @@ def sheet_names(files: Sequence[Path], root: Path) -> list[str]:
     >>> sheet_names([Path("d/a.jpg"), Path("d/b.jpg"), Path("d/b.png")], Path("d"))
     ['a.png', 'b.jpg.png', 'b.png.png']
     """
-    names = [Path(name_of(file, root)) for file in files]
-    # a.jpg and a.png would have one sheet between them.
-    bare = [name.with_suffix("") for name in names]
-    return [
-        f"{(name if bare.count(short) > 1 else short).as_posix()}.png" for name, short in zip(names, bare, strict=True)
-    ]
+    return sheets_of([name_of(file, root) for file in files])
+
+
+def sheets_of(names: Sequence[str]) -> list[str]:
+    """The same of images' names below their folder.
+
+    >>> sheets_of(["sub/a.jpg", "b.jpg", "b.png", "b.jpg.png"])
+    ['sub/a.png', 'b.jpg.png', 'b.png.png', 'b.jpg.png.png']
+    """
+    bare = [os.path.splitext(name)[0] for name in names]
+    count, whole = Counter(bare), set(names)
+    sheets = []
+    for name, short in zip(names, bare, strict=True):
+        # a.jpg and a.png would have one sheet between them, and b.jpg.png that of b.jpg.
+        alone = count[short] == 1 and short not in whole
+        sheets.append(f"{short if alone else name}.png")
+    return sheets

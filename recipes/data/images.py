@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def choose_range(
         return -1
 
     # One scale for all: each by its own would make a dark image as bright as a bright one.
+    highest, waiting = -1, iter(paths)
     with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes outside the interpreter's lock
-        highest = max(pool.map(lambda path: read_picture(path, peak), paths), default=-1)
+        # Some at a time: a pool takes in all that it is given, and a million would wait in memory.
+        while some := list(islice(waiting, 1024)):
+            highest = max(highest, *pool.map(lambda path: read_picture(path, peak), some))
     if given is not None or highest < 0:
         return given
     value_range: int = next(2**bits - 1 for bits in DEPTHS if highest < 2**bits)

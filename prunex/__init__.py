@@ -11,7 +11,10 @@ if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir() and s
     # In a checkout, callbacks/, recipes/ and configs/ lie beside this folder; an installed wheel has them inside it.
     __path__.append(str(_root))
 
+from prunex.clash import warn_of_other as _warn_of_other
 from prunex.version import __version__ as __version__
+
+_warn_of_other(_root)
 
 # Where public names live. Nothing of it is imported before it is used: `prunex --help` needs no torch.
 _PLACES = {

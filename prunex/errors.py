@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from prunex.clash import check_ours
+
+check_ours()  # all of ours comes by here
 LONGEST = 3000  # letters of a message: what came may be megabytes
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the ground up. Rooms of one line never meet, but for the ground, which is one.
 GROUND = [
+    "clash",
     "errors",
     "brief",
     "columns",

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-
 LONG = 80  # letters of one value; what takes more is counted instead
 FEW = 8  # whole numbers of a tensor that are shown as they are
 
@@ -39,6 +37,8 @@ def brief(value: Any) -> str:
     >>> brief(torch.zeros(2, 3)), brief(torch.tensor([4, 1])), brief(range(1000)), brief(list(range(1000)))
     ('float32 [2, 3]', '[4, 1]', 'range(0, 1000)', '1000 of int')
     """
+    from torch import Tensor, nn  # here: the command line checks what was typed before torch is imported
+
     if isinstance(value, Tensor):
         if value.ndim == 1 and len(value) <= FEW and not (value.is_floating_point() or value.is_meta):
             return str(value.tolist())

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
 from prunex.recipes.commands import multimodal_options
+from prunex.recipes.commands.init import QUESTIONS, ask, check_answers, check_images
 from prunex.recipes.commands.listing import check_methods
 from prunex.recipes.given import check_folder, check_model, check_range, image_files
 from prunex.recipes.report.score_table import LEFT
@@ -45,6 +46,56 @@ def parse_methods(arguments: Sequence[str]) -> Any:
     args = parser.parse_args(arguments)
     check_methods(args.name)
     return args
+
+
+def parse_doctor(arguments: Sequence[str]) -> Any:
+    """Of ``prunex doctor``."""
+    parser = Parser(
+        "prunex doctor",
+        description="What is installed and whether it fits, what it runs on, and what prunex would refuse of a model.",
+    )
+    parser.add_argument("--model", help="timm model name, run, slim folder, checkpoint or folder of transformers")
+    parser.add_argument("--weights", help="safetensors file for a timm model name; without it weights are random")
+    parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
+    args = parser.parse_args(arguments)
+    _check_counts(args, "img_size")
+    if args.model is None and (args.weights or args.img_size):
+        raise PrunexError("--weights and --img-size go with --model: give a timm model name")
+    if args.model is not None:
+        # Weights are not needed here, so that a name alone is enough.
+        check_model(args.model, args.weights, args.img_size, pretrained=args.weights is None)
+    return args
+
+
+def parse_init(arguments: Sequence[str]) -> Any:
+    """Of ``prunex init``."""
+    parser = Parser(
+        "prunex init",
+        description="Write a config that fine-tunes a pruned ViT on a folder of images: four questions, or as many "
+        "options; without a terminal what is not typed is what is usual.",
+    )
+    add = parser.add_argument
+    add("images", metavar="DIR", help="folder with train/<class>/<image> and val/<class>/<image>")
+    for name, question, usual in QUESTIONS:
+        add(f"--{name}", help=f"{question}; usual: {usual}")
+    add("--img-size", type=int, default=224, help="side of the images in pixels, a multiple of the patch; default 224")
+    add("--out", help="file to write; default NAME-OF-DIR.yaml")
+    args = parser.parse_args(arguments)
+    _check_counts(args, "img_size")
+    check_images(Path(args.images))
+    args.out = args.out or f"{Path(args.images).resolve().name}.yaml"
+    if Path(args.out).exists():
+        raise PrunexError(f"{args.out} is there already: give another --out FILE, or remove it")
+    ask(args)
+    check_answers(args)
+    return args
+
+
+def parse_completion(arguments: Sequence[str]) -> Any:
+    """Of ``prunex completion``."""
+    parser = Parser("prunex completion", description="A script that completes commands, options, configs and methods.")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser.parse_args(arguments)
 
 
 def parse_report(arguments: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The subcommands beside Lightning's: explain, score, export, bench, report, methods.
+"""The subcommands beside Lightning's: init, explain, score, export, bench, report, methods, doctor, completion.
 
 Each reads its arguments first and imports what it works with afterwards: a mistake is told at once.
 """
@@ -72,10 +72,13 @@ def worked_by(name: str) -> Callable[[Sequence[str]], int]:
 
 # name -> (one line of help, function of the remaining arguments that returns an exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "init": ("a config for a folder of images, from four answers", worked_by("init")),
     "explain": ("maps and pictures of a trained model for one's own images", worked_by("explain")),
     "score": ("explainers by metrics, dense beside slim, with intervals and costs", worked_by("score")),
     "export": ("the slim model as a checked ONNX or torch.export graph", export),
     "bench": ("accuracy, MACs, parameters and images/s, dense beside slim", worked_by("bench")),
     "report": ("report.html from what a run wrote", report),
     "methods": ("every pruner and explainer, its paper and what it needs", methods),
+    "doctor": ("versions, devices, name clashes, and what would be refused of a model", worked_by("doctor")),
+    "completion": ("a script for bash, zsh or fish", worked_by("completion")),
 }

@@ -38,6 +38,7 @@ from prunex.vit.anatomy import read
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
 STAGES = [1, 3, 4]  # as the shipped configurations have them
+EVERY_BLOCK = {"tome", "diffrate"}  # shrink a little in every block, as published: stages are not for them
 # How a method is trained where that is not as the rest: the recipes of the shipped configurations.
 RECIPES: dict[str, dict[str, Any]] = {
     "dynamicvit": {"learning_rate": 1e-3, "backbone_lr_scale": 0.1},
@@ -74,7 +75,8 @@ def settings(
         return [(f"budget {budget:g}", {"budget": budget}) for budget in budgets]
     model = classifier().model
     takes = accepted(lookup("pruner", method).make)
-    common: dict[str, Any] = {"stages": list(stages)} if stages and "stages" in takes else {}
+    staged = stages and "stages" in takes and method not in EVERY_BLOCK
+    common: dict[str, Any] = {"stages": list(stages)} if staged else {}
     if keep_ratios is not None and "keep_ratio" in takes:
         return [(f"keep_ratio {r:g}", {**common, "keep_ratio": r}) for r in keep_ratios]
     found = []
@@ -275,7 +277,11 @@ def parser() -> argparse.ArgumentParser:
         "--token-budget", type=float, default=0.65, help="of TOKENS+UNITS: what tokens alone are pruned to"
     )
     made.add_argument(
-        "--stages", type=int, nargs="*", default=STAGES, help="blocks that shrink; none: each method's own"
+        "--stages",
+        type=int,
+        nargs="*",
+        default=STAGES,
+        help="blocks that shrink; none: each method's own. tome, diffrate: every block",
     )
     made.add_argument("--pruned-only", action="store_true", help="leave the dense model out")
     made.add_argument("--learning-rate", type=float, help="of every method; None: each one's own")

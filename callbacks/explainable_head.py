@@ -50,7 +50,8 @@ class ExplainableHead(Participant):
 
     Raises:
         PrunexError: At once for an unknown head or option; in ``setup`` for no ViT or several, options that do not fit
-            the model, a second ExplainableHead, or manual optimisation; in training for concept labels that do not fit.
+            the model, a second ExplainableHead, ``vit_net`` for several labels, or manual optimisation; in training for
+            concept labels that do not fit.
 
     Warns:
         UserWarning: Once, where no batch brings labels for a head with named concepts.
@@ -122,6 +123,12 @@ class ExplainableHead(Participant):
             raise PrunexError(
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
                 "sum(prunex.attached(self, head=True).losses().values()) to your loss and attach without the callback"
+            )
+        task = getattr(getattr(module, "task", None), "name", "single")
+        if self.method == "vit_net" and task != "single":
+            raise PrunexError(
+                f"vit_net shares one probability among the classes, so it cannot be trained for task={task!r}: take "
+                "concept_transformer, attributes or mean_patch, whose scores are logits of their own"
             )
         check_order(trainer, self)
 

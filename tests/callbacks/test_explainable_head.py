@@ -9,9 +9,12 @@ from torch.utils.data import DataLoader, Dataset
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import ExplainableHead, SlimExport, TokenPruning, load_from_checkpoint
+from prunex.recipes import ImageClassifier
 from tests.callbacks.modules import Plain, Seeded, csv_logger, data, loader, metrics, snapshot, trainer
 from tests.heads.heads import HEADS, OPTIONS
 from tests.vits import quick
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 NAN = float("nan")
 CONCEPTS = {"concepts": ["round", "long"], "spatial": ["ink"], "dropout": 0.0}
@@ -214,6 +217,10 @@ def test_refused_before_time_is_spent(tmp_path):
 
     with pytest.raises(PrunexError, match=r"optimises by hand: add sum\(prunex.attached\(self, head=True\)"):
         trainer(tmp_path, ExplainableHead("vit_net")).fit(ByHand(), loader())
+
+    several = ImageClassifier("vit_tiny_patch16_224", 5, SMALL, task="multi_label", from_scratch=True)
+    with pytest.raises(PrunexError, match="vit_net shares one probability among the classes, .*task='multi_label'"):
+        trainer(tmp_path, ExplainableHead("vit_net")).fit(several, loader())
 
     class Elsewhere(Plain):
         def configure_optimizers(self):

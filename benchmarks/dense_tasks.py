@@ -1,6 +1,6 @@
 """What pruning costs where every pixel counts: segmentation and detection on the full grid of a pruned ViT.
 
-    python benchmarks/dense_tasks.py --seeds 3 --epochs 4
+    python benchmarks/dense_tasks.py --seeds 0 1 2 --epochs 4
     python benchmarks/dense_tasks.py --table dense_tasks.csv      the table of what is there
 
 Scenes of one to three digits (`DigitScenes(task="segmentation")`, `"detection"`). The shipped weights, which know one
@@ -70,7 +70,7 @@ def macs(module: Any) -> int:
 def work(path: Path, args: argparse.Namespace) -> None:
     """Compute what the file does not hold yet."""
     shape = {"epochs": args.epochs, "train_size": args.train_size}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for task in args.tasks:
             for name in args.models:
                 row: dict[str, Any] = {"task": task, "model": name, "seed": seed, **shape}
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="print the table of this file alone")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--models", nargs="+", default=list(PRUNERS), choices=list(PRUNERS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train-size", type=int, default=3200)
     parser.add_argument("--val-size", type=int, default=1000)

@@ -1,6 +1,6 @@
 """What pruning costs where an image has several labels, and whether each label's map lies on its own object.
 
-    python benchmarks/multi_label.py --seeds 3 --epochs 2
+    python benchmarks/multi_label.py --seeds 0 1 2 --epochs 2
     python benchmarks/multi_label.py --table multi_label.csv      the tables of what is there
 
 Scenes of two digits (`DigitScenes(task="several")`). The shipped weights, which know one digit a scene, are tuned by
@@ -94,7 +94,7 @@ def locate(model: Any, method: str, options: dict[str, Any], data: DigitScenes, 
 def work(path: Path, args: argparse.Namespace) -> None:
     """Compute what the file does not hold yet."""
     shape = {"epochs": args.epochs}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for name in args.models:
             have = {tuple(row[key] for key in KEY) for row in read_rows(path)}
             wanted = [e for e in ("", *args.explainers) if (name, str(seed), str(args.epochs), e) not in have]
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="print the tables of this file alone")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--explainers", nargs="*", default=list(EXPLAINERS), choices=list(EXPLAINERS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--train-size", type=int, default=4800)
     parser.add_argument("--val-size", type=int, default=2000)

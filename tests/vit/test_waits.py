@@ -24,6 +24,8 @@ TOKENS = {
     "hvt": {},
     "patch_slimming": {"keep": [range(12)] * 3},
 }
+# How many tokens the next blocks are to hold is what this method learns, and Python has to know.
+ALLOWED = {"diffrate": {"tolist"}}
 UNITS = ["xpruner", "taylor", "relevance", "magnitude", "random"]
 
 
@@ -69,19 +71,19 @@ def step(model, x, handle):
         loss.backward()
 
 
-def check(model, handle):
+def check(model, handle, allowed=frozenset()):
     model.train()
     x = images(4)
     step(model, x, handle)  # what is looked at once, such as hooks and shapes, is looked at now
     with Waits() as waits:
         step(model, x, handle)
-    assert waits.noted == []
+    assert set(waits.noted) <= allowed
 
 
 @pytest.mark.parametrize("method", TOKENS)
 def test_a_step_of_a_token_pruner(method):
     model = tiny()
-    check(model, prunex.attach(model, method, **TOKENS[method]))
+    check(model, prunex.attach(model, method, **TOKENS[method]), ALLOWED.get(method, set()))
 
 
 @pytest.mark.parametrize("method", UNITS)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import prunex
 
 
-def step(model: nn.Module, pruning: prunex.Pruning | None, images: Tensor, target: Tensor, amp: bool) -> Callable:
+def step(
+    model: nn.Module, pruning: prunex.Pruning | prunex.UnitPruning | None, images: Tensor, target: Tensor, amp: bool
+) -> Callable:
     """One training step as a callable."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
@@ -34,7 +36,7 @@ def step(model: nn.Module, pruning: prunex.Pruning | None, images: Tensor, targe
                 loss = loss + sum(pruning.losses().values())
         loss.backward()
         optimizer.step()
-        if pruning is not None:
+        if isinstance(pruning, prunex.Pruning):
             pruning.forget()
 
     return run

@@ -37,6 +37,7 @@ _PLACES = {
     "load_pretrained": "sources",
     "methods": "catalogue",
     "open_maps": "maps",
+    "push_to_hub": "slim",
     "quantise": "slim",
     "save": "slim",
     "slim": "slim",
@@ -75,6 +76,7 @@ if _typing.TYPE_CHECKING:
     from prunex.sources.pretrained import load_pretrained as load_pretrained
     from prunex.slim.files import load as load, save as save
     from prunex.slim.int8 import quantise as quantise
+    from prunex.slim.push import push_to_hub as push_to_hub
     from prunex.slim.slim import slim as slim
     from prunex.units.correction import correction as correction
     from prunex.vit.cost import Cost as Cost, cost as cost

@@ -25,6 +25,7 @@ from prunex.handles.heads import Head, put_head
 from prunex.handles.tokens import Pruning
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
+from prunex.slim.hub import HUB, downloaded
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
 from prunex.slim.slim import mark_slim, slim_of
 from prunex.units.correction import Correction, correction, note
@@ -166,17 +167,20 @@ def load(folder: str | Path) -> nn.Module:
     """A saved model again: rebuilt from its description, pruned if it was, in eval mode.
 
     Args:
-        folder: As given to :func:`save`.
+        folder: As given to :func:`save`; or ``"hf-hub:owner/name"``, with ``@revision`` for a branch, tag or commit,
+            whose description and weights, and nothing else, are downloaded into huggingface_hub's cache.
 
     Returns:
         The ViT; logits equal the saved model's.
 
     Raises:
-        PrunexError: For a missing, damaged or foreign folder, or one of a later version.
+        PrunexError: For a missing, damaged or foreign folder, or one of a later version; of the Hub also for a name
+            that is not there, and where neither the network nor the cache has it.
     """
     if not isinstance(folder, str | os.PathLike):
         raise PrunexError(f"folder={folder!r} is not allowed: give the path that save was given")
-    folder = Path(folder)
+    by_name = isinstance(folder, str) and folder.startswith(HUB)
+    folder = downloaded(str(folder), (CONFIG, WEIGHTS)) if by_name else Path(folder)
     config = read_config(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():

@@ -32,7 +32,7 @@ from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.modules.tasks import Task, task_of
 from prunex.recipes.modules.training import ExplainerTraining
 from prunex.recipes.tables import SCORES, score_of, score_text, share
-from prunex.recipes.timing import quartiles, side_by_side
+from prunex.recipes.timing import side_by_side, speeds
 from prunex.sources.classes import WRAPPERS
 from prunex.sources.folder import class_in, holds_vit
 from prunex.sources.said import label_names
@@ -326,7 +326,8 @@ def compare(
     """Cost, speed and score of models that take turns in one process: what the report's cost table shows.
 
     Those whose names are in ``evaluated`` go through validation batches (at most ``limit``). Returns plain values,
-    ``{"machine": str, "rows": [...]}``, with images a second and their quartiles over the rounds.
+    ``{"machine": str, "rows": [...]}``, with images a second, how many times the first model's that is round by round,
+    and the quartiles of both.
     """
     batch, first = 32, next(iter(models.values()))
     images = noise(first, batch)
@@ -335,10 +336,12 @@ def compare(
     timings = side_by_side(calls, images.device.type, 0, seconds=float(len(models)), least=5)
     rows = []
     for (name, model), timing in zip(models.items(), timings, strict=True):
-        low, speed, high = quartiles([1e3 * batch / ms for ms in timing.own])
+        speed = speeds(timing, batch)
         cost = prunex.cost(model)
         row: dict[str, Any] = {"model": name, "gmacs": cost.gmacs, "params_m": cost.params / 1e6}
-        row |= {"images_per_s": speed, "images_per_s_low": low, "images_per_s_high": high}
+        row |= {"images_per_s": speed["images_per_s"], "speed_ratio": speed["ratio"]}
+        for end in ("low", "high"):
+            row |= {f"images_per_s_{end}": speed[end], f"speed_ratio_{end}": speed[f"ratio_{end}"]}
         if name in evaluated:
             row |= evaluate(model, batches, limit)
         rows.append(row)
@@ -346,7 +349,8 @@ def compare(
     count = torch.get_num_threads()
     threads = "" if images.is_cuda else f"{count} thread{'' if count == 1 else 's'}, "
     dtype = str(images.dtype).removeprefix("torch.")
-    how = f"{threads}{dtype}, batch {batch}, torch {torch.__version__}"
+    rounds = len(timings[0].own)
+    how = f"{threads}{dtype}, batch {batch}, {rounds} rounds in turn, torch {torch.__version__}"
     return {"machine": f"{where} ({platform.machine()}), {how}", "rows": rows}
 
 
@@ -356,18 +360,21 @@ def write_summary(run: str | Path, summary: dict[str, Any]) -> Path:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The cost table as text; images a second with their quartiles.
+    """The cost table as text; speeds as ratios to the first model's and as images a second, with quartiles.
 
     >>> print(table([{"model": "dense", "accuracy": 0.9, "gmacs": 0.05, "params_m": 0.7, "images_per_s": 900.0}]))
-    model                  accuracy   object kept      MMACs   params (M)   images/s
-    dense                    90.0 %                     50.0         0.70        900
+    model                  accuracy   object kept      MMACs   params (M)                   speed   images/s
+    dense                    90.0 %                     50.0         0.70                                900
     """
     (unit, macs), score = macs_column([r["gmacs"] for r in rows]), score_of(rows)
-    widths = [-20, 10, 13, 10, 12, 10]
-    lines = [line(["model", SCORES[score][0], "object kept", unit, "params (M)", "images/s"], widths)]
+    widths = [-20, 10, 13, 10, 12, 23, 10]
+    lines = [line(["model", SCORES[score][0], "object kept", unit, "params (M)", "speed", "images/s"], widths)]
     for r, cost in zip(rows, macs, strict=True):
         shown = [r["model"], score_text(score, r.get(score)), share(r.get("kept_digit_cover")), cost]
         low, high = (r.get(f"images_per_s_{end}") for end in ("low", "high"))
         spread = "" if low is None or high is None else f"  ({low:.0f} to {high:.0f})"
-        lines.append(line([*shown, f"{r['params_m']:.2f}", f"{r['images_per_s']:.0f}"], widths) + spread)
+        ratio = ""
+        if r is not rows[0] and {"speed_ratio", "speed_ratio_low", "speed_ratio_high"} <= set(r):
+            ratio = "x {speed_ratio:.2f} ({speed_ratio_low:.2f} to {speed_ratio_high:.2f})".format(**r)
+        lines.append(line([*shown, f"{r['params_m']:.2f}", ratio, f"{r['images_per_s']:.0f}"], widths) + spread)
     return "\n".join(lines)

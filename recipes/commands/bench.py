@@ -44,7 +44,7 @@ from prunex.recipes.runs import (
     token_pruning,
 )
 from prunex.recipes.tables import SCORES, score_of, score_text, share
-from prunex.recipes.timing import Timing, chip, quartiles, side_by_side
+from prunex.recipes.timing import Timing, chip, side_by_side, speeds
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find, head_classes
 from prunex.vit.mount import UNITS
@@ -358,12 +358,7 @@ def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
 
 def _speed(kind: str, batch: int, timings: Sequence[Timing]) -> dict[str, Any]:
     """Quartiles of images a second, and of the ratio to the first model's, round by round."""
-    models = []
-    for t in timings:
-        low, middle, high = quartiles([1e3 * batch / ms for ms in t.own])
-        slower, ratio, faster = quartiles([1 / r for r in t.ratios])
-        speed = {"model": t.name, "images_per_s": middle, "low": low, "high": high}
-        models.append(speed | {"ratio": ratio, "ratio_low": slower, "ratio_high": faster})
+    models = [{"model": t.name, **speeds(t, batch)} for t in timings]
     return {"runtime": kind, "batch": batch, "rounds": len(timings[0].own), "models": models}
 
 
@@ -380,15 +375,13 @@ def table(measured: dict[str, Any]) -> str:
         sizes = [macs, f"{row['params_m']:.3f}", f"{row['file_mb']:.2f}"]
         cells = [row["model"], score_text(score, row.get(score)) or "unknown", *sizes]
         lines.append(line([*cells, *[share(row.get("kept_digit_cover"))] * covered], widths))
-    lines += ["", "images/s: median (quartiles), and how many times the first model's, round by round"]
+    lines += ["", "how many times the first model's speed, round by round, and images/s: medians (quartiles)"]
     for speed in measured["speed"]:
         lines.append(f"{RUNTIMES[speed['runtime']]}, batch {speed['batch']}, {speed['rounds']} rounds")
         for m in speed["models"]:
+            ratio = f"x {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})"
             spread = f"({m['low']:,.1f} to {m['high']:,.1f})"
-            ratio = ""
-            if m["model"] != first:
-                ratio = f"  x {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})"
-            cells = [m["model"], f"{m['images_per_s']:,.1f}", f"{spread:<24}{ratio}"]
-            lines.append("  " + line(cells, [-width, 10, 0]))
+            cells = [m["model"], "" if m["model"] == first else ratio, f"{m['images_per_s']:,.1f}", spread]
+            lines.append("  " + line(cells, [-width, -24, 10, 0]))
     notes = [f"note: {note}" for note in measured["notes"]]
     return "\n".join([*lines, "", *notes, f"({conditions(measured)})"])

@@ -57,9 +57,10 @@ def write_report(run: str | Path) -> Path:
     out, with a sentence that says so; of ``bench.json``, scores, heads and units nothing where they are missing.
 
     ``summary.json`` is ``{"machine": str, "rows": [{"model": str, "accuracy": 0..1, "gmacs": billions of
-    multiply-adds an image, "params_m": millions, "images_per_s": float, "kept_digit_cover": 0..1}]}``; every key may
-    be missing, and in the place of ``accuracy`` may stand ``map``, ``miou``, ``box_ap`` (0..1) or ``mae``. The
-    row whose model is called ``dense`` is what the others are compared with.
+    multiply-adds an image, "params_m": millions, "images_per_s": float, "speed_ratio": times the
+    dense model's, "kept_digit_cover": 0..1}]}``; every key may be missing, and in the place of ``accuracy`` may stand
+    ``map``, ``miou``, ``box_ap`` (0..1) or ``mae``. The row whose model is called ``dense`` is what the others are
+    compared with.
 
     Args:
         run: The run folder.
@@ -165,6 +166,8 @@ def _dense(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _ratio(row: Mapping[str, Any], dense: Mapping[str, Any], key: str) -> float | None:
+    if key == "images_per_s" and dense and (ratio := as_number(row.get("speed_ratio"))) is not None:
+        return ratio  # the median of rounds, which others on the machine move less than either speed
     value, base = as_number(row.get(key)), as_number(dense.get(key))
     return value / base if value is not None and base else None
 

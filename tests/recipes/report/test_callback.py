@@ -32,7 +32,9 @@ def test_units_are_beside_the_dense_model(tmp_path, tokens):
     for row in found.values():
         assert 0 <= row["accuracy"] <= 1
         assert 0 < row["images_per_s_low"] <= row["images_per_s"] <= row["images_per_s_high"]
+        assert 0 < row["speed_ratio_low"] <= row["speed_ratio"] <= row["speed_ratio_high"]
     first = next(iter(found.values()))
+    assert first["speed_ratio"] == first["speed_ratio_high"] == 1
     spread = f"{first['images_per_s_low']:,.0f} to {first['images_per_s_high']:,.0f}"
     assert spread in (tmp_path / "run" / "version_0" / "report.html").read_text()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,12 +124,40 @@ def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def read_picture(path: Path, use: Callable[[Image.Image], Any]) -> Any:
+@dataclass(frozen=True)
+class Held:
+    """An image's bytes, or where in a file they lie."""
+
+    name: str
+    file: Path | None = None
+    offset: int = 0
+    size: int = 0
+    content: bytes = b""
+
+    def __str__(self) -> str:
+        return self.name if self.file is None else f"{self.file}:{self.name}"
+
+    def read(self) -> io.BytesIO:
+        """The bytes, as a file; less of them than was promised is an OSError."""
+        if self.file is None:
+            return io.BytesIO(self.content)
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) != self.size:
+            raise OSError("the file ends before it does")
+        return io.BytesIO(content)
+
+
+def read_picture(path: Path | Held, use: Callable[[Image.Image], Any]) -> Any:
     """What `use` makes of the image in a file; a `BrokenImage` that names the file where that fails."""
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if isinstance(path, Path) and not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
-        with Image.open(path, formats=_formats()) as image:
+        source: Any = path if isinstance(path, Path) else path.read()
+        with Image.open(source, formats=_formats()) as image:
+            if source is not path:
+                image.filename = source  # from which it may be read once more
             if not 1 <= min(image.size) <= max(image.size) <= LONGEST_SIDE:  # resizing takes memory by the side
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, and no side may be over {LONGEST_SIDE:,}")
             return use(image)

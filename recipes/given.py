@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ from prunex.files import is_there
 # Whatever is imported here, --help waits for.
 SHIPPED = files("prunex.recipes") / "weights"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+TABLES = (".txt", ".csv", ".parquet")  # files that name images
+MOST_SHARDS = 100_000
 FULL_RANGE = 2**16 - 1
 
 
@@ -100,6 +103,41 @@ def check_range(value: Any, name: str = "value_range") -> int | None:
     return value
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether Hugging Face's datasets wrote a folder, or one of several splits."""
+    return is_there(path / "dataset_info.json", Path.is_file) or is_there(path / "dataset_dict.json", Path.is_file)
+
+
+def tar_files(given: str) -> list[Path]:
+    """The tar files that are meant: one, all of a folder that holds some, or as in ``shards-{000..011}.tar``.
+
+    >>> [path.name for path in expand("a-{08..10}.tar")]
+    ['a-08.tar', 'a-09.tar', 'a-10.tar']
+    """
+    path = Path(given)
+    if is_there(path, Path.is_dir):
+        return sorted(each for each in path.glob("*.tar") if each.is_file())
+    if path.suffix.lower() != ".tar":
+        return []
+    files = expand(given)
+    for file in files:
+        if not is_there(file, Path.is_file):
+            raise PrunexError(f"--images {given}: there is no file {file}")
+    return files
+
+
+def expand(given: str) -> list[Path]:
+    """Paths with numbers from one to another in the place of ``{000..011}``."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", given)
+    if found is None:
+        return [Path(given)]
+    first, last = found.groups()
+    if int(last) - int(first) >= MOST_SHARDS:
+        raise PrunexError(f"--images {given} names more than {MOST_SHARDS:,} files")
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    return [path for n in numbers for path in expand(f"{given[: found.start()]}{n}{given[found.end() :]}")]
+
+
 def image_files(path: Path, besides: Path | None = None) -> list[Path]:
     """The images of a folder and its subfolders, sorted, or one image; what lies in ``besides`` does not count."""
     if is_there(path, Path.is_file):
@@ -107,7 +145,7 @@ def image_files(path: Path, besides: Path | None = None) -> list[Path]:
     return [path / name for name in image_names(path, besides)]
 
 
-def image_names(folder: Path, besides: Path | None = None) -> list[str]:
+def image_names(folder: Path, besides: Path | None = None, least: int = 1) -> list[str]:
     """What :func:`image_files` gives, as paths below the folder: of a million images in seconds."""
     left_out = None if besides is None or besides.resolve() == folder.resolve() else os.path.realpath(besides)
     names: list[str] = []
@@ -125,7 +163,7 @@ def image_names(folder: Path, besides: Path | None = None) -> list[str]:
                     outside = left_out is None or not entry.is_symlink()
                     if outside or not _lies_in(os.path.realpath(entry), str(left_out)):
                         names.append(below + entry.name)
-    if not names:
+    if len(names) < least:
         raise PrunexError(f"no images in {folder}: give a folder that holds {', '.join(IMAGE_ENDINGS)} files")
     # In the order of paths, which compare part by part: "a/b.png" before "a.png".
     return sorted(names, key=lambda name: name.replace("/", "\0"))

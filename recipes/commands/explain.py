@@ -26,6 +26,7 @@ from prunex.recipes.commands.processes import predict, quiet, trainer_of
 from prunex.recipes.commands.score_record import digest
 from prunex.recipes.commands.sheets import Sheets, name_of_model
 from prunex.recipes.data.images import preparation
+from prunex.recipes.data.tables import numbers_of
 from prunex.recipes.runs import config_of, open_model_or_name, renormalise, run_of
 from prunex.registry import lookup
 from prunex.targets import MultiLabel, Regression, parse, spelt
@@ -44,10 +45,12 @@ def explain(args: Any) -> int:
     vit: Any = find(open_model_or_name(args.run, args.weights, args.img_size, args.pretrained))[1].float()
     renormalise(vit, args.mean, args.std)
     # What can be refused is refused before the first image is explained.
-    target = parse(args.target) if args.target is not None else None
+    labelled = args.target == "label"
+    target = parse(args.target) if args.target is not None and not labelled else None
     check_target(vit, target)
+    names = list(getattr(vit, "label_names", None) or []) or None
     data = Images(
-        Path(args.images),
+        args.images,
         out,
         out if args.out else Path("explained"),
         facts_of(vit, explainers, args),
@@ -57,8 +60,8 @@ def explain(args: Any) -> int:
         args.range,
         args.workers,
         args.again,
+        partial(numbers_of, class_names=names, classes=read(vit).classes) if labelled else None,
     )
-    names = list(getattr(vit, "label_names", None) or []) or None
     writer = MapWriter(data, Sheets(out, names, several=has_several_labels(args.run)))
     with quiet():
         trainer = trainer_of(args, writer)

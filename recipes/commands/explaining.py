@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from prunex.pictures.arrays import Picture
 from prunex.recipes.commands.processes import check_terminated, first_says
 from prunex.recipes.commands.shards import Shards, write_besides
 from prunex.recipes.commands.sheets import Sheets, arrays_of, check_out, sheets_of, writing
-from prunex.recipes.data.inputs import Files
+from prunex.recipes.data.inputs import Inputs, open_inputs
 
 if TYPE_CHECKING:
     from prunex.recipes.commands.explain import Explainers
@@ -39,6 +39,7 @@ class Plan:
 
     Attributes:
         inputs: All images that were given.
+        labels: The class that is explained of each image; None where it is the same for all, or predicted.
         lines: Of each image its line in the listing, int64 [N].
         listing: Names of all lines, new ones included, and by what their images are known again.
         batches: Images that are to be done, together as they would be in a run that was never stopped.
@@ -47,7 +48,8 @@ class Plan:
         value_range: What becomes white of images of 16 bits.
     """
 
-    inputs: Files
+    inputs: Inputs
+    labels: list[int] | None
     lines: NDArray[np.int64]
     listing: tuple[list[str], list[str]]
     batches: list[list[int]]
@@ -66,15 +68,16 @@ class Images(LightningDataModule):
     """Images of a command, those that were explained already left out.
 
     Attributes:
-        root: What was given as ``--images``.
+        given: What was given as ``--images``.
         out: Where results go; ``outside`` is what of the images does not count.
         facts: What maps depend on, in plain values: a folder has maps of one kind.
         prepare: How an image becomes what the model sees.
         group: Cuts so many images into batches.
         sheets: How many images get a sheet; None: all.
+        classes: Labels as class numbers, where each image's own is explained.
     """
 
-    root: Path
+    given: str
     out: Path
     outside: Path
     facts: Mapping[str, Any]
@@ -84,6 +87,7 @@ class Images(LightningDataModule):
     value_range: int | None
     workers: int
     again: bool
+    classes: Callable[[Sequence[int | str]], list[int]] | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -95,18 +99,19 @@ class Images(LightningDataModule):
         self.plan = first_says(self.trainer, self._plan)
 
     def _plan(self) -> Plan:
-        inputs = Files(self.root, self.outside)
+        inputs = open_inputs(self.given, self.outside)
+        labels = self._labels(inputs)
         folder = self.out / FOLDER
         ours = (folder / ABOUT).is_file()
         if not ours and shards_of(folder):
             raise PrunexError(f"{folder} holds safetensors files, but no {ABOUT}: give another --out")
         some = sheets_of(inputs.names)[: self.sheets]
-        check_out(self.out, self.root, some, inputs.paths(), ours or (self.out / f"{FOLDER}.npz").exists())
+        check_out(self.out, Path(self.given), some, inputs.files(), ours or (self.out / f"{FOLDER}.npz").exists())
         maps = Maps(self.out) if ours and not self.again else None
         if maps is not None:
             self._check_alike(maps.about)
         names, stamps = ([], []) if maps is None else read_listing(folder)
-        lines = number_lines(inputs, names, stamps)
+        lines = number_lines(inputs, labels, names, stamps)
         done = np.zeros(len(inputs), bool) if maps is None else maps.has(lines)
         # A sheet that is wanted and not there is drawn from what its image is explained by anew.
         for number, sheet in enumerate(some):
@@ -115,7 +120,18 @@ class Images(LightningDataModule):
         batches = [batch for batch in batches if batch]
         about = None if maps is None else maps.about
         value_range = self._choose_range(inputs, batches, None if about is None else about["value_range"])
-        return Plan(inputs, lines, (names, stamps), batches, some, about, value_range)
+        return Plan(inputs, labels, lines, (names, stamps), batches, some, about, value_range)
+
+    def _labels(self, inputs: Inputs) -> list[int] | None:
+        """Each image's class, where that is what is explained."""
+        if self.classes is None:
+            return None
+        if inputs.labels is None:
+            raise PrunexError(
+                f"--target label: {self.given} has no labels; give a table with a column label, or tar files "
+                "with .cls, or leave it out for the predicted class"
+            )
+        return self.classes(inputs.labels)
 
     def _check_alike(self, about: Mapping[str, Any]) -> None:
         """Refuse to mix maps of two kinds in one folder."""
@@ -131,7 +147,7 @@ class Images(LightningDataModule):
             "--again to start over"
         )
 
-    def _choose_range(self, inputs: Files, batches: list[list[int]], before: int | None) -> int | None:
+    def _choose_range(self, inputs: Inputs, batches: list[list[int]], before: int | None) -> int | None:
         """By the images that are to be done; one that was chosen for others stays, and must hold these."""
         numbers = [number for batch in batches for number in batch]
         given = self.value_range if before is None else before
@@ -151,11 +167,14 @@ class Images(LightningDataModule):
         return Reading(self.plan, self.plan.batches[:1], self.prepare)[0] if first_of(self.plan) else None
 
 
-def number_lines(inputs: Files, names: list[str], stamps: list[str]) -> NDArray[np.int64]:
+def number_lines(
+    inputs: Inputs, labels: Sequence[int] | None, names: list[str], stamps: list[str]
+) -> NDArray[np.int64]:
     """Each image's line in a listing, to which those are added that are new or have changed."""
     known = {name: line for line, name in enumerate(names)}
     lines = np.empty(len(inputs), np.int64)
     for number, (name, stamp) in enumerate(zip(inputs.names, inputs.stamps(), strict=True)):
+        stamp = stamp if labels is None else f"{stamp}-{labels[number]}"
         line = known.get(name, -1)
         if line < 0 or stamps[line] != stamp:
             line = len(names)
@@ -175,7 +194,7 @@ class Reading(Dataset):
 
     def __init__(self, plan: Plan, batches: list[list[int]], prepare: Prepare) -> None:
         self.inputs, self.batches, self.prepare = plan.inputs, batches, prepare
-        self.value_range, self.drawn = plan.value_range, len(plan.sheets)
+        self.value_range, self.drawn, self.labels = plan.value_range, len(plan.sheets), plan.labels
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -184,7 +203,9 @@ class Reading(Dataset):
         numbers = self.batches[index]
         opened = [self.prepare(self.inputs.read(number, self.value_range)) for number in numbers]
         pictures = [shown if number < self.drawn else None for number, (shown, _) in zip(numbers, opened, strict=True)]
-        return {"numbers": numbers, "pictures": pictures, "images": torch.stack([image for _, image in opened])}
+        images = torch.stack([image for _, image in opened])
+        labels = None if self.labels is None else torch.tensor([self.labels[number] for number in numbers])
+        return {"numbers": numbers, "pictures": pictures, "images": images, "labels": labels}
 
 
 class _Batches:
@@ -207,7 +228,8 @@ class Explaining(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], *_: Any) -> dict[str, Any]:
         """Maps of a batch by method, and what they took."""
-        explanations = self.explainers(self.vit, batch["images"], self.goal, self.bar)
+        goal = self.goal if batch["labels"] is None else batch["labels"].to(self.device)
+        explanations = self.explainers(self.vit, batch["images"], goal, self.bar)
         return {"explanations": explanations, "spent": self.explainers.last}
 
 

@@ -14,7 +14,7 @@ from prunex.files import is_there
 from prunex.recipes.commands import multimodal_options
 from prunex.recipes.commands.init import QUESTIONS, ask, check_answers, check_images
 from prunex.recipes.commands.listing import check_methods
-from prunex.recipes.given import check_folder, check_model, check_range, image_files
+from prunex.recipes.given import check_folder, check_model, check_range, image_files, tar_files
 from prunex.recipes.report.score_table import LEFT
 from prunex.spelling import SHOWN, read_target
 
@@ -26,6 +26,10 @@ METRICS = (
     *("energy_inside", "pointing_game", "rank_accuracy", "mean_ap", "foreground_auc", "foreground_f1"),
     *("pixel_accuracy", "mean_iou", "corrected_overlap", "kept_auc", "mass_kept", "equal_area_iou", "topk_overlap"),
     *("mass_efficiency", "sign_agreement", "max_sensitivity", "sparseness", "complexity"),
+)
+IMAGES = (
+    "folder of images, one image, a list of paths (.txt), a table of paths and labels (.csv, .parquet), tar files as "
+    "of webdataset (one, a folder of some, or shards-{000..011}.tar), or a folder that datasets saved"
 )
 SHEETS = 200  # images that get a contact sheet unless more are asked for
 RANDOM = "random"  # the row of random maps, which is always in a table of scores
@@ -154,8 +158,8 @@ def parse_explain(arguments: Sequence[str]) -> Any:
         "of a folder that transformers' save_pretrained wrote also explained.csv, and words.csv where there is a text.",
     )
     add = parser.add_argument
-    add("--images", required=True, help="folder of images (or one image)")
-    add("--target", metavar="WHAT", help=f"{SHOWN}; default the predicted class")
+    add("--images", required=True, help=IMAGES)
+    add("--target", metavar="WHAT", help=f"{SHOWN}, label (each image's own); default the predicted class")
     add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL; one that was stopped goes on")
     add("--again", action="store_true", help="start over, whatever is there already")
     add("--sheets", metavar="N|all", help=f"images that get a contact sheet: the first N (default {SHEETS}), or all")
@@ -169,7 +173,7 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     group.add_argument("--threshold", type=float, help="probability of detections that are explained; default 0.5")
     args = parser.parse_args(arguments)
     args.folder = multimodal_options.folder_at(args.run)
-    if args.target is not None:
+    if args.target is not None and (args.folder is not None or args.target != "label"):
         args.target = _target(args.target, args.folder is None)
     if args.folder is None:
         _check_explaining(args, args.methods)
@@ -183,7 +187,7 @@ def parse_explain(arguments: Sequence[str]) -> Any:
         args.folder.check(args)
         args.worker = "explain_multimodal"
     # A folder that is there is walked once, when the model has been opened.
-    if not is_there(Path(args.images)):
+    if not is_there(Path(args.images)) and not (args.folder is None and tar_files(args.images)):
         image_files(Path(args.images))  # which says what it looked for
     return args
 

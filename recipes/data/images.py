@@ -18,14 +18,14 @@ from prunex.attributes import models_normalisation
 from prunex.errors import PrunexError
 from prunex.pictures.arrays import Picture
 from prunex.recipes.given import FULL_RANGE, check_range
-from prunex.untrusted import read_picture
+from prunex.untrusted import Held, read_picture
 from prunex.vit.anatomy import read
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners fill of a container of 16
 
 
 def choose_range(
-    paths: Iterable[Path],
+    paths: Iterable[Path | Held],
     given: int | None = None,
     name: str = "--range",
     whole: bool = True,
@@ -64,7 +64,7 @@ def choose_range(
     return value_range
 
 
-def read_image(path: Path, value_range: int | None = None) -> Image.Image:
+def read_image(path: Path | Held, value_range: int | None = None) -> Image.Image:
     """One image as RGB, turned as EXIF says; ``value_range`` is what becomes white of 16 bits (None: 65535)."""
     return read_picture(path, lambda image: _rgb(image, FULL_RANGE if value_range is None else value_range))
 

@@ -1,0 +1,90 @@
+"""Lists and tables of images: their paths, and what each is said to be."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunex.errors import PrunexError
+
+PATHS = ("path", "file", "file_name", "filename", "image", "image_path")
+LABELS = ("label", "class", "target", "labels")
+
+
+def read_list(path: Path) -> tuple[list[str], None]:
+    """Paths, one a line; what is relative lies below the list's folder."""
+    return [line for line in (line.strip() for line in _lines(path)) if line], None
+
+
+def read_table(path: Path) -> tuple[list[str], list[int | str] | None]:
+    """Paths of a CSV or Parquet file, by a column of one of their usual names, and labels where there are some."""
+    columns = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
+    name = next((each for each in PATHS if each in columns), None)
+    if name is None:
+        raise PrunexError(f"{path} has the columns {', '.join(map(str, columns))[:200]}: call that of the paths path")
+    paths = columns[name]
+    if not all(isinstance(each, str) and each for each in paths):
+        raise PrunexError(f"{path} has rows without a path in its column {name}: give one a row")
+    of_labels = next((each for each in LABELS if each in columns), None)
+    labels = None if of_labels is None else [_label(each, path, of_labels) for each in columns[of_labels]]
+    return list(paths), labels
+
+
+def numbers_of(labels: Sequence[int | str], class_names: Sequence[str] | None, classes: int) -> list[int]:
+    """Labels as a model's class numbers; names are looked up among its own."""
+    order = {name: number for number, name in enumerate(class_names or [])}
+    numbers = []
+    for label in labels:
+        number = label if isinstance(label, int) else order.get(label, -1)
+        if not 0 <= number < classes:
+            known = f"0..{classes - 1}" + (f" or {', '.join(order)}"[:200] if order else "")
+            raise PrunexError(f"label {label!r} is no class of this model: give {known}")
+        numbers.append(number)
+    return numbers
+
+
+def _label(value: Any, path: Path, column: str) -> int | str:
+    text = str(value).strip()
+    if value is None or not text:
+        raise PrunexError(f"{path} has rows without a value in its column {column}: give one a row, or leave it out")
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def _csv(path: Path) -> dict[str, list[Any]]:
+    try:
+        rows = csv.reader(_lines(path), strict=True)
+        head = next(rows, [])
+        columns: dict[str, list[Any]] = {name.strip(): [] for name in head}
+        for row in rows:
+            if len(row) != len(head) and row:
+                raise PrunexError(f"{path} has {len(row)} cells in line {rows.line_num}, and {len(head)} columns")
+            for cells, cell in zip(columns.values(), row, strict=False):
+                cells.append(cell)
+    except csv.Error as error:
+        raise PrunexError(f"{path} is damaged: {error}") from error
+    return columns
+
+
+def _lines(path: Path) -> Iterable[str]:
+    # Line by line: a million paths are larger than what other texts may be.
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            yield from lines
+    except (OSError, ValueError) as error:
+        raise PrunexError(f"{path} is damaged: {str(error)[:200]}") from error
+
+
+def _parquet(path: Path) -> dict[str, list[Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise PrunexError(f"{path} needs pyarrow, which is not installed: pip install pyarrow") from error
+    try:
+        names = parquet.read_schema(path).names
+        wanted = [next((n for n in known if n in names), None) for known in (PATHS, LABELS)]
+        table = parquet.read_table(path, columns=[name for name in wanted if name])
+    except Exception as error:  # pyarrow has its own
+        raise PrunexError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return dict.fromkeys(names, []) | table.to_pydict()

@@ -81,7 +81,7 @@ def test_what_enters_the_vit_is_explained(before, size, pruner):
 def test_a_map_of_another_size_lies_over_what_entered():
     e = prunex.explain("rollout", Around(tiny(), Prepared(cropped)), pictures(48))
     assert e.resized
-    with pytest.raises(PrunexError, match=r"pictures have size \[48, 48\], and the maps .* \[32, 32\]: call overlay"):
+    with pytest.raises(PrunexError, match=r"pictures have size \[48, 48\], and the maps .* \[32, 32\]: leave pictures"):
         e.overlay(pictures(48))
     assert np.array_equal(e.overlay(cropped(pictures(48))), e.overlay())
 

@@ -174,6 +174,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 def read_checkpoint(path: Any, map_location: Any = None) -> dict[str, Any]:
     """A checkpoint's plain values; a file that is missing, damaged or holds more than these is refused."""
+    if Path(path).is_dir():
+        raise PrunexError(
+            f"{path} holds the parts that processes wrote (save_distributed_checkpoint=True): make one file of them "
+            f"with python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about files of older versions

@@ -16,9 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from prunex.callbacks.checkpoints import LAST, guard_loading
 from prunex.callbacks.layers import Layered
+from prunex.callbacks.participant import cuts_weights
 from prunex.callbacks.run_folder import run_folder
 from prunex.checks import check_whole
-from prunex.files import remove_drafts
+from prunex.files import DRAFT, put_in_place, remove_drafts
 
 KEY = "prunex_metrics"
 
@@ -92,11 +93,16 @@ class ExactResume(Layered, Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
+        path = draft = self._folder / LAST
+        if cuts_weights(trainer):  # which may write a folder, file by file
+            draft = path.with_name(f"{DRAFT}{LAST}")
         self._saving = True
         try:
-            trainer.save_checkpoint(self._folder / LAST, weights_only=False)
+            trainer.save_checkpoint(draft, weights_only=False)
         finally:
             self._saving = False
+        if draft != path and trainer.is_global_zero:
+            put_in_place(draft, path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the metrics so far beside the weights they are about."""

@@ -83,7 +83,7 @@ class ExplainableHead(Participant):
                 raise unknown(f"option of {method}", name, known.options)
         self.model = model
         self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
-        self._learned: dict[str, nn.Parameter] = {}  # what the head shall learn
+        self._learned: list[str] = []  # names of what the head shall learn
         self._seen = 0  # images of this training, by which collected patches tell theirs apart
         self._images: Tensor | None = None  # that entered the ViT last
         self._annotated = False  # whether a batch has brought concept labels
@@ -133,7 +133,7 @@ class ExplainableHead(Participant):
         check_order(trainer, self)
 
     def _check_attached(self, handle: prunex.Head, foreign: bool, again: bool) -> None:
-        self._learned = {name: p for name, p in handle.head.named_parameters() if p.requires_grad}
+        self._learned = [name for name, p in handle.head.named_parameters() if p.requires_grad]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give what the head brings its learning rate: optimisers are there, and have read no checkpoint yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +11,13 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 
 import prunex
 from prunex.batches import Parts, parts
 from prunex.callbacks.averaging import SWA, Copies, averaging
 from prunex.callbacks.participant import Participant, progress
-from prunex.callbacks.token_pruning import TokenPruning
+from prunex.callbacks.token_pruning import TokenPruning, move
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_flag, check_number, check_options, check_whole
 from prunex.errors import PrunexError, unknown
@@ -25,6 +26,7 @@ from prunex.units.base import UnitPruner
 from prunex.units.batches import entering
 from prunex.units.correction import Cut, check_biases, check_correct, make_up, note
 from prunex.units.xpruner import XPruner
+from prunex.vit.sharded import is_sharded, named
 from prunex.vit.surroundings import check_own_classes
 
 LOOKING = ("images", "labels")  # what criteria may need to look at
@@ -127,7 +129,7 @@ class MaskPruning(Participant):
         self._learns = bool(make.trains)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._saved: dict[str, Any] = {}  # their states in a checkpoint, until they are there
-        self._resting: list[nn.Parameter] = []
+        self._resting: set[str] = set()  # names of the ViT's own weights, while they stand still
         self._begun = False
         self._copies: Copies | None = None
         self._stays = False  # whether closed units stay in the model to the end
@@ -163,7 +165,7 @@ class MaskPruning(Participant):
             )
         allowed = self.pruning.budget()
         # DDP's gradient buckets hold the parameters as they are when training begins.
-        self._stays = not self.remove or trainer.world_size > 1
+        self._stays = not self.remove or trainer.world_size > 1 or is_sharded(pl_module)
         if not self._stays and not self.pruning.removed:
             self.pruning.check_removable(trainer.optimizers)
             self._copies = Copies(trainer, pl_module, self.pruning.model)
@@ -200,7 +202,7 @@ class MaskPruning(Participant):
         before = pruning.decided
         if pruner is None:
             if not before and done >= self.start:
-                self._calibrate_once(trainer, lambda: self._calibrate(trainer, module))
+                self._calibrate_once(trainer, module, partial(self._calibrate, trainer))
         else:
             if pruner.stage == "masks" and done >= self.masks:
                 pruner.stage = "thresholds"
@@ -209,7 +211,7 @@ class MaskPruning(Participant):
                 searched = pruner.passed()
                 pruning.conclude()
                 if self.correct is not None:
-                    self._calibrate_once(trainer, lambda: self._make_up(trainer, module, searched))
+                    self._calibrate_once(trainer, module, partial(self._make_up, trainer, searched))
             self._rest(trainer, pruner.stage == "masks")
         if pruning.decided and not before:
             branches = pruning.pruner.branches
@@ -218,22 +220,24 @@ class MaskPruning(Participant):
         if pruning.decided and not self._stays and not pruning.removed:
             self._take_out(trainer)
 
-    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
+    def _calibrate(self, trainer: Trainer, pruning: UnitPruning, module: LightningModule) -> None:
         """Score the units, on the first training batches where the criterion looks at images."""
-        pruner = self.pruning.pruner
+        pruner = pruning.pruner
         dense = {b.key: pruner.open(b.key).clone() for b in pruner.branches}
         if pruner.needs not in LOOKING:
-            self.pruning.calibrate()
+            pruning.calibrate()
         else:
-            with training_batches(trainer, module, self.pruning.model) as batches:
-                self.pruning.calibrate(_first(batches, self.images), module, entered=True)
-        self._make_up(trainer, module, dense)
+            with training_batches(trainer, module, pruning.model) as batches:
+                pruning.calibrate(_first(batches, self.images), module, entered=True)
+        self._make_up(trainer, dense, pruning, module)
 
-    def _make_up(self, trainer: Trainer, module: LightningModule, before: Mapping[str, Tensor]) -> None:
+    def _make_up(
+        self, trainer: Trainer, before: Mapping[str, Tensor], pruning: UnitPruning, module: LightningModule
+    ) -> None:
         """Correct the weights for units that were open before, bool [units] by branch, and are closed now."""
         if self.correct is None:
             return
-        model, pruner = self.pruning.model, self.pruning.pruner
+        model, pruner = pruning.model, pruning.pruner
         chosen = {b.key: pruner.open(b.key).clone() for b in pruner.branches}
         cuts = [Cut(b, chosen[b.key].cpu(), (before[b.key] & ~chosen[b.key]).cpu()) for b in pruner.branches]
         with (
@@ -263,14 +267,15 @@ class MaskPruning(Participant):
         """Let the ViT's own weights stand still, or move again."""
         if resting == bool(self._resting):
             return
+        model = self.pruning.model
         if resting:
-            weights = self.pruning.model.named_parameters()
-            self._resting = [p for name, p in weights if not name.startswith("prunex") and p.requires_grad]
-        if trainer.world_size == 1:  # with several processes gradients are expected of all parameters
-            for p in self._resting:
-                p.requires_grad_(not resting)
+            weights = model.named_parameters()
+            self._resting = {name for name, p in weights if not name.startswith("prunex") and p.requires_grad}
+        # With several processes, or sharded weights, gradients are expected of all parameters.
+        if trainer.world_size == 1 and not is_sharded(model):
+            move(model, self._resting, not resting)
         if not resting:
-            self._resting = []
+            self._resting = set()
 
     def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
         pruner, fields = self._xpruner, parts(batch)
@@ -308,7 +313,7 @@ class MaskPruning(Participant):
         learned: list[Tensor] = [pruner.thresholds]
         if pruner.stage == "masks":
             learned = pruner.masks()
-            for p in self._resting:
+            for p in named(self.pruning.model, self._resting):
                 p.grad = None
         if trainer.world_size > 1:  # DDP knows parameters alone
             for tensor in learned:
@@ -344,9 +349,9 @@ class MaskPruning(Participant):
     def _restore(self) -> None:
         super()._restore()
         # However the run ended, the user's weights can be trained again.
-        for p in self._resting:
-            p.requires_grad_(True)
-        self._resting = []
+        if self._resting:
+            move(self.pruning.model, self._resting, True)
+        self._resting = set()
         self._copies = None
 
 

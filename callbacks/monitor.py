@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 import prunex
 from prunex.attributes import Pair, given_normalisation
 from prunex.batches import parts
+from prunex.callbacks.alone import agreed, alone
 from prunex.callbacks.averaging import averaged, averaging, stands_before
 from prunex.callbacks.described import check_pixels, normalisation, shown_channels, warn_once
 from prunex.callbacks.participant import check_strategy
@@ -178,18 +180,20 @@ class Monitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch, unless this is the sanity check."""
-        if trainer.sanity_checking or not trainer.is_global_zero or not self._parts:
+        if trainer.sanity_checking:
             return
-        self._complete = True
-        if not self._due(trainer):
+        self._complete = self._complete or bool(self._parts)
+        if not agreed(trainer, pl_module, bool(self._parts) and self._due(trainer)):
             return
         self._seen = trainer.current_epoch
-        # What is not known of all images, such as masks of some batches, is left out.
-        names = set.intersection(*(set(p) for p in self._parts))
-        batch = {name: torch.cat([p[name] for p in self._parts]) for name in names}
         # An average's own turn, when this epoch ends, takes its weights out of the model again.
         with averaged(trainer, pl_module, swapped=not stands_before(trainer, averaging(trainer), self)):
-            self.watch(trainer, pl_module, batch)
+            alone(trainer, pl_module, partial(self._watch, trainer))
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What is not known of all images, such as masks of some batches, is left out.
+        names = set.intersection(*(set(p) for p in self._parts))
+        self.watch(trainer, pl_module, {name: torch.cat([p[name] for p in self._parts]) for name in names})
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_epochs`` lies behind the last watched epoch, or training ends."""
@@ -214,7 +218,10 @@ class Monitor(Callback):
             )
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
-        """Look at the model; ``batch`` holds images and, where known, labels and masks (on the CPU)."""
+        """Look at the model; ``batch`` holds images and, where known, labels and masks (on the CPU).
+
+        The module is a whole copy on the CPU where its weights are sharded.
+        """
 
     def vit(self, pl_module: LightningModule) -> Any:
         """The ViT being watched."""
@@ -303,8 +310,9 @@ class ExplainingMonitor(Monitor):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain one empty image, so that what refuses the ViT or its options does so before training."""
-        if not trainer.is_global_zero:
-            return
+        alone(trainer, pl_module, self._try)
+
+    def _try(self, pl_module: LightningModule) -> None:
         vit = answering(pl_module, self.vit(pl_module))
         self.check_model(vit)
         size = vit.patch_embed.img_size

@@ -14,13 +14,15 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 import prunex
-from prunex.callbacks.averaging import check_own_averages
+from prunex.callbacks.alone import alone
+from prunex.callbacks.averaging import SWA, averaging, check_own_averages
 from prunex.callbacks.checkpoints import guard_loading, say_when_saved
 from prunex.callbacks.finite import LossGuard
 from prunex.callbacks.layers import Layered
 from prunex.callbacks.runs import Runs
 from prunex.errors import PrunexError
 from prunex.vit.anatomy import ViT
+from prunex.vit.sharded import is_sharded, settle, write_back
 from prunex.vit.units import Backbone
 
 
@@ -92,10 +94,22 @@ class Participant(Layered):
     def _take_over(self, entry: Mapping[str, Any]) -> None:
         """Take what a checkpoint says beside the weights."""
 
-    def _calibrate_once(self, trainer: Trainer, calibrate: Callable[[], Any]) -> None:
-        """Have rank zero look at images; the others take over what it found."""
+    def _calibrate_once(
+        self, trainer: Trainer, module: LightningModule, calibrate: Callable[[Any, LightningModule], Any]
+    ) -> None:
+        """Have rank zero look at images, by a handle and its module; the others take over what it found."""
+        if is_sharded(module):
+            copies: list[LightningModule] = []
+
+            def on_copy(copied: LightningModule) -> None:
+                calibrate(prunex.attached(copied, self.model, **self.which), copied)  # type: ignore[call-overload]
+                copies.append(copied)
+
+            alone(trainer, module, on_copy)
+            write_back(module, copies[0] if copies else None)
+            return
         if trainer.is_global_zero:
-            calibrate()
+            calibrate(self.pruning, module)
         # The others' images are other ones, and their choice would be, too.
         if trainer.world_size > 1:
             state = None
@@ -165,6 +179,10 @@ class Participant(Layered):
         """See whether it ran the pruned model."""
         self.runs.end_validation_batch()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A forward without gradients leaves sharded weights gathered, which no optimiser knows."""
+        settle(pl_module)
+
     def _validated(self, trainer: Trainer) -> bool:
         """At a validation's end: whether what it shows, or training showed before, is the pruned model."""
         ran: bool = self.runs.end_validation(trainer.sanity_checking)
@@ -184,15 +202,35 @@ class Participant(Layered):
 
 
 def check_strategy(trainer: Trainer, callback: Callback) -> None:
-    """Refuse strategies that cut the weights up among processes: one process alone explains, counts and exports."""
-    # Blocks are opened from inside, where sharded ones have no whole weights, and gathering them needs all processes.
+    """Refuse strategies that cut weights up in another way than ``fully_shard``, and averages that cannot follow it."""
     strategy: Any = getattr(trainer, "strategy", None)
     kinds = {c.__name__ for c in type(strategy).__mro__}
-    if kinds & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
+    who, what = type(callback).__name__, type(strategy).__name__
+    instead = (
+        f"use strategy=ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1), and "
+        "fully_shard() for each block and then the ViT in configure_model (docs/scale.md), or strategy='ddp'"
+    )
+    if "FSDPStrategy" in kinds or getattr(strategy, "zero_stage_3", False):
+        raise PrunexError(f"{who} cannot work under {what}, which wraps or empties the blocks it opens: {instead}")
+    if not cuts_weights(trainer):
+        return
+    cut = strategy.device_mesh["tensor_parallel"].size()
+    if cut > 1:
         raise PrunexError(
-            f"{type(callback).__name__} cannot work under {type(strategy).__name__}, which gives each process a part "
-            "of every weight: use strategy='ddp' (on any number of nodes), or DeepSpeed below stage 3"
+            f"{who} cannot work under {what} with tensor_parallel_size={cut}, which cuts up the heads it looks at: "
+            f"{instead}"
         )
+    average = averaging(trainer) or averaging(trainer, SWA)
+    if average is not None:
+        raise PrunexError(
+            f"{type(average).__name__} keeps a copy of the model, which does not follow weights that are cut up among "
+            f"processes: leave it out, or use strategy='ddp', where {who} follows it"
+        )
+
+
+def cuts_weights(trainer: Trainer) -> bool:
+    """Whether the strategy is the one under which modules shard themselves by ``fully_shard``."""
+    return "ModelParallelStrategy" in {c.__name__ for c in type(trainer.strategy).__mro__}
 
 
 def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:

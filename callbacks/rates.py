@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from prunex.errors import PrunexError
 from prunex.handles.base import Handle
 from prunex.vit.optimisers import chain
+from prunex.vit.sharded import settle
 
 PEAKS = ("lr", "initial_lr", "max_lr")  # of a group: now, and what schedules note down there about their highest
 REACH = 0.02  # how far a parameter must be able to go: as wide as what is new is drawn, and as positions of ViTs are
@@ -176,8 +177,10 @@ class PrunerRate:
         self._parted = []
 
 
-def check_stepped(trainer: Trainer, handle: Handle, learned: dict[str, torch.nn.Parameter]) -> None:
+def check_stepped(trainer: Trainer, handle: Handle, names: Collection[str]) -> None:
     """Refuse a training in which nothing moves what a pruner learns by losses of its own; of any other it is told."""
+    settle(trainer.lightning_module)
+    learned = {name: p for name, p in handle.learner.named_parameters() if name in names}
     frozen = [name for name, p in learned.items() if not p.requires_grad]
     stepped = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     missing = [name for name, p in learned.items() if p.requires_grad and id(p) not in stepped]

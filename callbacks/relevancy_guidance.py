@@ -18,6 +18,7 @@ from prunex.pruners.tome import ToMe
 from prunex.units.xpruner import XPruner
 from prunex.vit.anatomy import find
 from prunex.vit.mount import mounted
+from prunex.vit.sharded import check_gathered
 from prunex.vit.surroundings import check_own_classes
 from prunex.vit.units import Backbone
 
@@ -90,7 +91,11 @@ class RelevancyGuidance(Layered):
             self._when_model_exists(pl_module, self.model, self._copy, Backbone)
 
     def _copy(self, module: LightningModule) -> None:
-        self._teacher = (dense_copy(find(module, self.model, Backbone)[1]),)
+        backbone = find(module, self.model, Backbone)[1]
+        check_gathered(
+            backbone, "make it in __init__ and shard it in configure_model, for guidance copies its dense judge"
+        )
+        self._teacher = (dense_copy(backbone),)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the pruners' losses, now that every callback has attached its own; refused where there are none."""
@@ -101,6 +106,10 @@ class RelevancyGuidance(Layered):
             raise PrunexError(
                 "RelevancyGuidance guides token scores or xpruner's masks, and this model has neither: add "
                 "TokenPruning or MaskPruning('xpruner') to the callbacks"
+            )
+        if units is not None or self.judge == "self":
+            check_gathered(
+                backbone, "guidance by the model that trains itself needs its whole weights: use strategy='ddp'"
             )
         # Explained is the label's class: a head of the module's own behind the ViT has other classes.
         check_own_classes(pl_module, backbone, "RelevancyGuidance")

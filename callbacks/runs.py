@@ -10,6 +10,7 @@ from prunex.errors import PrunexError
 from prunex.handles.base import Handle
 from prunex.handles.units import UnitPruning
 from prunex.vit.mount import HEAD, mounted
+from prunex.vit.sharded import local
 from prunex.vit.units import blocks_of
 
 
@@ -88,7 +89,7 @@ class Runs:
         if weights and not self._blocks_moved:
             self._blocks_moved = any(p.grad is not None for p in weights)
         learned = self.handle.learner.parameters()
-        self._pruner_moved |= any(p.grad is not None and bool(p.grad.any()) for p in learned)
+        self._pruner_moved |= any(p.grad is not None and bool(local(p.grad).any()) for p in learned)
 
     def look(self) -> None:
         """Before the first step of an optimiser (after it, where the module optimises by hand): is anything pruned?"""

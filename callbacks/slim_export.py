@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 import prunex
 from prunex.attributes import given_normalisation
 from prunex.batches import parts
+from prunex.callbacks.alone import agreed, alone
 from prunex.callbacks.averaging import averaged, check_swa_order
 from prunex.callbacks.described import check_pixels, names_of, normalisation, said_normalisation
 from prunex.callbacks.participant import Participant, check_strategy
@@ -25,6 +27,7 @@ from prunex.pruners.budget import in_words
 from prunex.slim.export import SUFFIXES
 from prunex.slim.files import CONFIG, check_savable
 from prunex.vit.anatomy import find, head_classes
+from prunex.vit.sharded import is_sharded
 
 
 class SlimExport(Callback):
@@ -102,7 +105,11 @@ class SlimExport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that could not be written when training has ended; its own setup has had its say by now."""
-        check_savable(pl_module, self.model)
+        vit = find(pl_module, self.model)[1]
+        if is_sharded(vit):
+            alone(trainer, vit, check_savable)
+        else:  # every process looks for itself, and raises
+            check_savable(vit)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the first batch: whether the slim model will say what its images are normalised by."""
@@ -129,18 +136,18 @@ class SlimExport(Callback):
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or _only_trying(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor)
-        if value is None or torch.isnan(torch.as_tensor(value)):
+        if value is None:
             return
-        if self._in_vain(trainer, pl_module) is not None:
-            return  # its turn may come
         sign = 1 if self.mode == "max" else -1
-        if self.best is None or sign * float(value) > sign * self.best:
+        better = not math.isnan(value) and (self.best is None or sign * float(value) > sign * self.best)
+        if agreed(trainer, pl_module, better and self._in_vain(trainer, pl_module) is None):  # else its turn may come
             self.best = float(value)
-            if trainer.is_global_zero:
-                self._save(trainer, pl_module)
+            self._write(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        vit = find(pl_module, self.model)[1]
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        alone(trainer, find(pl_module, self.model)[1], partial(self._save, trainer, pl_module))
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, vit: Any) -> None:
         mean, std = said_normalisation(trainer, pl_module, vit, self.mean, self.std) or (None, None)
         labels = names_of(trainer, pl_module, head_classes(vit))
         # What is exported is what was validated.
@@ -165,11 +172,12 @@ class SlimExport(Callback):
         if self.monitor is not None and self.best is None:
             known = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
             raise PrunexError(f"SlimExport(monitor={self.monitor!r}): no such metric was logged; there are: {known}")
+        if self.monitor is None:
+            self._write(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         folder = self.path(trainer)
         if self.monitor is None:
-            self._save(trainer, pl_module)
             self._check_schedule(pl_module)
         elif not (folder / CONFIG).is_file():
             rank_zero_warn(

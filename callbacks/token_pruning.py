@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import prunex
 from prunex.batches import parts
 from prunex.callbacks.averaging import averaging, check_order
-from prunex.callbacks.participant import Participant, progress, tell_hparams
+from prunex.callbacks.participant import Participant, cuts_weights, progress, tell_hparams
 from prunex.callbacks.rates import check_stepped, give_rates
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_number, check_options
@@ -27,6 +27,7 @@ from prunex.pruners.budget import in_words
 from prunex.units.base import UnitPruner
 from prunex.vit.mount import mounted_head
 from prunex.vit.optimisers import chain
+from prunex.vit.sharded import local, named
 from prunex.vit.trace import TokenTrace
 
 
@@ -132,11 +133,12 @@ class TokenPruning(Participant):
         self.freeze_backbone = check_number("freeze_backbone", freeze_backbone, 0, 1)
         self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
         self._brings_losses = bool(make.trains_masked)
-        self._before: list[tuple[nn.Parameter, Tensor, float]] = []
+        self._shards = bool(make.shards)
+        self._before: list[tuple[Tensor, Tensor, float]] = []
         self._shares: list[Tensor] = []  # of this validation: kept shares of each stage, summed over images
         self._images = 0
         self._dense = 0  # multiply-adds of one image before anything was pruned, which a budget is a share of
-        self._learned: dict[str, nn.Parameter] = {}  # what the pruner shall learn
+        self._learned: list[str] = []  # names of what the pruner shall learn
 
     def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
         count = sum(isinstance(c, TokenPruning) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -146,6 +148,11 @@ class TokenPruning(Participant):
             raise PrunexError(
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
                 "sum(prunex.attached(self).losses().values()) to your loss and attach without the callback, or use evit"
+            )
+        if cuts_weights(trainer) and not self._shards:
+            raise PrunexError(
+                f"{self.method} looks at its own parameters between forwards, which cannot be where each process holds "
+                "a part of them: use strategy='ddp', or evit, topk, dynamicvit, ia_red2"
             )
         check_order(trainer, self)
 
@@ -158,13 +165,13 @@ class TokenPruning(Participant):
         if not again:  # units may have been removed since
             self._dense = handle.dense_macs()
         # Predictors of stages that keep everything are held still by the method.
-        self._learned = {name: p for name, p in handle.pruner.named_parameters() if p.requires_grad}
+        self._learned = [name for name, p in handle.pruner.named_parameters() if p.requires_grad]
         if self._may_freeze and handle.pruner.freezes_model:
             # Now, since optimisers and DDP look at what learns when they are made.
-            for parameter in backbone_of(handle):
-                if parameter.requires_grad:
-                    parameter.requires_grad_(False)
-                    self._undo.append(partial(setattr, parameter, "requires_grad", True))
+            brought = {id(p) for p in backbone_of(handle) if p.requires_grad}
+            names = {name for name, p in handle.model.named_parameters() if id(p) in brought}
+            move(handle.model, names, False)
+            self._undo.append(partial(move, handle.model, names, True))
 
     def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
         output, pruning = step(), self.pruning
@@ -211,7 +218,7 @@ class TokenPruning(Participant):
         # Before anything is spent on calibration.
         check_stepped(trainer, pruning, self._learned)
         if pruner.needs_calibration:
-            self._calibrate_once(trainer, lambda: self._calibrate(trainer, pl_module))
+            self._calibrate_once(trainer, pl_module, partial(self._calibrate, trainer))
         # What a checkpoint brought was not known when it was attached.
         tell_hparams(pl_module, "pruning", pruning.spec)
         self._say_what_is_left()
@@ -224,9 +231,9 @@ class TokenPruning(Participant):
             )
         self._watch_steps(trainer)
 
-    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
-        with training_batches(trainer, module, self.pruning.model) as batches:
-            report = self.pruning.calibrate(fields["images"] for fields in batches)
+    def _calibrate(self, trainer: Trainer, pruning: prunex.Pruning, module: LightningModule) -> None:
+        with training_batches(trainer, module, pruning.model) as batches:
+            report = pruning.calibrate(fields["images"] for fields in batches)
         rank_zero_info(f"prunex: {self.method} calibrated on the first training batches\n{report}")
 
     def _say_what_is_left(self) -> None:
@@ -263,7 +270,8 @@ class TokenPruning(Participant):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             share = scale if id(p) in backbone else 1.0
             if share < 1:
-                self._before.append((p, p.detach().clone(), share))
+                part = local(p.detach())
+                self._before.append((part, part.clone(), share))
 
     def _take_back(self, *_: Any) -> None:
         """Take the rest of the backbone's step back: a learning-rate scale for any optimiser and schedule."""
@@ -351,6 +359,12 @@ def backbone_of(pruning: prunex.Pruning) -> list[nn.Parameter]:
     new = [pruning.pruner, mounted_head(pruning.model) or nn.Identity()]
     brought = {id(p) for module in new for p in module.parameters()}
     return [p for p in pruning.model.parameters() if id(p) not in brought]
+
+
+def move(model: nn.Module, names: Collection[str], moves: bool) -> None:
+    """Let a model's parameters of these names take part in training, or stand still."""
+    for parameter in named(model, names):
+        parameter.requires_grad_(moves)
 
 
 def _rates(pruning: prunex.Pruning) -> str:

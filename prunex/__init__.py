@@ -41,6 +41,7 @@ _PLACES = {
     "quantise": "slim",
     "save": "slim",
     "slim": "slim",
+    "whole": "vit.sharded",
     "with_registers": "relevance.registers",
 }
 
@@ -80,6 +81,7 @@ if _typing.TYPE_CHECKING:
     from prunex.slim.slim import slim as slim
     from prunex.units.correction import correction as correction
     from prunex.vit.cost import Cost as Cost, cost as cost
+    from prunex.vit.sharded import whole as whole
     from prunex.vit.widths import WidthSpec as WidthSpec
     from prunex import callbacks as callbacks, configs as configs, explainers as explainers, heads as heads
     from prunex import metrics as metrics, multimodal as multimodal

@@ -23,8 +23,13 @@ from prunex.units.base import UnitPruner
 from prunex.vit.anatomy import Anatomy, ViT, find
 from prunex.vit.methods import check_methods, check_parity, check_routes, route
 from prunex.vit.mount import TOKENS, mounted, mounted_head, mounted_units
+from prunex.vit.sharded import check_gathered
 from prunex.vit.units import Backbone
 
+_BEFORE = (
+    "attach before fully_shard; of a ViT that is made in configure_model by prunex.attach(...) there, and the callback "
+    "takes what is attached"
+)
 UnitMethod = Literal["xpruner", "magnitude", "taylor", "random", "relevance"]
 HeadMethod = Literal["concept_transformer", "vit_net", "attributes", "mean_patch"]
 
@@ -100,13 +105,17 @@ def _attach(
         if budget is not None:
             raise PrunexError(f"budget={budget!r} is for pruners, and {make.name} prunes nothing: leave it out")
         vit = find(model, path)[1]
+        check_gathered(vit, _BEFORE)
         check_methods(vit)
         check_routes(vit)
         return put_head(vit, make, options, model)
     if issubclass(make, UnitPruner):
         own = options if budget is None else {"budget": budget, **options}
-        return put_units(find(model, path, Backbone)[1], make, own)
+        backbone = find(model, path, Backbone)[1]
+        check_gathered(backbone, _BEFORE)
+        return put_units(backbone, make, own)
     vit = find(model, path)[1]
+    check_gathered(vit, _BEFORE)
     if mounted(vit) is not None:
         raise PrunexError(f"{type(vit).__name__} is pruned already by {mounted(vit).method}: detach() it first")
     anatomy = check_parity(vit)

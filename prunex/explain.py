@@ -22,6 +22,7 @@ from prunex.vit.anatomy import check_images, find, read
 from prunex.vit.aside import as_found
 from prunex.vit.methods import check_methods
 from prunex.vit.recording import one_forward
+from prunex.vit.sharded import COPY, check_gathered
 from prunex.vit.surroundings import Call, look
 from prunex.vit.through import through_call
 
@@ -125,6 +126,7 @@ def explain(
     vit = find(model, path)[1]
     anatomy = read(vit)
     check_methods(vit)
+    check_gathered(vit, COPY)
     weight = next(vit.parameters())
     if weight.is_meta:
         raise PrunexError("the model is on the meta device, where nothing is computed: load its weights first")

@@ -52,6 +52,17 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
     return path
 
 
+def put_in_place(draft: Path, path: Path) -> None:
+    """Give a whole file or folder its name, in the place of one that has it."""
+    if path.is_dir():
+        old = path.with_name(f"{DRAFT}old-{path.name}")
+        path.rename(old)
+        draft.rename(path)
+        shutil.rmtree(old)
+    else:
+        os.replace(draft, path)
+
+
 def remove_drafts(folder: Path) -> list[Path]:
     """Remove, from a folder and those in it, the drafts that a killed process left; give back what they were."""
     drafts = list(folder.rglob(f"{DRAFT}*")) if folder.is_dir() else []

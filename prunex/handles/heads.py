@@ -29,6 +29,7 @@ from prunex.vit.methods import route
 from prunex.vit.mount import HEAD, mounted, mounted_head, unmount
 from prunex.vit.readout import classifier, norm_behind_pool
 from prunex.vit.recording import choose_target
+from prunex.vit.sharded import gather
 from prunex.vit.state import TokenState
 from prunex.vit.trace import TokenTrace
 
@@ -221,6 +222,7 @@ class Head(Handle):
             PrunexError: For concept labels that fit neither the head nor a forward.
         """
         total: dict[str, Tensor] = {}
+        gather(self.model)
         forwards = self._headed.steps.take()
         given = {"labels": labels, "concepts": concepts, "spatial": spatial}
         counts = list(dict.fromkeys(forward.images for forward in forwards))

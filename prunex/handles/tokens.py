@@ -27,6 +27,7 @@ from prunex.vit.methods import route
 from prunex.vit.mount import TOKENS, mounted, unmount
 from prunex.vit.readout import POOLS, for_heads, masked_pool, over_patches
 from prunex.vit.recorder import SILENT, Recorder
+from prunex.vit.sharded import COPY, check_gathered, gather
 from prunex.vit.trace import TokenTrace
 
 
@@ -216,6 +217,7 @@ class Pruning(Handle):
             PrunexError: For labels that fit no forward.
         """
         attached = self._attached
+        gather(self.model)
         forwards = attached.steps.take()
         if labels is not None and forwards:
             give_labels(forwards, labels)
@@ -291,6 +293,7 @@ class Pruning(Handle):
         Raises:
             PrunexError: For a method that needs none, options it does not know, or images the model cannot take.
         """
+        check_gathered(self.model, COPY)
         return self.pruner.calibrate(self.model, images, **options)
 
     def counts(self, patches: int | None = None) -> list[int]:

@@ -19,6 +19,7 @@ from prunex.vit.cost import tally, tokens_of
 from prunex.vit.cuts import check_cuts
 from prunex.vit.mount import UNITS, mounted, mounted_units, unmount
 from prunex.vit.optimisers import check_followed
+from prunex.vit.sharded import COPY, check_gathered
 from prunex.vit.surroundings import answering
 from prunex.vit.units import (
     KINDS,
@@ -175,6 +176,7 @@ class UnitPruning(Handle):
             raise PrunexError("units were removed for good already: detach() and attach again to take out more")
         if self.pruner.trains:
             raise PrunexError(f"{self.method} learns its scores in training: use MaskPruning, or its stages by hand")
+        check_gathered(self.model, COPY)
         self.budget()
         model: nn.Module = self.model
         if module is not None and batches is not None and self.pruner.needs in ("images", "labels"):
@@ -246,6 +248,7 @@ class UnitPruning(Handle):
             PrunexError: By name, for a layer that is adapted, reparametrised, quantised or shares its weights, or an
                 optimiser that cannot follow.
         """
+        check_gathered(self.model, "slim the copy that prunex.whole(model) gives process 0 when training has ended")
         every: dict[Kind, dict[int, tuple[int, ...]]] = {kind: {} for kind in KINDS}
         for b in self.pruner.branches:
             every[b.kind][b.block] = ()

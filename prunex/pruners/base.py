@@ -56,6 +56,7 @@ class TokenPruner(nn.Module):
     name = ""
     trains_masked = False  # whether training keeps dropped tokens in their slots under a policy
     freezes_model = False  # whether it learns while the model's weights stay as they are
+    shards = True  # whether its parameters may be cut up: looked at in forwards and losses alone, none a single number
     count = "fixed"  # or "adaptive": images keep as many tokens as they ask for
     # What its choice depends on: each image; the calibration alone, so that all images keep the same positions; or
     # the slots that tokens lie in, so that absent patches must keep theirs.

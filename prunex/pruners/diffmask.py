@@ -80,6 +80,7 @@ class DiffMask(Adaptive):
     """
 
     name = KIND
+    shards = False
     read_once = frozenset({"explainer"})  # options that only attaching reads; they are no part of ``options``
     handed_on = {"count": "adaptive", "threshold": 0.5, "expected": None}
 

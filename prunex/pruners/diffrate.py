@@ -142,6 +142,7 @@ class DiffRate(TokenPruner):
     name = "diffrate"
     trains_masked = True
     freezes_model = True
+    shards = False
     lr = 0.01
 
     def __init__(

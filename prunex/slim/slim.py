@@ -18,6 +18,7 @@ from prunex.vit.cuts import check_cuts
 from prunex.vit.describe import outline
 from prunex.vit.fold import copy_of, fold, wrapped_parts
 from prunex.vit.mount import mounted, mounted_head, mounted_units
+from prunex.vit.sharded import COPY, check_gathered
 from prunex.vit.units import Backbone
 from prunex.vit.widths import WidthSpec, narrow, places
 
@@ -76,6 +77,7 @@ def slim(
     _check_asked(kind, images, widths)
     vit = find(model, path, Backbone)[1]
     outline(vit)
+    check_gathered(vit, COPY)
     # Adapters first: units are cut out of plain layers alone.
     small = _copy(vit)
     fold(small)

@@ -39,14 +39,14 @@ def go_on(config: Any, training: bool) -> bool:
         config["ckpt_path"] = None
         return False
     # A newer folder without a checkpoint was stopped before its first epoch had ended.
-    run = next((f for f in folders if _last(f).is_file()), folders[0])
-    if not training and not _last(run).is_file():
+    run = next((f for f in folders if _last(f).exists()), folders[0])
+    if not training and not _last(run).exists():
         raise PrunexError(f"ckpt_path='last': there is no {_last(run)}; give the path of a checkpoint")
     if training:
         logger["version"] = run.name
         # What a killed process was writing when it was killed.
         remove_drafts(run)
-    if _last(run).is_file():
+    if _last(run).exists():
         config["ckpt_path"] = str(_last(run))
         later = f"; {folders[0].name} is newer, but has no checkpoint" if run != folders[0] else ""
         rank_zero_info(f"prunex: going on from {_last(run)}{later}" if training else f"prunex: reading {_last(run)}")

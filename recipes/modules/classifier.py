@@ -14,7 +14,15 @@ from torchmetrics import Metric
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import create_model, load_weights
 from prunex.recipes.modules.tasks import TaskName, make_task, only_single
-from prunex.recipes.modules.training import Restored, adamw, check_at_most, check_classes, images_of, put_on
+from prunex.recipes.modules.training import (
+    Restored,
+    adamw,
+    check_at_most,
+    check_classes,
+    images_of,
+    put_on,
+    shard,
+)
 
 PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the patch to be labelled with its class
 
@@ -143,8 +151,9 @@ class ImageClassifier(Restored, LightningModule):
         return self.model(images)
 
     def configure_model(self) -> None:
-        """Put on what the hyperparameters tell of; what is on the model already stays as it is."""
+        """Put on what the hyperparameters tell of; what is on the model stays as it is. Then shard, if need be."""
         put_on(self.model, self.hparams)
+        shard(self, self.model)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Classification loss, with the patch loss where it is on."""

@@ -15,7 +15,15 @@ from torchmetrics import Metric
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import create_model, load_weights
-from prunex.recipes.modules.training import Restored, adamw, check_at_most, check_classes, images_of, put_on
+from prunex.recipes.modules.training import (
+    Restored,
+    adamw,
+    check_at_most,
+    check_classes,
+    images_of,
+    put_on,
+    shard,
+)
 from prunex.vit.anatomy import find
 from prunex.vit.intermediates import chosen_blocks
 from prunex.vit.mount import mounted
@@ -69,8 +77,9 @@ class GridModel(Restored, LightningModule):
         return torch.cat(maps, 1)
 
     def configure_model(self) -> None:
-        """Put on what the hyperparameters tell of; what is on the model already stays as it is."""
+        """Put on what the hyperparameters tell of; what is on the model stays as it is. Then shard, if need be."""
         put_on(self.model, self.hparams)
+        shard(self, self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weights decayed and others not, decoder and ViT apart; warm-up and cosine, stepped every batch."""

@@ -56,6 +56,18 @@ def put_on(model: nn.Module, hparams: Mapping[str, Any]) -> None:
         prunex.attach(model, **spec)
 
 
+def shard(module: LightningModule, model: nn.Module) -> None:
+    """Under a strategy that lets modules shard themselves: cut the weights up, block by block of a timm model."""
+    mesh: Any = module.device_mesh
+    if mesh is None:
+        return
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not isinstance(module, FSDPModule):
+        for part in (*getattr(model, "blocks", ()), module):
+            fully_shard(part, mesh=mesh["data_parallel"])
+
+
 def adamw(module: LightningModule, is_head: Callable[[str], bool]) -> OptimizerLRSchedulerConfig:
     """AdamW by a module's hyperparameters, weights decayed and others not, its head's rate ``head_lr_scale`` times.
 

@@ -50,6 +50,8 @@ class Plain(L.LightningModule):
     def configure_optimizers(self):
         if self.hparams.optimiser == "adamw":
             return torch.optim.AdamW(self.parameters(), self.hparams.lr, weight_decay=0.1)
+        if self.hparams.optimiser == "momentum":
+            return torch.optim.SGD(self.parameters(), self.hparams.lr, momentum=0.5)
         return torch.optim.SGD(self.parameters(), self.hparams.lr)
 
     def on_before_optimizer_step(self, optimizer):

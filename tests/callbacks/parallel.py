@@ -39,7 +39,7 @@ from prunex.handles.units import UnitPruning
 from tests.callbacks.modules import Plain, csv_logger, data, trainer
 
 ROOT = Path(__file__).parents[2]
-BATCH, IMAGES, EPOCHS, WINDOW = 2, 24, 2, 2  # of one process: 3 optimiser steps an epoch
+BATCH, IMAGES, WINDOW = 2, 24, 2  # of one process: 3 optimiser steps an epoch
 UNITS = {"masks": 0.34, "thresholds": 0.34, "threshold_lr": 0.6, "remove": False}
 
 # Dropout draws by process; what is compared has none.
@@ -134,31 +134,33 @@ def drawn_by_image(module):
         undo()
 
 
-def batches(images, labels, way, rank):
+def batches(images, labels, way, rank, count=2):
     """The training batches of one process.
 
     ``way``: "own", this process's part, in order (Lightning's own sampler would shuffle); "parts", of one process: the
-    parts of both, one batch after another; "whole", of one process: as many images at once as both have together.
+    parts of all ``count``, one batch after another; "whole", of one: as many images at once as all have together.
     """
-    both = TensorDataset(images, labels)
+    every = TensorDataset(images, labels)
     if way == "own":
-        return DataLoader(both, BATCH, sampler=DistributedSampler(both, 2, rank, shuffle=False))
+        return DataLoader(every, BATCH, sampler=DistributedSampler(every, count, rank, shuffle=False))
     if way == "whole":
-        return DataLoader(both, 2 * BATCH)
-    rows = torch.arange(len(images)).view(-1, BATCH, 2).transpose(1, 2).flatten()
+        return DataLoader(every, count * BATCH)
+    rows = torch.arange(len(images)).view(-1, BATCH, count).transpose(1, 2).flatten()
     return DataLoader(TensorDataset(images[rows], labels[rows]), BATCH)
 
 
-def train(folder, name, way="own", precision="32-true", **options):
-    """One training; its losses, weights and what its callbacks counted."""
-    window = {"own": WINDOW, "parts": 2 * WINDOW, "whole": WINDOW}[way]
+def train(
+    folder, name, way="own", precision="32-true", make=Plain, count=2, epochs=2, start=None, save=None, **options
+):
+    """One training, from a checkpoint and into one where these are given; its losses, weights and steps."""
+    window = {"own": WINDOW, "parts": count * WINDOW, "whole": WINDOW}[way]
     torch.manual_seed(1)
-    module, losses = Plain(lr=0.02), Losses()
+    module, losses = make(lr=0.02), Losses()
     run = trainer(
         folder,
         *TRAINED[name](),
         losses,
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         accumulate_grad_batches=window,
         gradient_clip_val=1.0,
         precision=precision,
@@ -166,8 +168,11 @@ def train(folder, name, way="own", precision="32-true", **options):
     )
     images, labels = data(IMAGES)
     with drawn_by_image(module):
-        run.fit(module, batches(images, labels, way, run.global_rank))
-    state = {n: p.detach().clone() for n, p in module.state_dict().items()}
+        run.fit(module, batches(images, labels, way, run.global_rank, count), ckpt_path=start)
+    if save:
+        run.save_checkpoint(save)
+    gathered = prunex.whole(module)
+    state = {} if gathered is None else {n: p.detach().clone() for n, p in gathered.state_dict().items()}
     return {"losses": torch.tensor(losses.found, dtype=torch.float64), "state": state, "steps": run.global_step}
 
 
@@ -244,7 +249,7 @@ class Counted(Plain):
             self.kept.append([self.trainer.current_epoch, shares.tolist()])
 
 
-def watch(folder, validation=9, sleep=0.0, **options):
+def watch(folder, validation=9, sleep=0.0, make=Counted, **options):
     """A training with everything that writes or watches; 9 validation images: the last batches are uneven."""
     images, labels = data(IMAGES)
     masks = torch.zeros(validation, 32, 32, dtype=torch.bool)
@@ -262,7 +267,7 @@ def watch(folder, validation=9, sleep=0.0, **options):
         SlimExport(formats=["pt2"]),
         SlimExport(str(Path(folder) / "best"), monitor="val_loss", mode="min", formats=[]),
     ]
-    module = Counted()
+    module = make()
 
     class Slow(L.Callback):
         """The others wait for nobody who watches."""
@@ -397,15 +402,15 @@ def main(folder, names, options):
         torch.save(result, Path(folder) / f"{name}-{rank}.pt")
 
 
-def processes(folder, names, nodes=1, strategy="ddp", timeout=600):
+def processes(folder, names, nodes=1, strategy="ddp", timeout=600, count=2, script="tests.callbacks.parallel", **more):
     """Run cases by two processes on one node, or on two nodes of one; {case: [what each process told]}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    options = {"strategy": strategy, "devices": 2 // nodes, "num_nodes": nodes}
-    command = [sys.executable, "-m", "tests.callbacks.parallel", str(folder), ",".join(names), json.dumps(options)]
+    options = {"strategy": strategy, "devices": count // nodes, "num_nodes": nodes, **more}
+    command = [sys.executable, "-m", script, str(folder), ",".join(names), json.dumps(options)]
     running = []
-    for rank in (0, 1):
+    for rank in range(count):
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
@@ -424,9 +429,9 @@ def processes(folder, names, nodes=1, strategy="ddp", timeout=600):
             process.kill()
             process.wait()
             out.close()
-    said = [(Path(folder) / f"process{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
-    assert codes == [0, 0], "\n".join(said)
-    return {n: [torch.load(Path(folder) / f"{n}-{r}.pt", weights_only=True) for r in (0, 1)] for n in names}
+    said = [(Path(folder) / f"process{rank}.txt").read_text()[-3000:] for rank in range(count)]
+    assert codes == [0] * count, "\n".join(said)
+    return {n: [torch.load(Path(folder) / f"{n}-{r}.pt", weights_only=True) for r in range(count)] for n in names}
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 import prunex
 from prunex import PrunexError
@@ -176,19 +178,45 @@ class Sharded(FSDPStrategy):
     """Lightning refuses the class itself where there is no GPU."""
 
 
+class Stage3(DDPStrategy):
+    """What DeepSpeed's strategy says of itself, whose package is no requirement."""
+
+    zero_stage_3 = True
+
+
+class Tensors(ModelParallelStrategy):
+    """As it is among four processes that cut up each tensor by two."""
+
+    device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+
+
 @pytest.mark.parametrize(
-    "callback",
+    ("strategy", "callback"),
     [
-        lambda: TokenPruning("evit"),
-        lambda: MaskPruning("taylor"),
-        lambda: RelevancyGuidance("rollout"),
-        lambda: FaithfulnessMonitor(["rollout"]),
-        lambda: SlimExport(),
+        (Sharded, lambda: TokenPruning("evit")),
+        (Sharded, lambda: MaskPruning("taylor")),
+        (Stage3, lambda: RelevancyGuidance("rollout")),
+        (Stage3, lambda: FaithfulnessMonitor(["rollout"])),
+        (Tensors, lambda: SlimExport()),
     ],
 )
-def test_sharded_weights_are_refused(tmp_path, callback):
+def test_other_cuts_are_refused(tmp_path, strategy, callback):
     callback, module = callback(), Plain()
-    run = trainer(tmp_path, callback, strategy=Sharded())
-    with pytest.raises(PrunexError, match=rf"{type(callback).__name__} cannot work under Sharded.*use strategy='ddp'"):
+    run = trainer(tmp_path, callback, strategy=strategy())
+    who = rf"{type(callback).__name__} cannot work under {strategy.__name__}"
+    with pytest.raises(PrunexError, match=rf"{who}.*use strategy=ModelParallelStrategy\(data_parallel_size=1.*'ddp'"):
         callback.setup(run, module, "fit")
     assert not hasattr(module.vit, "prunex")
+
+
+def test_what_does_not_follow_cut_weights_is_refused(tmp_path):
+    class Whole(ModelParallelStrategy):
+        device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+
+    average = StochasticWeightAveraging(1e-2)
+    run = trainer(tmp_path, average, strategy=Whole())
+    with pytest.raises(PrunexError, match="StochasticWeightAveraging keeps a copy .* use strategy='ddp'"):
+        SlimExport().setup(run, Plain(), "fit")
+    run = trainer(tmp_path, strategy=Whole())
+    with pytest.raises(PrunexError, match="diffrate looks at its own parameters between forwards"):
+        TokenPruning("diffrate").setup(run, Plain(), "fit")

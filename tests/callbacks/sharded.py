@@ -5,7 +5,6 @@ As a script: ``python -m tests.callbacks.sharded FOLDER CASE,CASE OPTIONS``, as 
 
 import json
 import os
-import signal
 import sys
 import time
 from functools import partial
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -21,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import (
-    ExactResume,
     HeadMonitor,
     KeptTokenMonitor,
     MaskPruning,
@@ -196,29 +193,6 @@ def checkpoint(folder, epochs=1, start=None, make=Cut, **options):
     return train(folder, "dynamicvit", way, make=make, epochs=epochs, start=start, save=save, **options)
 
 
-class Killed(Cut):
-    """One process dies on the way."""
-
-    def on_train_batch_start(self, batch, batch_idx):
-        if os.environ.get("DIES") and self.global_rank and self.current_epoch == 2 and batch_idx == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def resumable(folder, **options):
-    """Three epochs that go on where they were, if there is anything."""
-    last = Path(folder) / "last"
-    run = trainer(
-        folder, TokenPruning("evit", keep_ratio=0.6), ExactResume(), ModelCheckpoint(last), max_epochs=3,
-        logger=csv_logger(last), enable_checkpointing=True, **options,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    module = Killed(lr=0.02, optimiser="momentum")
-    found = sorted(last.glob("run/*/checkpoints/last.ckpt"))
-    run.fit(module, loader(16, 2), ckpt_path=found[-1] if found else None)
-    gathered = prunex.whole(module)
-    return {"began": bool(found), "state": {} if gathered is None else gathered.state_dict(), "steps": run.global_step}
-
-
 CASES = {
     "refused": refused,
     "by_hand": by_hand,
@@ -228,7 +202,6 @@ CASES = {
     "broken": broken,
     "save": checkpoint,
     "go_on": lambda folder, **o: checkpoint(folder, 2, Path(folder).parent / "start.ckpt", **o),
-    "resumable": resumable,
     "first": partial(train, name="evit", make=First),
 }
 

@@ -1,5 +1,6 @@
 """Processes that hold a part of every weight each train as one does, and what needs whole weights gets a copy."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import prunex
+from prunex import PrunexError
 from prunex.callbacks import load_from_checkpoint
 from tests.callbacks.modules import Plain, metrics
-from tests.callbacks.parallel import TRAINED, processes, train
+from tests.callbacks.parallel import ROOT, TRAINED, processes, train
 from tests.callbacks.sharded import SCRIPT, checkpoint
 from tests.callbacks.sharded import slim as train_slim
 from tests.callbacks.test_parallel import TOLERANCE, check_watched
+from tests.recipes.interrupted import WHEN, callback, write_config
 
 sharded = partial(processes, script=SCRIPT, timeout=240)
 
@@ -115,40 +119,67 @@ def test_checkpoints_open_in_other_numbers_of_processes(tmp_path, parts):
     straight = checkpoint(tmp_path / "straight", 2)["losses"].view(2, -1)
     assert (straight[1] - straight[0]).abs().max() > 1e-2
     sharded(tmp_path, ["save"], parts=parts)
-    written = tmp_path / "save" / "end.ckpt"
+    written = lone = tmp_path / "save" / "end.ckpt"
     assert written.is_dir() == parts
     four = tmp_path / "four"
     four.mkdir()
     (shutil.copytree if parts else shutil.copy)(written, four / "start.ckpt")
     told = sharded(four, ["go_on"], count=4, parts=parts)["go_on"]
-    every = torch.stack([each["losses"] for each in told], 1).flatten()
-    other = checkpoint(tmp_path / "reference", 2, count=4, start=None)["losses"]
-    assert len(every) == 12
     if parts:
+        with pytest.raises(PrunexError, match="consolidate_checkpoint"):
+            load_from_checkpoint(Plain, str(written))
         lone = tmp_path / "lone.ckpt"
         command = [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", str(written)]
         subprocess.run([*command, "--output_file", str(lone)], check=True, capture_output=True, timeout=120)
-    else:
-        lone = written
     one = checkpoint(tmp_path / "single", 2, start=lone)["losses"]
     assert torch.allclose(one, straight[1], rtol=TOLERANCE, atol=TOLERANCE)
-    assert other is not None
-    module = load_from_checkpoint(Plain, str(lone))
-    assert prunex.attached(module).method == "dynamicvit"
+    other = checkpoint(tmp_path / "other", 2, count=4, start=lone)["losses"]
+    every = torch.stack([each["losses"] for each in told], 1).flatten()
+    assert torch.allclose(every, other, rtol=TOLERANCE, atol=TOLERANCE)
+    assert prunex.attached(load_from_checkpoint(Plain, str(lone))).method == "dynamicvit"
+
+
+CLI = """
+import os
+if os.environ["RANK"] == "0":
+    os.environ.pop("PRUNEX_TEST_INTERRUPT", None)  # one process alone is killed
+from prunex.recipes.commands.cli import main
+main()
+"""
+
+
+def fit(folder, *more, when=None):
+    """``prunex fit`` under torchrun, by two processes that cut the weights up: its exit code."""
+    script = folder / "cli.py"
+    script.write_text(CLI)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({WHEN: when} if when else {})
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*run, "--rdzv-endpoint", "localhost:0", str(script), "fit", "--config", str(folder / "fit.yaml"), *more]
+    with open(folder / "log", "w") as log:
+        return subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=100, check=False).returncode
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_one_process_was_killed(tmp_path, monkeypatch):
-    whole = sharded(tmp_path, ["resumable"])["resumable"]
-    again = tmp_path / "again"
-    again.mkdir()
-    monkeypatch.setenv("DIES", "1")
-    with pytest.raises(AssertionError, match="-9"):
-        sharded(again, ["resumable"], timeout=120)
-    monkeypatch.delenv("DIES")
-    found = sharded(again, ["resumable"])["resumable"]
-    assert [told["began"] for told in found] == [True, True]
-    assert found[0]["steps"] == whole[0]["steps"]
-    for key, value in whole[0]["state"].items():
-        assert torch.equal(value, found[0]["state"][key]), key
-    assert Path(again / "resumable").is_dir()
+def test_the_command_goes_on_after_one_process_was_killed(tmp_path):
+    """Checkpoints are folders here, and the module is the one that shards itself."""
+    for name in ("whole", "killed"):
+        tokens = callback("TokenPruning", method="dynamicvit", keep_ratio=0.7, stages=[1, 2])
+        path = write_config(tmp_path / name, [tokens, callback("SlimExport", formats=[])])
+        config = yaml.safe_load(path.read_text())
+        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": sizes}
+        config["trainer"] |= {"devices": 2, "strategy": strategy}
+        path.write_text(yaml.safe_dump(config | {"seed_everything": 1}))
+    assert fit(tmp_path / "whole") == 0, (tmp_path / "whole" / "log").read_text()[-3000:]
+    assert fit(tmp_path / "killed", when="40 kill") != 0
+    run = tmp_path / "killed" / "run" / "version_0"
+    assert (run / "checkpoints" / "last.ckpt").is_dir()
+    assert not (run / "slim").exists()
+    assert fit(tmp_path / "killed", "--ckpt_path", "last") == 0, (tmp_path / "killed" / "log").read_text()[-3000:]
+    assert "going on from" in (tmp_path / "killed" / "log").read_text()
+    whole = tmp_path / "whole" / "run" / "version_0"
+    assert [p.name for p in run.parent.iterdir()] == ["version_0"]
+    assert metrics(run)["train_loss_epoch"] == metrics(whole)["train_loss_epoch"]
+    one, two = (load_file(folder / "slim" / "model.safetensors") for folder in (whole, run))
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key

@@ -1,7 +1,11 @@
-"""Models that are uploaded and downloaded, by a folder that stands in for the Hub."""
+"""Models that are uploaded and downloaded: by a folder that stands in for the Hub, and by its library over HTTP."""
 
 import fnmatch
+import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import huggingface_hub
 import pytest
@@ -11,6 +15,7 @@ import torch
 import prunex
 from prunex import PrunexError
 from prunex.slim.files import CARD, CONFIG, WEIGHTS
+from tests.slim.hub_server import Server
 from tests.vits import images, tiny
 
 
@@ -129,3 +134,35 @@ def test_without_a_network_it_is_said_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(PrunexError, match="^cannot download hf-hub:me/gone: ") as told:
         prunex.load("hf-hub:me/gone")
     assert "\n" not in str(told.value)
+
+
+ROUND_TRIP = """
+import prunex, torch
+from tests.vits import images, tiny
+
+model = tiny().eval()
+prunex.attach(model, "evit", keep_ratio=0.5, stages=(1, 2))
+print(prunex.push_to_hub(model, "me/small", images=images(1), token="hf_none"))
+again = prunex.load("hf-hub:me/small")
+assert torch.equal(again(images(2)), model(images(2)))
+try:
+    prunex.load("hf-hub:me/gone")
+except prunex.PrunexError as told:
+    print(told)
+"""
+
+
+@pytest.mark.slow  # a Python of its own: the library reads the address when it is imported
+def test_the_library_itself_uploads_and_downloads(tmp_path):
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", ROUND_TRIP], capture_output=True, text=True, env=environment)
+    server.shutdown()
+    server.server_close()
+    assert ran.returncode == 0, ran.stderr
+    where, refused = ran.stdout.splitlines()
+    assert where == f"{server.address}/me/small"
+    assert refused.startswith("cannot download hf-hub:me/gone: RepositoryNotFoundError: 404")
+    assert set(server.files["me/small"]) == {WEIGHTS, CONFIG, CARD, "kept.png"}
+    assert server.asked == {WEIGHTS, CONFIG}

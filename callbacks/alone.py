@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from prunex.callbacks.layers import is_layered
 from prunex.errors import PrunexError
 from prunex.vit.sharded import is_sharded, whole
 
@@ -27,8 +28,7 @@ def alone(trainer: Trainer, module: nn.Module, work: Callable[[Any], Any]) -> No
         copied = whole(module)
         if copied is not None:
             if isinstance(copied, LightningModule):
-                copied.to("cpu")  # which it tells as its device from then on
-                copied.trainer = trainer
+                _let_stand_alone(copied, trainer)
             work(copied)
     except Exception as error:
         failure = error
@@ -37,6 +37,14 @@ def alone(trainer: Trainer, module: nn.Module, work: Callable[[Any], Any]) -> No
         raise failure
     if said is not None:
         raise PrunexError(f"process 0 ended with {said}")
+
+
+def _let_stand_alone(copied: LightningModule, trainer: Trainer) -> None:
+    """Have a copy log into the Trainer, and run its own steps: callbacks' layers on them lead to the original."""
+    copied.to("cpu")  # which it tells as its device from then on
+    copied.trainer = trainer
+    for name in [name for name, value in vars(copied).items() if is_layered(value)]:
+        del copied.__dict__[name]
 
 
 def agreed(trainer: Trainer, module: nn.Module, choice: bool) -> bool:

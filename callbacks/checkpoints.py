@@ -177,7 +177,7 @@ def read_checkpoint(path: Any, map_location: Any = None) -> dict[str, Any]:
     if Path(path).is_dir():
         raise PrunexError(
             f"{path} holds the parts that processes wrote (save_distributed_checkpoint=True): make one file of them "
-            f"with python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            f"with python -m lightning.fabric.utilities.consolidate_checkpoint {path}"
         )
     try:
         with warnings.catch_warnings():

@@ -55,6 +55,11 @@ class Layered(Callback):
         attach(module)
 
 
+def is_layered(method: Any) -> bool:
+    """Whether a method has layers round it."""
+    return hasattr(method, "_prunex_layers")
+
+
 def put_round(module: LightningModule, name: str, layer: Layer) -> Callable[[], None]:
     """Put a layer round a method of one module object; the call that is returned takes it off, in any order."""
     before = module.__dict__.get(name)

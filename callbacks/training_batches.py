@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from prunex.batches import Parts, parts
+from prunex.callbacks.layers import is_layered
 from prunex.errors import PrunexError
 
 BY_HAND = "calibrate before fit with prunex.attach(...).calibrate(images)"
@@ -46,7 +47,7 @@ def training_batches(trainer: Trainer, module: LightningModule, vit: Any) -> Ite
 
 def _walk(trainer: Trainer, module: LightningModule, vit: Any) -> Generator[Any, None, None]:
     step: Any = module.training_step
-    while hasattr(step, "_prunex_layers"):  # beneath what callbacks put round it
+    while is_layered(step):  # beneath what callbacks put round it
         step = step.__wrapped__
     fetches = "dataloader_iter" in inspect.signature(step).parameters  # the step takes its batches itself
     follow = not fetches

@@ -20,8 +20,8 @@ from tests.callbacks.modules import Plain, csv_logger, data, loader, snapshot, t
 class Augmented(Dataset):
     """Images with noise from torch in the main process or a worker, and from NumPy."""
 
-    def __init__(self):
-        self.images, self.labels = data(12)
+    def __init__(self, images=12):
+        self.images, self.labels = data(images)
 
     def __len__(self):
         return len(self.images)

@@ -26,7 +26,7 @@ from prunex.units.base import UnitPruner
 from prunex.units.batches import entering
 from prunex.units.correction import Cut, check_biases, check_correct, make_up, note
 from prunex.units.xpruner import XPruner
-from prunex.vit.sharded import is_sharded, named
+from prunex.vit.sharded import check_gathered, is_sharded, named
 from prunex.vit.surroundings import check_own_classes
 
 LOOKING = ("images", "labels")  # what criteria may need to look at
@@ -170,6 +170,10 @@ class MaskPruning(Participant):
             self.pruning.check_removable(trainer.optimizers)
             self._copies = Copies(trainer, pl_module, self.pruning.model)
         if self.correct is not None and not self.pruning.decided:
+            check_gathered(
+                pl_module,
+                f"correct={self.correct!r} would write them anew: give it to prunex.slim(), on prunex.whole()",
+            )
             self.pruning.check_removable()  # what cannot be cut cannot be written to either
             check_biases(self.pruning.model, self.pruning.pruner.branches, self.correct)
         pruner = self._xpruner

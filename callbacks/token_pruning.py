@@ -27,7 +27,7 @@ from prunex.pruners.budget import in_words
 from prunex.units.base import UnitPruner
 from prunex.vit.mount import mounted_head
 from prunex.vit.optimisers import chain
-from prunex.vit.sharded import local, named
+from prunex.vit.sharded import check_gathered, local, named
 from prunex.vit.trace import TokenTrace
 
 
@@ -218,6 +218,11 @@ class TokenPruning(Participant):
         # Before anything is spent on calibration.
         check_stepped(trainer, pruning, self._learned)
         if pruner.needs_calibration:
+            check_gathered(
+                pl_module,
+                f"{self.method} tunes them on images before it trains: calibrate before fit with "
+                "prunex.attach(...).calibrate(images), or use strategy='ddp'",
+            )
             self._calibrate_once(trainer, pl_module, partial(self._calibrate, trainer))
         # What a checkpoint brought was not known when it was attached.
         tell_hparams(pl_module, "pruning", pruning.spec)

@@ -34,8 +34,6 @@ from tests.vits import tiny
 SCRIPT = "tests.callbacks.sharded"
 TRAINED["slow"] = lambda: [TokenPruning("dynamicvit", keep_ratio=0.6, backbone_lr_scale=0.1, freeze_backbone=0.4)]
 TRAINED["magnitude"] = lambda: [MaskPruning("magnitude", budget=0.6, remove=False)]
-TRAINED["patch_slimming"] = lambda: [TokenPruning("patch_slimming", options={"tolerance": 0.3, "epochs": 1})]
-TRAINED["corrected"] = lambda: [MaskPruning("magnitude", budget=0.6, images=4, correct="bias", remove=False)]
 
 
 def cuts(count, parts=False):
@@ -109,6 +107,8 @@ def refused(folder, **options):
         "guidance": ([RelevancyGuidance("rollout")], Made),
         "self": ([TokenPruning("evit"), RelevancyGuidance("rollout", judge="self")], Cut),
         "diffrate": ([TokenPruning("diffrate")], Cut),
+        "patch_slimming": ([TokenPruning("patch_slimming")], Cut),
+        "corrected": ([MaskPruning("magnitude", correct="bias")], Cut),
         "units": ([MaskPruning("xpruner"), RelevancyGuidance("rollout")], Cut),
         "explainer": ([RelevancyMonitor(["attention_flow"], options={"attention_flow": {"max_tokens": 4}})], Cut),
     }

@@ -45,6 +45,8 @@ def test_two_processes(tmp_path):
     for told in found["refused"]:
         assert "cut up among processes: attach before fully_shard" in told["late"]
         assert "make it in __init__ and shard it in configure_model" in told["guidance"]
+        assert "calibrate before fit" in told["patch_slimming"]
+        assert "correct='bias' would write them anew" in told["corrected"]
         for name in ("self", "units", "diffrate"):
             assert "use strategy='ddp'" in told[name]
         assert "17 tokens are more than max_tokens=4" in told["explainer"]  # said by process 0, and raised by both
@@ -68,7 +70,7 @@ def test_two_processes(tmp_path):
 def test_all_that_train_differently(tmp_path, count):
     """Four processes for what the issue of several is about; two for the rest."""
     few = ["evit", "topk", "dynamicvit", "xpruner", "guidance"]
-    left_out = {"patch_slimming", "taylor", "corrected", "unit_guidance", "diffrate", "diffmask"}
+    left_out = {"unit_guidance", "diffrate", "diffmask"}
     names = few if count == 4 else [n for n in TRAINED if n not in left_out]
     names += [] if count == 4 else ["concept_transformer#nested", "vit_net#nested"]
     for name, told in sharded(tmp_path, names, count=count).items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,18 +15,42 @@ from torch import nn
 def as_found(model: nn.Module, train: bool | None = None) -> Iterator[None]:
     """Run something aside with every module in train or eval mode, and give each its own flag back, whatever is raised.
 
+    Of several threads, and of calls within calls, the last one to leave gives the flags back.
+
     Under the caller's autocast it casts weights for itself: torch 2.9 takes one cast without a graph from its cache for
     a forward that needs the graph, which then loses the weight's gradient.
     """
-    flags = [(m, m.training) for m in model.modules()]
+    modules = list(model.modules())
     try:
-        if train is not None and {flag for _, flag in flags} != {train}:
-            model.train(train)
+        _enter(modules, train)
         with uncached_autocast(model):
             yield
     finally:
-        for m, flag in flags:
-            if m.training is not flag:  # setting an attribute of a module is slow
+        _leave(modules)
+
+
+_LOCK = threading.Lock()
+_FLAGS: dict[nn.Module, tuple[bool, int]] = {}  # of modules that are run aside: their own flag, and by how many
+
+
+def _enter(modules: Sequence[nn.Module], train: bool | None) -> None:
+    # Threads may explain one model at once: the flag is the module's own that the first of them sees.
+    with _LOCK:
+        for m in modules:
+            flag, count = _FLAGS.get(m, (m.training, 0))
+            _FLAGS[m] = (flag, count + 1)
+            if train is not None and m.training is not train:  # setting an attribute of a module is slow
+                m.training = train
+
+
+def _leave(modules: Sequence[nn.Module]) -> None:
+    with _LOCK:
+        for m in modules:
+            flag, count = _FLAGS.pop(m)
+            # Only the last gives it back: others would go on with dropout.
+            if count > 1:
+                _FLAGS[m] = (flag, count - 1)
+            elif m.training is not flag:
                 m.training = flag
 
 

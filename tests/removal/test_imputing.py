@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prunex.removal import imputing
 from prunex.removal.imputing import NOISE, imputed
 from prunex.removal.painting import painter
 from tests.vits import images
@@ -73,8 +74,10 @@ def test_nothing_present_is_the_mean_colour_and_all_present_the_image():
     assert imputed(x.half(), nobody).dtype == torch.float16
 
 
-def test_an_image_does_not_depend_on_its_neighbours():
-    """Rounds of the solver go on for whoever needs them; who is done stands still."""
+@pytest.mark.parametrize("at_once", [2**17, 1600])
+def test_an_image_does_not_depend_on_its_neighbours(at_once, monkeypatch):
+    """Rounds of the solver go on for whoever needs them; who is done stands still. In parts, too."""
+    monkeypatch.setattr(imputing, "_AT_ONCE", at_once)
     x = torch.cat([images(3, (16, 16)), torch.zeros(1, 3, 16, 16)])
     present = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(3)) > torch.tensor(
         [0.1, 0.95, 0.5, 0.5]

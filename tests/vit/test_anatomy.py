@@ -50,7 +50,7 @@ def test_unsupported_families_are_refused_by_name(family):
         assert family in message
         assert why in message
         assert "\n" not in message
-        for works in ("VisionTransformer", "DeiT", "DINOv2", "registers", "qk-norm"):
+        for works in ("ViT", "DeiT", "DINOv2", "registers", "attention pooling"):
             assert works in message
     assert_same_state(model, before)
 

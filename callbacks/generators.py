@@ -46,8 +46,8 @@ def own_generators(trainer: Trainer) -> list[torch.Generator]:
     loaders = trainer.fit_loop._combined_loader
     flat = [] if loaders is None else loaders.flattened
     holders = [*flat, *(getattr(loader, "sampler", None) for loader in flat)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    held = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in held if isinstance(generator, torch.Generator)]
 
 
 def all_places(trainer: Trainer) -> list[dict[str, Any]]:

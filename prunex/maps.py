@@ -75,8 +75,8 @@ class Maps:
         self._locate(len(listed))
         # Of an image that has changed, the line that was added last counts.
         last = {name: number for number, name in enumerate(listed)}
-        there = self._shard >= 0
-        self._numbers = np.array([n for name, n in last.items() if there[n]], dtype=np.int64)
+        written = self._shard >= 0
+        self._numbers = np.array([n for name, n in last.items() if written[n]], dtype=np.int64)
         self._numbers.sort()
         self.names: list[str] = [listed[n] for n in self._numbers]
         self.methods = [name for name in self.about.get("methods", []) if name in self.columns]
@@ -141,8 +141,8 @@ class Maps:
     def has(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which lines of the listing have rows."""
         inside = numbers < len(self._shard)
-        there: NDArray[np.bool_] = inside & (self._shard[np.where(inside, numbers, 0)] >= 0)
-        return there
+        written: NDArray[np.bool_] = inside & (self._shard[np.where(inside, numbers, 0)] >= 0)
+        return written
 
     def _by_name(self) -> dict[str, int]:
         if self._places is None:

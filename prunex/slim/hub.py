@@ -19,7 +19,7 @@ def downloaded(address: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, revision = read_name(address.removeprefix(HUB))
-    with told(f"cannot download {address}"):
+    with in_one_line(f"cannot download {address}"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
 
@@ -36,7 +36,7 @@ def read_name(name: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def in_one_line(what: str) -> Iterator[None]:
     """Whatever the Hub, its library or the network say, as one line."""
     try:
         yield

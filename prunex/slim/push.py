@@ -14,7 +14,7 @@ from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.handles.tokens import Pruning
 from prunex.slim.files import CARD, load, save
-from prunex.slim.hub import HUB, read_name, told
+from prunex.slim.hub import HUB, in_one_line, read_name
 from prunex.vit.mount import mounted
 
 PICTURE = "kept.png"
@@ -69,7 +69,7 @@ def push_to_hub(
             _draw(folder, images)
             card += f"\nWhat each stage keeps, image by image:\n\n![kept patches]({PICTURE})\n"
         (folder / CARD).write_text(card, encoding="utf-8")
-        with told(f"cannot upload to {repository}"):
+        with in_one_line(f"cannot upload to {repository}"):
             api = HfApi(token=token)
             address = str(api.create_repo(repository, private=private, exist_ok=True))
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)

@@ -134,8 +134,8 @@ def _gathered(parameter: Tensor) -> Tensor:
 
     if not isinstance(parameter, DTensor):
         return parameter.detach().clone()
-    there: Any = parameter.detach().to(parameter.device_mesh.device_type)  # offloaded ones lie on the CPU
-    gathered: Tensor = there.full_tensor()
+    placed: Any = parameter.detach().to(parameter.device_mesh.device_type)  # offloaded ones lie on the CPU
+    gathered: Tensor = placed.full_tensor()
     return gathered
 
 

@@ -60,10 +60,10 @@ def script(shell: str) -> str:
 
 def _options(command: str) -> list[str]:
     """The options that a command's help names."""
-    told = io.StringIO()
-    with redirect_stdout(told), suppress(SystemExit):  # argparse leaves when it has helped
+    help_text = io.StringIO()
+    with redirect_stdout(help_text), suppress(SystemExit):  # argparse leaves when it has helped
         run([command, "--help"])
-    return sorted({*_OPTION.findall(told.getvalue()), "--help"})
+    return sorted({*_OPTION.findall(help_text.getvalue()), "--help"})
 
 
 def _fish(options: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[str]]) -> Iterable[str]:

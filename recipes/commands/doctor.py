@@ -57,12 +57,12 @@ def environment() -> Iterator[tuple[bool, str]]:
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
         try:
-            there = version(need.name)
+            installed = version(need.name)
         except PackageNotFoundError:
             yield False, f"{need.name} is missing: pip install '{need}'"
             continue
-        fits = need.specifier.contains(there, prereleases=True)
-        yield fits, f"{need.name} {there}" + ("" if fits else f", and {PROJECT} needs {need.specifier}")
+        fits = need.specifier.contains(installed, prereleases=True)
+        yield fits, f"{need.name} {installed}" + ("" if fits else f", and {PROJECT} needs {need.specifier}")
 
 
 def devices() -> Iterator[tuple[bool, str]]:
@@ -80,7 +80,7 @@ def devices() -> Iterator[tuple[bool, str]]:
         "cuDNN": backends.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
     }
     fused = bool(timm.layers.use_fused_attn())
-    on_gpu = ", ".join(name for name, there in kernels.items() if there) or "none"
+    on_gpu = ", ".join(name for name, works in kernels.items() if works) or "none"
     said = "fused (scaled_dot_product_attention)" if fused else "not fused: TIMM_FUSED_ATTN=0 is set"
     yield True, f"attention is {said}" + (f"; on the GPU: {on_gpu}" if torch.cuda.is_available() else "")
 

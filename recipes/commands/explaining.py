@@ -138,12 +138,12 @@ class Images(LightningDataModule):
         differ = [name for name, value in self.facts.items() if about.get(name) != value]
         if not differ:
             return
-        told = []
+        unlike = []
         for name in differ:
             # Hashes would tell nobody anything.
-            told.append("the model" if name == "model" else f"{name} ({about.get(name)}, now {self.facts[name]})")
+            unlike.append("the model" if name == "model" else f"{name} ({about.get(name)}, now {self.facts[name]})")
         raise PrunexError(
-            f"{self.out} holds maps that were made otherwise: {'; '.join(told)[:600]} differ; give another --out, or "
+            f"{self.out} holds maps that were made otherwise: {'; '.join(unlike)[:600]} differ; give another --out, or "
             "--again to start over"
         )
 

@@ -119,14 +119,19 @@ def test_every_explainer_works_on_a_model_with_a_head(name, explainer, pruner):
     assert bool((e.maps.flatten(1).std(1) > 0).any())  # Grad-CAM of a tiny model may be 0 for an image
 
 
-@every_head
-@pytest.mark.parametrize("pruner", [None, "evit", "tome"])
-def test_slim_saved_loaded(name, pruner, tmp_path):
+def with_a_head(name, pruner):
     model = tiny()
     if pruner is not None:
         prunex.attach(model, pruner, **PRUNERS[pruner])
     head = attach(model, name)
     randomise(head.head)
+    return model, head
+
+
+@every_head
+@pytest.mark.parametrize("pruner", [None, "evit", "tome"])
+def test_slim_saved_loaded(name, pruner, tmp_path):
+    model, head = with_a_head(name, pruner)
     x = images_for(model, 4)
     want = model(x)
     assert prunex.slim(model)(x).equal(want)
@@ -142,11 +147,7 @@ def test_slim_saved_loaded(name, pruner, tmp_path):
     ("name", "pruner"), quick(list(product(HEADS, [None, "evit", "tome"])), [("mean_patch", None), ("vit_net", "evit")])
 )
 def test_exported(name, pruner, tmp_path):
-    model = tiny()
-    if pruner is not None:
-        prunex.attach(model, pruner, **PRUNERS[pruner])
-    head = attach(model, name)
-    randomise(head.head)
+    model, head = with_a_head(name, pruner)
     x = images_for(model, 4)
     want = model(x)
     path = prunex.export(model, tmp_path / "model.pt2", head=True, kept=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -91,12 +91,12 @@ class Images(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.plan: Plan | None = None
+        self.plan: Any = None  # a Plan, once Lightning has called setup
 
     def setup(self, stage: str) -> None:
         """Find out what is to be done; in the first process alone, while others may write already."""
-        assert self.trainer is not None
-        self.plan = first_says(self.trainer, self._plan)
+        trainer: Any = self.trainer
+        self.plan = first_says(trainer, self._plan)
 
     def _plan(self) -> Plan:
         inputs = open_inputs(self.given, self.outside)
@@ -156,14 +156,12 @@ class Images(LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         """This process's batches: every Nth of N processes, each as one process would have it."""
-        assert self.plan is not None
-        assert self.trainer is not None
-        mine = self.plan.batches[first_of(self.plan) :][self.trainer.global_rank :: self.trainer.world_size]
+        trainer: Any = self.trainer
+        mine = self.plan.batches[first_of(self.plan) :][trainer.global_rank :: trainer.world_size]
         return _Batches(self.plan, mine, self.prepare, self.workers)
 
     def first(self) -> dict[str, Any] | None:
         """The very first image, where it is to be done."""
-        assert self.plan is not None
         return Reading(self.plan, self.plan.batches[:1], self.prepare)[0] if first_of(self.plan) else None
 
 
@@ -249,9 +247,7 @@ class MapWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the first image of all, which shows what each method takes; the others wait."""
-        plan, module = self.data.plan, pl_module
-        assert plan is not None
-        assert isinstance(module, Explaining)
+        plan, module = self.data.plan, cast(Explaining, pl_module)
         shown = trainer.is_global_zero
         # Of several processes it is the first one's images, and as many again of each of the others.
         done = len(plan.inputs) - plan.left

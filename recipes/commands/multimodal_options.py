@@ -22,8 +22,9 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.tx
 _CONFIG_BYTES = 2**26
 # What a timm ViT is told, and a processor knows.
 _OF_VITS = ("weights", "pretrained", "img_size", "mean", "std")
-_OF_MANY = ("again", "sheets", "devices", "num_nodes", "accelerator", "workers")
-_OF_SCORES = ("metrics", "masks", "models", "removal", "target", "again")
+_OF_PROCESSES = ("again", "devices", "num_nodes", "accelerator")
+_OF_MANY = (*_OF_PROCESSES, "sheets", "workers")
+_OF_SCORES = (*_OF_PROCESSES, "metrics", "masks", "models", "removal", "target")
 _DEFAULTS = {"metrics": "all", "target": "predicted"}
 
 

@@ -164,7 +164,8 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     add("--again", action="store_true", help="start over, whatever is there already")
     add("--sheets", metavar="N|all", help=f"images that get a contact sheet: the first N (default {SHEETS}), or all")
     _add_explaining(parser, batch=8)
-    _add_processes(parser)
+    many = _add_processes(parser)
+    many.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default 0")
     group = parser.add_argument_group(
         "models of text and image (a folder of transformers, with its processor)",
         f"{', '.join(multimodal_options.KINDS)}; methods: {', '.join(multimodal_options.METHODS)}",
@@ -178,6 +179,8 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     if args.folder is None:
         _check_explaining(args, args.methods)
         _check_processes(args)
+        if args.workers < 0:
+            raise PrunexError(f"--workers {args.workers} is not allowed: give a whole number of at least 0")
         args.sheets = _sheets(args.sheets)
         for name in ("text", "threshold"):
             if getattr(args, name) not in (None, []):
@@ -216,6 +219,7 @@ def parse_score(arguments: Sequence[str]) -> Any:
     add("--out", help="folder to write to; default RUN/score, or score")
     add("--again", action="store_true", help="compute anew what is there already")
     _add_explaining(parser, batch=25)
+    _add_processes(parser)
     group = parser.add_argument_group("models of text and image (a folder of transformers), by one of two protocols")
     group.add_argument(
         "--protocol",
@@ -243,6 +247,7 @@ def parse_score(arguments: Sequence[str]) -> Any:
     if not split_names(args.metrics):
         raise PrunexError(f"metrics={args.metrics!r} names no metric: give all, or names with commas between")
     # Random maps are no explainer, and may be all that is asked for.
+    _check_processes(args)
     without_random = [name for name in args.methods.split(",") if name.strip() != RANDOM]
     if without_random:
         _check_explaining(args, ",".join(without_random))
@@ -313,7 +318,7 @@ def _add_explaining(parser: Parser, batch: int) -> None:
     )
 
 
-def _add_processes(parser: Parser) -> None:
+def _add_processes(parser: Parser) -> Any:
     """Where a command runs that runs on Lightning's engine."""
     group = parser.add_argument_group(
         "many images", "as in prunex fit: on several devices and machines, started by Lightning, torchrun or a cluster"
@@ -321,13 +326,11 @@ def _add_processes(parser: Parser) -> None:
     group.add_argument("--devices", type=int, metavar="N", help="processes on each machine; default 1, or torchrun's")
     group.add_argument("--num_nodes", "--num-nodes", type=int, metavar="M", help="machines; default 1, or torchrun's")
     group.add_argument("--accelerator", help="cpu, gpu, cuda, mps, auto; default a GPU where there is one")
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default 0")
+    return group
 
 
 def _check_processes(args: Any) -> None:
     _check_counts(args, "devices", "num_nodes")
-    if args.workers < 0:
-        raise PrunexError(f"--workers {args.workers} is not allowed: give a whole number of at least 0")
     if args.device is not None and args.accelerator is not None:
         raise PrunexError("--device and --accelerator say the same: give one of them")
     if args.device is not None and ":" in args.device and args.devices not in (None, 1):

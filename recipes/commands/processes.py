@@ -1,4 +1,4 @@
-"""A Trainer for our own commands: on one device or many, started by Lightning, torchrun or a cluster."""
+"""Lightning's engines for our own commands: on one device or many, started by Lightning, torchrun or a cluster."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.distributed import all_gather_object
 
 from prunex.errors import PrunexError
 
 T = TypeVar("T")
 STARTED = "TORCHELASTIC_RUN_ID"  # what torchrun sets
+PATIENCE = timedelta(days=7)  # processes wait for the slowest, which torch would give up after half an hour
 
 
 def trainer_of(args: Any, *callbacks: Callback) -> Trainer:
-    """A Trainer that predicts as ``--device``, or ``--accelerator``, ``--devices`` and ``--num_nodes`` say."""
-    nodes, devices = args.num_nodes, args.devices
-    if STARTED in os.environ:
-        # torchrun has said it already; --devices that differ are refused by Lightning.
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        devices, nodes = devices or here, nodes or int(os.environ["WORLD_SIZE"]) // here
-    name = args.device or args.accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    try:
-        return Trainer(
-            accelerator=kind,
-            devices=[int(number)] if number and kind != "cpu" else devices or 1,
-            num_nodes=nodes or 1,
-            strategy="ddp" if (devices or 1) * (nodes or 1) > 1 else "auto",
+    """A Trainer that predicts where a command was told to run."""
+    return _made(
+        args,
+        lambda placed, several: Trainer(
+            **placed,
+            strategy=DDPStrategy(timeout=PATIENCE) if several else "auto",
             callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
@@ -43,7 +43,33 @@ def trainer_of(args: Any, *callbacks: Callback) -> Trainer:
             use_distributed_sampler=False,
             # Explainers need gradients, and tensors made in inference mode have none.
             inference_mode=False,
-        )
+        ),
+    )
+
+
+def fabric_of(args: Any) -> Fabric:
+    """A Fabric, for a command that is no prediction, where it was told to run."""
+    return _made(
+        args, lambda placed, several: Fabric(**placed, strategy=FabricDDP(timeout=PATIENCE) if several else "auto")
+    )
+
+
+def _made(args: Any, make: Callable[[dict[str, Any], bool], T]) -> T:
+    """An engine as ``--device``, or ``--accelerator``, ``--devices`` and ``--num_nodes`` say."""
+    nodes, devices = args.num_nodes, args.devices
+    if STARTED in os.environ:
+        # torchrun has said it already; --devices that differ are refused by Lightning.
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices, nodes = devices or here, nodes or int(os.environ["WORLD_SIZE"]) // here
+    name = args.device or args.accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    placed = {
+        "accelerator": kind,
+        "devices": [int(number)] if number and kind != "cpu" else devices or 1,
+        "num_nodes": nodes or 1,
+    }
+    try:
+        return make(placed, (devices or 1) * (nodes or 1) > 1)
     except (ValueError, RuntimeError, AssertionError) as error:  # among them Lightning's own
         said = " ".join(str(error).split())[:300]
         raise PrunexError(f"--device, --accelerator, --devices or --num_nodes cannot be used: {said}") from error
@@ -72,7 +98,7 @@ class _Interrupted(Callback):
         self.yes = isinstance(exception, KeyboardInterrupt)
 
 
-def first_says(trainer: Trainer, make: Callable[[], T]) -> T:
+def first_says(trainer: Trainer | Fabric, make: Callable[[], T]) -> T:
     """What the first process makes, in all of them; where it is refused there, the others leave without a word."""
     result: Any = None
     if trainer.is_global_zero:
@@ -86,6 +112,17 @@ def first_says(trainer: Trainer, make: Callable[[], T]) -> T:
     if trainer.is_global_zero:
         raise result
     raise SystemExit(2)
+
+
+def in_turn(fabric: Fabric, parts: Sequence[T], make: Callable[[T], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of all parts in order, each made by one of the processes; of tensors that all parts have."""
+    mine = [make(part) for part in parts[fabric.global_rank :: fabric.world_size]]
+    every: list[Any] = [mine] * fabric.world_size
+    if fabric.world_size > 1:
+        all_gather_object(every, mine)
+    ordered = [rows for turn in zip_longest(*every) for rows in turn if rows is not None]
+    names = [name for name in ordered[0] if all(name in rows for rows in ordered)]
+    return {name: torch.cat([rows[name] for rows in ordered]) for name in names}
 
 
 def check_terminated(trainer: Trainer) -> None:

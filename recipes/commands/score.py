@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ from prunex.metrics.scoring import (
     by_chance,
     interval,
     measures,
-    random_maps,
     removed_by,
     without_pruning,
 )
 from prunex.recipes.commands.bench import contestants
 from prunex.recipes.commands.explain import Explainers, check_outputs, check_target, own_explainer, read_options
 from prunex.recipes.commands.options import RANDOM, split_names
+from prunex.recipes.commands.processes import fabric_of, in_turn, quiet
 from prunex.recipes.commands.score_data import from_folder, from_run
 from prunex.recipes.commands.score_record import digest
 from prunex.recipes.commands.score_row import Model, Refused, Row, Setting
@@ -48,14 +48,22 @@ def score(args: Any) -> int:
     run = run_of(Path(args.run))
     out = Path(args.out or ("score" if run is None else run / "score"))
     scoring = Scoring(args, out, run)
+    first = scoring.fabric.is_global_zero
     try:
-        with tqdm(total=scoring.steps(), desc="scoring", unit="image") as bar:
+        with quiet():
+            scoring.begin()
+        with tqdm(total=scoring.steps(), desc="scoring", unit="image", disable=not first) as bar:
             scoring.work(bar)
+        if not first:
+            return 0
         cells = scoring.table()
         write_scores(out, cells)
         write_whole(out / "about.json", (json.dumps(scoring.about(), indent=2, allow_nan=False) + "\n").encode())
     except KeyboardInterrupt:
-        print(f"\nprunex: interrupted: what is done lies in {out}; the same command continues there", file=sys.stderr)
+        if first:
+            print(
+                f"\nprunex: interrupted: what is done lies in {out}; the same command continues there", file=sys.stderr
+            )
         return 130
     except OSError as error:
         raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
@@ -70,7 +78,7 @@ def score(args: Any) -> int:
     if scoring.left_out:
         print(f"not among --metrics all, by name only: {', '.join(scoring.left_out)}")
     for name, share in scoring.accuracy().items():
-        print(f"accuracy on these {len(scoring.setting.scenes.images)} images, {name}: {share:.1%}")
+        print(f"accuracy on these {len(scoring.setting.scenes)} images, {name}: {share:.1%}")
     for note in scoring.notes:
         print(note)
     print(out / "scores.csv")
@@ -116,6 +124,7 @@ class Scoring:
 
     def __init__(self, args: Any, out: Path, run: Path | None) -> None:
         self.args = args
+        self.fabric = fabric_of(args)
         self.models, self.notes = open_models(args)
         named = [name for name in split_names(args.methods) if name != RANDOM]  # that row is always there
         options = own_explainer(Path(args.run), args.methods, read_options(args.option))
@@ -123,8 +132,6 @@ class Scoring:
         everything = "all" in split_names(args.metrics)
         metrics = measures(args.metrics)
         self.left_out = [n for n in MEASURES if n not in {m.name for m in metrics}] if everything else []
-        judges = [m.judge for m in self.models if m.judge is not None]
-        device = to_device(args.device, [*(m.model for m in self.models), *judges])
         if args.data:
             masks = Path(args.masks) if args.masks else None
             scenes = from_folder(Path(args.data), masks, self.models[-1].model, args.images, args.range)
@@ -132,43 +139,88 @@ class Scoring:
             scenes = from_run(open_data(run), args.images)
         else:
             raise PrunexError(f"{args.run} brings no data: give --data DIR, a folder of images")
+        if args.target == "label" and scenes[:1].labels is None:
+            raise PrunexError("--target label: these images have no labels; leave it out for the predicted class")
         target = None if args.target == "predicted" else args.target
-        self.setting = Setting(scenes, metrics, options, args.removal, args.batch, device, out, target, args.again)
+        self.setting = Setting(
+            scenes, metrics, options, args.removal, args.batch, self.fabric.device, out, self.fabric, target, args.again
+        )
         self.notes += scenes.notes
+        self._named, self._everything = named, everything
+
+    def begin(self) -> None:
+        """Start the other processes, look at all images, and find out what is to be done."""
+        self.fabric.launch()
+        self.setting.device = self.fabric.device
+        judges = [m.judge for m in self.models if m.judge is not None]
+        to_device(str(self.fabric.device), [*(m.model for m in self.models), *judges])
+        self._look()
         for m in self.models:
-            self._look(m)
-        if target is not None:
-            what = "the class of each image's label" if target == "label" else target
+            self._take(m)
+        if self.setting.target is not None:
+            what = "the class of each image's label" if self.setting.target == "label" else self.setting.target
             self.notes.append(f"explained and scored is {what}")
-        self._leave_out(everything)
+        self._leave_out()
+        named = self._named
         if "all" in named:
             self._cheapen(named)
         # Who is named, or given options, must work as it is.
-        required = {*named, *read_options(args.option)} if "all" in named else set(self.methods)
-        self.rows = [
-            Row(self.setting, m, method, method not in required) for m in self.models for method in self.methods
-        ]
+        required = {*named, *read_options(self.args.option)} if "all" in named else set(self.methods)
 
-    def _look(self, m: Model) -> None:
-        """Predictions and kept patches of all images; outputs and labels that do not fit are refused."""
-        vit: Any = m.model
-        handle, predicted, kept = token_pruning(vit), [], []
-        with torch.no_grad():
+        def make() -> list[Row]:
+            return [
+                Row(self.setting, m, method, method not in required) for m in self.models for method in self.methods
+            ]
+
+        # Only the first process moves files, and others read what lies at their names then.
+        if self.fabric.is_global_zero:
+            self.rows = make()
+        self.fabric.barrier()
+        if not self.fabric.is_global_zero:
+            self.rows = make()
+        self.fabric.barrier()
+
+    def _look(self) -> None:
+        """What models make of all images, their labels, hashes, and what their masks are: ``seen``, rows by name."""
+        setting = self.setting
+        places = [x.name for x in setting.metrics if x.group == "localisation"]
+        for m in self.models:
             # Not every grid is what the anatomy says: images of another size are resampled.
-            m.grid = embed(vit, self.setting.images(slice(0, 1)))[1]
-            for part in self.setting.parts():
-                logits = vit(self.setting.images(part))
+            m.grid = embed(cast(Any, m.model), setting.images(slice(0, 1)))[1]
+
+        @torch.no_grad()
+        def look(part: Tensor) -> dict[str, Tensor]:
+            scene = setting.scenes[part]
+            rows = {"stamps": scene.stamps()}
+            if scene.labels is not None:
+                rows["labels"] = scene.labels
+            if scene.masks is not None:
+                rows["objects"] = scene.masks.flatten(1).any(1)
+                chance = by_chance(places, scene.masks) if places else {}
+                rows |= {f"chance {name}": level for name, level in chance.items()}
+            for m in self.models:
+                handle = token_pruning(m.model)
+                logits = m.model(scene.images.to(setting.device))
                 check_outputs(logits)
-                predicted.append(logits.argmax(1).cpu())
+                rows[f"predicted {m.name}"] = logits.argmax(1).cpu()
                 trace = None if handle is None else handle.trace
                 if trace is not None and trace.stages and not trace.pooled and not trace.merges():
-                    kept.append(trace.kept().cpu())
-        labels, classes = self.setting.scenes.labels, read(vit).classes
+                    rows[f"kept {m.name}"] = trace.kept().cpu()
+            return rows
+
+        self.seen = in_turn(self.fabric, setting.parts(), look)
+        setting.scenes.stamps = self.seen["stamps"]
+
+    def _take(self, m: Model) -> None:
+        """Predictions and kept patches of a model; labels and a target that do not fit are refused."""
+        vit, labels = m.model, self.seen.get("labels")
+        classes = read(vit).classes
         if classes > 0:
-            m.predicted = torch.cat(predicted)
-        if kept and m.judge is not None:
-            m.kept = torch.cat(kept)
-        if handle is not None and not kept:
+            m.predicted = self.seen[f"predicted {m.name}"]
+        kept = self.seen.get(f"kept {m.name}")
+        if m.judge is not None:
+            m.kept = kept
+        if token_pruning(vit) is not None and kept is None:
             self.notes.append(f"{m.name}: no patch is kept as itself, so explainers have nothing to agree with")
         m.digest, m.judge_digest = digest(vit), "" if m.judge is None else digest(m.judge)
         if classes > 0 and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
@@ -178,20 +230,18 @@ class Scoring:
             goal = parse(self.args.target)
             check_target(vit, goal)
             m.function = goal if callable(goal) else None
-            m.target = torch.full((len(self.setting.scenes.images),), goal) if isinstance(goal, int) else None
-        if self.args.target == "label" and m.predicted is not None:
-            if labels is None:
-                raise PrunexError("--target label: these images have no labels; leave it out for the predicted class")
+            m.target = torch.full((len(self.setting.scenes),), goal) if isinstance(goal, int) else None
+        if self.args.target == "label" and labels is not None and m.predicted is not None:
             m.target = labels.long()
 
-    def _leave_out(self, everything: bool) -> None:
+    def _leave_out(self) -> None:
         """Leave out metrics that nothing can be said of here; one that was named is refused instead."""
         classes = {0 if m.predicted is None else read(m.model).classes for m in self.models}
-        masks, metrics = self.setting.scenes.masks, self.setting.metrics
+        metrics, everything = self.setting.metrics, self._everything
         reasons = {}
-        if masks is None:
+        if "objects" not in self.seen:
             reasons["localisation"] = "there are no object masks"
-        elif not masks.any():
+        elif not self.seen["objects"].any():
             reasons["localisation"] = "no mask holds an object: object pixels are those above 0"
         if all(m.kept is None for m in self.models):
             reasons["agreement"] = "there is no pruned model that keeps patches beside a dense one"
@@ -218,7 +268,7 @@ class Scoring:
             needs = lookup("explainer", name).needs
             if "slow" in needs:
                 self.methods.remove(name)
-                tqdm.write(f"skipped {name}: it is slow ({needs}); name it with --methods to score it")
+                self._write(f"skipped {name}: it is slow ({needs}); name it with --methods to score it")
             elif name == "shap":
                 patches = self.models[0].grid[0] * self.models[0].grid[1]
                 budget = 2 + PAIRS * 2 * max(1, patches - 1)
@@ -227,9 +277,14 @@ class Scoring:
                     f"shap took {budget:,} forwards an image, below its default: set --option shap.budget=N"
                 )
 
+    def _write(self, line: str) -> None:
+        """Say something once, whatever bar is shown."""
+        if self.fabric.is_global_zero:
+            tqdm.write(line)
+
     def steps(self) -> int:
         """Images to go: an image counts once for each thing done with it."""
-        return sum(row.rounds() for row in self.rows) * len(self.setting.scenes.images)
+        return sum(row.rounds() for row in self.rows) * len(self.setting.scenes)
 
     def work(self, bar: Any) -> None:
         """Compute what is missing; every method's results are written as soon as they are there."""
@@ -241,9 +296,9 @@ class Scoring:
             except Refused as error:
                 reasons = [other.refused for other in self.rows if other.method == row.method]
                 if str(error) not in reasons:
-                    bar.write(f"skipped {row.method}: {error}")
+                    self._write(f"skipped {row.method}: {error}")
                 row.refused = str(error)
-                bar.total = max(0, bar.total - rounds * len(self.setting.scenes.images))
+                bar.total = max(0, bar.total - rounds * len(self.setting.scenes))
         # A table of random maps alone would look like a result.
         tried = [row for row in self.rows if row.method != RANDOM]
         if tried and all(row.refused for row in tried):
@@ -289,16 +344,20 @@ class Scoring:
         return cells
 
     def _chance(self, m: Model) -> dict[str, Tensor]:
-        scenes = self.setting.scenes
-        # Chance is what a map that says nothing scores, and random maps say nothing.
-        judge = None if m.kept is None else random_maps(scenes.images, m.grid)
+        # Of localisation it was measured where the masks were read.
+        levels = {
+            x.name: self.seen[f"chance {x.name}"] for x in self.setting.metrics if f"chance {x.name}" in self.seen
+        }
         # How many signs agree by chance depends on the judge's own, and random maps have one sign.
-        names = [x.name for x in self.setting.metrics if x.name != "sign_agreement"]
-        return by_chance(names, scenes.masks, m.kept, judge)
+        names = [x.name for x in self.setting.metrics if x.group == "agreement" and x.name != "sign_agreement"]
+        if m.kept is not None and names:
+            # Chance is what a map that says nothing scores, and random maps say nothing.
+            levels |= by_chance(names, kept=m.kept, judge=self.setting.noise(m.grid))
+        return levels
 
     def accuracy(self) -> dict[str, float]:
         """Of each model on these images, where their labels are known."""
-        labels = self.setting.scenes.labels
+        labels = self.seen.get("labels")
         if labels is None:
             return {}
         right = {m.name: m.predicted.eq(labels) for m in self.models if m.predicted is not None}
@@ -306,7 +365,7 @@ class Scoring:
 
     def about(self) -> dict[str, Any]:
         """The conditions, in plain values."""
-        images, device = len(self.setting.scenes.images), self.setting.device.type
+        images, device = len(self.setting.scenes), self.setting.device.type
         seconds = {}
         for row in (r for r in self.rows if r.record.has_maps):
             seconds[f"{row.model.name}/{row.method}"] = {"explain": row.record.cost[0] * images, **row.record.seconds}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,26 +23,96 @@ from prunex.recipes.given import image_files
 from prunex.untrusted import read_picture
 from prunex.vit.anatomy import read
 
+HELD = 2**29  # bytes of images that a process keeps in memory
 
-@dataclass
-class Scenes:
-    """Images float [N, C, H, W], normalised by mean and std (None: as the model says), to score on."""
+
+class Scene(NamedTuple):
+    """Some images float [B, C, H, W], normalised, labels int64 [B] and masks bool [B, H, W] where they are known."""
 
     images: Tensor
     labels: Tensor | None = None
     masks: Tensor | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    notes: list[str] = field(default_factory=list)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scene:
+        """What a function makes of all that is known."""
+        labels, masks = (None if part is None else change(part) for part in (self.labels, self.masks))
+        return Scene(change(self.images), labels, masks)
+
+    def stamps(self) -> Tensor:
+        """A hash of each image with its label and mask: uint8 [B, 32]."""
+        hashes = []
+        for place in range(len(self.images)):
+            content = hashlib.sha256()
+            for part in self:
+                content.update(b"none" if part is None else repr((part.dtype, tuple(part.shape[1:]))).encode())
+                if part is not None:
+                    content.update(np.ascontiguousarray(part[place].cpu().numpy()).tobytes())
+            hashes.append(list(content.digest()))
+        return torch.tensor(hashes, dtype=torch.uint8)
+
+
+class Scenes:
+    """Images to score on, read when they are asked for: ``scenes[places]`` is a :class:`Scene`.
+
+    As many as fit into ``HELD`` bytes stay in memory.
+
+    Attributes:
+        mean: What images are normalised by, with ``std``; None: as the model says.
+        notes: What is to be said of them.
+        stamps: A hash of each image, once all have been looked at: one that is read again must be the same.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        read: Callable[[list[int]], Scene],
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self._count, self._read, self._room = count, read, HELD
+        self._held: dict[int, Scene] = {}
+        self.mean, self.std, self.notes = mean, std, list(notes)
+        self.stamps: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, which: slice | Tensor) -> Scene:
+        places = range(self._count)[which] if isinstance(which, slice) else which.tolist()
+        missing = [place for place in places if place not in self._held]
+        more = dict(zip(missing, self._new(missing), strict=True)) if missing else {}
+        some = [self._held[place] if place in self._held else more[place] for place in places]
+        images, labels, masks = zip(*some, strict=True)
+        return Scene(torch.cat(images), _all(labels), _all(masks))
+
+    def _new(self, places: list[int]) -> list[Scene]:
+        """Images that are not held."""
+        scene = self._read(places)
+        if self.stamps is not None and not scene.stamps().equal(self.stamps[places]):
+            raise PrunexError(
+                f"the validation data give other images at {places[0]}..{places[-1]} when they are read again: scores "
+                "are of images that stay the same; leave random changes to training, and seed a random split"
+            )
+        each = [scene.each(itemgetter(slice(n, n + 1))) for n in range(len(places))]
+        for place, one in zip(places, each, strict=True):
+            size = sum(part.nbytes for part in one if part is not None)
+            if size <= self._room:
+                self._room -= size
+                # A view would keep its whole batch.
+                self._held[place] = one.each(torch.clone)
+        return each
 
     def digest(self) -> str:
         """A hash of all that the scores depend on."""
-        content = hashlib.sha256(repr((self.mean, self.std)).encode())
-        for part in (self.images, self.labels, self.masks):
-            content.update(b"none" if part is None else repr((part.dtype, tuple(part.shape))).encode())
-            if part is not None:
-                content.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
-        return content.hexdigest()
+        stamps = b"" if self.stamps is None else self.stamps.numpy().tobytes()
+        return hashlib.sha256(repr((self.mean, self.std)).encode() + stamps).hexdigest()
+
+
+def _all(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """What every image has."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
 
 
 def spaced(count: int, wanted: int) -> list[int]:
@@ -73,7 +143,34 @@ def spread(loader: Any, wanted: int) -> tuple[Any, str]:
 def from_run(data: Any, wanted: int) -> Scenes:
     """So many validation images of a data module: evenly spaced where the data can be indexed, else the first ones."""
     # Evenly spaced, as bench and explainers of other runs see them too.
-    loader, which = spread(data.val_dataloader(), wanted)
+    given = data.val_dataloader()
+    loader, which = spread(given, wanted)
+    dataset: Any = loader.dataset if loader is not given else None
+
+    def read(places: list[int]) -> Parts:
+        some = Subset(dataset, places)
+        batch = parts(next(iter(DataLoader(some, batch_size=len(places), collate_fn=loader.collate_fn))))
+        count = len(batch.need("images", "scoring", "the validation batch"))
+        if count != len(places):
+            raise PrunexError(
+                f"the validation data's collate_fn made {count} images of {len(places)}: give one of each"
+            )
+        return batch
+
+    if dataset is not None and not len(dataset):
+        raise PrunexError("there are no validation images to score on")
+    first = _streamed(loader, wanted) if dataset is None else read([0])
+    left_out = [name for name in ("labels", "masks") if name not in first and name in first.unclear | first.unfit]
+    notes = [which, *(f"{name} are unknown: {first.why(name)}" for name in left_out)]
+    mean, std = read_normalisation([data], first["images"].shape[1]) or (None, None)
+    if dataset is not None:
+        return Scenes(len(dataset), lambda places: _scene(read(places)), mean, std, notes)
+    whole = _scene(first)
+    return Scenes(len(whole.images), lambda places: whole.each(itemgetter(places)), mean, std, notes)
+
+
+def _streamed(loader: Any, wanted: int) -> Parts:
+    """The first images of a stream, which cannot be asked for one of them."""
     seen: list[Parts] = []
     for batch in loader:
         seen.append(parts(batch))
@@ -83,11 +180,14 @@ def from_run(data: Any, wanted: int) -> Scenes:
     if not seen:
         raise PrunexError("there are no validation images to score on")
     keys = set.intersection(*(set(p) for p in seen))
-    tensors = {k: torch.cat([p[k] for p in seen])[:wanted] for k in keys}
-    left_out = [name for name in ("labels", "masks") if name not in tensors and name in seen[0].unclear | seen[0].unfit]
-    notes = [which, *(f"{name} are unknown: {seen[0].why(name)}" for name in left_out)]
-    mean, std = read_normalisation([data], tensors["images"].shape[1]) or (None, None)
-    return Scenes(tensors["images"], tensors.get("labels"), tensors.get("masks"), mean, std, notes)
+    whole = Parts(seen[0].kind)
+    whole.update({k: torch.cat([p[k] for p in seen])[:wanted] for k in keys})
+    whole.unclear, whole.unfit = seen[0].unclear, seen[0].unfit
+    return whole
+
+
+def _scene(known: Mapping[str, Tensor]) -> Scene:
+    return Scene(known["images"], known.get("labels"), known.get("masks"))
 
 
 def from_folder(
@@ -108,22 +208,28 @@ def from_folder(
     shapes = named / "val" if (named / "val").is_dir() else named
     has_masks = named.is_dir()
     prepare, size = preparation(model), read(model).image
-    images, objects = [], []
     value_range = choose_range(files, value_range)
-    for file in files:
-        image = read_image(file, value_range)
-        images.append(prepare(image)[1])
-        if has_masks:
-            objects.append(_mask(shapes / file.relative_to(top).with_suffix(".png"), file, image.size, size))
+    objects = [shapes / file.relative_to(top).with_suffix(".png") if has_masks else None for file in files]
+    for file, mask in zip(files, objects, strict=True):
+        if mask is not None and not mask.is_file():
+            raise PrunexError(f"there is no mask '{mask}' for '{file}': add it, or point --masks to whole masks")
     labels, notes = _labels(files, top, model)
-    pair = models_normalisation(model, images[0].shape[0])
-    return Scenes(torch.stack(images), labels, torch.stack(objects) if objects else None, *pair, notes)
+
+    def open_one(place: int) -> Scene:
+        image, mask = read_image(files[place], value_range), objects[place]
+        shape = None if mask is None else _mask(mask, files[place], image.size, size)[None]
+        return Scene(prepare(image)[1][None], None if labels is None else labels[[place]], shape)
+
+    def open_some(places: list[int]) -> Scene:
+        images, _, masks = zip(*map(open_one, places), strict=True)
+        return Scene(torch.cat(images), None if labels is None else labels[places], _all(masks))
+
+    pair = models_normalisation(model, open_one(0).images.shape[1])
+    return Scenes(len(files), open_some, *pair, notes)
 
 
 def _mask(path: Path, image: Path, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """A mask cropped and resized as :func:`preparation` does with its image: bool [H, W]."""
-    if not path.is_file():
-        raise PrunexError(f"there is no mask '{path}' for '{image}': add it, or point --masks to whole masks")
     pixels = read_picture(path, object_pixels)
     if (pixels.shape[1], pixels.shape[0]) != size:
         raise PrunexError(

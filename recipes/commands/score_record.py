@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from prunex.files import remove_drafts
+from prunex.maps import INDEX, shards_of
 from prunex.metrics.scoring import columns
 from prunex.pictures.arrays import save_npz
+from prunex.recipes.commands.shards import Shards
 from prunex.recipes.runs import token_pruning
 from prunex.removal.game import ROUTES
 from prunex.untrusted import read_npz
@@ -39,18 +44,24 @@ class Record:
     fine: bool = False  # whether the method's own map is finer than a patch
     cost: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and forwards an image of the explanation
     seconds: dict[str, float] = field(default_factory=dict)  # of metrics, together with those they share with
+    writes: bool = True  # of several processes, the first one
 
     def __post_init__(self) -> None:
         """Take what is there; a file that is damaged counts as none, one of something else waits beside it."""
+        if self.writes:
+            self._make_way()
+        if self.again or not self.path.is_file():
+            return
+        with suppress(*_DAMAGED):
+            self._take(read_npz(self.path))
+
+    def _make_way(self) -> None:
+        """Put aside a file of something else, and take back one of this that was."""
         key = self._key_of(self.path)
         if key not in ("", self.key):
             os.replace(self.path, self._beside(key))
         if not self.path.is_file() and self._key_of(self._beside(self.key)):
             os.replace(self._beside(self.key), self.path)
-        if self.again or not self.path.is_file():
-            return
-        with suppress(*_DAMAGED):
-            self._take(read_npz(self.path))
 
     def _beside(self, key: str) -> Path:
         """Where a file waits while one of another model, data or options has its name."""
@@ -111,11 +122,68 @@ class Record:
         self.arrays |= {name: tensor.numpy() for name, tensor in values.items()}
 
     def add(self, values: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-        """Take values by metric, and write everything, whole or not at all."""
+        """Take values by metric; the process that writes writes everything, whole or not at all."""
         self.arrays |= {_stored(name, keys[name]): tensor.numpy() for name, tensor in values.items()}
         self.keys |= {_stored(name, key): key for name, key in keys.items()}
+        if not self.writes:
+            return
         about = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
         save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(about))}, compressed=False)
+
+
+class Rows:
+    """What one pass over the images has made so far, in a folder that all processes write to.
+
+    Whoever is killed has lost no more than the batch at work.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self._shards = Shards(folder)
+
+    def done(self) -> Tensor:
+        """Which images have rows, bool [N]; files that are damaged are removed."""
+        done = torch.zeros(self.count, dtype=torch.bool)
+        if self.folder.is_dir():
+            remove_drafts(self.folder)
+        for path in shards_of(self.folder):
+            try:
+                done[torch.from_numpy(_read_shard(path, self.count)[INDEX])] = True
+            except Exception:  # safetensors has its own error
+                path.unlink()
+        return done
+
+    def add(self, places: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Write a batch."""
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in rows.items()}
+        self._shards.add({INDEX: places.numpy(), **arrays}, {})
+
+    def join(self) -> None:
+        """Make one file of this process's."""
+        self._shards.join()
+
+    def whole(self) -> dict[str, Tensor]:
+        """All images' rows in order, of all processes."""
+        read = [_read_shard(path, self.count) for path in shards_of(self.folder)]
+        # Where a file was written twice, by a process that was killed while it joined some, rows are alike.
+        order = np.unique(np.concatenate([arrays[INDEX] for arrays in read]), return_index=True)[1]
+        names = [name for name in read[0] if name != INDEX]
+        return {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in read])[order]) for name in names}
+
+    def remove(self) -> None:
+        """Leave nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_shard(path: Path, count: int) -> dict[str, Any]:
+    """Arrays of one file, all with a row for each of its images."""
+    arrays = load_file(path)
+    index = arrays[INDEX]
+    if index.dtype != np.int64 or not len(index) or not 0 <= index.min() <= index.max() < count:
+        raise ValueError("its rows are of other images")
+    if any(len(array) != len(index) for array in arrays.values()):
+        raise ValueError("some rows are missing")
+    return arrays
 
 
 def _stored(name: str, key: str) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.metrics.scoring import Measure, measures, random_maps, scores
+from prunex.metrics.scoring import MEASURES, Measure, random_maps, scores
 from prunex.recipes.commands.explain import MANY, Explainers, batches
 from prunex.recipes.commands.options import RANDOM
+from prunex.recipes.commands.processes import first_says
 from prunex.recipes.commands.score_data import Scenes
-from prunex.recipes.commands.score_record import Record
+from prunex.recipes.commands.score_record import Record, Rows
 from prunex.targets import Function, Target
 
 LAYOUT = 2  # of the npz files; another number and everything is computed anew
@@ -54,16 +57,21 @@ class Setting:
     batch: int
     device: torch.device
     folder: Path  # where results lie
+    fabric: Fabric  # the processes that share the work
     target: str | None = None  # what else than the predicted class is explained
     again: bool = False  # whether what lies in the folder is computed anew
 
-    def parts(self) -> list[slice]:
-        """The first image alone, which shows what a method takes; then batches."""
-        return [slice(part.start, part.stop) for part in batches(len(self.scenes.images), self.batch)]
+    def parts(self) -> list[Tensor]:
+        """Places of the first image alone, which shows what a method takes; then of batches."""
+        return [torch.arange(part.start, part.stop) for part in batches(len(self.scenes), self.batch)]
 
     def images(self, part: slice | Tensor) -> Tensor:
         """Some of the images, where the models are."""
-        return self.scenes.images[part].to(self.device)
+        return self.scenes[part].images.to(self.device)
+
+    def noise(self, grid: tuple[int, int]) -> Tensor:
+        """A random map of each image."""
+        return random_maps(torch.empty(len(self.scenes), 0), grid)
 
 
 class Refused(Exception):
@@ -83,7 +91,8 @@ class Row:
             facts.append(setting.target)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()
         path = setting.folder / "values" / model.name / f"{method}.npz"
-        self.record = Record(path, key, setting.again, len(setting.scenes.images), model.grid)
+        writes = setting.fabric.is_global_zero
+        self.record = Record(path, key, setting.again, len(setting.scenes), model.grid, writes=writes)
 
     def key(self, measure: Measure) -> str:
         """What a metric's values depend on beyond the maps."""
@@ -108,15 +117,12 @@ class Row:
             bar.set_postfix_str(f"{name}, {self.method}")
             # On the finest map, which is not kept: these are measured while it is there.
             places = [x for x in missing if x.group == "localisation"]
-            self._explain([x.name for x in places], bar)
-            self.record.add({}, {x.name: self.key(x) for x in places})
+            self._explain(places, bar)
             missing = [x for x in missing if x not in places]
         # Metrics of one kind share their forwards.
         for kind in dict.fromkeys(x.kind for x in missing):
             bar.set_postfix_str(f"{name}, {self.method}, {kind}")
-            alike = [x for x in missing if x.kind == kind]
-            values = self._measure([x.name for x in alike], bar, dense)
-            self.record.add(values, {x.name: self.key(x) for x in alike if x.name in values})
+            self._measure([x for x in missing if x.kind == kind], bar, dense)
 
     def _missing(self) -> list[Measure]:
         """Metrics to be computed; none of those that do not apply to this model or row."""
@@ -133,113 +139,146 @@ class Row:
         places = any(x.group == "localisation" for x in self._missing())
         return not self.record.has_maps or (self.record.fine and places)
 
-    def _explain(self, places: Sequence[str], bar: Any) -> None:
+    def _explain(self, measures: Sequence[Measure], bar: Any) -> None:
         """Maps of all images, and where they lie (on the finest map, which is not kept)."""
-        maps: list[Tensor] = []
-        values: dict[str, list[Tensor]] = {}
-        fine = False
-        for part, some, pixels in self._explained(self.model.model, bar, record=self.record):
-            maps.append(some)
-            fine = fine or pixels is not None
-            masks = self.setting.scenes.masks
-            if places and masks is not None:
-                images = self.setting.images(part)
-                held = scores(places, self.model.model, images, some, masks=masks[part].to(some.device), pixels=pixels)
-                _gather(values, held)
-        self.record.maps(torch.cat(maps), self.model.target, fine, {k: torch.cat(v) for k, v in values.items()})
+        setting, vit, names = self.setting, self.model.model, [x.name for x in measures]
+        explainers = self._explainers()
 
-    def _explained(
-        self, model: nn.Module, bar: Any, record: Record | None = None, which: Tensor | None = None
-    ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Place, maps and finer maps batch by batch; ``which`` are some images, which the bar does not count."""
-        setting = self.setting
-        if self.method == RANDOM:
-            maps = random_maps(setting.scenes.images, self.model.grid)
-            for part in setting.parts():
-                yield part, maps[part], None
-                bar.update(part.stop - part.start)
-            return
-        options = {self.method: setting.options[self.method]} if self.method in setting.options else None
-        explainers = Explainers([self.method], options)
-        parts: list[Any] = setting.parts()
-        if which is not None:
-            parts = [part for part in which.split(setting.batch) if len(part)]
-        for part in parts:
-            try:
-                e = explainers(model, setting.images(part), self.model.asked(part, setting.device))[self.method]
-            except PrunexError as error:
-                if explainers.images == 0 and self.lenient:
-                    raise Refused(str(error).removeprefix(f"{self.method}: ")) from error
-                raise
-            if record is not None:
-                record.cost = [explainers.seconds(self.method), explainers.forwards(self.method)]
-            yield part, e.maps, None if e.fine is None else e.fine.float().cpu()
-            if which is None:
-                if part.start == 0 and explainers.forwards(self.method) > MANY:
-                    bar.write(explainers.announcements(len(setting.scenes.images) - 1)[0])
-                bar.update(part.stop - part.start)
+        def explained(part: Tensor) -> dict[str, Tensor]:
+            scene = setting.scenes[part]
+            images = scene.images.to(setting.device)
+            maps, fine = self._maps(explainers, self.model, part, images)
+            seconds, forwards, count = (0.0, 0.0, 1) if explainers is None else explainers.last[self.method]
+            cost = torch.tensor([[seconds / count, forwards / count]], dtype=torch.float64).expand(len(part), 2)
+            rows = {"maps": maps, "fine": torch.full((len(part),), fine is not None), "cost": cost}
+            if names and scene.masks is not None:
+                rows |= scores(names, vit, images, maps, masks=scene.masks.to(maps.device), pixels=fine)
+            return rows
 
-    def _measure(self, names: list[str], bar: Any, dense: Row | None) -> dict[str, Tensor]:
+        with self._passed(["maps", *names], explained, bar, explainers) as (rows, _):
+            self.record.cost = rows.pop("cost").mean(0).tolist()
+            fine = bool(rows.pop("fine").any())
+            self.record.maps(rows.pop("maps"), self.model.target, fine, rows)
+            self.record.add({}, {x.name: self.key(x) for x in measures})
+
+    def _measure(self, measures: Sequence[Measure], bar: Any, dense: Row | None) -> None:
         """Values of all images of metrics that share what they compute."""
-        setting, m = self.setting, self.model
-        maps, judge = self.record.tensor("maps"), None
-        if measures(names)[0].group == "agreement":
-            judge = self._judge(bar, dense)
-            if judge is None:
-                bar.update(len(maps))
-                return {}
-        values: dict[str, list[Tensor]] = {}
-        start = perf_counter()
+        setting, m, names = self.setting, self.model, [x.name for x in measures]
+        agreement = measures[0].group == "agreement"
+        # Where the method refuses the dense model nobody can judge.
+        if agreement and (m.judge is None or (dense is not None and dense.refused is not None)):
+            bar.update(len(setting.scenes))
+            return
+        explainers, maps = self._explainers() if agreement else None, self.record.tensor("maps")
 
-        def some(tensor: Tensor | None, part: slice) -> Tensor | None:
-            return None if tensor is None else tensor[part].to(setting.device)
-
-        for begin in range(0, len(maps), setting.batch):
-            part = slice(begin, min(begin + setting.batch, len(maps)))
-            held = scores(
+        def measured(part: Tensor) -> dict[str, Tensor]:
+            scene = setting.scenes[part].each(lambda tensor: tensor.to(setting.device))
+            judge = self._judge(explainers, dense, part, scene.images) if agreement else None
+            return scores(
                 names,
                 m.model,
-                setting.images(part),
+                scene.images,
                 maps[part].to(setting.device),
                 m.asked(part, setting.device),
-                labels=some(setting.scenes.labels, part),
-                masks=some(setting.scenes.masks, part),
-                kept=some(m.kept, part),
-                judge=some(judge, part),
+                labels=scene.labels,
+                masks=scene.masks,
+                kept=None if m.kept is None else m.kept[part].to(setting.device),
+                judge=judge,
                 explainer=self.method,
                 options=setting.options.get(self.method),
                 removal=setting.removal,
                 mean=setting.scenes.mean,
                 std=setting.scenes.std,
             )
-            _gather(values, held)
-            # An image counts once for each thing done with it.
-            bar.update(part.stop - part.start)
-        self.record.seconds |= dict.fromkeys(names, perf_counter() - start)
-        return {name: torch.cat(parts) for name, parts in values.items()}
 
-    def _judge(self, bar: Any, dense: Row | None) -> Tensor | None:
-        """The dense model's maps for the classes that this model predicts; None where the method refuses it."""
-        m, count = self.model, len(self.setting.scenes.images)
-        if m.judge is None or (dense is not None and dense.refused is not None and not dense.record.has_maps):
-            return None
+        with self._passed(names, measured, bar, explainers) as (rows, seconds):
+            self.record.seconds |= dict.fromkeys(names, seconds)
+            self.record.add(rows, {x.name: self.key(x) for x in measures})
+
+    @contextmanager
+    def _passed(
+        self, names: Sequence[str], make: Callable[[Tensor], dict[str, Tensor]], bar: Any, explainers: Explainers | None
+    ) -> Iterator[tuple[dict[str, Tensor], float]]:
+        """All images' rows of one pass and the seconds they took, in a folder until the caller has written them.
+
+        Images that were done before a stop are left out, and processes take the batches of the others in turn. Where
+        there are explainers, the first image is made by the first process alone, and others see what came of it.
+        """
+        fabric, scenes = self.setting.fabric, self.setting.scenes
+        facts = [self.record.key, *names, *(self.key(MEASURES[name]) for name in names if name in MEASURES)]
+        stamp = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+        rows = Rows(self.record.path.with_name(f"{self.method}-{stamp}"), len(scenes))
+        if self.setting.again and fabric.is_global_zero:
+            rows.remove()
+        done = first_says(fabric, rows.done)
+        left = int((~done).sum())
+        parts = [part[~done[part]] for part in self.setting.parts()]
+        parts = [part for part in parts if len(part)]
+        bar.update(len(scenes) - left)
+
+        def work(part: Tensor, processes: int) -> None:
+            nonlocal left
+            start = perf_counter()
+            made = make(part)
+            rows.add(part, {**made, "seconds": torch.full((len(part),), (perf_counter() - start) / len(part))})
+            # Others have done as many meanwhile.
+            count = min(left, len(part) * processes)
+            left -= count
+            bar.update(count)
+
+        if explainers is not None and not done.any():
+            refused = first_says(fabric, lambda: self._try(lambda: work(parts[0], 1)))
+            if refused:
+                raise Refused(refused)
+            if explainers.forwards(self.method) > MANY:
+                bar.write(explainers.announcements(len(scenes) - 1)[0])
+            parts = parts[1:]
+        for part in parts[fabric.global_rank :: fabric.world_size]:
+            work(part, fabric.world_size)
+        bar.update(left)
+        rows.join()
+        fabric.barrier()
+        whole = rows.whole()
+        yield whole, float(whole.pop("seconds").sum())
+        fabric.barrier()
+        if fabric.is_global_zero:
+            rows.remove()
+
+    def _try(self, work: Callable[[], None]) -> str:
+        """Why a method of "all" cannot take this model; "" where it can."""
+        try:
+            work()
+        except PrunexError as error:
+            if not self.lenient:
+                raise
+            return str(error).removeprefix(f"{self.method}: ")
+        return ""
+
+    def _explainers(self) -> Explainers | None:
         if self.method == RANDOM:
-            return random_maps(self.setting.scenes.images, m.grid)
-        which, maps = torch.arange(count), torch.zeros(0)
-        if dense is not None and dense.record.has_maps:
-            # Of the dense model's own row only those images are explained anew whose classes differ.
-            maps = dense.record.tensor("maps").clone()
-            differs = torch.zeros(count, dtype=torch.bool)
-            if m.target is not None:
-                differs = dense.record.tensor("target") != m.target
-            which = differs.nonzero()[:, 0]
-        for part, some, _ in self._explained(m.judge, bar, which=which):
-            if not len(maps):
-                maps = torch.zeros(count, *some.shape[1:])
-            maps[part] = some
+            return None
+        options = {self.method: self.setting.options[self.method]} if self.method in self.setting.options else None
+        return Explainers([self.method], options)
+
+    def _judge(self, explainers: Explainers | None, dense: Row | None, part: Tensor, images: Tensor) -> Tensor:
+        """The dense model's maps of some images, for the classes that this model predicts."""
+        m = self.model
+        judge = replace(m, model=cast(nn.Module, m.judge))
+        if explainers is None or dense is None or not dense.record.has_maps:
+            return self._maps(explainers, judge, part, images)[0].to(images.device)
+        maps = dense.record.tensor("maps")[part].to(images.device)
+        if m.target is not None:
+            # Of the dense model's own row only those are explained anew whose classes differ.
+            differs = (dense.record.tensor("target")[part] != m.target[part]).nonzero()[:, 0]
+            if len(differs):
+                maps[differs] = self._maps(explainers, judge, part[differs], images[differs])[0].to(images.device)
         return maps
 
-
-def _gather(lists: dict[str, list[Tensor]], values: dict[str, Tensor]) -> None:
-    for name, tensor in values.items():
-        lists.setdefault(name, []).append(tensor)
+    def _maps(
+        self, explainers: Explainers | None, model: Model, part: Tensor, images: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maps of some images, and finer ones where the method makes them."""
+        if explainers is None:
+            return self.setting.noise(self.model.grid)[part], None
+        e = explainers(model.model, images, model.asked(part, self.setting.device))[self.method]
+        return e.maps, None if e.fine is None else e.fine.float().cpu()

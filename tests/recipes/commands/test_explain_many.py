@@ -2,11 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +14,8 @@ from prunex.explainers.rollout import rollout
 from prunex.recipes.commands import cli, shards
 from prunex.recipes.commands.sheets import sheets_of
 from prunex.recipes.given import image_names
+from tests.recipes.commands.starting import ended, killed, started
 from tests.vits import tiny
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -239,39 +233,13 @@ def test_a_folder_is_listed_in_the_order_of_paths(tmp_path):
     assert [tmp_path / name for name in image_names(tmp_path, tmp_path / "out")] == besides
 
 
-COMMAND = "from prunex.recipes.commands.cli import main\nif __name__ == '__main__':\n    main()\n"
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-
-
-def started(tmp_path, *arguments, processes=None):
-    """``prunex explain`` in a process of its own, or in several that torchrun starts."""
-    script = tmp_path / "command.py"
-    script.write_text(COMMAND)
-    before = [sys.executable]
-    if processes:
-        before = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*before, str(script), "explain", *map(str, arguments), "--device", "cpu"]
-    with open(tmp_path / "log.txt", "w") as log:
-        return subprocess.Popen(
-            command, env=environment(), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-def ended(tmp_path, *arguments, processes=None):
-    code = started(tmp_path, *arguments, processes=processes).wait(timeout=240)
-    assert code == 0, (tmp_path / "log.txt").read_text()[-3000:]
-
-
 @pytest.mark.slow  # processes that import everything
 def test_two_processes_do_each_image_once_and_as_one_does(model, tmp_path):
     photos = make_photos(tmp_path / "photos", 23)
     command = (model, "--images", photos, "--methods", "rollout,tokentm", "--batch", 4, "--sheets", 3)
-    ended(tmp_path, *command, "--out", tmp_path / "one")
-    ended(tmp_path, *command, "--out", tmp_path / "two", processes=2)
-    ended(tmp_path, *command, "--out", tmp_path / "lightning", "--devices", 2)
+    ended(tmp_path, "explain", *command, "--out", tmp_path / "one")
+    ended(tmp_path, "explain", *command, "--out", tmp_path / "two", processes=2)
+    ended(tmp_path, "explain", *command, "--out", tmp_path / "lightning", "--devices", 2)
     one = prunex.open_maps(tmp_path / "one")
     for name in ("two", "lightning"):
         several = prunex.open_maps(tmp_path / name)
@@ -290,17 +258,12 @@ def test_two_processes_do_each_image_once_and_as_one_does(model, tmp_path):
 def test_a_killed_run_loses_no_more_than_what_was_at_work(model, tmp_path, processes):
     photos = make_photos(tmp_path / "photos", 120)
     command = (model, "--images", photos, "--methods", "rollout,tokentm", "--batch", 4, "--sheets", "all")
-    ended(tmp_path, *command, "--out", tmp_path / "whole")
+    ended(tmp_path, "explain", *command, "--out", tmp_path / "whole")
     whole, out = prunex.open_maps(tmp_path / "whole"), tmp_path / "out"
     before = 0
-    for goal in (10, 40, 70):
-        process = started(tmp_path, *command, "--out", out, processes=processes)
-        while len(list(out.glob("[0-9]*.png"))) < goal and process.poll() is None:
-            time.sleep(0.005)
-        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        wait_for_group(process.pid)
+    for goal in range(6, 106, 10):
+        process = started(tmp_path, "explain", *command, "--out", out, processes=processes)
+        killed(tmp_path, process, lambda goal=goal: len(list(out.glob("[0-9]*.png"))) >= goal)
         # A sheet is written before its image's maps: those of a batch a process may have no maps yet.
         sheets = list(out.glob("[0-9]*.png"))
         done = prunex.open_maps(out)
@@ -311,19 +274,9 @@ def test_a_killed_run_loses_no_more_than_what_was_at_work(model, tmp_path, proce
             Image.open(sheet).load()
         for name in done.names:
             assert np.array_equal(done[name, "rollout"], whole[name, "rollout"])
-    ended(tmp_path, *command, "--out", out, processes=processes)
+    ended(tmp_path, "explain", *command, "--out", out, processes=processes)
     done = prunex.open_maps(out)
     assert done.names == whole.names
     assert all(np.array_equal(done[:, column], whole[:, column]) for column in whole.columns)
     assert not list(out.rglob(".*"))
     assert json.loads((out / "maps" / "about.json").read_text())["methods"] == ["rollout", "tokentm"]
-
-
-def wait_for_group(group):
-    """Until no process of a group is left."""
-    for _ in range(1000):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.01)

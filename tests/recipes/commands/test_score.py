@@ -103,7 +103,7 @@ def values(folder, model, method):
 def test_the_table_holds_what_the_metrics_say_dense_beside_slim(run, capsys):
     assert score(run, "--methods", FAST, "--images", 7, "--batch", 3) == 0
     said, found = capsys.readouterr().out, written(run / "score")
-    scenes = from_run(open_data(run), 7)
+    scenes = from_run(open_data(run), 7)[:]
     slim = prunex.load(run / "slim")
     dense = without_pruning(slim)
     assert len(scenes.images) == 7
@@ -254,7 +254,7 @@ def test_a_timm_model_on_a_folder_with_masks_without_a_run(photos, tmp_path, mon
     name = ["vit_tiny_patch16_224", "--weights", tmp_path / "w.safetensors", "--img-size", 48, "--data", photos]
     assert score(*name, "--methods", "rollout") == 0
     found = written(tmp_path / "score")
-    scenes = from_folder(photos, None, model, 100)
+    scenes = from_folder(photos, None, model, 100)[:]
     assert scenes.labels.tolist() == [0, 0, 0, 1, 1, 1]
     # 40 of 50 columns are seen, of which 10 are the object's
     assert float(object_share(scenes.masks).mean()) == pytest.approx(0.25, abs=0.03)
@@ -292,7 +292,7 @@ def test_a_slim_folder_has_its_dense_model_beside_it(photos, tmp_path):
         *(("slim", k, "kept_auc") for k in ("rollout", "random", "chance")),
     }
     # the folders' names are the model's classes
-    assert from_folder(photos, None, prunex.load(slim), 6).labels.tolist() == [3, 3, 3, 1, 1, 1]
+    assert from_folder(photos, None, prunex.load(slim), 6)[:].labels.tolist() == [3, 3, 3, 1, 1, 1]
 
 
 def test_a_model_without_classifier_is_scored_by_where_its_maps_lie(photos, tmp_path, capsys):
@@ -313,7 +313,7 @@ def test_a_model_without_classifier_is_scored_by_where_its_maps_lie(photos, tmp_
 
 
 def test_the_judge_explains_the_class_that_the_pruned_model_predicts(run):
-    images, model = from_run(open_data(run), 12).images, vit()
+    images, model = from_run(open_data(run), 12)[:].images, vit()
     with torch.no_grad():
         model.head.bias -= model(images).mean(0)  # now classes are close to each other
     prunex.attach(model, "topk", keep_ratio=0.2, stages=(0, 1))
@@ -553,7 +553,7 @@ def test_the_label_may_be_explained_instead_of_the_prediction(run, photos, tmp_p
     wanted = [run, "--methods", "generic_attention", "--metrics", "deletion", "--images", 6, "--models", "slim"]
     assert score(*wanted) == 0
     assert score(*wanted, "--target", "label", "--out", tmp_path / "label") == 0
-    scenes, slim = from_run(open_data(run), 6), prunex.load(run / "slim")
+    scenes, slim = from_run(open_data(run), 6)[:], prunex.load(run / "slim")
     labels = scenes.labels.long()
     e = prunex.explain("generic_attention", slim, scenes.images, labels)
     assert not e.target.equal(slim(scenes.images).argmax(1))  # or this would compare nothing
@@ -580,7 +580,7 @@ def test_the_label_may_be_explained_instead_of_the_prediction(run, photos, tmp_p
 
 def test_anything_that_can_be_spelt_is_scored(run, tmp_path):
     wanted = [run, "--methods", "generic_attention", "--metrics", "deletion,corrected_overlap", "--images", 6]
-    scenes, slim = from_run(open_data(run), 6), prunex.load(run / "slim")
+    scenes, slim = from_run(open_data(run), 6)[:], prunex.load(run / "slim")
     dense = without_pruning(slim)
     for place, spelling in enumerate(("contrast:2,1", "margin", "3")):
         out = tmp_path / str(place)

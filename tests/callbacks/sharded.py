@@ -3,6 +3,7 @@
 As a script: ``python -m tests.callbacks.sharded FOLDER CASE,CASE OPTIONS``, as ``tests/callbacks/parallel.py``.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -10,15 +11,18 @@ import time
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 import prunex
 from prunex import PrunexError
 from prunex.callbacks import (
+    ExactResume,
     HeadMonitor,
     KeptTokenMonitor,
     MaskPruning,
@@ -29,6 +33,8 @@ from prunex.callbacks import (
 )
 from tests.callbacks.modules import Plain, csv_logger, loader, trainer
 from tests.callbacks.parallel import TRAINED, Counted, Watcher, head, train, watch
+from tests.callbacks.test_exact_resume import Break
+from tests.callbacks.test_resume_in_epoch import Stateful, Steps
 from tests.vits import tiny
 
 SCRIPT = "tests.callbacks.sharded"
@@ -193,7 +199,32 @@ def checkpoint(folder, epochs=1, start=None, make=Cut, **options):
     return train(folder, "dynamicvit", way, make=make, epochs=epochs, start=start, save=save, **options)
 
 
+def inside(folder, **options):
+    """A training that broke inside an epoch and went on there, beside one that nothing happened to."""
+    parts = options.pop("strategy")._save_distributed_checkpoint
+
+    def fit(name, *callbacks, seed=0, checkpoint=None):
+        L.seed_everything(seed, verbose=False)
+        module, steps = Cut(optimiser="adamw", lr=1e-3), Steps()
+        run = trainer(
+            Path(folder) / name, ExactResume(every_n_steps=2), steps, TokenPruning("dynamicvit", keep_ratio=0.6),
+            *callbacks, max_epochs=2, logger=csv_logger(Path(folder) / name), enable_checkpointing=True,
+            strategy=cuts(options["devices"], parts), **options,
+        )  # fmt: skip
+        with contextlib.suppress(KeyError):
+            run.fit(module, Stateful(), loader(8), ckpt_path=checkpoint)
+        return {n: p.to_local().clone() for n, p in module.named_parameters() if isinstance(p, DTensor)}, steps.seen
+
+    whole, seen = fit("whole")
+    _, broken = fit("broken", Break(1, 5))
+    last = Path(folder) / "broken" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    again, rest = fit("again", seed=7, checkpoint=str(last))
+    same = all(torch.equal(value, again[name]) for name, value in whole.items())
+    return {"same": same, "cut": len(whole), "seen": seen, "broken": broken, "rest": rest, "folder": last.is_dir()}
+
+
 CASES = {
+    "inside": inside,
     "refused": refused,
     "by_hand": by_hand,
     "watch": partial(watch, make=CutCounted),

@@ -146,6 +146,18 @@ def test_checkpoints_open_in_other_numbers_of_processes(tmp_path, parts):
         assert torch.allclose(module[key].float(), value.float(), rtol=1e-3, atol=1e-4), key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [False, True])
+def test_inside_an_epoch(tmp_path, parts):
+    for found in sharded(tmp_path, ["inside"], parts=parts)["inside"]:
+        assert found["folder"] == parts
+        assert found["same"]
+        assert found["cut"] > 20
+        assert found["broken"] == found["seen"][: len(found["broken"])]
+        # Written after the fourth of ten batches of the second epoch; it broke in the sixth.
+        assert found["rest"] == found["seen"][14:]
+
+
 CLI = """
 import os
 if os.environ["RANK"] == "0":

@@ -111,6 +111,24 @@ def parse_report(arguments: Sequence[str]) -> Any:
     return args
 
 
+def parse_watch(arguments: Sequence[str]) -> Any:
+    """Of ``prunex watch``."""
+    parser = Parser(
+        "prunex watch",
+        description="Serve the report of a run to a browser on this machine, and renew it while training goes on. "
+        "Nothing is written into the run, which need not be there yet.",
+    )
+    parser.add_argument("run", help="run folder, or one that holds version_0, version_1 ...: the newest is followed")
+    parser.add_argument("--port", type=int, default=0, help="of this machine; default 0, a free one")
+    parser.add_argument("--open", action="store_true", help="open the browser")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.port < 2**16:
+        raise PrunexError(f"--port {args.port} is not allowed: give a whole number from 0 (a free one) to 65535")
+    if is_there(Path(args.run)) and not is_there(Path(args.run), Path.is_dir):
+        raise PrunexError(f"{args.run} is a file: give a run folder, such as runs/digits-dynamicvit/version_0")
+    return args
+
+
 def parse_export(arguments: Sequence[str]) -> Any:
     """Of ``prunex export``."""
     parser = Parser("prunex export", description="Write the slim model of a run (or slim folder) as a checked graph.")

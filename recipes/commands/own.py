@@ -1,4 +1,4 @@
-"""The subcommands beside Lightning's: init, explain, score, export, bench, report, methods, doctor, completion.
+"""The subcommands beside Lightning's: init, explain, score, export, bench, report, watch, methods, doctor, completion.
 
 Each reads its arguments first and imports what it works with afterwards: a mistake is told at once.
 """
@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "export": ("the slim model as a checked ONNX or torch.export graph", export),
     "bench": ("accuracy, MACs, parameters and images/s, dense beside slim", worked_by("bench")),
     "report": ("report.html from what a run wrote", report),
+    "watch": ("the report in a browser, following a training that goes on", worked_by("watch")),
     "methods": ("every pruner and explainer, its paper and what it needs", methods),
     "doctor": ("versions, devices, name clashes, and what would be refused of a model", worked_by("doctor")),
     "completion": ("a script for bash, zsh or fish", worked_by("completion")),

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 import prunex
 from prunex.callbacks.run_folder import RECORD
@@ -79,26 +79,39 @@ def write_report(run: str | Path) -> Path:
         raise PrunexError(f"run='{run}' is not a folder: give the folder that a training run wrote")
     folder = home(Path(run).expanduser())
     # The page lies in the run, wherever its slim model is.
-    slim_path = slim_folder(folder)
     known = any((folder / name).exists() for name in ("metrics.csv", "config.yaml", RECORD, "maps"))
-    if not known and slim_path is None:
+    if not known and slim_folder(folder) is None:
         raise PrunexError(
             f"run='{run}' is not a run folder (it has neither metrics.csv nor config.yaml, no maps/ and no slim/): "
             "give the folder that a training run wrote, such as runs/version_0 or lightning_logs/version_0"
         )
-    page = _template().render(
+    return write_whole(folder / "report.html", report_page(folder))
+
+
+def report_page(folder: Path, live: Mapping[str, str] | None = None) -> bytes:
+    """The page of a run folder; ``live`` is what ``prunex watch`` adds to it, see :mod:`prunex.recipes.report.live`."""
+    return render(
+        "report.html",
         written=f"{datetime.now():%d %B %Y, %H:%M}",
         version=prunex.__version__,
-        **_content(folder, slim_path or folder / "slim"),
+        live=live,
+        **_content(folder, slim_folder(folder) or folder / "slim"),
     )
+
+
+def render(template: str, **content: Any) -> bytes:
+    """A template of ``recipes/templates`` with its content, every text of which is escaped."""
+    loader = FunctionLoader(lambda name: (files("prunex.recipes") / "templates" / name).read_text(encoding="utf-8"))
+    options: Any = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = Environment(loader=loader, autoescape=True, **options).get_template(template).render(content)
     # Names of files and classes may hold halves of characters, which no page can.
-    return write_whole(folder / "report.html", page.encode(errors="replace"))
+    return page.encode(errors="replace")
 
 
-def _template() -> Any:
-    text = (files("prunex.recipes") / "templates" / "report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text)
+def run_name(folder: Path) -> str:
+    """What pages call a run: the folder's name, of ``version_N`` with that of the folder round it."""
+    place = folder.resolve()
+    return f"{place.parent.name}/{place.name}" if place.name.startswith("version_") else place.name
 
 
 def _content(folder: Path, slim_path: Path) -> dict[str, Any]:
@@ -119,9 +132,8 @@ def _content(folder: Path, slim_path: Path) -> dict[str, Any]:
         summary_note = ""
     elif not summary_note:
         summary_note = "summary.json holds no rows, so costs are not compared."
-    place = folder.resolve()
     return {
-        "title": f"{place.parent.name}/{place.name}" if place.name.startswith("version_") else place.name,
+        "title": run_name(folder),
         "architecture": str(slim.get("architecture") or ""),
         "machine": str(summary.get("machine") or ""),
         "cards": _cards(rows or measured, maps, unit[1]),

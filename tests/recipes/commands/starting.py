@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,3 +50,10 @@ def killed(tmp_path, process, ready):
         except ProcessLookupError:
             return
         time.sleep(0.01)
+
+
+def free_port():
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

@@ -110,10 +110,10 @@ def _attach(
         check_routes(vit)
         return put_head(vit, make, options, model)
     if issubclass(make, UnitPruner):
-        own = options if budget is None else {"budget": budget, **options}
+        given = options if budget is None else {"budget": budget, **options}
         backbone = find(model, path, Backbone)[1]
         check_gathered(backbone, _BEFORE)
-        return put_units(backbone, make, own)
+        return put_units(backbone, make, given)
     vit = find(model, path)[1]
     check_gathered(vit, _BEFORE)
     if mounted(vit) is not None:

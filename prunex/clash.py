@@ -13,8 +13,8 @@ REMEDY = "pip uninstall prunex, then install prunex-vit anew, with --force-reins
 
 def installed_beside(folder: Path) -> list[str]:
     """Versions of the other project in the folder that our package lies in; none where it is not there."""
-    found = folder.glob("prunex-*.dist-info")
-    return sorted(entry.name.removeprefix("prunex-").removesuffix(".dist-info") for entry in found)
+    infos = folder.glob("prunex-*.dist-info")
+    return sorted(entry.name.removeprefix("prunex-").removesuffix(".dist-info") for entry in infos)
 
 
 def warn_of_other(folder: Path) -> None:

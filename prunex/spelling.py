@@ -44,6 +44,6 @@ def read_target(text: Any, what: str = "target") -> tuple[str, tuple[int, ...]]:
     fits = whole and fewest <= len(given) and (most is None or len(given) <= most)
     if not fits or len(set(numbers)) < len(numbers):
         wanted = {0: "no number", 1: "one number" if fewest else "at most one number", 2: "two different ones"}
-        told = wanted[most] if most is not None else "whole numbers, each once"
-        raise PrunexError(f"{what} {text[:100]!r} is not allowed: {name} takes {told}, as in {SHOWN}")
+        allowed = wanted[most] if most is not None else "whole numbers, each once"
+        raise PrunexError(f"{what} {text[:100]!r} is not allowed: {name} takes {allowed}, as in {SHOWN}")
     return name, numbers

@@ -128,14 +128,14 @@ def tar_files(given: str) -> list[Path]:
 
 def expand(given: str) -> list[Path]:
     """Paths with numbers from one to another in the place of ``{000..011}``."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", given)
-    if found is None:
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", given)
+    if braces is None:
         return [Path(given)]
-    first, last = found.groups()
+    first, last = braces.groups()
     if int(last) - int(first) >= MOST_SHARDS:
         raise PrunexError(f"--images {given} names more than {MOST_SHARDS:,} files")
     numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-    return [path for n in numbers for path in expand(f"{given[: found.start()]}{n}{given[found.end() :]}")]
+    return [path for n in numbers for path in expand(f"{given[: braces.start()]}{n}{given[braces.end() :]}")]
 
 
 def image_files(path: Path, besides: Path | None = None) -> list[Path]:

@@ -55,14 +55,15 @@ def legrad(
     """
     start = check_layer(start_layer, len(model.blocks))
     blocks = frozenset(range(start, len(model.blocks)))
-    own = model.global_pool != "map"  # else the pool's attention is differentiated, and blocks' are not looked into
-    tape = Tape(attention=own, gradients=True, blocks=blocks, graph_from=start, leaving=blocks)
+    # Else the pool's attention is differentiated, and blocks' are not looked into.
+    by_block = model.global_pool != "map"
+    tape = Tape(attention=by_block, gradients=True, blocks=blocks, graph_from=start, leaving=blocks)
     with recording(model, images, target, tape, needs_class=True) as recorded:
         prefix = recorded.anatomy.prefix
         each = []
         for number, step in enumerate(tape.steps):
             if isinstance(step, Attended) and step.block in blocks:
-                scores, steps = _of_block(recorded, step, pool, number) if own else _of_pool(recorded, step.block)
+                scores, steps = _of_block(recorded, step, pool, number) if by_block else _of_pool(recorded, step.block)
                 each.append(tape.lifted(scores, steps, prefix))
         raw = torch.stack(each, 1)
         return answer(recorded, raw.sum(1), raw=raw[:, :, prefix:])
@@ -74,8 +75,8 @@ def _of_block(recorded: Recording, step: Attended, pool: str, number: int) -> tu
     left = recorded.tape.left[step.block]
     tokens, handed = left.tokens, Handed(recorded.anatomy, left.policy, left.sizes)
     if recorded.anatomy.readers and pool == "mean":
-        there = tokens.new_ones(tokens.shape[:2]) if left.policy is None else left.policy.to(tokens.dtype)
-        share = (there if left.sizes is None else there * left.sizes.to(tokens.dtype)).unsqueeze(2)
+        present = tokens.new_ones(tokens.shape[:2]) if left.policy is None else left.policy.to(tokens.dtype)
+        share = (present if left.sizes is None else present * left.sizes.to(tokens.dtype)).unsqueeze(2)
         # One vector in the place of every token that the head may read; the norm comes after the mean.
         mean = (tokens * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
         tokens, handed = mean.expand(-1, recorded.anatomy.prefix, -1), Handed(recorded.anatomy)

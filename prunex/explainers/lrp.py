@@ -131,8 +131,8 @@ def _turned(recorded: Recording, tables: Sequence[Tensor]) -> Tensor:
     prefix, row = recorded.anatomy.prefix, recorded.logits.new_zeros(len(recorded.logits), recorded.embedded.shape[1])
     for block, r in enumerate(tables):
         sines, cosines = r.sum(1).chunk(2, -1)
-        own = sines.sum(-1).abs() + cosines.sum(-1).abs()
-        row = row + recorded.entering(block).lift(nn.functional.pad(own, (prefix, 0)))
+        through_tables = sines.sum(-1).abs() + cosines.sum(-1).abs()
+        row = row + recorded.entering(block).lift(nn.functional.pad(through_tables, (prefix, 0)))
     return row
 
 

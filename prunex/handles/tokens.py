@@ -341,9 +341,9 @@ class Pruning(Handle):
             PrunexError: For missing, foreign or ill-shaped entries; the model is then unchanged.
         """
         plain = strip_official(state)
-        own = self.pruner.official(plain)
+        renamed = self.pruner.official(plain)
         needed = self.pruner.state_dict()
-        missing = sorted(set(needed) - set(own))
+        missing = sorted(set(needed) - set(renamed))
         if missing:
             raise PrunexError(
                 f"not an official {self.method} checkpoint: {len(missing)} of {len(needed)} parameters are missing, "
@@ -351,16 +351,16 @@ class Pruning(Handle):
             )
         dense = {k: v for k, v in self.model.state_dict().items() if not k.startswith(TOKENS + ".")}
         backbone = {k: v for k, v in plain.items() if k in dense}
-        if not own and not backbone:
+        if not renamed and not backbone:
             raise PrunexError(f"nothing in this state dict fits: it holds {', '.join(list(plain)[:4])}")
-        foreign = [k for k in own if k not in needed]
-        wrong = [k for k, v in own.items() if k in needed and v.shape != needed[k].shape]
+        foreign = [k for k in renamed if k not in needed]
+        wrong = [k for k, v in renamed.items() if k in needed and v.shape != needed[k].shape]
         wrong += [k for k, v in backbone.items() if v.shape != dense[k].shape]
         if foreign or wrong:
             raise PrunexError(
                 f"entries do not fit this model: {', '.join((foreign + wrong)[:4])}; same sizes and stages needed"
             )
-        self.pruner.load_state_dict(own)
+        self.pruner.load_state_dict(renamed)
         self.model.load_state_dict(backbone, strict=False)
         return self
 

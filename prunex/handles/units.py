@@ -353,13 +353,13 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
     gated = mounted_units(model)
     if gated is None:
         return
-    own = f"{prefix}{UNITS}.{gated.method}."
-    found = {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
-    if not found:  # a dense state dict
+    keys = f"{prefix}{UNITS}.{gated.method}."
+    state_of_units = {k.removeprefix(keys): v for k, v in state.items() if k.startswith(keys)}
+    if not state_of_units:  # a dense state dict
         state.update({f"{prefix}{UNITS}.{k}": v for k, v in gated.state_dict().items()})
         return
-    if bool(found.get("removed", False)) and not bool(gated.pruner.removed):
-        for name, value in found.items():
+    if bool(state_of_units.get("removed", False)) and not bool(gated.pruner.removed):
+        for name, value in state_of_units.items():
             known = gated.pruner._buffers.get(name)
             if name.startswith("open_") and known is not None and known.shape == value.shape:
                 known.copy_(value)

@@ -43,8 +43,8 @@ class FinalTokens(Brief):
                 factor = factor[:, prefix:].to(x.dtype)
                 counts = factor if counts is None else counts * factor
         trace = left.trace if left.trace is not None and left.trace.stages else None
-        own = None if left.anatomy.dynamic else left.anatomy.grid
-        return cls(x[:, :prefix], x[:, prefix:], counts, trace, own if left.trace is None else left.trace.grid)
+        fixed = None if left.anatomy.dynamic else left.anatomy.grid
+        return cls(x[:, :prefix], x[:, prefix:], counts, trace, fixed if left.trace is None else left.trace.grid)
 
     @property
     def whole_grid(self) -> tuple[int, int]:

@@ -157,8 +157,8 @@ def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> M
         raise
     except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         # The file may hold anything, and messages are one line.
-        told = str(settings)[:120]
-        raise PrunexError(f"{folder / CONFIG} is damaged: gates={told} ({error}); save the explainer again") from error
+        shown = str(settings)[:120]
+        raise PrunexError(f"{folder / CONFIG} is damaged: gates={shown} ({error}); save the explainer again") from error
 
 
 MOST = 200.0  # of a multiplier

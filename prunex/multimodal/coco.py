@@ -116,24 +116,24 @@ class CocoFolder:
                 f"{self.folder / entry['file_name']} has {picture.size[0]} x {picture.size[1]} pixels, and {self.file} "
                 f"says {width} x {height}: masks would lie beside their objects"
             )
-        found = self._objects[entry["id"]]
-        if len(found) * height * width > _ROOM:
+        objects = self._objects[entry["id"]]
+        if len(objects) * height * width > _ROOM:
             raise PrunexError(
-                f"{self.file}: {len(found)} masks of {width} x {height} pixels are too many for one image"
+                f"{self.file}: {len(objects)} masks of {width} x {height} pixels are too many for one image"
             )
-        masks = torch.zeros(len(found), height, width, dtype=torch.bool)
-        for mask, each in zip(masks, found, strict=True):
+        masks = torch.zeros(len(objects), height, width, dtype=torch.bool)
+        for mask, each in zip(masks, objects, strict=True):
             try:
                 mask.copy_(torch.from_numpy(decode(each.get("segmentation"), height, width)))
             except (ValueError, TypeError, OverflowError) as error:
                 raise PrunexError(f"{self.file}: annotation {each.get('id')!r} has no mask: {error}") from error
         pixels = masks.flatten(1).sum(1).tolist()
-        given = [each.get("area") for each in found]
+        given = [each.get("area") for each in objects]
         areas = [a if isinstance(a, int | float) and a > 0 else n for a, n in zip(given, pixels, strict=True)]
         return picture, Objects(
             masks,
-            torch.tensor([self._labels[each["category_id"]] for each in found], dtype=torch.int64),
-            torch.tensor([each.get("iscrowd", 0) == 1 for each in found], dtype=torch.bool),
+            torch.tensor([self._labels[each["category_id"]] for each in objects], dtype=torch.int64),
+            torch.tensor([each.get("iscrowd", 0) == 1 for each in objects], dtype=torch.bool),
             torch.tensor(areas, dtype=torch.float64),
         )
 

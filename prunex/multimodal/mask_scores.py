@@ -161,9 +161,9 @@ class MaskScorer:
             # Nor does it say 0 where nothing is detected in any image. An empty mask behind all others changes no AP.
             masks, labels = torch.zeros_like(truth[:1]), of[:1]
             scores = torch.full((1,), torch.finfo(torch.float32).min)
-        found = {"masks": masks, "scores": scores, "labels": labels}
-        there = {"masks": truth, "labels": of, "iscrowd": crowd.long(), "area": areas}
-        self._precision.update([found], [there])
+        detected = {"masks": masks, "scores": scores, "labels": labels}
+        annotated = {"masks": truth, "labels": of, "iscrowd": crowd.long(), "area": areas}
+        self._precision.update([detected], [annotated])
 
     def compute(self) -> MaskScores:
         """The scores of all images so far.
@@ -173,13 +173,13 @@ class MaskScorer:
         """
         if not self._images:
             raise PrunexError("no image was scored: call update(detections, objects) first")
-        found = self._precision.compute()
+        detected = self._precision.compute()
         ious, areas = torch.cat(self._ious), torch.cat(self._areas)
         size = (areas >= SMALL).long() + (areas >= MEDIUM).long()
         parts = [ious, *(ious[size == k] for k in range(len(SIZES)))]
         return MaskScores(
-            ap=_of_coco([found[name] for name in ("map", *(f"map_{size}" for size in SIZES))]),
-            ar=_of_coco([found[name] for name in ("mar_100", *(f"mar_{size}" for size in SIZES))]),
+            ap=_of_coco([detected[name] for name in ("map", *(f"map_{size}" for size in SIZES))]),
+            ar=_of_coco([detected[name] for name in ("mar_100", *(f"mar_{size}" for size in SIZES))]),
             iou=BySize(*(part.mean().item() for part in parts)),
             objects=BySize(*(len(part) for part in parts)),
             images=self._images,

@@ -164,9 +164,9 @@ def image_masks(
         levels = masks[part, None].float() * WHITE
         levels = F.interpolate(levels, size=entered, mode="bilinear", align_corners=False)
         # In single precision the sigmoid of a weight that is only rounding is one half, which does not exceed it.
-        found = levels.sigmoid() > 0.5 if mask_rule == "reference" else levels > WHITE / 2
-        found = found[..., : seen[0], : seen[1]].float()
-        large[part] = F.interpolate(found, size=(height, width), mode="nearest")[:, 0] > 0
+        inside = levels.sigmoid() > 0.5 if mask_rule == "reference" else levels > WHITE / 2
+        inside = inside[..., : seen[0], : seen[1]].float()
+        large[part] = F.interpolate(inside, size=(height, width), mode="nearest")[:, 0] > 0
     return large
 
 

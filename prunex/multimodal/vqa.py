@@ -305,8 +305,8 @@ def _check_question(question: Any, number: int, kinds: Sequence[str]) -> tuple[T
     boxes, tokens = len(question.image), len(question.text)
     if not isinstance(question.protected, Sequence) or isinstance(question.protected, str):
         raise PrunexError(f"protected={question.protected!r} is not allowed: give a list of places, which may be empty")
-    told = f"tokens of question {number} are 0..{tokens - 1}"
-    stays = {check_index("protected", place, tokens, told) for place in question.protected}
+    allowed = f"tokens of question {number} are 0..{tokens - 1}"
+    stays = {check_index("protected", place, tokens, allowed) for place in question.protected}
     text = [boxes + place for place in range(tokens) if place not in stays]
     free = {"image": torch.arange(boxes), "text": torch.tensor(text, dtype=torch.int64)}
     for kind in kinds:

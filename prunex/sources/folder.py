@@ -88,8 +88,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file():
         if not (folder / _INDEX).is_file():
-            found = next((kind for pattern, kind in _OTHERS.items() if any(folder.glob(pattern))), None)
-            others = "" if found is None else f", but {found} weights, which are not read"
+            other = next((kind for pattern, kind in _OTHERS.items() if any(folder.glob(pattern))), None)
+            others = "" if other is None else f", but {other} weights, which are not read"
             raise PrunexError(
                 f"{folder} has no {_WEIGHTS}{others}: save the model again with transformers' save_pretrained"
             )
@@ -129,7 +129,7 @@ def _opened(folder: Path, name: str) -> Any:
     transformers = library()
     try:
         # Attention is named, since a configuration may name a kernel that would be fetched and run.
-        model, told = getattr(transformers, name).from_pretrained(
+        model, loading = getattr(transformers, name).from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -140,8 +140,8 @@ def _opened(folder: Path, name: str) -> Any:
         )
     except Exception as error:  # transformers reports a strange configuration in many ways
         raise PrunexError(f"{folder} cannot be opened: {type(error).__name__} {str(error)[:200]}") from error
-    missing = sorted(key for key in told["missing_keys"] if not _UNREAD.search(key))
-    wrong = [str(key[0]) if isinstance(key, tuple) else str(key) for key in told.get("mismatched_keys", [])]
+    missing = sorted(key for key in loading["missing_keys"] if not _UNREAD.search(key))
+    wrong = [str(key[0]) if isinstance(key, tuple) else str(key) for key in loading.get("mismatched_keys", [])]
     if missing or wrong:
         raise PrunexError(
             f"{folder} is not whole: of {name} {', '.join([*missing, *wrong][:4])} is missing or of another shape; "

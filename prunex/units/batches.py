@@ -196,10 +196,10 @@ def mean_over_images(
         totals = {b.key: torch.zeros(b.units, dtype=torch.float64) for b in pruner.branches}
         # Of half precision a copy is computed with, and its own pruner's gates are those that act there.
         working = widened(model)
-        own: P = mounted_units(working).pruner
-        with own.all_open():
+        gates: P = mounted_units(working).pruner
+        with gates.all_open():
             for images, labels in labelled_batches(batches, working, truth):
-                for key, total in scores(own, working, images, labels).items():
+                for key, total in scores(gates, working, images, labels).items():
                     totals[key] += total
                 count += len(images)
     return {key: total / count for key, total in totals.items()}

@@ -75,8 +75,8 @@ def layer_scale(block: Any, branch: Branch) -> Tensor | None:
     """What multiplies a branch before it is added to the stream, [D]; None without LayerScale."""
     first = branch.kind == "heads"
     scale = getattr(block, "ls1" if first else "ls2", None)
-    own = getattr(block, "gamma_1" if first else "gamma_2", None)
-    return own if scale is None else scale_of(scale)
+    gamma = getattr(block, "gamma_1" if first else "gamma_2", None)
+    return gamma if scale is None else scale_of(scale)
 
 
 def _rows(branch: Branch, block: Any) -> list[Tensor]:

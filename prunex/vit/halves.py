@@ -288,10 +288,10 @@ class Halves:
 
     def _counts(self, policy: Tensor | None, start: int) -> Tensor | None:
         """How often each token's row counts from a position on: 0 for a dropped one, else its size; None: once, all."""
-        there = None if policy is None else policy[:, start:] > 0
+        present = None if policy is None else policy[:, start:] > 0
         if self.sizes is None:
-            return there
-        return self.sizes[:, start:] if there is None else self.sizes[:, start:] * there
+            return present
+        return self.sizes[:, start:] if present is None else self.sizes[:, start:] * present
 
     def _feed(self, x: Tensor, entered: Tensor | None) -> tuple[Tensor, Tensor | None, Fed | None]:
         """From [B, n, D], and what entered a parallel block, to the stream after the MLP, its shift, the recording."""

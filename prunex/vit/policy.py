@@ -73,8 +73,8 @@ def under_policy(
     with torch.no_grad():
         # The kept keys' mean bounds a dropped key's lead over the best kept one: A_ij - max A_i <= |q_i| |k_j - mean|.
         dropped = (p <= 0).to(wide)
-        there = 1 - dropped
-        mean = (k.to(wide) * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
+        left = 1 - dropped
+        mean = (k.to(wide) * left).sum(2, keepdim=True) / left.sum(2, keepdim=True).clamp(min=1)
         longest = torch.linalg.vector_norm(q.to(wide), dim=-1, keepdim=True).amax(2, keepdim=True)
         lead = scale * longest * torch.linalg.vector_norm(k.to(wide) - mean, dim=-1, keepdim=True)
         if relative is not None:

@@ -59,8 +59,8 @@ class Positions(Brief):
         weight = stage.weight if stage.weight.ndim == 3 else stage.weight.unsqueeze(2)
         parts = group.shape[2]
         flat = group.flatten(1)
-        there, out = flat >= 0, stage.n_out
-        aim = torch.where(there, flat, out)  # those that left go to a slot that is cut off
+        present, out = flat >= 0, stage.n_out
+        aim = torch.where(present, flat, out)  # those that left go to a slot that is cut off
         kept = index if n == out else nn.functional.pad(index[:, :out], (0, max(0, out - n)), value=0)
         kept = nn.functional.pad(kept, (0, 1))
         came = index.unsqueeze(2).expand(-1, -1, parts).flatten(1)
@@ -85,11 +85,11 @@ class Positions(Brief):
             self._looked_up["rope"] = self._of_tokens(table[None])
         return self._looked_up["rope"]
 
-    def relative_of(self, own: Tensor | None) -> Tensor | None:
+    def relative_of(self, relative: Tensor | None) -> Tensor | None:
         """What a block adds to its scores: [1 or B, H, N, N], from its own bias [H, prefix + P, prefix + P]."""
         if not self.relative:
             return None
-        parts = [t for t in (own, self.shared) if t is not None]
+        parts = [t for t in (relative, self.shared) if t is not None]
         if not parts:
             return None
         whole = sum(parts[1:], parts[0])
@@ -192,8 +192,8 @@ def positions_of(
     # BEiT adds one bias for all blocks or one a block; both are looked up by pairs of patches.
     if isinstance(model, Beit):
         shared = None if inner.rel_pos_bias is None else inner.rel_pos_bias()
-        own = any(b.attn.relative_position_bias_table is not None for b in inner.blocks)
-        if shared is not None or own:
+        relative = any(b.attn.relative_position_bias_table is not None for b in inner.blocks)
+        if shared is not None or relative:
             return Positions(prefix, shared=shared, relative=True, index=index)
     if isinstance(model, VisionTransformerRelPos):
         shared = None if inner.shared_rel_pos is None else inner.shared_rel_pos.get_bias()[0]

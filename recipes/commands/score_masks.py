@@ -37,12 +37,12 @@ def score_masks(args: Any) -> int:
         image, objects = data[place]
         inputs, size = opened.batch([opened.image(image)]), (image.height, image.width)
         for name in explainers.names:
-            found: list[Query] = []
+            queries: list[Query] = []
             with suppress(NothingDetected):
-                found = [*(explainers.explain(opened, inputs, name).queries or ())]
-            scorers[name].update(_detections(found, size, args.mask_rule), objects)
+                queries = [*(explainers.explain(opened, inputs, name).queries or ())]
+            scorers[name].update(_detections(queries, size, args.mask_rule), objects)
         # Of what was detected a map that says nothing: all methods explain the same detections.
-        chance = [replace(each, map=torch.rand(each.map.shape, generator=generator)) for each in found]
+        chance = [replace(each, map=torch.rand(each.map.shape, generator=generator)) for each in queries]
         scorers[RANDOM].update(_detections(chance, size, args.mask_rule), objects)
     measured = {name: scorer.compute() for name, scorer in scorers.items()}
     first = measured[RANDOM]
@@ -81,14 +81,14 @@ def _coco(root: Path, model: Any) -> tuple[CocoFolder, str]:
     return data, "by number"
 
 
-def _detections(found: Sequence[Query], size: tuple[int, int], mask_rule: Any) -> Detections:
+def _detections(queries: Sequence[Query], size: tuple[int, int], mask_rule: Any) -> Detections:
     """The explained object queries of one image, as masks of its own size."""
-    masks = [each.at(size, mask_rule).cpu() for each in found]
+    masks = [each.at(size, mask_rule).cpu() for each in queries]
     return Detections(
         torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
-        torch.tensor([each.probability for each in found]),
-        torch.tensor([each.target for each in found], dtype=torch.int64),
-        sum(bool(cell_masks(each.map).constant) for each in found),
+        torch.tensor([each.probability for each in queries]),
+        torch.tensor([each.target for each in queries], dtype=torch.int64),
+        sum(bool(cell_masks(each.map).constant) for each in queries),
     )
 
 

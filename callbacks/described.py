@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from prunex.attributes import Pair, class_names, given_normalisation, models_normalisation, read_normalisation
@@ -21,10 +21,15 @@ OUTSIDE = 0.02  # share of pixels out of range that cropping, resizing and noise
 
 def warn_once(trainer: Trainer, text: str) -> None:
     """Warn, unless a callback of this trainer has said the same."""
+    tell_once(trainer, text, rank_zero_warn)
+
+
+def tell_once(trainer: Trainer, text: str, tell: Callable[[str], object] = rank_zero_info) -> None:
+    """Print a line, unless a callback of this trainer has said the same."""
     said = _SAID.setdefault(trainer, set())
     if text not in said:
         said.add(text)
-        rank_zero_warn(text)
+        tell(text)
 
 
 def said_normalisation(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from prunex.callbacks.described import tell_once, warn_once
 from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.untrusted import read_json
@@ -117,19 +117,43 @@ def record_metrics(trainer: Trainer, folder: Path) -> None:
 
 
 def log_picture(trainer: Trainer, tag: str, picture: np.ndarray) -> None:
-    """Hand one uint8 [H, W, 3] picture to every logger that takes images; files are written by the caller anyway."""
-    step = trainer.global_step
+    """Hand one uint8 [H, W, 3] picture to every logger that takes images; files are written by the caller anyway.
+
+    One that takes none is named once. A picture lies at the step of the numbers that Lightning logs beside it.
+    """
+    # Not global_step, which counts every optimiser's steps; Lightning's own callbacks log by this one.
+    step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     for logger in trainer.loggers:
-        kinds = {c.__name__ for c in type(logger).__mro__}  # by name: none of these packages is required
-        service: Any = logger
+        name = type(logger).__name__
+        send = _sender(logger)
+        if send is None:
+            tell_once(trainer, f"prunex: {name} takes no pictures: those of the monitors are files in maps/")
+            continue
         try:
-            if "TensorBoardLogger" in kinds:
-                service.experiment.add_image(tag, picture, step, dataformats="HWC")
-            elif "WandbLogger" in kinds:
-                service.log_image(tag, images=[picture], step=step)
-            elif "MLFlowLogger" in kinds:
-                service.experiment.log_image(service.run_id, picture, key=tag.replace("/", "."), step=step)
-            elif "CometLogger" in kinds:
-                service.experiment.log_image(picture, name=tag, step=step)
+            send(tag, picture, step)
         except Exception as error:  # whatever a service raises: a picture must not end a training
-            rank_zero_warn(f"{type(logger).__name__} did not take the picture {tag}: {error}")
+            warn_once(trainer, f"{name} did not take the picture {tag}: {error}")
+
+
+def _sender(logger: Any) -> Callable[[str, np.ndarray, int], object] | None:
+    """How a logger takes a picture by its name and step; None: not at all."""
+    kinds = {c.__name__ for c in type(logger).__mro__}  # by name: none of these packages is required
+    if "TensorBoardLogger" in kinds:
+        return lambda tag, picture, step: logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+    if "MLFlowLogger" in kinds:
+        return lambda tag, picture, step: logger.experiment.log_image(
+            logger.run_id, picture, key=tag.replace("/", "."), step=step
+        )
+    if "CometLogger" in kinds:
+        return lambda tag, picture, step: logger.experiment.log_image(picture, name=tag, step=step)
+    if kinds & {"LitLogger", "LightningLogger"}:
+        return lambda tag, picture, step: logger.experiment[tag].append(_litlogger_image(picture), step=step)
+    if callable(getattr(logger, "log_image", None)):  # as WandbLogger's, whose signature others follow
+        return lambda tag, picture, step: logger.log_image(tag, images=[picture], step=step)
+    return None
+
+
+def _litlogger_image(picture: np.ndarray) -> Any:
+    import litlogger
+
+    return litlogger.Image(picture)

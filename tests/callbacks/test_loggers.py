@@ -1,4 +1,4 @@
-"""Pictures and numbers in the loggers people use, read back from what each wrote; the services are local, or stood in for."""
+"""Pictures and numbers in the loggers people use, read back from what each wrote, without any network."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def pixels(file):
 
 
 def check(run, arrived, numbers):
-    """``arrived``: by picture [(step, uint8 array)] in the order they came; ``numbers``: steps of the loss, likewise."""
+    """``arrived``: by picture [(step, uint8 array)] in the order they came; ``numbers``: the loss's steps."""
     assert set(arrived) == set(NAMES)
     for name, pictures in arrived.items():
         assert [step for step, _ in pictures] == STEPS
@@ -117,7 +117,8 @@ def test_a_logger_that_takes_no_pictures_is_named_once(tmp_path, caplog, monkeyp
     with caplog.at_level(logging.INFO):
         run = fit(tmp_path, [csv_logger(tmp_path), Numbers()])
     assert told(caplog) == [
-        f"prunex: {name} takes no pictures: those of the monitors are files in maps/" for name in ("CSVLogger", "Numbers")
+        f"prunex: {name} takes no pictures: those of the monitors are files in maps/"
+        for name in ("CSVLogger", "Numbers")
     ]
     assert len(list((run / "maps").glob("*.png"))) == 4
 

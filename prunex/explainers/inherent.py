@@ -61,7 +61,7 @@ def vit_net(model: ViT, images: Tensor, target: int | Tensor | None = None) -> E
     """Which patches decided the way through the tree, and how much each turn did for the class.
 
     Returns:
-        ``maps`` as :class:`prunex.heads.vit_net.TreeEvidence` defines them; ``info``: its parts.
+        ``maps`` as :class:`prunex.heads.tree_reading.TreeEvidence` defines them; ``info``: its parts.
 
     Raises:
         PrunexError: For a model without such a head, or in a module that makes other classes of the head's.

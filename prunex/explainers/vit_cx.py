@@ -39,9 +39,9 @@ def vit_cx(
 
     Each channel of a block's first norm, scaled to 0..1 over the patches, is a mask; masks within a cosine distance of
     ``distance`` (complete linkage) are summed to K cluster masks m_k, enlarged bilinearly and scaled to 0..1 again.
-    With noise n_k ~ N(0, ``noise``^2) in normalised pixel space, damped by (1 - m_k), and f the class's probability:
-    s_k = f(x m_k + n_k) - f(x + n_k) + f(x), and the map is (1/K) sum_k s_k m_k / sum_j m_j, pixel by pixel.
-    Class-specific. The cost is 1 + 2K forwards an image (1 + K without noise).
+    With noise n_k ~ N(0, sigma^2), sigma = ``noise``, in normalised pixel space, damped by (1 - m_k), and f the class's
+    probability: s_k = f(x m_k + n_k) - f(x + n_k) + f(x), and the map is (1/K) sum_k s_k m_k / sum_j m_j, pixel by
+    pixel. Class-specific. The cost is 1 + 2K forwards an image (1 + K without noise).
 
     Departures from the authors' code: channels are clustered at patch resolution, 256 times cheaper for 16-pixel
     patches (similarities differ slightly), and constant channels, which give it 0/0, are left out. Where all are

@@ -37,8 +37,8 @@ def sparseness(maps: Tensor) -> Tensor:
 def complexity(maps: Tensor) -> Tensor:
     """Entropy of how a map's absolute values are shared out (arXiv 2005.00631): [B] in 0..ln n nats, low is simpler.
 
-    - sum of p ln p, p = |phi| / sum |phi|, over n values: ln n where all are equal, 0 where one patch has everything.
-    Uniform noise has about ln n - 0.19.
+    The sum of -p ln p, p = |phi| / sum |phi|, over n values: ln n where all are equal, 0 where one patch has
+    everything. Uniform noise has about ln n - 0.19.
 
     >>> complexity(torch.tensor([[[0.0, 0.0], [3.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])).tolist()
     [0.0, 1.3862943611198906]

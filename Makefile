@@ -4,6 +4,7 @@
 #             ask for known vulnerabilities of what it needs
 # make test-matrix   the tests on the oldest and on the newest versions of torch, timm, Lightning and the rest that
 #             pyproject.toml allows, each in an environment of its own under build/
+# make docs   the documentation site, into build/site; a missing reference or a broken link is an error
 # make clean  remove the environment and what was built
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAGE  := build/stage
 
-.PHONY: demo test test-all test-matrix style types doctest tests stage clean
+.PHONY: demo test test-all test-matrix docs style types doctest tests stage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/prunex fit
@@ -21,9 +22,9 @@ test: style types doctest tests
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-# What builds and audits the package is no part of working on it: without it two tests are skipped, which they say.
+# What builds the package and the site, and audits, is no part of working on them: without it tests are skipped, which they say.
 test-all: style types doctest
-	-$(BIN)/python -m pip install -q -e '.[release]'
+	-$(BIN)/python -m pip install -q -e '.[release,docs]'
 	$(PYTEST)
 
 $(VENV)/bin/python:
@@ -39,6 +40,15 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing into $(VENV): torch alone is some GB, this takes minutes the first time."
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV): torch alone is some GB, this takes minutes the first time."
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m docs.site build/site
+	@echo build/site/index.html
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -23,7 +23,6 @@ GROUND = [
     "configs",
     "lazy",
     "maps",
-    "hub",
 ]
 STOREYS = [
     GROUND,

@@ -11,6 +11,7 @@ from typing import Any
 
 from prunex.errors import PrunexError
 from prunex.files import is_there
+from prunex.hub import HUB, read_name
 
 # Whatever is imported here, --help waits for.
 SHIPPED = files("prunex.recipes") / "weights"
@@ -49,14 +50,31 @@ def check_folder(run: str | Path) -> Path:
     return Path(run)
 
 
+def on_hub(where: str) -> str | None:
+    """What a model on the Hugging Face Hub is called without its owner; None for what is no ``hf-hub:owner/name``.
+
+    >>> on_hub("hf-hub:me/deit-small-evit@v1"), on_hub("runs/digits-evit/version_0")
+    ('deit-small-evit', None)
+    """
+    return read_name(where.removeprefix(HUB))[0].partition("/")[2] if where.startswith(HUB) else None
+
+
+def check_run(where: str) -> None:
+    """Refuse what is neither a folder nor a model on the Hub by name."""
+    if on_hub(where) is None:
+        check_folder(where)
+
+
 def check_model(
     where: str, weights: str | None = None, image_size: int | None = None, pretrained: bool = False
 ) -> None:
-    """Refuse what is neither a path nor a timm model with weights, and a timm model's options beside a path."""
-    if is_there(Path(where)):
+    """Refuse what is no path, model on the Hub or timm model with weights, and a timm model's options beside others."""
+    named = on_hub(where) is not None
+    if named or is_there(Path(where)):
         for flag, given in (("--weights", weights), ("--img-size", image_size), ("--pretrained", pretrained or None)):
             if given is not None:
-                raise PrunexError(f"{flag} goes with a timm model name, and {where} is a path: leave it out")
+                what = "a model on the Hub" if named else "a path"
+                raise PrunexError(f"{flag} goes with a timm model name, and {where} is {what}: leave it out")
     elif weights is not None:
         check_weights(weights)
     elif not pretrained and _is_timms(where.split(".")[0]):
@@ -67,7 +85,8 @@ def check_model(
     elif not pretrained:
         raise PrunexError(
             f"{where} is neither a path nor a timm model name: give a run folder, such as "
-            "runs/digits-dynamicvit/version_0, a slim folder, a checkpoint, or a timm model name with --weights FILE"
+            "runs/digits-dynamicvit/version_0, a slim folder, a checkpoint, hf-hub:owner/name, or a timm model name "
+            "with --weights FILE"
         )
 
 

@@ -26,7 +26,7 @@ from prunex.callbacks.run_folder import RECORD, read_record
 from prunex.columns import line, macs_column
 from prunex.errors import PrunexError
 from prunex.files import is_there, write_whole
-from prunex.recipes.given import check_folder, check_model
+from prunex.recipes.given import check_folder, check_model, on_hub
 from prunex.recipes.modules.backbone import create_model, model_from_weights
 from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.modules.tasks import Task, task_of
@@ -56,6 +56,8 @@ def read_run(run: str | Path) -> dict[str, Any]:
 
 def config_of(run: str | Path) -> dict[str, Any]:
     """What :func:`read_run` gives, and nothing for a run of one's own script."""
+    if on_hub(str(run)) is not None:
+        return {}
     path = check_folder(run) / "config.yaml"
     if not path.is_file():
         return {}
@@ -68,8 +70,11 @@ def config_of(run: str | Path) -> dict[str, Any]:
 
 
 def home(where: str | Path) -> Path:
-    """The folder of a run's results: that of the run which a slim model says it is of, else the folder itself."""
-    folder = Path(where)
+    """The folder of a run's results: that of the run which a slim model says it is of, else the folder itself.
+
+    Of a model on the Hub, one of its name.
+    """
+    folder = Path(on_hub(str(where)) or where)
     # A slim model lies in its run, or says where that is.
     around = folder.parent if folder.name == "slim" else folder
     run = read_record(around).get("run")
@@ -95,10 +100,13 @@ def run_of(where: Path) -> Path | None:
 
 
 def open_model(where: str | Path) -> nn.Module:
-    """The slim model of a slim folder, a run (its slim/, else its newest checkpoint) or a checkpoint, in eval mode.
+    """The slim model of a slim folder, a run (its slim/, else its newest checkpoint), a checkpoint or the Hub's name.
 
-    Of a folder of transformers, the timm twin of its ViT; of one with its wrapper of timm models, the ViT in it.
+    Of a folder of transformers, the timm twin of its ViT; of one with its wrapper of timm models, the ViT in it. In
+    eval mode.
     """
+    if on_hub(str(where)) is not None:
+        return prunex.load(str(where))
     path = Path(where)
     if is_there(path, Path.is_file):
         run = path.parent.parent
@@ -139,7 +147,7 @@ def open_model_or_name(
 ) -> nn.Module:
     """What `open_model` opens, or a timm model by name, with images of ``image_size`` (None: what its weights had)."""
     check_model(where, weights, image_size, pretrained)
-    if is_there(Path(where)):
+    if on_hub(where) is not None or is_there(Path(where)):
         return open_model(where)
     if weights is not None:
         return model_from_weights(where, weights, image_size)

@@ -23,6 +23,7 @@ GROUND = [
     "configs",
     "lazy",
     "maps",
+    "hub",
 ]
 STOREYS = [
     GROUND,

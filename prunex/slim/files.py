@@ -23,9 +23,9 @@ from prunex.errors import PrunexError
 from prunex.files import DRAFT, is_there, readable
 from prunex.handles.heads import Head, put_head
 from prunex.handles.tokens import Pruning
+from prunex.hub import HUB, downloaded
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
-from prunex.slim.hub import HUB, downloaded
 from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
 from prunex.slim.slim import mark_slim, slim_of
 from prunex.units.correction import Correction, correction, note

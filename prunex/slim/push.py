@@ -13,8 +13,8 @@ from prunex.brief import brief
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.handles.tokens import Pruning
+from prunex.hub import HUB, in_one_line, read_name
 from prunex.slim.files import CARD, load, save
-from prunex.slim.hub import HUB, in_one_line, read_name
 from prunex.vit.mount import mounted
 
 PICTURE = "kept.png"

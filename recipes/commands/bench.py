@@ -29,6 +29,7 @@ from prunex.errors import PrunexError
 from prunex.files import write_whole
 from prunex.metrics.scoring import without_pruning
 from prunex.recipes.commands.score_data import spread
+from prunex.recipes.given import on_hub
 from prunex.recipes.modules.backbone import load_weights
 from prunex.recipes.report.reading import conditions
 from prunex.recipes.runs import (
@@ -69,12 +70,13 @@ class Contestant:
 
 def bench(args: Any) -> int:
     """Do what ``prunex bench`` was asked for, and give back the exit code."""
-    run = home(args.run)
+    where = home(args.run)
+    run = where if on_hub(args.run) is None else args.run
     measured = measure(
         run, args.batches, args.threads, args.seconds, args.device, not args.no_accuracy, args.limit, tell=True
     )
     print(table(measured))
-    print(write_whole(run / BENCH, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode()))
+    print(write_whole(where / BENCH, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode()))
     return 0
 
 
@@ -109,7 +111,7 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        models, notes = contestants(Path(run), config)
+        models, notes = contestants(run, config)
         for contestant in models:
             contestant.model.to(place).requires_grad_(False)
         rows = [_row(contestant) for contestant in models]
@@ -134,19 +136,13 @@ def measure(
         torch.set_num_threads(before)
 
 
-def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], list[str]]:
+def contestants(run: str | Path, config: dict[str, Any]) -> tuple[list[Contestant], list[str]]:
     """The dense model first, then the slim one; and what is to be said about them."""
     notes: list[str] = []
     slim = find(open_model(run), kinds=Backbone)[1].eval()
     pruning, gates = token_pruning(slim), prunex.attached(slim, units=True)
     narrow = widths_of(slim) != WidthSpec()
-    folder = slim_folder(run) or run / "slim"
-    file, graph = folder / WEIGHTS, folder / "model.onnx"
-    # A graph that is older than the weights is of another training.
-    fresh = graph.is_file() and file.is_file() and graph.stat().st_mtime >= file.stat().st_mtime
-    rest = (True, file.stat().st_size if file.is_file() else _bytes(slim), graph if fresh else None)
-    if not file.is_file():
-        notes.append("there is no slim/ in the run folder: its newest checkpoint was taken")
+    rest = (True, *_stored(run, slim, notes))
     if pruning is None and gates is None and not narrow:
         notes.append("this run pruned nothing, so there is no slim model beside the dense one")
         return [Contestant("dense, trained", slim, *rest)], notes
@@ -163,6 +159,20 @@ def contestants(run: Path, config: dict[str, Any]) -> tuple[list[Contestant], li
     dense, evaluable = _dense_shape(config, notes) if narrow else (without_pruning(slim), True)
     name = "dense (start)" if narrow else f"dense ({methods[0]} taken off)"
     return [Contestant(name, dense, evaluable, _bytes(dense)), pruned], notes
+
+
+def _stored(run: str | Path, slim: nn.Module, notes: list[str]) -> tuple[int, Path | None]:
+    """Size of a slim model's weights as a file, and the graph that was exported of them."""
+    if on_hub(str(run)) is not None:
+        return _bytes(slim), None
+    folder = slim_folder(Path(run)) or Path(run, "slim")
+    file, graph = folder / WEIGHTS, folder / "model.onnx"
+    if not file.is_file():
+        notes.append("there is no slim/ in the run folder: its newest checkpoint was taken")
+        return _bytes(slim), None
+    # A graph that is older than the weights is of another training.
+    fresh = graph.is_file() and graph.stat().st_mtime >= file.stat().st_mtime
+    return file.stat().st_size, graph if fresh else None
 
 
 def _unit_method(config: dict[str, Any]) -> str:

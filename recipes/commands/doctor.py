@@ -19,7 +19,7 @@ from torch import nn
 import prunex
 from prunex.clash import REMEDY, installed_beside
 from prunex.errors import PrunexError
-from prunex.recipes.given import check_weights
+from prunex.recipes.given import check_weights, on_hub
 from prunex.recipes.runs import forward, noise, open_model, open_model_or_name
 from prunex.recipes.timing import chip
 from prunex.slim.files import check_savable
@@ -87,7 +87,7 @@ def devices() -> Iterator[tuple[bool, str]]:
 
 def opened(args: Any) -> nn.Module:
     """The model that is meant; of a name without weights one of random ones, which refuses the same."""
-    if Path(args.model).exists():
+    if on_hub(args.model) is not None or Path(args.model).exists():
         return open_model(args.model)
     if args.weights is not None:
         check_weights(args.weights)

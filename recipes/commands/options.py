@@ -14,7 +14,15 @@ from prunex.files import is_there
 from prunex.recipes.commands import multimodal_options
 from prunex.recipes.commands.init import QUESTIONS, ask, check_answers, check_images
 from prunex.recipes.commands.listing import check_methods
-from prunex.recipes.given import check_folder, check_model, check_range, image_files, tar_files
+from prunex.recipes.given import (
+    check_folder,
+    check_model,
+    check_range,
+    check_run,
+    image_files,
+    on_hub,
+    tar_files,
+)
 from prunex.recipes.report.score_table import LEFT
 from prunex.spelling import SHOWN, read_target
 
@@ -58,7 +66,9 @@ def parse_doctor(arguments: Sequence[str]) -> Any:
         "prunex doctor",
         description="What is installed and whether it fits, what it runs on, and what prunex would refuse of a model.",
     )
-    parser.add_argument("--model", help="timm model name, run, slim folder, checkpoint or folder of transformers")
+    parser.add_argument(
+        "--model", help="timm model name, run, slim folder, checkpoint, hf-hub:owner/name or folder of transformers"
+    )
     parser.add_argument("--weights", help="safetensors file for a timm model name; without it weights are random")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
     args = parser.parse_args(arguments)
@@ -66,8 +76,9 @@ def parse_doctor(arguments: Sequence[str]) -> Any:
     if args.model is None and (args.weights or args.img_size):
         raise PrunexError("--weights and --img-size go with --model: give a timm model name")
     if args.model is not None:
-        # Weights are not needed here, so that a name alone is enough.
-        check_model(args.model, args.weights, args.img_size, pretrained=args.weights is None)
+        # Weights are not needed here, so that timm's name alone is enough.
+        elsewhere = on_hub(args.model) is not None or is_there(Path(args.model))
+        check_model(args.model, args.weights, args.img_size, pretrained=args.weights is None and not elsewhere)
     return args
 
 
@@ -132,13 +143,15 @@ def parse_watch(arguments: Sequence[str]) -> Any:
 def parse_export(arguments: Sequence[str]) -> Any:
     """Of ``prunex export``."""
     parser = Parser("prunex export", description="Write the slim model of a run (or slim folder) as a checked graph.")
-    parser.add_argument("run", help="run folder, slim folder or checkpoint")
+    parser.add_argument("run", help="run folder, slim folder, checkpoint or hf-hub:owner/name")
     parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
-    parser.add_argument("--out", help="file to write; default model.<format> beside the slim model")
+    parser.add_argument(
+        "--out", help="file to write; default model.<format> beside the slim model, or NAME/ of the Hub"
+    )
     parser.add_argument("--kept", action="store_true", help="also return the kept-token map")
     args = parser.parse_args(arguments)
     if not is_there(Path(args.run), Path.is_file):
-        check_folder(args.run)
+        check_run(args.run)
     return args
 
 
@@ -146,7 +159,7 @@ def parse_bench(arguments: Sequence[str]) -> Any:
     """Of ``prunex bench``."""
     parser = Parser("prunex bench", description="Accuracy, MACs, parameters and images/s, dense beside slim.")
     add = parser.add_argument
-    add("run", help="run folder, log folder of your own script, or slim folder")
+    add("run", help="run folder, log folder of your own script, slim folder, or hf-hub:owner/name")
     add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="batch sizes to time; default 1 8 32")
     add("--threads", type=int, default=None, help="of the processor; default what torch takes")
     add("--seconds", type=float, default=5.0, help="for each batch size and runtime; default 5")
@@ -164,7 +177,7 @@ def parse_bench(arguments: Sequence[str]) -> Any:
     _check_device(args.device)
     if not args.device.startswith(("cpu", "cuda")):
         raise PrunexError(f"--device {args.device} is not allowed: give cpu or cuda")
-    check_folder(args.run)
+    check_run(args.run)
     return args
 
 
@@ -309,7 +322,11 @@ def _target(text: str, functions: bool) -> str | int:
 def _add_explaining(parser: Parser, batch: int) -> None:
     """What ``explain`` and ``score`` are told of the model, its images and the methods."""
     add = parser.add_argument
-    add("run", help="run folder, slim folder, checkpoint, a timm model name (with --weights), or transformers folder")
+    add(
+        "run",
+        help="run folder, slim folder, checkpoint, hf-hub:owner/name, a timm model name (with --weights), or "
+        "transformers folder",
+    )
     add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
     add(
         "--option",

@@ -46,10 +46,14 @@ def export(arguments: Sequence[str]) -> int:
     """``prunex export RUN``: a checked graph of the slim model."""
     args = options.parse_export(arguments)
     import prunex
-    from prunex.recipes.runs import open_model, slim_folder
+    from prunex.recipes.given import on_hub
+    from prunex.recipes.runs import home, open_model, slim_folder
 
     model, where = open_model(args.run), Path(args.run)
-    folder = slim_folder(where) or (where.parent.parent if where.is_file() else where) / "slim"
+    if on_hub(args.run) is None:
+        folder = slim_folder(where) or (where.parent.parent if where.is_file() else where) / "slim"
+    else:
+        folder = home(args.run)
     path, began = Path(args.out or folder / f"model.{args.format}"), perf_counter()
     print(f"writing {path} and checking it against the model ...", file=sys.stderr)
     prunex.export(model, path, kept=args.kept)

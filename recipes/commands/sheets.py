@@ -20,6 +20,7 @@ from prunex.files import readable
 from prunex.pictures import contact_sheet, save_png, under_grid
 from prunex.pictures.arrays import Picture
 from prunex.pictures.mosaic import class_name
+from prunex.recipes.given import on_hub
 from prunex.targets import spelt
 
 COLLECT = 32  # sheets
@@ -157,13 +158,18 @@ def _real_paths(files: Iterable[Path]) -> set[str]:
 
 
 def name_of_model(where: str) -> str:
-    """What a model's own folder is called: by its run, its path or its timm name.
+    """What a model's own folder is called: by its run, its path, or its name on the Hub or of timm.
 
     >>> name_of_model("runs/digits-evit/version_0"), name_of_model("out/slim"), name_of_model("deit_tiny_patch16_224")
     ('digits-evit-version_0', 'out-slim', 'deit_tiny_patch16_224')
     >>> name_of_model("runs/digits-evit/version_0/checkpoints/epoch=1.ckpt")
     'digits-evit-version_0-epoch=1'
+    >>> name_of_model("hf-hub:me/deit-small-evit")
+    'deit-small-evit'
     """
+    name = on_hub(where)
+    if name is not None:
+        return name
     parts = Path(where).with_suffix("") if where.endswith(".ckpt") else Path(where)
     kept = [part for part in parts.parts if part not in ("/", "..", ".", "checkpoints")]
     return "-".join(kept[-3 if where.endswith(".ckpt") else -2 :]) or Path(where).resolve().name

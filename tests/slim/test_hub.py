@@ -42,7 +42,7 @@ def hub(tmp_path, monkeypatch):
         if not source.is_dir():
             raise huggingface_hub.errors.LocalEntryNotFoundError(f"no {name},\n  and no connection")
         made[name]["revision"] = revision
-        cache.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
                 shutil.copy(file, cache)

@@ -20,6 +20,12 @@ from prunex.checks import check_number, check_options
 from prunex.errors import PrunexError, unknown
 from prunex.heads.tree_patches import Nearest
 
+# What validation measures of a head, by method: logged as prunex/val_*.
+MEASURED = {
+    "concept_transformer": ("top_concept",),
+    "vit_net": ("tree_soft", "tree_hard", "tree_classifier", "tree_tree", "tree_shuffled"),
+}
+
 
 class ExplainableHead(Participant):
     """Attach a head that explains itself in ``setup`` and train it with the user's own loss, optimiser and precision.
@@ -89,7 +95,7 @@ class ExplainableHead(Participant):
         self._annotated = False  # whether a batch has brought concept labels
         self._unread = False  # whether it was told that validation cannot be measured
         self._resting = False  # whether it was told that the head rests in eval mode
-        self._controls: dict[str, list[tuple[float, int]]] = {}  # of this validation, batch by batch
+        self._sums: dict[str, Tensor] = {}  # of this validation: a share's sum and its images, [2]
 
     @property
     def _head(self) -> Any:
@@ -234,7 +240,7 @@ class ExplainableHead(Participant):
         if not self.runs.now or dataloader_idx != 0 or trainer.sanity_checking:
             return
         if reading is None:
-            if self.method in ("concept_transformer", "vit_net") and not self._unread:
+            if self.method in MEASURED and not self._unread:
                 self._unread = True
                 rank_zero_warn(
                     f"validation runs {self.method} compiled or with a graph, which leaves nothing to measure: "
@@ -243,13 +249,14 @@ class ExplainableHead(Participant):
                 )
             return
         if self.method == "concept_transformer":
-            self._log_concepts(pl_module, reading, fields.get("concepts"))
+            with self._looks:
+                self._log_concepts(reading, fields.get("concepts"))
         labels = fields.get("labels")
         if self.method == "vit_net" and labels is not None and len(labels) == len(reading.logits) > 1:
-            for name, share in self._head.controls(reading, labels).items():
-                self._controls.setdefault(name, []).append((share, len(labels)))
+            for name, right in self._head.right(reading, labels).items():
+                self._sum(f"tree_{name}", right, torch.ones_like(right))
 
-    def _log_concepts(self, module: LightningModule, reading: Any, concepts: Tensor | None) -> None:
+    def _log_concepts(self, reading: Any, concepts: Tensor | None) -> None:
         """How often the global concept with most attention is one that is present."""
         if (
             concepts is None
@@ -261,34 +268,39 @@ class ExplainableHead(Participant):
         attention = reading.attention["global"].mean((1, 2))
         present = self._head.fitting("global", concepts, len(concepts), 1)[:, 0].to(attention)
         known = present.sum(1) > 0
-        if bool(known.any()):
-            right = present.gather(1, attention.argmax(1, keepdim=True))[:, 0][known].mean()
-            module.log("prunex/val_top_concept", right, on_epoch=True, sync_dist=True, batch_size=int(known.sum()))
+        right = present.gather(1, attention.argmax(1, keepdim=True))[:, 0]
+        self._sum("top_concept", torch.where(known, right, 0), known)
+
+    def _sum(self, name: str, values: Tensor, images: Tensor) -> None:
+        """Add up a share of this validation and the images it is of, on the device: [2]."""
+        both = torch.stack([values.float().sum(), images.float().sum()])
+        self._sums[name] = self._sums[name] + both if name in self._sums else both
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and print whether a tree decides anything."""
+        """Log what was measured, and print whether a tree decides anything."""
         shown = self._validated(trainer)
-        controls, self._controls = self._controls, {}
-        # Sums over all processes: each has images of its own, or none.
-        if trainer.sanity_checking or self.method != "vit_net":
+        measured, self._sums = self._sums, {}
+        names = MEASURED.get(self.method, ())
+        if trainer.sanity_checking or not names:
             return
-        names = ("soft", "hard", "classifier", "tree", "shuffled")
+        # Sums over all processes: each has images of its own, or none.
         sums = torch.zeros(len(names), 2, device=trainer.strategy.root_device)
         for i, name in enumerate(names):
-            for share, images in controls.get(name, ()):
-                sums[i] += torch.tensor([share * images, images], device=sums.device)
+            if name in measured:
+                sums[i] += measured[name]
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
-        if not shown or float(sums[0, 1]) == 0:
+        if not shown:
             return
-        shares = dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
+        shares = {name: share / images for name, (share, images) in zip(names, sums.tolist(), strict=True) if images}
         for name, share in shares.items():
-            pl_module.log(f"prunex/val_tree_{name}", share, rank_zero_only=True)
-        rank_zero_info(
-            f"prunex: tree {shares['soft']:.1%} soft, {shares['hard']:.1%} hard; controls: classifier alone "
-            f"{shares['classifier']:.1%}, tree without it {shares['tree']:.1%}, routing shuffled "
-            f"{shares['shuffled']:.1%}"
-        )
+            pl_module.log(f"prunex/val_{name}", share, rank_zero_only=True)
+        if "tree_soft" in shares:
+            said = {name.removeprefix("tree_"): f"{share:.1%}" for name, share in shares.items()}
+            rank_zero_info(
+                f"prunex: tree {said['soft']} soft, {said['hard']} hard; controls: classifier alone "
+                f"{said['classifier']}, tree without it {said['tree']}, routing shuffled {said['shuffled']}"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Losses that rise with training are at their full weight."""

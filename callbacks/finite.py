@@ -11,25 +11,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from prunex.errors import PrunexError
+from prunex.later import Flag, later
 
 MOST = 16  # images that a message lists
-
-
-class Flag:
-    """A bool on a device that is read later without making the device wait: its copy is on its way meanwhile."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value, self.event = value, None
-        if value.is_cuda:
-            self.value = torch.empty_like(value, device="cpu", pin_memory=True)
-            self.value.copy_(value, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def __bool__(self) -> bool:
-        if self.event is not None:
-            self.event.synchronize()
-        return bool(self.value)
 
 
 class LossGuard:
@@ -111,11 +95,6 @@ class LossGuard:
                 if self._first is not None and self._first[0] <= number:
                     raise PrunexError(self._first[1])
                 raise PrunexError("the training loss of another process is not finite: it says more")
-
-
-def later(tensor: Tensor) -> bool:
-    """Whether flags are read one step later: to read one at once, the device's whole queue would have to be empty."""
-    return tensor.device.type != "cpu"
 
 
 def _described(where: str, losses: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> str:

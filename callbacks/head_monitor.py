@@ -48,7 +48,7 @@ class HeadMonitor(Monitor):
     """
 
     _before: Any = None  # what the head had read when a batch began
-    _ended: Floats | None = None  # by leaf [leaves, 1 + classes]: images of this validation, and their distributions
+    _ended: Tensor | None = None  # by leaf [leaves, 1 + classes]: images of this validation, and their distributions
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model without a head before time is spent."""
@@ -95,9 +95,8 @@ class HeadMonitor(Monitor):
         head = self._head(pl_module)
         if trainer.world_size > 1 and head.method == "vit_net":
             mine = _ended(head) if self._ended is None else self._ended
-            sums = torch.from_numpy(mine).to(trainer.strategy.root_device, torch.float32)
-            torch.distributed.all_reduce(sums)
-            self._ended = sums.cpu().double().numpy()
+            self._ended = mine.to(trainer.strategy.root_device)
+            torch.distributed.all_reduce(self._ended)
         super().on_validation_epoch_end(trainer, pl_module)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
@@ -145,9 +144,10 @@ class HeadMonitor(Monitor):
     ) -> np.ndarray:
         """The tree's picture; what it was drawn from is added to the arrays."""
         head = self._head(module)
-        ended, counted = self._ended, "validation images"
-        if ended is None or not ended.any():
-            ended, counted = _ended(head, evidence.leaf, evidence.distribution), "watched images"
+        sums, counted = self._ended, "validation images"
+        if sums is None or not sums.any():
+            sums, counted = _ended(head, evidence.leaf, evidence.distribution), "watched images"
+        ended: Floats = sums.cpu().double().numpy()
         nodes = head.tree()
         passed = np.zeros(len(nodes), np.int64)
         for node in reversed(nodes):  # children come after their parent
@@ -172,13 +172,14 @@ class HeadMonitor(Monitor):
         return np.asarray(prototype_tree(passed, leaves, patches, names, title, counted))
 
 
-def _ended(head: prunex.Head, leaf: Tensor | None = None, distribution: Tensor | None = None) -> Floats:
-    """By leaf, how many images [B] end there, and the sum of their distributions [B, classes]."""
+def _ended(head: prunex.Head, leaf: Tensor | None = None, distribution: Tensor | None = None) -> Tensor:
+    """By leaf, how many images [B] end there, and the sum of their distributions [B, classes]; stays on the device."""
     tree: Any = head.head
-    sums = np.zeros((2**tree.depth, 1 + tree.classes))
+    device = None if leaf is None else leaf.device
+    sums = torch.zeros(2**tree.depth, 1 + tree.classes, device=device)
     if leaf is not None and distribution is not None:
-        each = np.concatenate([np.ones((len(leaf), 1)), distribution.double().cpu().numpy()], 1)
-        np.add.at(sums, leaf.cpu().numpy(), each)
+        each = torch.cat([torch.ones_like(distribution[:, :1]), distribution], 1)
+        sums = sums.index_add(0, leaf, each.float())
     return sums
 
 

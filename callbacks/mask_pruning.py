@@ -300,7 +300,9 @@ class MaskPruning(Participant):
             output = step()
         images = 1 if labels is None else len(labels)
         if pruner.stage == "thresholds":
-            for name, value in (("removed", pruner.rate().detach()), ("target", pruner.target)):
+            removed = pruner.rate().detach()
+            # A number would be copied to the device in every step.
+            for name, value in (("removed", removed), ("target", torch.full_like(removed, pruner.target))):
                 module.log(f"prunex/units_{name}", value, on_step=False, on_epoch=True, batch_size=images)
         losses = self.pruning.losses(fields.get("images"), labels)
         return self._end_step(module, output, losses, fields, images)

@@ -21,6 +21,7 @@ from prunex.callbacks.finite import LossGuard
 from prunex.callbacks.layers import Layered
 from prunex.callbacks.runs import Runs
 from prunex.errors import PrunexError
+from prunex.later import Looks
 from prunex.vit.anatomy import ViT
 from prunex.vit.sharded import is_sharded, settle, write_back
 from prunex.vit.units import Backbone
@@ -42,6 +43,7 @@ class Participant(Layered):
         self.pruning: Any = None  # the handle, from setup on
         self.runs: Any = None  # Runs of it
         self._guard = LossGuard()
+        self._looks = Looks()  # at labels and images of a step, without waiting for the device
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach, before the optimiser is made and the checkpoint is read; harmless when done already."""
@@ -127,7 +129,9 @@ class Participant(Layered):
             self.runs.end_training_step()
             return output
 
-        return self._training_step(module, step, args[0] if args else kwargs.get("batch"))
+        self._looks.read()
+        with self._looks:
+            return self._training_step(module, step, args[0] if args else kwargs.get("batch"))
 
     @abstractmethod
     def _training_step(self, module: LightningModule, step: Callable[[], STEP_OUTPUT], batch: Any) -> STEP_OUTPUT:
@@ -185,20 +189,26 @@ class Participant(Layered):
 
     def _validated(self, trainer: Trainer) -> bool:
         """At a validation's end: whether what it shows, or training showed before, is the pruned model."""
+        self._looks.read()
         ran: bool = self.runs.end_validation(trainer.sanity_checking)
         return not trainer.sanity_checking and (ran or bool(self.runs.trained))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whether every loss of the epoch was finite is known before anything is written."""
-        self._guard.settle(trainer)
+        self._settle(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The same for checkpoints on the way."""
+        self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
         self._guard.settle(trainer)
+        self._looks.read()
 
     def _restore(self) -> None:
         super()._restore()
         self._guard.clear()
+        self._looks.clear()
 
 
 def check_strategy(trainer: Trainer, callback: Callback) -> None:

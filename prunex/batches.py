@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.later import deferred
 
 IMAGES = ("image", "images", "img", "imgs", "pixel_values", "x", "input", "inputs")
 LABELS = ("label", "labels", "target", "targets", "y")
@@ -242,7 +243,9 @@ def _labels(fields: Parts, leaves: Sequence[_Leaf], count: int) -> None:
 def _in_place_of_labels(fields: Parts, leaf: _Leaf, count: int) -> None:
     """Several labels of each image, or a number, from the one tensor that may be either."""
     rows = leaf.value
-    if rows.ndim == 2 and len(rows) == count and rows.shape[1] > 1 and bool(((rows == 0) | (rows == 1)).all()):
+    table = rows.ndim == 2 and len(rows) == count and rows.shape[1] > 1
+    # Only their values tell labels from scores. No step of a training asks, and none shall wait for the device.
+    if table and not deferred(rows) and bool(((rows == 0) | (rows == 1)).all()):
         fields["multi_hot"] = rows
         fields.unfit["labels"] = f"{leaf}: several labels an image, and no one class of each"
     elif rows.is_floating_point() and rows.shape in ((count,), (count, 1)):

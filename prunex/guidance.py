@@ -108,7 +108,7 @@ class Guidance:
         # Scores without a gradient, such as a frozen attention's, cannot be moved by a loss.
         stages = [i for i, s in enumerate(trace.stages) if s.score is not None and s.score.requires_grad]
         count = max(1, round(self.share * len(forward.images)))
-        if not stages or not _are_numbers(forward.images[:count]):
+        if not stages:
             return {}
         maps = self.maps(forward, count).flatten(1).clamp(min=0)
         distances = []
@@ -119,7 +119,7 @@ class Guidance:
 
     def maps(self, forward: Forward, count: int) -> Tensor:
         """Relevancy of the first images of a batch, float32 [count, gh, gw], from the cache where they are known."""
-        images = forward.images[:count].detach()
+        images = _numbers(forward.images[:count])
         labels = None if forward.labels is None else forward.labels[:count]
         judge = self._judge(forward, labels is not None)
         # The pruned model's own maps change with every step.
@@ -214,9 +214,7 @@ class UnitGuidance:
         if self.pruner.stage != "masks" or (self.step - 1) % self.every:
             return {}
         count = max(1, round(self.share * len(images)))
-        images, labels = images[:count].detach(), labels[:count]
-        if not _are_numbers(images):
-            return {}
+        images, labels = _numbers(images[:count]), labels[:count].clamp(0, self.pruner.classes - 1)
         with as_found(self.model, train=False), torch.autocast(images.device.type, enabled=False):
             relevance = self.judge.relevance(self.model, images.float(), labels)
         distances = []
@@ -270,12 +268,12 @@ def _standardised(x: Tensor, ranked: Tensor) -> Tensor:
 def _mean_where_both_vary(each: Tensor, u: Tensor, r: Tensor) -> Tensor:
     """Mean of values [B] over the images where neither of two standardised rows [B, P] is constant."""
     varies = (u.detach().abs().amax(1) > 0) & (r.detach().abs().amax(1) > 0)
-    return (each * varies).sum() / varies.sum().clamp(min=1)
+    return torch.where(varies, each, 0).sum() / varies.sum().clamp(min=1)
 
 
-def _are_numbers(images: Tensor) -> bool:
-    """Whether images hold numbers; where they do not the task's own loss is not finite either, and says more."""
-    return bool(torch.isfinite(images).all())
+def _numbers(images: Tensor) -> Tensor:
+    """Images off the graph, 0 for what is no number: the task's own loss is not finite then either, and says more."""
+    return images.detach().nan_to_num(0, 0, 0)
 
 
 def _keys(images: Tensor, labels: Tensor | None) -> list[bytes]:

@@ -13,6 +13,7 @@ GROUND = [
     "columns",
     "checks",
     "files",
+    "later",
     "untrusted",
     "attributes",
     "batches",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunex.errors import OutOfReach, PrunexError
 from prunex.handles.base import Handle, drop_mark
+from prunex.later import deferred, refuse
 from prunex.units.base import UnitPruner
 from prunex.units.batches import as_they_enter
 from prunex.units.xpruner import UnitRelevance, XPruner
@@ -97,12 +98,12 @@ class UnitPruning(Handle):
     @property
     def decided(self) -> bool:
         """Whether it is known which units stay."""
-        return bool(self.pruner.decided)
+        return self.pruner.has_decided
 
     @property
     def removed(self) -> bool:
         """Whether the others were taken out for good."""
-        return bool(self.pruner.removed)
+        return self.pruner.has_removed
 
     @property
     def widths(self) -> WidthSpec:
@@ -130,11 +131,13 @@ class UnitPruning(Handle):
         if not whole or labels.dtype == torch.bool or len(labels) == 0:
             what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise PrunexError(f"labels are {what}: give one class index an image, int64 [B]")
-        if not torch.compiler.is_compiling() and not 0 <= int(labels.min()) <= int(labels.max()) < count:
-            raise PrunexError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {count} classes"
+        if not torch.compiler.is_compiling():
+            refuse(
+                ((labels < 0) | (labels >= count)).any(),
+                lambda: f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {count} classes",
             )
-        gated.labels = labels
+        # What is refused later must not end in a device's own assertion.
+        gated.labels = labels.clamp(0, count - 1) if deferred(labels) else labels
         try:
             yield
         finally:

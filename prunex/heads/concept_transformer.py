@@ -14,6 +14,7 @@ from prunex.errors import PrunexError, unknown
 from prunex.heads.base import Evidence, Reading, TokenHead, squared_distance
 from prunex.heads.concepts import STREAMS, ConceptAttention, names_of, plain_names
 from prunex.heads.final_tokens import FinalTokens
+from prunex.later import refuse
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.trace import TokenTrace
@@ -281,8 +282,10 @@ class ConceptTransformer(TokenHead):
                 f"{stream} concept labels have shape {list(target.shape)}: give {wanted}{cells}, one column for each "
                 f"of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
-        if bool(((shaped != 0) & (shaped != 1) & ~shaped.isnan()).any()):
-            raise PrunexError(f"{stream} concept labels hold other numbers than 0, 1 and NaN (unknown): give these")
+        refuse(
+            ((shaped != 0) & (shaped != 1) & ~shaped.isnan()).any(),
+            lambda: f"{stream} concept labels hold other numbers than 0, 1 and NaN (unknown): give these",
+        )
         return shaped.unsqueeze(1) if stream == "global" else shaped
 
     def _entropy(self, mean: Tensor, tokens: FinalTokens, stream: str) -> Tensor:

@@ -319,7 +319,7 @@ class ViTNeT(TokenHead):
 
     def _all_leaves(self, reading: TreeReading) -> TreeReading:
         """A reading that knows all leaves: a hard one has none to compare with, and is done again."""
-        return self.soft(reading.tokens, reading.scores) if bool(reading.leaves.isnan().any()) else reading
+        return self.soft(reading.tokens, reading.scores) if self.inference == "hard" else reading
 
     def _steps(self, reading: TreeReading, target: Tensor) -> Tensor:
         """How log p(target) changes with the way that each visited branch went, [B, depth]; the rest is as it was."""
@@ -367,8 +367,14 @@ class ViTNeT(TokenHead):
         Raises:
             PrunexError: For labels that are none, or a single image.
         """
+        check_classes(labels, len(reading.logits), self.classes)
+        right = self.right(reading, labels)
+        shares = torch.stack([*right.values()]).float().mean(1).tolist()
+        return dict(zip(right, shares, strict=True))
+
+    def right(self, reading: Any, labels: Tensor) -> dict[str, Tensor]:
+        """For which images each of the answers of :meth:`controls` is right, bool [B], still on the device."""
         batch = len(reading.logits)
-        check_classes(labels, batch, self.classes)
         with torch.no_grad():
             soft = self._all_leaves(reading)
             weights = self._reach(handed_round(soft.routing))[-1]
@@ -379,8 +385,7 @@ class ViTNeT(TokenHead):
                 "tree": (soft.weights.unsqueeze(2) * self.leaves(soft.arrived, slice(None), None)).sum(1),
                 "shuffled": (weights.unsqueeze(2) * soft.leaves).sum(1),
             }
-        right = {n: (a.argmax(1) == labels.to(a.device)).float().mean() for n, a in answers.items() if a is not None}
-        return dict(zip(right, torch.stack([*right.values()]).tolist(), strict=True))
+        return {n: a.argmax(1) == labels.to(a.device) for n, a in answers.items() if a is not None}
 
     @property
     def nearest(self) -> dict[int, list[Nearest]]:

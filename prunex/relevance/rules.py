@@ -18,6 +18,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from prunex.brief import Brief
+from prunex.later import deferred
 from prunex.vit.arithmetic import Arithmetic, unknown_layer
 from prunex.vit.recording import Recording, gradients
 from prunex.vit.units import let_through
@@ -98,7 +99,7 @@ def _positive_sum(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
     # Where positive products are few, that difference would be rounding alone: the signs are summed apart.
     few = positive < magnitude.mul_(1 / 32)
     positive *= 0.5
-    if few.any():
+    if deferred(few) or few.any():
         (above, below), (up, down) = _by_sign(x), _by_sign(layer.weight)
         positive = torch.where(few, layer.forth(above, up) + layer.forth(below, down), positive)
     return positive

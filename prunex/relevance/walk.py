@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from prunex.vit.attention import some
 from prunex.vit.tape import Attended, Fed, Tape
 from prunex.vit.trace import Stage
 
@@ -52,5 +53,5 @@ def through_skips(tape: Tape, readout: Tensor, prefix: int, weights: Mapping[int
 def times(row: Tensor, matrix: Tensor, queries: tuple[int, ...] | None = None) -> Tensor:
     """``row @ matrix`` for [B, n] or [B, R, n]; a matrix with the rows of ``queries`` alone has 0 in the others."""
     if queries is not None:
-        row = row[..., list(queries)]
+        row = some(row, queries, -1)
     return (row.unsqueeze(1) @ matrix).squeeze(1) if row.ndim == 2 else row @ matrix

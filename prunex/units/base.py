@@ -73,7 +73,8 @@ class UnitPruner(nn.Module):
     def refresh(self) -> None:
         """Read the buffers' flags into plain values: a forward must not wait for the device to know them."""
         self._left: dict[str, tuple[int, ...]] = {}
-        if not bool(self.decided) or bool(self.removed):
+        self.has_decided, self.has_removed = bool(self.decided), bool(self.removed)
+        if not self.has_decided or self.has_removed:
             return
         for b in self.branches:
             if not bool(self.open(b.key).all()):
@@ -267,11 +268,13 @@ class UnitPruner(nn.Module):
 
     def _rounded(self, branch: Branch, wanted: Tensor, level: Tensor) -> Tensor:
         # Ranked anew, so that what is added to make a multiple is the best of what was left out.
-        count = max(int(wanted.sum()), self._least(branch))
+        # All of it stays on the device: hard gates are made so in every step.
+        count = wanted.sum().clamp(min=self._least(branch))
         if branch.kind == "channels":
-            count = min(branch.units, -(-count // self.round_to) * self.round_to)
-        best = torch.sort(level, descending=True, stable=True).indices[:count]
-        return torch.zeros(branch.units, dtype=torch.bool, device=level.device).index_fill(0, best, True)
+            count = ((count + self.round_to - 1) // self.round_to * self.round_to).clamp(max=branch.units)
+        order = torch.sort(level, descending=True, stable=True).indices
+        ranks = torch.arange(branch.units, device=level.device)
+        return torch.empty_like(ranks).scatter_(0, order, ranks) < count
 
 
 def _above(threshold: float, levels: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -260,7 +260,8 @@ class XPruner(UnitPruner):
     def saw(self, labels: Tensor) -> None:
         """Count the classes that a training step of the masks has seen."""
         if self.stage == "masks":
-            self.updates += torch.bincount(labels.to(self.updates.device), minlength=self.classes)
+            at = labels.to(self.updates.device).clamp(0, self.classes - 1)
+            self.updates.scatter_add_(0, at, torch.ones_like(at, dtype=self.updates.dtype))  # bincount would wait
 
     def score(self, branch: Branch) -> Tensor:
         """What is held against the threshold: mean abs(M) of each unit over its branch's mean, [units]."""

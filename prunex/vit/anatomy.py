@@ -17,6 +17,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
+from prunex.later import refuse
 from prunex.vit.blocks import layout_of, unknown_part
 from prunex.vit.mount import mounted_head
 from prunex.vit.units import prefix_of
@@ -97,7 +98,8 @@ class Anatomy:
         """
         row = like.new_zeros(like.shape[0], tokens)
         if self.readers:
-            row[:, list(self.readers)] = 1 / len(self.readers)
+            for place in self.readers:  # a list of them would be copied to the device
+                row[:, place] = 1 / len(self.readers)
             return row
         start = 0 if self.pool_prefix else self.prefix
         row[:, start:] = 1 if policy is None else (policy[:, start:] > 0).to(row.dtype)
@@ -321,9 +323,12 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
 
 
 def check_values(images: Tensor) -> None:
-    """Refuse images that hold no values, or NaN; this waits for the device."""
+    """Refuse images that hold no values, or NaN; this waits for the device, but inside of ``prunex.later.Looks``."""
     if images.is_meta:
         raise PrunexError("images are on the meta device, which holds no values: give them on the CPU or a GPU")
-    if not torch.isfinite(images).all():
+
+    def describe() -> str:
         bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise PrunexError(f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first")
+        return f"images {bad[:8]} of the batch hold NaN or infinite values: clean them first"
+
+    refuse(~torch.isfinite(images).all(), describe)

@@ -94,8 +94,14 @@ def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor,
 
 def some(x: Tensor, places: tuple[int, ...] | Tensor, dim: int = 1) -> Tensor:
     """The tokens at some places, the same for all images; ``places`` as int64 [m], or as numbers."""
-    at = places if isinstance(places, Tensor) else torch.tensor(places, dtype=torch.long, device=x.device)
-    return x.index_select(dim, at)
+    return x.index_select(dim, places if isinstance(places, Tensor) else _on(x.device, tuple(places)))
+
+
+def _on(device: torch.device, places: tuple[int, ...]) -> Tensor:
+    """Places as int64 [m]; neighbours, such as prefix tokens, are counted there: a copy would make the device wait."""
+    if places and places == tuple(range(places[0], places[-1] + 1)):
+        return torch.arange(places[0], places[-1] + 1, device=device)
+    return torch.tensor(places, dtype=torch.long, device=device)
 
 
 def rotated_heads(

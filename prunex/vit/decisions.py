@@ -207,7 +207,7 @@ class Drop(Decision):
             soft = self.present.to(present.dtype) * present
             group, weight = _hide(state, soft, self.fuse, fused_slot)
             counted = (torch.as_tensor(state.present) > 0).sum(1).to(present.dtype)
-            state.left = int(counted.max())
+            state.left += fused  # an upper bound: to count would be to wait for the device
             return Stage(block, group, weight, weight.shape[1] + fused, bool(fused), self.score, counted)
         counts = kept.sum(1)
         self.width = max(1, int(counts.max())) if self.width is None else self.width

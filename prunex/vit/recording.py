@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunex.brief import Brief
 from prunex.checks import check_index, check_whole
 from prunex.errors import PrunexError, Unreached
+from prunex.later import refuse
 from prunex.vit.anatomy import Anatomy, ViT
 from prunex.vit.arithmetic import PLAIN, promoted
 from prunex.vit.aside import as_found
@@ -215,9 +216,13 @@ def choose_target(logits: Tensor | None, target: Any) -> Tensor:
         raise PrunexError(
             f"target has shape {list(chosen.shape)} for {batch} images: give one class for all or one each"
         )
-    if chosen.min() < 0 or chosen.max() >= classes:
-        raise PrunexError(f"target has values {int(chosen.min())}..{int(chosen.max())}, out of range: {known}")
-    return chosen.long().clone()  # a tensor of the caller's inference mode cannot be part of a graph
+    refuse(
+        ((chosen < 0) | (chosen >= classes)).any(),
+        lambda: f"target has values {int(chosen.min())}..{int(chosen.max())}, out of range: {known}",
+    )
+    # A new one: a tensor of the caller's inference mode cannot be part of a graph. What is refused later must not end
+    # in a device's own assertion.
+    return chosen.long().clamp(0, classes - 1)
 
 
 def attention_gradients(recorded: Recording) -> list[Tensor]:

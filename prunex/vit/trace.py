@@ -281,7 +281,7 @@ class TokenTrace(Brief):
         ratios = []
         for number, stage in enumerate(self.stages):
             if any(s.pooled for s in self._upto(number)):
-                left = torch.as_tensor(stage.counted, dtype=torch.float32, device=self.device).expand(self.batch)
+                left = torch.zeros(self.batch, device=self.device) + stage.counted
             elif self.merges(number):
                 left = self.left(number).float()
             else:

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 from prunex.batches import Parts
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
+from prunex.later import refuse
 
 TaskName = Literal["single", "multi_label", "regression"]
 
@@ -64,12 +65,14 @@ class Single(Task):
         """Classes that the model has."""
         if labels.is_floating_point() or labels.ndim != 1:
             raise PrunexError(_unlike(labels, "single", "whole numbers [B], one class an image"))
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
-            raise PrunexError(
+        refuse(
+            ((labels < 0) | (labels >= self.outputs)).any(),
+            lambda: (
                 f"labels run from {int(labels.min())} to {int(labels.max())}, the model has {self.outputs} "
                 "classes: set num_classes to the number of classes in the data"
-            )
-        return labels
+            ),
+        )
+        return labels.clamp(0, self.outputs - 1)  # what is refused later must not end in a device's own assertion
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy."""
@@ -98,11 +101,13 @@ class MultiLabel(Task):
         wanted = f"[B, {self.outputs}] of 0 and 1, a column for each of the model's outputs"
         if labels.ndim != 2 or labels.shape[1] != self.outputs:
             raise PrunexError(_unlike(labels, "multi_label", wanted))
-        if not ((labels == 0) | (labels == 1)).all():
-            raise PrunexError(
+        refuse(
+            ~((labels == 0) | (labels == 1)).all(),
+            lambda: (
                 f"task='multi_label' takes labels {wanted}: these run from {float(labels.min()):g} to "
                 f"{float(labels.max()):g}"
-            )
+            ),
+        )
         return labels.long()
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -111,7 +116,8 @@ class MultiLabel(Task):
 
     def meter(self) -> Metric:
         """Mean over labels of each one's average precision over images."""
-        return MultilabelAveragePrecision(self.outputs, average="macro")
+        # Labels were looked at; the metric's own look would wait for the device.
+        return MultilabelAveragePrecision(self.outputs, average="macro", validate_args=False)
 
     def measure(self, logits: Tensor, labels: Tensor) -> float:
         """The same mean in 0..1; NaN where no image has a label."""
@@ -141,8 +147,9 @@ class Regression(Task):
         """A finite number an image."""
         if labels.dtype == torch.bool or labels.ndim not in (1, 2) or labels[:1].numel() > 1:
             raise PrunexError(_unlike(labels, "regression", "[B], one number an image"))
-        if not labels.isfinite().all():
-            raise PrunexError("labels hold NaN or infinite numbers: leave such images out of the data")
+        refuse(
+            ~labels.isfinite().all(), lambda: "labels hold NaN or infinite numbers: leave such images out of the data"
+        )
         return labels.flatten().float()
 
     def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

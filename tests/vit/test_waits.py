@@ -1,18 +1,14 @@
 """Nothing in a training step reads a value from the device, or has a shape that depends on one: both wait for it."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunex
 from tests.heads.heads import HEADS
 from tests.heads.heads import attach as attach_head
 from tests.vits import images, tiny
+from tests.waits import Waits
 
-# What .item(), .tolist(), bool() and float() of a tensor, nonzero, masked_select and unique are to the dispatcher.
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 TOKENS = {
     "topk": {},
     "evit": {},
@@ -25,44 +21,8 @@ TOKENS = {
     "patch_slimming": {"keep": [range(12)] * 3},
 }
 # How many tokens the next blocks are to hold is what this method learns, and Python has to know.
-ALLOWED = {"diffrate": {"tolist"}}
+ALLOWED = {"diffrate": {"prunex/pruners/diffrate.py:table tolist"}}
 UNITS = ["xpruner", "taylor", "relevance", "magnitude", "random"]
-
-
-class Waits(TorchDispatchMode):
-    """Notes operations that wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.noted = []
-
-    def __enter__(self):
-        # These read memory without the dispatcher where it is the CPU's.
-        self.patches = [patch.object(torch.Tensor, name, self.noting(name)) for name in ("tolist", "numpy", "cpu")]
-        for each in self.patches:
-            each.start()
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        for each in self.patches:
-            each.stop()
-        return super().__exit__(*args)
-
-    def noting(self, name):
-        real = getattr(torch.Tensor, name)
-
-        def noted(tensor, *args, **kwargs):
-            self.noted.append(name)
-            return real(tensor, *args, **kwargs)
-
-        return noted
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
-        if name in WAITING or any(i is not None and i.dtype == torch.bool for i in chosen):
-            self.noted.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def step(model, x, handle):

@@ -6,7 +6,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import prunex
 from prunex.vit.policy import under_policy
+from tests.callbacks.every import CASES, Module, batches
 from tests.explainers.quick import EXPLAINERS, explain
+from tests.on_any_device import TOKEN_PRUNERS, compiles, resumes, runs_beside_itself, trains
 from tests.vits import MORE_FAMILIES, images_for, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -94,3 +96,76 @@ def test_a_loss_that_is_not_finite_is_told_without_waiting(tmp_path):
     with pytest.raises(prunex.PrunexError, match=r"batch 2; not finite is the task's loss; .*inputs of 1, logits of 1"):
         run.fit(Plain(lr=1e-3), DataLoader(TensorDataset(images, labels), 4))
     assert run.global_step == 3
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_callback_trains(tmp_path, name, precision):
+    trains(tmp_path, name, "gpu", precision)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_callback_goes_on_from_a_checkpoint(tmp_path, name):
+    """Bit for bit is the CPU's; kernels of a GPU that add up in any order are held to what that changes."""
+    resumes(tmp_path, name, "gpu", exact=False)
+
+
+@pytest.mark.parametrize("name", ["topk", "dynamicvit", "xpruner"])
+def test_goes_on_bit_for_bit_where_all_is_deterministic(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        resumes(tmp_path, name, "gpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("method", TOKEN_PRUNERS)
+def test_every_token_pruner_compiles(method):
+    compiles(method, TOKEN_PRUNERS[method], "cuda", "inductor")
+
+
+@pytest.mark.parametrize("method", TOKEN_PRUNERS)
+def test_two_streams(method):
+    lanes = [torch.cuda.stream(torch.cuda.Stream()) for _ in range(2)]
+    runs_beside_itself(method, TOKEN_PRUNERS[method], "cuda", lanes)
+
+
+# These wait, for reasons that tests/callbacks/test_waits.py lists.
+WAITING = {"diffrate", "evit, adaptive", "guided tokens, cache"}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in WAITING])
+def test_no_step_waits_for_the_device(tmp_path, name):
+    """From a batch's begin to its end, but for the steps in which units are chosen."""
+    import lightning as L
+
+    from prunex.callbacks import MaskPruning
+    from tests.callbacks.modules import trainer
+
+    class Strict(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step > 0:  # what is looked at once is looked at in the first step
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_train_batch_end(self, *args):
+            torch.cuda.set_sync_debug_mode("default")
+
+    callbacks = CASES[name](tmp_path)
+    # Hooks run in the order of the callbacks: behind MaskPruning's, in which units are chosen, and before others'.
+    at = 1 + max((i for i, c in enumerate(callbacks) if isinstance(c, MaskPruning)), default=-1)
+    run = trainer(tmp_path, *callbacks[:at], Strict(), *callbacks[at:], accelerator="gpu", max_epochs=2)
+    try:
+        run.fit(Module(), batches(), batches())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.global_step == 12
+
+
+def test_a_wait_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones((), device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -128,6 +128,16 @@ def test_figures_of_the_decision_path_stand_in_the_pages_it_cites():
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", cited), figure
 
 
+def test_the_comparison_counts_our_methods_as_they_are():
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    folders = [methods.folder(m) for m in prunex.methods()]
+    assert f"| tokens leave or merge | {folders.count('tokens')} methods |" in text
+    assert f"| heads, channels leave | {folders.count('units')} criteria," in text
+    assert f"| measures | {folders.count('metrics')} |" in text
+    kept = [m for m in prunex.methods("metric") if re.search("kept-token mask|pruner's scores", m.needs)]
+    assert f"| kept tokens judged against a dense model | {len(kept)} measures |" in text
+
+
 def test_rows_that_were_measured_are_those_of_the_method():
     tables = measured.of("tome", ROOT, ("pruners.md",))
     rows = [row for _, _, table in tables for row in table.splitlines()[2:]]

@@ -2,6 +2,7 @@
 # make test   the whole check, from nothing: style, types, doctests, tests
 # make test-all   the same with the tests that take minutes; they build the package, install it in a fresh environment, and
 #             ask for known vulnerabilities of what it needs
+# make notebooks   run the notebooks and store their outputs
 # make test-matrix   the tests on the oldest and on the newest versions of torch, timm, Lightning and the rest that
 #             pyproject.toml allows, each in an environment of its own under build/
 # make docs   the documentation site, into build/site; a missing reference or a broken link is an error
@@ -12,7 +13,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAGE  := build/stage
 
-.PHONY: demo test test-all test-matrix docs style types doctest tests stage clean
+.PHONY: demo test test-all notebooks test-matrix docs style types doctest tests stage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/prunex fit
@@ -70,6 +71,10 @@ doctest: stage
 
 tests: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -e '.[notebooks]'
+	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebooks.py
 
 # uv, because pip cannot be asked for the oldest versions that fit together.
 MATRIX := lowest-direct highest

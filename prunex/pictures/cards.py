@@ -17,7 +17,7 @@ from prunex.pictures.arrays import Picture, png_bytes
 
 _PNG_BYTES = 30_000  # a picture larger than this is a photo, which JPEG holds in a tenth of the space
 _LINE = "1px solid rgba(128, 128, 128, 0.35)"
-_CELL = f"padding: 3px 10px; text-align: {{}}; border-bottom: {_LINE}; white-space: nowrap"
+_CELL = f"padding: 3px clamp(3px, 1.2vw, 10px); text-align: {{}}; border-bottom: {_LINE}; white-space: nowrap"
 _BAR = "display: block; height: 4px; border-radius: 2px; background: #0a7bd6; width: {:.1f}%"
 
 

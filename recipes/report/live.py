@@ -131,6 +131,7 @@ class ReportServer(ThreadingHTTPServer):
 
     def __init__(self, run: str | Path, port: int = 0) -> None:
         self.run = Path(run).expanduser()
+        self.ended = threading.Event()
         self._lock = threading.Lock()
         self._page: tuple[str, bytes] = ("", b"")
         try:
@@ -139,6 +140,11 @@ class ReportServer(ThreadingHTTPServer):
             raise PrunexError(
                 f"--port {port} cannot be had ({error.strerror}): give another, or 0 for a free one"
             ) from error
+
+    def server_close(self) -> None:
+        """Let go of the port, and of browsers that are still connected."""
+        self.ended.set()
+        super().server_close()
 
     @property
     def address(self) -> str:
@@ -194,18 +200,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _events(self) -> None:
-        """Send the name of the version, and of each new one, until the browser goes."""
+        """Send the name of the version, and of each new one, until the browser or the server goes."""
         self.close_connection = True
         self.send_response(HTTPStatus.OK)
         self._headers("text/event-stream", {})
-        sent, silent, pause = "", 0.0, threading.Event()
+        sent, silent = "", 0.0
         try:
-            while True:
+            while not self.server.ended.is_set():
                 version = look(self.server.run).version
                 if version != sent or silent >= BEAT:
                     self.wfile.write(f"data: {version}\n\n".encode() if version != sent else b": \n\n")
                     sent, silent = version, 0.0
-                pause.wait(POLL)
+                self.server.ended.wait(POLL)
                 silent += POLL
         except OSError:  # the browser has gone
             return

@@ -226,7 +226,8 @@ def test_ctrl_c_ends_it_and_nothing_stays(tmp_path):
         with urllib.request.urlopen(f"{address}events", timeout=20) as events:  # a browser that stays connected
             assert events.readline().startswith(b"data: ")
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=20)
+            assert events.read() == b"\n"  # it is told at once, however long the process takes to end
+            _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "Traceback" not in errors
     port = int(address.rpartition(":")[2].strip("/"))

@@ -3,17 +3,20 @@
     python benchmarks/gpu.py                         all of it, below nine minutes; OUT/gpu.json and OUT/gpu.md
     python benchmarks/gpu.py --parts slim attention  some of it
     python benchmarks/gpu.py --dry                   a tiny model on the CPU: does the campaign run at all?
+    python benchmarks/gpu.py --device cpu --parts explain scores --batch 8   what a CPU can say, too
 
 Random weights: time depends on shapes alone. All of one comparison are timed in turn in one process, each told as a
 ratio to what it stands beside: slim models to the dense timm model in the same mode (eager, compiled, a CUDA graph),
 training steps to a dense step, explainers and scores to a dense forward, attention under a policy to the same without.
-What cannot be built or does not fit is told with its error, and the campaign goes on.
+What cannot be built or does not fit is told with its error, and the campaign goes on. Of the ways to attend under a
+policy the fastest that is as exact as bfloat16 allows is named; a CPU needs TRITON_INTERPRET=1 for the kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +45,12 @@ Row = dict[str, Any]
 BUDGET = 0.65  # of the dense multiply-adds
 TINY = "vit_tiny_patch16_224"  # of a dry run
 SMALLER = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3}
-WANTED = {"slim": ">= 0.95 of the MACs ratio", "dynamicvit": "<= 1.10", "with teacher": "<= 1.40", "evit": "<= 0.70"}
+WANTED = {
+    "slim": ">= 0.95 of the MACs ratio", "dynamicvit": "<= 1.10", "with teacher": "<= 1.40", "evit": "<= 0.70",
+    "curves at once": ">= 10 times as fast as a loop of steps",
+}  # fmt: skip
+# Of results of about 1 in bfloat16: what rounding alone may make of an output, and of a gradient over its largest.
+ROUNDING = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 class Campaign:
@@ -50,9 +58,10 @@ class Campaign:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.dry = args, args.dry
-        self.device = "cpu" if args.dry else "cuda"
-        self.dtype = torch.float32 if args.dry else torch.bfloat16
+        self.device = args.device
+        self.dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self.rows: list[Row] = []
+        self.chosen: str | None = None  # the way to attend under a policy
 
     def names(self, *names: str) -> tuple[str, ...]:
         """Architectures to measure; of a dry run a tiny one in the place of all."""
@@ -67,8 +76,8 @@ class Campaign:
         return torch.randn(batch, 3, *model.patch_embed.img_size, device=self.device, dtype=dtype)
 
     def batch(self, size: int) -> int:
-        """A batch size; of a dry run 2 at most."""
-        return min(2, size) if self.dry else size
+        """A batch size: as asked for; of a dry run 2 at most."""
+        return min(2, size) if self.dry else self.args.batch or size
 
     def compare(self, part: str, what: str, contestants: list[tuple[str, Call]], **more: Any) -> None:
         """Time contestants beside the first and keep a row of each; one that fails is told and left out."""
@@ -78,12 +87,12 @@ class Campaign:
             try:
                 peaks[name] = self.peak(call)
                 able.append((name, call))
-            except (RuntimeError, prunex.PrunexError, NotImplementedError) as error:
+            except Exception as error:  # of compilers, too, which have errors of their own
                 if not able:  # without its reference there is nothing to compare with
                     raise
                 self.rows.append({"part": part, "what": what, "name": name, "error": str(error).splitlines()[0][:200]})
         seconds = 0.0 if self.dry else self.args.seconds
-        for timing in side_by_side(able, self.device, 0, seconds, least=3):
+        for timing in side_by_side(able, self.device, 0, seconds, self.args.clock, least=3):
             low, middle, high = quartiles(timing.ratios)
             row = {
                 "part": part, "what": what, "name": timing.name, "ms": round(timing.median, 4),
@@ -118,7 +127,7 @@ class Campaign:
             whole = prunex.cost(models["dense"]).macs
             macs = {method: round(prunex.cost(model).macs / whole, 4) for method, model in models.items()}
             models = {method: model.to(self.device, self.dtype) for method, model in models.items()}
-            for batch in (2,) if self.dry else (256, 1):
+            for batch in (2,) if self.dry else (self.args.batch or 256, 1):
                 images = self.images(models["dense"], batch, self.dtype)
                 for mode, make in self.modes().items():
                     if mode == "compiled" and name.startswith("vit_large"):
@@ -132,7 +141,7 @@ class Campaign:
         # The dry run has no compiler: it shows that the graph is captured.
         compiled = partial(torch.compile, backend="eager" if self.dry else "inductor", dynamic=False)
         modes = {"eager": lambda m, x: partial(m, x), "compiled": lambda m, x: partial(compiled(m), x)}
-        return modes if self.dry else {**modes, "CUDA graph": captured}
+        return modes if self.device == "cpu" else {**modes, "CUDA graph": captured}
 
     @staticmethod
     def inference(make: Callable[[nn.Module, Tensor], Call], model: nn.Module, images: Tensor) -> Call:
@@ -202,7 +211,7 @@ class Campaign:
                     Removal(model, images[image : image + 1], output="logit")(kept[None, None])
 
         def at_once() -> None:
-            removal_curves(model, images, maps, target, steps=steps, removal="drop")
+            removal_curves(model, images, maps, target, steps=steps, removal="drop", orders=("without",))
 
         dense = self.inference(lambda m, x: partial(m, x), model, images)
         what = f"{name}, batch {len(images)}, {len(steps)} steps, float32"
@@ -215,24 +224,57 @@ class Campaign:
         q, k, v, r = (torch.randn(b, h, n, d, generator=generator) for _ in range(4))
         policy = (torch.rand(b, n, generator=generator) > 0.4).float()
         policy[:, 0] = 1
-        some = slice(0, 2)
-        exact = by_definition(q[some].double(), k[some].double(), v[some].double(), policy[some].double())
-        errors: dict[str, Any] = {}
+        # Rounded first: what is compared is the arithmetic, not the rounding of what goes in.
+        q, k, v, r = (t.to(self.dtype) for t in (q, k, v, r))
+        exact = results(by_definition, *(t[:2].double() for t in (q, k, v, policy, r)))
+        errors: dict[str, dict[str, Any]] = {"largest_error": {}, "gradients": {}}
         calls: list[tuple[str, Call]] = []
-        q, k, v, r = (t.to(self.device, self.dtype).requires_grad_() for t in (q, k, v, r))
-        policy = policy.to(self.device).requires_grad_()
-        ways = {"no policy": unmasked, "value columns": columns, "bias": biased, "flex": flexible}
+        q, k, v, r, policy = (t.to(self.device) for t in (q, k, v, r, policy))
+        ways = {"no policy": unmasked, "value columns": columns, "bias": biased, "flex": flexible, "triton": kernel}
         for label, attend in ways.items():
-            try:
-                with torch.no_grad():
-                    out = attend(q[some], k[some], v[some], policy[some])
-                error = None if label == "no policy" else float((out.double().cpu() - exact).abs().max())
-            except (RuntimeError, NotImplementedError, ValueError):
-                error = None
-            errors[label] = error
-            calls.append((label, both_ways(attend, q, k, v, policy, r)))
+            first: Any = None
+            grads: Any = None
+            if label != "no policy":
+                try:
+                    # The gradient of a policy of 0 is out of a bias's reach.
+                    ours = results(attend, *(t[:2] for t in (q, k, v, policy, r)))
+                    first, grads = differences(ours, exact, policy[:2] > 0 if label in ("bias", "flex") else None)
+                except Exception as error:  # told again, and in full, where it is timed
+                    print(f"  {label} gives no result to compare: {type(error).__name__}", flush=True)
+            errors["largest_error"][label], errors["gradients"][label] = first, grads
+            leaves = [t.detach().requires_grad_() for t in (q, k, v, policy)]
+            calls.append((label, both_ways(attend, *leaves, r)))
         what = f"B {b}, H {h}, N {n}, d {d}, forward and backward"
-        self.compare("attention", what, calls, largest_error=errors)
+        self.compare("attention", what, calls, **errors)
+        self.chosen = choice([row for row in self.rows if row["part"] == "attention"], ROUNDING[self.dtype])
+        print(f"  choose: {self.chosen}", flush=True)
+
+
+def choice(rows: list[Row], most: float) -> str:
+    """The fastest way to attend under a policy whose output and gradients, of policies of 0 too, are exact enough."""
+    able = [row for row in rows if row.get("largest_error") is not None and "error" not in row]
+    exact = [row for row in able if row["name"] in WHOLE and max(row["largest_error"], row["gradients"]) <= most]
+    return min(exact, key=lambda row: row["ms"])["name"] if exact else "none is exact enough"
+
+
+def results(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, policy: Tensor, r: Tensor) -> list[Tensor]:
+    """Output and gradients of one way to attend, float64 on the CPU; zeros for what it gives no gradient to."""
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, policy)]
+    out = attend(*leaves)
+    grads = torch.autograd.grad(out, leaves, r, allow_unused=True)
+    known = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    return [t.detach().double().cpu() for t in (out, *known)]
+
+
+def differences(ours: list[Tensor], exact: list[Tensor], where: Tensor | None) -> tuple[float, float]:
+    """The largest difference of an output, and of gradients over their largest; of policies ``where`` alone."""
+    gaps = []
+    for number, (a, b) in enumerate(zip(ours[1:], exact[1:], strict=True)):
+        gap = (a - b).abs()
+        if number == 3 and where is not None:
+            gap = gap[where.cpu()]
+        gaps.append(float(gap.max() / b.abs().max().clamp(min=1e-2)))  # 0 where every token sees itself alone
+    return float((ours[0] - exact[0]).abs().max()), max(gaps)
 
 
 def captured(model: nn.Module, images: Tensor) -> Call:
@@ -299,6 +341,16 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, policy: Tensor) -> Tensor:
     return attend(q, k, v, score_mod=score)
 
 
+def kernel(q: Tensor, k: Tensor, v: Tensor, policy: Tensor) -> Tensor:
+    """Triton kernels."""
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotImplementedError("Triton runs on a CPU in its interpreter alone: set TRITON_INTERPRET=1")
+    from policy_kernel import fused
+
+    return fused(q, k, v, policy)
+
+
+WHOLE = ("value columns", "triton")  # give the gradient of a policy of 0, too, which straight-through training needs
 _FLEX: list[Any] = []
 
 
@@ -319,14 +371,14 @@ def table(rows: list[Row]) -> Iterator[str]:
     """The rows as Markdown, a table a comparison."""
     for part, what in dict.fromkeys((row["part"], row["what"]) for row in rows):
         some = [row for row in rows if (row["part"], row["what"]) == (part, what)]
-        extra = next((k for k in ("macs", "largest_error") if any(k in row for row in some)), None)
-        yield f"\n**{part}: {what}**\n\n| | ms | ratio | quartiles | peak MiB |{f' {extra} |' if extra else ''}"
-        yield "|---|---|---|---|---|" + "---|" * (extra is not None)
+        extra = [k for k in ("macs", "largest_error", "gradients") if any(k in row for row in some)]
+        yield f"\n**{part}: {what}**\n\n| | ms | ratio | quartiles | peak MiB |" + "".join(f" {k} |" for k in extra)
+        yield "|---|---|---|---|---|" + "---|" * len(extra)
         for row in some:
             if "error" in row:
-                yield f"| {row['name']} | failed: {row['error']} | | | |" + " |" * (extra is not None)
+                yield f"| {row['name']} | failed: {row['error']} | | | |" + " |" * len(extra)
                 continue
-            more = "" if extra is None else f" {'' if row[extra] is None else format(row[extra], '.3g')} |"
+            more = "".join(f" {'' if row[k] is None else format(row[k], '.3g')} |" for k in extra)
             yield (
                 f"| {row['name']} | {row['ms']:.3g} | **{row['ratio']:.3f}** | {row['low']:.3f} to {row['high']:.3f} "
                 f"| {row['peak_mib']:.0f} |{more}"
@@ -355,10 +407,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of one comparison")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU, three rounds")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--batch", type=int, help="in the place of each part's own")
     args = parser.parse_args(arguments)
-    if not args.dry and not torch.cuda.is_available():
+    args.device = "cpu" if args.dry else args.device
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here: --dry runs the campaign small, on the CPU")
-    args.device, args.threads, args.clock = ("cpu" if args.dry else "cuda"), torch.get_num_threads(), "wall"
+    args.threads = torch.get_num_threads()
+    args.clock = "cpu" if args.device == "cpu" and args.threads == 1 else "wall"  # others may use the processor, too
     start(args)
     campaign, began, taken = Campaign(args), time.perf_counter(), {}
     for part in args.parts:
@@ -367,9 +423,11 @@ def main(arguments: list[str] | None = None) -> None:
         getattr(campaign, part)()
         taken[part] = round(time.perf_counter() - since, 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {**machine(args.device), "seconds": taken, "wanted": WANTED}
+    about = {**machine(args.device), "seconds": taken, "wanted": WANTED, "attention": campaign.chosen}
     (args.out / "gpu.json").write_text(json.dumps({"machine": about, "rows": campaign.rows}, indent=1) + "\n")
     lines = [f"{about['device']}, torch {about['torch']}", *table(campaign.rows)]
+    if campaign.chosen is not None:
+        lines.append(f"\nAttention under a policy, to choose by these rows: {campaign.chosen}.")
     (args.out / "gpu.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     failed = sum("error" in row for row in campaign.rows)

@@ -277,3 +277,17 @@ def test_weights_without_the_head_are_no_classifier(tmp_path):
 def test_no_epoch_left_for_the_explainer(tmp_path):
     with pytest.raises(PrunexError, match="surrogate_epochs=1 of 1 epochs leave none"):
         trainer(tmp_path).fit(small(), scenes())
+
+
+def test_the_long_config_takes_a_step_of_each_stage(tmp_path, monkeypatch):
+    """As it is, but for the size: half precision, checkpoints and the limit of time too."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    arguments = ["fit", "--config", "configs/digits/vit_shapley_long.yaml", *QUICK, "--data.num_workers", "0"]
+    arguments += ["--model.init_args.masks", "2", "--trainer.limit_train_batches", "1"]
+    arguments += ["--trainer.max_epochs", "2", "--model.init_args.surrogate_epochs", "1"]
+    assert cli.run(arguments) == 0
+    torch.set_num_threads(threads)
+    [run] = tmp_path.glob("runs/digits-vit-shapley-long/*")
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert load_explainer(run / "explainer").surrogate.patch_embed.grid_size == (8, 8)

@@ -54,6 +54,13 @@ def test_links_between_notebooks_lead_somewhere(path):
         assert (ROOT / page).is_file()
 
 
+def test_no_photo_of_the_solar_cells_is_stored():
+    """Their licence allows no commercial use: what is stored is drawn from one brightness a patch."""
+    notebook = json.loads((ROOT / "notebooks" / "solar_cells.ipynb").read_text(encoding="utf-8"))
+    assert "PHOTOS = False" in "".join("".join(cell["source"]) for cell in code(notebook))
+    assert "CC BY-NC-SA 4.0" in "".join("".join(cell["source"]) for cell in notebook["cells"])
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A notebook with the outputs of now."""

@@ -23,8 +23,8 @@ from prunex.callbacks.participant import Participant, check_strategy
 from prunex.callbacks.run_folder import record_metrics, record_slim, run_folder
 from prunex.checks import check_choice
 from prunex.errors import PrunexError, unknown
+from prunex.formats import FORMATS, check_format
 from prunex.pruners.budget import in_words
-from prunex.slim.export import SUFFIXES
 from prunex.slim.files import CONFIG, check_savable
 from prunex.vit.anatomy import find, head_classes
 from prunex.vit.sharded import is_sharded
@@ -39,8 +39,8 @@ class SlimExport(Callback):
         folder: Where ``slim/`` goes; None: the run's own folder.
         monitor: A logged metric; the model is written at each improvement. None: once, at the end of fit.
         mode: Whether more or less of the metric is better.
-        formats: Graphs made once, at the end of fit: "pt2" and "onnx". None makes both, and leaves ONNX out with a
-            warning where the extra ``prunex-vit[onnx]`` is not installed.
+        formats: Graphs made once, at the end of fit: names of :data:`prunex.formats.FORMATS`. None makes "pt2" and
+            "onnx", and leaves ONNX out with a warning where the extra ``prunex-vit[onnx]`` is not installed.
         model: Dotted path of the ViT in the module, when it holds several.
         mean: What the slim model's images are normalised by: a number, or one a channel. None: ``mean`` and ``std`` of
             the data module or the module, else what the model says.
@@ -65,10 +65,9 @@ class SlimExport(Callback):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, ("min", "max"))
-        allowed = [s.removeprefix(".") for s in SUFFIXES]
         for name in [formats] if isinstance(formats, str) else formats or ():
-            if name not in allowed or isinstance(formats, str):
-                raise unknown("format", name, allowed)
+            if name not in FORMATS or isinstance(formats, str):
+                raise unknown("format", name, FORMATS)
         self.folder = None if folder is None else Path(folder)
         self.monitor, self.mode, self.formats, self.model = monitor, mode, formats, model
         given_normalisation(mean, std)
@@ -99,8 +98,8 @@ class SlimExport(Callback):
             normalisation(trainer, pl_module, find(pl_module, self.model)[1], self.mean, self.std)
         if stage == "fit":
             check_swa_order(trainer, self)
-            if "onnx" in (self.formats or ()) and not _onnx_is_there():
-                raise PrunexError("formats=['onnx'] needs packages: pip install 'prunex-vit[onnx]', or leave it out")
+            for name in self.formats or ():
+                check_format(name)
         self._run = run_folder(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,10 +214,10 @@ class SlimExport(Callback):
             if self.formats is None and name == "onnx" and not _onnx_is_there():
                 rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
                 continue
-            path, began = folder / f"model.{name}", perf_counter()
+            path, began = folder / FORMATS[name].file(name), perf_counter()
             rank_zero_info(f"prunex: writing {path} and checking it against the model ...")
-            prunex.export(small, path)
-            rank_zero_info(f"prunex: model.{name} took {perf_counter() - began:.1f} s")
+            prunex.export(small, path, format=name)
+            rank_zero_info(f"prunex: {path.name} took {perf_counter() - began:.1f} s")
         cfg: Any = getattr(small, "pretrained_cfg", None) or {}
         rank_zero_info(
             f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "

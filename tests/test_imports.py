@@ -14,6 +14,7 @@ GROUND = [
     "checks",
     "files",
     "later",
+    "formats",
     "untrusted",
     "attributes",
     "batches",

@@ -1,10 +1,10 @@
-"""Graphs for other runtimes: torch.export (.pt2) and ONNX (.onnx), any batch size."""
+"""Graphs for other runtimes, checked against the model before they appear."""
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import write_whole
+from prunex.formats import FORMATS, SUFFIXES, check_format
 from prunex.handles.tokens import Pruning
 from prunex.slim.metadata import class_names, known_cfg
+from prunex.slim.runtimes import BATCH, Outputs, open_graph, write_graph
 from prunex.slim.slim import slim, slim_of
 from prunex.version import __version__
 from prunex.vit.anatomy import check_images, find
@@ -27,11 +29,9 @@ from prunex.vit.late import left_by
 from prunex.vit.mount import mounted, mounted_head
 from prunex.vit.units import Backbone
 
-SUFFIXES = (".onnx", ".pt2")
-BATCH = "batch"
 _MORE = 6  # batches of random images beside the example, where none of its images can be compared
 _TRIES, _ROUNDINGS = 8, 8
-_NEEDS = ("onnx", "onnxscript")
+_FIXED = ("executorch",)  # formats whose graphs take one image at a time
 
 
 class Graph(nn.Module):
@@ -67,7 +67,13 @@ class Graph(nn.Module):
 
 @called_as('prunex.export(model, "model.onnx")', model=nn.Module)
 def export(
-    model: nn.Module, path: str | Path, example: Tensor | None = None, *, kept: bool = False, head: bool = False
+    model: nn.Module,
+    path: str | Path,
+    example: Tensor | None = None,
+    *,
+    kept: bool = False,
+    head: bool = False,
+    format: str | None = None,
 ) -> Path:
     """Write the model as a graph, and check the graph against the model before the file appears.
 
@@ -75,11 +81,15 @@ def export(
 
     Args:
         model: What :func:`prunex.slim` gave, or any supported ViT or timm Swin (it is slimmed first).
-        path: Ends in ``.pt2`` (torch.export) or ``.onnx`` (needs the extra ``prunex-vit[onnx]``).
-        example: float [B, C, H, W]; None: random images of the model's size. Any batch size works afterwards.
+        path: Ends in ``.onnx``, ``.pt2`` (torch.export), ``.xml`` (OpenVINO; weights go into a ``.bin`` beside it) or
+            ``.pte`` (ExecuTorch).
+        example: float [B, C, H, W]; None: random images of the model's size. The graph is compared with the model on
+            them and on random ones. Any batch size works afterwards, but for ExecuTorch, which takes one image.
         kept: Also return the kept-token map bool [B, gh, gw] (output ``kept``).
         head: Also return what a head that explains itself has beside logits: ``concepts`` float [B, C, classes],
             contributions; ``path`` int64 [B, depth]; ``attributes`` float [B, M, classes], contributions.
+        format: One of :data:`prunex.formats.FORMATS`; None: as the path ends. "tensorrt" is an ``.onnx`` of operations
+            that TensorRT lists, and refused where there are others.
 
     Returns:
         The path.
@@ -88,13 +98,15 @@ def export(
         PrunexError: Another suffix, images the model cannot take, a missing extra, or a graph that disagrees.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise PrunexError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
+    if format is None:
+        if path.suffix not in SUFFIXES:
+            raise PrunexError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
+        format = next(name for name, each in FORMATS.items() if each.suffix == path.suffix)
+    elif format in FORMATS and path.suffix != FORMATS[format].suffix:
+        raise PrunexError(f"cannot export to {path.name!r}: a file for {format} must end in {FORMATS[format].suffix}")
     if path.is_dir():
         raise PrunexError(f"{path} is a folder: give the name of a file in it, such as {path / 'model.pt2'}")
-    missing = [name for name in _NEEDS if path.suffix == ".onnx" and find_spec(name) is None]
-    if missing:
-        raise PrunexError(f"ONNX export needs {missing[0]}: pip install 'prunex-vit[onnx]', or export to .pt2")
+    check_format(format)
     small = _plain(find(model, kinds=Backbone)[1])
     anatomy = outline(small)
     if kept and isinstance(small, SwinTransformer):
@@ -110,10 +122,19 @@ def export(
     graph = Graph(small, kept, head).eval()
 
     def draft(waiting: Path) -> None:
-        with torch.no_grad():
-            program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},))
-            _write(program, waiting, graph, list(graph.outputs(example[:1])))
-            _check(waiting, graph, example)
+        free = None if format in _FIXED else ({0: torch.export.Dim(BATCH, min=1)},)
+        beside = waiting.with_suffix(".bin")
+        try:
+            with torch.no_grad():
+                given = example[:1] if format in _FIXED else example
+                program = torch.export.export(graph, (given,), dynamic_shapes=free)
+                names = list(graph.outputs(example[:1]))
+                _write(format, program, waiting, names, graph)
+                _check(format, waiting, graph, example, names)
+            if format == "openvino":
+                os.replace(beside, path.with_suffix(".bin"))
+        finally:
+            beside.unlink(missing_ok=True)
 
     try:
         return write_whole(path, draft)
@@ -153,36 +174,8 @@ def _fix_counts(small: nn.Module, path: Path) -> None:
     )
 
 
-def _write(program: torch.export.ExportedProgram, path: Path, graph: Graph, names: Sequence[str]) -> None:
-    spec = json.dumps(_spec(graph.model))
-    if path.suffix == ".pt2":
-        torch.export.save(program, path, extra_files={"prunex.json": spec})
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        onnx = torch.onnx.export(
-            program,
-            input_names=["images"],
-            output_names=names,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    if onnx is None:
-        raise PrunexError("torch gave no ONNX program: upgrade torch or onnxscript, or export to .pt2")
-    _name_batch(onnx.model.graph)
-    onnx.model.metadata_props["prunex"] = spec
-    onnx.save(str(path), external_data=False)
-
-
-def _name_batch(graph: Any) -> None:
-    """Call the free axis "batch" throughout a graph: torch numbers it by where it was first seen, as in "s34"."""
-    given = str(graph.inputs[0].shape[0])
-    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
-    for shape in (value.shape for value in values if value.shape is not None):
-        for axis, size in enumerate(shape):
-            if str(size) == given:
-                shape[axis] = BATCH
+def _write(format: str, program: Any, path: Path, names: list[str], graph: Graph) -> None:
+    write_graph(format, program, path, names, _spec(graph.model))
 
 
 def _spec(small: Any) -> dict[str, Any]:
@@ -199,14 +192,20 @@ def _spec(small: Any) -> dict[str, Any]:
     }
 
 
-def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -> None:
-    """Run the written file on one, two and more images and refuse it where its logits are not the model's.
+def _check(format: str, path: Path, graph: Graph, example: Tensor, names: list[str], tolerance: float = 1e-4) -> None:
+    """Run the written file on one, two and more images and refuse it where its answers are not the model's.
 
     Where two scores lie within rounding of each other, file and model may keep other patches, and neither is wrong:
     such an image is no evidence against the file. Others are drawn until one is evidence for it.
     """
-    if path.suffix == ".onnx" and find_spec("onnxruntime") is None:
+    runtime = FORMATS[format].runs
+    if runtime is not None and find_spec(runtime) is None:
+        warnings.warn(
+            f"{path.name} was not compared with the model, since {runtime} is not installed: pip install {runtime}",
+            stacklevel=4,
+        )
         return
+    run = open_graph(format, path, names)
     images = [example.repeat(2, 1, 1, 1)[:batch] for batch in (1, len(example), len(example) + 1)]
     generator = torch.Generator().manual_seed(1)
     images += [torch.randn(example.shape, generator=generator) for _ in range(_MORE)]
@@ -214,7 +213,7 @@ def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -
     for tried, batch in enumerate(images):
         if tried > 2 and agreed:
             return
-        gap = _gap(path, graph, batch)
+        gap = _gap(run, graph, batch)
         differ = ~(gap <= tolerance)
         if differ.any() and not bool(_near_ties(graph, batch[differ]).all()):
             raise PrunexError(
@@ -230,12 +229,15 @@ def _check(path: Path, graph: Graph, example: Tensor, tolerance: float = 1e-4) -
         )
 
 
-def _gap(path: Path, graph: Graph, images: Tensor) -> Tensor:
-    """How far each image's logits are from the model's, in units of the largest of these: [B]."""
-    logits = graph(images)
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    written = _run_onnx(path, images) if path.suffix == ".onnx" else _run_pt2(path, images)
-    return (written - logits).abs().flatten(1).amax(1) / logits.abs().max().clamp(min=1e-6)
+def _gap(run: Callable[[Tensor], Outputs], graph: Graph, images: Tensor) -> Tensor:
+    """How far each image's logits are from the model's, in units of the largest of these: [B]; other patches: inf."""
+    wanted, given = graph.outputs(images), run(images)
+    logits = wanted["logits"]
+    gap = (given["logits"] - logits).abs().flatten(1).amax(1) / logits.abs().max().clamp(min=1e-6)
+    if "kept" in given:
+        same = (given["kept"].bool() == wanted["kept"]).flatten(1).all(1)
+        gap = gap.masked_fill(~same, torch.inf)
+    return gap
 
 
 def _near_ties(graph: Graph, images: Tensor) -> Tensor:
@@ -267,15 +269,3 @@ def _decided(graph: Graph, images: Tensor) -> list[Tensor]:
     if mounted(vit) is None:
         return nothing
     return [stage.group for stage in run(vit, images, masked=False).trace.stages] or nothing
-
-
-def _run_onnx(path: Path, images: Tensor) -> Tensor:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def _run_pt2(path: Path, images: Tensor) -> Tensor:
-    out = torch.export.load(path).module()(images)
-    return out[0] if isinstance(out, tuple) else out

@@ -115,12 +115,12 @@ def measure(
         for contestant in models:
             contestant.model.to(place).requires_grad_(False)
         rows = [_row(contestant) for contestant in models]
-        data = _data(run, accuracy, notes) if config else None
+        data = data_of(run, accuracy, notes) if config else None
         if not config:
             notes.append("prunex fit did not write this run, so its data are not known: timed on random images")
         if accuracy and data is not None:
             _evaluate(models, rows, data, limit, tell, notes)
-        images = _images(models[0].model, data, max(batches), notes)
+        images = images_of(models[0].model, data, max(batches), notes)
         speed = _time(models, images, batches, seconds, device, tell, notes)
         return {
             "machine": chip(device),
@@ -223,7 +223,7 @@ def _row(contestant: Contestant) -> dict[str, Any]:
     return {"model": contestant.name, "gmacs": cost.gmacs, **sizes}
 
 
-def _data(run: str | Path, needed: bool, notes: list[str]) -> Any:
+def data_of(run: str | Path, needed: bool, notes: list[str]) -> Any:
     """The run's data; None where they are not there any more and only images to time are wanted."""
     try:
         return open_data(run)
@@ -274,7 +274,7 @@ def _first(batches: Any, limit: int | None) -> Iterator[Any]:
             return
 
 
-def _images(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tensor:
+def images_of(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tensor:
     """Validation images to time with, repeated where there are fewer: how many tokens stay may depend on them."""
     if data is None:
         return noise(model, count)

@@ -6,11 +6,13 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prunex.errors import PrunexError, unknown
 from prunex.files import is_there
+from prunex.formats import FORMATS, check_format
 from prunex.recipes.commands import multimodal_options
 from prunex.recipes.commands.init import QUESTIONS, ask, check_answers, check_images
 from prunex.recipes.commands.listing import check_methods
@@ -142,17 +144,51 @@ def parse_watch(arguments: Sequence[str]) -> Any:
 
 def parse_export(arguments: Sequence[str]) -> Any:
     """Of ``prunex export``."""
-    parser = Parser("prunex export", description="Write the slim model of a run (or slim folder) as a checked graph.")
-    parser.add_argument("run", help="run folder, slim folder, checkpoint or hf-hub:owner/name")
-    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
-    parser.add_argument(
-        "--out", help="file to write; default model.<format> beside the slim model, or NAME/ of the Hub"
+    parser = Parser(
+        "prunex export",
+        description="Write the slim model of a run (or slim folder) as a graph for another runtime; run it here, "
+        "compare it with the model on real images, and time both side by side.",
     )
-    parser.add_argument("--kept", action="store_true", help="also return the kept-token map")
+    add = parser.add_argument
+    add("run", help="run folder, slim folder, checkpoint or hf-hub:owner/name")
+    add("--format", choices=tuple(FORMATS), default="onnx", help="what to write; default onnx")
+    add("--out", help="file to write; default model.SUFFIX beside the slim model, or NAME/ of the Hub")
+    add("--kept", action="store_true", help="also return the kept-token map")
+    add("--int8", action="store_true", help="also write model.int8.onnx, calibrated by training images")
+    add("--calibrate", metavar="DIR", help=f"{IMAGES}; for --int8, in place of the run's training images")
+    add("--images", metavar="DIR", help=f"{IMAGES}; to compare on, in place of the run's validation images")
+    add("--limit", type=int, default=32, metavar="N", help="images to compare on; default 32")
+    add("--seconds", type=float, default=3.0, help="to time each graph beside PyTorch, 0 for not at all; default 3")
     args = parser.parse_args(arguments)
+    _check_counts(args, "limit")
+    if not (math.isfinite(args.seconds) and args.seconds >= 0):
+        raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
     if not is_there(Path(args.run), Path.is_file):
         check_run(args.run)
+    for given in filter(None, (args.images, args.calibrate)):
+        if not is_there(Path(given)) and not tar_files(given):
+            image_files(Path(given))  # which says what it looked for
+    _check_int8(args)
+    check_format(args.format)
     return args
+
+
+def _check_int8(args: Any) -> None:
+    """Refuse eight bits of another format than ONNX, and without images to calibrate by."""
+    if args.calibrate is not None and not args.int8:
+        raise PrunexError("--calibrate goes with --int8: give both, or neither")
+    if not args.int8:
+        return
+    if args.format != "onnx":
+        raise PrunexError(f"--int8 goes with --format onnx, not {args.format}: OpenVINO reads that file too")
+    run = Path(args.run)
+    if args.calibrate is None and not any(is_there(f / "config.yaml", Path.is_file) for f in (run, *run.parents[:2])):
+        raise PrunexError(
+            "--int8 needs images to calibrate by, and this is no run that prunex fit wrote: give --calibrate DIR with "
+            "some hundred training images"
+        )
+    if find_spec("onnxruntime") is None:
+        raise PrunexError("--int8 needs onnxruntime: pip install 'prunex-vit[onnx]'")
 
 
 def parse_bench(arguments: Sequence[str]) -> Any:

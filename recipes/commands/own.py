@@ -5,11 +5,8 @@ Each reads its arguments first and imports what it works with afterwards: a mist
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
-from time import perf_counter
 
 from prunex.recipes.commands import options
 from prunex.recipes.commands.listing import declared
@@ -42,26 +39,6 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def export(arguments: Sequence[str]) -> int:
-    """``prunex export RUN``: a checked graph of the slim model."""
-    args = options.parse_export(arguments)
-    import prunex
-    from prunex.recipes.given import on_hub
-    from prunex.recipes.runs import home, open_model, slim_folder
-
-    model, where = open_model(args.run), Path(args.run)
-    if on_hub(args.run) is None:
-        folder = slim_folder(where) or (where.parent.parent if where.is_file() else where) / "slim"
-    else:
-        folder = home(args.run)
-    path, began = Path(args.out or folder / f"model.{args.format}"), perf_counter()
-    print(f"writing {path} and checking it against the model ...", file=sys.stderr)
-    prunex.export(model, path, kept=args.kept)
-    print(f"it took {perf_counter() - began:.1f} s", file=sys.stderr)
-    print(path)
-    return 0
-
-
 def worked_by(name: str) -> Callable[[Sequence[str]], int]:
     """The command that a file of that name does the work of, or the one that its options name, once these are read."""
 
@@ -79,7 +56,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "init": ("a config for a folder of images, from four answers", worked_by("init")),
     "explain": ("maps and pictures of a trained model for one's own images", worked_by("explain")),
     "score": ("explainers by metrics, dense beside slim, with intervals and costs", worked_by("score")),
-    "export": ("the slim model as a checked ONNX or torch.export graph", export),
+    "export": (
+        "the slim model as a checked graph: ONNX, torch.export, OpenVINO, ExecuTorch, TensorRT",
+        worked_by("export"),
+    ),
     "bench": ("accuracy, MACs, parameters and images/s, dense beside slim", worked_by("bench")),
     "report": ("report.html from what a run wrote", report),
     "watch": ("the report in a browser, following a training that goes on", worked_by("watch")),

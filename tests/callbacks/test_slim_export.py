@@ -257,7 +257,7 @@ def test_both_graphs_by_default(tmp_path):
 
 def test_without_the_extra_onnx_is_left_out_with_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr("prunex.callbacks.slim_export.find_spec", lambda name: None)
-    monkeypatch.setattr("prunex.export", lambda model, path: path.write_text("graph"))
+    monkeypatch.setattr("prunex.export", lambda model, path, format: path.write_text("graph"))
     with pytest.warns(UserWarning, match=r"no ONNX graph was written: pip install 'prunex-vit\[onnx\]'"):
         graphs(tmp_path, None)
     assert (tmp_path / "slim" / "model.pt2").is_file()

@@ -150,7 +150,7 @@ def refused(match, *args, **kwargs):
 
 def test_what_cannot_be_exported_ends_in_one_line_and_leaves_no_file(small, tmp_path):
     for name in ("model.pt", "model", "model.onnx.txt", "model.ONNX2"):
-        refused(r"must end in \.onnx or \.pt2", small, tmp_path / name)
+        refused(r"must end in \.onnx or \.pt2 or \.xml or \.pte", small, tmp_path / name)
     path = tmp_path / "model.pt2"
     nan = images(2)
     nan[1, 0, 3, 3] = float("nan")
@@ -166,7 +166,7 @@ def test_what_cannot_be_exported_ends_in_one_line_and_leaves_no_file(small, tmp_
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_a_missing_extra_is_named(small, tmp_path, monkeypatch, missing):
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr("prunex.formats.find_spec", lambda name: None if name == missing else True)
     refused(rf"needs {missing}: pip install 'prunex-vit\[onnx\]'", small, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -181,7 +181,7 @@ def test_an_interrupted_export_leaves_the_old_file_and_no_other(small, tmp_path,
         raise error
 
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: None)
-    monkeypatch.setattr(module, "_write", lambda program, waiting, *rest: waiting.write_bytes(b"half"))
+    monkeypatch.setattr(module, "_write", lambda kind, program, waiting, *rest: waiting.write_bytes(b"half"))
     monkeypatch.setattr(module, step, stop)
     with pytest.raises(PrunexError if isinstance(error, OSError) else KeyboardInterrupt):
         prunex.export(small, path)
@@ -191,8 +191,9 @@ def test_an_interrupted_export_leaves_the_old_file_and_no_other(small, tmp_path,
 
 def test_a_graph_that_disagrees_is_not_written(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: None)
-    monkeypatch.setattr(module, "_write", lambda program, waiting, *rest: waiting.write_bytes(b"wrong"))
-    monkeypatch.setattr(module, "_run_pt2", lambda path, x: torch.full((len(x), 5), float("nan")))
+    monkeypatch.setattr(module, "_write", lambda kind, program, waiting, *rest: waiting.write_bytes(b"wrong"))
+    wrong = lambda x: {"logits": torch.full((len(x), 5), float("nan"))}  # noqa: E731
+    monkeypatch.setattr(module, "open_graph", lambda *_: wrong)
     refused("differs from the model", small, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
@@ -206,26 +207,27 @@ def test_a_tie_is_no_wrong_graph(tmp_path, monkeypatch, gap, warns):
     last = small.prunex.pruner.predictors[0].score[-1]
     with torch.no_grad():
         last.weight.mul_(gap), last.bias.zero_()
-    real = module._run_pt2
+    real = module.open_graph
 
-    def other(path, x):
+    def other(x):
         """As a runtime whose sums are off by a rounding."""
         noise = torch.Generator().manual_seed(len(x))
         hook = lambda m, args, out: out + 1e-7 * torch.randn(out.shape, generator=noise)  # noqa: E731
         handle = last.register_forward_hook(hook)
         try:
-            return module.Graph(small)(x)
+            return {"logits": module.Graph(small)(x)}
         finally:
             handle.remove()
 
-    monkeypatch.setattr(module, "_run_pt2", other)
+    monkeypatch.setattr(module, "open_graph", lambda *_: other)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         path = prunex.export(small, tmp_path / "model.pt2")
     assert path.is_file()
     assert any("could not be compared" in str(w.message) for w in told) == warns
     if not warns:
-        monkeypatch.setattr(module, "_run_pt2", lambda path, x: real(path, x) + 1)
+        off = lambda *given: lambda x: {"logits": real(*given)(x)["logits"] + 1}  # noqa: E731
+        monkeypatch.setattr(module, "open_graph", off)
         refused("differs from the model", small, tmp_path / "other.pt2")
 
 

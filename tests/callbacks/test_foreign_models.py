@@ -103,8 +103,8 @@ def test_any_number_of_channels(tmp_path, channels):
 
 
 def test_a_format_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("prunex.callbacks.slim_export._onnx_is_there", lambda: False)
+    monkeypatch.setattr("prunex.formats.find_spec", lambda name: None)
     module = Steps()
-    with pytest.raises(PrunexError, match="needs packages: pip install 'prunex-vit.onnx.'"):
+    with pytest.raises(PrunexError, match="export to onnx needs onnx: pip install 'prunex-vit.onnx.'"):
         trainer(tmp_path, SlimExport(str(tmp_path), formats=["onnx"])).fit(module, loader())
     assert module.steps == 0

@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_module
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
@@ -113,8 +114,10 @@ class Numbers(L.pytorch.loggers.logger.Logger):
 
 
 def test_a_logger_that_takes_no_pictures_is_named_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
-    with caplog.at_level(logging.INFO):
+    # Heard at its source: whoever trains quietly changes Lightning's loggers above it.
+    monkeypatch.setattr(rank_zero_module.log, "propagate", False)
+    monkeypatch.setattr(rank_zero_module.log, "handlers", [caplog.handler])
+    with caplog.at_level(logging.INFO, rank_zero_module.log.name):
         run = fit(tmp_path, [csv_logger(tmp_path), Numbers()])
     assert told(caplog) == [
         f"prunex: {name} takes no pictures: those of the monitors are files in maps/"

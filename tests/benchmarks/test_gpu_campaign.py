@@ -20,6 +20,7 @@ def campaign(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow  # half a minute
 def test_all_parts_run_and_are_written(tmp_path):
     done = campaign("--dry", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.slow  # half a minute
 def test_export(model, hub, tmp_path):  # noqa: F811
     assert cli.run(["export", NAME + "@v2", "--format", "pt2"]) == 0
     assert hub[1]["me/small"]["revision"] == "v2"
@@ -58,6 +59,7 @@ def test_explain(model, photos):
     assert len(prunex.open_maps("explained/small")) == 4
 
 
+@pytest.mark.slow  # half a minute
 def test_bench(model, tmp_path, capsys):
     assert cli.run(["bench", NAME, "--batches", "1", "--seconds", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "small/bench.json"

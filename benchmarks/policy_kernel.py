@@ -46,6 +46,15 @@ def _scores(q, k, policy, i, j, n, scale):
 
 
 @triton.jit
+def _keys(k_ptr, v_ptr, policy_ptr, head, heads, j, n, D: tl.constexpr):
+    """A block j of keys and values [N, D] of one head, and their policy [N]."""
+    at = head * n * D + j[:, None] * D + tl.arange(0, D)[None, :]
+    k = tl.load(k_ptr + at, mask=j[:, None] < n, other=0.0)
+    v = tl.load(v_ptr + at, mask=j[:, None] < n, other=0.0)
+    return k, v, tl.load(policy_ptr + head // heads * n + j, mask=j < n, other=0.0)
+
+
+@triton.jit
 def _forward(q_ptr, k_ptr, v_ptr, policy_ptr, out_ptr, total_ptr, heads, n, scale, D: tl.constexpr, M: tl.constexpr):
     """Output and log of the sum of one block of queries of one head."""
     head = tl.program_id(1).to(tl.int64)
@@ -57,10 +66,7 @@ def _forward(q_ptr, k_ptr, v_ptr, policy_ptr, out_ptr, total_ptr, heads, n, scal
     mixed = tl.zeros([M, D], tl.float32)
     for start in range(0, n, M):
         j = start + tl.arange(0, M)
-        there = head * n * D + j[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + there, mask=j[:, None] < n, other=0.0)
-        v = tl.load(v_ptr + there, mask=j[:, None] < n, other=0.0)
-        policy = tl.load(policy_ptr + head // heads * n + j, mask=j < n, other=0.0)
+        k, v, policy = _keys(k_ptr, v_ptr, policy_ptr, head, heads, j, n, D)
         scores, share = _scores(q, k, policy, i[:, None], j[None, :], n, scale)
         # The largest of the keys that count: a dropped one far above them would leave nothing of them.
         largest = tl.maximum(most, tl.max(tl.where(share > 0, scores, -float("inf")), 1))
@@ -98,10 +104,7 @@ def _to_queries(
     to_q = tl.zeros([M, D], tl.float32)
     for start in range(0, n, M):
         j = start + tl.arange(0, M)
-        there = head * n * D + j[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + there, mask=j[:, None] < n, other=0.0)
-        v = tl.load(v_ptr + there, mask=j[:, None] < n, other=0.0)
-        policy = tl.load(policy_ptr + head // heads * n + j, mask=j < n, other=0.0)
+        k, v, policy = _keys(k_ptr, v_ptr, policy_ptr, head, heads, j, n, D)
         scores, share = _scores(q, k, policy, i[:, None], j[None, :], n, scale)
         change = _dot(grad, tl.trans(v)) - delta[:, None]
         slope = _gap(scores, total[:, None]) * share * change

@@ -260,7 +260,6 @@ class MapWriter(BasePredictionWriter):
 
     def _begin(self, trainer: Trainer, module: Explaining) -> dict[str, Any]:
         plan = self.data.plan
-        assert plan is not None
         folder, first = self.data.out / FOLDER, self.data.first()
         said: list[str] = []
         prediction = None
@@ -302,7 +301,6 @@ class MapWriter(BasePredictionWriter):
 
     def _write(self, prediction: dict[str, Any], batch: dict[str, Any], processes: int) -> None:
         plan, explanations = self.data.plan, prediction["explanations"]
-        assert plan is not None
         arrays, numbers = arrays_of(explanations), batch["numbers"]
         # Sheets first: whoever has maps has its sheet, wherever a run was stopped.
         for place, picture in enumerate(batch["pictures"]):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -274,11 +275,16 @@ class Row:
                 maps[differs] = self._maps(explainers, judge, part[differs], images[differs])[0].to(images.device)
         return maps
 
+    @cached_property
+    def _noise(self) -> Tensor:
+        """Random maps of all images, which are drawn together: drawn anew for each batch they would be quadratic."""
+        return self.setting.noise(self.model.grid)
+
     def _maps(
         self, explainers: Explainers | None, model: Model, part: Tensor, images: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Maps of some images, and finer ones where the method makes them."""
         if explainers is None:
-            return self.setting.noise(self.model.grid)[part], None
+            return self._noise[part], None
         e = explainers(model.model, images, model.asked(part, self.setting.device))[self.method]
         return e.maps, None if e.fine is None else e.fine.float().cpu()

@@ -67,6 +67,7 @@ class UnitPruner(nn.Module):
             self.register_buffer(slot("open", b.key), torch.ones(b.units, dtype=torch.bool))
         self.register_buffer("decided", torch.tensor(False))
         self.register_buffer("removed", torch.tensor(False))
+        # Loading writes buffers in place, and the plain values read from them would be those of before.
         self.register_load_state_dict_post_hook(_after_loading)
         self.refresh()
 
@@ -85,6 +86,7 @@ class UnitPruner(nn.Module):
 
     def price(self, branches: Sequence[Branch]) -> None:
         """Be told anew what units cost, where tokens came to be pruned, or no longer are."""
+        # A unit is computed for every token, so that it costs less behind a stage that drops some.
         costs = {b.key: b for b in branches}
         self.branches = tuple(costs[b.key] for b in self.branches)
 
@@ -162,6 +164,7 @@ class UnitPruner(nn.Module):
         kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
         blocks = self.known.blocks
         for b in self.branches:
+            # A spec names what is cut alone: where it is silent about a branch, all units stay.
             if bool(opened[b.key].all()):
                 continue
             number = b.block if blocks is None else blocks[b.block]
@@ -189,11 +192,13 @@ class UnitPruner(nn.Module):
                 f"{self.name}: embedding, head and the fewest units (min_heads={self.least['heads']}, "
                 f"min_channels={self.least['channels']}) alone are {least / dense:.1%}"
             )
+        # A budget may allow more than all units cost, where tokens are pruned too: then none has to go.
         return min(float(self.prunable()), allowed - rest)
 
     def decide(self, scores: Mapping[str, Tensor], allowed: float | None = None) -> None:
         """Open the units of the highest :meth:`level`, one threshold for all, as many as the budget allows."""
         allowed = self.allowed if allowed is None else allowed
+        # NaN is above no threshold: its units would go, whatever they are worth.
         for b in self.branches:
             if not bool(torch.isfinite(scores[b.key]).all()):
                 raise PrunexError(f"{self.name} scores of {b.key} hold NaN or infinite values: see weights and images")
@@ -213,6 +218,7 @@ class UnitPruner(nn.Module):
 
     def _fill(self, wanted: dict[str, Tensor], levels: Mapping[str, Tensor], allowed: float) -> None:
         """Open the next best units that still fit, channels in whole multiples of ``round_to``."""
+        # One threshold for all stops at the first unit too many, and units of equal level come and go together.
         room = allowed - self._cost(wanted, levels)
         steps = []
         for i, b in enumerate(self.branches):
@@ -228,6 +234,7 @@ class UnitPruner(nn.Module):
             if i not in full and len(units) * b.macs <= room:
                 wanted[b.key][units] = True
                 room -= len(units) * b.macs
+            # A smaller step behind one that does not fit holds worse units: it must not pass.
             else:
                 full.add(i)
 
@@ -262,6 +269,7 @@ class UnitPruner(nn.Module):
 
     def _least(self, branch: Branch) -> int:
         least = min(self.least[branch.kind], branch.units)
+        # Rounded here as where units are kept, or :meth:`aim` would promise budgets that rounding up breaks.
         if branch.kind == "channels":
             least = min(branch.units, -(-least // self.round_to) * self.round_to)
         return least

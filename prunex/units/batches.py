@@ -169,6 +169,7 @@ def undisturbed(model: nn.Module, graph: bool = True) -> Iterator[None]:
             as_found(model, train=False),
             torch.inference_mode(False) if graph else nullcontext(),
             torch.set_grad_enabled(graph),
+            # A caller's autocast would compute in half precision again what float32 copies are made for.
             torch.autocast(weight.device.type, enabled=False),
             # A compiled block knows no hooks that come after it; where nothing was compiled, the import takes seconds.
             torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
@@ -183,6 +184,7 @@ def widened(model: nn.Module) -> Any:
     """The model in at least float32: a copy where its weights are of half precision, whose gradients are too coarse."""
     if next(model.parameters()).dtype in (torch.float32, torch.float64):
         return model
+    # Weights that are made in a caller's inference mode can be part of no graph.
     with torch.inference_mode(False):
         return copy.deepcopy(model).float()
 
@@ -212,6 +214,7 @@ def loss_of(logits: Any, truth: Tensor | None) -> Tensor:
     squared error.
     """
     classes = classes_of(logits, None if truth is None or truth.is_floating_point() else truth)
+    # Sums: a mean over the batch would make an image's gradient smaller the more others come with it.
     if truth is not None and truth.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, truth.to(logits), reduction="sum")
     if logits.shape[1] > 1:

@@ -80,7 +80,8 @@ class Correction(Brief):
     def summary(self) -> str:
         """One line: the mean of all branches' errors, as shares of the variances of what they give."""
         count = len(self.branches)
-        before, after = (sum(_share(m, name) for m in self.branches) / max(1, count) for name in ("before", "after"))
+        before = sum(_share(m, "before") for m in self.branches) / max(1, count)
+        after = sum(_share(m, "after") for m in self.branches) / max(1, count)
         what = "1 branch is" if count == 1 else f"{count} branches is on average"
         return (
             f"{self.kind} on {self.images} images: the error of {what} {after:.1%} of its variance, {before:.1%} before"
@@ -106,6 +107,7 @@ class Correction(Brief):
             made = tuple(Mended(**row) for row in listed)
             counts = [images, *(n for m in made for n in (m.block, m.units, m.lost))]
             errors = [x for m in made for x in (m.variance, m.before, m.after)]
+            # By type: JSON's true is an int to isinstance.
             if any(type(n) is not int or n < 0 for n in counts) or any(type(x) not in (int, float) for x in errors):
                 raise ValueError("what must be a number is none")
             if kind not in KINDS or any(m.kind not in BRANCHES for m in made):
@@ -164,7 +166,9 @@ def cuts_of(model: nn.Module, spec: WidthSpec) -> list[Cut]:
 
 def check_biases(model: nn.Module, listed: Iterable[Branch], correct: Correct) -> None:
     """Refuse, by name, layers that have no bias where a correction changes nothing else."""
-    for b in listed if correct == "bias" else ():
+    if correct != "bias":
+        return
+    for b in listed:
         layer = last_layer(model.get_submodule(b.path), b.kind)
         if getattr(layer, "bias", None) is None:
             name = next(name for name, m in model.named_modules() if m is layer)
@@ -218,6 +222,7 @@ def make_up(
     seen = [_moments(cut, layer, correct) for cut, layer in zip(lossy, layers, strict=True)]
     images = _look(model, lossy, layers, seen, batches, expected) if lossy else 0
     _check(model, layers, seen)
+    # All are solved before any is written: a layer that cannot be fitted leaves the model as it came.
     changes = [
         moments.refit(layer.bias is not None, ridge) if correct == "refit" else None
         for layer, moments in zip(layers, seen, strict=True)
@@ -274,8 +279,10 @@ def _look(
         with undisturbed(model, graph=False):
             for images in batches:
                 for some in images.split(1) if apart else [images]:
-                    for moments in seen if count == 0 else ():
-                        moments.ahead = max(1.0, (expected or 0) / len(some))
+                    if count == 0:
+                        # Which rows covariances are taken from is settled by the first that come.
+                        for moments in seen:
+                            moments.ahead = max(1.0, (expected or 0) / len(some))
                     model(some)
                     count += len(some)
     finally:
@@ -286,6 +293,7 @@ def _look(
 
 def _add(moments: Moments, real: Tensor | None, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     x, y = args[0], output
+    # Swin stacks its windows image by image, and every image is padded alike.
     if real is not None:
         windows = real.repeat(len(x) // len(real), 1)
         x, y = x[windows], y[windows]
@@ -301,6 +309,7 @@ def _real(model: Any, branch: Branch) -> Tensor | None:
     if padded == real:
         return None
     (h, w), (wh, ww) = block.input_resolution, block.window_size
+    # timm pads the grid to whole windows, below and to the right.
     grid = F.pad(torch.ones(1, h, w, 1), (0, 0, 0, -w % ww, 0, -h % wh))
     windows = window_partition(grid, block.window_size).reshape(-1, slots) > 0
     return windows.to(next(model.parameters()).device)

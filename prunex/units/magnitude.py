@@ -44,7 +44,6 @@ class Magnitude(UnitPruner):
     """
 
     name = "magnitude"
-    needs = None
 
     def __init__(
         self, branches: Sequence[Branch], classes: int, weights: Weights = "all", **shared: Unpack[UnitOptions]
@@ -74,6 +73,7 @@ class Magnitude(UnitPruner):
 def layer_scale(block: Any, branch: Branch) -> Tensor | None:
     """What multiplies a branch before it is added to the stream, [D]; None without LayerScale."""
     first = branch.kind == "heads"
+    # Most of timm's blocks have a module for it; Eva's and BEiT's hold the vector itself.
     scale = getattr(block, "ls1" if first else "ls2", None)
     gamma = getattr(block, "gamma_1" if first else "gamma_2", None)
     return gamma if scale is None else scale_of(scale)

@@ -141,6 +141,7 @@ class Moments:
             among, across = among + torch.outer(left, left), across + torch.outer(left, self.gone)
             squares = squares + self.mean.square()
         scale = float(squares.mean())
+        # Inputs that are all 0 have no scale, and any ridge at all makes their system regular.
         among = (among + ridge * (scale or 1.0) * torch.eye(len(among), dtype=among.dtype, device=among.device)).cpu()
         factor, wrong = torch.linalg.cholesky_ex(among)
         if int(wrong) > 0:
@@ -160,4 +161,5 @@ class Moments:
         if change is not None:
             bias = bias - change @ self.mean[self.kept].cpu()
             left += float((change @ self.among.cpu() * change).sum() - 2 * (change.T * self.across.cpu()).sum())
+        # A square that is multiplied out may fall below 0 by rounding.
         return (max(0.0, left) + float(bias.square().sum())) / len(bias)

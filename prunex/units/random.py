@@ -32,7 +32,6 @@ class Random(UnitPruner):
     """
 
     name = "random"
-    needs = None
 
     def __init__(self, branches: Sequence[Branch], classes: int, seed: int = 0, **shared: Unpack[UnitOptions]) -> None:
         super().__init__(branches, classes, **shared)

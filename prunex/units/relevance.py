@@ -130,6 +130,7 @@ class _Watching(Arithmetic):
     def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """As it is; the input of a watched layer is kept."""
         if module in self.watched:
+            # A view of this layer's: what reaches others that read the same tensor is not asked for.
             x = x.view_as(x)
             self.seen[self.watched[module]] = x
         return super().linear(module, x, beside)

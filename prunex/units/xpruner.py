@@ -206,6 +206,7 @@ class XPruner(UnitPruner):
     def refresh(self) -> None:
         """Read the stage that a checkpoint brought, too."""
         super().refresh()
+        # The base's constructor reads its buffers before those of this class are made.
         if "phase" in self._buffers:
             self._stage = STAGES[int(self.phase)]
 
@@ -235,6 +236,7 @@ class XPruner(UnitPruner):
             return self.mask(branch)[self.groups[labels]]
         if self.stage == "thresholds":
             shut, hard = self.shut(branch), self.hard(branch)
+            # Straight through: the value is the hard gate's, the gradient that of 1 - shut.
             open_ = hard - shut + shut.detach() if self.training else hard
             return open_.repeat_interleave(branch.width)
         return super().gate(key, labels)
@@ -365,6 +367,7 @@ def _check_groups(given: Any, classes: int) -> list[int]:
         return list(range(classes))
     groups = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     numbers = all(type(g) is int for g in groups)
+    # A gap would be a row of masks that no image ever teaches.
     if not numbers or len(groups) != classes or set(groups) != set(range(max(groups, default=-1) + 1)):
         raise PrunexError(
             f"class_groups={given!r} is not allowed: give a group for each of the {classes} classes, whole numbers "

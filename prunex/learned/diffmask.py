@@ -29,8 +29,6 @@ from prunex.vit.rebuild import build_like
 from prunex.vit.state import TokenState
 
 KIND = "diffmask"
-
-
 TEMPERATURE, LOW, HIGH = 0.2, -0.2, 1.0  # of the hard concrete distribution: stretched to (LOW, HIGH), cut to 0..1
 
 
@@ -83,6 +81,7 @@ class MaskGates(nn.Module):
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Logits of the first K gates, float32 (or 64) [B, K, n], for K hidden states [B, n, D]."""
+        # Not strict: of a pass that ends early there are fewer states than gates.
         logits = [gate(states[0], h) for gate, h in zip(self.gates, states, strict=False)]
         return torch.stack([promoted(x) for x in logits], 1)
 
@@ -100,6 +99,7 @@ def log_votes(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Hard concrete variables in 0..1, differentiable: clamp(s (r - l) + l) of a binary concrete s at temperature t."""
     u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    # At 0 and at 1 one of the two logarithms is infinite.
     u = u.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
     s = torch.sigmoid((u.log() - torch.log1p(-u) + logits) / TEMPERATURE)
     return (s * (HIGH - LOW) + LOW).clamp(0, 1)
@@ -129,6 +129,7 @@ def hidden_states(
     """
     x, grid, anatomy = state.tokens, state.trace.grid, state.anatomy
     places = None if index is None else Places(index, grid)
+    # A state apart: the forward that asks goes on with tokens and trace as they are.
     apart = begin(model, x, grid, anatomy, keys=state.keys, places=places)
     apart.policy = state.policy
     streams = look_ahead(apart, blocks_before(layer))
@@ -144,6 +145,7 @@ def gate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build_gates(settings: Any, folder: Path, tensors: Mapping[str, Tensor]) -> MaskGates:
     """Gates from the description in a folder, with fresh weights, where they are those of the folder's weights."""
     try:
+        # Building even without memory takes time by the gate: a depth that the weights do not bear out is not built.
         if check_whole("depth", settings["depth"], 1) > len(tensors):
             raise ValueError("its weights are of fewer gates")
         check_whole("width", settings["width"], 1)

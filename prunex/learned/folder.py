@@ -66,6 +66,7 @@ class Beside(nn.Module):
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # The description last: a new folder that has one has its weights.
             write_whole(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
             write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
@@ -105,6 +106,7 @@ def load_into(module: M, tensors: Mapping[str, Tensor], folder: Path) -> M:
     floats = sorted({str(v.dtype) for v in tensors.values() if v.is_floating_point()})
     if len(floats) > 1:
         raise PrunexError(f"{folder / WEIGHTS} holds {' and '.join(floats)}: an explainer has one type; save it again")
+    # Assigned, not copied: a copy would take the dtype in which the module was built.
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -46,6 +46,7 @@ class ShapleyExplainer(Beside):
         super().__init__()
         check_whole("mlp_ratio", mlp_ratio, 1)
         anatomy = self.keep(surrogate)
+        # The surrogate may come frozen, and the backbone learns.
         self.backbone = copy.deepcopy(surrogate).requires_grad_(True)
         self.backbone.reset_classifier(0)
         width, heads = anatomy.width, anatomy.dividing_heads
@@ -98,6 +99,7 @@ def load_explainer(path: str | Path) -> ShapleyExplainer:
     ratio = check_whole("mlp_ratio", spec.get("mlp_ratio", 4), 1)
     with quietly():
         surrogate = build_like(spec["surrogate"], tensors, "surrogate.")
+        # The ratio is whatever the file says: nothing of that size is made before the weights agree.
         hidden = ratio * read(surrogate).width
         if "mlp.2.weight" not in tensors or tensors["mlp.2.weight"].shape != (hidden, hidden):
             raise PrunexError(f"{folder / WEIGHTS} does not fit {CONFIG} (mlp_ratio={ratio}): save the explainer again")

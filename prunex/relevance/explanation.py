@@ -195,6 +195,7 @@ def answer(
     """
     grid, patch = recorded.trace.grid, recorded.anatomy.patch
     row = row.detach()
+    # Prefix tokens come first, where the row has them: the patches are the last of it.
     return Explanation(
         maps=row[:, row.shape[1] - grid[0] * grid[1] :].unflatten(1, grid),
         raw=row if raw is None else raw.detach(),

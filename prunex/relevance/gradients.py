@@ -43,6 +43,7 @@ class ModifiedGradients(Arithmetic):
         self.tables: list[Tensor] = []
 
     def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        # Made whether or not a rule asks for it: what is no linear layer is refused alike under all options.
         layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
         if self.gamma is None:
             return super().linear(module, x, beside)

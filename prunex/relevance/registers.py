@@ -94,13 +94,14 @@ def find_register_neurons(
             norms = out[:, anatomy.prefix :].double().norm(dim=2)
             relative = norms / norms.median(1, keepdim=True).values.clamp(min=torch.finfo(norms.dtype).tiny)
             far = (relative > threshold).double()
-            each = far.sum(1, keepdim=True)
-            share = far / each.clamp(min=1)
+            count_far = far.sum(1, keepdim=True)
+            # Every image weighs alike, however many of its tokens lie out.
+            share = far / count_far.clamp(min=1)
             for total, value in zip(scores, hidden, strict=True):
                 active = value[:, anatomy.prefix :].double().abs()
                 total += torch.einsum("bn,bnc->c", share, active).cpu()
             seen, tokens, outlying = seen + len(x), tokens + far.numel(), outlying + int(far.sum())
-            with_any, largest = with_any + int((each > 0).sum()), max(largest, float(relative.max()))
+            with_any, largest = with_any + int((count_far > 0).sum()), max(largest, float(relative.max()))
     if not seen:
         raise PrunexError("find_register_neurons got no images: give some hundred, or a loader of them")
     ranked = torch.cat(scores).argsort(descending=True, stable=True)[:count].tolist() if with_any else []
@@ -168,6 +169,7 @@ def with_registers(
     for block in dict.fromkeys(b for b, _ in neurons.neurons):
         channels = [c for b, c in neurons.neurons if b == block]
         move = partial(_moved, channels=channels, prefix=anatomy.prefix, tokens=tokens, patches=patches, scale=scale)
+        # ``move`` is bound as a default: a closure would have every block do what the last one does.
         widened.blocks[block].mlp.fc2.register_forward_pre_hook(lambda _, args, move=move: (move(args[0]),))
     return widened
 

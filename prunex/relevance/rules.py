@@ -334,6 +334,7 @@ class RelevanceRules(Arithmetic):
         """A function without rules of its own: input times gradient, R_j = x_j sum_k (dz_k / dx_j) R_k / z_k."""
 
         def back(saved: tuple[Tensor, ...], out: Tensor, r: Tensor) -> tuple[Tensor]:
+            # Backward passes are off the graph, and this one differentiates the function once more.
             with torch.enable_grad():
                 x = saved[0].detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(head(x), x, ratio(r, out))
@@ -357,6 +358,7 @@ def weighed_relevance(
     """Relevance at some places of a forward, from a one-hot 1 at the class; with ``gradient`` times the gradient."""
     one_hot = recorded.one_hot()
     factors = gradients(recorded.logits, inputs, one_hot, retain_graph=True) if gradient else None
+    # Gradients first: from here on the same graph carries relevance.
     rules.relevance = True
     relevance = gradients(recorded.logits, inputs, one_hot)
     if factors is None:
@@ -375,6 +377,7 @@ class Route(torch.autograd.Function):
         """The value as it is."""
         ctx.rules, ctx.back = rules, back
         ctx.save_for_backward(out, *inputs)
+        # Where nothing comes back, None does instead of zeros, which the rule would be asked to share out.
         ctx.set_materialize_grads(False)
         return out.view_as(out)
 

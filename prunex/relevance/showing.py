@@ -77,6 +77,7 @@ def plot(e: Explanation, index: int, axes: Any) -> Any:
 
         axes = pyplot.subplots(layout="constrained")[1]
     values = as_numpy(e.maps[index])
+    # Both ends alike, so that 0 has the middle colour; and a range at all for a map of zeros.
     largest = float(abs(values).max()) or 1.0
     signed = {"cmap": SIGNED, "vmin": -largest, "vmax": largest}
     shown = axes.imshow(values, **(signed if e.signed else {"cmap": "inferno"}))

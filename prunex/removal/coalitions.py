@@ -121,8 +121,8 @@ def permutation_sampling(
         first, last = (end[:, None, None].expand(-1, len(part), -1, -1) for end in (empty, full))
         gain = torch.cat([first, between, last], 2).diff(dim=2)
         place = part.to(gain.device)[None, :, :, None].expand(batch, -1, -1, gain.shape[3])
-        each = gain.gather(2, place).unflatten(1, (-1, unit)).mean(2)
-        mean, spread, seen = _pool(mean, spread, seen, each)
+        marginals = gain.gather(2, place).unflatten(1, (-1, unit)).mean(2)
+        mean, spread, seen = _pool(mean, spread, seen, marginals)
     errors = (spread / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(mean, float("nan"))
     return Estimate(mean, errors, empty, full, 2 + orders * (players - 1))
 
@@ -211,11 +211,11 @@ def _ends(value: Value, players: int, batch: int) -> tuple[Tensor, Tensor]:
     return ends[:, 0], ends[:, 1]
 
 
-def _pool(mean: Tensor, spread: Tensor, seen: int, each: Tensor) -> tuple[Tensor, Tensor, int]:
+def _pool(mean: Tensor, spread: Tensor, seen: int, observed: Tensor) -> tuple[Tensor, Tensor, int]:
     """Welford's sums with further observations [B, m, P, C]: mean, summed squares about it, and their number."""
-    more, total = each.shape[1], seen + each.shape[1]
-    later = each.mean(1)
-    squares = ((each - later[:, None]) ** 2).sum(1)
+    more, total = observed.shape[1], seen + observed.shape[1]
+    later = observed.mean(1)
+    squares = ((observed - later[:, None]) ** 2).sum(1)
     if seen == 0:
         return later, squares, more
     gap = later - mean

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.checks import check_index, check_number, check_whole
-from prunex.heads.base import Evidence, Reading, TokenHead
+from prunex.heads.base import Evidence, Reading, TokenHead, on_grid
 from prunex.heads.final_tokens import FinalTokens
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy, ViT
@@ -90,12 +90,16 @@ class AttributeEvidence(Evidence):
             PrunexError: For a class that does not exist.
         """
         count = self.logits.shape[1]
-        every = range(count) if classes is None else [classes] if isinstance(classes, int) else classes
-        chosen = [check_index("classes", k, count, f"classes are 0..{count - 1}") for k in every]
+        if classes is None:
+            classes = range(count)
+        elif isinstance(classes, int):
+            classes = [classes]
+        chosen = [check_index("classes", k, count, f"classes are 0..{count - 1}") for k in classes]
         tokens = self.reading.tokens.patches @ self.vectors[chosen].T
         row = torch.einsum("bmn,mk,bnk->bkn", self.reading.attention, self.weights[:, chosen], tokens)
         maps = on_grid(row, self.trace).clamp(min=0)
         low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+        # A map of one value becomes 0, where 0 / 0 would be NaN.
         return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
 
     def info(self) -> dict[str, Tensor]:
@@ -205,6 +209,7 @@ class Attributes(TokenHead):
         """Begin with the model's own classifier, where it is one that reads single tokens."""
         given: Any = model.head
         mine = self.values
+        # By type: what is derived from a linear layer may compute more than its weight says.
         if type(given) is not nn.Linear or given.weight.shape != mine.weight.shape or given.weight.is_meta:
             return
         with torch.no_grad():
@@ -223,8 +228,8 @@ class Attributes(TokenHead):
         """Where each attribute is, what it is like, and the scores."""
         x = tokens.patches
         keys = F.normalize(self.of_tokens(x), dim=-1, eps=NORM)
-        asked = F.normalize(self.of_attributes(self.attributes), dim=-1, eps=NORM)
-        similarity = keys @ asked.T / self.temperature
+        queries = F.normalize(self.of_attributes(self.attributes), dim=-1, eps=NORM)
+        similarity = keys @ queries.T / self.temperature
         attention = tokens.softmax(similarity).transpose(1, 2)
         features = attention @ x
         logits = self._contributions(features).sum(1) + self.values.bias
@@ -252,14 +257,15 @@ class Attributes(TokenHead):
     def losses_between(self, readings: Sequence[Any]) -> dict[str, Tensor]:
         """``consistency`` and ``discriminability``, weighted, mean over pairs of forwards with as many images."""
         features = [promoted(reading.features) for reading in readings]
+        # Another number of images cannot be another view of these.
         pairs = [(a, b) for a, b in itertools.combinations(features, 2) if len(a) == len(b)]
         losses = {}
         if pairs and self.consistency_weight > 0:
-            each = torch.stack([(apart(a, b.detach()) + apart(b, a.detach())) / 2 for a, b in pairs])
-            losses["consistency"] = self._warm(self.consistency_weight) * each.mean()
+            gaps = torch.stack([(apart(a, b.detach()) + apart(b, a.detach())) / 2 for a, b in pairs])
+            losses["consistency"] = self._warm(self.consistency_weight) * gaps.mean()
         if pairs and self.discriminability_weight > 0 and self.count > 1:
-            each = torch.stack([mistaken(a, b) for a, b in pairs])
-            losses["discriminability"] = self._warm(self.discriminability_weight) * each.mean()
+            errors = torch.stack([mistaken(a, b) for a, b in pairs])
+            losses["discriminability"] = self._warm(self.discriminability_weight) * errors.mean()
         return losses
 
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> AttributeEvidence:
@@ -296,12 +302,6 @@ class Attributes(TokenHead):
         mapped = (patches + self.count) * width * inner
         attended = patches * self.count * (inner + width)
         return mapped + attended + self.count * self.classes * (width + 1)
-
-
-def on_grid(rows: Tensor, trace: TokenTrace) -> Tensor:
-    """Values by patch token, [B, R, n], divided among the patches that each stands for: [B, R, gh, gw]."""
-    lifted = trace.lift(F.pad(rows, (trace.prefix, 0)))
-    return lifted[..., trace.prefix :].unflatten(-1, trace.grid)
 
 
 def overlap(attention: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.brief import Brief
@@ -169,6 +170,12 @@ class TokenHead(nn.Module):
     def outputs(self, reading: Any) -> dict[str, Tensor]:
         """What an exported graph may give beside logits, by name."""
         return {}
+
+
+def on_grid(rows: Tensor, trace: TokenTrace) -> Tensor:
+    """Values by patch token, [B, R, n], divided among the patches that each stands for: [B, R, gh, gw]."""
+    lifted = trace.lift(F.pad(rows, (trace.prefix, 0)))
+    return lifted[..., trace.prefix :].unflatten(-1, trace.grid)
 
 
 def squared_distance(rows: Tensor, targets: Tensor, valid: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunex.checks import check_choice, check_flag, check_number, check_whole
 from prunex.errors import PrunexError, unknown
-from prunex.heads.base import Evidence, Reading, TokenHead, squared_distance
+from prunex.heads.base import Evidence, Reading, TokenHead, on_grid, squared_distance
 from prunex.heads.concepts import STREAMS, ConceptAttention, names_of, plain_names
 from prunex.heads.final_tokens import FinalTokens
 from prunex.later import refuse
@@ -215,6 +215,7 @@ class ConceptTransformer(TokenHead):
     def _intervened(self, stream: str, attention: Tensor) -> Tensor:
         for name, value in self.forced.items():
             if name in self.names[stream]:
+                # By a mask, not in place: attention is part of the graph that losses are taken from.
                 at = torch.arange(attention.shape[-1], device=attention.device) == self.names[stream].index(name)
                 attention = torch.where(at, value, attention)
         return attention
@@ -252,6 +253,7 @@ class ConceptTransformer(TokenHead):
         if stream == "spatial":
             rows, present = tokens.on_patches(rows)
         target = self.fitting(stream, target, rows.shape[0], rows.shape[1], tokens.grid).to(rows)
+        # Where nothing is annotated the mass is that of "none"; the sum of an unknown row is NaN, and stays out.
         if stream == "spatial" and self.none:
             target = torch.cat([target, (target.sum(-1, keepdim=True) == 0).to(target)], -1)
         total = target.sum(-1, keepdim=True)
@@ -267,6 +269,7 @@ class ConceptTransformer(TokenHead):
         Raises:
             PrunexError: For another shape, or other numbers.
         """
+        # Nobody annotates "none": it follows from the other columns.
         count = len(self.names[stream]) - (stream == "spatial" and self.none)
         wanted = [batch, count] if stream == "global" else [batch, rows, count]
         if not isinstance(target, Tensor) or target.is_complex():
@@ -313,29 +316,24 @@ class ConceptTransformer(TokenHead):
         """Contributions concept by concept, and patch by patch for those that have a place."""
         tokens, batch = reading.tokens, len(target)
         row = reading.logits.new_zeros(batch, self.prefix + tokens.patches.shape[1])
-        gh, gw = trace.grid
-        spatial = reading.logits.new_zeros(batch, 0, gh, gw)
-        attention = spatial
+        spatial = attention = reading.logits.new_zeros(batch, 0, *trace.grid)
         bias = torch.stack([m.proj.bias for m in self.streams.values()]).sum(0)
-        by_token = None
         for stream, module in self.streams.items():
             table = module.table()[:, :, target]  # [H, C, B]
-            each = torch.einsum("bhnc,hcb->bnc", reading.dropped[stream], table)
+            parts = torch.einsum("bhnc,hcb->bnc", reading.dropped[stream], table)
             if stream == "spatial":
-                by_token = each * tokens.shares.unsqueeze(2)
-                row[:, self.prefix :] += by_token.sum(2)
+                # The scores are a mean over patches, of which each token has its share.
+                parts = parts * tokens.shares.unsqueeze(2)
+                row[:, self.prefix :] += parts.sum(2)
+                spatial = on_grid(parts.transpose(1, 2), trace)
                 mean, present = tokens.on_patches(reading.attention[stream].mean(1))
                 mean = mean.masked_fill(~present.unsqueeze(2), float("nan"))
                 attention = mean.transpose(1, 2).unflatten(2, trace.grid)
             elif self.pool is None:
-                row[:, 0] += each.sum((1, 2))
+                row[:, 0] += parts.sum((1, 2))
             else:  # pooled by weights: each token has its share of what the pooled one says
                 weights = tokens.softmax(self.pool(tokens.patches))[:, :, 0]
-                row[:, self.prefix :] += weights * each.sum((1, 2)).unsqueeze(1)
-        if by_token is not None:
-            bare = by_token.new_zeros(batch, by_token.shape[2], self.prefix)
-            lifted = trace.lift(torch.cat([bare, by_token.transpose(1, 2)], 2))
-            spatial = lifted[:, :, self.prefix :].unflatten(2, trace.grid)
+                row[:, self.prefix :] += weights * parts.sum((1, 2)).unsqueeze(1)
         contributions = self.contributions(reading)
         return ConceptEvidence(
             target, reading.logits, trace.lift(row), trace, self.all_names, contributions, bias, spatial, attention
@@ -350,18 +348,15 @@ class ConceptTransformer(TokenHead):
             if stream == "unsupervised" and f"{_OFFICIAL['global'][1]}.q.weight" in state:
                 attention = _OFFICIAL["global"][1]  # their unsupervised concepts ask the global ones' attention
             prefix = f"attentions.{_module(stream)}."
+            # The authors' concepts have a batch dimension of one.
             if concepts in state:
                 plain[f"{prefix}concepts"] = state[concepts].squeeze(0)
             for name in ("q.weight", "kv.weight", "proj.weight", "proj.bias"):
                 if f"{attention}.{name}" in state:
                     plain[prefix + name] = state[f"{attention}.{name}"]
-        if self.pool is not None:
-            pooling = {
-                n: state[f"token_attention_pool.{n}"]
-                for n in ("weight", "bias")
-                if f"token_attention_pool.{n}" in state
-            }
-            plain |= {f"pool.{name}": value for name, value in pooling.items()}
+        for name in ("weight", "bias"):
+            if self.pool is not None and f"token_attention_pool.{name}" in state:
+                plain[f"pool.{name}"] = state[f"token_attention_pool.{name}"]
         return plain
 
     def outputs(self, reading: Any) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ class FinalTokens(Brief):
         """Each token's part of a mean over patches: [B, n], summing to 1 where any is left."""
         if self.counts is None:
             return self.patches.new_full(self.patches.shape[:2], 1 / max(1, self.patches.shape[1]))
+        # An image that has lost every patch has shares of 0, not of 0 / 0.
         return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -96,5 +97,6 @@ class FinalTokens(Brief):
         if self.trace is None:
             return values, torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         place = self.trace.tokens()
+        # Patches without a token read any row: who has one is said beside it.
         index = place.clamp(min=0).reshape(*place.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
         return values.gather(1, index), place >= 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.heads.base import Evidence, Reading, TokenHead
+from prunex.heads.base import Evidence, Reading, TokenHead, on_grid
 from prunex.heads.final_tokens import FinalTokens
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
@@ -109,19 +109,18 @@ class MeanPatch(TokenHead):
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> MeanPatchEvidence:
         """Both parts by class, and the patches' by patch."""
         tokens = reading.tokens
+        # What the layer computes with: an adapter that was put round it has its part.
         vectors = effective(self.values)[0][target]
         parts = (tokens.patches * vectors.unsqueeze(1)).sum(-1) * tokens.shares
-        row = trace.lift(F.pad(parts, (trace.prefix, 0)))
-        shares = trace.lift(F.pad(tokens.shares, (trace.prefix, 0)))
         return MeanPatchEvidence(
             target,
             reading.logits,
-            row,
+            trace.lift(F.pad(parts, (trace.prefix, 0))),
             trace,
             self.names,
             self._parts(reading),
-            shares[:, None, trace.prefix :].unflatten(2, trace.grid),
-            row[:, None, trace.prefix :].unflatten(2, trace.grid),
+            on_grid(tokens.shares.unsqueeze(1), trace),
+            on_grid(parts.unsqueeze(1), trace),
             reading,
         )
 

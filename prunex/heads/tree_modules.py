@@ -62,6 +62,7 @@ class Contexts(nn.Module):
             rows = weight if weight.ndim > 1 else weight.unflatten(0, (-1, width))
             return rows[at]
 
+        # Both edges of a node look at the same tokens: their maps are two columns of one product.
         by_side = part(self.attend).unflatten(0, (-1, 2 if whole else 1)).transpose(1, 2)  # [G or B, d, sides]
         bias = self.attend_bias[at].unflatten(0, (-1, 2 if whole else 1)).unsqueeze(1)
         scores = z @ (by_side if whole else by_side.unsqueeze(1)) + (bias if whole else bias.unsqueeze(1))
@@ -129,7 +130,9 @@ def distances_to(z: Tensor, prototypes: Tensor, tokens: FinalTokens) -> Tensor:
         ]
         squares = (corners[0] + corners[1] + corners[2] + corners[3]).flatten(2)
     apart = squares > 0
+    # Both choices: a root at 0 has an infinite gradient, which times the 0 of the outer choice would be NaN.
     distances = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
+    # Infinitely far, so that the nearest token is none that a pruner dropped.
     return tokens.hide(distances.transpose(1, 2), torch.inf).transpose(1, 2)
 
 
@@ -139,6 +142,7 @@ def similarity_of(distance: Tensor) -> Tensor:
     >>> similarity_of(torch.tensor([0.0, 1.5412, torch.inf]))
     tensor([9.2103, 0.5000, 0.0000])
     """
+    # One logarithm: of two, the difference would cancel where tokens are far.
     return torch.log1p((1 - 1e-4) / (distance + 1e-4))
 
 
@@ -154,6 +158,7 @@ def _norm(count: int) -> tuple[nn.Parameter, nn.Parameter]:
 def paths_to(levels: int) -> list[str]:
     """The ways to all nodes of the first levels, each level from left to right: "", "l", "r", "ll", ..."""
     paths = [""]
+    # The list grows while it is walked, which is breadth first: level by level.
     for path in paths:
         if len(path) + 1 < levels:
             paths += [path + "l", path + "r"]
@@ -179,6 +184,7 @@ def official_node(path: str) -> str:
 
 def official_tree(state: Mapping[str, Tensor], depth: int, needed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' entries of a tree of some depth under our names, in the shapes that are needed where they fit."""
+    # The tree may be part of a larger model in the checkpoint: its prototypes' entry tells by which prefix.
     start = next((k.removesuffix("attrib_pvec") for k in state if k.endswith("attrib_pvec")), "")
     names = {"prototypes": "attrib_pvec", "project.weight": "add_on.0.weight"}
     plain = {ours: state[start + theirs] for ours, theirs in names.items() if start + theirs in state}
@@ -188,6 +194,7 @@ def official_tree(state: Mapping[str, Tensor], depth: int, needed: Mapping[str, 
         for ours, theirs in parts.items():
             wanted = [f"{start}{place}.{theirs}" for place in places]
             values = [state[name] for name in wanted if name in state]
+            # Left out, an entry is missed by name where the weights are loaded.
             if len(values) < len(wanted) or any(v.shape != values[0].shape for v in values):
                 continue
             stacked = torch.stack(values)

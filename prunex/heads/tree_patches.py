@@ -57,10 +57,13 @@ class NearestPatches:
     @property
     def by_branch(self) -> dict[int, list[Nearest]]:
         """By branch, the nearest first; branches that no image came by are left out."""
+        self._catch_up()
+        return self._kept
+
+    def _catch_up(self) -> None:
         waiting, self._waiting = self._waiting, []
         for step in waiting:
             self._look(step)
-        return self._kept
 
     def offer(
         self,
@@ -81,13 +84,14 @@ class NearestPatches:
             grid: The patch grid.
             side: Patches a side of what is cut.
         """
+        # The best of a step are enough: no other of its images can be among the best of all.
         best = values.detach().float().nan_to_num(-1).topk(min(NEAREST, len(values)), 0)
         at = patches.gather(0, best.indices)
         pixels = _cut(images.detach(), best.indices, at.clamp(min=0), grid, side)
         value = best.values.masked_fill(at < 0, -1)
         self._waiting.append(_Step(list(ids), value, best.indices, at, pixels, grid[1]))
         if len(self._waiting) == _STEPS or sum(s.pixels.numel() for s in self._waiting) > _NUMBERS:
-            _ = self.by_branch
+            self._catch_up()
 
     def _look(self, step: _Step) -> None:
         """Take a step's patches in among the nearest, where they are."""
@@ -95,6 +99,7 @@ class NearestPatches:
         for branch, offered in enumerate(zip(values, rows, patches, strict=True)):
             for n, (value, row, patch) in enumerate(zip(*offered, strict=True)):
                 name, held = step.ids[row], self._kept.get(branch, [])
+                # One patch an image: several of the same one say less of what a prototype stands for.
                 others = [near for near in held if near.id != name]
                 again = any(near.id == name and near.value >= value for near in held)
                 if value < 0 or again or (len(others) >= NEAREST and others[-1].value >= value):

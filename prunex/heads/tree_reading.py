@@ -140,6 +140,7 @@ def nodes_of(depth: int, nearest: Mapping[int, Sequence[Nearest]]) -> list[Node]
         side = None if parent is None else ("left", "right")[path[-1] == "r"]
         branch = len(path) < depth
         node = Node(number, "branch" if branch else "leaf", index, len(path), parent, side)
+        # Before its children are: that is pre-order.
         nodes.append(node)
         if branch:
             node.nearest = list(nearest.get(index, ()))
@@ -163,13 +164,7 @@ def check_classes(labels: Any, batch: int, classes: int) -> None:
             f"labels are {came} for {batch} images: give one class index an image, of at least two images to "
             "shuffle between"
         )
+    # Both at once: whatever is read waits for the device.
     lowest, highest = torch.stack(torch.aminmax(labels)).tolist()
     if not 0 <= lowest <= highest < classes:
         raise PrunexError(f"labels run from {lowest} to {highest}, the model has {classes} classes")
-
-
-def handed_round(routing: Tensor) -> Tensor:
-    """Shares [B, branches], those of each branch handed round among the images, none keeping its own."""
-    generator = torch.Generator().manual_seed(0)
-    rounds = torch.stack([torch.randperm(len(routing), generator=generator) for _ in range(routing.shape[1])], 1)
-    return routing.gather(0, torch.empty_like(rounds).scatter(0, rounds, rounds.roll(1, 0)).to(routing.device))

@@ -25,13 +25,13 @@ from prunex.heads.tree_modules import (
     similarity_of,
 )
 from prunex.heads.tree_patches import Nearest, NearestPatches
-from prunex.heads.tree_reading import Node, TreeEvidence, TreeReading, check_classes, handed_round, nodes_of
+from prunex.heads.tree_reading import Node, TreeEvidence, TreeReading, check_classes, nodes_of
+from prunex.heads.tree_routing import handed_round, log_of, reach, turns_worth, walk
 from prunex.registry import register
 from prunex.vit.anatomy import Anatomy
 from prunex.vit.trace import TokenTrace
 
 DEEPEST = 10  # context modules double with each level
-_FLOOR = 1e-12  # what the authors add to a probability before its logarithm
 
 
 @register(
@@ -129,6 +129,7 @@ class ViTNeT(TokenHead):
         nn.init.normal_(self.prototypes, 0.5, 0.1)
         self.contexts = Contexts(2 * branches, self.slim_width)
         self.leaves = Leaves(branches + 1, self.slim_width, self.classes)
+        # Not persistent: both follow from the depth, and authors' checkpoints have neither.
         order = torch.tensor([numbers_of(path, self.depth)[1] for path in paths_to(self.depth)])
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", order.argsort(), persistent=False)
@@ -152,8 +153,9 @@ class ViTNeT(TokenHead):
             raise PrunexError("vit_net reads patch tokens, and there are none: keep at least one")
         if self.side > 1:
             self._check_whole(tokens)
-        walk = self.hard if self.inference == "hard" and not self.training else self.soft
-        return walk(tokens, classifier)
+        if self.inference == "hard" and not self.training:
+            return self.hard(tokens, classifier)
+        return self.soft(tokens, classifier)
 
     def _check_whole(self, tokens: FinalTokens) -> None:
         """Refuse tokens that are no whole grid, which 2x2 windows need."""
@@ -174,15 +176,15 @@ class ViTNeT(TokenHead):
     def soft(self, tokens: FinalTokens, scores: Tensor | None) -> TreeReading:
         """Every leaf's distribution, mixed by the shares along the way to it."""
         *inner, last = self.levels(tokens)
-        each = []
+        by_level = []
         for level, z in enumerate(inner):
-            here = self.prototypes[self.order[2**level - 1 : 2 ** (level + 1) - 1]]
-            each.append(distances_to(z, here.unsqueeze(0), tokens))
+            prototypes = self.prototypes[self.order[2**level - 1 : 2 ** (level + 1) - 1]]
+            by_level.append(distances_to(z, prototypes.unsqueeze(0), tokens))
         arrived = largest_of(last, tokens)
         leaves = self.leaves(arrived, slice(None), scores)
-        distances = torch.cat(each, 1)
+        distances = torch.cat(by_level, 1)
         similarity = similarity_of(distances.amin(2))
-        visited, path, leaf = self._walk(similarity)
+        visited, path, leaf = walk(similarity, self.order, self.depth)
         routing = self._clipped(similarity)
         return self._mixed(
             tokens,
@@ -199,11 +201,10 @@ class ViTNeT(TokenHead):
 
     def _mixed(self, tokens: FinalTokens, leaves: Tensor, routing: Tensor, **parts: Any) -> TreeReading:
         """The reading of leaves [B, leaves, classes] mixed by shares [B, branches] that go left."""
-        weights = self._reach(routing)[-1]
+        weights = reach(routing, self.order, self.depth)[-1]
         output = (weights.unsqueeze(2) * leaves).sum(1)
-        logits = (output.clamp(min=0) + _FLOOR).log()
         return TreeReading(
-            logits, tokens, probabilities=output, routing=routing, leaves=leaves, weights=weights, **parts
+            log_of(output), tokens, probabilities=output, routing=routing, leaves=leaves, weights=weights, **parts
         )
 
     def hard(self, tokens: FinalTokens, scores: Tensor | None) -> TreeReading:
@@ -238,7 +239,7 @@ class ViTNeT(TokenHead):
         )
         output = leaf.squeeze(1)
         return TreeReading(
-            (output + _FLOOR).log(),
+            log_of(output),
             tokens,
             probabilities=output,
             similarity=similarity,
@@ -256,35 +257,13 @@ class ViTNeT(TokenHead):
     def _clipped(self, similarity: Tensor) -> Tensor:
         return similarity.clamp(0, 1) if self.routing == "clamp" else similarity
 
-    def _walk(self, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The hard path for similarities level by level: branches and turns [B, depth], and the leaf [B]."""
-        place = torch.zeros_like(similarity[:, 0], dtype=torch.long)
-        visited, sides = [], []
-        for level in range(self.depth):
-            at = 2**level - 1 + place
-            visited.append(self.order[at])
-            sides.append((similarity.gather(1, at.unsqueeze(1)).squeeze(1) <= 0.5).long())
-            place = 2 * place + sides[-1]
-        return torch.stack(visited, 1), torch.stack(sides, 1), place
-
-    def _reach(self, routing: Tensor) -> list[Tensor]:
-        """Which part of an image reaches each node, level by level, leaves last: [B, nodes], from shares that go left.
-
-        A product of the shares along the way.
-        """
-        routing = routing[:, self.order]
-        reach = [torch.ones_like(routing[:, :1])]
-        for level in range(self.depth):
-            left = routing[:, 2**level - 1 : 2 ** (level + 1) - 1]
-            reach.append(torch.stack([reach[-1] * left, reach[-1] * (1 - left)], 2).flatten(1))
-        return reach
-
     def evidence(self, reading: Any, target: Tensor, trace: TokenTrace) -> TreeEvidence:
         """The path, what was near on it, and what each turn did to the target's score."""
         tokens, logits, batch = reading.tokens, reading.logits, len(target)
         reading = self._all_leaves(reading)
-        steps = self._steps(reading, target)
+        steps = turns_worth(reading, target, self.order)
         positions = reading.cells.gather(1, reading.visited)
+        # A right turn has no place: nothing in the image was near enough.
         left = steps.masked_fill(reading.path == 1, 0)
         row = left.new_zeros(batch, self.prefix + tokens.patches.shape[1])
         row = row.scatter_add(
@@ -321,21 +300,6 @@ class ViTNeT(TokenHead):
         """A reading that knows all leaves: a hard one has none to compare with, and is done again."""
         return self.soft(reading.tokens, reading.scores) if self.inference == "hard" else reading
 
-    def _steps(self, reading: TreeReading, target: Tensor) -> Tensor:
-        """How log p(target) changes with the way that each visited branch went, [B, depth]; the rest is as it was."""
-        routing = reading.routing[:, self.order]
-        value = reading.leaves.gather(2, target.reshape(-1, 1, 1).expand(-1, reading.leaves.shape[1], 1)).squeeze(2)
-        gains = []  # by level, deepest first: what more the left subtree gives than the right one
-        for level in reversed(range(self.depth)):
-            left = routing[:, 2**level - 1 : 2 ** (level + 1) - 1]
-            gains.append(value[:, ::2] - value[:, 1::2])
-            value = left * value[:, ::2] + (1 - left) * value[:, 1::2]
-        output, reach = value, self._reach(reading.routing)  # [B, 1]
-        gain = (torch.cat(reach[:-1], 1) * torch.cat(gains[::-1], 1)).gather(1, self.place[reading.visited])
-        share = reading.routing.gather(1, reading.visited)
-        left, right = (((output + gain * change).clamp(min=0) + _FLOOR).log() for change in (1 - share, -share))
-        return torch.where(reading.path == 0, left - right, right - left)
-
     def _members(self, positions: Tensor, tokens: FinalTokens) -> Tensor:
         """The tokens [..., side^2] at positions, each the token itself or the four of its window."""
         if self.side == 1:
@@ -369,6 +333,7 @@ class ViTNeT(TokenHead):
         """
         check_classes(labels, len(reading.logits), self.classes)
         right = self.right(reading, labels)
+        # All answers at once, so that the device is waited for once.
         shares = torch.stack([*right.values()]).float().mean(1).tolist()
         return dict(zip(right, shares, strict=True))
 
@@ -377,7 +342,7 @@ class ViTNeT(TokenHead):
         batch = len(reading.logits)
         with torch.no_grad():
             soft = self._all_leaves(reading)
-            weights = self._reach(handed_round(soft.routing))[-1]
+            weights = reach(handed_round(soft.routing), self.order, self.depth)[-1]
             answers = {
                 "soft": soft.probabilities,
                 "hard": soft.leaves[torch.arange(batch, device=soft.leaf.device), soft.leaf],
@@ -416,6 +381,7 @@ class ViTNeT(TokenHead):
                 f"images are {list(images.shape)} with {len(ids)} ids for a reading of {batch}: give "
                 f"[{batch}, C, H, W] and one id an image"
             )
+        # Off a hard path there is no cell, and a similarity of NaN keeps any from being taken.
         patches = self._patches(reading.cells.clamp(min=0), reading.tokens)
         # On the images' device, which may be another one than the model's.
         values, patches = reading.similarity.to(images.device), patches.to(images.device)

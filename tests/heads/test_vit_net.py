@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import prunex
 from prunex.heads.final_tokens import FinalTokens
 from prunex.heads.tree_modules import distances_to, numbers_of, paths_to, similarity_of
+from prunex.heads.tree_routing import reach
 from tests.vits import assert_same_state, images, images_for, largest, lively, relative, state_of, tiny
 
 PRUNERS = {
@@ -396,7 +397,7 @@ def test_evidence_is_what_turning_round_would_change():
                 for way in (1.0 - float(evidence.path[i, t]), float(evidence.path[i, t])):
                     routing = reading.routing[i : i + 1].clone()
                     routing[0, evidence.visited[i, t]] = way
-                    weights = head.head._reach(routing)[-1]
+                    weights = reach(routing, head.head.order, head.head.depth)[-1]
                     output = (weights.unsqueeze(2) * reading.leaves[i : i + 1]).sum(1)[0, 2]
                     values.append(float((output + 1e-12).log().detach()))
                 assert float(evidence.steps[i, t]) == pytest.approx(values[0] - values[1], abs=1e-4)

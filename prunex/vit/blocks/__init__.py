@@ -78,11 +78,13 @@ def unknown_part(block: nn.Module) -> str | None:
         return _unknown_scaling(block)
     if (kind, type(getattr(block, "attn", None))) in OTHERS:
         return None
+    # By forward and not by class: subclasses that change something else compute the same.
     for attn in LAYOUTS[kind].attentions(block):
         if not any(type(attn).forward is known.forward for known in ATTENTIONS):
             return type(attn).__name__
         if kind is LayerScaleBlock and not isinstance(attn, TalkingHeadAttn):
             return f"{type(block).__name__} around a {type(attn).__name__}"
+        # Weight and bias of these are used apart, so that nothing put round them would take part.
         mixing = (attn.proj_l, attn.proj_w) if isinstance(attn, TalkingHeadAttn) else ()
         for layer in mixing:
             if type(layer) is not nn.Linear:
@@ -97,7 +99,6 @@ def unknown_part(block: nn.Module) -> str | None:
 
 
 def _unknown_scaling(block: Any) -> str | None:
-    """:func:`unknown_part` of a parallel scaling block."""
     name = type(block).__name__
     for part in (block.in_proj, fused_out(block)):
         if part is not None and type(part) is not nn.Linear:

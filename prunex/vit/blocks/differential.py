@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import timm.layers
@@ -54,15 +53,17 @@ class Differential(Layout):
         ops: Arithmetic,
         relative: Tensor | None,
     ) -> Tensor:
+        # timm drops entries of either softmax before it takes their difference.
         both = super().matrix(block, q, k, policy, keys, queries, ops=ops, relative=relative)
         return self.shown(block, self.attentions(block)[0].attn_drop(both), ops)
 
     def gather(self, block: Any, matrix: Tensor, v: Tensor, ops: Arithmetic) -> Tensor:
-        return ops.gather(matrix, v)  # entries were dropped before the difference was taken
+        return ops.gather(matrix, v)  # without dropout, which the matrix has had
 
     def through(
         self, block: Any, kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, ops: Arithmetic
     ) -> Tensor:
+        # Softmax by softmax: a kernel knows no negative weights, and what both gather is linear in them.
         first, second = (kernel(q[:, i::2], k[:, i::2], v) for i in (0, 1))
         return self._difference(block, first, second, ops)
 
@@ -111,8 +112,4 @@ def _apart(attn: Any, three: Tensor, ops: Arithmetic) -> tuple[Tensor, Tensor, T
 
 def _normed(attn: Any, out: Tensor, ops: Arithmetic) -> Tensor:
     """Each head's output [B, H, m, 2d] as it enters the projection."""
-    return ops.scaled(partial(_times, 1 - attn.lambda_init), ops.norm(attn.sub_norm, out))
-
-
-def _times(factor: float, x: Tensor) -> Tensor:
-    return x * factor
+    return ops.scaled(lambda x: x * (1 - attn.lambda_init), ops.norm(attn.sub_norm, out))

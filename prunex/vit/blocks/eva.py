@@ -9,49 +9,15 @@ from torch import Tensor
 
 from prunex.vit import attention
 from prunex.vit.arithmetic import PLAIN, Arithmetic, mlp
-from prunex.vit.blocks.plain import Layout, scaled
+from prunex.vit.blocks.plain import Layout, ResPost, scaled
 from prunex.vit.calls import inside
 from prunex.vit.weights import effective
 
 
-class EvaLayout(Layout):
-    """timm's ``EvaBlock``: as ``Block``, with a rotary table beside the stream."""
+class Gamma(Layout):
+    """What EVA, BEiT and CaiT share: parameters that scale the branches, where ``Block`` has LayerScale modules."""
 
     opens = False
-
-    def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
-        return {"rope": rope}
-
-    def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
-        if not _rotates_all(block.attn, x, rope):
-            return super().whole(block, x, rope)
-
-        def opened(x: Tensor, rope: Tensor | None = rope) -> Tensor:
-            y = self.read(block, x, PLAIN)
-            x = x + self.end(block, self.attend(block, y, rope), PLAIN)
-            return x + self.drop_fed(block, self.feed(block, x, PLAIN))
-
-        out: Tensor = inside(block, opened, x, rope=rope)
-        return out
-
-    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
-        branch: Tensor = inside(block.attn, function, y, rope=rope)
-        return branch
-
-    def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return ops.norm(block.norm1, x)
-
-    def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
-        if not _rotates_all(block.attn, y, rope):
-            return block.attn(y, rope=rope)
-
-        def opened(y: Tensor, rope: Tensor | None = rope) -> Tensor:
-            # As timm's own, but for tokens in front that are not there.
-            q, k, v = self.heads(block, y, rope, PLAIN)
-            dropout = block.attn.attn_drop.p if block.training else 0.0
-            return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
-
-        return self.inside(block, opened, y, rope)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         return attention.rotated_heads(block.attn, y, rope, ops)
@@ -66,20 +32,44 @@ class EvaLayout(Layout):
         return scaled(effective(block.attn.proj)[0], block.gamma_1)
 
 
-class EvaPostLayout(EvaLayout):
+class EvaLayout(Gamma):
+    """timm's ``EvaBlock``: as ``Block``, with a rotary table beside the stream."""
+
+    def given(self, rope: Tensor | None, shared: Tensor | None) -> dict[str, Tensor | None]:
+        return {"rope": rope}
+
+    def whole(self, block: Any, x: Tensor, rope: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
+        if not _rotates_all(block.attn, x, rope):
+            return super().whole(block, x, rope)
+
+        # Inside the block's own call, so that hooks on it see the stream as they would of timm's forward.
+        def opened(x: Tensor, rope: Tensor | None = rope) -> Tensor:
+            y = self.read(block, x, PLAIN)
+            x = x + self.end(block, self.attend(block, y, rope), PLAIN)
+            return x + self.drop_fed(block, self.feed(block, x, PLAIN))
+
+        out: Tensor = inside(block, opened, x, rope=rope)
+        return out
+
+    def inside(self, block: Any, function: Callable[..., Tensor], y: Tensor, rope: Tensor | None) -> Tensor:
+        branch: Tensor = inside(block.attn, function, y, rope=rope)
+        return branch
+
+    def attend(self, block: Any, y: Tensor, rope: Tensor | None) -> Tensor:
+        if not _rotates_all(block.attn, y, rope):
+            return block.attn(y, rope=rope)
+
+        def opened(y: Tensor, rope: Tensor | None = rope) -> Tensor:
+            # As timm's own, but for tokens in front that are not there.
+            q, k, v = self.heads(block, y, rope, PLAIN)
+            dropout = block.attn.attn_drop.p if block.training else 0.0
+            return self.project(block, attention.fused(q, k, v, dropout), y, PLAIN)
+
+        return self.inside(block, opened, y, rope)
+
+
+class EvaPostLayout(ResPost, EvaLayout):
     """timm's ``EvaBlockPostNorm``: norms behind attention and MLP, no LayerScale."""
-
-    def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return x
-
-    def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
-        return block.drop_path1(ops.norm(block.norm1, branch))
-
-    def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return ops.norm(block.norm2, mlp(block.mlp, x, ops))
-
-    def output(self, block: Any) -> Tensor:
-        return effective(block.attn.proj)[0]
 
 
 def times(gamma: Tensor | None, branch: Tensor, ops: Arithmetic) -> Tensor:

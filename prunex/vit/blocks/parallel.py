@@ -55,8 +55,11 @@ class Things(Layout):
     def project(self, block: Any, out: Tensor, y: Tensor, ops: Arithmetic) -> Tensor:
         count = len(block.attns)
         parts = zip(block.attns, out.chunk(count, 1), y.chunk(count, -1), strict=True)
-        projected = ((p, attention.project(p.attn, o, n, ops)) for p, o, n in parts)
-        return ops.total([p.drop_path(ops.scaled(p.ls, out)) for p, out in projected])
+        branches = []
+        for part, gathered, normed in parts:
+            projected = attention.project(part.attn, gathered, normed, ops)
+            branches.append(part.drop_path(ops.scaled(part.ls, projected)))
+        return ops.total(branches)
 
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
         return branch
@@ -64,6 +67,7 @@ class Things(Layout):
     def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
         return ops.total([_fed(part, x, ops) for part in block.ffns])
 
+    # Each part has scaled and dropped its branch by itself, in project and feed.
     def drop_fed(self, block: Any, branch: Tensor) -> Tensor:
         return branch
 
@@ -108,6 +112,7 @@ class Scaling(Layout):
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         """From the last three parts of the input projection."""
+        # The MLP's channels come first in the layer's outputs.
         three = side_by_side(block, y, ops)
         q, k, v = three.unflatten(2, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return ops.norm(block.q_norm, q), ops.norm(block.k_norm, k), v
@@ -126,6 +131,7 @@ class Scaling(Layout):
 
     def draw(self, block: Any, x: Tensor) -> Tensor | None:
         """Stochastic depth of both branches, [B, 1, 1]."""
+        # Of ones, so that timm's own module says which images are left out and how the others are scaled.
         if not block.training or isinstance(block.drop_path, nn.Identity):
             return None
         return block.drop_path(x.new_ones(x.shape[0], 1, 1))

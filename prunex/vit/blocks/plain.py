@@ -68,6 +68,7 @@ class Layout:
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, H, N, d] each; of the heads alone that hard gates leave open."""
+        # Closed heads are gone from the slim model: what they look at must not decide which tokens stay.
         q, k, v = attention.heads(block.attn, y, ops)
         left = heads_left(block.attn.proj)
         if left is None:
@@ -140,6 +141,7 @@ class Layout:
 
     def _mixing(self, block: Any) -> Tensor:
         """The projection's weight, the columns of open heads alone."""
+        # Not the layer's own: an adapter or a mask takes part in what the layer computes.
         weight, left = effective(block.attn.proj)[0], heads_left(block.attn.proj)
         if left is None:
             return weight

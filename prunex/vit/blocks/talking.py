@@ -8,15 +8,14 @@ from torch import Tensor
 
 from prunex.vit import attention
 from prunex.vit import policy as masking
-from prunex.vit.arithmetic import Arithmetic, mlp, promoted
+from prunex.vit.arithmetic import Arithmetic, promoted
 from prunex.vit.attention import KeyWeights
-from prunex.vit.blocks.eva import times
+from prunex.vit.blocks.eva import Gamma, times
 from prunex.vit.blocks.parallel import refuse_hooks
-from prunex.vit.blocks.plain import Layout, linear_macs, scaled
-from prunex.vit.weights import effective
+from prunex.vit.blocks.plain import linear_macs
 
 
-class Talking(Layout):
+class Talking(Gamma):
     """timm's ``LayerScaleBlock`` (CaiT, arXiv 2103.17239) with ``TalkingHeadAttn`` (arXiv 2003.02436).
 
     Scores of all heads are mixed linearly before the softmax, and what came out of it once more, with a bias: a head
@@ -24,16 +23,12 @@ class Talking(Layout):
     token that is not there gets nothing of that bias, one of several patches gets it as often as attention counts it.
     """
 
-    opens = False
     signed = True
     matrices = True
 
     def check_hooks(self, block: Any) -> None:
         """None on the mixing layers, whose biases are added by themselves."""
         refuse_hooks(block, [block.attn.proj_l, block.attn.proj_w])
-
-    def read(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return ops.norm(block.norm1, x)
 
     def heads(self, block: Any, y: Tensor, rope: Tensor | None, ops: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
@@ -63,14 +58,8 @@ class Talking(Layout):
     def end(self, block: Any, branch: Tensor, ops: Arithmetic) -> Tensor:
         return block.drop_path(times(block.gamma_1, branch, ops))
 
-    def feed(self, block: Any, x: Tensor, ops: Arithmetic) -> Tensor:
-        return times(block.gamma_2, mlp(block.mlp, ops.norm(block.norm2, x), ops), ops)
-
     def drop_fed(self, block: Any, branch: Tensor) -> Tensor:
         return block.drop_path(branch)
-
-    def output(self, block: Any) -> Tensor:
-        return scaled(effective(block.attn.proj)[0], block.gamma_1)
 
     def macs(self, block: Any) -> tuple[int, int]:
         return linear_macs(block.attn.qkv, block.attn.proj), linear_macs(block.mlp)
@@ -82,10 +71,12 @@ class Talking(Layout):
 
 def _mixed(layer: Any, maps: Tensor, counts: Tensor | None, ops: Arithmetic) -> Tensor:
     """Maps of all heads [B, H, m, N] mixed by a linear layer; its bias as often as pairs ``counts`` (None: once)."""
+    # A linear layer mixes the last axis: heads go there and come back.
     mixed = ops.mixed(maps.permute(0, 2, 3, 1), layer.weight.to(maps.dtype)).permute(0, 3, 1, 2)
     if layer.bias is None:
         return mixed
     bias = layer.bias.to(maps.dtype)[:, None, None]
+    # The bias gives every pair its share of attention, also with a token that is not there: it has to be weighed.
     return ops.biased(mixed, bias if counts is None else bias * counts)
 
 

@@ -54,6 +54,15 @@ def _leave(modules: Sequence[nn.Module]) -> None:
                 m.training = flag
 
 
+def shallow(module: Any) -> Any:
+    """A module of its own that shares parameters, children and hooks with another."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    # What torch.compile made is bound to the module that it was made for.
+    copied.__dict__["_compiled_call_impl"] = None
+    return copied
+
+
 def uncached_autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """The autocast that is on where a model lies, without its cache of cast weights."""
     kind = next((p.device.type for p in model.parameters()), "cpu")

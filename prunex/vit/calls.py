@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from prunex.vit.weights import OwnHook
+from prunex.vit.weights import has_others_hooks
 
 _WORK: ContextVar[list[tuple[nn.Module, Callable[..., Any]]]] = ContextVar("prunex_work")
 _LOCK = threading.Lock()
-_OWN = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -38,7 +37,7 @@ def hooked_anywhere() -> bool:
 
 def hooked_within(module: nn.Module) -> bool:
     """Whether somebody's hooks are on a module or one inside it; gates of a unit pruner are none."""
-    return any(not isinstance(h, OwnHook) for m in module.modules() for name in _OWN for h in getattr(m, name).values())
+    return any(map(has_others_hooks, module.modules()))
 
 
 def inside(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

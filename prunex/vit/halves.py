@@ -62,8 +62,8 @@ class Halves:
         """Whether the tape is content with the tokens that the head reads, and this is the last block."""
         tape, last = self.recorder.request, self.number == self.state.anatomy.depth - 1
         wanted = last and tape.narrow and not tape.streams and bool(self.state.anatomy.readers)
-        wanted = wanted and self.recorder.watch is None
-        return wanted and not hooked_within(self.block)
+        # Hooks last: to look for them is to walk through the block's modules.
+        return wanted and self.recorder.watch is None and not hooked_within(self.block)
 
     @property
     def closed(self) -> bool:
@@ -127,6 +127,7 @@ class Halves:
 
     def _rerunning(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call it; where the model saves memory so, it is run again in the backward pass."""
+        # With a tape nothing is run again: gradients are asked for at the very tensors that it holds.
         saves = getattr(self.state.model, "grad_checkpointing", False) and self.recorder.tape is None
         if saves and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
@@ -187,57 +188,80 @@ class Halves:
         self, y: Tensor, rope: Tensor | None, policy: Tensor | None, recorded: Attended | None
     ) -> tuple[Tensor, Seen]:
         """The attention opened: what it gives for y [B, N, D], and what was asked for of it."""
-        layout, block, only, tape = self.layout, self.block, self.only, self.recorder.request
-        attn = layout.attentions(block)[0]
-        # Without anybody to show it to, the others' queries need not be computed.
+        layout, block, only = self.layout, self.block, self.only
         going = y if only is None else attention.some(y, only)
         alone = None
+        # Without anybody to show it to, the others' queries need not be computed.
         unasked = recorded is None and not self._shows
         if only is not None and policy is None and unasked and layout.opens:
-            alone = attention.heads_of_some(attn, y, going)
+            alone = attention.heads_of_some(layout.attentions(block)[0], y, going)
         q, k, v = layout.heads(block, y, rope, self.recorder.ops) if alone is None else alone
         asking = q if only is None or alone is not None else attention.some(q, only, 2)
         out, matrix = self._gathered(asking, q, k, v, policy)
         row = self._row(q, k, policy, matrix) if self.shows_row else None
         if recorded is not None:
-            if matrix is not None and tape.wants_matrix(self.number):
-                seen = self._shares(matrix) if tape.shares else matrix
-                recorded.attention = seen if tape.reduce is None else tape.reduce(seen)
-            if self.number in tape.head_rows:
-                recorded.head_rows = self._head_rows(q, k, policy, matrix)
-            recorded.row, recorded.value = row, v.detach() if tape.streams else None
+            recorded.row = row
+            self._record(recorded, q, k, v, policy, matrix)
+        # Off the graph: pruners rank by them, and no gradient goes through a ranking.
         key_mean = attention.over_heads(promoted(k.detach())) if self.shows_keys else None
         value_norm = promoted(v.detach()).square().sum((1, 3)).sqrt() if self.shows_values else None
         return layout.project(block, out, going, self.recorder.ops), Seen(row, key_mean, value_norm)
+
+    def _record(
+        self, recorded: Attended, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, matrix: Tensor | None
+    ) -> None:
+        """What the tape asked for of an attention that was looked into."""
+        tape = self.recorder.request
+        if matrix is not None and tape.wants_matrix(self.number):
+            seen = self._shares(matrix) if tape.shares else matrix
+            recorded.attention = seen if tape.reduce is None else tape.reduce(seen)
+        if self.number in tape.head_rows:
+            recorded.head_rows = self._head_rows(q, k, policy, matrix)
+        if tape.streams:
+            recorded.value = v.detach()
 
     def _gathered(
         self, asking: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The heads' outputs [B, H, m, d] of the tokens that go on, and the attention matrix where there is one."""
-        ops, only, keys, relative = self.recorder.ops, self.only, self.keys, self.relative
-        layout, tape = self.layout, self.recorder.request
-        attn = layout.attentions(self.block)[0]
-        dropout, through = attn.attn_drop.p if self.block.training else 0.0, partial(layout.through, self.block)
-        added = relative if relative is None or only is None else attention.some(relative, only, 2)
-        wants_matrix = tape.wants_matrix(self.number)
-        weighed = policy is not None and keys is not None and keys.factor is not None
-        unusual = ops.opened and (policy is not None or keys is not None)  # what plain fused arithmetic does not know
-        # The matrix costs N x N numbers a head: only where somebody reads it, or no kernel knows the weights.
-        if wants_matrix or ops.matrices or layout.matrices or weighed or unusual:
-            matrix = layout.matrix(self.block, asking, k, policy, keys, only, ops=ops, relative=added)
-            if wants_matrix and tape.gradients and torch.is_grad_enabled():
+        ops, only, layout, tape = self.recorder.ops, self.only, self.layout, self.recorder.request
+        relative = self.relative
+        if relative is not None and only is not None:
+            relative = attention.some(relative, only, 2)
+        if self._needs_matrix(policy):
+            matrix = layout.matrix(self.block, asking, k, policy, self.keys, only, ops=ops, relative=relative)
+            if tape.wants_matrix(self.number) and tape.gradients and torch.is_grad_enabled():
                 matrix.requires_grad_()
             return layout.gather(self.block, matrix, v, ops), matrix
         if policy is not None:
-            more: dict[str, Any] = {} if keys is None else {"sizes": keys.sizes}
-            if relative is not None:
-                more["relative"] = relative
-            kernel = partial(masking.under_policy, policy=policy, scale=attn.scale, dropout=dropout, **more)
-            out = through(kernel, q, k, v, ops)
-            return out if only is None else attention.some(out, only, 2), None
-        if ops.opened:
-            return through(partial(ops.attention, relative=added), asking, k, v, ops), None
-        return through(partial(attention.fused, dropout=dropout, keys=keys, relative=added), asking, k, v, ops), None
+            return self._under_policy(q, k, v, policy), None
+        kernel: Callable[..., Tensor] = partial(ops.attention, relative=relative)
+        if not ops.opened:
+            kernel = partial(attention.fused, dropout=self._dropout, keys=self.keys, relative=relative)
+        return layout.through(self.block, kernel, asking, k, v, ops), None
+
+    def _needs_matrix(self, policy: Tensor | None) -> bool:
+        """Whether the attention matrix, N x N numbers a head, is made: somebody reads it, or no kernel does without."""
+        ops, keys = self.recorder.ops, self.keys
+        if self.recorder.request.wants_matrix(self.number) or ops.matrices or self.layout.matrices:
+            return True
+        # Kernels know policies, sizes of keys, and their factors, but no policy and factors at once.
+        weighed = policy is not None and keys is not None and keys.factor is not None
+        # Opened arithmetic has rules for plain attention alone.
+        return weighed or (ops.opened and (policy is not None or keys is not None))
+
+    def _under_policy(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor) -> Tensor:
+        """The heads' outputs [B, H, m, d] among the tokens that a policy leaves."""
+        scale = self.layout.attentions(self.block)[0].scale
+        sizes = None if self.keys is None else self.keys.sizes
+        masked = partial(masking.under_policy, policy=policy, scale=scale, dropout=self._dropout, sizes=sizes)
+        # All queries, also where some go on alone: the kernel finds a token's own key by its place.
+        out = self.layout.through(self.block, partial(masked, relative=self.relative), q, k, v, self.recorder.ops)
+        return out if self.only is None else attention.some(out, self.only, 2)
+
+    @property
+    def _dropout(self) -> float:
+        return self.layout.attentions(self.block)[0].attn_drop.p if self.block.training else 0.0
 
     def _row(self, q: Tensor, k: Tensor, policy: Tensor | None, matrix: Tensor | None) -> Tensor:
         """Attention paid by the class token, or (pooled models) by every pooled token that is there, by its size.
@@ -334,5 +358,4 @@ def packing_of(state: TokenState, recorder: Recorder) -> Packing | None:
 
 
 def _rows_of(relative: Tensor | None, first: int, last: int | None = None) -> Tensor | None:
-    """Some rows of a relative bias."""
     return None if relative is None else relative[:, :, first:last]

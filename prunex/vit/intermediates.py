@@ -66,6 +66,7 @@ def _mixed(body: Tensor, policies: Sequence[Tensor], left: Sequence[Tensor]) -> 
     A policy [B, P] decides as at inference, hard, and has the gradient of one that mixes both: a predictor learns from
     what a decoder makes of the patches that it lets go, not only from what these no longer tell the others.
     """
+    # Straight through: the hard choice, and the slope of the soft mixture of both.
     for policy, other in zip(reversed(policies), reversed(left), strict=True):
         slope = (policy - policy.detach()).unsqueeze(-1).to(body.dtype)
         hard = torch.where((policy > 0).unsqueeze(-1), body, other)
@@ -75,13 +76,16 @@ def _mixed(body: Tensor, policies: Sequence[Tensor], left: Sequence[Tensor]) -> 
 
 @dataclass(eq=False, repr=False)
 class GridCall(Brief):
-    """One call of ``forward_intermediates`` for grids alone, whose answer can stand as one row [B, F] an image."""
+    """One call of ``forward_intermediates``; the answer to one for grids alone can stand as one row [B, F] an image."""
 
     wanted: list[int]  # blocks, in rising order
     norm: bool
     fill: float | Tensor | None
     channels_first: bool
     stop: int | None
+    prefix: bool  # whether prefix tokens are asked for beside grids
+    final: bool  # whether the final features are
+    as_dict: bool
     shapes: list[list[int]] = field(default_factory=list)  # of the grids, without the batch
 
     @classmethod
@@ -96,13 +100,19 @@ class GridCall(Brief):
         intermediates_only: bool = False,
         output_dict: bool = False,
         fill: float | Tensor | None = None,
-    ) -> GridCall | None:
-        """The call with timm's arguments and ``fill``; None where it gives more than a list of grids."""
-        _check_format(output_fmt)
+    ) -> GridCall:
+        """The call with timm's arguments and ``fill``; blocks that do not exist and other formats are refused."""
+        if output_fmt not in FORMATS:
+            raise PrunexError(f"output_fmt={output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
         wanted = chosen_blocks(indices, len(model.blocks))
-        if return_prefix_tokens or output_dict or not intermediates_only:
-            return None
-        return cls(wanted, norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
+        stop = max(wanted) + 1 if stop_early else None
+        final = not intermediates_only
+        return cls(wanted, norm, fill, output_fmt == "NCHW", stop, return_prefix_tokens, final, output_dict)
+
+    @property
+    def grids_alone(self) -> bool:
+        """Whether it gives a list of grids and no more."""
+        return not (self.prefix or self.final or self.as_dict)
 
     def watch(self, model: Any) -> Watch:
         """Who takes these grids of one forward."""
@@ -123,19 +133,8 @@ class GridCall(Brief):
         return [part.unflatten(1, shape) for part, shape in zip(row.split(sizes, 1), self.shapes, strict=True)]
 
 
-def intermediates(
-    model: Any,
-    x: Tensor,
-    indices: int | Sequence[int] | None = None,
-    return_prefix_tokens: bool = False,
-    norm: bool = False,
-    stop_early: bool = False,
-    output_fmt: str = "NCHW",
-    intermediates_only: bool = False,
-    output_dict: bool = False,
-    fill: float | Tensor | None = None,
-) -> Any:
-    """What timm's ``forward_intermediates`` returns, of a pruned model, by timm's arguments and ``fill``.
+def intermediates(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What timm's ``forward_intermediates`` returns, of a pruned model, by the arguments of :meth:`GridCall.of`.
 
     Every grid is whole: a patch that is left has its token, members of a fused or merged token have that token, and a
     patch that was removed has ``fill`` (see :meth:`TokenTrace.scatter`; None: the last value it had, the token as it
@@ -145,25 +144,19 @@ def intermediates(
     Raises:
         PrunexError: For blocks that do not exist, another format, or a ``fill`` that does not fit.
     """
-    _check_format(output_fmt)
-    wanted = chosen_blocks(indices, len(model.blocks))
-    watch = Watch(model, frozenset(wanted), norm, fill, output_fmt == "NCHW", max(wanted) + 1 if stop_early else None)
+    call = GridCall.of(model, *args, **kwargs)
+    watch = call.watch(model)
     final = mounted(model).features(model, x, watch)
-    grids: list[Any] = [watch.grids[i] for i in wanted]
-    fronts = [watch.fronts[i] for i in wanted] if return_prefix_tokens and prefix_of(model) else None
-    if output_dict:
+    grids: list[Any] = [watch.grids[i] for i in call.wanted]
+    fronts = [watch.fronts[i] for i in call.wanted] if call.prefix and prefix_of(model) else None
+    if call.as_dict:
         answer: dict[str, Any] = {"image_intermediates": grids}
         if fronts is not None:
             answer["image_intermediates_prefix"] = fronts
-        return answer if intermediates_only else {**answer, "image_features": final}
+        return {**answer, "image_features": final} if call.final else answer
     if fronts is not None:
         grids = list(zip(grids, fronts, strict=True))
-    return grids if intermediates_only else (final, grids)
-
-
-def _check_format(output_fmt: Any) -> None:
-    if output_fmt not in FORMATS:
-        raise PrunexError(f"output_fmt={output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
+    return (final, grids) if call.final else grids
 
 
 def chosen_blocks(indices: Any, depth: int) -> list[int]:

@@ -20,13 +20,13 @@ from prunex.brief import Brief
 from prunex.errors import PrunexError, Unfollowed
 from prunex.targets import Aimed, Function, fields
 from prunex.vit.anatomy import ViT, channels_of, check_values, find, head_classes
-from prunex.vit.aside import as_found
+from prunex.vit.aside import as_found, shallow
 from prunex.vit.forward import predict, run
 from prunex.vit.intermediates import FORMATS, GridCall
 from prunex.vit.mount import mounted
 from prunex.vit.readout import TAIL
 from prunex.vit.recorder import Recorder
-from prunex.vit.tail import Tail, alike, cannot, fits, kind, precise, rows_of, shallow, stand_in, with_another
+from prunex.vit.tail import Tail, alike, cannot, fits, kind, precise, rows_of, stand_in, with_another
 from prunex.vit.trace import TokenTrace
 from prunex.vit.weights import is_packed, wrapped_layers
 
@@ -109,6 +109,7 @@ def _state(vit: nn.Module) -> int:
         for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()):
             if not str(getattr(hook, "__module__", "")).startswith("prunex."):
                 parts.append(id(hook))
+    # torch counts what is written into a tensor in place; one made in inference mode has no count.
     for t in (*vit.parameters(), *vit.buffers()):
         parts += (id(t), type(t), -1 if t.is_inference() else t._version)
     return hash(tuple(parts))
@@ -148,6 +149,73 @@ def _batch(images: Any) -> Tensor:
     return images.detach()
 
 
+class _Heard:
+    """Stands for a ViT in one call of its module: answers as it does, and notes what it was asked.
+
+    With a ``sample``, a row of its output, it repeats that instead of running the ViT.
+    """
+
+    def __init__(self, module: nn.Module, vit: ViT, sample: Tensor | None) -> None:
+        self.module, self.vit, self.sample = module, vit, sample
+        self.calls: list[tuple[Tensor, Tensor, Tensor, TokenTrace | None]] = []  # given, answer, the tensor handed out
+        self.grid_calls: list[GridCall] = []  # of the calls those for grids
+        self.answer: Any = None  # of the module
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        if any(value is not None and value is not False for value in (*more, *named.values())):
+            raise cannot(self.module, f"calls its {kind(self.vit)} with more than images")
+        trace = None
+        if self.sample is None:
+            out, trace = own_output(self.vit, x)
+        else:
+            out = self.sample.repeat(len(x), *[1] * (self.sample.ndim - 1))
+        self.calls.append((x, out.clone(), out, trace))  # the module may write into it
+        return out
+
+    def grids(self, x: Tensor, *more: Any, **named: Any) -> list[Tensor]:
+        call = GridCall.of(self.vit, *more, **named)
+        if not call.grids_alone:
+            raise cannot(
+                self.module, f"asks its {kind(self.vit)} for more than grids", "ask with intermediates_only=True"
+            )
+        result, trace = own_grids(self.vit, x, call)
+        self.calls.append((x, call.row(result).clone(), x, trace))
+        self.grid_calls.append(call)
+        return result
+
+    def listen(self, images: Tensor) -> bool:
+        """Call the module; whether it has a forward."""
+        module = self.module
+        try:
+            self.answer = with_another(module, self.vit, stand_in(self.vit, self.forward, self.grids))(images)
+        except NotImplementedError as error:  # as nn.Module raises where no forward is written
+            if self.calls:
+                raise cannot(module, f"raised {type(error).__name__} ({error})") from error
+            return False
+        except (PrunexError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a stranger's forward raises
+            if module is self.vit:
+                raise
+            raise cannot(module, f"raised {type(error).__name__} when called on the images ({error})") from error
+        return True
+
+    def only_call(self, count: int) -> tuple[Tensor, Tensor, Tensor, TokenTrace | None]:
+        """The one call, of so many images; anything else is refused."""
+        name = kind(self.vit)
+        if not self.calls:
+            raise cannot(
+                self.module, f"never calls its {name} as a whole (does it use forward_features, or the blocks?)"
+            )
+        if len(self.calls) > 1:
+            raise cannot(self.module, f"calls its {name} {len(self.calls)} times for one batch")
+        entered = self.calls[0][0]
+        if not isinstance(entered, Tensor) or len(entered) != count:
+            what = len(entered) if isinstance(entered, Tensor) else type(entered).__name__
+            raise cannot(self.module, f"gives its {name} {what} images for {count}")
+        return self.calls[0]
+
+
 def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> Call | None:
     """Call a module in eval mode once, without gradients, and note what goes in and out of its ViT.
 
@@ -155,57 +223,16 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
     its ViT several times or on other images, gives no [B, classes] or several, or answers by more than its ViT's
     output.
     """
-    calls: list[tuple[Tensor, Tensor, Tensor, TokenTrace | None]] = []
-    grid_calls: list[GridCall] = []  # of the calls those for grids
     state = hash((_state(module), images.dtype, torch.is_autocast_enabled(images.device.type)))
     # A module that gave its ViT's output on, in this very state, is only looked at for what enters and comes out.
     known, sample = _HANDING_ON.get(module, (None, None))
     sample = sample if known == state else None
-
-    def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
-        if any(value is not None and value is not False for value in (*more, *named.values())):
-            raise cannot(module, f"calls its {kind(vit)} with more than images")
-        if sample is None:
-            out, trace = own_output(vit, x)
-        else:
-            out, trace = sample.repeat(len(x), *[1] * (sample.ndim - 1)), None
-        calls.append((x, out.clone(), out, trace))  # the module may write into it
-        return out
-
-    def grids(x: Tensor, *more: Any, **named: Any) -> list[Tensor]:
-        call = GridCall.of(vit, *more, **named)
-        if call is None:
-            raise cannot(module, f"asks its {kind(vit)} for more than grids", "ask with intermediates_only=True")
-        result, trace = own_grids(vit, x, call)
-        calls.append((x, call.row(result).clone(), x, trace))
-        grid_calls.append(call)
-        return result
-
+    heard = _Heard(module, vit, sample)
     with torch.no_grad():
-        try:
-            answer = with_another(module, vit, stand_in(vit, forward, grids))(images)
-        except NotImplementedError as error:
-            if calls:
-                raise cannot(module, f"raised {type(error).__name__} ({error})") from error
+        if not heard.listen(images) or (named and not heard.calls):
             return None
-        except (PrunexError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a stranger's forward raises
-            if module is vit:
-                raise
-            raise cannot(module, f"raised {type(error).__name__} when called on the images ({error})") from error
-        if not calls:
-            if named:
-                return None
-            raise cannot(
-                module, f"never calls its {kind(vit)} as a whole (does it use forward_features, or the blocks?)"
-            )
-        if len(calls) > 1:
-            raise cannot(module, f"calls its {kind(vit)} {len(calls)} times for one batch")
-        entered, out, handed, trace = calls[0]
-        if not isinstance(entered, Tensor) or len(entered) != len(images):
-            what = len(entered) if isinstance(entered, Tensor) else type(entered).__name__
-            raise cannot(module, f"gives its {kind(vit)} {what} images for {len(images)}")
+        entered, out, handed, trace = heard.only_call(len(images))
+        answer = heard.answer
         # The ViT's very tensor came out unchanged: nothing follows it.
         if answer is handed and torch.equal(answer, out):
             if sample is not None:
@@ -218,7 +245,7 @@ def watch(module: nn.Module, vit: ViT, images: Tensor, named: bool = False) -> C
         # Something follows the ViT: the ViT that is explained ends in it.
         field, output = _chosen(module, answer, len(images))
         seen = shallow(vit)
-        seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output, *grid_calls)
+        seen.__dict__[TAIL] = Tail(module, vit, torch.zeros_like(images[:1]), field, out, output, *heard.grid_calls)
         return Call(module, seen, images, entered, output, field, trace)
 
 

@@ -12,7 +12,7 @@ from prunex.errors import PrunexError, Unfollowed
 from prunex.targets import Aimed, fields
 from prunex.vit.anatomy import ViT
 from prunex.vit.arithmetic import PLAIN, Arithmetic
-from prunex.vit.aside import as_found
+from prunex.vit.aside import as_found, shallow
 from prunex.vit.intermediates import GridCall
 
 Forward = Callable[..., Tensor]
@@ -155,14 +155,6 @@ def stand_in(vit: ViT, forward: Forward, grids: Callable[..., Any] | None = None
     copied.__dict__["forward"] = forward
     if grids is not None:
         copied.__dict__["forward_intermediates"] = grids
-    return copied
-
-
-def shallow(module: Any) -> Any:
-    """A module of its own that shares parameters, children and hooks with another."""
-    copied = object.__new__(type(module))
-    copied.__dict__.update(module.__dict__)
-    copied.__dict__["_compiled_call_impl"] = None
     return copied
 
 

@@ -18,7 +18,7 @@ from timm.layers import HybridEmbed, LayerScale, PatchEmbed
 from torch import Tensor, nn
 
 from prunex.errors import PrunexError
-from prunex.vit.aside import as_found
+from prunex.vit.aside import as_found, shallow
 from prunex.vit.mount import mounted, mounted_units
 
 # Under which names timm's ViTs and Swins hold linear layers.
@@ -27,6 +27,8 @@ _SLOTS = (
     "attn_out_proj", "mlp_out_proj", "q", "kv", "head", "head_dist", "fc", "reduction",
 )  # fmt: skip
 _HEADS = ("head", "head_dist")  # which may also hold several layers, and are called as they are
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_SMALL = (torch.int8, torch.uint8)  # numbers that weights are packed into
 
 
 class OwnHook:
@@ -105,25 +107,24 @@ def kind_of(layer: nn.Module) -> type[nn.Linear] | type[nn.Conv2d]:
 
 
 def _tells_sizes(layer: Any) -> bool:
-    return isinstance(getattr(layer, "in_features", None), int) and isinstance(
-        getattr(layer, "out_features", None), int
-    )
+    return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
 
 
 def _inner(layer: nn.Module) -> nn.Linear | None:
-    """The first linear layer in a wrapper."""
     return next((m for m in layer.modules() if isinstance(m, nn.Linear)), None)
+
+
+def has_others_hooks(module: nn.Module) -> bool:
+    """Whether hooks are on a module that are not prunex's own."""
+    return any(not isinstance(hook, OwnHook) for name in _HOOKS for hook in getattr(module, name).values())
 
 
 def forwards_plainly(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer's forward is torch's own, with no hooks around it but those of prunex."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return (
-        isinstance(layer, kind)
-        and type(layer).forward is kind.forward
-        and "forward" not in vars(layer)
-        and all(isinstance(hook, OwnHook) for some in hooks for hook in some.values())
-    )
+    if not isinstance(layer, kind) or has_others_hooks(layer):
+        return False
+    # Adapters, and who patches a layer, put a forward on the class or on the object.
+    return type(layer).forward is kind.forward and "forward" not in vars(layer)
 
 
 def is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
@@ -154,6 +155,7 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     kind = kind_of(layer)
     if is_plain(layer, kind):
         return _held(layer)
+    # What the layer computes is asked of itself, and compared: no list of wrappers would ever be whole.
     run = _bare(layer)
     with _aside(layer):
         try:
@@ -229,10 +231,10 @@ def _input_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def _bare(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """A layer without prunex's own hooks: its twin, which shares all else with it, since others may be using it."""
-    twin = object.__new__(type(layer))
-    twin.__dict__.update(layer.__dict__)
+    twin: nn.Module = shallow(layer)
     hooks = layer._forward_pre_hooks
-    twin.__dict__["_forward_pre_hooks"] = type(hooks)((k, h) for k, h in hooks.items() if not isinstance(h, OwnHook))
+    others = {number: hook for number, hook in hooks.items() if not isinstance(hook, OwnHook)}
+    twin.__dict__["_forward_pre_hooks"] = type(hooks)(others)
     return twin
 
 
@@ -261,9 +263,6 @@ def is_packed(layer: nn.Module) -> bool:
     return not held or not all(_ordinary(p) for p in held) or any(b.dtype in _SMALL for b in layer.buffers())
 
 
-_SMALL = (torch.int8, torch.uint8)
-
-
 def _tolerance(layer: nn.Module) -> float:
     """What rounding may do to a linear layer's outputs; inputs that are quantised too cost one part in a hundred."""
     kind = _numbers(layer)["dtype"]
@@ -273,11 +272,14 @@ def _tolerance(layer: nn.Module) -> float:
 
 
 def _equal(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None], tolerance: float) -> bool:
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    same = (a[1] is None) == (b[1] is None)
-    return same and all(
-        float((x - y).abs().max()) <= tolerance * float(x.abs().max().clamp(min=1e-12)) for x, y in pairs
-    )
+    if (a[1] is None) != (b[1] is None):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if x is None or y is None:
+            continue
+        if not float((x - y).abs().max()) <= tolerance * float(x.abs().max().clamp(min=1e-12)):
+            return False
+    return True
 
 
 def scale_of(module: nn.Module) -> Tensor | None:
@@ -289,6 +291,7 @@ def scale_of(module: nn.Module) -> Tensor | None:
         return module.gamma.detach()
     run, width = _bare(module), max((p.shape[-1] for p in module.parameters()), default=1)
     with _aside(module):
+        # A row of ones shows the factors, the random rows that there is nothing else.
         x = _random(module, width)
         x[0] = 1
         try:
@@ -308,6 +311,7 @@ def behind(module: Any) -> Any:
     saved = getattr(module, "modules_to_save", None)
     if not isinstance(saved, nn.ModuleDict) or not hasattr(module, "original_module"):
         return module
+    # As peft's own forward chooses: the active adapter's module, else the one that was there before.
     active = module.active_adapters
     off = module.disable_adapters or not active or active[0] not in saved
     return module.original_module if off else saved[active[0]]
@@ -357,6 +361,7 @@ def _stops_gradients(layer: nn.Module) -> str:
     """What a layer does to gradients that it should not; of one that does not run on its own nothing is known."""
     with _aside(layer, graph=True):
         run, x = _bare(layer), _random(layer, *_input_shape(layer))
+        # The third input is the sum of the others, by which it is seen whether the layer is linear at all.
         x[2] = x[0] + x[1]
         try:
             zero, out = (run(_arranged(v)).reshape(3, -1) for v in (torch.zeros_like(x), x.requires_grad_()))

@@ -48,6 +48,10 @@ class Targets(Brief):
     kept: Tensor | None = None
     single: bool = False
 
+    def query(self, column: Tensor) -> Tensor:
+        """Of a detector, the object query that each sample is explained for in a pass, int64 [B]."""
+        return torch.tensor(self.queries, device=column.device)[column]
+
 
 class Adapter:
     """One family of models; this one is a single stream, text first, whose answer reads one token.
@@ -91,9 +95,11 @@ class Adapter:
             )
         _check_values({name: inputs[name] for name in self.needs})
         together = [*dict.fromkeys((*self.needs, *self.text_parts, *self.image_parts, "pixel_mask"))]
-        for part in (
-            (self.text_parts, [n for n in together if n not in self.text_parts]) if self.compares else (together,)
-        ):
+        batches: list[Sequence[str]] = [together]
+        if self.compares:
+            # Any number of texts is compared with any number of images.
+            batches = [self.text_parts, [n for n in together if n not in self.text_parts]]
+        for part in batches:
             _check_batch({name: inputs[name] for name in part if isinstance(inputs.get(name), Tensor)})
         self.model, self.inputs = model, inputs
         self.config: Any = getattr(model, "config", None)
@@ -110,7 +116,7 @@ class Adapter:
                 f"{type(self.model).__name__} has no module whose path ends as {missing[0]!r} says: look at its "
                 "named_modules()"
             )
-        return sum(len(each) for _, each in attention_modules(self.model, self.roles).values())
+        return sum(len(calls) for _, calls in attention_modules(self.model, self.roles).values())
 
     def logits(self, outputs: Any) -> Tensor:
         """Class scores, [B, C]; of a detector [B, Q, C]."""
@@ -128,12 +134,11 @@ class Adapter:
     def targets(self, recording: Recording, target: Any, options: Mapping[str, Any]) -> Targets:
         """One class of each sample, or K."""
         logits = self.logits(recording.outputs)
+        # [B, K] asks for K of each sample; whoever asks for one gets answers without a dimension for it.
         single = not (isinstance(target, Tensor) and target.ndim == 2)
         classes = classes_of(target, logits)
         scores = logits.gather(1, classes)
-        every = torch.arange(classes.shape[1], device=classes.device)
-        passes = [Pass(scores[:, k].sum(), every[k].expand(len(classes))) for k in range(classes.shape[1])]
-        return Targets(classes, passes, scores.detach(), single=single)
+        return Targets(classes, passes_of(scores), scores.detach(), single=single)
 
     def groups(self, maps: Sequence[Attended]) -> list[list[Attended]]:
         """The maps that act at once, in the order in which they act."""
@@ -153,8 +158,8 @@ class Adapter:
 
     def rollout(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
         """Rollout of every stream."""
-        streams = {role: rollout(each, self.row_normalised) for role, each in by_role(maps).items()}
-        return {f"R_{role}": torch.as_tensor(each) for role, each in streams.items() if each is not None}
+        streams = {role: rollout(stream, self.row_normalised) for role, stream in by_role(maps).items()}
+        return {f"R_{role}": torch.as_tensor(matrix) for role, matrix in streams.items() if matrix is not None}
 
     def of_pass(self, matrices: dict[str, Tensor], targets: Targets, column: Tensor) -> dict[str, Tensor]:
         """Matrices of the samples of a pass, [B, ...]: of texts that samples share, those that each is about."""
@@ -179,6 +184,7 @@ class Adapter:
         """See that the answer reads the tokens that it is known to read, and no others."""
         for role, tokens in self.answering(targets, column).items():
             map_ = last(maps, role)
+            # A query to whose row no gradient comes has no part in the answer.
             reached = torch.as_tensor(map_.gradient).abs().amax((1, 3))
             if int(tokens.min()) < 0 or int(tokens.max()) >= reached.shape[1]:
                 raise PrunexError(
@@ -201,7 +207,12 @@ class Adapter:
 
     def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
         """Bool [B, I], false for padding."""
-        raise NotImplementedError
+        mask: Tensor | None = self.inputs.get(self.image_parts[0]) if self.image_parts else None
+        if mask is not None:
+            return mask.bool()
+        # What is needed last is of the image: of models that compare, texts may be of another number.
+        of_images = self.inputs[self.needs[-1]]
+        return torch.ones(len(of_images), count, dtype=torch.bool, device=of_images.device)
 
     def grid(self, recording: Recording) -> tuple[int, int] | None:
         """Height and width of the image's cells; None where the image is a list of boxes."""
@@ -209,14 +220,14 @@ class Adapter:
 
     def sample(self, sample: int, length: int, valid: Tensor) -> dict[str, Any]:
         """The inputs of one sample, a batch of one, without the padding behind its text and among its boxes."""
-        one = {}
+        alone = {}
         for name, value in self.inputs.items():
             if isinstance(value, Tensor):
                 value = value[sample : sample + 1]
                 value = value[:, :length] if name in self.text_parts else value
                 value = value[:, valid] if name in self.image_parts else value
-            one[name] = value
-        return one
+            alone[name] = value
+        return alone
 
     def protected(self, length: int) -> list[int]:
         """Places of a text that cannot leave: [CLS] and [SEP]."""
@@ -233,6 +244,7 @@ class Adapter:
                 "VisualBERT or ViLT for question answering"
             )
         rows = len(image)
+        # Boxes leave by the mask; all else of the image is the same in every row.
         mask, *others = self.image_parts
         reduced = {name: self.inputs[name] for name in others if name in self.inputs}
         reduced = {name: value.expand(rows, *value.shape[1:]) for name, value in reduced.items()}
@@ -246,6 +258,13 @@ class Adapter:
     def boxes(self, recording: Recording) -> Tensor | None:
         """What boxes lie where, [B, n, 4]: those that were given, as they were given, or those that are predicted."""
         return None
+
+
+def passes_of(scores: Tensor) -> list[Pass]:
+    """A pass for each of the targets that scores [B, K] are of, of all samples at once."""
+    batch, count = scores.shape
+    columns = torch.arange(count, device=scores.device)
+    return [Pass(scores[:, k].sum(), columns[k].expand(batch)) for k in range(count)]
 
 
 def _check_values(needed: Mapping[str, Tensor]) -> None:
@@ -281,6 +300,7 @@ def classes_of(target: Any, logits: Tensor) -> Tensor:
     batch, count = logits.shape
     if target is None:
         return logits.argmax(1, keepdim=True)
+    # By type, since True is an int and no class.
     if type(target) is int and 0 <= target < count:
         return torch.full((batch, 1), target, device=logits.device)
     whole = isinstance(target, Tensor) and target.dtype in _WHOLE and not target.is_meta

@@ -78,6 +78,7 @@ class CocoFolder:
         entries = {key: self._entries(content, key) for key in ("images", "annotations", "categories")}
         self._labels: dict[Any, int] = {}
         self.names: dict[int, str] = {}
+        # COCO's numbers have gaps, and a model may have numbered the same names otherwise.
         for category in entries["categories"]:
             key, name = self._number(category, "id"), str(category.get("name", ""))
             if labels is not None and type(labels.get(name)) is not int:
@@ -85,20 +86,22 @@ class CocoFolder:
             self._labels[key] = key if labels is None else labels[name]
             self.names[self._labels[key]] = name
         self._images = entries["images"]
-        self._objects: dict[int, list[dict[str, Any]]] = {self._number(each, "id"): [] for each in self._images}
+        self._objects: dict[int, list[dict[str, Any]]] = {self._number(entry, "id"): [] for entry in self._images}
+        # Images of one number would be given each other's objects.
         if not self._images or len(self._objects) < len(self._images):
             raise PrunexError(
                 f"{self.file} lists {len(self._images)} images of {len(self._objects)} numbers: give each its own"
             )
-        for each in self._images:
-            self._check_image(each)
-        for each in entries["annotations"]:
-            image = self._number(each, "image_id")
-            if image not in self._objects or self._number(each, "category_id") not in self._labels:
+        # All of them now: scoring a data set takes hours, and a damaged entry may be its last.
+        for entry in self._images:
+            self._check_image(entry)
+        for annotation in entries["annotations"]:
+            image = self._number(annotation, "image_id")
+            if image not in self._objects or self._number(annotation, "category_id") not in self._labels:
                 raise PrunexError(
-                    f"{self.file}: annotation {each.get('id')!r} is of an image or category it does not list"
+                    f"{self.file}: annotation {annotation.get('id')!r} is of an image or category it does not list"
                 )
-            self._objects[image].append(each)
+            self._objects[image].append(annotation)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -117,29 +120,31 @@ class CocoFolder:
                 f"says {width} x {height}: masks would lie beside their objects"
             )
         objects = self._objects[entry["id"]]
+        # Before memory is taken: a file may list any number of objects.
         if len(objects) * height * width > _ROOM:
             raise PrunexError(
                 f"{self.file}: {len(objects)} masks of {width} x {height} pixels are too many for one image"
             )
         masks = torch.zeros(len(objects), height, width, dtype=torch.bool)
-        for mask, each in zip(masks, objects, strict=True):
+        for mask, annotation in zip(masks, objects, strict=True):
             try:
-                mask.copy_(torch.from_numpy(decode(each.get("segmentation"), height, width)))
+                mask.copy_(torch.from_numpy(decode(annotation.get("segmentation"), height, width)))
             except (ValueError, TypeError, OverflowError) as error:
-                raise PrunexError(f"{self.file}: annotation {each.get('id')!r} has no mask: {error}") from error
+                raise PrunexError(f"{self.file}: annotation {annotation.get('id')!r} has no mask: {error}") from error
+        # COCO sizes objects by the file's number, which need not be that of the mask's pixels.
         pixels = masks.flatten(1).sum(1).tolist()
-        given = [each.get("area") for each in objects]
+        given = [annotation.get("area") for annotation in objects]
         areas = [a if isinstance(a, int | float) and a > 0 else n for a, n in zip(given, pixels, strict=True)]
         return picture, Objects(
             masks,
-            torch.tensor([self._labels[each["category_id"]] for each in objects], dtype=torch.int64),
-            torch.tensor([each.get("iscrowd", 0) == 1 for each in objects], dtype=torch.bool),
+            torch.tensor([self._labels[annotation["category_id"]] for annotation in objects], dtype=torch.int64),
+            torch.tensor([annotation.get("iscrowd", 0) == 1 for annotation in objects], dtype=torch.bool),
             torch.tensor(areas, dtype=torch.float64),
         )
 
     def _entries(self, content: Any, key: str) -> list[dict[str, Any]]:
         entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise PrunexError(f"{self.file} has no list of {key}: give a file in COCO's format for object detection")
         return entries
 
@@ -208,6 +213,7 @@ def _runs(counts: Any) -> list[int]:
             raise ValueError("its counts are no run lengths")
         value |= (code & 31) << shift
         shift += 5
+        # The highest bit says that the number goes on, the next one of its last letter that it is below 0.
         if code & 32:
             continue
         if code & 16:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunex.checks import check_share
 from prunex.errors import PrunexError
-from prunex.multimodal.adapter import Adapter, Pass, Targets, classes_of, known
+from prunex.multimodal.adapter import Adapter, Targets, classes_of, known, passes_of
 from prunex.multimodal.recorder import Recording
 from prunex.multimodal.rules import Attended, between, by_role, last, rollout
 
@@ -60,12 +60,12 @@ class Detector(Adapter):
                 "one number for all"
             )
         else:
+            # Against one query's classes, which all queries have.
             classes = classes_of(target, probability[:, 0]).expand(logits.shape[:2])
         chosen = logits.gather(2, classes[..., None])[..., 0][:, queries]
-        every = torch.arange(len(queries), device=logits.device)
-        passes = [Pass(chosen[:, k].sum(), every[k].expand(len(logits))) for k in range(len(queries))]
+        # Queries that were asked for are explained in every image, whatever they see there.
         kept = best[:, queries] > threshold if options["queries"] is None else torch.ones_like(chosen, dtype=torch.bool)
-        return Targets(classes[:, queries], passes, chosen.detach(), queries, kept)
+        return Targets(classes[:, queries], passes_of(chosen), chosen.detach(), queries, kept)
 
     def text_valid(self) -> Tensor | None:
         return None
@@ -90,9 +90,11 @@ class Detr(Detector):
     feature_map = r"model\.input_projection"
 
     def count(self) -> int:
+        # A layer of the decoder attends twice: queries among themselves, and to the image.
         return self.config.encoder_layers + 2 * self.config.decoder_layers
 
     def probability(self, logits: Tensor) -> Tensor:
+        # The last class is "no object".
         return logits.softmax(-1)[..., :-1]
 
     def rollout(self, maps: Sequence[Attended]) -> dict[str, Tensor]:
@@ -104,16 +106,16 @@ class Detr(Detector):
         return {name: matrix for name, matrix in rolled.items() if matrix is not None}
 
     def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
-        return {"qi": torch.tensor(targets.queries, device=column.device)[column][:, None]}
+        return {"qi": targets.query(column)[:, None]}
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[None, Tensor]:
-        query = torch.tensor(targets.queries, device=column.device)[column]
-        return None, matrices["R_qi"][torch.arange(len(column), device=column.device), query]
+        return None, matrices["R_qi"][torch.arange(len(column), device=column.device), targets.query(column)]
 
     def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
         pixels, mask = self.inputs["pixel_values"], self.inputs.get("pixel_mask")
         if mask is None or grid is None:
             return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
+        # Nearest, as the model brings its mask to the feature map's size.
         return F.interpolate(mask[None].float(), size=grid)[0].bool().flatten(1)
 
 

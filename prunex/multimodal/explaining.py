@@ -81,6 +81,7 @@ def explain(
     adapter = adapter_of(model, inputs)
     rules, chosen = _options(adapter, method, options)
     with recorded(model, adapter.prepared, adapter.roles, adapter.feature_map) as recording:
+        # Another version may compute attention elsewhere, and no map would miss it.
         if len(recording.maps) != adapter.count():
             raise PrunexError(
                 f"{type(model).__name__} showed {len(recording.maps)} attention maps where {adapter.count()} are "
@@ -88,14 +89,15 @@ def explain(
             )
         targets = adapter.targets(recording, target, chosen)
         answer = _Answer(adapter, targets)
+        # Maps alone say the same of every target: one reading serves all passes.
         if method not in _WITH_GRADIENTS:
             matrices: dict[str, Tensor] = getattr(adapter, method)(recording.plain())
-        for number, each in enumerate(targets.passes):
+        for number, backward in enumerate(targets.passes):
             if method in _WITH_GRADIENTS:
-                maps = recording.with_gradients(each.score, number == len(targets.passes) - 1, adapter.unread)
-                adapter.check_rows(maps, targets, each.column)
+                maps = recording.with_gradients(backward.score, number == len(targets.passes) - 1, adapter.unread)
+                adapter.check_rows(maps, targets, backward.column)
                 matrices = answer.of_gradients(maps, method, rules)
-            answer.add(matrices, each.column)
+            answer.add(matrices, backward.column)
         return _explanation(adapter, recording, targets, answer, method, {**vars(rules), **chosen}, processor)
 
 
@@ -134,6 +136,7 @@ class _Answer:
             named["text"] = text
         if self._dropped:
             named["dropped"] = torch.stack(self._dropped, 1)
+        # Samples that wait in this pass are answered by another.
         about = (column >= 0).nonzero()[:, 0]
         for name, values in named.items():
             if name not in self.arrays:
@@ -180,7 +183,7 @@ def _explanation(
         boxes=adapter.boxes(recording),
         dropped=answer.get("dropped"),
         texts=texts[:, 0] if single else texts,
-        labels=[each[0] for each in labels] if single else labels,
+        labels=[names[0] for names in labels] if single else labels,
         words=words,
         pictures=adapter.inputs.get("pixel_values"),
         sizes=_sizes(adapter.inputs),
@@ -194,10 +197,16 @@ def _explanation(
 
 def _labels(adapter: Adapter, classes: Tensor, texts: Tensor, words: list[list[str]] | None) -> list[list[str]]:
     """What each target is called, [B][K]: its class's name, or its text."""
+    numbers: Tensor = classes
+    names: Mapping[int, Any] = {}
     if adapter.compares and words is not None:
-        return [[sentence(words[text]) for text in row] for row in texts.tolist()]
-    names = {} if adapter.compares else getattr(adapter.config, "id2label", None) or {}
-    return [[str(names.get(number, number)) for number in row] for row in classes.tolist()]
+        numbers, names = texts, {text: sentence(tokens) for text, tokens in enumerate(words)}
+    elif not adapter.compares:
+        names = getattr(adapter.config, "id2label", None) or {}
+    labels = []
+    for row in numbers.tolist():
+        labels.append([str(names.get(number, number)) for number in row])
+    return labels
 
 
 def _sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
@@ -207,7 +216,7 @@ def _sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
         return None
     if mask is None:
         return [(int(pixels.shape[2]), int(pixels.shape[3]))] * len(pixels)
-    return [(int(each.any(1).sum()), int(each.any(0).sum())) for each in mask]
+    return [(int(inside.any(1).sum()), int(inside.any(0).sum())) for inside in mask]
 
 
 def _queries(e: MultimodalExplanation, targets: Targets, adapter: Any, grid: tuple[int, int]) -> Queries:
@@ -217,6 +226,7 @@ def _queries(e: MultimodalExplanation, targets: Targets, adapter: Any, grid: tup
     entries = []
     for b, k in torch.as_tensor(targets.kept).nonzero().tolist():
         valid = e.image_valid[b].view(grid)
+        # Padding lies below and to the right, so that the image's cells are the upper left corner.
         tall, wide = int(valid.any(1).sum()), int(valid.any(0).sum())
         label = int(targets.classes[b, k])
         entries.append(

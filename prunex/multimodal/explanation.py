@@ -64,6 +64,7 @@ class Query(Brief):
             size: Height and width of the image as it came; None: as the model saw it.
             mask_rule: "half", or "reference" as in the paper's experiment, whose masks are about a cell wider.
         """
+        # The threshold is that of the image's own cells, and the mask lies over the padded input.
         cells = self.map.new_zeros(self.grid).bool()
         cells[: self.map.shape[0], : self.map.shape[1]] = cell_masks(self.map).masks
         return image_masks(cells[None], self.input_size, size, size=self.size, mask_rule=mask_rule)[0]
@@ -73,7 +74,7 @@ class Queries:
     """The explained object queries: ``queries[q]`` of a single image, ``queries[b, q]`` of any; loops give all."""
 
     def __init__(self, entries: list[Query], images: int) -> None:
-        self._entries, self._images = {(each.image, each.query): each for each in entries}, images
+        self._entries, self._images = {(entry.image, entry.query): entry for entry in entries}, images
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -11,7 +11,7 @@ from prunex.errors import PrunexError
 from prunex.multimodal import detr, lxmert, single_stream, two_towers  # each makes its models known
 from prunex.multimodal.adapter import ADAPTERS, Adapter
 
-_OF_TRANSFORMERS = {each.__name__ for each in (detr, lxmert, single_stream, two_towers)}
+_OF_TRANSFORMERS = {module.__name__ for module in (detr, lxmert, single_stream, two_towers)}
 
 
 def models() -> list[str]:

@@ -40,6 +40,7 @@ class Lxmert(Adapter):
     image_parts = ("visual_attention_mask", "visual_feats", "visual_pos")
 
     def count(self) -> int:
+        # In a cross layer either stream asks the other, then itself.
         return self.config.l_layers + self.config.r_layers + 4 * self.config.x_layers
 
     def groups(self, maps: Sequence[Attended]) -> list[list[Attended]]:
@@ -67,6 +68,7 @@ class Lxmert(Adapter):
         """Both streams up to the last cross map, and that between them."""
         text = [map_ for map_ in maps if map_.role == "tt"]
         image = [map_ for map_ in maps if map_.role == "ii"]
+        # The last map of a stream to itself acts behind the last cross map.
         boxes = rollout(image[:-1])
         cross = between(rollout(text[:-1]), last(maps, "ti").attention.mean(1), boxes)
         rolled = {"R_tt": torch.as_tensor(rollout(text)), "R_ti": cross}
@@ -77,13 +79,6 @@ class Lxmert(Adapter):
 
     def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
         return {"tt": torch.zeros(len(column), 1, dtype=torch.long)}
-
-    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        mask = self.inputs.get("visual_attention_mask")
-        features = self.inputs["visual_feats"]
-        return (
-            torch.ones(len(features), count, dtype=torch.bool, device=features.device) if mask is None else mask.bool()
-        )
 
     def answers_without(self, image: Tensor, places: Tensor) -> Tensor:
         """Rows without any box are exact, too: masking all of them would have attention read them evenly."""
@@ -105,6 +100,7 @@ def _blind(model: nn.Module) -> Iterator[None]:
 
     def nothing(module: nn.Module, _args: Any, output: Any) -> Any:
         calls[module] += 1
+        # A cross layer calls its module for the text first; what boxes ask is left as it is.
         return (torch.zeros_like(output[0]), *output[1:]) if calls[module] == 1 else output
 
     crossing = attention_modules(model, {_CROSSING: ()}).values()

@@ -7,7 +7,7 @@ the usual one from 0.50: the two must not stand in one table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from prunex.brief import Brief
 from prunex.errors import PrunexError
 from prunex.multimodal.coco import Objects, need_pycocotools
-from prunex.multimodal.masks import MaskRule, cell_masks, image_masks
+from prunex.multimodal.masks import MaskRule, came, cell_masks, image_masks
 
 IOU_THRESHOLDS = tuple(k / 100 for k in range(20, 100, 5))
 SIZES = ("small", "medium", "large")
@@ -178,8 +178,8 @@ class MaskScorer:
         size = (areas >= SMALL).long() + (areas >= MEDIUM).long()
         parts = [ious, *(ious[size == k] for k in range(len(SIZES)))]
         return MaskScores(
-            ap=_of_coco([detected[name] for name in ("map", *(f"map_{size}" for size in SIZES))]),
-            ar=_of_coco([detected[name] for name in ("mar_100", *(f"mar_{size}" for size in SIZES))]),
+            ap=_of_coco(detected, "map", "map"),
+            ar=_of_coco(detected, "mar_100", "mar"),
             iou=BySize(*(part.mean().item() for part in parts)),
             objects=BySize(*(len(part) for part in parts)),
             images=self._images,
@@ -210,15 +210,18 @@ def _best_ious(masks: Tensor, labels: Tensor, truth: Tensor, of: Tensor) -> Tens
     best = torch.zeros(len(truth), dtype=torch.float64)
     for n, (wanted, label) in enumerate(zip(truth, of, strict=True)):
         same = masks[labels == label]
+        # An object without a pixel meets no mask: with an empty one its IoU would be 0 / 0.
         if len(same) and wanted.any():
             inside, union = (same & wanted).flatten(1).sum(1), (same | wanted).flatten(1).sum(1)
             best[n] = (inside.double() / union).max()
     return best
 
 
-def _of_coco(numbers: list[Tensor]) -> BySize:
-    """COCO says -1 where there is nothing to find."""
-    return BySize(*(number.item() if number >= 0 else float("nan") for number in numbers))
+def _of_coco(detected: Mapping[str, Tensor], whole: str, part: str) -> BySize:
+    """A number of all objects, and those by size, as torchmetrics names them."""
+    names = [whole, *(f"{part}_{size}" for size in SIZES)]
+    # COCO says -1 where there is nothing to find.
+    return BySize(*(detected[name].item() if detected[name] >= 0 else float("nan") for name in names))
 
 
 def _check(name: str, value: Any, kind: type, *columns: str) -> None:
@@ -227,18 +230,14 @@ def _check(name: str, value: Any, kind: type, *columns: str) -> None:
         raise PrunexError(f"{name} are a {type(value).__name__}: give {kind.__name__} of one image")
     masks: Any = getattr(value, "masks", None)
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.ndim != 3 or 0 in masks.shape[1:]:
-        raise PrunexError(f"masks of {name} are {_came(masks)}: give bool [N, H, W]")
+        raise PrunexError(f"masks of {name} are {came(masks)}: give bool [N, H, W]")
     for column in columns:
         numbers = getattr(value, column)
         if numbers is None and column in ("crowd", "areas"):
             continue
         if not isinstance(numbers, Tensor) or numbers.shape != masks.shape[:1]:
-            raise PrunexError(f"{column} of {name} are {_came(numbers)}: give one for each of the {len(masks)} masks")
+            raise PrunexError(f"{column} of {name} are {came(numbers)}: give one for each of the {len(masks)} masks")
         if column == "labels" and numbers.dtype != torch.int64:
-            raise PrunexError(f"labels of {name} are {_came(numbers)}: give int64, the model's class numbers")
+            raise PrunexError(f"labels of {name} are {came(numbers)}: give int64, the model's class numbers")
         if not numbers.isfinite().all():
             raise PrunexError(f"{column} of {name} hold NaN or infinity: give numbers that can be ranked")
-
-
-def _came(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

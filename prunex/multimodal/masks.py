@@ -79,7 +79,7 @@ def otsu_threshold(images: Tensor) -> Tensor:
     tensor(12)
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim < 2 or 0 in images.shape[-2:]:
-        raise PrunexError(f"images are {_came(images)}: give uint8 [..., h, w] with at least one pixel")
+        raise PrunexError(f"images are {came(images)}: give uint8 [..., h, w] with at least one pixel")
     pixels = images.flatten(-2).long()
     n = pixels.shape[-1]
     count = pixels.new_zeros(*pixels.shape[:-1], LEVELS).scatter_add_(-1, pixels, torch.ones_like(pixels))
@@ -150,7 +150,7 @@ def image_masks(
     [4096, 628]
     """
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.ndim != 3 or 0 in masks.shape[1:]:
-        raise PrunexError(f"masks are {_came(masks)}: give bool [N, h, w], as cell_masks(maps).masks are")
+        raise PrunexError(f"masks are {came(masks)}: give bool [N, h, w], as cell_masks(maps).masks are")
     check_choice("mask_rule", mask_rule, MASK_RULES)
     entered = check_size("input_size", input_size)
     seen = entered if size is None else check_size("size", size)
@@ -181,11 +181,12 @@ def check_size(name: str, value: Any) -> tuple[int, int]:
 def _check_maps(maps: Any) -> Tensor:
     """Floats [..., h, w] in at least single precision, off the graph."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim < 2 or 0 in maps.shape[-2:]:
-        raise PrunexError(f"maps are {_came(maps)}: give floats [..., h, w] with at least one cell")
+        raise PrunexError(f"maps are {came(maps)}: give floats [..., h, w] with at least one cell")
     if not maps.isfinite().all():
         raise PrunexError("maps hold NaN or infinity: leave those detections out, or explain them by a safe method")
     return maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
 
 
-def _came(value: Any) -> str:
+def came(value: Any) -> str:
+    """What came in a mask's or map's place, for messages."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

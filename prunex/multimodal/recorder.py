@@ -48,7 +48,9 @@ class Recording:
         attention = [map_.attention for map_ in self.maps]
         if not score.requires_grad:
             raise Unreached("the scores do not depend on the model's attention: something on their way is detached")
+        # Unused is allowed here and told below: a map that the score was not computed from is no map of gradient 0.
         gradients = torch.autograd.grad(score, attention, retain_graph=not last, allow_unused=True)
+        # Places count from the end, since models differ in depth.
         expected = {range(len(attention))[place] for place in unread}
         for place, (map_, gradient) in enumerate(zip(self.maps, gradients, strict=True)):
             if gradient is None and place not in expected:
@@ -75,18 +77,19 @@ def attention_modules(
     model: nn.Module, roles: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[nn.Module, Sequence[str]]]:
     """The modules whose dotted path ends as a pattern says, with the roles of their calls, by path."""
-    patterns = {re.compile(rf"(?:.*\.)?{pattern}"): each for pattern, each in roles.items()}
+    patterns = {re.compile(rf"(?:.*\.)?{pattern}"): calls for pattern, calls in roles.items()}
     chosen = {}
     for path, module in model.named_modules():
-        for pattern, each in patterns.items():
+        for pattern, calls in patterns.items():
             if pattern.fullmatch(path):
-                chosen[path] = (module, each)
+                chosen[path] = (module, calls)
     return chosen
 
 
 def refuse(model: nn.Module) -> None:
     """A model whose attention cannot be seen."""
     name = type(model).__name__
+    # torch.compile(model) wraps the module, model.compile() marks it.
     if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         raise PrunexError(
             f"{name} is compiled, and a compiled forward shows no attention: give the model as it was before"
@@ -134,20 +137,21 @@ def recorded(
     with ExitStack() as stack:
         stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(as_found(model, train=False))
+        # Whatever mode the caller is in, maps are differentiated here.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_same_draws(model))
         stack.callback(_thawed(model))
         stack.callback(_eager([module for module, _ in modules.values()]))
         calls = dict.fromkeys(modules, 0)
-        for path, (module, each) in modules.items():
+        for path, (module, known) in modules.items():
             stack.callback(module.register_forward_pre_hook(_asks_for_maps(module), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(_keeps(path, each, calls, recording)).remove)
+            stack.callback(module.register_forward_hook(_keeps(path, known, calls, recording)).remove)
         if feature_map is not None:
             for module, _ in attention_modules(model, {feature_map: ()}).values():
                 stack.callback(module.register_forward_hook(_keeps_size(recording)).remove)
         recording.outputs = _called(model, inputs)
-        wrong = next((path for path, (_, each) in modules.items() if calls[path] != len(each)), None)
+        wrong = next((path for path, (_, known) in modules.items() if calls[path] != len(known)), None)
         if wrong is not None:
             raise PrunexError(
                 f"{wrong} of {type(model).__name__} was called {calls[wrong]} times in one forward, and "
@@ -189,11 +193,12 @@ def outside_inference(value: Any) -> Any:
         return value.clone() if value.is_inference() else value
     if type(value) in (list, tuple):
         return type(value)(map(outside_inference, value))
-    return {name: outside_inference(each) for name, each in value.items()} if type(value) is dict else value
+    return {name: outside_inference(part) for name, part in value.items()} if type(value) is dict else value
 
 
 def _thawed(model: nn.Module) -> Any:
     """Let gradients through a model whose weights are frozen; what is returned freezes them again."""
+    # Token numbers start no graph: where no weight does either, there is none to differentiate.
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -207,8 +212,8 @@ def _thawed(model: nn.Module) -> Any:
 
 def _eager(modules: Sequence[nn.Module]) -> Any:
     """Attention that keeps its map, in the place of fused attention; what is returned puts that back."""
-    each: list[Any] = [getattr(module, "config", None) for module in modules]
-    configs = {id(config): config for config in each if hasattr(config, "_attn_implementation_internal")}
+    given: list[Any] = [getattr(module, "config", None) for module in modules]
+    configs = {id(config): config for config in given if hasattr(config, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     for config, _ in before:
         config._attn_implementation_internal = "eager"  # the setter would go on to configs of parts that have no map
@@ -241,6 +246,7 @@ def _keeps(path: str, roles: Sequence[str], calls: dict[str, int], recording: Re
     def keep(module: nn.Module, _args: Any, output: Any) -> None:
         number = calls[path]
         calls[path] += 1
+        # A call too many is told behind the forward, which knows how many there were.
         if number >= len(roles):
             return
         attention = output[1] if isinstance(output, tuple | list) and len(output) > 1 else None
@@ -251,6 +257,7 @@ def _keeps(path: str, roles: Sequence[str], calls: dict[str, int], recording: Re
             )
         if not attention.requires_grad:
             raise Unreached(f"{path} lets no gradient through, so that its attention cannot be explained")
+        # Whoever shares a map shares its gradient, and relevance would go through it twice.
         twin = next((map_.path for map_ in recording.maps if map_.attention is attention), None)
         if twin is not None:
             raise PrunexError(f"{path} returned the very map that {twin} returned: name one of the two as attention")

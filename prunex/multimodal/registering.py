@@ -69,4 +69,5 @@ def register(
         "cells": cells,
         "scores": logits,
     }
+    # A class, since an adapter is made anew for every batch of inputs.
     known(type(name, (SingleStream,), parts))

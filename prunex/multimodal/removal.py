@@ -42,6 +42,7 @@ class ModelRemover:
                 for some, at in zip(rows.split(self.batch), places.split(self.batch), strict=True):
                     answers = adapter.answers_without(image[some], at)
                     scores.update(zip(some.tolist(), answers, strict=True))
+        # Rows were asked by length: here they are in their order again.
         return torch.stack([scores[row] for row in range(len(image))])
 
 
@@ -69,6 +70,7 @@ def questions(
             "explanation of text and image, of one target a sample, and one answer for each"
         )
     for sample, answer in enumerate(answers):
+        # Padding has no relevance, and would be counted among what leaves.
         length = int(torch.as_tensor(explanation.text_valid)[sample].sum())
         valid = explanation.image_valid[sample]
         yield Question(

@@ -71,6 +71,7 @@ class Relevance(Brief):
 
     def times(self, mix: Tensor, role: str) -> Tensor:
         """Mix @ R of a role, [B, ., y]."""
+        # R_xx is held less its identity, whose part in the product is the mix itself.
         product = mix @ self.extra[role]
         return product + self.identity[role[0]] * mix if role[0] == role[1] else product
 
@@ -104,6 +105,7 @@ def normalised(relevance: Relevance, stream: str, rules: Rules) -> Tensor:
     eye = torch.eye(extra.shape[-1], dtype=extra.dtype, device=extra.device)
     if not rules.normalise:
         return extra + relevance.identity[stream] * eye
+    # Where a layer took the place of what was there, R is kept, and not R - I.
     if not relevance.identity[stream]:
         extra = extra - eye
     sums = extra.sum(-1, keepdim=True)
@@ -125,8 +127,11 @@ def propagate(groups: Sequence[Sequence[Attended]], crossed: Sequence[str], rule
         The relevance of every stream to itself, and of the crossed roles.
     """
     # Streams that never meet may differ in their number of samples: texts that many images are compared with.
-    streams = {stream: each for group in groups for map_ in group for stream, each in _tokens(map_).items()}
-    extra = {2 * stream: one.new_zeros(*one.shape, one.shape[1]) for stream, one in streams.items()}
+    streams: dict[str, Tensor] = {}
+    for group in groups:
+        for map_ in group:
+            streams |= _tokens(map_)
+    extra = {2 * stream: tokens.new_zeros(*tokens.shape, tokens.shape[1]) for stream, tokens in streams.items()}
     for role in crossed:
         asks, asked = (streams[stream] for stream in role)
         extra[role] = asks.new_zeros(*asks.shape, asked.shape[1])
@@ -165,6 +170,14 @@ def _added(map_: Attended, relevance: Relevance, rules: Rules) -> dict[str, Tens
     if asked + asks in relevance.extra:  # eq. 11, where the other stream asks as well
         additions[2 * asks] = mix @ relevance.extra[asked + asks]
     return additions
+
+
+def row_of(matrix: Tensor, read: Tensor) -> Tensor:
+    """The rows [B, n] of the tokens int64 [B] that are read, without what these owe to themselves."""
+    every, read = torch.arange(len(matrix), device=matrix.device), read.to(matrix.device)
+    row = matrix[every, read].clone()
+    row[every, read] = 0
+    return row
 
 
 def rollout(maps: Sequence[Attended], normalise: bool = True) -> Tensor | None:

@@ -159,6 +159,7 @@ def map_of(e: MultimodalExplanation, place: tuple[int, ...]) -> NDArray[np.float
     if e.grid is None:
         raise PrunexError("an image that is a list of boxes has no map of cells: read image and boxes")
     valid = e.image_valid[place[0]].view(e.grid)
+    # Patches inside may have been left out, so the last one that was looked at says where the image ends.
     tall, wide = (int(valid.any(axis).nonzero().max()) + 1 for axis in (1, 0))
     cells = e.image[place].view(e.grid).float().masked_fill(~valid, math.nan)
     return cells[:tall, :wide].cpu().numpy()
@@ -174,6 +175,7 @@ def check_words(e: MultimodalExplanation, words: Any) -> Sequence[Sequence[str]]
     """The tokens of each text; those of the explanation where none are given."""
     if words is None or e.text_valid is None:
         return e.words
+    # Of a single text its tokens alone will do.
     texts = [words] if len(e.text_valid) == 1 and words and isinstance(words[0], str) else list(words)
     most = [int(valid.nonzero().max()) + 1 for valid in e.text_valid]
     short = [n for n, (text, count) in enumerate(zip(texts, most, strict=False)) if len(text) < count]

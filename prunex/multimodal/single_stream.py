@@ -11,7 +11,7 @@ from torch import Tensor
 from prunex.errors import PrunexError
 from prunex.multimodal.adapter import Adapter, Targets, known
 from prunex.multimodal.recorder import Recording, outside_inference
-from prunex.multimodal.rules import Attended
+from prunex.multimodal.rules import Attended, row_of
 
 
 class SingleStream(Adapter):
@@ -32,18 +32,11 @@ class SingleStream(Adapter):
         return 0, None
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
-        matrix = matrices["R_ss"]
-        every, read = torch.arange(len(matrix), device=matrix.device), self.read().to(matrix.device)
-        row = matrix[every, read].clone()
-        row[every, read] = 0
+        row = row_of(matrices["R_ss"], self.read())
         return row[:, : self.length()], row[:, self.length() + self.cells()[0] :]
 
     def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
         return {"ss": self.read()[:, None]}
-
-    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        ids = self.inputs["input_ids"]
-        return torch.ones(len(ids), count, dtype=torch.bool, device=ids.device)
 
     def grid(self, recording: Recording) -> tuple[int, int] | None:
         return self.cells()[1]
@@ -80,10 +73,6 @@ class VisualBert(SingleStream):
         low, high = matrix.amin((1, 2), keepdim=True), matrix.amax((1, 2), keepdim=True)
         return {"R_ss": (matrix - low) / torch.where(high > low, high - low, torch.ones_like(high))}
 
-    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        mask: Any = self.inputs.get("visual_attention_mask")
-        return super().image_valid(count, grid) if mask is None else mask.bool()
-
 
 @known
 class VisualBertReasoning(VisualBert):
@@ -116,6 +105,7 @@ class Vilt(SingleStream):
     def prepared(self) -> Mapping[str, Any]:
         others = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
         embedded, seen, places = self._embedded(self.config.max_image_length)
+        # The image's class token comes first, and lies on no cell.
         self._places, self._seen = places, seen[:, 1:].bool()
         return {**others, "image_embeds": embedded, "pixel_mask": seen}
 
@@ -134,6 +124,7 @@ class Vilt(SingleStream):
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         text, drawn = super().rows(matrices, targets, column)
+        # Padding among the patches has a place, too, and nothing to add there.
         cells = drawn.new_zeros(len(drawn), self._grid[0] * self._grid[1])
         return text, cells.scatter_add(1, self._places, drawn * self._seen)
 
@@ -144,7 +135,7 @@ class Vilt(SingleStream):
 
     def sample(self, sample: int, length: int, valid: Tensor) -> dict[str, Any]:
         """The part of the picture that lies on patches of the image."""
-        one = super().sample(sample, length, valid)
+        alone = super().sample(sample, length, valid)
         if self.config.max_image_length >= 0:
             raise PrunexError(
                 f"{type(self.model).__name__} draws which patches it looks at (max_image_length), so nothing can be "
@@ -152,10 +143,10 @@ class Vilt(SingleStream):
             )
         size = self.config.patch_size
         tall, wide = (size, size) if isinstance(size, int) else size
-        pixels = one["pixel_values"]
+        pixels = alone["pixel_values"]
         cells = valid.view(pixels.shape[2] // tall, pixels.shape[3] // wide)
         pixels = pixels[:, :, : int(cells.any(1).sum()) * tall, : int(cells.any(0).sum()) * wide]
-        return {**one, "pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0], dtype=torch.long)}
+        return {**alone, "pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0], dtype=torch.long)}
 
     def without(self, image: Tensor, places: Tensor) -> dict[str, Any]:
         """Patches leave once they are embedded, since a mask of pixels says where an image ends and no more."""

@@ -12,6 +12,7 @@ from prunex.errors import PrunexError
 from prunex.multimodal.adapter import Adapter, Pass, Targets, classes_of, known
 from prunex.multimodal.detr import Detector
 from prunex.multimodal.recorder import Recording
+from prunex.multimodal.rules import row_of
 
 
 def end_of_text(ids: Tensor, end: int | None) -> Tensor:
@@ -20,14 +21,6 @@ def end_of_text(ids: Tensor, end: int | None) -> Tensor:
     Old configurations say 2, which no vocabulary means; the library then takes the largest, and so do we.
     """
     return ids.argmax(-1) if end is None or end == 2 else (ids == end).int().argmax(-1)
-
-
-def text_row(matrix: Tensor, ids: Tensor, end: int | None) -> Tensor:
-    """The row of the token that is read, without what it owes to itself: [N, T]."""
-    every, read = torch.arange(len(matrix), device=matrix.device), end_of_text(ids, end).to(matrix.device)
-    row = matrix[every, read].clone()
-    row[every, read] = 0
-    return row
 
 
 class TwoTowers(Adapter):
@@ -52,10 +45,6 @@ class TwoTowers(Adapter):
     def text_valid(self) -> Tensor | None:
         # A detector has no text of its own; which text belongs to which image, only targets know.
         return Adapter.text_valid(self)
-
-    def image_valid(self, count: int, grid: tuple[int, int] | None) -> Tensor:
-        pixels = self.inputs["pixel_values"]
-        return torch.ones(len(pixels), count, dtype=torch.bool, device=pixels.device)
 
     def grid(self, recording: Recording) -> tuple[int, int] | None:
         height, width = self.inputs["pixel_values"].shape[-2:]
@@ -93,6 +82,7 @@ class Clip(TwoTowers):
                 column = torch.full((len(classes),), -1, device=classes.device)
                 for image in waiting.nonzero()[:, 0].tolist():
                     text = int(classes[image, k])
+                    # A shared text was run once: its map has room for one image's gradient a pass.
                     if text not in taken:
                         taken.add(text)
                         column[image] = k
@@ -109,8 +99,8 @@ class Clip(TwoTowers):
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         """The end of the text, and the image's class token."""
         texts = self.chosen(targets, column)
-        end = self.config.text_config.eos_token_id
-        return text_row(matrices["R_tt"], self.inputs["input_ids"][texts], end), matrices["R_ii"][:, 0, 1:]
+        read = end_of_text(self.inputs["input_ids"][texts], self.config.text_config.eos_token_id)
+        return row_of(matrices["R_tt"], read), matrices["R_ii"][:, 0, 1:]
 
 
 @known
@@ -156,13 +146,14 @@ class OwlViT(TwoTowers, Detector):
         return targets
 
     def answering(self, targets: Targets, column: Tensor) -> Mapping[str, Tensor]:
-        patch = torch.tensor(targets.queries, device=column.device)[column] + 1
+        patch = targets.query(column) + 1
         both = torch.stack([torch.zeros_like(patch), patch], 1)
+        # Whatever the configuration says ends a text: this tower reads the largest number.
         return {"tt": end_of_text(self.inputs["input_ids"], None)[:, None], "ii": both}
 
     def rows(self, matrices: Mapping[str, Tensor], targets: Targets, column: Tensor) -> tuple[Tensor, Tensor]:
         ids = self.inputs["input_ids"][self.chosen(targets, column)]
         every = torch.arange(len(column), device=column.device)
-        patch = torch.tensor(targets.queries, device=column.device)[column] + 1
-        image = matrices["R_ii"][every, patch] + matrices["R_ii"][:, 0]
-        return text_row(matrices["R_tt"], ids, None), image[:, 1:]
+        # The class token is the first, so that patches are numbered from 1.
+        image = matrices["R_ii"][every, targets.query(column) + 1] + matrices["R_ii"][:, 0]
+        return row_of(matrices["R_tt"], end_of_text(ids, None)), image[:, 1:]

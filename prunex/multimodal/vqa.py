@@ -226,6 +226,7 @@ def vqa_perturbation(
             constant[kind] += int(len(units) > 1 and bool((units == units[0]).all()))
             gone = len(units) - torch.tensor(kept_counts(len(units), steps[kind], count_rule))
             left = _places(units, draws, generator)[:, None] >= gone[:, None]  # [orders, K, n]
+            # What may not leave stays: the other modality, and protected tokens.
             rows.append(torch.ones(*left.shape[:2], len(relevance), dtype=torch.bool))
             rows[-1][..., free[kind]] = left
         # What orders and modalities share, such as the whole question, is asked once.
@@ -275,6 +276,7 @@ def by_length(kept: Tensor) -> list[tuple[Tensor, Tensor]]:
     groups = []
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero()[:, 0]
+        # Row by row as nonzero goes, each with equally many places.
         groups.append((rows, kept[rows].nonzero()[:, 1].view(len(rows), length)))
     return groups
 

@@ -39,6 +39,7 @@ def pieces(tokens: Sequence[str]) -> list[Piece]:
         if _MARK.fullmatch(token):
             answer.append(Piece(token, True, False))
             continue
+        # What follows a mark begins a word, whatever its vocabulary would write for one that goes on.
         after_word = place > 0 and not answer[-1].mark
         joined = token.startswith(_GOES_ON)
         joined |= ends and not tokens[place - 1].endswith(_ENDS)

@@ -29,15 +29,15 @@ def card(title: str, facts: Mapping[str, Any], *parts: str) -> str:
     >>> "&lt;b&gt;" in card("Explanation", {"method": "<b>"})
     True
     """
-    said = " · ".join(
-        f"{escape(name)} <b>{escape(value if isinstance(value, str) else brief(value))}</b>"
-        for name, value in facts.items()
-        if value is not None
-    )
+    said = []
+    for name, value in facts.items():
+        if value is not None:
+            text = value if isinstance(value, str) else brief(value)
+            said.append(f"{escape(name)} <b>{escape(text)}</b>")
     head = f'<div style="font-weight: 600; font-size: 1.1em">{escape(title)}</div>'
     return (
         f'<div style="max-width: 100%; padding: 6px 0; line-height: 1.5">{head}'
-        f'<div style="overflow-wrap: anywhere">{said}</div>{"".join(parts)}</div>'
+        f'<div style="overflow-wrap: anywhere">{" · ".join(said)}</div>{"".join(parts)}</div>'
     )
 
 

@@ -117,7 +117,9 @@ def _largest(grids: Floats, signed: bool) -> str:
     if not finite.size:
         return "no finite value"
     top = abs(finite).max() if signed else finite.max()
-    return "zero everywhere" if top <= 0 else f"{'± ' if signed else 'max '}{top:.3g}"
+    if top <= 0:
+        return "zero everywhere"
+    return f"{'± ' if signed else 'max '}{top:.3g}"
 
 
 def _scales(kinds: Sequence[bool], key: Sequence[str], count: int, width: int) -> Picture:

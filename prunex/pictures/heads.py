@@ -1,7 +1,6 @@
 """Heads that explain themselves: what concepts add to classes, and where attributes are."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from prunex.errors import PrunexError
 from prunex.pictures.arrays import Floats, Picture, as_grids, as_numpy
 from prunex.pictures.mosaic import Scenes, class_name
 from prunex.pictures.overlay import overlay
-from prunex.pictures.sheet import FAINT, GAP, HEAD, INK, LETTER, NOTE, SIGNED, WIDE, Sheet, fitted
+from prunex.pictures.sheet import GAP, INK, NOTE, SIGNED, Sheet, fitted, titled, wrapped
 
 FOR, AGAINST = ((np.array(colormaps[SIGNED](place)[:3]) * 255).round().astype(np.uint8) for place in (0.86, 0.14))
 _SHOWN = 5  # bars of an image
@@ -88,11 +87,12 @@ def concept_contributions(
     if drawn is not None:
         keys.append("maps: red patches speak for it, blue ones against it, each map on its own scale")
     width = left + across * (block + 2 * GAP)
-    lines = textwrap.wrap(" · ".join(keys), int((width - left) / (NOTE * LETTER)))
+    lines = wrapped(" · ".join(keys), width - left)
     height = max(top + table.shape[0], top + down * high + 15 * len(lines)) + GAP
-    sheet = Sheet(max(width, GAP + round(len(title or "") * HEAD * WIDE)), height)
+    sheet = Sheet(titled(width, title), height)
     sheet.head(title)
     sheet.put(GAP, top, table)
+    # Chosen first, since the bars of all images share one scale.
     strongest = [np.argsort(-np.abs(values[i, :, k]), kind="stable")[:_SHOWN] for i, k in enumerate(chosen)]
     shown = [values[i, order, k] for i, (order, k) in enumerate(zip(strongest, chosen, strict=True))]
     for number, row in enumerate(scenes.rows()):
@@ -104,8 +104,7 @@ def concept_contributions(
             sheet.put(x + 4, y + 20, drawn[number])
             x += wide + 4
         _bars(sheet, x + 8, y + 20, [names[c] for c in strongest[number]], shown[number], named, np.concatenate(shown))
-    for number, line in enumerate(lines):
-        sheet.write(left, top + down * high + 10 + 15 * number, line, NOTE, FAINT)
+    sheet.notes(left, top + down * high + 10, lines)
     return sheet.drawn()
 
 
@@ -161,6 +160,7 @@ def _bars(sheet: Sheet, x: int, y: int, names: list[str], values: Floats, named:
 def _table(means: Floats, concepts: list[str], class_names: Sequence[str] | None, note: str) -> Picture:
     """Cells of concepts by classes with their names, and the scale of their colours."""
     strength = np.abs(means)
+    # The strongest of many, in the order in which they came.
     rows, columns = (np.sort(np.argsort(-strength.max(1 - axis), kind="stable")[: _MOST[axis]]) for axis in (0, 1))
     classes = [class_name(int(k), class_names) for k in columns]
     named = [concepts[c] for c in rows]
@@ -174,7 +174,7 @@ def _table(means: Floats, concepts: list[str], class_names: Sequence[str] | None
     notes = [note]
     notes += [f"{' and '.join(hidden)} not shown"] if hidden else []
     width = max(left + across + GAP, 300)
-    lines = [line for note in notes for line in textwrap.wrap(note, int((width - GAP) / (NOTE * LETTER)))]
+    lines = [line for note in notes for line in wrapped(note, width - GAP)]
     sheet = Sheet(width, top + down + 46 + 15 * len(lines))
     largest = float(strength.max()) or 1.0
     colours = colormaps[SIGNED]((means[np.ix_(rows, columns)] / largest + 1) / 2)[..., :3]
@@ -187,8 +187,7 @@ def _table(means: Floats, concepts: list[str], class_names: Sequence[str] | None
     for number, name in enumerate(named):
         sheet.write(left - 6, top + tall * (number + 0.5) + 4, fitted(name, left - 6, 12, 0.6), 12, anchor="right")
     sheet.scale(left, top + down + 8, max(200, min(across, 240)), largest)
-    for number, line in enumerate(lines):
-        sheet.write(GAP, top + down + 54 + 15 * number, line, NOTE, FAINT)
+    sheet.notes(GAP, top + down + 54, lines)
     return sheet.drawn()
 
 
@@ -243,11 +242,9 @@ def attribute_rows(
     key += ["bright: where the attribute attends to, each map on its own scale, paler the less it adds"]
     if hidden := count - len(columns):
         key.append(f"{hidden} more attribute{'s' if hidden > 1 else ''} that add less not shown")
-    lines = textwrap.wrap(" · ".join(key), int((width - 2 * GAP) / (NOTE * LETTER)))
+    lines = wrapped(" · ".join(key), width - 2 * GAP)
     high = tall + 24
-    sheet = Sheet(
-        max(width, GAP + round(len(title or "") * HEAD * WIDE)), top + scenes.count * high + 15 * len(lines) + 6
-    )
+    sheet = Sheet(titled(width, title), top + scenes.count * high + 15 * len(lines) + 6)
     sheet.head(title)
     for number, name in enumerate(["input", *(f"attribute {m + 1}" for m in columns)]):
         sheet.write(left + number * (wide + GAP), top - 6, fitted(name, wide + 4, 12, 0.6), 12, bold=True)
@@ -260,10 +257,10 @@ def attribute_rows(
             sheet.write(left - GAP, place, fitted(text, left - GAP), color=color, bold=not index, anchor="right")
         for number, m in enumerate(columns, start=1):
             value, x = values[row, m], left + number * (wide + GAP)
+            # By the root, so that what adds little is pale and still to be seen.
             strong = 0.9 * max(0.12, abs(value) / (largest or 1.0)) ** 0.5
             sheet.put(x, y, overlay(scenes.cells[row], grids[row, m], alpha=strong, signed=False, floor=0.0))
             rgb = "#{:02x}{:02x}{:02x}".format(*(FOR if value >= 0 else AGAINST))
             sheet.write(x, y - 5, _signed(value, largest), 13, rgb, bold=True)
-    for number, line in enumerate(lines):
-        sheet.write(GAP, sheet.height - 8 - 15 * (len(lines) - 1 - number), line, NOTE, FAINT)
+    sheet.notes(GAP, sheet.height - 8 - 15 * (len(lines) - 1), lines)
     return sheet.drawn()

@@ -94,7 +94,7 @@ def colored_words(
         y = head + _LINE * line
         color = _MARKS(share * _MARKED) if mark else _WORDS(share * _STRONGEST)
         # The end of a long word that no line holds is cut off.
-        _fill(sheet.pixels, x, y, x + round(wide), y + _LINE - 6, _rgb(color))
+        sheet.fill(x, y, round(wide), _LINE - 6, _rgb(color))
         shown = fitted(word, wide, _SIZE, 0.55) if wide >= width - 2 * GAP else word
         sheet.write(x + 3, y + 17, shown, _SIZE, FAINT if mark else INK)
     _scale(sheet, GAP, sheet.height - 20, top, bool(marked.any()))
@@ -180,7 +180,7 @@ def relevance_bars(names: Sequence[str], relevance: Any, title: str = "", width:
         y, share = head + 22 * row, max(0.0, values[number] / top) if top > 0 else 0.0
         sheet.write(left - GAP, y + 14, fitted(names[number], left - GAP, letter=0.55), anchor="right")
         end = left + round(share * (width - left - 80))
-        _fill(sheet.pixels, left, y + 2, max(end, left + 1), y + 18, _rgb(_WORDS(0.25 + 0.5 * share)))
+        sheet.fill(left, y + 2, max(end - left, 1), 16, _rgb(_WORDS(0.25 + 0.5 * share)))
         sheet.write(end + 6, y + 14, f"{values[number]:.3g}", NOTE, FAINT)
     if rest:
         sheet.write(left, sheet.height - 6, f"and {rest} with less", NOTE, FAINT)
@@ -209,32 +209,35 @@ def detection_sheet(image: Any, detections: Sequence[Detection], side: int = 224
     """
     picture = resized(as_pictures(image, 3, "image"), side)
     methods = list(detections[0].maps) if detections else []
-    if not methods or any(list(each.maps) != methods or list(each.masks) != methods for each in detections):
+    if not methods or any(list(d.maps) != methods or list(d.masks) != methods for d in detections):
         raise PrunexError("detections are drawn from the maps and masks of the same methods: give at least one of each")
     key = ("white: the box", "cyan: the map's mask", "each tile from 0 to its largest value")
-    plain = [_framed(picture, each) for each in detections]
+    plain = [_framed(picture, detection) for detection in detections]
     if len(methods) > 1:
         columns = [Column("image", np.stack(plain))]
         for method in methods:
-            columns.append(Column(method, np.stack([_detected(picture, each, method) for each in detections])))
-        rows = [[(each.label, INK), *((line, FAINT) for line in each.note.split("\n"))] for each in detections]
-        return compose(columns, rows, key=key)
+            columns.append(Column(method, np.stack([_detected(picture, d, method) for d in detections])))
+        return compose(columns, [_caption(detection) for detection in detections], key=key)
     tiles = [Column("image\n" + methods[0], picture[None])]
-    tiles += [
-        Column(f"{each.label}\n{' · '.join(each.note.split(chr(10)))}", _detected(picture, each, methods[0])[None])
-        for each in detections
-    ]
+    for detection in detections:
+        words = f"{detection.label}\n{detection.note.replace(chr(10), ' · ')}"
+        tiles.append(Column(words, _detected(picture, detection, methods[0])[None]))
     parts = [tiles[start : start + across] for start in range(0, len(tiles), across)]
     return stacked([compose(part, [()], key=key if part is parts[-1] else ()) for part in parts])
 
 
-def _detected(picture: Picture, each: Detection, method: str) -> Picture:
+def _caption(detection: Detection) -> list[tuple[str, str]]:
+    """What stands beside a detection's row: its class, and its note in faint lines."""
+    return [(detection.label, INK), *((line, FAINT) for line in detection.note.split("\n"))]
+
+
+def _detected(picture: Picture, detection: Detection, method: str) -> Picture:
     """One tile: the map, the outline of its mask, the box above both."""
-    drawn = overlay(picture, each.maps[method], signed=False, floor=0.0)
-    mask = as_numpy(each.masks[method])
+    drawn = overlay(picture, detection.maps[method], signed=False, floor=0.0)
+    mask = as_numpy(detection.masks[method])
     drawn = outline(drawn, mask, OBJECT) if mask.any() else drawn
-    framed = _framed(drawn, each)
-    if (as_numpy(each.maps[method]) > 0).any():
+    framed = _framed(drawn, detection)
+    if (as_numpy(detection.maps[method]) > 0).any():
         return framed
     sheet = Sheet(framed.shape[1], framed.shape[0])
     sheet.put(0, 0, framed)
@@ -242,11 +245,11 @@ def _detected(picture: Picture, each: Detection, method: str) -> Picture:
     return sheet.drawn()
 
 
-def _framed(picture: Picture, each: Detection) -> Picture:
+def _framed(picture: Picture, detection: Detection) -> Picture:
     framed = picture.copy()
     height, width = framed.shape[:2]
     thick = max(1, round(max(height, width) / 140))
-    _frame(framed, _on_pixels(_corners([each.box])[0], width, height), BOX, thick)
+    _frame(framed, _on_pixels(_corners([detection.box])[0], width, height), BOX, thick)
     return framed
 
 
@@ -306,6 +309,7 @@ def _wrapped(widths: Sequence[float], joined: Sequence[bool], width: int) -> lis
     for number, wide in enumerate(widths):
         goes_on = joined[number] and number > 0
         x += _SPACE if number > 0 and not goes_on else 0
+        # A word in parts goes to the next line as a whole, unless no line holds it.
         following = next((k for k in range(number + 1, len(joined)) if not joined[k]), len(joined))
         whole = sum(widths[number:following])
         needed = wide if goes_on or whole > width - 2 * GAP else whole
@@ -323,10 +327,6 @@ def _scale(sheet: Sheet, x: int, y: int, top: float, marked: bool) -> None:
     sheet.put(x + 12, y, np.broadcast_to((strip * 255).round().astype(np.uint8), (12, 120, 3)))
     says = f"{top:.3g}, the most of a word" if top > 0 else "no word has any"
     sheet.write(x + 138, y + 10, f"{says}{' · grey: marks of the text' if marked else ''}", NOTE, FAINT)
-
-
-def _fill(pixels: Picture, x0: int, y0: int, x1: int, y1: int, color: tuple[int, int, int]) -> None:
-    pixels[y0:y1, x0:x1] = color
 
 
 def _rgb(color: Any) -> tuple[int, int, int]:

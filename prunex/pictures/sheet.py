@@ -101,6 +101,11 @@ class Sheet:
         if title:
             self.write(GAP, 20, fitted(title, self.width, HEAD), HEAD, bold=True)
 
+    def notes(self, x: float, y: float, lines: Sequence[str]) -> None:
+        """Lines of what explains, the first with its base line at a place."""
+        for number, line in enumerate(lines):
+            self.write(x, y + 15 * number, line, NOTE, FAINT)
+
     def drawn(self) -> Picture:
         """What the sheet shows, uint8 [height, width, 3]."""
         self.figure.figimage(self.pixels, resize=False, zorder=-1)  # below axes, which lie at 0
@@ -114,6 +119,16 @@ def fitted(text: str, width: float, size: float = 13, letter: float = WIDE) -> s
     """Cut each line to what a width holds; `letter` is the mean width of a letter, here of a bold one, per size."""
     most = max(4, int(width / (letter * size)))
     return "\n".join(line if len(line) <= most else line[: most - 1] + "…" for line in text.split("\n"))
+
+
+def wrapped(text: str, width: float, size: float = NOTE) -> list[str]:
+    """A text in lines that a width holds."""
+    return textwrap.wrap(text, int(width / (size * LETTER)))
+
+
+def titled(width: int, title: str | None) -> int:
+    """A width that holds a title, too."""
+    return max(width, GAP + round(len(title or "") * HEAD * WIDE))
 
 
 def stacked(parts: Sequence[Picture]) -> Picture:
@@ -157,7 +172,7 @@ def compose(
     deepest = max(map(len, titles))
     top = GAP + (24 if title else 0) + 17 * deepest + 4
     # A picture of one method is narrow: the title may widen it, the key goes on in further lines.
-    width = max(left + len(columns) * (wide + GAP), GAP + round(len(title or "") * HEAD * WIDE))
+    width = titled(left + len(columns) * (wide + GAP), title)
     notes = textwrap.wrap(" · ".join(key), max(20, int((width - left) / (NOTE * NARROW))))
     height = top + count * (tall + GAP) + 16 * len(notes) + (4 if key else 0)
     sheet = Sheet(width, height)

@@ -1,6 +1,5 @@
 """A tree of prototypes: what each branch looks for, how many images go which way, and what they are taken for."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from prunex.errors import PrunexError
 from prunex.pictures.arrays import Floats, Picture, as_numpy, as_pictures, resized
 from prunex.pictures.curves import COLORS
 from prunex.pictures.mosaic import class_name
-from prunex.pictures.sheet import DPI, FAINT, GAP, INK, LETTER, NOTE, Sheet, fitted
+from prunex.pictures.sheet import DPI, FAINT, GAP, INK, NOTE, Sheet, fitted, wrapped
 
 LEVELS = 4  # of a tree that are drawn
 _PALE = "#b9c0c7"
@@ -65,15 +64,16 @@ def prototype_tree(
         "there, mean probability",
     ]
     width = 2 * GAP + slot * 2**shown
-    lines = [line for text in key for line in textwrap.wrap(text, int((width - 2 * GAP) / (NOTE * LETTER)))]
+    lines = [line for text in key for line in wrapped(text, width - 2 * GAP)]
     if not any(len(p) for p in nearest):
         lines.append("no training patches were collected: they are while ExplainableHead trains")
-    said = textwrap.wrap(word, int((width - 2 * GAP) / (12 * LETTER)))
+    said = wrapped(word, width - 2 * GAP, 12)
     first, step = (30 if title else 8) + 17 * len(said) + 8, tall + 62
     sheet = Sheet(width, first + shown * step + 74 + 15 * len(lines))
     sheet.head(title)
     for number, line in enumerate(said):
         sheet.write(GAP, first - 12 - 17 * (len(said) - 1 - number), line, 12)
+    # Edges are drawn in the sheet's own pixels, downwards.
     lane = sheet.axes(0, 0, sheet.width, sheet.height)
     lane.set_xlim(0, sheet.width)
     lane.set_ylim(sheet.height, 0)
@@ -81,6 +81,7 @@ def prototype_tree(
         level = len(path) - len(start)
         if not path.startswith(start):
             continue
+        # A path read as a binary number is the node's place in its level.
         place = int("".join("01"[way == "r"] for way in path[len(start) :]) or "0", 2)
         x, y = GAP + slot * 2 ** (shown - level) * (place + 0.5), first + level * step
         if len(path) == depth:
@@ -91,8 +92,7 @@ def prototype_tree(
             child = passed[nodes[path + way][0]]
             reach = slot * 2 ** (shown - level) / 4
             _edge(sheet, lane, (x, y + tall + 5), (x + turn * reach, y + step - 5), turn, child / max(1, passed[0]))
-    for number, line in enumerate(lines):
-        sheet.write(GAP, sheet.height - 8 - 15 * (len(lines) - 1 - number), line, NOTE, FAINT)
+    sheet.notes(GAP, sheet.height - 8 - 15 * (len(lines) - 1), lines)
     return sheet.drawn()
 
 
@@ -125,6 +125,7 @@ def _whole_tree(counts: Any, leaves: Any, branches: int) -> tuple[Any, Floats, i
         )
     nodes = _nodes(depth)
     inner = {path: node for path, (node, _) in nodes.items() if len(path) < depth}
+    # Every image that comes to a branch goes on to one of its children.
     sums = [passed[node] - passed[nodes[p + "l"][0]] - passed[nodes[p + "r"][0]] for p, node in inner.items()]
     if not np.issubdtype(passed.dtype, np.integer) or (passed < 0).any() or any(sums):
         raise PrunexError("counts are no images: give whole numbers, at each branch as many as its two children have")
@@ -171,12 +172,13 @@ def _edge(
     sheet: Sheet, lane: Any, start: tuple[float, float], end: tuple[float, float], turn: int, share: float
 ) -> None:
     """A line as wide as the share that goes along it, and that share above its middle."""
-    color = (COLORS[0] if turn < 0 else "#78838e") if share else _PALE
+    color, size, anchor = _PALE, NOTE, "right" if turn < 0 else "left"
+    if share:
+        color, size = COLORS[0] if turn < 0 else "#78838e", 13
     pixels = 1 + 10 * share
     lane.plot(*zip(start, end, strict=True), color=color, linewidth=pixels * 72 / DPI, solid_capstyle="butt")
     x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
     text = f"{share:.0%}" if share == 0 or share >= 0.01 else "<1%"
-    size, anchor = (13, "right" if turn < 0 else "left") if share else (NOTE, "right" if turn < 0 else "left")
     away = 6 + pixels / 2
     sheet.write(x + turn * away, y - away / 2, text, size, INK if share else _PALE, bold=bool(share), anchor=anchor)
 

@@ -230,7 +230,7 @@ def head_attention(
         raise PrunexError(f"maps of shape {as_numpy(maps).shape} cannot be drawn: give [images, heads, gh, gw]")
     grids = as_grids(maps, (count, across), "maps", dtype=float)
     # Each image has heads of its own, so that captions stand above cells and not above columns.
-    captions = [[str(t) for t in row] for row in titles]
+    captions = [list(map(str, row)) for row in titles]
     if [len(row) for row in captions] != [across] * count or (names is not None and len(names) != count):
         raise PrunexError(
             f"captions for {[len(row) for row in captions]} maps of {len(captions)} images do not fit: give {across} "

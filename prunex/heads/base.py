@@ -132,11 +132,7 @@ class TokenHead(nn.Module):
         """Multiply-adds for one image with so many patch tokens left."""
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' entries under this module's names.
-
-        Raises:
-            PrunexError: For a head without public code.
-        """
+        """The authors' entries under this module's names; refused where a head has no public code."""
         raise PrunexError(f"{self.name} has no official weights: train it, or load a state_dict of prunex")
 
     def official_names(self) -> set[str]:
@@ -144,27 +140,15 @@ class TokenHead(nn.Module):
         return set(self.state_dict())
 
     def force(self, values: Mapping[str, float]) -> None:
-        """Set attention to concepts by hand.
-
-        Raises:
-            PrunexError: For a head without concepts.
-        """
+        """Set attention to concepts by hand; refused where a head has none."""
         raise PrunexError(f"{self.name} has no concepts to intervene in: concept_transformer has")
 
     def tree(self) -> Any:
-        """The tree.
-
-        Raises:
-            PrunexError: For a head without one.
-        """
+        """The tree; refused where a head has none."""
         raise PrunexError(f"{self.name} has no tree: vit_net has one")
 
     def controls(self, reading: Any, labels: Tensor) -> dict[str, float]:
-        """Accuracies with and without parts of the head, by name.
-
-        Raises:
-            PrunexError: For a head without such controls.
-        """
+        """Accuracies with and without parts of the head, by name; refused where a head has no such controls."""
         raise PrunexError(f"{self.name} has no controls: vit_net has them")
 
     def outputs(self, reading: Any) -> dict[str, Tensor]:

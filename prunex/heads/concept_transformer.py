@@ -374,6 +374,7 @@ class ConceptTransformer(TokenHead):
         Raises:
             PrunexError: For a name that is no concept, or a value that is no share.
         """
+        # All are checked before any is in force.
         for name, value in values.items():
             if name not in self.all_names:
                 raise unknown("concept", name, self.all_names)

@@ -42,6 +42,7 @@ class FinalTokens(Brief):
             if factor is not None and factor.shape == x.shape[:2]:
                 factor = factor[:, prefix:].to(x.dtype)
                 counts = factor if counts is None else counts * factor
+        # A trace without stages says what None does: every token is a patch, in raster order.
         trace = left.trace if left.trace is not None and left.trace.stages else None
         fixed = None if left.anatomy.dynamic else left.anatomy.grid
         return cls(x[:, :prefix], x[:, prefix:], counts, trace, fixed if left.trace is None else left.trace.grid)

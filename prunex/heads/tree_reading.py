@@ -152,11 +152,7 @@ def nodes_of(depth: int, nearest: Mapping[int, Sequence[Nearest]]) -> list[Node]
 
 
 def check_classes(labels: Any, batch: int, classes: int) -> None:
-    """Refuse labels that are no class of each of so many images, or a single image.
-
-    Raises:
-        PrunexError: Likewise.
-    """
+    """Refuse labels that are no class of each of so many images, or a single image."""
     whole = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
     if not whole or len(labels) != batch or batch < 2:
         came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__

@@ -52,6 +52,7 @@ def labelled_batches(source: Any, model: Any, truth: bool = False) -> Iterator[B
         if labels is not None:
             labels = _graphable(_check_labels(labels, classes).to(weight.device))
         seen += len(images)
+        # Loaders give float32, which layers of another precision refuse.
         yield _graphable(images.detach().to(weight.device, weight.dtype)), labels
     if seen == 0:
         raise PrunexError("calibration got no images: give a loader with at least one")

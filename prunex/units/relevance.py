@@ -116,6 +116,7 @@ class Relevance(UnitPruner):
         units = {}
         for b in self.branches:
             x, r = seen[b.key], relevance[b.key]
+            # Rules give relevance itself, modified gradients what it is per unit of the input.
             channels = (r if self.rule == "zplus" else r * x).detach()
             units[b.key] = channels.unflatten(2, (b.units, b.width)).sum(3)
         return units

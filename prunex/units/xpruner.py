@@ -268,6 +268,7 @@ class XPruner(UnitPruner):
     def score(self, branch: Branch) -> Tensor:
         """What is held against the threshold: mean abs(M) of each unit over its branch's mean, [units]."""
         mask = self.mask(branch).detach().abs().mean(0)
+        # Masks may be driven to 0 altogether, and then their mean divides nothing.
         units = mask.view(branch.units, branch.width).mean(1)
         return units / units.mean().clamp(min=torch.finfo(units.dtype).tiny)
 

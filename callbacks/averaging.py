@@ -22,15 +22,35 @@ _MOST = 20_000  # objects that are looked at: somebody's data may lie there too
 _NO_HOLDERS = (type, ModuleType, Trainer, Tensor, str, bytes, int, float, NoneType)
 
 
+def kinds_of(value: object) -> set[str]:
+    """Names of an object's class and its bases: packages that are told apart by these need not be installed."""
+    return {kind.__name__ for kind in type(value).__mro__}
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """A Trainer's callbacks, in the order of their turns."""
+    # A connector sets them, so that no type says so.
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def stepped(trainer: Trainer) -> set[int]:
+    """The ``id`` of each parameter that an optimiser of the Trainer steps."""
+    ids: set[int] = set()
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            ids.update(map(id, group["params"]))
+    return ids
+
+
 def averaging(trainer: Trainer, kind: str = "WeightAveraging") -> Callback | None:
     """The Trainer's ``WeightAveraging`` (``EMAWeightAveraging`` is one) or another kind; old Lightnings have none."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c for c in callbacks if kind in {k.__name__ for k in type(c).__mro__}), None)
+    return next((c for c in callbacks_of(trainer) if kind in kinds_of(c)), None)
 
 
 def stands_before(trainer: Trainer, first: Callback | None, second: Callback) -> bool:
     """Whether one callback's turn comes before another's."""
-    order = [id(c) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    order = [id(c) for c in callbacks_of(trainer)]
     return first is not None and order.index(id(first)) < order.index(id(second))
 
 
@@ -50,6 +70,7 @@ def averaged(trainer: Trainer, pl_module: LightningModule, swapped: bool = False
 
 def _swap(average: nn.Module, module: nn.Module) -> None:
     with torch.no_grad():
+        # Numbers change places, not tensors: optimisers and DDP hold these very parameters.
         ours = [*module.parameters(), *module.buffers()]
         for a, b in zip([*average.parameters(), *average.buffers()], ours, strict=True):
             held = a.detach().clone()
@@ -79,12 +100,13 @@ def check_swa_order(trainer: Trainer, callback: Callback) -> None:
 
 def check_own_averages(trainer: Trainer, module: LightningModule, callback: Callback) -> None:
     """Refuse averages that the module or somebody's callback made already, of a model without what is attached here."""
-    for holder in (module, *trainer.callbacks):  # type: ignore[attr-defined]
+    for holder in (module, *callbacks_of(trainer)):
         held = dict(vars(holder))
+        # torch keeps submodules apart from a module's other attributes.
         if isinstance(holder, nn.Module):
             held |= dict(holder.named_modules())
         for name, value in held.items():
-            kinds = {k.__name__ for k in type(value).__mro__} & _AVERAGES
+            kinds = kinds_of(value) & _AVERAGES
             if kinds and not any(mounted(m, kind) is not None for m in value.modules() for kind in (TOKENS, UNITS)):
                 raise PrunexError(
                     f"{type(holder).__name__}.{name} ({kinds.pop()}) averages a model without what "
@@ -121,16 +143,16 @@ class Copies:
     def _copies(self) -> Iterator[tuple[str, Tensor]]:
         """Where copies are, each with a tensor of it."""
         weights = [p for _, block in blocks_of(self.vit) for p in block.parameters()]
-        trained = {id(p) for p in self.vit.parameters()}
-        trained |= {id(p) for o in self.trainer.optimizers for group in o.param_groups for p in group["params"]}
+        trained = {id(p) for p in self.vit.parameters()} | stepped(self.trainer)
         shapes = {p.shape for p in weights}
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        foreign = [c for c in callbacks if not type(c).__module__.startswith(("prunex.", "lightning."))]
+        known = ("prunex.", "lightning.")
+        foreign = [c for c in callbacks_of(self.trainer) if not type(c).__module__.startswith(known)]
         # Lightning's own averages are known by name, and ours hold none.
         for holder in (self.module, *foreign):
             seen = {id(self.vit), id(self.trainer)}
             for where, tensors in _held(holder, type(holder).__name__, seen, 6):
                 others = [t for t in tensors if id(t) not in trained]
+                # A copy has all the shapes of the blocks; of another network that would be chance.
                 if shapes <= {t.shape for t in others}:
                     yield where, next(t for t in others if t.shape == weights[0].shape)
 

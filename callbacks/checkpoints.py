@@ -103,6 +103,7 @@ def guard_loading(
                         raise PrunexError(f"the checkpoint was written with other options: {other}; {_HOW}")
             if take_over is not None:
                 take_over(entry)
+        # For load_state_dict, which comes later and is told of the weights alone.
         hparams.update(checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
         return beneath(checkpoint)
 
@@ -111,6 +112,7 @@ def guard_loading(
             return beneath(*args, **kwargs)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines()]
+            # torch's first line names the class, the second what is wrong with it.
             why = differences(hparams, dict(module.hparams)) or " ".join(lines[1:2] or lines)[:200]
             raise PrunexError(f"the checkpoint's weights do not fit this model: {why}; {_HOW}") from error
 
@@ -132,6 +134,7 @@ def differences(written: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between options of a checkpoint and those of this run, in words; "" when nothing does."""
     words = []
     for name, value in written.items():
+        # Checkpoints hold plain values, in which a tuple is a list.
         present = list(now[name]) if isinstance(now.get(name), tuple) else now.get(name)
         if name in now and value != present and not name.startswith("_"):
             words.append(f"{name}={value!r} (now {present!r})")

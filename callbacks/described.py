@@ -66,6 +66,7 @@ def _datasets(trainer: Trainer) -> Iterator[Any]:
             waiting[:0] = inner.values() if isinstance(inner, Mapping) else inner
         elif inner is not None:
             yield inner
+            # In front: a dataset's own parts come before what lies beside it.
             waiting[:0] = [getattr(inner, "dataset", None), getattr(inner, "datasets", None)]
 
 

@@ -19,7 +19,7 @@ from prunex.callbacks.checkpoints import LAST, guard_loading
 from prunex.callbacks.generators import all_places, own_generators, reopen, set_generators, stateful
 from prunex.callbacks.layers import Layered
 from prunex.callbacks.participant import cuts_weights
-from prunex.callbacks.run_folder import run_folder
+from prunex.callbacks.run_folder import only_trying, run_folder
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.files import DRAFT, put_in_place, remove_drafts
@@ -134,7 +134,7 @@ class ExactResume(Layered, Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if getattr(trainer, "fast_dev_run", False):
+        if only_trying(trainer):
             return
         self._saved = trainer.global_step
         path = draft = self._folder / LAST
@@ -189,7 +189,9 @@ class ExactResume(Layered, Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The seed that all epochs' numbers come from, and where processes stand inside an epoch."""
-        return {"seed": self._seed} | ({"places": self._places} if self._saving and self._places else {})
+        # A file that another callback writes meanwhile must not send a run into the middle of an epoch.
+        inside = self._saving and self._places
+        return {"seed": self._seed} | ({"places": self._places} if inside else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""

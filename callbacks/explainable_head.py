@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.batches import Parts, parts
+from prunex.callbacks.alone import add_up
 from prunex.callbacks.averaging import check_order
-from prunex.callbacks.participant import Participant, progress
+from prunex.callbacks.participant import Participant, check_single, options_of, progress
 from prunex.callbacks.rates import check_stepped, give_rates
-from prunex.checks import check_number, check_options
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_number
+from prunex.errors import PrunexError
 from prunex.heads.tree_patches import Nearest
 
 # What validation measures of a head, by method: logged as prunex/val_*.
@@ -83,10 +84,7 @@ class ExplainableHead(Participant):
         super().__init__()
         known = prunex.registry.lookup("head", method)
         self.method = method
-        self.options = {**check_options(options), **more}
-        for name in self.options:
-            if name not in known.options:
-                raise unknown(f"option of {method}", name, known.options)
+        self.options = options_of(known, options, **more)
         self.model = model
         self.lr_scale = None if lr_scale is None else check_number("lr_scale", lr_scale, 0)
         self._learned: list[str] = []  # names of what the head shall learn
@@ -122,9 +120,7 @@ class ExplainableHead(Participant):
                 )
 
     def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
-        count = sum(isinstance(c, ExplainableHead) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if count > 1:
-            raise PrunexError(f"{count} ExplainableHead callbacks in one Trainer: keep one")
+        check_single(trainer, ExplainableHead)
         if not module.automatic_optimization:
             raise PrunexError(
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
@@ -215,6 +211,7 @@ class ExplainableHead(Participant):
         """Look for the patches nearest a tree's prototypes among the images of this step's last forward."""
         images, self._images = self._images, None
         known = forward.reading.tokens.grid is not None
+        # Patches can be cut where the forward was of these images, on a grid that is known.
         if images is not None and known and len(images) == forward.images:
             names = [f"{self._seen + i}" for i in range(len(images))]
             self._head.collect(forward.reading, images, names)
@@ -252,6 +249,7 @@ class ExplainableHead(Participant):
             with self._looks:
                 self._log_concepts(reading, fields.get("concepts"))
         labels = fields.get("labels")
+        # One of the controls takes other images' routing, so that one image alone has none.
         if self.method == "vit_net" and labels is not None and len(labels) == len(reading.logits) > 1:
             for name, right in self._head.right(reading, labels).items():
                 self._sum(f"tree_{name}", right, torch.ones_like(right))
@@ -288,8 +286,7 @@ class ExplainableHead(Participant):
         for i, name in enumerate(names):
             if name in measured:
                 sums[i] += measured[name]
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
+        add_up(trainer, sums)
         if not shown:
             return
         shares = {name: share / images for name, (share, images) in zip(names, sums.tolist(), strict=True) if images}
@@ -314,7 +311,10 @@ class ExplainableHead(Participant):
     def state_dict(self) -> dict[str, Any]:
         """Which patches were near a tree's prototypes, and how many images were looked through for them."""
         nearest = getattr(self._head, "nearest", {}) if self.pruning is not None else {}
-        rows = {branch: [vars(n) for n in patches] for branch, patches in nearest.items()}
+        # As plain values: a checkpoint that is read safely holds no class of ours.
+        rows = {}
+        for branch, patches in nearest.items():
+            rows[branch] = [vars(patch) for patch in patches]
         return {"seen": self._seen, "nearest": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

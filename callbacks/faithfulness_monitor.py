@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import prunex
+from prunex.callbacks.averaging import callbacks_of
 from prunex.callbacks.described import warn_once
 from prunex.callbacks.monitor import ExplainingMonitor, log_share
-from prunex.callbacks.run_folder import add_rows
+from prunex.callbacks.run_folder import add_rows, only_trying
 from prunex.errors import PrunexError
 from prunex.metrics.scoring import Measure, interval, measures, scores, without_pruning
 from prunex.removal.game import ROUTES
@@ -142,13 +143,13 @@ class FaithfulnessMonitor(ExplainingMonitor):
                 std=std,
                 chunk=self.chunk,
             )
-            for metric, each in values.items():
-                i = interval(metric, each)
+            for metric, per_image in values.items():
+                i = interval(metric, per_image)
                 log_share(pl_module, self.key(f"prunex/{metric}/{name}"), i.mean)
                 shown = ["" if math.isnan(v) else v for v in (i.mean, i.low, i.high)]
                 rows.append([trainer.current_epoch, trainer.global_step, name, metric, *shown, i.images])
-        if trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
-            path, others = self._folder / FILE, trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and not only_trying(trainer):
+            path, others = self._folder / FILE, callbacks_of(trainer)
             # In this run several monitors may write into one table; before its first row all of it is an earlier run's.
             begun = any(isinstance(c, FaithfulnessMonitor) and c._table == path for c in others)
             add_rows(path, COLUMNS, trainer.current_epoch, rows, replace=4 if begun else None)

@@ -66,6 +66,7 @@ class LossGuard:
         device = trainer.strategy.root_device
         bad = torch.zeros((), device=device) if self._since is None else self._since.to(device, torch.float32)
         self._since = None
+        # The largest of 0 and 1: whether any process saw one.
         dist.all_reduce(bad, dist.ReduceOp.MAX)
         self._shared.append((Flag(bad), self._round))
         self._round += 1
@@ -81,6 +82,7 @@ class LossGuard:
         while len(self._waiting) > left:
             bad, number, describe = self._waiting.popleft()
             if bad:
+                # The first is the cause: once weights are NaN all later losses are.
                 self._first = self._first or (number, describe())
                 if trainer.world_size == 1:
                     raise PrunexError(self._first[1])

@@ -16,6 +16,7 @@ def generators() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (augmentations draw from it)
     return {
         "python": [version, list(numbers), gauss],
+        # A tensor, for no array of NumPy's is read from a checkpoint that is read safely.
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -35,17 +36,19 @@ def set_generators(states: dict[str, Any]) -> None:
 
 def stateful(trainer: Trainer) -> bool:
     """Whether the training loaders know where they stand, as ``torchdata``'s StatefulDataLoader."""
-    loaders = trainer.fit_loop._combined_loader
-    names = ("state_dict", "load_state_dict")
-    flat = [] if loaders is None else loaders.flattened
-    return bool(flat) and all(callable(getattr(loader, name, None)) for loader in flat for name in names)
+    names, loaders = ("state_dict", "load_state_dict"), _loaders(trainer)
+    return bool(loaders) and all(callable(getattr(loader, name, None)) for loader in loaders for name in names)
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened
 
 
 def own_generators(trainer: Trainer) -> list[torch.Generator]:
     """Generators that training loaders and their samplers have of their own, beside torch's."""
-    loaders = trainer.fit_loop._combined_loader
-    flat = [] if loaders is None else loaders.flattened
-    holders = [*flat, *(getattr(loader, "sampler", None) for loader in flat)]
+    loaders = _loaders(trainer)
+    holders = [*loaders, *(getattr(loader, "sampler", None) for loader in loaders)]
     held = [getattr(holder, "generator", None) for holder in holders]
     return [generator for generator in held if isinstance(generator, torch.Generator)]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import prunex
 from prunex.attributes import Pair
+from prunex.callbacks.alone import add_up
 from prunex.callbacks.described import names_of, shown_channels
 from prunex.callbacks.monitor import Monitor
 from prunex.callbacks.run_folder import moment
@@ -95,8 +96,9 @@ class HeadMonitor(Monitor):
         head = self._head(pl_module)
         if trainer.world_size > 1 and head.method == "vit_net":
             mine = _ended(head) if self._ended is None else self._ended
+            # Zeros of a process whose steps ran no head lie on the CPU, and NCCL sums on GPUs alone.
             self._ended = mine.to(trainer.strategy.root_device)
-            torch.distributed.all_reduce(self._ended)
+            add_up(trainer, self._ended)
         super().on_validation_epoch_end(trainer, pl_module)
 
     def watch(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor]) -> None:
@@ -178,8 +180,8 @@ def _ended(head: prunex.Head, leaf: Tensor | None = None, distribution: Tensor |
     device = None if leaf is None else leaf.device
     sums = torch.zeros(2**tree.depth, 1 + tree.classes, device=device)
     if leaf is not None and distribution is not None:
-        each = torch.cat([torch.ones_like(distribution[:, :1]), distribution], 1)
-        sums = sums.index_add(0, leaf, each.float())
+        rows = torch.cat([torch.ones_like(distribution[:, :1]), distribution], 1)
+        sums = sums.index_add(0, leaf, rows.float())
     return sums
 
 

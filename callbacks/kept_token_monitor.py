@@ -53,6 +53,7 @@ class KeptTokenMonitor(Monitor):
             kept = [all_patches.bool() if i is None else trace.kept(i).cpu() for i in made]
             arrays["kept"] = torch.stack(kept).numpy()
         if trace.merges():
+            # Before the first merge every patch is a group of its own.
             alone = torch.arange(all_patches[0].numel()).view(trace.grid).expand_as(all_patches)
             groups = [alone if i is None else trace.groups(i).cpu() for i in made]
             arrays["groups"] = torch.stack(groups).numpy()

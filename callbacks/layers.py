@@ -42,6 +42,7 @@ class Layered(Callback):
     ) -> None:
         """Attach now, or right after ``configure_model`` of a module that makes its ViT only there."""
         if is_overridden("configure_model", module):
+            # Lightning calls it after every callback's setup, so that there may be no ViT yet.
             try:
                 find(module, path, kinds)
             except PrunexError:
@@ -89,6 +90,7 @@ def _layered(module: LightningModule, name: str) -> list[Layer]:
     before, original = module.__dict__.get(name), getattr(module, name)
     layers: list[Layer] = []
 
+    # Lightning reads a step's signature to know what to pass, and follows __wrapped__.
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         function = original

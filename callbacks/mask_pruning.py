@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -15,12 +14,13 @@ from torch import Tensor
 
 import prunex
 from prunex.batches import Parts, parts
-from prunex.callbacks.averaging import SWA, Copies, averaging
-from prunex.callbacks.participant import Participant, progress
+from prunex.callbacks.alone import add_up
+from prunex.callbacks.averaging import SWA, Copies, averaging, callbacks_of
+from prunex.callbacks.participant import Participant, options_of, progress
 from prunex.callbacks.token_pruning import TokenPruning, move
 from prunex.callbacks.training_batches import training_batches
-from prunex.checks import check_budget, check_flag, check_number, check_options, check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_budget, check_flag, check_number, check_whole
+from prunex.errors import PrunexError
 from prunex.handles.units import UnitPruning, schedule_done
 from prunex.units.base import UnitPruner
 from prunex.units.batches import entering
@@ -109,10 +109,7 @@ class MaskPruning(Participant):
             )
         check_budget(budget)
         self.method, self.budget = method, budget
-        self.options = check_options(options)
-        for name in self.options:
-            if name not in registered.options:
-                raise unknown(f"option of {method}", name, registered.options)
+        self.options = options_of(registered, options)
         self.masks, self.thresholds = check_number("masks", masks, 0, 1), check_number("thresholds", thresholds, 0, 1)
         if self.masks + self.thresholds > 1:
             raise PrunexError(
@@ -244,6 +241,7 @@ class MaskPruning(Participant):
         model, pruner = pruning.model, pruning.pruner
         chosen = {b.key: pruner.open(b.key).clone() for b in pruner.branches}
         cuts = [Cut(b, chosen[b.key].cpu(), (before[b.key] & ~chosen[b.key]).cpu()) for b in pruner.branches]
+        # Looked at with the old units open, since what they gave is made up for, and at the token counts of the end.
         with (
             training_batches(trainer, module, model) as batches,
             schedule_done(model),
@@ -274,6 +272,7 @@ class MaskPruning(Participant):
         model = self.pruning.model
         if resting:
             weights = model.named_parameters()
+            # What is attached is among the model's parameters too, and goes on learning.
             self._resting = {name for name, p in weights if not name.startswith("prunex") and p.requires_grad}
         # With several processes, or sharded weights, gradients are expected of all parameters.
         if trainer.world_size == 1 and not is_sharded(model):
@@ -319,13 +318,14 @@ class MaskPruning(Participant):
         learned: list[Tensor] = [pruner.thresholds]
         if pruner.stage == "masks":
             learned = pruner.masks()
+            # Of several processes these have gradients, see _rest, and an optimiser would step by them.
             for p in named(self.pruning.model, self._resting):
                 p.grad = None
         if trainer.world_size > 1:  # DDP knows parameters alone
             for tensor in learned:
                 if tensor.grad is None:
                     tensor.grad = torch.zeros_like(tensor)
-                dist.all_reduce(tensor.grad)
+                add_up(trainer, tensor.grad)
                 tensor.grad /= trainer.world_size
         adam = self._optimizers[pruner.stage]
         adam.step()
@@ -341,7 +341,7 @@ class MaskPruning(Participant):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log multiply-adds per image of the model as it would be exported now; beside TokenPruning that does it."""
         shown = self._validated(trainer)
-        if shown and not any(isinstance(c, TokenPruning) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if shown and not any(isinstance(c, TokenPruning) for c in callbacks_of(trainer)):
             pl_module.log("prunex/gmacs", prunex.cost(self.pruning.model).gmacs, rank_zero_only=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -368,7 +368,7 @@ def _count(module: LightningModule, pruner: XPruner, labels: Tensor) -> None:
     trainer = module._trainer
     if trainer is not None and trainer.world_size > 1:
         added = pruner.updates - before
-        dist.all_reduce(added)
+        add_up(trainer, added)
         pruner.updates.copy_(before + added)
 
 

@@ -22,13 +22,13 @@ import prunex
 from prunex.attributes import Pair, given_normalisation
 from prunex.batches import parts
 from prunex.callbacks.alone import agreed, alone
-from prunex.callbacks.averaging import averaged, averaging, stands_before
+from prunex.callbacks.averaging import averaged, averaging, callbacks_of, stands_before
 from prunex.callbacks.described import check_pixels, normalisation, shown_channels, warn_once
-from prunex.callbacks.participant import check_strategy
-from prunex.callbacks.run_folder import log_picture, moment, record_metrics, run_folder
+from prunex.callbacks.participant import check_strategy, options_of
+from prunex.callbacks.run_folder import log_picture, moment, only_trying, record_metrics, run_folder
 from prunex.callbacks.step_watch import StepWatch, input_kind, watched_part
-from prunex.checks import check_options, check_whole
-from prunex.errors import PrunexError, unknown
+from prunex.checks import check_whole
+from prunex.errors import PrunexError
 from prunex.pictures import from_tensor, save_npz, save_png, under_grid
 from prunex.registry import lookup
 from prunex.targets import MultiLabel, as_target, spelt
@@ -90,6 +90,7 @@ class Monitor(Callback):
         check_strategy(trainer, self)
         self._parts, self._complete, self._looked = [], False, False
         self._seen, self._arrays = -1, (Path(), {})
+        # A module that makes its ViT in configure_model has none yet.
         if self.mean is not None and not is_overridden("configure_model", pl_module):
             self.normalisation(trainer, pl_module)  # as many numbers as the model has channels, or refused
         # Here, because all processes come by: asking for the folder is a broadcast, and files are written by one.
@@ -162,6 +163,7 @@ class Monitor(Callback):
             self._take(part)
         elif self.collected < self.images:
             room = self.images - self.collected
+            # Cloned: a view would keep its whole batch in memory.
             self._parts.append({name: rows[:room].detach().cpu().clone() for name, rows in part.items()})
 
     def _take(self, part: dict[str, Tensor]) -> None:
@@ -192,8 +194,10 @@ class Monitor(Callback):
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is not known of all images, such as masks of some batches, is left out.
-        names = set.intersection(*(set(p) for p in self._parts))
-        self.watch(trainer, pl_module, {name: torch.cat([p[name] for p in self._parts]) for name in names})
+        batch = {}
+        for name in set.intersection(*(set(part) for part in self._parts)):
+            batch[name] = torch.cat([part[name] for part in self._parts])
+        self.watch(trainer, pl_module, batch)
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_epochs`` lies behind the last watched epoch, or training ends."""
@@ -267,7 +271,7 @@ class Monitor(Callback):
         self, trainer: Trainer, name: str, picture: np.ndarray, arrays: dict[str, np.ndarray] | None = None
     ) -> None:
         """PNG and npz under maps/, and the picture to every logger that takes one; nothing in ``fast_dev_run``."""
-        if getattr(trainer, "fast_dev_run", False):
+        if only_trying(trainer):
             return
         folder, when = self._folder / "maps", moment(trainer)[0]
         save_png(folder / f"{name}-{when}.png", picture)
@@ -296,17 +300,14 @@ class ExplainingMonitor(Monitor):
         if not (methods is None or isinstance(methods, list | tuple)) or methods in ([], ()):
             raise PrunexError(f"methods={methods!r} is not allowed: give a list of explainers, such as ['tokentm']")
         self.methods: list[str] = ["tokentm"] if methods is None else list(methods)
-        allowed = {name: lookup("explainer", name).options for name in self.methods}
+        known = {name: lookup("explainer", name) for name in self.methods}
         if not (options is None or isinstance(options, dict)):
             raise PrunexError(f"options={options!r} is not allowed: give options by method, as {{'rollout': {{...}}}}")
         self.options: dict[str, dict[str, Any]] = {}
         for name, given in (options or {}).items():
-            if name not in allowed:
+            if name not in known:
                 raise PrunexError(f"options were given for {name!r}, which is not among the methods {self.methods}")
-            self.options[name] = check_options(given)
-            for option in self.options[name]:
-                if option not in allowed[name]:
-                    raise unknown(f"option of {name}", option, allowed[name])
+            self.options[name] = options_of(known[name], given)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain one empty image, so that what refuses the ViT or its options does so before training."""
@@ -340,9 +341,8 @@ class ExplainingMonitor(Monitor):
                 e = prunex.explain(name, vit, images, self.target, **options)
                 yield name, name + words if e.class_specific else name, e
                 continue
-            for label, e in zip(
-                self.target.which, prunex.explain(name, vit, images, self.target, **options), strict=True
-            ):
+            explanations = prunex.explain(name, vit, images, self.target, **options)
+            for label, e in zip(self.target.which, explanations, strict=True):
                 if not e.class_specific:
                     yield name, name, e
                     break
@@ -353,7 +353,7 @@ class ExplainingMonitor(Monitor):
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:
-    return [c for c in trainer.callbacks if isinstance(c, Monitor)]  # type: ignore[attr-defined]
+    return [c for c in callbacks_of(trainer) if isinstance(c, Monitor)]
 
 
 def _by_forward(pl_module: LightningModule, vit: Any, batch: dict[str, Tensor]) -> Call | None:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 import prunex
 from prunex.callbacks.alone import alone
-from prunex.callbacks.averaging import SWA, averaging, check_own_averages
+from prunex.callbacks.averaging import SWA, averaging, callbacks_of, check_own_averages, kinds_of
 from prunex.callbacks.checkpoints import guard_loading, say_when_saved
 from prunex.callbacks.finite import LossGuard
 from prunex.callbacks.layers import Layered
 from prunex.callbacks.runs import Runs
-from prunex.errors import PrunexError
+from prunex.checks import check_options
+from prunex.errors import PrunexError, unknown
 from prunex.later import Looks
+from prunex.registry import Method
 from prunex.vit.anatomy import ViT
 from prunex.vit.sharded import is_sharded, settle, write_back
 from prunex.vit.units import Backbone
@@ -77,6 +79,7 @@ class Participant(Layered):
         wanted = {"budget": self.budget, **self.options} if self.which.get("units") else self.options
         for name, value in wanted.items():
             has = handle.options.get(name)
+            # What only attaching reads is kept nowhere, so that there is nothing to compare.
             if name in getattr(handle.learner, "read_once", ()):
                 continue
             # Options are kept in plain values, in which a tuple is a list.
@@ -121,8 +124,6 @@ class Participant(Layered):
             self.pruning.model.load_state_dict(trainer.strategy.broadcast(state))
 
     def _around_step(self, module: LightningModule, beneath: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer round ``training_step``."""
-
         def step() -> Any:
             self.runs.begin()
             output = beneath(*args, **kwargs)
@@ -211,16 +212,31 @@ class Participant(Layered):
         self._looks.clear()
 
 
+def options_of(method: Method, options: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
+    """Options as they were given to a callback; one that the method does not have is refused."""
+    given = {**check_options(options), **more}
+    for name in given:
+        if name not in method.options:
+            raise unknown(f"option of {method.name}", name, method.options)
+    return given
+
+
+def check_single(trainer: Trainer, kind: type[Callback]) -> None:
+    """Refuse several callbacks of a kind that there can be one of."""
+    count = sum(isinstance(callback, kind) for callback in callbacks_of(trainer))
+    if count > 1:
+        raise PrunexError(f"{count} {kind.__name__} callbacks in one Trainer: keep one")
+
+
 def check_strategy(trainer: Trainer, callback: Callback) -> None:
     """Refuse strategies that cut weights up in another way than ``fully_shard``, and averages that cannot follow it."""
     strategy: Any = getattr(trainer, "strategy", None)
-    kinds = {c.__name__ for c in type(strategy).__mro__}
     who, what = type(callback).__name__, type(strategy).__name__
     instead = (
         f"use strategy=ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1), and "
         "fully_shard() for each block and then the ViT in configure_model (docs/scale.md), or strategy='ddp'"
     )
-    if "FSDPStrategy" in kinds or getattr(strategy, "zero_stage_3", False):
+    if "FSDPStrategy" in kinds_of(strategy) or getattr(strategy, "zero_stage_3", False):
         raise PrunexError(f"{who} cannot work under {what}, which wraps or empties the blocks it opens: {instead}")
     if not cuts_weights(trainer):
         return
@@ -240,7 +256,7 @@ def check_strategy(trainer: Trainer, callback: Callback) -> None:
 
 def cuts_weights(trainer: Trainer) -> bool:
     """Whether the strategy is the one under which modules shard themselves by ``fully_shard``."""
-    return "ModelParallelStrategy" in {c.__name__ for c in type(trainer.strategy).__mro__}
+    return "ModelParallelStrategy" in kinds_of(trainer.strategy)
 
 
 def with_losses(module: LightningModule, output: STEP_OUTPUT, losses: Mapping[str, Tensor], batch: int) -> STEP_OUTPUT:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from prunex.callbacks.averaging import callbacks_of, kinds_of, stepped
 from prunex.errors import PrunexError
 from prunex.handles.base import Handle
 from prunex.vit.optimisers import chain
@@ -135,6 +136,7 @@ class PrunerRate:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Part the groups behind a closure, which is the user's whole training step and may look at them."""
+        # torch hands on what step was called with, the optimiser itself first.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._part()
@@ -158,6 +160,7 @@ class PrunerRate:
         self._count = len(groups)
         for i, group in enumerate(list(groups)):
             brought = self._brought(group)
+            # By identity: where the rate is a tensor on a GPU, comparing numbers would wait for it.
             if not brought or (rate := self._rate(i, group["lr"])) is group["lr"]:
                 continue
             self._parted.append((group, group["params"], group["lr"]))
@@ -182,9 +185,9 @@ def check_stepped(trainer: Trainer, handle: Handle, names: Collection[str]) -> N
     settle(trainer.lightning_module)
     learned = {name: p for name, p in handle.learner.named_parameters() if name in names}
     frozen = [name for name, p in learned.items() if not p.requires_grad]
-    stepped = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-    missing = [name for name, p in learned.items() if p.requires_grad and id(p) not in stepped]
-    if "DeepSpeedStrategy" in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+    known = stepped(trainer)
+    missing = [name for name, p in learned.items() if p.requires_grad and id(p) not in known]
+    if "DeepSpeedStrategy" in kinds_of(trainer.strategy):
         missing = []  # its optimisers hold flat copies
     complaints = []
     if frozen:
@@ -199,9 +202,8 @@ def check_stepped(trainer: Trainer, handle: Handle, names: Collection[str]) -> N
             "make it in configure_optimizers, which comes after setup, of all self.parameters(), or give it the group "
             f"{{'params': {handle.reached}.parameters()}} there"
         )
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
     # A callback that thaws parameters later gives them to the optimiser later, too.
-    thaws = any("BaseFinetuning" in {kind.__name__ for kind in type(c).__mro__} for c in callbacks)
+    thaws = any("BaseFinetuning" in kinds_of(callback) for callback in callbacks_of(trainer))
     for complaint in complaints:
         if handle.learner.trains_masked and not thaws:
             raise PrunexError(complaint)
@@ -215,4 +217,4 @@ def peak(group: Group) -> float:
 
 def is_plain(optimizer: Optimizer) -> bool:
     """Whether steps are as long as gradients are: the SGDs. All others go about as far as their rate says."""
-    return any("SGD" in kind.__name__ for kind in type(optimizer).__mro__)
+    return any("SGD" in kind for kind in kinds_of(optimizer))

@@ -150,4 +150,5 @@ class RelevancyGuidance(Layered):
     def _restore(self) -> None:
         super()._restore()
         self._teacher = ()
+        # Another fit counts on from here.
         self._steps, self._guides = [guide.step for guide in self._guides], []

@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from prunex.callbacks.averaging import kinds_of
 from prunex.callbacks.described import tell_once, warn_once
 from prunex.errors import PrunexError
 from prunex.files import write_whole
@@ -37,6 +38,11 @@ def run_folder(trainer: Trainer) -> Path:
     if version is not None:
         folder /= version if isinstance(version, str) else f"version_{version}"
     return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def only_trying(trainer: Trainer) -> bool:
+    """Whether this is ``fast_dev_run``, a few batches that must not replace what earlier trainings wrote."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def moment(trainer: Trainer) -> tuple[str, str]:
@@ -98,7 +104,7 @@ def record_metrics(trainer: Trainer, folder: Path) -> None:
     A metric that stayed as it was is noted only in epochs that were validated: else it is the last validation's.
     """
     # The first logger's folder is the run's: a CSVLogger behind it writes into another one.
-    if isinstance(trainer.logger, CSVLogger) or getattr(trainer, "fast_dev_run", False):
+    if isinstance(trainer.logger, CSVLogger) or only_trying(trainer):
         return
     epoch = trainer.current_epoch
     rows: list[dict[str, Any]] = []
@@ -137,7 +143,7 @@ def log_picture(trainer: Trainer, tag: str, picture: np.ndarray) -> None:
 
 def _sender(logger: Any) -> Callable[[str, np.ndarray, int], object] | None:
     """How a logger takes a picture by its name and step; None: not at all."""
-    kinds = {c.__name__ for c in type(logger).__mro__}  # by name: none of these packages is required
+    kinds = kinds_of(logger)
     if "TensorBoardLogger" in kinds:
         return lambda tag, picture, step: logger.experiment.add_image(tag, picture, step, dataformats="HWC")
     if "MLFlowLogger" in kinds:

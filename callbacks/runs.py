@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 from prunex.errors import PrunexError
 from prunex.handles.base import Handle
@@ -85,7 +86,9 @@ class Runs:
         if self._looked:
             return
         # Blocks alone: a head or a patch embedding may well be trained by another path.
-        weights = [p for _, block in blocks_of(self.handle.model) for p in block.parameters() if p.requires_grad]
+        weights: list[nn.Parameter] = []
+        for _, block in blocks_of(self.handle.model):
+            weights += [p for p in block.parameters() if p.requires_grad]
         if weights and not self._blocks_moved:
             self._blocks_moved = any(p.grad is not None for p in weights)
         learned = self.handle.learner.parameters()

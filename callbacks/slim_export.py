@@ -17,10 +17,10 @@ import prunex
 from prunex.attributes import given_normalisation
 from prunex.batches import parts
 from prunex.callbacks.alone import agreed, alone
-from prunex.callbacks.averaging import averaged, check_swa_order
+from prunex.callbacks.averaging import averaged, callbacks_of, check_swa_order
 from prunex.callbacks.described import check_pixels, names_of, normalisation, said_normalisation
 from prunex.callbacks.participant import Participant, check_strategy
-from prunex.callbacks.run_folder import record_metrics, record_slim, run_folder
+from prunex.callbacks.run_folder import only_trying, record_metrics, record_slim, run_folder
 from prunex.checks import check_choice
 from prunex.errors import PrunexError, unknown
 from prunex.formats import FORMATS, check_format
@@ -132,7 +132,7 @@ class SlimExport(Callback):
             record_metrics(trainer, self._run)
 
     def _save_if_improved(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or _only_trying(trainer):
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or only_trying(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
@@ -160,7 +160,7 @@ class SlimExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model, unless a better one is there, and the graphs."""
-        if _only_trying(trainer):
+        if only_trying(trainer):
             return
         pruner = self._in_vain(trainer, pl_module)
         if pruner is not None:
@@ -171,6 +171,7 @@ class SlimExport(Callback):
         if self.monitor is not None and self.best is None:
             known = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
             raise PrunexError(f"SlimExport(monitor={self.monitor!r}): no such metric was logged; there are: {known}")
+        # With a metric the best model is written already, maybe of an earlier epoch.
         if self.monitor is None:
             self._write(trainer, pl_module)
         if not trainer.is_global_zero:
@@ -190,7 +191,7 @@ class SlimExport(Callback):
     def _in_vain(self, trainer: Trainer, pl_module: LightningModule) -> Participant | None:
         """A callback that prunes the model, where no training step has run it so far."""
         vit = find(pl_module, self.model)[1]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, Participant) and callback.pruning.model is vit and callback.runs.in_vain:
                 return callback
         return None
@@ -207,11 +208,10 @@ class SlimExport(Callback):
                 )
 
     def _export(self, folder: Path) -> None:
-        """Write the graphs of the slim model that lies in a folder."""
         # From the file and not from memory: what is exported is what a user will load.
         small = prunex.load(folder)
         for name in ("pt2", "onnx") if self.formats is None else self.formats:
-            if self.formats is None and name == "onnx" and not _onnx_is_there():
+            if self.formats is None and any(find_spec(module) is None for module in FORMATS[name].needs):
                 rank_zero_warn("no ONNX graph was written: pip install 'prunex-vit[onnx]' for one")
                 continue
             path, began = folder / FORMATS[name].file(name), perf_counter()
@@ -223,12 +223,3 @@ class SlimExport(Callback):
             f"prunex: the slim model is in {folder}; its images are normalised by mean {cfg.get('mean')} and std "
             f"{cfg.get('std')}"
         )
-
-
-def _onnx_is_there() -> bool:
-    return find_spec("onnx") is not None and find_spec("onnxscript") is not None
-
-
-def _only_trying(trainer: Trainer) -> bool:
-    """Whether this is ``fast_dev_run``: one batch of training must not replace a model that is there."""
-    return bool(getattr(trainer, "fast_dev_run", False))

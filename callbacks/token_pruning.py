@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 import prunex
 from prunex.batches import parts
+from prunex.callbacks.alone import add_up
 from prunex.callbacks.averaging import averaging, check_order
-from prunex.callbacks.participant import Participant, cuts_weights, progress, tell_hparams
+from prunex.callbacks.participant import Participant, check_single, cuts_weights, progress, tell_hparams
 from prunex.callbacks.rates import check_stepped, give_rates
 from prunex.callbacks.training_batches import training_batches
 from prunex.checks import check_budget, check_number, check_options
@@ -141,9 +141,7 @@ class TokenPruning(Participant):
         self._learned: list[str] = []  # names of what the pruner shall learn
 
     def _check_training(self, trainer: Trainer, module: LightningModule) -> None:
-        count = sum(isinstance(c, TokenPruning) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if count > 1:
-            raise PrunexError(f"{count} TokenPruning callbacks in one Trainer: keep one")
+        check_single(trainer, TokenPruning)
         if self._brings_losses and not module.automatic_optimization:
             raise PrunexError(
                 f"{self.method} brings losses of its own, and this module optimises by hand: add "
@@ -272,11 +270,13 @@ class TokenPruning(Participant):
         backbone = {id(p) for p in backbone_of(self.pruning)}
         # Progress is that of the step's begin.
         scale = 0.0 if self.pruning.pruner.progress < self.freeze_backbone else self.backbone_lr_scale
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            share = scale if id(p) in backbone else 1.0
-            if share < 1:
-                part = local(p.detach())
-                self._before.append((part, part.clone(), share))
+        if scale == 1:
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) in backbone:
+                    part = local(p.detach())
+                    self._before.append((part, part.clone(), scale))
 
     def _take_back(self, *_: Any) -> None:
         """Take the rest of the backbone's step back: a learning-rate scale for any optimiser and schedule."""
@@ -314,6 +314,7 @@ class TokenPruning(Participant):
         super().on_validation_batch_end(trainer, pl_module)
         if self.runs.now and dataloader_idx == 0 and not trainer.sanity_checking:
             self._log_ratios(pl_module, "prunex/val_keep_ratio")
+            # Kept on the device, and read once, when the validation ends.
             self._shares.append(realised(self.pruning.trace, self.pruning.pruner.stages).sum(0))
             self._images += self.pruning.trace.batch
 
@@ -337,9 +338,9 @@ class TokenPruning(Participant):
         stages = len(self.pruning.pruner.stages)
         total = torch.zeros(stages + 1, device=trainer.strategy.root_device)
         if self._shares:
+            # Shares and the images that they are of in one exchange.
             total[:stages], total[stages] = torch.stack(self._shares).sum(0), self._images
-        if trainer.world_size > 1:
-            dist.all_reduce(total)
+        add_up(trainer, total)
         # An epoch without validation images says nothing new.
         pruner = self.pruning.pruner
         if total[stages] > 0 and isinstance(pruner, Adaptive):
@@ -373,7 +374,6 @@ def move(model: nn.Module, names: Collection[str], moves: bool) -> None:
 
 
 def _rates(pruning: prunex.Pruning) -> str:
-    """What a budget set, in words."""
     return ", ".join(f"{name}={pruning.options[name]!r}" for name in pruning.budgeted())
 
 
@@ -381,4 +381,8 @@ def decisions(trace: TokenTrace, stages: Sequence[int]) -> list[int | None]:
     """For each of a pruner's stages the last decision in the trace by then; None while nothing was decided."""
     # A stage whose keep rate is 1 at present decides nothing and leaves no entry.
     made = [s.block for s in trace.stages]
-    return [max((i for i, block in enumerate(made) if block <= stage), default=None) for stage in stages]
+    last: list[int | None] = []
+    for stage in stages:
+        past = [i for i, block in enumerate(made) if block <= stage]
+        last.append(max(past, default=None))
+    return last

@@ -101,6 +101,7 @@ def _entering(trainer: Trainer, vit: Any, step: Any, batch: Any, index: int) -> 
     handle = vit.patch_embed.register_forward_pre_hook(look)
     why = "it does not run the ViT on this batch"
     try:
+        # Eager: a compiled step would run past a hook that came after it.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
             step(*((batch, index) if many else (batch,)))
     except _Entered:

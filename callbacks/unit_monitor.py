@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 import prunex
 from prunex.callbacks.described import names_of
 from prunex.callbacks.monitor import Monitor
-from prunex.callbacks.run_folder import add_rows, moment
+from prunex.callbacks.run_folder import add_rows, moment, only_trying
 from prunex.checks import check_whole
 from prunex.explainers.head_maps import head_maps
 from prunex.handles.units import UnitPruning
@@ -66,15 +67,17 @@ class UnitMonitor(Monitor):
         pruning = prunex.attached(pl_module, self.model, units=True)
         if pruning is None:
             raise prunex.PrunexError("UnitMonitor watches what MaskPruning does: add MaskPruning to the callbacks")
-        if getattr(trainer, "fast_dev_run", False):
+        if only_trying(trainer):
             return
         save_png(self._folder / "maps" / "units-widths.png", _widths(pruning))
+        # Criteria without a class axis have nothing more to show.
         if not hasattr(pruning.pruner, "relevance"):
             return
         table = pruning.relevance_table()
         if trainer.state.fn == TrainerFn.FITTING:
             epoch = trainer.current_epoch
-            rows = [[epoch, *(row[name] for name in COLUMNS[1:])] for row in table.rows()]
+            values = itemgetter(*COLUMNS[1:])
+            rows = [[epoch, *values(row)] for row in table.rows()]
             add_rows(self._folder / "units.csv", COLUMNS, epoch, rows)
         count = len(table.updates)
         names = names_of(trainer, pl_module, count) or [str(c) for c in range(count)]

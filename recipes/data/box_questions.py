@@ -18,41 +18,13 @@ from prunex.recipes.data.draws import SPLITS, DrawnData, DrawnDataset, Split, un
 Batch = dict[str, Tensor]
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]")
 FILLERS = (
-    "the",
-    "of",
-    "which",
-    "what",
-    "does",
-    "has",
-    "is",
-    "and",
-    "here",
-    "please",
-    "now",
-    "tell",
-    "me",
-    "that",
-    "one",
-    "on",
-)
+    "the", "of", "which", "what", "does", "has", "is", "and",
+    "here", "please", "now", "tell", "me", "that", "one", "on",
+)  # fmt: skip
 NAMES = (
-    "cup",
-    "dog",
-    "tree",
-    "car",
-    "hat",
-    "lamp",
-    "fish",
-    "boat",
-    "shoe",
-    "bird",
-    "key",
-    "bell",
-    "kite",
-    "drum",
-    "leaf",
-    "ring",
-)
+    "cup", "dog", "tree", "car", "hat", "lamp", "fish", "boat",
+    "shoe", "bird", "key", "bell", "kite", "drum", "leaf", "ring",
+)  # fmt: skip
 VOCABULARY = (*SPECIAL, *FILLERS, *NAMES)
 PAD, CLS, SEP = range(len(SPECIAL))
 CODES = 12

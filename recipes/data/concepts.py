@@ -43,8 +43,7 @@ class Concepts:
         """
         names, rows = _table(root)
         folder = root / MASKS
-        placed = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        placed = [name for name in placed if not name.startswith(".")]
+        placed = folders_in(folder) if folder.is_dir() else []
         if placed and (patch_size is None or image_size % patch_size):
             raise PrunexError(
                 f"patch_size={patch_size!r} is not allowed: '{folder}' has masks of concepts, so give the side of the "
@@ -76,12 +75,18 @@ class Concepts:
         return labels
 
 
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in one, sorted, but for those that notebooks and macOS hide there."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _table(root: Path) -> tuple[list[str], dict[str, Tensor]]:
     """Names and rows of a folder's table; of a folder without one, nothing."""
     path = root / TABLE
     if not path.is_file():
         return [], {}
     try:
+        # Spreadsheets begin such files with a byte order mark.
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:

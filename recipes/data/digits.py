@@ -4,8 +4,6 @@ Both sources ship inside scikit-learn, so the data needs no network: 1,797 handw
 two photos. A scene is a crop of a photo with one digit painted on it in lighter ink; its label is the digit, its mask
 the painted pixels. Every fifth digit of each class and the left-hand part of each photo belong to validation alone.
 
-Scenes of several digits have each of them in a quarter of its own.
-
 Nothing is stored (see :mod:`prunex.recipes.data.draws`), and a whole batch is drawn at once.
 """
 
@@ -124,7 +122,10 @@ class DigitDataset(DrawnDataset):
 
     def __getitem__(self, index: int) -> Batch:
         images, labels, masks, *more = self.__getitems__([index])
-        return images[0], labels[0], masks[0], *({name: rows[0] for name, rows in each.items()} for each in more)
+        rest = []
+        for part in more:
+            rest.append({name: rows[0] for name, rows in part.items()})
+        return images[0], labels[0], masks[0], *rest
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A batch: images float32 [B, 3, H, W], normalised, labels as the task has them, masks bool [B, H, W], more."""
@@ -147,7 +148,7 @@ class DigitDataset(DrawnDataset):
         if self.task == "segmentation":
             return images, torch.where(anywhere, masks.int().argmax(1) + 1, 0), anywhere
         if self.task == "detection":
-            return images, [_boxes(each) for each in masks], anywhere
+            return images, [_boxes(of_image) for of_image in masks], anywhere
         return images, shown.float(), anywhere, {"label_masks": masks}
 
     def paint(self, numbers: np.ndarray) -> Batch:

@@ -58,6 +58,7 @@ class DrawnShapeDataset(DrawnDataset):
         form, paint = form.view(-1, self.most, 4), paint.view(-1, self.most, 4)
         kinds = (form[..., 0] * len(SHAPES)).long()
         masks = self._masks(kinds, by_place.argsort(1)[:, : self.most], form[..., 1:])
+        # As many as are drawn at most, so that a batch is one tensor; the rest are empty.
         masks &= (torch.arange(self.most) < counts[:, None])[:, :, None, None]
         pixels = self._paint(masks, paint, clouds)
         labels = []

@@ -68,15 +68,7 @@ class DrawnDataset(Dataset[Any]):
 
 
 class DrawnData(LightningDataModule):
-    """Fresh samples every training epoch, always the same ones for validation and test.
-
-    Args:
-        batch_size: Samples per batch (per process).
-        train_size: Samples per training epoch.
-        val_size: Samples for validation, and for test.
-        seed: Another seed gives other samples.
-        num_workers: Processes that draw ahead; 0 draws in the training process.
-    """
+    """Fresh samples every training epoch, always the same ones for validation and test."""
 
     def __init__(self, batch_size: int, train_size: int, val_size: int, seed: int, num_workers: int) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 from prunex.checks import check_number, check_share, check_whole
 from prunex.errors import PrunexError
 from prunex.files import readable
-from prunex.recipes.data.concepts import Concepts
+from prunex.recipes.data.concepts import Concepts, folders_in
 from prunex.recipes.data.images import choose_range, object_pixels, read_image
 from prunex.recipes.given import check_range
 from prunex.untrusted import read_picture
@@ -117,6 +117,7 @@ class ImageFolder(LightningDataModule):
         if interpolation not in ("bilinear", "bicubic"):
             raise PrunexError(f"interpolation={interpolation!r} is not allowed: give 'bilinear' or 'bicubic'")
         self.root = Path(root).expanduser()
+        # Configs give lists.
         self.mean, self.std, self.crop_scale = tuple(mean), tuple(std), tuple(crop_scale)
         self.augment, self.interpolation, self.masks, self.verify = augment, interpolation, masks, verify
         self.value_range = check_range(value_range)
@@ -215,10 +216,11 @@ class ImageFolder(LightningDataModule):
     @cached_property
     def _range(self) -> int | None:
         """Both splits count, whichever is read: validation alone must see what training saw."""
-        splits = [[path for path, _ in _samples(self.root / split)] for split in SPLITS]
-        # Whoever does without verifying has millions of images: some of each split must do.
-        steps = [1 if self.verify else max(1, len(paths) // 256) for paths in splits]
-        some = [path for paths, step in zip(splits, steps, strict=True) for path in paths[::step]]
+        some: list[Path] = []
+        for split in SPLITS:
+            paths = [path for path, _ in _samples(self.root / split)]
+            # Whoever does without verifying has millions of images: some of each split must do.
+            some += paths if self.verify else paths[:: max(1, len(paths) // 256)]
         return choose_range(some, self.value_range, "value_range", whole=False, say=rank_zero_info)
 
     def _masks_of(self, split: str, samples: list[tuple[Path, int]]) -> list[Path] | None:
@@ -273,13 +275,7 @@ class FolderSplit(Dataset):
         return (*parts, labels) if labels else tuple(parts)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    """Names of the folders in one, but for those that notebooks and macOS hide there."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def _classes(root: Path) -> list[str]:
-    """Class names of a root whose two splits agree."""
     if not root.is_dir():
         raise PrunexError(f"root='{root}' is not a folder: {_LAYOUT}; check the path")
     classes = {}
@@ -287,10 +283,10 @@ def _classes(root: Path) -> list[str]:
         folder = root / split
         if not folder.is_dir():
             raise PrunexError(
-                f"root='{root}' has no folder '{split}' (it has: {_some(_class_folders(root)) or 'no folders'}): "
+                f"root='{root}' has no folder '{split}' (it has: {_some(folders_in(root)) or 'no folders'}): "
                 f"{_LAYOUT}; make or rename a folder to '{split}'"
             )
-        classes[split] = set(_class_folders(folder))
+        classes[split] = set(folders_in(folder))
         if not classes[split]:
             raise PrunexError(f"'{folder}' holds no class folders: {_LAYOUT}; make one folder for each class")
     if classes["train"] != classes["val"]:
@@ -306,7 +302,7 @@ def _classes(root: Path) -> list[str]:
 def _samples(folder: Path) -> list[tuple[Path, int]]:
     """Image files of a split and their labels, in torchvision's order."""
     samples: list[tuple[Path, int]] = []
-    for label, name in enumerate(_class_folders(folder)):
+    for label, name in enumerate(folders_in(folder)):
         before = len(samples)
         for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
             # File copies that macOS makes are called like images, after a dot.

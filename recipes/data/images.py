@@ -78,6 +78,7 @@ def _rgb(image: Image.Image, value_range: int) -> Image.Image:
     pixels = _deep(image, value_range)
     # For a whole number of bits these are the upper eight of them.
     picture = Image.fromarray((pixels * 256 // (value_range + 1)).astype(np.uint8))
+    # A picture made of numbers has none of its file's EXIF.
     picture.getexif()[_TURN] = image.getexif().get(_TURN, 1)
     return ImageOps.exif_transpose(picture).convert("RGB")
 
@@ -132,6 +133,7 @@ def preparation(vit: nn.Module) -> Callable[[Image.Image], tuple[Picture, Tensor
         if a.channels == 1:
             shown = shown.convert("L").convert("RGB")
         picture = np.array(shown)
+        # A grey picture has three channels alike, of which a grey model takes one.
         return picture, normalise(torch.from_numpy(picture).permute(2, 0, 1)[: a.channels])
 
     return prepare

@@ -99,6 +99,7 @@ class TarShards(Inputs):
         if not names:
             raise PrunexError(f"no images in {shards[0]}{' and others' * (len(shards) > 1)}: give other tar files")
         self.names = _once(names, "tar files")
+        # All or none: an image without one would have no class to be explained.
         if None not in labels:
             self.labels = [label for label in labels if label is not None]
 
@@ -135,6 +136,7 @@ class SavedDataset(Inputs):
         if not columns:
             raise PrunexError(f"{folder} has no column of images: it has {', '.join(rows.column_names)}")
         self._column, self._mark = columns[0], rows._fingerprint
+        # As bytes, which are decoded when an image's turn comes, as files are.
         self._rows = rows.cast_column(self._column, datasets.Image(decode=False))
         self.names = [f"{number:08d}.png" for number in range(len(rows))]
         if "label" in rows.column_names:
@@ -153,6 +155,7 @@ class SavedDataset(Inputs):
 def open_inputs(given: str, besides: Path) -> Inputs:
     """The images that ``--images`` names: a folder, a file, a list, a table, tar files or a dataset."""
     path = Path(given)
+    # Before folders are: one of tar files is a folder, too.
     shards = tar_files(given)
     if shards:
         if is_there(path, Path.is_dir) and image_names(path, besides, least=0):

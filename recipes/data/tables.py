@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,26 @@ LABELS = ("label", "class", "target", "labels")
 
 def read_list(path: Path) -> tuple[list[str], None]:
     """Paths, one a line; what is relative lies below the list's folder."""
-    return [line for line in (line.strip() for line in _lines(path)) if line], None
+    return list(filter(None, map(str.strip, _lines(path)))), None
 
 
 def read_table(path: Path) -> tuple[list[str], list[int | str] | None]:
     """Paths of a CSV or Parquet file, by a column of one of their usual names, and labels where there are some."""
     columns = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
-    name = next((each for each in PATHS if each in columns), None)
+    name = _called(PATHS, columns)
     if name is None:
         raise PrunexError(f"{path} has the columns {', '.join(map(str, columns))[:200]}: call that of the paths path")
     paths = columns[name]
-    if not all(isinstance(each, str) and each for each in paths):
+    if not all(isinstance(cell, str) and cell for cell in paths):
         raise PrunexError(f"{path} has rows without a path in its column {name}: give one a row")
-    of_labels = next((each for each in LABELS if each in columns), None)
-    labels = None if of_labels is None else [_label(each, path, of_labels) for each in columns[of_labels]]
+    of_labels = _called(LABELS, columns)
+    labels = None if of_labels is None else [_label(cell, path, of_labels) for cell in columns[of_labels]]
     return list(paths), labels
+
+
+def _called(usual: Iterable[str], columns: Collection[str]) -> str | None:
+    """The first of some usual names that a table has a column of."""
+    return next((name for name in usual if name in columns), None)
 
 
 def numbers_of(labels: Sequence[int | str], class_names: Sequence[str] | None, classes: int) -> list[int]:
@@ -83,8 +88,9 @@ def _parquet(path: Path) -> dict[str, list[Any]]:
         raise PrunexError(f"{path} needs pyarrow, which is not installed: pip install pyarrow") from error
     try:
         names = parquet.read_schema(path).names
-        wanted = [next((n for n in known if n in names), None) for known in (PATHS, LABELS)]
-        table = parquet.read_table(path, columns=[name for name in wanted if name])
+        # Not the images themselves, which may lie in a column beside.
+        wanted = filter(None, (_called(PATHS, names), _called(LABELS, names)))
+        table = parquet.read_table(path, columns=list(wanted))
     except Exception as error:  # pyarrow has its own
         raise PrunexError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
     return dict.fromkeys(names, []) | table.to_pydict()

@@ -96,7 +96,6 @@ def read_weights(weights: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _located(weights: str) -> Iterator[Path]:
-    """The file of that path, or the shipped one of that name."""
     path = check_weights(weights)
     if path is not None:
         yield path
@@ -127,6 +126,7 @@ def load_weights(model: nn.Module, weights: str) -> list[str]:
     missing = [name for name in parameters if name not in state]
     problems: dict[str, list[str]] = {"missing": [name for name in missing if not name.startswith(HEADS)]}
     for name, tensor in state.items():
+        # DINOv2's files hold a mask token, which its own training alone used.
         if name not in parameters and not name.startswith(HEADS) and name != "mask_token":
             problems.setdefault("unknown", []).append(name)
         elif name in parameters and tensor.shape != parameters[name].shape:
@@ -149,6 +149,7 @@ def _resample(state: dict[str, Tensor], parameters: Mapping[str, Tensor], model:
     if position.shape[1] == parameters["pos_embed"].shape[1]:
         return
     grid = model.patch_embed.grid_size
+    # With no_embed_class, as in DeiT III, only patches have positions.
     prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
     try:
         state["pos_embed"] = resample_abs_pos_embed(position, grid, num_prefix_tokens=prefix)
@@ -264,5 +265,6 @@ class SaveWeights(Callback):
             "epochs": str(trainer.current_epoch),
             "batches": str(trainer.global_step * trainer.accumulate_grad_batches),
         }
+        # safetensors takes tensors that lie contiguously.
         write_whole(Path(self.path), save(state, metadata=metadata | metrics))  # with the user's file mode
         log.info("Wrote %s (%s).", self.path, ", ".join(f"{name}={value}" for name, value in metrics.items()))

@@ -14,15 +14,7 @@ from torchmetrics import Metric
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import create_model, load_weights
 from prunex.recipes.modules.tasks import TaskName, make_task, only_single
-from prunex.recipes.modules.training import (
-    Restored,
-    adamw,
-    check_at_most,
-    check_classes,
-    images_of,
-    put_on,
-    shard,
-)
+from prunex.recipes.modules.training import Pruned, adamw, check_at_most, check_classes, images_of
 
 PATCH_IS_DIGIT = 0.03  # share of a patch that must lie on the object for the patch to be labelled with its class
 
@@ -41,7 +33,7 @@ def patch_labels(masks: Tensor, labels: Tensor, grid: tuple[int, int], backgroun
     return torch.where(covered > PATCH_IS_DIGIT, labels[:, None], background)
 
 
-class ImageClassifier(Restored, LightningModule):
+class ImageClassifier(Pruned, LightningModule):
     """A timm classifier that trains with AdamW, warm-up and cosine, and saves nothing but plain values.
 
     Batches are ``(images [B, 3, H, W], labels)`` or ``(images, labels, masks bool [B, H, W])``; what else they hold is
@@ -85,8 +77,6 @@ class ImageClassifier(Restored, LightningModule):
     torch.Size([2, 10])
     """
 
-    rebuilds_pruning = True  # pruning callbacks keep the hyperparameters up to date
-
     def __init__(
         self,
         architecture: str = "vit_small_patch16_224",
@@ -111,25 +101,12 @@ class ImageClassifier(Restored, LightningModule):
     ) -> None:
         super().__init__()
         num_classes = check_classes(num_classes)
-        check_at_most(
-            math.inf,
-            learning_rate=learning_rate,
-            head_lr_scale=head_lr_scale,
-            weight_decay=weight_decay,
-            mixup=mixup,
-            cutmix=cutmix,
-            patch_label_weight=patch_label_weight,
-        )
-        check_at_most(1.0, warmup=warmup, final_learning_rate=final_learning_rate, label_smoothing=label_smoothing)
-        self.task = make_task(task, num_classes)
-        only_single(
-            self.task,
-            label_smoothing=label_smoothing,
-            mixup=mixup,
-            cutmix=cutmix,
-            patch_label_weight=patch_label_weight,
-        )
         self.save_hyperparameters()
+        of_single = ("label_smoothing", "mixup", "cutmix", "patch_label_weight")
+        check_at_most(math.inf, self.hparams, "learning_rate", "head_lr_scale", "weight_decay", *of_single[1:])
+        check_at_most(1.0, self.hparams, "warmup", "final_learning_rate", "label_smoothing")
+        self.task = make_task(task, num_classes)
+        only_single(self.task, self.hparams, *of_single)
         self.model = cast(Any, create_model(architecture, num_classes, model_args, pretrained))
         if weights:
             load_weights(self.model, weights)
@@ -138,8 +115,10 @@ class ImageClassifier(Restored, LightningModule):
         if patch_label_weight > 0:
             if not hasattr(self.model, "patch_embed") or not hasattr(self.model, "num_prefix_tokens"):
                 raise PrunexError(f"patch_label_weight needs a ViT, not {architecture!r}: set it to 0")
+            # One output more than classes: background.
             self.patch_head = nn.Linear(int(self.model.num_features), num_classes + 1)
         self.mix = (
+            # It smooths labels itself, since mixed ones never come to the task's loss.
             Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
             if mixup or cutmix
             else None
@@ -149,11 +128,6 @@ class ImageClassifier(Restored, LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
         return self.model(images)
-
-    def configure_model(self) -> None:
-        """Put on what the hyperparameters tell of; what is on the model stays as it is. Then shard, if need be."""
-        put_on(self.model, self.hparams)
-        shard(self, self.model)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Classification loss, with the patch loss where it is on."""
@@ -170,6 +144,7 @@ class ImageClassifier(Restored, LightningModule):
             logits, tokens = self._logits_and_tokens(images) if self.patch_head is not None else (self(images), None)
             loss = self.task.loss(logits.float(), labels, self.hparams["label_smoothing"])
             self.train_score.update(logits.detach().float(), labels)
+            # The meter itself: Lightning then gathers it over processes, and resets it after the epoch.
             self.log(f"train_{self.task.score}", self.train_score, on_step=False, on_epoch=True)
             if tokens is not None and self.patch_head is not None:
                 patch_loss = self._patch_loss(self.patch_head, tokens, labels, masks)
@@ -177,14 +152,6 @@ class ImageClassifier(Restored, LightningModule):
                 loss = loss + self.hparams["patch_label_weight"] * patch_loss
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
-
-    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Logs ``val_loss`` and the task's score, such as ``val_accuracy``."""
-        self._evaluate("val", self.val_score, batch)
-
-    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Logs ``test_loss`` and the task's score, such as ``test_accuracy``."""
-        self._evaluate("test", self.test_score, batch)
 
     def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Any:
         """Class probabilities [B, num_classes]; of other tasks ``label_probabilities`` or ``values`` [B, 1] by name."""
@@ -194,7 +161,8 @@ class ImageClassifier(Restored, LightningModule):
         """AdamW, weights decayed and others not, head and rest apart; warm-up and cosine, stepped every batch."""
         return adamw(self, lambda name: name.startswith(("model.head.", "model.head_dist.")))
 
-    def _evaluate(self, stage: str, score: Metric, batch: tuple[Tensor, ...]) -> None:
+    def _evaluate(self, stage: str, batch: tuple[Tensor, ...]) -> None:
+        score: Metric = getattr(self, f"{stage}_score")
         images, labels = batch[0], self.task.check(batch[1])
         logits = self(images)
         score.update(logits.float(), labels)

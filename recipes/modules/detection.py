@@ -149,7 +149,9 @@ class DetectionModel(GridModel):
     def update(self, meter: Metric, output: dict[str, Tensor], batch: Any) -> None:
         """Take in predicted boxes and the targets."""
         images, device = self.images(batch), output["boxes"].device
-        targets = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in self._targets(batch)]
+        targets = []
+        for target in self._targets(batch):
+            targets.append({name: target[name].to(device) for name in ("boxes", "labels")})
         meter.update(self.detections(output, (images.shape[-2], images.shape[-1])), targets)
 
     def read(self, meter: Metric) -> float:
@@ -169,9 +171,10 @@ class DetectionModel(GridModel):
         answers = []
         for image_scores, image_boxes in zip(scores, boxes, strict=True):
             index = (image_scores > WEAKEST).nonzero()[:, 0]
-            labels, each, score = index // cells, image_boxes[index % cells], image_scores[index]
-            kept = batched_nms(each, score, labels, self.overlap)[:MOST]
-            answers.append({"boxes": each[kept], "scores": score[kept], "labels": labels[kept]})
+            # Scores lie class by class, of each the cells of the grid.
+            labels, likely, score = index // cells, image_boxes[index % cells], image_scores[index]
+            kept = batched_nms(likely, score, labels, self.overlap)[:MOST]
+            answers.append({"boxes": likely[kept], "scores": score[kept], "labels": labels[kept]})
         return answers
 
     def _cells(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from prunex.checks import check_flag, check_whole
 from prunex.learned.diffmask import MOST, DiffMaskExplainer, divergence, log_keep
 from prunex.recipes.modules.lookahead import LookaheadAdam
-from prunex.recipes.modules.training import ExplainerTraining, check_at_most, check_classes, images_of
+from prunex.recipes.modules.training import ExplainerTraining, check_at_most, images_of
 
 DECAY = 0.9  # of the running figures of a layer
 EASY = {"agreement": 0.75, "l0": 0.1, "draws": 100, "weight": 0.1}  # when a layer is drawn less often, and how much
@@ -92,13 +92,12 @@ class DiffMask(ExplainerTraining):
         from_scratch: bool = False,
     ) -> None:
         super().__init__()
-        num_classes = check_classes(num_classes)
-        check_at_most(math.inf, eps=eps, lr=lr, lr_placeholder=lr_placeholder, lr_alpha=lr_alpha)
         check_whole("warmup_steps", warmup_steps, 0)
         check_flag("weighted_layer_distribution", weighted_layer_distribution)
         # Now, and not when training begins.
         LookaheadAdam([torch.zeros(1)], slow_steps=slow_steps, slow_rate=slow_rate)  # refuses what it cannot take
         self.save_hyperparameters()
+        check_at_most(math.inf, self.hparams, "eps", "lr", "lr_placeholder", "lr_alpha")
         self.automatic_optimization = False
         classifier = self.build_classifier(architecture, num_classes, model_args, weights, pretrained)
         self.explainer = DiffMaskExplainer(cast(Any, classifier), mul, add, no_placeholder, alpha_init)
@@ -145,7 +144,8 @@ class DiffMask(ExplainerTraining):
         for name, value in metrics.items():
             self.log(name, value.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(terms.masked))
 
-    def _evaluate(self, stage: str, images: Tensor) -> None:
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        images = images_of(batch)
         with torch.no_grad():
             seen = self.explainer.observe(images)
             probability = log_keep(seen.gates).sum(1).exp()

@@ -15,15 +15,7 @@ from torchmetrics import Metric
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import create_model, load_weights
-from prunex.recipes.modules.training import (
-    Restored,
-    adamw,
-    check_at_most,
-    check_classes,
-    images_of,
-    put_on,
-    shard,
-)
+from prunex.recipes.modules.training import Pruned, adamw, check_at_most, check_classes, images_of
 from prunex.vit.anatomy import find
 from prunex.vit.intermediates import chosen_blocks
 from prunex.vit.mount import mounted
@@ -31,14 +23,13 @@ from prunex.vit.mount import mounted
 LARGEST = 1e4  # of a fill: features of a normalised grid are some units large
 
 
-class GridModel(Restored, LightningModule):
+class GridModel(Pruned, LightningModule):
     """A ViT without a classifier, ``model``, and what its decoders share: grids, steps, optimiser, checkpoints.
 
     A subclass gives a decoder's ``forward``, its ``loss``, and its score: what it is called (``score``), its ``meter``
     and how that is updated and read. The score is logged as ``val_<score>``.
     """
 
-    rebuilds_pruning = True  # pruning callbacks keep the hyperparameters up to date
     score: ClassVar[str]
 
     def __init__(
@@ -54,10 +45,11 @@ class GridModel(Restored, LightningModule):
     ) -> None:
         super().__init__()
         self.num_classes = check_classes(num_classes)
-        check_at_most(1.0, **{name: rates.pop(name) for name in ("warmup", "final_learning_rate")})
-        check_at_most(math.inf, **rates)
+        check_at_most(math.inf, rates, "learning_rate", "head_lr_scale", "weight_decay")
+        check_at_most(1.0, rates, "warmup", "final_learning_rate")
         self.fill = None if fill is None else check_number("fill", fill, -LARGEST, LARGEST)
         self.model = cast(Any, create_model(architecture, 0, model_args, pretrained))
+        # Refuses what is no ViT before its weights are read.
         find(self.model)
         self.blocks = chosen_blocks(blocks, len(self.model.blocks))
         if weights:
@@ -75,11 +67,6 @@ class GridModel(Restored, LightningModule):
         fill = {} if mounted(self.model) is None else {"fill": self.fill}
         maps = self.model.forward_intermediates(images, self.blocks, norm=True, intermediates_only=True, **fill)
         return torch.cat(maps, 1)
-
-    def configure_model(self) -> None:
-        """Put on what the hyperparameters tell of; what is on the model stays as it is. Then shard, if need be."""
-        put_on(self.model, self.hparams)
-        shard(self, self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, weights decayed and others not, decoder and ViT apart; warm-up and cosine, stepped every batch."""
@@ -112,14 +99,6 @@ class GridModel(Restored, LightningModule):
         self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         return total
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs ``val_loss``, and ``val_<score>`` when the epoch ends."""
-        self._evaluate("val", self.val_score, batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same as ``test_*``."""
-        self._evaluate("test", self.test_score, batch)
-
     def on_validation_epoch_end(self) -> None:
         """Log the score."""
         self._tell("val", self.val_score)
@@ -136,12 +115,12 @@ class GridModel(Restored, LightningModule):
             raise PrunexError(f"a batch is {what}: give (images, targets), as its docstring has them")
         return images_of(batch)
 
-    def _evaluate(self, stage: str, meter: Metric, batch: Any) -> None:
+    def _evaluate(self, stage: str, batch: Any) -> None:
         images = self.images(batch)
         output = self(images)
         loss = torch.stack(list(self.loss(output, batch).values())).sum()
         self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
-        self.update(meter, output, batch)
+        self.update(getattr(self, f"{stage}_score"), output, batch)
 
     def _tell(self, stage: str, meter: Metric) -> None:
         # Every process computes the same from what all have gathered.

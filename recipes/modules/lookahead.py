@@ -43,7 +43,9 @@ class LookaheadAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moving: list[torch.Tensor] = []
+        for group in self.param_groups:
+            moving += [p for p in group["params"] if p.grad is not None]
         # Adam takes a parameter with any state for one that it has seen: ours is added after its first step.
         first = {p: p.detach().clone() for p in moving if self.slow_steps and "slow" not in self.state[p]}
         super().step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -203,8 +204,9 @@ def _unlike(labels: Tensor, task: str, wanted: str) -> str:
     return f"task={task!r} takes labels {wanted}: these are {dtype} {list(labels.shape)}"
 
 
-def only_single(task: Task, **options: float) -> None:
+def only_single(task: Task, options: Mapping[str, Any], *names: str) -> None:
     """Refuse options of a classifier of one class an image with another task."""
-    for name, value in options.items():
+    for name in names:
+        value = options[name]
         if value and not isinstance(task, Single):
             raise PrunexError(f"{name}={value!r} goes with task='single', one class an image: leave it out, or set 0")

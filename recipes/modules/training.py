@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 import prunex
-from prunex.callbacks.run_folder import run_folder
+from prunex.callbacks.run_folder import only_trying, run_folder
 from prunex.checks import check_number
 from prunex.errors import PrunexError
 from prunex.recipes.modules.backbone import check_described, create_model, load_weights
@@ -31,10 +31,10 @@ def check_classes(num_classes: int | None) -> int:
     return num_classes
 
 
-def check_at_most(most: float, **values: float) -> None:
-    """Refuse options outside 0..most."""
-    for name, value in values.items():
-        check_number(name, value, 0, most)
+def check_at_most(most: float, options: Mapping[str, Any], *names: str) -> None:
+    """Refuse options of these names outside 0..most."""
+    for name in names:
+        check_number(name, options[name], 0, most)
 
 
 def cosine(done: float, floor: float = 0.0) -> float:
@@ -42,14 +42,38 @@ def cosine(done: float, floor: float = 0.0) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def warm_cosine(total: float, warm: float, floor: float) -> Callable[[int], float]:
+    """By step, the share of the peak's learning rate: up over ``warm`` of ``total`` steps, a cosine to ``floor``."""
+
+    def factor(step: int) -> float:
+        if math.isinf(total):  # an open-ended run has no cosine
+            return 1.0
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return cosine((step - warm) / max(1.0, total - warm), floor)
+
+    return factor
+
+
+def scheduled(optimizer: torch.optim.Optimizer, factor: Any) -> OptimizerLRSchedulerConfig:
+    """An optimiser whose rates are multiplied by a function of the step, or one of each group."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    # Lightning steps schedules once an epoch where nothing else is said.
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def without_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters of a module, but for those by which it would look for a file of weights or download them."""
+    nowhere = {"weights": None, "pretrained": False}
+    return {name: nowhere.get(name, value) for name, value in options.items()}
+
+
 def put_on(model: nn.Module, hparams: Mapping[str, Any]) -> None:
     """Attach to a timm model what hyperparameters tell of; what is on the model already stays as it is."""
     kinds: dict[str, dict[str, bool]] = {"pruning": {}, "unit_pruning": {"units": True}, "head": {"head": True}}
     for name, kind in kinds.items():
         spec = dict(hparams.get(name) or {})
-        if not spec:
-            continue
-        if prunex.attached(model, **kind) is not None:  # type: ignore[call-overload]
+        if not spec or prunex.attached(model, **kind) is not None:  # type: ignore[call-overload]
             continue
         if "method" not in spec:
             raise PrunexError(f"{name}={spec!r} names no method: give {{'method': 'evit', 'keep_ratio': 0.7}}")
@@ -63,6 +87,7 @@ def shard(module: LightningModule, model: nn.Module) -> None:
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    # fully_shard makes a module one of these, and cannot be called on it again.
     if not isinstance(module, FSDPModule):
         for part in (*getattr(model, "blocks", ()), module):
             fully_shard(part, mesh=mesh["data_parallel"])
@@ -87,21 +112,11 @@ def adamw(module: LightningModule, is_head: Callable[[str], bool]) -> OptimizerL
         settings.append({"params": parameters, **group})
     optimizer = torch.optim.AdamW(settings, lr=rate)
     total = module.trainer.estimated_stepping_batches
-    warm, floor = options["warmup"] * total, options["final_learning_rate"]
-
-    def factor(step: int) -> float:
-        if math.isinf(total):  # an open-ended run has no cosine
-            return 1.0
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return cosine((step - warm) / max(1.0, total - warm), floor)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return scheduled(optimizer, warm_cosine(total, options["warmup"] * total, options["final_learning_rate"]))
 
 
 class Restored:
-    """Mixed into modules that build a timm model from hyperparameters: where its weights come from."""
+    """Mixed into modules that build a timm model from hyperparameters: where its weights come from, and evaluation."""
 
     _loaded = False  # whether load_state_dict has brought weights
 
@@ -112,6 +127,17 @@ class Restored:
     def on_fit_start(self) -> None:
         """Before training, and after a checkpoint was read: weights must come from somewhere."""
         self.check_start()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``val_*``, see the class."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The same as ``test_*``."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        raise NotImplementedError
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Torch's; weights that come this way are a start."""
@@ -151,7 +177,7 @@ class Restored:
         cls, saved: Mapping[str, Any], given: Mapping[str, Any], state: Mapping[str, Any]
     ) -> dict[str, Any]:
         """A checkpoint's hyperparameters without files, downloads and models far larger than its weights."""
-        chosen = {**saved, **{k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}}
+        chosen = without_files(saved)
         options = {**chosen, **given}
         architecture, args = options.get("architecture"), options.get("model_args")
         if not isinstance(architecture, str) or not isinstance(args, dict | None):
@@ -167,6 +193,19 @@ class Restored:
         return chosen
 
 
+class Pruned(Restored):
+    """Mixed into modules whose hyperparameters tell how their ``model`` is pruned, and rebuild it so."""
+
+    rebuilds_pruning = True  # pruning callbacks keep the hyperparameters up to date
+
+    def configure_model(self) -> None:
+        """Put on what the hyperparameters tell of; what is on the model stays as it is. Then shard, if need be."""
+        module: Any = self
+        # In this order: what is attached has parameters too, which are cut up with the others.
+        put_on(module.model, module.hparams)
+        shard(module, module.model)
+
+
 class ExplainerTraining(Restored, LightningModule):
     """Trains ``self.explainer`` (a module with ``save(folder)``); the best so far goes to ``explainer/`` in the run."""
 
@@ -177,9 +216,14 @@ class ExplainerTraining(Restored, LightningModule):
 
     @staticmethod
     def build_classifier(
-        architecture: str, num_classes: int, model_args: dict[str, Any] | None, weights: str | None, pretrained: bool
+        architecture: str,
+        num_classes: int | None,
+        model_args: dict[str, Any] | None,
+        weights: str | None,
+        pretrained: bool,
     ) -> nn.Module:
         """The classifier to explain, with all of its weights."""
+        check_classes(num_classes)
         classifier = create_model(architecture, num_classes, model_args, pretrained)
         find(classifier)
         lacking = load_weights(classifier, weights) if weights else []
@@ -190,20 +234,9 @@ class ExplainerTraining(Restored, LightningModule):
             )
         return classifier
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs ``val_*``."""
-        self._evaluate("val", images_of(batch))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same as ``test_*``."""
-        self._evaluate("test", images_of(batch))
-
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """What ``forward`` gives."""
         return self(images_of(batch))
-
-    def _evaluate(self, stage: str, images: Tensor) -> None:
-        raise NotImplementedError
 
     def score(self) -> Any:
         """How far from good the last validation was, to be compared with ``best``; None where it cannot be said."""
@@ -225,9 +258,8 @@ class ExplainerTraining(Restored, LightningModule):
             self._write()
 
     def _write(self) -> None:
-        fast: Any = self.trainer
         folder = run_folder(self.trainer) / "explainer"  # of all processes: finding it may be a broadcast
-        if not fast.fast_dev_run:
+        if not only_trying(self.trainer):
             self._save(folder)
 
     @rank_zero_only

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from prunex.callbacks.run_folder import run_folder
+from prunex.callbacks.run_folder import only_trying, run_folder
 from prunex.errors import PrunexError
-from prunex.recipes.modules.training import check_at_most, cosine
+from prunex.recipes.modules.training import check_at_most, scheduled, warm_cosine
 
 INSTALL = "pip install 'prunex-vit[multimodal]'"
 
@@ -55,11 +55,11 @@ class TransformersModel(LightningModule):
         warmup: float = 0.05,
     ) -> None:
         super().__init__()
-        check_at_most(math.inf, learning_rate=learning_rate, weight_decay=weight_decay)
-        check_at_most(1.0, warmup=warmup)
         if (config is None) == (folder is None):
             raise PrunexError("give a config to build the model from, or a folder that it is read from, and not both")
         self.save_hyperparameters()
+        check_at_most(math.inf, self.hparams, "learning_rate", "weight_decay")
+        check_at_most(1.0, self.hparams, "warmup")
         self.processor = None if processor is None else _processor(dict(processor))
         self.model: Any = _built(model, config) if folder is None else _read(model, folder)
         self.model.train()  # what is read from a folder comes back as it is for answers
@@ -92,21 +92,12 @@ class TransformersModel(LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
         total = self.trainer.estimated_stepping_batches
-        warm = self.hparams["warmup"] * total
-
-        def factor(step: int) -> float:
-            if math.isinf(total):  # an open-ended run has no cosine
-                return 1.0
-            return (step + 1) / (warm + 1) if step < warm else cosine((step - warm) / max(1.0, total - warm), 0.01)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, warm_cosine(total, self.hparams["warmup"] * total, 0.01))
 
     def on_train_end(self) -> None:
         """Write the model beside the run."""
         folder = run_folder(self.trainer) / "model"  # of all processes: finding it may be a broadcast
-        fast: Any = self.trainer
-        if not fast.fast_dev_run:
+        if not only_trying(self.trainer):
             self.save(folder)
 
     @rank_zero_only
@@ -120,14 +111,15 @@ class TransformersModel(LightningModule):
 
 def thaw_norms(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Put batch norms in the place of frozen ones: (parent, name, frozen one) each."""
-    frozen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child).__name__.endswith("FrozenBatchNorm2d")
-    ]
+    frozen = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            # Each family of models has a class of its own for them, by such a name.
+            if type(child).__name__.endswith("FrozenBatchNorm2d"):
+                frozen.append((parent, name, child))
     for parent, name, child in frozen:
         learning = nn.BatchNorm2d(len(child.weight))  # type: ignore[arg-type]
+        # Frozen norms count no batches.
         learning.load_state_dict(child.state_dict(), strict=False)
         setattr(parent, name, learning)
     # What froze them froze the convolutions between them.
@@ -161,7 +153,6 @@ def _library() -> Any:
 
 
 def _class(name: str, base: str) -> Any:
-    """A class of the library, of some base."""
     library = _library()
     kind = getattr(library, name, None) if name.isidentifier() else None
     if not isinstance(kind, type) or not issubclass(kind, getattr(library, base)):

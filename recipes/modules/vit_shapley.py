@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from prunex.callbacks.run_folder import only_trying
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.learned.diffmask import divergence
 from prunex.learned.vit_shapley import ShapleyExplainer
-from prunex.recipes.modules.training import ExplainerTraining, check_at_most, check_classes, cosine, images_of
+from prunex.recipes.modules.training import ExplainerTraining, check_at_most, cosine, images_of, scheduled
 from prunex.removal.coalitions import batch_coalitions, seeded, uniform_coalitions
 from prunex.removal.game import Removal, masked
 from prunex.vit.anatomy import find, read
@@ -78,22 +79,17 @@ class ViTShapley(ExplainerTraining):
         from_scratch: bool = False,
     ) -> None:
         super().__init__()
-        num_classes = check_classes(num_classes)
         check_whole("surrogate_epochs", surrogate_epochs, 0)
         check_whole("chunk", chunk, 1)
         if check_whole("masks", masks, 2) % 2:
             raise PrunexError(f"masks={masks} is not allowed: give an even number, each with its complement")
-        check_at_most(
-            math.inf,
-            surrogate_learning_rate=surrogate_learning_rate,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-        )
-        check_at_most(1.0, warmup=warmup)
         self.save_hyperparameters()
+        check_at_most(math.inf, self.hparams, "surrogate_learning_rate", "learning_rate", "weight_decay")
+        check_at_most(1.0, self.hparams, "warmup")
         classifier = self.build_classifier(architecture, num_classes, model_args, weights, pretrained)
         self.players = math.prod(read(find(classifier)[1]).grid)
         self.classifier = cast(Any, classifier.eval().requires_grad_(False))
+        # A copy, since the surrogate trains and the classifier stays what is explained.
         self.explainer = ShapleyExplainer(copy.deepcopy(self.classifier))
         self.explaining = surrogate_epochs == 0
         self.explainer.surrogate.requires_grad_(not self.explaining)
@@ -114,8 +110,7 @@ class ViTShapley(ExplainerTraining):
         """See that there is something to explain, and that both stages have epochs."""
         super().on_fit_start()
         epochs, first = self.trainer.max_epochs, self.hparams["surrogate_epochs"]
-        fast: Any = self.trainer
-        if not fast.fast_dev_run and epochs is not None and 0 <= epochs <= first:
+        if not only_trying(self.trainer) and epochs is not None and 0 <= epochs <= first:
             raise PrunexError(
                 f"surrogate_epochs={first} of {epochs} epochs leave none for the explainer: raise trainer.max_epochs"
             )
@@ -126,7 +121,6 @@ class ViTShapley(ExplainerTraining):
             self._begin_explaining()
 
     def _begin_explaining(self) -> None:
-        """Freeze the surrogate and let the explainer's backbone start from it."""
         self.explaining = True
         surrogate = self.explainer.surrogate
         surrogate.requires_grad_(False)
@@ -170,7 +164,8 @@ class ViTShapley(ExplainerTraining):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def _evaluate(self, stage: str, images: Tensor) -> None:
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        images = images_of(batch)
         count = len(images)
         # By the image's number, so that the batch size changes nothing.
         draws = [seeded(self._validated + i) for i in range(count)]
@@ -216,13 +211,13 @@ class ViTShapley(ExplainerTraining):
                     return 1.0
                 done, warm = (step - begin) / (end - begin), self.hparams["warmup"]
                 if done < warm:
+                    # A step more than is done, so that a stage's first one learns already.
                     return max(0.0, done / warm) + 1 / (end - begin)
                 return cosine((done - warm) / max(1e-9, 1 - warm))
 
             return at
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(0, change), factor(change, total)])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, [factor(0, change), factor(change, total)])
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Note the stage and the best so far."""

@@ -335,5 +335,5 @@ BOX = {"boxes": torch.tensor([[0.0, 0.0, 8.0, 8.0]]), "labels": torch.tensor([1]
 def test_batches_of_another_kind_are_refused(task, batch, message):
     module = small(task)
     with pytest.raises(PrunexError, match=message) as caught:
-        module._evaluate("val", module.val_score, batch)
+        module._evaluate("val", batch)
     assert "\n" not in str(caught.value)

@@ -77,6 +77,7 @@ def check_model(
                 raise PrunexError(f"{flag} goes with a timm model name, and {where} is {what}: leave it out")
     elif weights is not None:
         check_weights(weights)
+    # What follows a dot in timm's names is a tag of weights.
     elif not pretrained and _is_timms(where.split(".")[0]):
         raise PrunexError(
             f"{where} is a timm model name without weights: give --weights FILE.safetensors (nothing is downloaded "
@@ -103,7 +104,6 @@ def check_checkpoint_path(path: str) -> None:
 
 
 def _is_timms(name: str) -> bool:
-    """Whether timm's sources define a model of that name."""
     timm = find_spec("timm")
     # By its text: importing timm takes seconds.
     if timm is None or timm.origin is None or not name.isidentifier():
@@ -151,6 +151,7 @@ def expand(given: str) -> list[Path]:
     if braces is None:
         return [Path(given)]
     first, last = braces.groups()
+    # Before the names are made, which would fill the memory.
     if int(last) - int(first) >= MOST_SHARDS:
         raise PrunexError(f"--images {given} names more than {MOST_SHARDS:,} files")
     numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))

@@ -31,7 +31,7 @@ from prunex.recipes.modules.backbone import create_model, model_from_weights
 from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.modules.tasks import Task, task_of
 from prunex.recipes.modules.training import ExplainerTraining
-from prunex.recipes.tables import SCORES, score_of, score_text, share
+from prunex.recipes.tables import SCORES, counted, score_of, score_text, share
 from prunex.recipes.timing import side_by_side, speeds
 from prunex.sources.classes import WRAPPERS
 from prunex.sources.folder import class_in, holds_vit
@@ -97,6 +97,16 @@ def run_of(where: Path) -> Path | None:
         if (folder / "config.yaml").is_file():
             return folder
     return None
+
+
+def versions(root: Path) -> list[Path]:
+    """The ``version_N`` folders below one, the highest number first."""
+    numbered: dict[int, Path] = {}
+    for folder in root.glob("version_*"):
+        number = folder.name.removeprefix("version_")
+        if number.isdecimal() and folder.is_dir():
+            numbered[int(number)] = folder
+    return [numbered[number] for number in sorted(numbered, reverse=True)]
 
 
 def open_model(where: str | Path) -> nn.Module:
@@ -319,6 +329,7 @@ def noise(model: nn.Module, batch: int) -> Tensor:
     """Random images as a model takes them, [batch, C, H, W]."""
     embed: Any = find(model, kinds=Backbone)[1].patch_embed
     size = (batch, channels_of(embed), *embed.img_size)
+    # The same for every model, since what pruners keep depends on it.
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
 
 
@@ -354,8 +365,7 @@ def compare(
             row |= evaluate(model, batches, limit)
         rows.append(row)
     where = torch.cuda.get_device_name(images.device) if images.is_cuda else f"{os.cpu_count()} CPU cores"
-    count = torch.get_num_threads()
-    threads = "" if images.is_cuda else f"{count} thread{'' if count == 1 else 's'}, "
+    threads = "" if images.is_cuda else f"{counted(torch.get_num_threads(), 'thread')}, "
     dtype = str(images.dtype).removeprefix("torch.")
     rounds = len(timings[0].own)
     how = f"{threads}{dtype}, batch {batch}, {rounds} rounds in turn, torch {torch.__version__}"

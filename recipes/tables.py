@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,8 +33,8 @@ def score_of(rows: Iterable[Mapping[str, Any]]) -> str:
     >>> score_of([{"model": "dense"}, {"map": 0.9}])
     'map'
     """
-    held = [row.keys() for row in rows]
-    return next((key for key in SCORES if any(key in keys for keys in held)), "accuracy")
+    held = set().union(*rows)
+    return next((key for key in SCORES if key in held), "accuracy")
 
 
 def score_text(key: str, value: float | None) -> str:
@@ -44,6 +46,22 @@ def score_text(key: str, value: float | None) -> str:
     if value is None or SCORES[key][1]:
         return share(value)
     return f"{value:.3g}"
+
+
+def counted(number: float, thing: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "thread"), counted(8, "thread")
+    ('1 thread', '8 threads')
+    """
+    return f"{number:.0f} {thing}{'' if number == 1 else 's'}"
+
+
+def as_csv(rows: Iterable[Iterable[Any]]) -> bytes:
+    """Rows as a CSV file holds them."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def share(value: float | None) -> str:

@@ -98,6 +98,7 @@ def chip(device: str = "cpu") -> str:
     """What the device is called."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    # On Linux platform.processor() seldom says more than the architecture.
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

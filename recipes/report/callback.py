@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 import prunex
-from prunex.callbacks.run_folder import run_folder
+from prunex.callbacks.run_folder import only_trying, run_folder
 from prunex.errors import PrunexError
 from prunex.recipes.modules.grid_model import GridModel
 from prunex.recipes.report.page import write_report
@@ -61,7 +61,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, print, write."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or only_trying(trainer):
             return
         run, batches = run_folder(trainer), trainer.val_dataloaders
         if batches is None:  # nothing to compare models on
@@ -113,7 +113,6 @@ def _untrained(pruning: prunex.Pruning) -> dict[str, Any] | None:
 
 
 def _trained_row(run: Path) -> dict:
-    """The trained model's row of another run."""
     path = run / SUMMARY
     try:
         rows = [r for r in read_json(path)["rows"] if isinstance(r["model"], str)]

@@ -98,6 +98,7 @@ def _named(key: str, values: Sequence[float]) -> tuple[str, str, str]:
     for pattern, title, line, kind in _KNOWN:
         if match := re.fullmatch(pattern, key, re.IGNORECASE):
             words = {group: _words(text) for group, text in match.groupdict(default="").items()}
+            # Somebody may log other numbers under such a name.
             shares = all(0 <= value <= 1 for value in values)
             return title, line.format(**words) or title.lower(), kind if shares or kind != "share" else ""
     match = re.fullmatch(rf"(?:prunex/)?{_SPLIT}(?P<rest>.+?)(?:_step|_epoch)?", key, re.IGNORECASE)

@@ -4,14 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from prunex.pictures.cards import data_uri
 from prunex.pictures.mosaic import spaced
-from prunex.recipes.data.images import read_image
 from prunex.recipes.report.gallery import EPOCHS, Tile
 from prunex.recipes.report.reading import epochs_of
-from prunex.recipes.report.units import CHART_BYTES
+from prunex.recipes.report.units import chart_of
 
 _TREE = {
     "soft": "tree, all leaves by their shares",
@@ -47,13 +43,9 @@ def heads_of(folder: Path, metrics: Mapping[str, tuple[Sequence[float], Sequence
     heads = Heads()
     pictures = epochs_of(folder / "maps", "head-epoch=*.png")
     for epoch in reversed(spaced(sorted(pictures), EPOCHS)):
-        try:
-            # As PNG: letters suffer from JPEG.
-            tile = Tile(data_uri(np.asarray(read_image(pictures[epoch])), CHART_BYTES), f"Head, epoch {epoch}")
-        except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
-            heads.notes.append(f"maps/{pictures[epoch].name} could not be read ({error}) and is left out.")
-            continue
-        (heads.earlier if heads.last else heads.last).append((f"epoch {epoch}", tile))
+        tile = chart_of(pictures[epoch], f"Head, epoch {epoch}", heads.notes)
+        if tile is not None:
+            (heads.earlier if heads.last else heads.last).append((f"epoch {epoch}", tile))
     for name, words in _TREE.items():
         _, values = metrics.get(f"prunex/val_tree_{name}", ((), ()))
         if values:

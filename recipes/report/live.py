@@ -17,7 +17,7 @@ from prunex.callbacks.run_folder import RECORD
 from prunex.errors import PrunexError
 from prunex.files import DRAFT, is_there
 from prunex.recipes.report.page import render, report_page, run_name
-from prunex.recipes.runs import SUMMARY, home, slim_folder
+from prunex.recipes.runs import SUMMARY, home, slim_folder, versions
 
 LOCAL = "127.0.0.1"
 POLL = 1.0  # seconds between two looks at the run
@@ -40,7 +40,7 @@ def look(run: Path) -> Look:
     folder = home(_newest(run))
     slim = slim_folder(folder)
     places = {folder, *(folder / part for part in PARTS), *((slim,) if slim else ())}
-    held = sorted(each for place in places for each in _files(place))
+    held = sorted(file for place in places for file in _files(place))
     is_folder = is_there(folder, Path.is_dir)
     version = zlib.crc32(repr((str(folder), is_folder, held)).encode(errors="replace"))
     return Look(folder, f"{version:08x}", max((changed for _, changed, _ in held), default=0) / 1e9 or None)
@@ -50,9 +50,7 @@ def _newest(run: Path) -> Path:
     """The newest ``version_N`` in a folder that is no run itself."""
     if not is_there(run, Path.is_dir) or any((run / name).exists() for name in ("config.yaml", *SHOWS)):
         return run
-    versions = {each: each.name.removeprefix("version_") for each in run.glob("version_*") if each.is_dir()}
-    numbered = {each: int(number) for each, number in versions.items() if number.isdecimal()}
-    return max(numbered, key=lambda each: numbered[each], default=run)
+    return next(iter(versions(run)), run)
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
@@ -86,20 +84,13 @@ def _waits_for(run: Path, folder: Path) -> str:
         return f"There is no folder {run} yet. The report appears here once a training writes into it."
     if any((folder / name).exists() for name in SHOWS):
         return ""
-    begun = (
-        "Training has begun: config.yaml is there, metrics and maps are not."
-        if _has_config(folder)
-        else (f"There is a folder {run}, and nothing of a run in it.")
-    )
+    begun = f"There is a folder {run}, and nothing of a run in it."
+    if (folder / "config.yaml").is_file():
+        begun = "Training has begun: config.yaml is there, metrics and maps are not."
     return f"{begun} The report appears here with the first metrics.csv, maps/ or slim/ that is written."
 
 
-def _has_config(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
-
-
 def _state(seen: Look) -> str:
-    """How the run stands, in one line."""
     if seen.changed is None:
         return f"looked at {datetime.now():%H:%M:%S}; looks again every {POLL:.0f} s"
     when = datetime.fromtimestamp(seen.changed)
@@ -194,6 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _headers(self, kind: str, more: dict[str, str]) -> None:
+        # A page that a browser kept would be shown after the run went on.
         named = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         for name, value in (named | more).items():
             self.send_header(name, value)
@@ -205,6 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(HTTPStatus.OK)
         self._headers("text/event-stream", {})
         sent, silent = "", 0.0
+        # Server-sent events: a line of data each, and a line that begins with a colon is no event.
         try:
             while not self.server.ended.is_set():
                 version = look(self.server.run).version

@@ -62,18 +62,8 @@ def write_report(run: str | Path) -> Path:
     ``map``, ``miou``, ``box_ap`` (0..1) or ``mae``. The row whose model is called ``dense`` is what the others are
     compared with.
 
-    Args:
-        run: The run folder.
-
-    Returns:
-        The path of the page.
-
     Raises:
         PrunexError: `run` is no folder, or holds nothing that a run or its callbacks write.
-
-    Example::
-
-        write_report("runs/version_0")
     """
     if not is_there(Path(run).expanduser(), Path.is_dir):
         raise PrunexError(f"run='{run}' is not a folder: give the folder that a training run wrote")
@@ -102,6 +92,7 @@ def report_page(folder: Path, live: Mapping[str, str] | None = None) -> bytes:
 def render(template: str, **content: Any) -> bytes:
     """A template of ``recipes/templates`` with its content, every text of which is escaped."""
     loader = FunctionLoader(lambda name: (files("prunex.recipes") / "templates" / name).read_text(encoding="utf-8"))
+    # Strict: a name that the content lacks must not print as nothing.
     options: Any = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = Environment(loader=loader, autoescape=True, **options).get_template(template).render(content)
     # Names of files and classes may hold halves of characters, which no page can.
@@ -162,13 +153,11 @@ def _content(folder: Path, slim_path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:
-    """Names and sizes of the files in a folder."""
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
     return [(name, f"{size / 2**20:.1f} MB" if size > 1e5 else f"{size:,} bytes") for name, size in sizes.items()]
 
 
 def _in_unit(rows: Sequence[Mapping[str, Any]], factor: float) -> list[dict[str, Any]]:
-    """Rows with multiply-adds in the page's unit."""
     counted = [(row, as_number(row.get("gmacs"))) for row in rows]
     return [{**row} if gmacs is None else {**row, "gmacs": gmacs * factor} for row, gmacs in counted]
 
@@ -228,19 +217,26 @@ def _table(rows: Sequence[Mapping[str, Any]], unit: str) -> Table:
         ("images_per_s", "images / s", "{:,.0f}"),
         ("kept_digit_cover", "object patches kept", "{:.1%}"),
     ]
-    columns = [column for column in columns if any(as_number(row.get(column[0])) is not None for row in rows)]
     # Bars show shares of the longest in their column.
-    most = {key: max(as_number(row.get(key)) or 0.0 for row in rows) for key, *_ in columns}
+    most = {key: _largest(rows, key) for key, *_ in columns}
+    columns = [column for column in columns if most[column[0]] is not None]
     dense = _dense(rows)
     lines = []
     for row in rows:
-        cells = [_cost_cell(row, {} if row is dense else dense, key, form, most[key]) for key, _, form in columns]
+        base = {} if row is dense else dense
+        cells = [_cost_cell(row, base, key, form, most[key] or 0.0) for key, _, form in columns]
         lines.append([Cell(str(row.get("model") or "?")), *cells])
     for column in zip(*lines, strict=True):
         if any(cell.note for cell in column):  # an empty note keeps the numbers of a column below one another
             for cell in column:
                 cell.note = cell.note or ""
     return [heading for _, heading, _ in columns], lines
+
+
+def _largest(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The largest number in a column; None where nobody has one."""
+    numbers = (as_number(row.get(key)) for row in rows)
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def _cost_cell(row: Mapping[str, Any], dense: Mapping[str, Any], key: str, form: str, most: float) -> Cell:
@@ -285,7 +281,6 @@ def _speed(bench: Mapping[str, Any]) -> Table:
 def _spread(
     values: Mapping[str, Any], key: str, low: str, high: str, forms: tuple[str, str], most: float | None = None
 ) -> Cell:
-    """A median with its quartiles."""
     middle, below, above = (as_number(values.get(k)) for k in (key, low, high))
     if middle is None:
         return Cell("–", "")

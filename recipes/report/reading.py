@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prunex.callbacks.run_folder import read_record
 from prunex.columns import as_number
 from prunex.errors import PrunexError
-from prunex.recipes.tables import objects
+from prunex.recipes.tables import counted, objects
 from prunex.untrusted import read_npz, read_text
 
 NO_METRICS = "There is no metrics.csv in the run folder, so there are no curves: train with a CSVLogger or a monitor."
@@ -67,7 +67,7 @@ def conditions(about: Mapping[str, Any]) -> str:
     parts = [
         "" if images is None else f"{images:,.0f} images",
         about.get("machine"),
-        f"{threads:.0f} thread{'' if threads == 1 else 's'}" if threads else "",
+        counted(threads, "thread") if threads else "",
         about.get("dtype"),
         f"torch {torch}" if torch else "",
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from prunex.columns import as_number, line
 from prunex.files import write_whole
+from prunex.recipes.tables import as_csv
 
 FILE = "scores.csv"
 BASELINES = ("random", "chance")  # rows that no explainer made
@@ -65,13 +66,10 @@ class Score:
 
 def write_scores(folder: Path, scores: Iterable[Score]) -> Path:
     """Write ``scores.csv``, whole or not at all: a row a model, method and metric; empty cells where unknown."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    names = [f.name for f in fields(Score)]
-    table.writerow(names)
+    rows = [[field.name for field in fields(Score)]]
     for score in scores:
-        table.writerow([_written(getattr(score, name)) for name in names])
-    return write_whole(folder / FILE, text.getvalue().encode())
+        rows.append([_written(getattr(score, name)) for name in rows[0]])
+    return write_whole(folder / FILE, as_csv(rows))
 
 
 def _written(value: Any) -> Any:
@@ -86,6 +84,7 @@ def read_scores(text: str) -> list[Score]:
     for row in csv.DictReader(io.StringIO(text)):
         values: dict[str, Any] = {field.name: str(row.get(field.name) or "") for field in fields(Score)}
         for name in ("mean", "low", "high", "images", "seconds_per_image", "forwards_per_image"):
+            # What is no number in somebody's file counts as unknown.
             number = as_number(row.get(name))
             values[name] = math.nan if number is None else number
         if not (values["model"] and values["method"] and values["metric"]) or math.isnan(values["mean"]):
@@ -153,8 +152,12 @@ def table(scores: Sequence[Score], width: int = 120) -> str:
 
 def _block(block: Sequence[Column], rows: Sequence[tuple[str, str]], names: list[int]) -> str:
     widths = [*names, *[13] * len(block)]
-    lines = [line(["", "", *(heading[i][:13] for _, heading, _ in block)], widths) for i in range(3)]
-    lines = [text for text in lines if text]
+    lines = []
+    for i in range(3):
+        text = line(["", "", *(heading[i][:13] for _, heading, _ in block)], widths)
+        # The third line of a block of costs alone is empty.
+        if text:
+            lines.append(text)
     for method, model in rows:
         shown = [cells.get((method, model)) for *_, cells in block]
         if any(shown):

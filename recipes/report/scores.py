@@ -13,7 +13,6 @@ from prunex.recipes.report.score_table import BASELINES, LEFT, Score, best, by_m
 from prunex.recipes.tables import entries
 
 SCORED = 40  # explainers in a chart of scores
-
 BEST = 5  # explainers named for a model
 _NO_SCORES = "There is no score/scores.csv in the run folder."
 
@@ -73,10 +72,9 @@ def _score_chart(metric: str, cells: Sequence[Score], order: Sequence[str]) -> M
         means = [by_method[method][m].mean for m in models if m in by_method[method]]
         return -means[0] if higher else means[0]
 
-    rows = {
-        method: {m: (c.mean, c.low, c.high) for m, c in by_method[method].items()}
-        for method in sorted((m for m in by_method if m != "chance"), key=place)
-    }
+    rows = {}
+    for method in sorted((m for m in by_method if m != "chance"), key=place):
+        rows[method] = {model: (cell.mean, cell.low, cell.high) for model, cell in by_method[method].items()}
     lines: dict[str, float] = {}
     # Not every metric has a chance level in closed form; random maps have a score in all of them.
     level = "chance" if "chance" in by_method else "random"

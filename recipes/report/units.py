@@ -20,7 +20,7 @@ from prunex.recipes.report.reading import epochs_of, reason_of
 from prunex.untrusted import read_text
 
 RANKED, LISTED = 5, 20  # heads named for a class (and classes for a head), and lines of such a list
-CHART_BYTES = 500_000  # a chart's letters suffer from JPEG
+CHART_BYTES = 500_000  # up to which a chart stays a PNG: its letters suffer from JPEG
 
 
 @dataclass
@@ -47,19 +47,23 @@ def units_of(folder: Path, names: Sequence[str] | None) -> Units | None:
             continue
         epoch = re.search(r"epoch=(\d+)", path.name)
         words = f"epoch {int(epoch[1])}, {words}" if epoch else words
-        try:
-            # As PNG: a chart's letters suffer from JPEG.
-            source = data_uri(np.asarray(read_image(path)), CHART_BYTES)
-        except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
-            units.notes.append(f"maps/{path.name} could not be read ({error}) and is left out.")
-            continue
-        units.pictures.append((heading, words, Tile(source, f"{heading}, {words}")))
+        tile = chart_of(path, f"{heading}, {words}", units.notes)
+        if tile is not None:
+            units.pictures.append((heading, words, tile))
     _rank(folder / "units.csv", names, units)
     return units if units.pictures or units.classes or units.notes else None
 
 
+def chart_of(path: Path, alt: str, notes: list[str]) -> Tile | None:
+    """A chart in maps/ as a tile; None, with a note, where it cannot be read."""
+    try:
+        return Tile(data_uri(np.asarray(read_image(path)), CHART_BYTES), alt)
+    except (ValueError, OSError) as error:  # OSError: JPEG has a largest side
+        notes.append(f"maps/{path.name} could not be read ({error}) and is left out.")
+        return None
+
+
 def _last(folder: Path, name: str) -> Path | None:
-    """The picture of the last epoch."""
     pictures = epochs_of(folder / "maps", f"{name}-epoch=*.png")
     return pictures[max(pictures)] if pictures else None
 
@@ -77,9 +81,13 @@ def _rank(path: Path, names: Sequence[str] | None, units: Units) -> None:
         units.notes.append("units.csv holds no relevance, so no head is named.")
         return
     # Some heads serve every class: what is told is how much more one serves than the mean class.
-    means = {head: float(np.mean(list(row.values()))) for head, row in table.items()}
-    excess = {head: {c: v - means[head] for c, v in row.items()} for head, row in table.items() if kept[head]}
-    classes = sorted({c for row in table.values() for c in row}, key=lambda c: (not _is_number(c), c.zfill(12)))
+    excess: dict[tuple[int, int], dict[str, float]] = {}
+    for head, row in table.items():
+        if kept[head]:
+            mean = float(np.mean(list(row.values())))
+            excess[head] = {c: value - mean for c, value in row.items()}
+    # Padded, so that numbers sort as numbers; names come after them.
+    classes = sorted(set().union(*table.values()), key=lambda c: (not _is_number(c), c.zfill(12)))
     named = {c: class_name(int(c), names) if _is_number(c) else c for c in classes}
     top_heads = {}
     for c in classes:

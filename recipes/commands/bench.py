@@ -31,6 +31,7 @@ from prunex.metrics.scoring import without_pruning
 from prunex.recipes.commands.score_data import spread
 from prunex.recipes.given import on_hub
 from prunex.recipes.modules.backbone import load_weights
+from prunex.recipes.modules.training import without_files
 from prunex.recipes.report.reading import conditions
 from prunex.recipes.runs import (
     config_of,
@@ -45,7 +46,7 @@ from prunex.recipes.runs import (
     token_pruning,
 )
 from prunex.recipes.tables import SCORES, score_of, score_text, share
-from prunex.recipes.timing import Timing, chip, side_by_side, speeds
+from prunex.recipes.timing import chip, side_by_side, speeds
 from prunex.slim.files import WEIGHTS
 from prunex.vit.anatomy import find, head_classes
 from prunex.vit.mount import UNITS
@@ -76,6 +77,7 @@ def bench(args: Any) -> int:
         run, args.batches, args.threads, args.seconds, args.device, not args.no_accuracy, args.limit, tell=True
     )
     print(table(measured))
+    # NaN is no JSON, and other readers than Python's refuse it.
     print(write_whole(where / BENCH, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode()))
     return 0
 
@@ -103,6 +105,7 @@ def measure(
     """
     config = config_of(run)
     try:
+        # Only using a device shows whether it is here.
         place = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -112,9 +115,12 @@ def measure(
     torch.set_num_threads(threads or before)
     try:
         models, notes = contestants(run, config)
+        rows: list[dict[str, Any]] = []
         for contestant in models:
             contestant.model.to(place).requires_grad_(False)
-        rows = [_row(contestant) for contestant in models]
+            cost, size = prunex.cost(contestant.model), contestant.size / 1e6
+            about = {"model": contestant.name, "gmacs": cost.gmacs, "params_m": cost.params / 1e6, "file_mb": size}
+            rows.append(about)
         data = data_of(run, accuracy, notes) if config else None
         if not config:
             notes.append("prunex fit did not write this run, so its data are not known: timed on random images")
@@ -190,9 +196,7 @@ def _dense_shape(config: dict[str, Any], notes: list[str]) -> tuple[nn.Module, b
     spec = copy.deepcopy(config["model"])
     options = spec.get("init_args") or {}
     start = options.get("weights")
-    for name, nothing in (("weights", None), ("pretrained", False)):  # a benchmark downloads nothing
-        if name in options:
-            options[name] = nothing
+    spec["init_args"] = without_files(options)
     dense = without_pruning(instantiate(LightningModule, spec))
     # The dense weights are gone with the units that were taken out: those that the run started from stand in.
     lacks = ""
@@ -215,12 +219,6 @@ def _bytes(model: nn.Module) -> int:
     """Size of the weights as a safetensors file; what a unit pruner's gates hold is no part of it."""
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith(f"{UNITS}.")}
     return len(tensors_as_bytes(state))
-
-
-def _row(contestant: Contestant) -> dict[str, Any]:
-    cost = prunex.cost(contestant.model)
-    sizes = {"params_m": cost.params / 1e6, "file_mb": contestant.size / 1e6}
-    return {"model": contestant.name, "gmacs": cost.gmacs, **sizes}
 
 
 def data_of(run: str | Path, needed: bool, notes: list[str]) -> Any:
@@ -261,7 +259,6 @@ def _evaluate(
 
 
 def _first(batches: Any, limit: int | None) -> Iterator[Any]:
-    """Batches up to so many images."""
     seen = 0
     for batch in batches:
         named = parts(batch)
@@ -286,7 +283,6 @@ def images_of(model: nn.Module, data: Any, count: int, notes: list[str]) -> Tens
     if not images:
         notes.append("timed on random images, since the validation data hold none")
         return noise(model, count)
-    # Repeated where there are fewer than a batch needs.
     return torch.stack(list(islice(cycle(images), count))).to(next(model.parameters()))
 
 
@@ -299,7 +295,6 @@ def _time(
     tell: bool,
     notes: list[str],
 ) -> list[dict[str, Any]]:
-    """Images a second of every model, by runtime and batch size."""
     speed = []
     kinds = ["torch", *_runtimes(device, notes)]
     with tqdm(total=len(kinds) * len(batches), unit="batch size", disable=not tell) as bar:
@@ -310,9 +305,13 @@ def _time(
                     for batch in batches:
                         bar.set_postfix_str(f"batch {batch}")
                         timed = [(c.name, partial(call, images[:batch])) for c, call in zip(models, calls, strict=True)]
-                        speed.append(_speed(kind, batch, side_by_side(timed, device, 0, seconds, least=LEAST)))
+                        timings = side_by_side(timed, device, 0, seconds, least=LEAST)
+                        rates = [{"model": timing.name, **speeds(timing, batch)} for timing in timings]
+                        rounds = len(timings[0].own)
+                        speed.append({"runtime": kind, "batch": batch, "rounds": rounds, "models": rates})
                         bar.update()
             except PrunexError as error:
+                # PyTorch's failure is the model's; another runtime's costs its own rows alone.
                 if kind == "torch":
                     raise
                 notes.append(f"{RUNTIMES[kind]} is left out: {error}")
@@ -335,10 +334,10 @@ def _runtimes(device: str, notes: list[str]) -> list[str]:
 def _calls(
     kind: str, models: Sequence[Contestant], threads: int, tell: bool
 ) -> Iterator[list[Callable[[Tensor], Any]]]:
-    """For each model what runs it on images."""
     if kind == "torch":
         yield [partial(forward, c.model) for c in models]
         return
+    # Graphs that are made to be timed are no result of the run.
     with tempfile.TemporaryDirectory() as folder:
         graphs = []
         for number, contestant in enumerate(models):
@@ -364,12 +363,6 @@ def session(graph: Path, threads: int) -> Callable[[Tensor], Any]:
             f"{graph} cannot be run ({str(error).splitlines()[0]}): write it anew by prunex export"
         ) from error
     return lambda images: session.run(["logits"], {"images": images.float().numpy()})
-
-
-def _speed(kind: str, batch: int, timings: Sequence[Timing]) -> dict[str, Any]:
-    """Quartiles of images a second, and of the ratio to the first model's, round by round."""
-    models = [{"model": t.name, **speeds(t, batch)} for t in timings]
-    return {"runtime": kind, "batch": batch, "rounds": len(timings[0].own), "models": models}
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -99,6 +99,7 @@ def _configs(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _tree(path: str, name: str) -> dict[str, Any]:
     try:
+        # Unresolved: interpolations are the parser's to follow, when all configs are merged.
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # of YAML and of OmegaConf, about whatever the file holds
         raise PrunexError(f"{name} {path} is no config: {' '.join(str(error).split())[:200]}") from error
@@ -127,8 +128,8 @@ def _meant(name: str, callbacks: Sequence[dict[str, Any]]) -> tuple[str, str] | 
     if right:
         raise PrunexError(f"{name} is an option of a callback in the config: give {' or '.join(right)}")
     if listed:
-        every = [f"{spelling(kind)}.{name}" for kind in known for name in known[kind]]
-        raise unknown("option of the config's callbacks", bare, every)
+        spellings = [f"{spelling(kind)}.{name}" for kind in known for name in known[kind]]
+        raise unknown("option of the config's callbacks", bare, spellings)
     return None
 
 
@@ -158,7 +159,6 @@ def _one(kind: str, callbacks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _set(options: dict[str, Any], kind: str, given: dict[str, str]) -> None:
-    """Put typed options among those of the config."""
     values = {name: _value(name, text) for name, text in given.items()}
     if values.get("method", options.get("method")) != options.get("method"):
         _other_method(options, kind, str(values["method"]))
@@ -193,6 +193,7 @@ def _other_method(options: dict[str, Any], kind: str, method: str) -> None:
 def _value(name: str, text: str) -> Any:
     """A typed value as YAML reads it, as a config's would be."""
     try:
+        # As one entry of a mapping: of a bare number OmegaConf makes no config.
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore
     except Exception as error:  # of YAML's and OmegaConf's many
         raise PrunexError(f"{name}={text[:100]!r} is no YAML value: put text into quotes") from error
@@ -239,7 +240,8 @@ def near_name(arguments: Sequence[str]) -> PrunexError | None:
         name = argument.removeprefix("--").partition("=")[0].rstrip("+")
         head, dot, option = name.partition(".")
         if head not in _TOP and head not in SHORT:
-            return unknown("option", f"--{head}", [f"--{n}" for n in (*_TOP, *(f"{s}.*" for s in SHORT))])
+            spellings = [*_TOP, *(f"{short}.*" for short in SHORT)]
+            return unknown("option", f"--{head}", [f"--{spelt}" for spelt in spellings])
         # The class that the last config names says which options there are.
         paths = [str(tree[head].get("class_path")) for tree in trees if isinstance(tree.get(head), dict)]
         known = list(inspect.signature(Trainer).parameters) if head == "trainer" else None

@@ -54,6 +54,7 @@ def resolve_configs(arguments: Sequence[str], default: str | None = None) -> lis
     configs = [config for config in typed(arguments, "--config", "-c") if config[2] is not None]
     for place, name, value in configs:
         path = find_config(str(value))
+        # As many arguments as before, so that places after it stay.
         resolved[place] = [name, path] if place.stop - place.start == 2 else [f"{name}={path}"]
     asks_for_help = any(a in ("-h", "--help") or a.startswith("--help=") for a in resolved)
     if default is not None and not configs and not asks_for_help:

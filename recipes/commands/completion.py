@@ -12,6 +12,7 @@ from prunex.recipes.commands.cli import LIGHTNING, packaged_configs, run
 from prunex.recipes.commands.listing import declared
 from prunex.recipes.commands.own import COMMANDS
 
+# Options as help texts name them, but for patterns such as --masks.*.
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z][\w-]*)*(?![\w.*-])")
 # What follows these options is one of a kind's methods.
 _METHODS = {"--methods": "explainer", "--relevancy.methods": "explainer", "--pruning.method": "pruner"}
@@ -47,7 +48,10 @@ def completion(args: Any) -> int:
 def script(shell: str) -> str:
     """The script of a shell: tables of what there is, so that nothing is started at a key."""
     options = {command: _options(command) for command in (*LIGHTNING, *COMMANDS)}
-    values = {option: [m.name for m in declared() if m.kind == kind] for option, kind in _METHODS.items()}
+    methods: dict[str, list[str]] = {}
+    for entry in declared():
+        methods.setdefault(entry.kind, []).append(entry.name)
+    values = {option: methods[kind] for option, kind in _METHODS.items()}
     configs = sorted(name.removesuffix(".yaml") for name in packaged_configs())
     values |= {"--config": configs, "-c": configs}
     if shell == "fish":
@@ -59,7 +63,6 @@ def script(shell: str) -> str:
 
 
 def _options(command: str) -> list[str]:
-    """The options that a command's help names."""
     help_text = io.StringIO()
     with redirect_stdout(help_text), suppress(SystemExit):  # argparse leaves when it has helped
         run([command, "--help"])

@@ -19,8 +19,9 @@ from torch import nn
 import prunex
 from prunex.clash import REMEDY, installed_beside
 from prunex.errors import PrunexError
-from prunex.recipes.given import check_weights, on_hub
-from prunex.recipes.runs import forward, noise, open_model, open_model_or_name
+from prunex.files import is_there
+from prunex.recipes.given import on_hub
+from prunex.recipes.runs import forward, noise, open_model_or_name
 from prunex.recipes.timing import chip
 from prunex.slim.files import check_savable
 from prunex.vit.cost import tally
@@ -54,6 +55,7 @@ def environment() -> Iterator[tuple[bool, str]]:
     with suppress(PackageNotFoundError):  # a clone on PYTHONPATH has no metadata
         needs = [Requirement(text) for text in requires(PROJECT) or []]
     for need in needs:
+        # What extras ask for need not be installed.
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -87,10 +89,7 @@ def devices() -> Iterator[tuple[bool, str]]:
 
 def opened(args: Any) -> nn.Module:
     """The model that is meant; of a name without weights one of random ones, which refuses the same."""
-    if on_hub(args.model) is not None or Path(args.model).exists():
-        return open_model(args.model)
-    if args.weights is not None:
-        check_weights(args.weights)
+    if args.weights is not None or on_hub(args.model) is not None or is_there(Path(args.model)):
         return open_model_or_name(args.model, args.weights, args.img_size)
     size = {} if args.img_size is None else {"img_size": args.img_size}
     try:
@@ -102,6 +101,7 @@ def opened(args: Any) -> nn.Module:
 
 def examined(model: nn.Module) -> Iterator[tuple[bool, str]]:
     """Method by method, whether it would take the model, with the reason where not."""
+    # What is no ViT of ours cannot be counted either, and no method would take it.
     try:
         cost = tally(model)
     except PrunexError as error:
@@ -123,6 +123,7 @@ def examined(model: nn.Module) -> Iterator[tuple[bool, str]]:
 
 
 def _attach(model: nn.Module, name: str, images: torch.Tensor) -> None:
+    # A copy each: what was on the model before would change what the next method does.
     twin = copy.deepcopy(model)
     prunex.attach(twin, name)
     with torch.no_grad():
@@ -130,7 +131,6 @@ def _attach(model: nn.Module, name: str, images: torch.Tensor) -> None:
 
 
 def _tried(what: str, calls: Sequence[tuple[str, Callable[[], object]]]) -> Iterator[tuple[bool, str]]:
-    """A line for each call that is refused, and one for all others."""
     taken = []
     for name, call in calls:
         try:

@@ -85,9 +85,10 @@ def facts_of(vit: Any, explainers: Explainers, args: Any) -> dict[str, Any]:
     """What maps depend on, in plain values: in a folder they are all of one kind."""
     anatomy = read(vit)
     mean, std = models_normalisation(vit, anatomy.channels)
-    options = {
-        name: {k: repr(v) for k, v in sorted(given.items())} for name, given in sorted(explainers.options.items())
-    }
+    options = {}
+    for name, given in sorted(explainers.options.items()):
+        options[name] = {option: repr(value) for option, value in sorted(given.items())}
+    # As JSON gives them back, since they are compared with what a file says.
     return {
         "prunex": prunex.__version__,
         "model": digest(vit),
@@ -147,6 +148,7 @@ class Explainers:
                     several = by_label(name, prunex.explain(name, model, images, target, **self.options.get(name, {})))
             except PrunexError as error:
                 # After the first batch a method has shown that it can take the model.
+                # Some errors begin with the method's name already.
                 if name in self._required or self.images:
                     raise PrunexError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
                 self.names.remove(name)

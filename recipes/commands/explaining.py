@@ -116,10 +116,17 @@ class Images(LightningDataModule):
         # A sheet that is wanted and not there is drawn from what its image is explained by anew.
         for number, sheet in enumerate(some):
             done[number] &= (self.out / sheet).is_file()
-        batches = [[number for number in batch if not done[number]] for batch in self.group(len(inputs))]
-        batches = [batch for batch in batches if batch]
+        batches = []
+        for group in self.group(len(inputs)):
+            left = [number for number in group if not done[number]]
+            if left:
+                batches.append(left)
         about = None if maps is None else maps.about
-        value_range = self._choose_range(inputs, batches, None if about is None else about["value_range"])
+        numbers = [number for batch in batches for number in batch]
+        shown = tqdm(numbers, desc="reading", unit="image", leave=False, delay=1)
+        # A range that was chosen for images before these stays, and must hold them, too.
+        chosen = self.value_range if about is None or about["value_range"] is None else about["value_range"]
+        value_range = inputs.choose_range(shown, len(numbers), chosen)
         return Plan(inputs, labels, lines, (names, stamps), batches, some, about, value_range)
 
     def _labels(self, inputs: Inputs) -> list[int] | None:
@@ -134,7 +141,6 @@ class Images(LightningDataModule):
         return self.classes(inputs.labels)
 
     def _check_alike(self, about: Mapping[str, Any]) -> None:
-        """Refuse to mix maps of two kinds in one folder."""
         differ = [name for name, value in self.facts.items() if about.get(name) != value]
         if not differ:
             return
@@ -146,13 +152,6 @@ class Images(LightningDataModule):
             f"{self.out} holds maps that were made otherwise: {'; '.join(unlike)[:600]} differ; give another --out, or "
             "--again to start over"
         )
-
-    def _choose_range(self, inputs: Inputs, batches: list[list[int]], before: int | None) -> int | None:
-        """By the images that are to be done; one that was chosen for others stays, and must hold these."""
-        numbers = [number for batch in batches for number in batch]
-        given = self.value_range if before is None else before
-        shown = tqdm(numbers, desc="reading", unit="image", leave=False, delay=1)
-        return inputs.choose_range(shown, len(numbers), given)
 
     def predict_dataloader(self) -> Any:
         """This process's batches: every Nth of N processes, each as one process would have it."""
@@ -175,6 +174,7 @@ def number_lines(
         stamp = stamp if labels is None else f"{stamp}-{labels[number]}"
         line = known.get(name, -1)
         if line < 0 or stamps[line] != stamp:
+            # An image that has changed gets another line: maps of the old one are not of it.
             line = len(names)
             names.append(name)
             stamps.append(stamp)
@@ -240,11 +240,6 @@ class MapWriter(BasePredictionWriter):
         self.shards = Shards(data.out / FOLDER)
         self.bar: Any = None
 
-    @property
-    def plan(self) -> Plan | None:
-        """None before it is made."""
-        return self.data.plan
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain the first image of all, which shows what each method takes; the others wait."""
         plan, module = self.data.plan, cast(Explaining, pl_module)
@@ -274,8 +269,11 @@ class MapWriter(BasePredictionWriter):
         with writing(self.data.out):
             if plan.batches:
                 if plan.about is None:
-                    clear(folder)
+                    # What says that they are maps goes last.
+                    for path in [*shards_of(folder), folder / LISTING, folder / ABOUT]:
+                        path.unlink(missing_ok=True)
                 self._remove_drafts(plan.sheets)
+                # Both before the first map, of which they say what it is of.
                 write_listing(folder, *plan.listing)
                 write_about(folder, {**about, "value_range": plan.value_range})
         if prediction is not None and first is not None:
@@ -329,6 +327,7 @@ class MapWriter(BasePredictionWriter):
     def _finish(self, trainer: Trainer) -> None:
         if self.bar is not None:
             self.bar.close()
+        # A run that was refused before it began has left nothing to finish.
         if not trainer.is_global_zero or not (self.data.out / FOLDER / ABOUT).is_file():
             return
         with writing(self.data.out):
@@ -342,10 +341,3 @@ class MapWriter(BasePredictionWriter):
         if plan is None or not (self.data.out / FOLDER / ABOUT).is_file():
             return 0
         return int(Maps(self.data.out).has(plan.lines).sum())
-
-
-def clear(folder: Path) -> None:
-    """Remove the maps of a folder that starts over."""
-    # What says that they are maps goes last.
-    for path in [*shards_of(folder), folder / LISTING, folder / ABOUT]:
-        path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from prunex.recipes.data.images import choose_range, preparation, read_image
 from prunex.recipes.data.inputs import open_inputs
 from prunex.recipes.given import on_hub
 from prunex.recipes.runs import forward, home, open_data, open_model, run_of, slim_folder, token_pruning
+from prunex.recipes.tables import counted
 from prunex.recipes.timing import quartiles, side_by_side
 from prunex.slim.runtimes import Outputs, open_graph
 from prunex.vit.anatomy import find
@@ -64,6 +64,7 @@ def target_folder(run: str) -> Path:
     where = Path(run)
     if on_hub(run) is not None:
         return home(run)
+    # A checkpoint lies in RUN/checkpoints.
     return slim_folder(where) or (where.parent.parent if where.is_file() else where) / "slim"
 
 
@@ -134,29 +135,23 @@ def compared(run: Callable[[Tensor], Outputs], model: nn.Module, images: Tensor)
             maps += int((given["kept"].bool() == kept.bool()).flatten(1).all(1).sum())
     count = len(images)
     yield f"logits differ from PyTorch's by at most {max(differences):.1e} of the largest, on {count} images"
-    yield f"the same class in {classes} of {count}" + (
-        f", the same patches kept in {maps} of {count}" if "kept" in given else ""
-    )
+    alike = f", the same patches kept in {maps} of {count}" if "kept" in given else ""
+    yield f"the same class in {classes} of {count}{alike}"
 
 
 def timed(args: Any, run: Callable[[Tensor], Outputs], model: nn.Module, images: Tensor) -> Iterator[str]:
     """The time of a forward beside PyTorch's, in turn, a line a batch size."""
     if args.seconds == 0:
         return
+    # ExecuTorch's graph takes one image at a time.
     for batch in BATCHES[: 1 if args.format == "executorch" else None]:
         some = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
-        timings = side_by_side(
-            [("torch", partial(forward, model, some)), ("graph", partial(run, some))],
-            "cpu",
-            0,
-            args.seconds,
-            least=LEAST,
-        )
+        calls = [("torch", partial(forward, model, some)), ("graph", partial(run, some))]
+        timings = side_by_side(calls, "cpu", 0, args.seconds, least=LEAST)
         low, middle, high = quartiles(timings[1].ratios)
-        threads = torch.get_num_threads()
         yield (
-            f"batch {batch}: {statistics.median(timings[1].own):.2f} ms, {middle:.2f} of PyTorch's time ({low:.2f} to "
-            f"{high:.2f}, {len(timings[1].own)} rounds in turn, {threads} thread{'s' * (threads > 1)})"
+            f"batch {batch}: {timings[1].median:.2f} ms, {middle:.2f} of PyTorch's time ({low:.2f} to {high:.2f}, "
+            f"{len(timings[1].own)} rounds in turn, {counted(torch.get_num_threads(), 'thread')})"
         )
 
 

@@ -73,9 +73,11 @@ def config(args: Any) -> dict[str, Any]:
         model["pretrained" if args.weights == "pretrained" else "from_scratch"] = True
     else:
         model["weights"] = str(Path(args.weights).expanduser().resolve())
+    # Whole paths: training may be started from another folder.
     data["root"], data["image_size"] = str(Path(args.images).resolve()), args.img_size
     for callback in ready["trainer"]["callbacks"]:
         if callback["class_path"].endswith(".TokenPruning"):
+            # A budget says what the keep ratio is, and both together are refused.
             callback["init_args"].pop("keep_ratio", None)
             callback["init_args"]["budget"] = args.budget
     ready["trainer"]["logger"]["init_args"]["name"] = Path(args.out).stem

@@ -22,7 +22,7 @@ from prunex.recipes.commands.mistakes import DEBUG, find_mistake, parse_mistake
 from prunex.recipes.commands.predictions import FILE, PredictionTable
 from prunex.recipes.commands.resuming import SaveConfig, go_on
 from prunex.recipes.given import check_checkpoint_path
-from prunex.recipes.modules.training import Restored
+from prunex.recipes.modules.training import Restored, without_files
 from prunex.recipes.runs import deny_imports, instantiate, run_of
 
 
@@ -60,6 +60,7 @@ class CommandLine(LightningCLI):
             parser_kwargs={
                 "parser_mode": "omegaconf+",
                 "prog": "prunex",
+                # jsonargparse would print its usage over many lines and leave by itself.
                 "exit_on_error": False,
                 **{name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")},
             },
@@ -93,7 +94,7 @@ class CommandLine(LightningCLI):
         if str(model.get("class_path")).startswith("prunex."):
             # The config says which model; whatever the file says, no other weights are looked for.
             saved = {k: v for k, v in saved.items() if k not in ("architecture", "model_args", "num_classes")}
-            saved |= {k: v for k, v in (("weights", None), ("pretrained", False)) if k in saved}
+            saved = without_files(saved)
         if saved:
             options = {"model": {"class_path": model.class_path, "dict_kwargs": saved}}
             with mistakes():

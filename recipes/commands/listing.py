@@ -42,8 +42,9 @@ def _entries(tree: ast.Module) -> list[Entry]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             constants[node.targets[0].id] = _text(node.value, constants)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            calls = [d for d in node.decorator_list if isinstance(d, ast.Call) and ast.unparse(d.func) == "register"]
-            entries += [Entry(*(_text(argument, constants) for argument in call.args[:4])) for call in calls]
+            for call in node.decorator_list:
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "register":
+                    entries.append(Entry(*(_text(argument, constants) for argument in call.args[:4])))
     return entries
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from prunex.multimodal import MultimodalExplanation
 from prunex.pictures import from_tensor
 from prunex.pictures.arrays import Picture
 from prunex.recipes.commands.multimodal_options import Folder
+from prunex.recipes.commands.processes import joined
 from prunex.recipes.runs import to_device
 
 _OF_IMAGES = ("pixel_values", "pixel_mask")
@@ -50,7 +50,8 @@ class OpenedFolder:
 
     def batch(self, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Images of one size, and the texts, as the model is called with them."""
-        inputs = {name: torch.cat([image[name] for image in images]) for name in images[0]}
+        inputs = joined(images)
+        # CLIP's kind scores every text against every image; others read one with each.
         copies = 1 if self.folder.kind.shared else len(images)
         inputs |= {name: tokens.repeat(copies, 1) for name, tokens in self._tokens.items()}
         return {name: value.to(self.device) for name, value in inputs.items()}
@@ -63,6 +64,7 @@ class OpenedFolder:
             return None
         mask = image.get("pixel_mask")
         whole: Picture = from_tensor(pixels, mean, std)[0]
+        # Processors pad to the right and below.
         return whole if mask is None else whole[: int(mask[0].any(1).sum()), : int(mask[0].any(0).sum())]
 
     def class_name(self, number: int) -> str:
@@ -105,17 +107,14 @@ class OpenedFolder:
 
 
 def opened_model(folder: Folder) -> Any:
-    """The model of a folder alone, in eval mode.
-
-    Raises:
-        PrunexError: What cannot be opened, and weights that do not fit.
-    """
+    """The model of a folder alone, in eval mode; one that cannot be opened, or lacks weights, is refused."""
     import transformers
 
     made = getattr(transformers, folder.architecture)
     try:
         with _quiet():
             config = _config(folder, made.config_class)
+            # Safetensors alone: nothing is unpickled, and nothing is fetched.
             model, read = made.from_pretrained(
                 folder.path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from prunex.files import write_whole
 from prunex.recipes.commands.sheets import writing
+from prunex.recipes.tables import as_csv
 
 
 def prepare(args: Any) -> Path:
@@ -26,16 +25,9 @@ def write_results(args: Any, rows: Sequence[Sequence[str]], conditions: Mapping[
     out = prepare(args)
     about = {"protocol": args.protocol, "model": args.folder.architecture, **conditions}
     with writing(out):
-        write_table(out / "scores.csv", rows)
+        write_whole(out / "scores.csv", as_csv(rows))
         write_whole(out / "about.json", (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(out / "scores.csv")
-
-
-def write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    """Rows as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue().encode())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from prunex.pictures.arrays import Picture
 from prunex.pictures.sheet import Column, compose, heading_of, stacked
 from prunex.recipes.commands.multimodal_model import OpenedFolder
 from prunex.recipes.commands.sheets import name_of, sheet_names, writing
+from prunex.recipes.tables import as_csv
 
 Explanations = Mapping[str, MultimodalExplanation]
 
@@ -79,48 +78,39 @@ class MultimodalOutput:
             return
         with writing(self.out):
             save_npz(self.out / "maps.npz", self._arrays(), compressed=False)
-            self._write("explained.csv", self._rows())
-            self._write("times.csv", [["method", "seconds_per_image", "images"], *times])
+            write_whole(self.out / "explained.csv", as_csv(self._rows()))
+            write_whole(self.out / "times.csv", as_csv([["method", "seconds_per_image", "images"], *times]))
             if any(entry.words for entry in self._entries):
-                self._write("words.csv", self._word_rows())
+                write_whole(self.out / "words.csv", as_csv(self._word_rows()))
 
     def _explained(self, sample: int, explanations: Explanations) -> Iterable[_Entry]:
-        """What was explained of one image of the batch."""
         if not explanations:
             return
         e = next(iter(explanations.values()))
         if e.queries is None:
-            target = int(e.target[sample])
-            yield _Entry(
-                self.done,
-                target,
-                self.opened.class_name(target),
-                float(e.scores[sample]),
-                {method: map_of(each, (sample,)) for method, each in explanations.items()},
-                *_texts(
-                    e, int(e.texts[sample]), {m: o.text[sample] for m, o in explanations.items() if o.text is not None}
-                ),
-                predicted=int(e.logits[sample].argmax()),
-            )
+            target, score = int(e.target[sample]), float(e.scores[sample])
+            maps = {method: map_of(other, (sample,)) for method, other in explanations.items()}
+            rows = {method: other.text[sample] for method, other in explanations.items() if other.text is not None}
+            texts = _texts(e, int(e.texts[sample]), rows)
+            predicted = int(e.logits[sample].argmax())
+            yield _Entry(self.done, target, self.opened.class_name(target), score, maps, *texts, predicted=predicted)
             return
-        for query in (each for each in e.queries if each.image == sample):
-            same = {m: each.same(query) for m, each in explanations.items()}
-            yield _Entry(
-                self.done,
-                query.target,
-                self.opened.class_name(query.target),
-                query.score,
-                {method: each.map.float().cpu().numpy() for method, each in same.items()},
-                *_texts(e, query.text_number, {m: each.text for m, each in same.items()}),
-                query=query.query,
-                probability=query.probability,
-                box=corners(query.box).tolist(),
-            )
+        for query in e.queries:
+            if query.image != sample:
+                continue
+            # Methods explain the same detections, each in an object of its own.
+            same = {method: other.same(query) for method, other in explanations.items()}
+            maps = {method: other.map.float().cpu().numpy() for method, other in same.items()}
+            texts = _texts(e, query.text_number, {method: other.text for method, other in same.items()})
+            of_query: dict[str, Any] = {"query": query.query, "probability": query.probability}
+            of_query["box"] = corners(query.box).tolist()
+            name = self.opened.class_name(query.target)
+            yield _Entry(self.done, query.target, name, query.score, maps, *texts, **of_query)
 
     def _in_words(self, entries: Sequence[_Entry]) -> list[str]:
         """What the model answers, where that is not what was explained."""
-        other = [each for each in entries if each.predicted not in (-1, each.target)]
-        return [f"predicted: {self.opened.class_name(each.predicted)}" for each in other]
+        other = [entry.predicted for entry in entries if entry.predicted not in (-1, entry.target)]
+        return [f"predicted: {self.opened.class_name(predicted)}" for predicted in other]
 
     def _arrays(self) -> dict[str, Any]:
         """Everything as arrays, a row for each thing that was explained; what lies beyond an image's map is NaN."""
@@ -167,11 +157,6 @@ class MultimodalOutput:
                 values = [f"{entry.texts[method][place]:.6g}" for method in methods]
                 yield [readable(self.files[entry.image]), entry.label, *query, place, word, *values]
 
-    def _write(self, name: str, rows: Iterable[Sequence[Any]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_whole(self.out / name, text.getvalue().encode())
-
 
 _OF_DETECTIONS = ("query", "probability", "x1", "y1", "x2", "y2")
 
@@ -183,7 +168,9 @@ def _texts(
     if e.text is None or e.words is None:
         return {}, []
     valid = torch.as_tensor(e.text_valid)[text].nonzero()[:, 0].tolist()
-    words = [piece.text for piece in pieces([e.words[text][place] for place in valid])]
+    # A tokenizer's marks of where words begin become blanks, or nothing.
+    tokens = [e.words[text][place] for place in valid]
+    words = [piece.text for piece in pieces(tokens)]
     return {method: row[valid].float().cpu().numpy() for method, row in rows.items()}, words
 
 

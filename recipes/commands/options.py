@@ -1,4 +1,7 @@
-"""The options of our own commands, and every mistake in them that can be seen before torch is imported."""
+"""The options of our own commands, and every mistake in them that can be seen before torch is imported.
+
+Those of ``prunex explain`` and ``prunex score`` are in ``explain_options``.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prunex.errors import PrunexError, unknown
+from prunex.errors import PrunexError
 from prunex.files import is_there
 from prunex.formats import FORMATS, check_format
-from prunex.recipes.commands import multimodal_options
 from prunex.recipes.commands.init import QUESTIONS, ask, check_answers, check_images
 from prunex.recipes.commands.listing import check_methods
-from prunex.recipes.given import (
-    check_folder,
-    check_model,
-    check_range,
-    check_run,
-    image_files,
-    on_hub,
-    tar_files,
-)
-from prunex.recipes.report.score_table import LEFT
-from prunex.spelling import SHOWN, read_target
+from prunex.recipes.given import check_folder, check_model, check_run, image_files, on_hub, tar_files
 
 # Metrics of prunex score in the order of its table; "perturbation" stands for the first two.
 METRICS = (
@@ -41,7 +33,6 @@ IMAGES = (
     "folder of images, one image, a list of paths (.txt), a table of paths and labels (.csv, .parquet), tar files as "
     "of webdataset (one, a folder of some, or shards-{000..011}.tar), or a folder that datasets saved"
 )
-SHEETS = 200  # images that get a contact sheet unless more are asked for
 RANDOM = "random"  # the row of random maps, which is always in a table of scores
 
 
@@ -74,7 +65,7 @@ def parse_doctor(arguments: Sequence[str]) -> Any:
     parser.add_argument("--weights", help="safetensors file for a timm model name; without it weights are random")
     parser.add_argument("--img-size", type=int, help="side of the images in pixels, for a timm model name")
     args = parser.parse_args(arguments)
-    _check_counts(args, "img_size")
+    check_counts(args, "img_size")
     if args.model is None and (args.weights or args.img_size):
         raise PrunexError("--weights and --img-size go with --model: give a timm model name")
     if args.model is not None:
@@ -98,11 +89,12 @@ def parse_init(arguments: Sequence[str]) -> Any:
     add("--img-size", type=int, default=224, help="side of the images in pixels, a multiple of the patch; default 224")
     add("--out", help="file to write; default NAME-OF-DIR.yaml")
     args = parser.parse_args(arguments)
-    _check_counts(args, "img_size")
+    check_counts(args, "img_size")
     check_images(Path(args.images))
     args.out = args.out or f"{Path(args.images).resolve().name}.yaml"
     if Path(args.out).exists():
         raise PrunexError(f"{args.out} is there already: give another --out FILE, or remove it")
+    # Nobody is asked before what was typed is known to be good.
     ask(args)
     check_answers(args)
     return args
@@ -160,14 +152,12 @@ def parse_export(arguments: Sequence[str]) -> Any:
     add("--limit", type=int, default=32, metavar="N", help="images to compare on; default 32")
     add("--seconds", type=float, default=3.0, help="to time each graph beside PyTorch, 0 for not at all; default 3")
     args = parser.parse_args(arguments)
-    _check_counts(args, "limit")
-    if not (math.isfinite(args.seconds) and args.seconds >= 0):
-        raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
+    check_counts(args, "limit")
+    _check_seconds(args.seconds)
     if not is_there(Path(args.run), Path.is_file):
         check_run(args.run)
     for given in filter(None, (args.images, args.calibrate)):
-        if not is_there(Path(given)) and not tar_files(given):
-            image_files(Path(given))  # which says what it looked for
+        check_images_at(given)
     _check_int8(args)
     check_format(args.format)
     return args
@@ -203,247 +193,18 @@ def parse_bench(arguments: Sequence[str]) -> Any:
     add("--no-accuracy", action="store_true", help="do not evaluate, time alone")
     add("--limit", type=int, default=None, metavar="N", help="evaluate on N images alone, evenly spaced")
     args = parser.parse_args(arguments)
-    _check_counts(args, "threads", "limit")
+    check_counts(args, "threads", "limit")
     if min(args.batches) < 1:
         raise PrunexError(f"--batches {min(args.batches)} is not allowed: give whole numbers of at least 1")
-    if not (math.isfinite(args.seconds) and args.seconds >= 0):
-        raise PrunexError(f"--seconds {args.seconds} is not allowed: give a number of at least 0")
+    _check_seconds(args.seconds)
     if args.no_accuracy and args.limit is not None:
         raise PrunexError("--limit goes with evaluating, which --no-accuracy leaves out: give one of them")
-    _check_device(args.device)
+    check_device(args.device)
+    # Elsewhere nobody waits for what was queued, so that only the queueing would be timed.
     if not args.device.startswith(("cpu", "cuda")):
         raise PrunexError(f"--device {args.device} is not allowed: give cpu or cuda")
     check_run(args.run)
     return args
-
-
-def parse_explain(arguments: Sequence[str]) -> Any:
-    """Of ``prunex explain``."""
-    parser = Parser(
-        "prunex explain",
-        description="Explain a model's predictions on your own images: a contact sheet an image, maps.npz, times.csv; "
-        "of a folder that transformers' save_pretrained wrote also explained.csv, and words.csv where there is a text.",
-    )
-    add = parser.add_argument
-    add("--images", required=True, help=IMAGES)
-    add("--target", metavar="WHAT", help=f"{SHOWN}, label (each image's own); default the predicted class")
-    add("--out", help="folder to write to; default explained/NAME-OF-THE-MODEL; one that was stopped goes on")
-    add("--again", action="store_true", help="start over, whatever is there already")
-    add("--sheets", metavar="N|all", help=f"images that get a contact sheet: the first N (default {SHEETS}), or all")
-    _add_explaining(parser, batch=8)
-    many = _add_processes(parser)
-    many.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default 0")
-    group = parser.add_argument_group(
-        "models of text and image (a folder of transformers, with its processor)",
-        f"{', '.join(multimodal_options.KINDS)}; methods: {', '.join(multimodal_options.METHODS)}",
-    )
-    group.add_argument("--text", action="append", default=[], help="a question (ViLT), or one of the texts; repeatable")
-    group.add_argument("--threshold", type=float, help="probability of detections that are explained; default 0.5")
-    args = parser.parse_args(arguments)
-    args.folder = multimodal_options.folder_at(args.run)
-    if args.target is not None and (args.folder is not None or args.target != "label"):
-        args.target = _target(args.target, args.folder is None)
-    if args.folder is None:
-        _check_explaining(args, args.methods)
-        _check_processes(args)
-        if args.workers < 0:
-            raise PrunexError(f"--workers {args.workers} is not allowed: give a whole number of at least 0")
-        args.sheets = _sheets(args.sheets)
-        for name in ("text", "threshold"):
-            if getattr(args, name) not in (None, []):
-                raise PrunexError(f"--{name} goes with a folder of transformers, and {args.run} is none: leave it out")
-    else:
-        _check_multimodal(args)
-        args.folder.check(args)
-        args.worker = "explain_multimodal"
-    # A folder that is there is walked once, when the model has been opened.
-    if not is_there(Path(args.images)) and not (args.folder is None and tar_files(args.images)):
-        image_files(Path(args.images))  # which says what it looked for
-    return args
-
-
-def parse_score(arguments: Sequence[str]) -> Any:
-    """Of ``prunex score``."""
-    parser = Parser(
-        "prunex score",
-        description="Score explainers by faithfulness, localisation and agreement, dense and slim beside each other. "
-        "What is done is kept: an interrupted start is continued by the same command.",
-    )
-    add = parser.add_argument
-    add("--metrics", default="all", help="names with commas between, or all usual ones (default)")
-    add("--images", type=int, default=100, metavar="N", help="validation images; default 100")
-    add("--data", metavar="DIR", help="folder of images instead: val/<class>/, <class>/ or images alone")
-    add("--masks", metavar="DIR", help="their masks, <class>/<image's stem>.png; default DIR/masks")
-    add("--models", help="dense, slim, or both with a comma; default what there is")
-    add("--removal", choices=list(LEFT), help="how patches leave; default black for perturbation, drop for curves")
-    add(
-        "--target",
-        metavar="WHAT",
-        default="predicted",
-        help="what is explained and scored: the class predicted (default), label (the image's), or one thing for all: "
-        "3, contrast:3,5, margin, margin:2, entropy or regression:0",
-    )
-    add("--out", help="folder to write to; default RUN/score, or score")
-    add("--again", action="store_true", help="compute anew what is there already")
-    _add_explaining(parser, batch=25)
-    _add_processes(parser)
-    group = parser.add_argument_group("models of text and image (a folder of transformers), by one of two protocols")
-    group.add_argument(
-        "--protocol",
-        choices=list(multimodal_options.PROTOCOLS),
-        help="masks: AP of a detector's maps as masks, --data DIR with annotations.json in COCO's format and images/; "
-        "vqa: boxes and words taken away, --data DIR with .npz files of the model's inputs and answers",
-    )
-    group.add_argument("--threshold", type=float, help="probability of detections that are explained; default 0.5")
-    group.add_argument("--mask-rule", choices=("reference", "half"), help="where a mask ends; default reference")
-    args = parser.parse_args(arguments)
-    _check_counts(args, "images")
-    if args.protocol is not None:
-        return _parse_protocol(args)
-    for name in ("threshold", "mask_rule"):
-        if getattr(args, name) is not None:
-            raise PrunexError(f"--{name.replace('_', '-')} goes with --protocol: leave it out")
-    if args.target not in ("predicted", "label") and read_target(args.target, "--target")[0] == "labels":
-        raise PrunexError(f"--target {args.target}: scores are of one thing; give one label's number, as in --target 3")
-    for name in ("masks", "mean", "std", "range"):
-        if getattr(args, name) and not args.data:
-            raise PrunexError(f"--{name} goes with --data: a run's own data bring their masks, and say what pixels are")
-    for name in split_names(args.metrics):
-        if name not in (*METRICS, "all", "perturbation"):
-            raise unknown("metric", name, ["all", "perturbation", *METRICS])
-    if not split_names(args.metrics):
-        raise PrunexError(f"metrics={args.metrics!r} names no metric: give all, or names with commas between")
-    # Random maps are no explainer, and may be all that is asked for.
-    _check_processes(args)
-    without_random = [name for name in args.methods.split(",") if name.strip() != RANDOM]
-    if without_random:
-        _check_explaining(args, ",".join(without_random))
-    if args.data and not is_there(Path(args.data), Path.is_dir):
-        raise PrunexError(
-            f"--data {args.data} is not a folder: give one that holds val/<class>/<image>, or <class>/<image>"
-        )
-    return args
-
-
-def _parse_protocol(args: Any) -> Any:
-    """Of ``prunex score --protocol``."""
-    known = multimodal_options.PROTOCOLS[args.protocol]
-    args.folder = multimodal_options.folder_at(args.run, known, f"--protocol {args.protocol} scores")
-    if args.folder is None:
-        raise PrunexError(f"--protocol goes with a folder of transformers, and {args.run} is none: leave it out")
-    _check_multimodal(args)
-    args.folder.check_score(args)
-    if args.target != "predicted":
-        raise PrunexError(f"--target {args.target} does not go with --protocol, which says what is explained")
-    args.target, args.mask_rule = None, args.mask_rule or "reference"
-    args.worker = f"score_{args.protocol}"
-    return args
-
-
-def _check_multimodal(args: Any) -> None:
-    """What explaining models of text and image has in common."""
-    names = split_names(args.methods)
-    _check_basics(args, names, args.methods)
-    multimodal_options.check_methods(names, [split_option(text)[:2] for text in args.option])
-
-
-def _target(text: str, functions: bool) -> str | int:
-    """A target's spelling that names something; without functions a class alone."""
-    name, numbers = read_target(text, "--target")
-    if name != "class" and not functions:
-        raise PrunexError(f"--target {text}: models of text and image are explained by classes; give a class's number")
-    return text if functions else numbers[0]
-
-
-def _add_explaining(parser: Parser, batch: int) -> None:
-    """What ``explain`` and ``score`` are told of the model, its images and the methods."""
-    add = parser.add_argument
-    add(
-        "run",
-        help="run folder, slim folder, checkpoint, hf-hub:owner/name, a timm model name (with --weights), or "
-        "transformers folder",
-    )
-    add("--methods", default="all", help="names with commas between, or all that the model can take (default)")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="METHOD.NAME=VALUE",
-        help="an option of a method, such as rollout.head_fusion=max; may be repeated",
-    )
-    add("--batch", type=int, default=batch, help=f"images explained at once; default {batch}")
-    add("--device", help="cpu, cuda, cuda:1")
-    # Both would be weights.
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", help="safetensors file for a timm model name")
-    source.add_argument("--pretrained", action="store_true", help="download timm's weights for a timm model name")
-    add("--img-size", type=int, help="side of the images in pixels, for a timm model name")
-    for name, what in (("mean", "mean"), ("std", "standard deviation")):
-        says = f"{what} that the model's images are normalised by, of each channel (0..1); default what it says"
-        add(f"--{name}", type=float, nargs="+", metavar="X", help=says)
-    add(
-        "--range",
-        type=int,
-        metavar="MAX",
-        help="largest value of pixels of 16 bits, such as 4095 for 12; default the smallest that holds all images",
-    )
-
-
-def _add_processes(parser: Parser) -> Any:
-    """Where a command runs that runs on Lightning's engine."""
-    group = parser.add_argument_group(
-        "many images", "as in prunex fit: on several devices and machines, started by Lightning, torchrun or a cluster"
-    )
-    group.add_argument("--devices", type=int, metavar="N", help="processes on each machine; default 1, or torchrun's")
-    group.add_argument("--num_nodes", "--num-nodes", type=int, metavar="M", help="machines; default 1, or torchrun's")
-    group.add_argument("--accelerator", help="cpu, gpu, cuda, mps, auto; default a GPU where there is one")
-    return group
-
-
-def _check_processes(args: Any) -> None:
-    _check_counts(args, "devices", "num_nodes")
-    if args.device is not None and args.accelerator is not None:
-        raise PrunexError("--device and --accelerator say the same: give one of them")
-    if args.device is not None and ":" in args.device and args.devices not in (None, 1):
-        raise PrunexError(f"--device {args.device} is one device, and --devices {args.devices}: leave out one of them")
-
-
-def _sheets(text: str | None) -> int | str:
-    """How many images get a sheet."""
-    if text is None or text == "all":
-        return text or SHEETS
-    if not text.isdecimal():
-        raise PrunexError(f"--sheets {text} is not allowed: give a whole number, or all")
-    return int(text)
-
-
-def _check_basics(args: Any, names: list[str], methods: str) -> None:
-    """What any explaining is told."""
-    _check_counts(args, "batch")
-    if args.device is not None:
-        _check_device(args.device)
-    check_range(args.range, "--range")
-    if not names:
-        raise PrunexError(f"methods={methods!r} names no explainer: give all, or names with commas between")
-    for text in args.option:
-        method = split_option(text)[0]
-        if "all" not in names and method not in names:
-            raise PrunexError(f"an option was given for {method}, which is not among the methods {names}")
-
-
-def _check_explaining(args: Any, methods: str) -> None:
-    """What ``explain`` and ``score`` of ViTs have in common, but for names of options, which signatures tell."""
-    _check_counts(args, "img_size")
-    names = split_names(methods)
-    check_methods([name for name in names if name != "all"], "explainer")
-    check_methods([split_option(text)[0] for text in args.option], "explainer")
-    _check_basics(args, names, methods)
-    for name, values in (("--mean", args.mean), ("--std", args.std)):
-        if values is not None and not all(math.isfinite(value) for value in values):
-            raise PrunexError(f"{name} {' '.join(map(str, values))} is not allowed: give a finite number a channel")
-    if args.std is not None and min(args.std) <= 0:
-        raise PrunexError(f"--std {' '.join(map(str, args.std))} is not allowed: give numbers above 0")
-    check_model(args.run, args.weights, args.img_size, args.pretrained)
 
 
 def typed(arguments: Sequence[str], *names: str) -> list[tuple[slice, str, str | None]]:
@@ -483,7 +244,19 @@ def split_option(text: str) -> tuple[str, str, str]:
     return method, name, value
 
 
-def _check_counts(args: Any, *names: str) -> None:
+def check_images_at(given: str, tars: bool = True) -> None:
+    """Refuse a path at which nothing lies, and that names no tar files; a folder is walked when its model is open."""
+    if not is_there(Path(given)) and not (tars and tar_files(given)):
+        image_files(Path(given))  # which says what it looked for
+
+
+def _check_seconds(seconds: float) -> None:
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise PrunexError(f"--seconds {seconds} is not allowed: give a number of at least 0")
+
+
+def check_counts(args: Any, *names: str) -> None:
+    """Refuse numbers below 1, of options by their names in ``args``."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -491,7 +264,8 @@ def _check_counts(args: Any, *names: str) -> None:
             raise PrunexError(f"--{flag} {value} is not allowed: give a whole number of at least 1")
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """Refuse what no device of torch's is called; whether it is here, torch will say."""
+    # The types that torch.device knows, which takes seconds to ask.
     if not re.fullmatch(r"(cpu|cuda|mps|xpu|hpu|mtia|meta|xla|vulkan|maia|privateuseone)(:\d+)?", name):
         raise PrunexError(f"--device {name} cannot be used: give cpu, cuda or cuda:1")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
-from prunex.recipes.commands import options
+from prunex.recipes.commands import explain_options, options
 from prunex.recipes.commands.listing import declared
 
 
@@ -39,11 +40,11 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def worked_by(name: str) -> Callable[[Sequence[str]], int]:
+def worked_by(name: str, parsers: Any = options) -> Callable[[Sequence[str]], int]:
     """The command that a file of that name does the work of, or the one that its options name, once these are read."""
 
     def run(arguments: Sequence[str]) -> int:
-        args = getattr(options, f"parse_{name}")(arguments)
+        args = getattr(parsers, f"parse_{name}")(arguments)
         worker = getattr(args, "worker", name)
         code: int = getattr(import_module(f"prunex.recipes.commands.{worker}"), worker)(args)
         return code
@@ -54,8 +55,11 @@ def worked_by(name: str) -> Callable[[Sequence[str]], int]:
 # name -> (one line of help, function of the remaining arguments that returns an exit code)
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "init": ("a config for a folder of images, from four answers", worked_by("init")),
-    "explain": ("maps and pictures of a trained model for one's own images", worked_by("explain")),
-    "score": ("explainers by metrics, dense beside slim, with intervals and costs", worked_by("score")),
+    "explain": ("maps and pictures of a trained model for one's own images", worked_by("explain", explain_options)),
+    "score": (
+        "explainers by metrics, dense beside slim, with intervals and costs",
+        worked_by("score", explain_options),
+    ),
     "export": (
         "the slim model as a checked graph: ONNX, torch.export, OpenVINO, ExecuTorch, TensorRT",
         worked_by("export"),

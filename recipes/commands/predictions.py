@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from prunex.callbacks import TokenPruning
 from prunex.callbacks.described import names_of
 from prunex.errors import PrunexError
 from prunex.files import readable, write_whole
+from prunex.recipes.tables import as_csv
 
 FILE = "predictions.csv"
 
@@ -76,7 +75,7 @@ class PredictionTable(BasePredictionWriter):
             raise PrunexError("there was nothing to predict: the data have no images for it")
         ordered = [rows[key] for key in sorted(rows)]
         names = names_of(trainer, pl_module, len(ordered[0][1]))
-        write_whole(self.path, _table(ordered, names, self._kind).encode())
+        write_whole(self.path, as_csv(_table(ordered, names, self._kind)))
         print(f"{self.path} ({len(rows):,} images)")
 
 
@@ -161,16 +160,16 @@ def _kept(trainer: Trainer, module: LightningModule, count: int) -> Tensor | Non
     return pruning.trace.keep_ratios()[-1].cpu()
 
 
-def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[str] | None, kind: str) -> str:
-    """The rows as CSV; classes go by their names where these are known, else by their numbers."""
+def _table(
+    rows: Sequence[tuple[str, list[float], float | None]], class_names: Sequence[str] | None, kind: str
+) -> Iterator[list[str]]:
+    """A heading and the rows in words; classes go by their names where these are known, else by their numbers."""
     classes = len(rows[0][1])
     names = [readable(name) for name in class_names or map(str, range(classes))]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     pruned = any(kept is not None for _, _, kept in rows)
     heads = {"probabilities": ["predicted", "probability"], "label_probabilities": ["predicted"], "values": []}[kind]
     columns = names if kind == "values" else [f"p({name})" for name in names]
-    table.writerow(["path", *heads, *["kept"] * pruned, *columns])
+    yield ["path", *heads, *["kept"] * pruned, *columns]
     for path, shares, kept in rows:
         # The first of equals, as argmax has it.
         best = max(range(classes), key=shares.__getitem__)
@@ -178,5 +177,4 @@ def _table(rows: Sequence[tuple[str, list[float], float | None]], class_names: S
         if kind == "label_probabilities":
             said = [" + ".join(name for name, share in zip(names, shares, strict=True) if share >= 0.5)]
         left = ["" if kept is None else f"{kept:.4f}"] * pruned
-        table.writerow([path, *said[: len(heads)], *left, *(f"{share:.6f}" for share in shares)])
-    return text.getvalue()
+        yield [path, *said[: len(heads)], *left, *(f"{share:.6f}" for share in shares)]

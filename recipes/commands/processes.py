@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import zip_longest
@@ -40,6 +40,7 @@ def trainer_of(args: Any, *callbacks: Callback) -> Trainer:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            # The data module cuts the batches among processes itself.
             use_distributed_sampler=False,
             # Explainers need gradients, and tensors made in inference mode have none.
             inference_mode=False,
@@ -120,9 +121,20 @@ def in_turn(fabric: Fabric, parts: Sequence[T], make: Callable[[T], dict[str, Te
     every: list[Any] = [mine] * fabric.world_size
     if fabric.world_size > 1:
         all_gather_object(every, mine)
-    ordered = [rows for turn in zip_longest(*every) for rows in turn if rows is not None]
-    names = [name for name in ordered[0] if all(name in rows for rows in ordered)]
-    return {name: torch.cat([rows[name] for rows in ordered]) for name in names}
+    ordered: list[dict[str, Tensor]] = []
+    for turn in zip_longest(*every):
+        ordered += [rows for rows in turn if rows is not None]
+    return joined(ordered)
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of several parts one after another, by the names that all of these have."""
+    whole = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts if name in part]
+        if len(tensors) == len(parts):
+            whole[name] = torch.cat(tensors)
+    return whole
 
 
 def check_terminated(trainer: Trainer) -> None:

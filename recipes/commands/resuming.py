@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from prunex.callbacks.checkpoints import LAST
 from prunex.errors import PrunexError
 from prunex.files import remove_drafts, write_whole
+from prunex.recipes.runs import versions
 
 LOGGERS = ("CSVLogger", "TensorBoardLogger")  # whose folders are save_dir/name/version_N
 
@@ -29,9 +30,11 @@ def go_on(config: Any, training: bool) -> bool:
             f"the checkpoint instead, as in runs/NAME/version_0/checkpoints/{LAST}"
         )
     root = Path(logger["save_dir"], logger.get("name") or "")
-    chosen = logger.get("version") is None
     # A config that names its version means that one.
-    folders = runs(root) if chosen else [f for f in [_folder(root, logger["version"])] if f.is_dir()]
+    version = logger.get("version")
+    chosen = version is None
+    named = root / (version if isinstance(version, str) else f"version_{version}")
+    folders = versions(root) if chosen else [folder for folder in [named] if folder.is_dir()]
     if not folders:
         if not training:
             raise PrunexError(f"ckpt_path='last': there is no run in {root}; train first, or give a path")
@@ -56,22 +59,8 @@ def go_on(config: Any, training: bool) -> bool:
     return chosen
 
 
-def runs(root: Path) -> list[Path]:
-    """The ``version_N`` folders, the highest number first."""
-    numbered = {
-        int(folder.name.removeprefix("version_")): folder
-        for folder in (root.iterdir() if root.is_dir() else ())
-        if folder.is_dir() and folder.name.removeprefix("version_").isdigit() and folder.name.startswith("version_")
-    }
-    return [numbered[n] for n in sorted(numbered, reverse=True)]
-
-
 def _last(run: Path) -> Path:
     return run / "checkpoints" / LAST
-
-
-def _folder(root: Path, version: int | str) -> Path:
-    return root / (version if isinstance(version, str) else f"version_{version}")
 
 
 def _logger(logger: Any) -> Any:

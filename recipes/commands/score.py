@@ -30,6 +30,7 @@ from prunex.recipes.commands.processes import fabric_of, in_turn, quiet
 from prunex.recipes.commands.score_data import from_folder, from_run
 from prunex.recipes.commands.score_record import digest
 from prunex.recipes.commands.score_row import Model, Refused, Row, Setting
+from prunex.recipes.commands.sheets import writing
 from prunex.recipes.report.page import write_report
 from prunex.recipes.report.score_table import LEFT, Score, by_removal, table, write_scores
 from prunex.recipes.runs import open_data, open_model_or_name, read_run, renormalise, run_of, to_device, token_pruning
@@ -50,23 +51,21 @@ def score(args: Any) -> int:
     scoring = Scoring(args, out, run)
     first = scoring.fabric.is_global_zero
     try:
-        with quiet():
-            scoring.begin()
-        with tqdm(total=scoring.steps(), desc="scoring", unit="image", disable=not first) as bar:
-            scoring.work(bar)
-        if not first:
-            return 0
-        cells = scoring.table()
-        write_scores(out, cells)
-        write_whole(out / "about.json", (json.dumps(scoring.about(), indent=2, allow_nan=False) + "\n").encode())
+        with writing(out):
+            with quiet():
+                scoring.begin()
+            with tqdm(total=scoring.steps(), desc="scoring", unit="image", disable=not first) as bar:
+                scoring.work(bar)
+            if not first:
+                return 0
+            cells = scoring.table()
+            write_scores(out, cells)
+            write_whole(out / "about.json", (json.dumps(scoring.about(), indent=2, allow_nan=False) + "\n").encode())
     except KeyboardInterrupt:
         if first:
-            print(
-                f"\nprunex: interrupted: what is done lies in {out}; the same command continues there", file=sys.stderr
-            )
+            said = f"what is done lies in {out}; the same command continues there"
+            print(f"\nprunex: interrupted: {said}", file=sys.stderr)
         return 130
-    except OSError as error:
-        raise PrunexError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     print(table(cells, shutil.get_terminal_size((120, 24)).columns))
     # What the signs in the table mean.
     print("\n± half of the 95 % interval (bootstrap over images); ↓ less is better")
@@ -131,7 +130,8 @@ class Scoring:
         self.methods = [*(Explainers(named, options).names if named else []), RANDOM]
         everything = "all" in split_names(args.metrics)
         metrics = measures(args.metrics)
-        self.left_out = [n for n in MEASURES if n not in {m.name for m in metrics}] if everything else []
+        taken = {measure.name for measure in metrics}
+        self.left_out = [name for name in MEASURES if name not in taken] if everything else []
         if args.data:
             masks = Path(args.masks) if args.masks else None
             scenes = from_folder(Path(args.data), masks, self.models[-1].model, args.images, args.range)
@@ -151,6 +151,7 @@ class Scoring:
     def begin(self) -> None:
         """Start the other processes, look at all images, and find out what is to be done."""
         self.fabric.launch()
+        # Known only now: each of several processes has a device of its own.
         self.setting.device = self.fabric.device
         judges = [m.judge for m in self.models if m.judge is not None]
         to_device(str(self.fabric.device), [*(m.model for m in self.models), *judges])
@@ -167,18 +168,12 @@ class Scoring:
         # Who is named, or given options, must work as it is.
         required = {*named, *read_options(self.args.option)} if "all" in named else set(self.methods)
 
-        def make() -> list[Row]:
-            return [
-                Row(self.setting, m, method, method not in required) for m in self.models for method in self.methods
-            ]
-
-        # Only the first process moves files, and others read what lies at their names then.
-        if self.fabric.is_global_zero:
-            self.rows = make()
-        self.fabric.barrier()
-        if not self.fabric.is_global_zero:
-            self.rows = make()
-        self.fabric.barrier()
+        # The first process moves files when it makes its rows, and others read what lies at their names then.
+        for first in (True, False):
+            if first == self.fabric.is_global_zero:
+                pairs = [(m, method) for m in self.models for method in self.methods]
+                self.rows = [Row(self.setting, m, method, method not in required) for m, method in pairs]
+            self.fabric.barrier()
 
     def _look(self) -> None:
         """What models make of all images, their labels, hashes, and what their masks are: ``seen``, rows by name."""
@@ -258,6 +253,7 @@ class Scoring:
         if not metrics:
             raise PrunexError(f"no metric can be measured: {'; '.join(reasons.values())}")
         if everything:
+            # That a dense model has nothing to agree with needs no word.
             said = [group for group in reasons if group != "agreement"]
             self.notes += [f"{group} is left out: {reasons[group]}" for group in said]
 
@@ -320,27 +316,13 @@ class Scoring:
     def _cells(self, m: Model, method: str, values: dict[str, Tensor], cost: list[float]) -> list[Score]:
         cells = []
         for measure in (x for x in self.setting.metrics if x.name in values):
-            mean = interval(measure.name, values[measure.name])
+            i = interval(measure.name, values[measure.name])
             judge = ""
             if measure.group == "agreement" and method != "chance":
                 judge = RANDOM if method == RANDOM else f"dense/{method}"
-            cells.append(
-                Score(
-                    m.name,
-                    method,
-                    measure.name,
-                    measure.group,
-                    measure.higher,
-                    mean.mean,
-                    mean.low,
-                    mean.high,
-                    mean.images,
-                    cost[0],
-                    cost[1],
-                    removed_by(measure, self.args.removal),
-                    judge,
-                )
-            )
+            about = (m.name, method, measure.name, measure.group, measure.higher)
+            removed = removed_by(measure, self.args.removal)
+            cells.append(Score(*about, i.mean, i.low, i.high, i.images, cost[0], cost[1], removed, judge))
         return cells
 
     def _chance(self, m: Model) -> dict[str, Tensor]:

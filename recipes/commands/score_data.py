@@ -18,6 +18,7 @@ from prunex.attributes import models_normalisation, read_normalisation
 from prunex.batches import Parts, parts
 from prunex.errors import PrunexError
 from prunex.files import readable
+from prunex.recipes.commands.processes import joined
 from prunex.recipes.data.images import choose_range, object_pixels, preparation, read_image
 from prunex.recipes.given import image_files
 from prunex.untrusted import read_picture
@@ -94,14 +95,14 @@ class Scenes:
                 f"the validation data give other images at {places[0]}..{places[-1]} when they are read again: scores "
                 "are of images that stay the same; leave random changes to training, and seed a random split"
             )
-        each = [scene.each(itemgetter(slice(n, n + 1))) for n in range(len(places))]
-        for place, one in zip(places, each, strict=True):
-            size = sum(part.nbytes for part in one if part is not None)
+        scenes = [scene.each(itemgetter(slice(n, n + 1))) for n in range(len(places))]
+        for place, image in zip(places, scenes, strict=True):
+            size = sum(part.nbytes for part in image if part is not None)
             if size <= self._room:
                 self._room -= size
                 # A view would keep its whole batch.
-                self._held[place] = one.each(torch.clone)
-        return each
+                self._held[place] = image.each(torch.clone)
+        return scenes
 
     def digest(self) -> str:
         """A hash of all that the scores depend on."""
@@ -149,6 +150,7 @@ def from_run(data: Any, wanted: int) -> Scenes:
 
     def read(places: list[int]) -> Parts:
         some = Subset(dataset, places)
+        # By the loader's own collate_fn, which may make what a step gets.
         batch = parts(next(iter(DataLoader(some, batch_size=len(places), collate_fn=loader.collate_fn))))
         count = len(batch.need("images", "scoring", "the validation batch"))
         if count != len(places):
@@ -179,9 +181,8 @@ def _streamed(loader: Any, wanted: int) -> Parts:
             break
     if not seen:
         raise PrunexError("there are no validation images to score on")
-    keys = set.intersection(*(set(p) for p in seen))
     whole = Parts(seen[0].kind)
-    whole.update({k: torch.cat([p[k] for p in seen])[:wanted] for k in keys})
+    whole.update({name: rows[:wanted] for name, rows in joined(seen).items()})
     whole.unclear, whole.unfit = seen[0].unclear, seen[0].unfit
     return whole
 

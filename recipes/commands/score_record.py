@@ -22,7 +22,7 @@ from prunex.files import remove_drafts
 from prunex.maps import INDEX, shards_of
 from prunex.metrics.scoring import columns
 from prunex.pictures.arrays import save_npz
-from prunex.recipes.commands.shards import Shards
+from prunex.recipes.commands.shards import Shards, joined
 from prunex.recipes.runs import token_pruning
 from prunex.removal.game import ROUTES
 from prunex.untrusted import read_npz
@@ -59,6 +59,7 @@ class Record:
         """Put aside a file of something else, and take back one of this that was."""
         key = self._key_of(self.path)
         if key not in ("", self.key):
+            # Kept: whoever goes back to those options finds it again.
             os.replace(self.path, self._beside(key))
         if not self.path.is_file() and self._key_of(self._beside(self.key)):
             os.replace(self._beside(self.key), self.path)
@@ -128,6 +129,7 @@ class Record:
         if not self.writes:
             return
         about = {"key": self.key, "keys": self.keys, "fine": self.fine, "cost": self.cost, "seconds": self.seconds}
+        # Uncompressed, for it is written anew after every metric.
         save_npz(self.path, {**self.arrays, "about": np.array(json.dumps(about))}, compressed=False)
 
 
@@ -167,8 +169,7 @@ class Rows:
         read = [_read_shard(path, self.count) for path in shards_of(self.folder)]
         # Where a file was written twice, by a process that was killed while it joined some, rows are alike.
         order = np.unique(np.concatenate([arrays[INDEX] for arrays in read]), return_index=True)[1]
-        names = [name for name in read[0] if name != INDEX]
-        return {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in read])[order]) for name in names}
+        return {name: torch.from_numpy(rows[order]) for name, rows in joined(read).items() if name != INDEX}
 
     def remove(self) -> None:
         """Leave nothing."""

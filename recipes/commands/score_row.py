@@ -150,6 +150,7 @@ class Row:
             images = scene.images.to(setting.device)
             maps, fine = self._maps(explainers, self.model, part, images)
             seconds, forwards, count = (0.0, 0.0, 1) if explainers is None else explainers.last[self.method]
+            # Images of a batch are explained together, and share what that took.
             cost = torch.tensor([[seconds / count, forwards / count]], dtype=torch.float64).expand(len(part), 2)
             rows = {"maps": maps, "fine": torch.full((len(part),), fine is not None), "cost": cost}
             if names and scene.masks is not None:
@@ -238,6 +239,7 @@ class Row:
             work(part, fabric.world_size)
         bar.update(left)
         rows.join()
+        # All have written before any reads, and all have read before the files go.
         fabric.barrier()
         whole = rows.whole()
         yield whole, float(whole.pop("seconds").sum())

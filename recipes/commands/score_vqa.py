@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,19 @@ from tqdm import tqdm
 
 import prunex.multimodal
 from prunex.errors import PrunexError
+from prunex.files import write_whole
 from prunex.multimodal.removal import ModelRemover, questions
-from prunex.multimodal.vqa import MODALITIES, Question, Remover, VQAPerturbation, vqa_perturbation
+from prunex.multimodal.vqa import MODALITIES, Question, VQAPerturbation, vqa_perturbation
 from prunex.pictures import curves, save_png
 from prunex.pictures.sheet import stacked
 from prunex.recipes.commands.multimodal_explainers import Explainers
 from prunex.recipes.commands.multimodal_model import opened_model
-from prunex.recipes.commands.multimodal_results import prepare, write_results, write_table
+from prunex.recipes.commands.multimodal_results import prepare, write_results
 from prunex.recipes.commands.options import RANDOM
 from prunex.recipes.commands.score_data import spaced
 from prunex.recipes.commands.sheets import writing
 from prunex.recipes.runs import to_device
+from prunex.recipes.tables import as_csv
 from prunex.untrusted import read_npz
 
 ANSWERS = "answers"  # in the npz files of questions, beside the model's inputs
@@ -43,7 +44,7 @@ def score_vqa(args: Any) -> int:
         bar = tqdm(total=sum(len(part[ANSWERS]) for part in parts), desc=name, unit="question")
         with bar:
             asked = _explained(model, parts, explainers, name, args.batch, bar)
-            measured[name] = vqa_perturbation(_remover(model), asked)
+            measured[name] = vqa_perturbation(ModelRemover(model), asked)
     _draw(measured, out)
     first = next(iter(measured.values()))
     conditions = {"questions": first.questions, "count_rule": first.count_rule, "answer": "predicted"}
@@ -62,10 +63,12 @@ def _questions(root: Path, most: int) -> list[dict[str, Tensor]]:
     kept = []
     for part in parts:
         end = start + len(part[ANSWERS])
+        # Questions are numbered through all files, and taken from the one that each lies in.
         places = [place - start for place in chosen if start <= place < end]
-        kept.append({name: value[places] for name, value in part.items()})
+        if places:
+            kept.append({name: value[places] for name, value in part.items()})
         start = end
-    return [part for part in kept if len(part[ANSWERS])]
+    return kept
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -83,6 +86,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
                 f"{ANSWERS}"
             )
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    # NumPy's usual numbers are float64, and the model's weights float32.
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
@@ -96,29 +100,17 @@ def _explained(
             some = {key: value[start : start + batch].to(device) for key, value in part.items()}
             answers = some.pop(ANSWERS)
             e = prunex.multimodal.explain(model, some, None, name, **explainers.options[name])
-            for each in questions(model, some, e, answers):
-                # Orders are counted where the protocol counts, answers where the model is.
-                right = each.answers if isinstance(each.answers, int) else each.answers.cpu()
-                yield replace(each, image=each.image.cpu(), text=each.text.cpu(), answers=right)
+            for question in questions(model, some, e, answers):
+                yield question
                 bar.update()
-
-
-def _remover(model: Any) -> Remover:
-    """What answers without some parts, on the model's device."""
-    remover, device = ModelRemover(model), next(model.parameters()).device
-
-    def answers(inputs: Any, image: Tensor, text: Tensor) -> Tensor:
-        return remover(inputs, image.to(device), text.to(device)).cpu()
-
-    return answers
 
 
 def _rows(measured: Mapping[str, VQAPerturbation]) -> list[list[str]]:
     """A row a method, modality and order: the area, its standard error, and by how much it beats the random order."""
     rows = [["method", "modality", "order", "area", "± s.e.", "better than random", "± s.e."]]
-    for name, each in measured.items():
+    for name, result in measured.items():
         for modality in MODALITIES:
-            tested: Any = getattr(each, modality)
+            tested: Any = getattr(result, modality)
             for order in (*_ORDERS, RANDOM):
                 curve = getattr(tested, order)
                 margin = ["", ""] if order == RANDOM else [f"{value:.4g}" for value in tested.margin(order)]
@@ -130,11 +122,11 @@ def _draw(measured: Mapping[str, VQAPerturbation], out: Path) -> None:
     """The four tests as charts, and every point as a row."""
     charts, rows = [], [["method", "modality", "order", "fraction", "score", "standard_error"]]
     for modality in MODALITIES:
-        tests: dict[str, Any] = {name: getattr(each, modality) for name, each in measured.items()}
+        tests: dict[str, Any] = {name: getattr(result, modality) for name, result in measured.items()}
         # The same draws for every method.
         chance = next(iter(tests.values())).random
         for order, says in _ORDERS.items():
-            drawn = {name: getattr(each, order) for name, each in tests.items()} | {RANDOM: chance}
+            drawn = {name: getattr(test, order) for name, test in tests.items()} | {RANDOM: chance}
             lines = {n: (100 * np.array(curve.fractions), curve.mean.numpy()) for n, curve in drawn.items()}
             charts.append(curves(lines, f"{modality}, {says}", xlabel="% taken away"))
             for name, curve in drawn.items():
@@ -142,4 +134,4 @@ def _draw(measured: Mapping[str, VQAPerturbation], out: Path) -> None:
                 rows += [[name, modality, order, f"{p:g}", f"{m:.6g}", f"{error:.4g}"] for p, m, error in points]
     with writing(out):
         save_png(out / "curves.png", stacked([np.concatenate(charts[k : k + 2], 1) for k in (0, 2)]))
-        write_table(out / "curves.csv", rows)
+        write_whole(out / "curves.csv", as_csv(rows))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from prunex.files import write_whole
 from prunex.maps import FOLDER, Maps, write_shard
 from prunex.pictures import save_npz
+from prunex.recipes.tables import as_csv
 from prunex.registry import lookup
 
 ROWS, BYTES = 1000, 2**24  # of a shard: whichever comes first
@@ -47,11 +46,19 @@ class Shards:
         parts, self._parts, self._rows, self._bytes = self._parts, [], 0, 0
         if len(parts) < 2:
             return
-        whole = {name: np.concatenate([arrays[name] for _, arrays, _ in parts]) for name in parts[0][1]}
+        whole = joined([arrays for _, arrays, _ in parts])
         write_shard(self.folder, whole, total(spent for _, _, spent in parts))
         # Where this is cut short some rows are there twice, and alike.
         for path, _, _ in parts:
             path.unlink()
+
+
+def joined(parts: Sequence[Arrays]) -> dict[str, NDArray[Any]]:
+    """Rows of several files one after another."""
+    whole = {}
+    for name in parts[0]:
+        whole[name] = np.concatenate([arrays[name] for arrays in parts])
+    return whole
 
 
 def total(parts: Any) -> dict[str, tuple[float, float, int]]:
@@ -67,7 +74,7 @@ def total(parts: Any) -> dict[str, tuple[float, float, int]]:
 def write_besides(out: Path) -> str:
     """Write times.csv, and maps.npz of not too many images, from all shards; give back what is to be said of it."""
     maps = Maps(out)
-    write_whole(out / "times.csv", times(maps).encode())
+    write_whole(out / "times.csv", as_csv(_times(maps)))
     whole = out / f"{FOLDER}.npz"
     if len(maps) <= SMALL:
         save_npz(whole, {"files": np.array(maps.names), **maps[:]}, compressed=False)
@@ -77,13 +84,9 @@ def write_besides(out: Path) -> str:
     return f"maps of {len(maps):,} images lie in {maps.folder}, for prunex.open_maps: too many for a {whole.name}"
 
 
-def times(maps: Maps) -> str:
-    """The methods' mean times as CSV."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["method", "seconds_per_image", "forwards_per_image", "images", "needs"])
+def _times(maps: Maps) -> Iterator[Sequence[Any]]:
+    """A heading and the methods' mean times, a row each."""
+    yield ["method", "seconds_per_image", "forwards_per_image", "images", "needs"]
     for name, (seconds, forwards, images) in maps.spent().items():
         count = max(1, images)
-        needs = lookup("explainer", name).needs
-        table.writerow([name, f"{seconds / count:.4g}", f"{forwards / count:g}", len(maps), needs])
-    return text.getvalue()
+        yield name, f"{seconds / count:.4g}", f"{forwards / count:g}", len(maps), lookup("explainer", name).needs

@@ -138,6 +138,7 @@ def check_out(out: Path, root: Path, sheets: Iterable[str], images: Iterable[Pat
     for sheet in taken:
         if not ours or os.path.realpath(sheet) in real:
             raise PrunexError(f"{sheet} is there already and no sheet of an earlier prunex explain: give another --out")
+    # The nearest folder that exists is the one in which others would be made.
     above = next(p for p in (out, *out.resolve().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise PrunexError(f"cannot write to {out}: {above} is no folder that may be written to; choose another --out")

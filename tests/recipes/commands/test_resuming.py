@@ -6,6 +6,7 @@ import pytest
 
 from prunex import PrunexError
 from prunex.recipes.commands.resuming import go_on
+from prunex.recipes.runs import versions
 from tests.recipes.interrupted import callback, differences, fit, hooks, write_config
 
 MONITORS = [callback("KeptTokenMonitor", images=2, every_n_epochs=2), callback("SlimExport", formats=[])]
@@ -139,6 +140,14 @@ def test_which_run_is_the_last(tmp_path):
     config = config_of(tmp_path)
     go_on(config, training=False)
     assert (config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (str(last), None)
+
+
+def test_folders_are_numbered_by_digits_alone(tmp_path):
+    for name in ("version_2", "version_10", "version_²", "version_x", "version_"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "version_11").touch()
+    assert [folder.name for folder in versions(tmp_path)] == ["version_10", "version_2"]
+    assert versions(tmp_path / "nowhere") == []
 
 
 def test_last_needs_numbered_folders_and_something_to_look_at(tmp_path):

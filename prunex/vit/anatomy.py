@@ -110,7 +110,7 @@ class Anatomy:
 
 def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[str, Any]:
     """The one model of some ``kinds`` in a module, at ``path`` where there are several: path ("" for itself), model."""
-    name, model = _found(module, path, kinds)
+    name, model = _only_model(module, path, kinds)
     # Inside of a wrapper a block's halves are out of reach, and one graph would be what was compiled before.
     part = next((n for n, m in model.named_modules() if "_orig_mod" in m._modules), None)
     if part is not None:
@@ -121,24 +121,14 @@ def find(module: nn.Module, path: str | None = None, kinds: Any = ViT) -> tuple[
     return name, model
 
 
-def _found(module: nn.Module, path: str | None, kinds: Any) -> tuple[str, Any]:
+def _only_model(module: nn.Module, path: str | None, kinds: Any) -> tuple[str, Any]:
     if not isinstance(module, nn.Module):
         raise PrunexError(
             f"expected a torch.nn.Module that holds a timm ViT, got {type(module).__name__}: build it first"
         )
     vits = [(name, m) for name, m in module.named_modules() if isinstance(m, kinds)]
     if path is not None:
-        target = dict(module.named_modules()).get(path)
-        inside = [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, kinds)]
-        if len(inside) != 1:
-            what = (
-                "does not exist" if target is None else f"is a {type(target).__name__} holding {len(inside)} timm ViTs"
-            )
-            raise PrunexError(
-                f"model={path!r} {what} in {type(module).__name__}; timm ViTs there: "
-                f"{', '.join(repr(n) for n, _ in vits) or 'none'}"
-            )
-        return ".".join(p for p in (path, inside[0][0]) if p), inside[0][1]
+        return _at(module, path, kinds, vits)
     if len(vits) > 1:
         names = ", ".join(repr(n) for n, _ in vits)
         raise PrunexError(
@@ -146,6 +136,7 @@ def _found(module: nn.Module, path: str | None, kinds: Any) -> tuple[str, Any]:
             "(model=... in callbacks)"
         )
     if not vits:
+        # By its parts as well: who passes a wrapper sees what is in it.
         children = sorted({type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in module.children()})[:6]
         theirs = any(type(m).__module__.startswith("transformers.models.") for m in module.modules())
         hint = "; prunex.from_transformers makes the timm twin of a ViT of transformers" if theirs else ""
@@ -154,6 +145,18 @@ def _found(module: nn.Module, path: str | None, kinds: Any) -> tuple[str, Any]:
             f"({_reason(module) or 'it holds ' + (', '.join(children) or 'nothing')}); what works: {WORKS}{hint}"
         )
     return vits[0]
+
+
+def _at(module: nn.Module, path: str, kinds: Any, vits: list[tuple[str, Any]]) -> tuple[str, Any]:
+    target = dict(module.named_modules()).get(path)
+    inside = [] if target is None else [(n, m) for n, m in target.named_modules() if isinstance(m, kinds)]
+    if len(inside) != 1:
+        what = "does not exist" if target is None else f"is a {type(target).__name__} holding {len(inside)} timm ViTs"
+        raise PrunexError(
+            f"model={path!r} {what} in {type(module).__name__}; timm ViTs there: "
+            f"{', '.join(repr(n) for n, _ in vits) or 'none'}"
+        )
+    return ".".join(p for p in (path, inside[0][0]) if p), inside[0][1]
 
 
 def read(model: nn.Module) -> Anatomy:
@@ -171,18 +174,22 @@ def read(model: nn.Module) -> Anatomy:
     elif inner.global_pool == "token" or (inner.global_pool == "" and inner.cls_token is not None):
         readers = (0,)
     layouts = [layout_of(b) for b in blocks]
-    # Where several attentions run side by side, the block has the heads of all.
-    counts = [sum(m.num_heads for m in lay.attentions(b)) for lay, b in zip(layouts, blocks, strict=True)]
+    counts = []
+    for layout, block in zip(layouts, blocks, strict=True):
+        # Where several attentions run side by side, the block has the heads of all.
+        counts.append(sum(m.num_heads for m in layout.attentions(block)))
     attends_all = isinstance(model, Eva) and inner.global_pool == "map"  # its pooling takes prefix tokens in
     rankers, explainable = readers, mounted_head(model)
     if explainable is not None and explainable.reads_patches and readers:
         # It reads them beside the class token: no token may be left out, and any of them may hold what it goes by.
         readers, attends_all = (), True
+    # A narrowed block may have no heads left, and then no width of one.
+    widths = (y.width(b) // n for y, b, n in zip(layouts, blocks, counts, strict=True) if n)
     return Anatomy(
         depth=len(blocks),
         width=inner.embed_dim,
         heads=tuple(counts),
-        head_dim=next((y.width(b) // n for y, b, n in zip(layouts, blocks, counts, strict=True) if n), 0),
+        head_dim=next(widths, 0),
         hidden=tuple(lay.hidden(b) for lay, b in zip(layouts, blocks, strict=True)),
         prefix=prefix_of(model),
         grid=tuple(embed.grid_size),
@@ -211,6 +218,7 @@ def _check_supported(model: nn.Module) -> None:
         raise PrunexError(f"{name} {unknown} is not supported; what works: {WORKS}")
     if not len(inner.blocks):
         raise PrunexError(f"{name} has no blocks: nothing to prune or explain")
+    # Asked of timm's own method: some versions leave before prefix tokens are put in.
     bare = isinstance(model, VisionTransformer) and inner.pos_embed is None and inner.num_prefix_tokens
     if bare:
         empty = next(inner.parameters()).new_zeros(1, 1, 1, inner.embed_dim)
@@ -219,6 +227,7 @@ def _check_supported(model: nn.Module) -> None:
                 f"timm {timm.__version__} leaves the prefix tokens out of a {name} without position embedding: install "
                 "a later timm"
             )
+    # PatchDropout takes patches out before the first block, and no token says which.
     if not isinstance(getattr(inner, "patch_drop", None), nn.Identity | None):
         raise PrunexError(f"{name} with patch_drop_rate > 0 is not supported: build it with patch_drop_rate=0")
 
@@ -240,6 +249,7 @@ def _unknown(model: Any) -> str | None:
     if model.global_pool not in _POOLS:
         return f"with global_pool={model.global_pool!r}"
     pool, embed = model.attn_pool if model.global_pool == "map" else None, model.patch_embed
+    # Positions of a pooling head are those of the whole grid, which dropped tokens leave.
     if pool is not None and (type(pool).forward is not AttentionPoolLatent.forward or pool.pos_embed is not None):
         return f"with {type(pool).__name__} as pooling"
     # Patches of pixels, or of the features that convolutions make of them: the sequence begins behind both.
@@ -260,8 +270,8 @@ def channels_of(embed: Any) -> int:
 
 def pixels_of(embed: Any) -> tuple[int, int]:
     """Height and width in pixels of what one token is made of, overlaps of convolutions left out."""
-    each = embed.feature_ratio if isinstance(embed, HybridEmbed) else (1, 1)
-    return int(embed.patch_size[0] * each[0]), int(embed.patch_size[1] * each[1])
+    stem = embed.feature_ratio if isinstance(embed, HybridEmbed) else (1, 1)
+    return int(embed.patch_size[0] * stem[0]), int(embed.patch_size[1] * stem[1])
 
 
 def head_classes(model: Any) -> int:
@@ -269,6 +279,7 @@ def head_classes(model: Any) -> int:
     head = getattr(model.head, "fc", model.head)
     if isinstance(head, nn.Identity):
         return 0
+    # Of a sequence, such as a small MLP, the last layer that tells.
     last = [m.out_features for m in (head, *reversed(list(head.modules()))) if hasattr(m, "out_features")]
     return int(last[0] if last else model.num_classes)
 
@@ -314,6 +325,7 @@ def check_images(anatomy: Anatomy, images: Any, values: bool = False) -> None:
         )
     if a.dynamic and not a.pads and (shape[2] % a.patch[0] or shape[3] % a.patch[1]):
         raise PrunexError(f"images are {shape[2]} x {shape[3]} pixels: give multiples of the patch size {a.patch}")
+    # A question to the batch's size would fix it in the graph.
     if torch.compiler.is_compiling():
         return
     if shape[0] == 0:

@@ -27,7 +27,6 @@ def eva(model: Any, a: Anatomy) -> dict[str, Any]:
     attn = block.attn
     if attn.num_heads * (attn.proj.in_features // attn.num_heads) != a.width or getattr(attn, "gate", None) is not None:
         raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
-    post = isinstance(block, EvaBlockPostNorm)
     args: dict[str, Any] = _mlp_of(block.mlp, a) | {
         "num_heads": attn.num_heads,
         "qkv_bias": getattr(attn, "q_bias", None) is not None or (attn.qkv or attn.q_proj).bias is not None,
@@ -38,7 +37,7 @@ def eva(model: Any, a: Anatomy) -> dict[str, Any]:
         "no_embed_class": bool(model.no_embed_class),
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rot_pos_emb": model.rope is not None,
-        "use_post_norm": post,
+        "use_post_norm": isinstance(block, EvaBlockPostNorm),
         "use_pre_transformer_norm": not isinstance(model.norm_pre, nn.Identity),
         "use_post_transformer_norm": not isinstance(model.norm, nn.Identity),
         "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
@@ -54,7 +53,7 @@ def eva(model: Any, a: Anatomy) -> dict[str, Any]:
     if not isinstance(attn.q_norm, nn.Identity):
         args["qk_norm"] = True
     if getattr(block, "gamma_1", None) is not None:
-        args["init_values"] = 1e-5
+        args["init_values"] = 1e-5  # whatever: the file holds what became of it
         if block.gamma_2 is None:
             args["attn_only_layer_scale"] = True
     if a.pool == "map":
@@ -97,6 +96,7 @@ def beit(model: Any, a: Anatomy) -> dict[str, Any]:
     norms_pooled = not isinstance(model.fc_norm, nn.Identity)
     if norms_pooled != (model.global_pool == "avg"):  # timm 1.0.20 knows the rule alone
         args["use_fc_norm"] = norms_pooled
+    # timm's Beit has no such argument.
     args.pop("swiglu_align_to", None)
     return args
 
@@ -130,6 +130,7 @@ def relpos(model: Any, a: Anatomy) -> dict[str, Any]:
 def cait(model: Any, a: Anatomy) -> dict[str, Any]:
     """The same of ``Cait``."""
     block, late = model.blocks[0], model.blocks_token_only
+    # timm's constructor takes one MLP for all blocks, the late ones too.
     mlps = {(type(b.mlp), act_name(b.mlp.act), type(b.mlp.norm)) for b in (*model.blocks, *(late or ()))}
     if late is None or len(mlps) > 1 or (type(block.mlp), type(block.mlp.norm)) != (Mlp, nn.Identity):
         what = "without its last blocks" if late is None else "with other MLPs than timm's Mlp"
@@ -162,12 +163,14 @@ def _mlp_of(mlp: Any, a: Anatomy) -> dict[str, Any]:
 
 def ratio(hidden: int, width: int) -> float:
     """A ratio that timm's ``int(width * ratio)`` makes the hidden width of again."""
+    # A product may come out just below the whole number that it stands for, which int() takes one lower.
     plain = hidden / width
     return plain if int(width * plain) == hidden else (hidden + 0.5) / width
 
 
 def norm_name(norm: nn.Module) -> list[Any]:
     """Timm's name of a norm, and its epsilon."""
+    # timm has a name of its own for those that compute in float32, the class's in small letters.
     name = type(norm).__name__
     if name.removesuffix("Fp32") not in _NORMS:
         raise PrunexError(f"cannot save a model with {name}: known are {', '.join(_NORMS)}")
@@ -177,6 +180,7 @@ def norm_name(norm: nn.Module) -> list[Any]:
 def act_name(act: nn.Module | None) -> str:
     """Timm's name of an activation."""
     known = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu"}
+    # torch has one class for both forms of GELU, timm a name for each.
     if isinstance(act, nn.GELU) and act.approximate == "tanh":
         return "gelu_tanh"
     name = "GELU" if act is None else type(act).__name__

@@ -39,7 +39,9 @@ def fused_attention(
 class Arithmetic:
     """Plain arithmetic. Subclasses keep every value and change what ``autograd`` does with it."""
 
+    # Whether every layer has to come by for itself, where plain arithmetic calls timm's modules whole.
     opened = False
+    # Whether attention has to be made of its matrix.
     matrices = False
 
     def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
@@ -138,6 +140,7 @@ class Arithmetic:
 
     def merge(self, weights: Tensor, group: Tensor, count: int, tokens: Tensor) -> Tensor:
         """Weighted sums of the tokens of each group: weights and groups [B, n] of tokens [B, n, D] to [B, count, D]."""
+        # Rules lead relevance back through products with weights, and know no sums by index.
         if self.opened:
             return self.combine(weights.unsqueeze(1) * members(group, count).to(weights.dtype), tokens)
         return grouped(weights.unsqueeze(2) * tokens, group, count)
@@ -163,6 +166,7 @@ def mlp(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
 
 
 def _mlp(module: nn.Module, ops: Arithmetic, x: Tensor) -> Tensor:
+    # By type: a subclass may compute something else.
     m: Any = module
     if type(module) is SwiGLU:
         hidden = ops.product(ops.activation(m.act, ops.linear(m.fc1_g, x)), ops.linear(m.fc1_x, x))
@@ -184,6 +188,7 @@ def classify(module: nn.Module, x: Tensor, ops: Arithmetic) -> Tensor:
         return ops.linear(module, x)
     if isinstance(module, nn.Identity | nn.Dropout):
         return module(x)
+    # Users put heads of several layers on, each of which has its own rule.
     if isinstance(module, nn.Sequential):
         for part in module:
             x = classify(part, x, ops)

@@ -85,9 +85,9 @@ def heads_of_some(attn: Any, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor,
         return None
     width = qkv.out_features // 3
     bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
-    each = -1 if attn.num_heads else attn.head_dim
-    q = F.linear(asking, qkv.weight[:width], bias[0]).unflatten(2, (attn.num_heads, each)).transpose(1, 2)
-    both = F.linear(x, qkv.weight[width:], bias[1]).unflatten(2, (2, attn.num_heads, each)).permute(2, 0, 3, 1, 4)
+    d = -1 if attn.num_heads else attn.head_dim
+    q = F.linear(asking, qkv.weight[:width], bias[0]).unflatten(2, (attn.num_heads, d)).transpose(1, 2)
+    both = F.linear(x, qkv.weight[width:], bias[1]).unflatten(2, (2, attn.num_heads, d)).permute(2, 0, 3, 1, 4)
     k, v = both.unbind(0)
     return attn.q_norm(q), attn.k_norm(k), v
 
@@ -109,9 +109,9 @@ def rotated_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, values [B, H, N, d] of EVA's and BEiT's attention, maybe rotated by a [..., N - prefix, 2d]."""
     if attn.qkv is None:
-        each = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
+        d = sizes(attn.q_proj)[1] // attn.num_heads  # timm 1.0.20 does not keep head_dim
         three = (ops.linear(p, x) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k, v = (t.unflatten(2, (-1, each)).transpose(1, 2) for t in three)
+        q, k, v = (t.unflatten(2, (-1, d)).transpose(1, 2) for t in three)
     else:
         qkv = _joint(attn, x, ops)
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -148,6 +148,7 @@ def count(vit: Any, pruner: Any, grid: tuple[int, int] | None = None, closed: Ma
 
     ``closed`` says of branches how many units are closed: no token is ranked by these. What they cost is still counted.
     """
+    # Some pruners leave the class token out, and so change what enters the blocks.
     a = read(vit) if pruner is None else pruner.alter(read(vit))
     gh, gw = a.grid if grid is None else grid
     n = patches = gh * gw
@@ -238,20 +239,20 @@ def _embedding(embed: Any, a: Anatomy, grid: tuple[int, int]) -> int:
     stem, macs = copy.deepcopy(embed).to("meta").eval(), 0
     stem.strict_img_size = False
 
-    def count(module: Any, _args: Any, out: Tensor) -> None:
+    def add_layer(module: Any, _args: Any, out: Tensor) -> None:
         nonlocal macs
+        # A weight of each output channel is used once for each of that channel's numbers.
         macs += out[0].numel() // module.weight.shape[0] * module.weight.numel()
 
     for layer in stem.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(count)
+            layer.register_forward_hook(add_layer)
     like = next(stem.parameters())
     stem(like.new_empty(1, a.channels, grid[0] * a.patch[0], grid[1] * a.patch[1]))
     return macs
 
 
 def _patch_macs(embed: Any) -> int:
-    """Multiply-adds of one patch's projection."""
     kept = convolution_of(embed.proj)
     return 0 if kept is None else int(kept.weight.numel())
 

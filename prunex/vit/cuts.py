@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import GluMlp
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from prunex.errors import PrunexError
 from prunex.vit.fold import what_is_on, wrapped_parts
 from prunex.vit.narrow import NarrowAttention
-from prunex.vit.optimisers import Slices, chain, sliced
-from prunex.vit.units import blocks_of, head_dim
+from prunex.vit.optimisers import Slices, chains, sliced
+from prunex.vit.units import KINDS, blocks_of, first_layers, head_dim, last_layer
 from prunex.vit.weights import Unread, by_name, stands_for_linear
 
 _HEADS = ("qkv", "gate", "proj")
@@ -37,7 +36,7 @@ def check_cuts(model: Any, spec: Any) -> None:
 
 def _to_cut(model: Any, spec: Any) -> Iterator[tuple[str, nn.Module]]:
     """Modules whose parameters are cut, by their paths."""
-    if spec.embedding is not None:  # every layer there is
+    if spec.embedding is not None:  # which every layer reads or writes
         yield from ((path, part) for path, _, _, part in wrapped_parts(model))
         for name, m in model.named_modules():
             if stands_for_linear(m, name.rpartition(".")[2]) or next(m.children(), None) is None:
@@ -54,6 +53,7 @@ def _to_cut(model: Any, spec: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _check_alone(model: nn.Module, cut: dict[int, str]) -> None:
     """Refuse weights that two layers share: cut in one of them, they would no longer fit the other."""
+    # torch leaves a shared parameter's further names out unless asked.
     paths: dict[int, list[str]] = {}
     for path, p in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(p), []).append(path)
@@ -68,9 +68,12 @@ def _check_alone(model: nn.Module, cut: dict[int, str]) -> None:
 @contextmanager
 def whole_or_not(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Iterator[None]:
     """Give model and optimisers back as they were where something is raised inside, such as memory that runs out."""
+    # References alone: cutting puts new tensors in the place of old ones, and never writes into these.
     modules = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in model.modules()]
-    every = [each for whole in optimizers for each in chain(whole)]
-    states = [(o, [list(g["params"]) for g in o.param_groups], dict(o.state)) for o in every]
+    states = []
+    for optimizer in chains(optimizers):
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        states.append((optimizer, groups, dict(optimizer.state)))
     try:
         yield
     except BaseException:
@@ -101,7 +104,7 @@ def cut(model: Any, spec: Any) -> Slices:
     for number in spec.query_dims:
         _take_dims(blocks[number][1].attn, spec.query_dims[number], spec.value_dims[number], slices)
     for number, kept in spec.channels.items():
-        _take_channels(blocks[number][1].mlp, tuple(kept), slices)
+        _take_channels(blocks[number][1], tuple(kept), slices)
     if spec.embedding is not None:
         _take_embedding(model, spec.embedding, slices)
     if spec.blocks is not None:
@@ -114,12 +117,10 @@ def _take_heads(attn: Any, kept: tuple[int, ...], slices: Slices) -> None:
     if len(kept) == count:
         return
     places = torch.arange(count * d).view(count, d)[list(kept)].flatten()
+    # The joint layer makes queries of all heads, then keys of all, then values.
     rows = torch.cat([places + s * count * d for s in range(3)])
-    _cut(attn.qkv, rows, 0, slices)
-    _cut(attn.proj, places, 1, slices)
-    if getattr(attn, "gate", None) is not None:
-        _cut(attn.gate, places, 0, slices)
-    if isinstance(attn, WindowAttention):
+    _cut_attention(attn, rows, places, slices)
+    if isinstance(attn, WindowAttention):  # a column of biases for each head
         _swap(attn, "relative_position_bias_table", [(1, torch.tensor(kept))], slices)
     attn.num_heads, attn.head_dim = len(kept), d
     _settle(attn, d)
@@ -133,10 +134,7 @@ def _take_dims(attn: Any, queries: Any, values: Any, slices: Slices) -> None:
     at = torch.arange(count * d).view(count, d)
     q = torch.cat([at[h][list(kept)] for h, kept in enumerate(queries)])
     v = torch.cat([at[h][list(kept)] for h, kept in enumerate(values)])
-    _cut(attn.qkv, torch.cat([q, q + count * d, v + 2 * count * d]), 0, slices)
-    _cut(attn.proj, v, 1, slices)
-    if getattr(attn, "gate", None) is not None:
-        _cut(attn.gate, v, 0, slices)
+    _cut_attention(attn, torch.cat([q, q + count * d, v + 2 * count * d]), v, slices)
     with torch.no_grad():  # scores are scaled by the new width from now on
         attn.qkv.weight[: count * left] *= (left / d) ** 0.5
         if attn.qkv.bias is not None:
@@ -144,6 +142,14 @@ def _take_dims(attn: Any, queries: Any, values: Any, slices: Slices) -> None:
     attn.head_dim = left
     attn.scale = left**-0.5
     _settle(attn, left)
+
+
+def _cut_attention(attn: Any, rows: Tensor, gathered: Tensor, slices: Slices) -> None:
+    """Keep rows of the joint layer, and what the heads gather in places of what they gathered."""
+    _cut(attn.qkv, rows, 0, slices)
+    _cut(attn.proj, gathered, 1, slices)
+    if getattr(attn, "gate", None) is not None:
+        _cut(attn.gate, gathered, 0, slices)
 
 
 def _settle(attn: Any, d: int) -> None:
@@ -155,21 +161,15 @@ def _settle(attn: Any, d: int) -> None:
         attn.__class__ = NarrowAttention
 
 
-def _take_channels(mlp: Any, kept: tuple[int, ...], slices: Slices) -> None:
-    count = mlp.fc2.in_features
+def _take_channels(block: Any, kept: tuple[int, ...], slices: Slices) -> None:
+    count = block.mlp.fc2.in_features
     if len(kept) == count:
         return
     places = torch.tensor(kept, dtype=torch.long)
-    if type(mlp) is GluMlp:  # one layer holds both halves
-        _cut(mlp.fc1, torch.cat([places, places + count]), 0, slices)
-    else:
-        for first in _first_layers(mlp):
-            _cut(first, places, 0, slices)
-    _cut(mlp.fc2, places, 1, slices)
-
-
-def _first_layers(mlp: Any) -> list[Any]:
-    return [getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
+    for first, rows in first_layers(block, "channels"):
+        # Of a gated MLP one layer may make both halves, one behind the other.
+        _cut(first, torch.cat([places + half * count for half in range(rows)]), 0, slices)
+    _cut(block.mlp.fc2, places, 1, slices)
 
 
 def _take_embedding(model: Any, kept: tuple[int, ...], slices: Slices) -> None:
@@ -186,14 +186,12 @@ def _take_embedding(model: Any, kept: tuple[int, ...], slices: Slices) -> None:
     for _, block in blocks_of(model):
         for name in ("norm1", "norm2", "ls1", "ls2"):
             norms.append(getattr(block, name, nn.Identity()))
-        for first in (block.attn.qkv, getattr(block.attn, "gate", None)):
-            if first is not None:
+        for kind in KINDS:
+            for first, _ in first_layers(block, kind):
                 _cut(first, places, 1, slices)
-        _cut(block.attn.proj, places, 0, slices)
+            _cut(last_layer(block, kind), places, 0, slices)
+        # Heads keep their width, which timm would otherwise take from that of the stream.
         _settle(block.attn, head_dim(block.attn))
-        for first in _first_layers(block.mlp):
-            _cut(first, places, 1, slices)
-        _cut(block.mlp.fc2, places, 0, slices)
     for norm in norms:
         for name in ("weight", "bias", "gamma"):
             if isinstance(getattr(norm, name, None), nn.Parameter):
@@ -203,6 +201,7 @@ def _take_embedding(model: Any, kept: tuple[int, ...], slices: Slices) -> None:
     for head in (model.head, getattr(model, "head_dist", None)):
         if isinstance(head, nn.Linear):
             _cut(head, places, 1, slices)
+    # By these timm's reset_classifier makes the next head.
     model.embed_dim = model.num_features = model.head_hidden_size = len(kept)
     model.feature_info = [dict(entry, num_chs=len(kept)) for entry in getattr(model, "feature_info", [])]
 
@@ -210,6 +209,7 @@ def _take_embedding(model: Any, kept: tuple[int, ...], slices: Slices) -> None:
 def _take_blocks(model: Any, kept: tuple[int, ...]) -> None:
     blocks = list(model.blocks)
     model.blocks = nn.Sequential(*(blocks[i] for i in kept))
+    # timm finds blocks by these names where features are taken from the middle.
     model.feature_info = [dict(model.feature_info[i], module=f"blocks.{n}") for n, i in enumerate(kept)]
 
 
@@ -233,5 +233,6 @@ def _swap(module: nn.Module, name: str, cuts: list[tuple[int, Tensor]], slices: 
     if old.grad is not None:
         new.grad = sliced(old.grad, cuts)
     setattr(module, name, new)
+    # Cut twice, as by heads and by the embedding: optimisers know the first one alone.
     first, before = next(((k, c) for k, (p, c) in slices.items() if p is old), (old, []))
     slices[first] = (new, [*before, *cuts])

@@ -128,6 +128,7 @@ def _dense(a: Anatomy, shape: Shape | None) -> Anatomy:
     """A narrowed model's anatomy with the widths it had when it was dense."""
     if shape is None:
         return a
+    # Blocks whose units are not known one by one were not narrowed.
     heads = tuple(a.heads[0] if known is None else known[0] for known in shape.heads)
     hidden = tuple(a.hidden[0] if known is None else known for known in shape.hidden)
     d = next((known[1] for known in shape.heads if known is not None), a.head_dim)
@@ -135,7 +136,6 @@ def _dense(a: Anatomy, shape: Shape | None) -> Anatomy:
 
 
 def _windowed(model: Any) -> dict[str, Any]:
-    """A Swin's constructor call."""
     a, shape = outline(model), dense_shape(model) or shape_of(model)
     blocks: list[Any] = [block for _, block in blocks_of(model)]
     if {(type(b.mlp), act_name(b.mlp.act), type(b.mlp.norm)) for b in blocks} != {(Mlp, "gelu", nn.Identity)}:
@@ -149,6 +149,7 @@ def _windowed(model: Any) -> dict[str, Any]:
         heads.append(shape.heads[first] or (0, 0))
         ratios.append(ratio(shape.hidden[first] or 0, blocks[first].dim))
         first += depth
+    # timm makes a window no larger than its stage's grid: the largest one is what it was called with.
     windows = [tuple(b.window_size) for b in blocks]
     args: dict[str, Any] = _outside(a) | {
         "embed_dim": model.embed_dim,
@@ -167,6 +168,7 @@ def _windowed(model: Any) -> dict[str, Any]:
 
 def _check(model: Backbone, spec: dict[str, Any]) -> None:
     """Refuse what the description does not hold: another shape somewhere, or another table that no file keeps."""
+    # The only proof that it builds the same model is to build it, without values.
     twin = sketch(spec)
     # What prunes a model hangs on it under these names, and is described elsewhere.
     state = {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in PLACES}
@@ -186,8 +188,9 @@ def _check(model: Backbone, spec: dict[str, Any]) -> None:
         if key in state:  # it is in the file
             continue
         table = tables.get(key, made.new_empty(0))
-        if made.is_meta or table.is_meta:
+        if made.is_meta or table.is_meta:  # no values to compare
             continue
+        # Loosely, since a model in half precision has rounded ones.
         if table.shape != made.shape or not torch.allclose(table.float().cpu(), made.float(), atol=1e-2, rtol=1e-2):
             raise PrunexError(f"cannot save a {type(model).__name__} with this {key}: timm builds another one by name")
     if _lambdas(model) != _lambdas(twin):
@@ -201,10 +204,11 @@ def _check(model: Backbone, spec: dict[str, Any]) -> None:
 
 def _kinds(model: nn.Module) -> list[tuple[str, ...]]:
     """What a model is made of, but for what only training needs."""
-    modules = (
-        (name, m) for name, m in model.named_modules() if name.split(".")[0] not in PLACES and "drop" not in name
-    )
-    return [(name, type(m).__name__, m.extra_repr()) for name, m in modules]
+    kinds: list[tuple[str, ...]] = []
+    for name, module in model.named_modules():
+        if name.split(".")[0] not in PLACES and "drop" not in name:
+            kinds.append((name, type(module).__name__, module.extra_repr()))
+    return kinds
 
 
 def _windows(model: SwinTransformer) -> list[tuple[Any, ...]]:
@@ -230,17 +234,13 @@ def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
     else:
         norm, attn, mlp = block.norm1, block.attn, block.mlp
         scaled = kind is None and not isinstance(block.ls1, nn.Identity)
-    mlp_name = next((n for n, c in MLPS.items() if type(mlp) is c), None)
-    if mlp_name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):
-        mlp_name = "SwiGLUPacked"
-    if mlp_name is None:
-        raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(MLPS)}")
+    mlp_name = _mlp_name(mlp)
     first = mlp.fc1_g if mlp_name == "SwiGLU" else mlp.fc1
     count, hidden = attn.num_heads, first.out_features
-    each = attn.head_dim * (2 if is_differential(attn) else 1)  # two softmaxes share a head
+    d = attn.head_dim * (2 if is_differential(attn) else 1)  # two softmaxes share a head
     if dense_shape(model) is not None and kind != "ParallelThingsBlock":  # a narrowed one's own widths are not timm's
-        count, each, hidden = a.heads[0], a.head_dim, a.hidden[0] * (2 if type(mlp) is GluMlp else 1)
-    if count * each != a.width or getattr(attn, "gate", None) is not None:
+        count, d, hidden = a.heads[0], a.head_dim, a.hidden[0] * (2 if type(mlp) is GluMlp else 1)
+    if count * d != a.width or getattr(attn, "gate", None) is not None:
         raise PrunexError("cannot save a model with attn_head_dim or gated attention: timm cannot build it by name")
     args: dict[str, Any] = _shared(model, a) | {
         "num_heads": count,
@@ -248,6 +248,7 @@ def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
         "qkv_bias": attn.qkv.bias is not None,
         "qk_norm": not isinstance(attn.q_norm, nn.Identity),
         "proj_bias": attn.proj.bias is not None,
+        # Whether there is a LayerScale; its values are in the file.
         "init_values": 1e-5 if scaled else None,
         "norm_layer": norm_name(norm),
         "act_layer": act_name(getattr(mlp, "act", None)),
@@ -262,6 +263,16 @@ def _plain(model: Any, a: Anatomy) -> dict[str, Any]:
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         args["scale_mlp_norm"] = True
     return args
+
+
+def _mlp_name(mlp: Any) -> str:
+    name = next((n for n, c in MLPS.items() if type(mlp) is c), None)
+    # timm's name of a GluMlp built so: a partial, and no class of its own.
+    if name == "GluMlp" and not mlp.gate_last and isinstance(mlp.act, nn.SiLU):
+        return "SwiGLUPacked"
+    if name is None:
+        raise PrunexError(f"cannot save a model with {type(mlp).__name__} blocks: known are {', '.join(MLPS)}")
+    return name
 
 
 def _shared(model: Any, a: Anatomy) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def enter(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _placed(model: ViT, x: Tensor) -> Tensor:
     """Embedded patches with positions and prefix tokens, before any norm: [B, prefix + P, D]."""
+    # timm has this in a method for some families, and in the middle of forward_features for the others.
     inner: Any = model
     if isinstance(model, Beit):
         x = torch.cat([inner.cls_token.expand(x.shape[0], -1, -1), x], 1)

@@ -84,6 +84,7 @@ def what_is_on(layer: nn.Module) -> str:
     if not is_linear(layer) and kind is nn.Linear:
         return "" if behind(layer) is layer else f"switches between several modules: {_MERGE}"
     if isinstance(layer, kind) and holds_plain(layer):
+        # A layer with hooks that only watch is read as its own weight, the very tensor.
         alike = effective(layer)[0].data_ptr() == layer.weight.data_ptr()
         return "" if alike else "computes with more than its weight, such as a hook: take that off first"
     return f"is no plain nn.{kind.__name__}: {_MERGE}"
@@ -91,8 +92,10 @@ def what_is_on(layer: nn.Module) -> str:
 
 def fold(model: nn.Module) -> nn.Module:
     """Put plain layers in the place of all wrapped ones, in place."""
+    # First, since what runs behind such a module may itself be wrapped.
     for _, parent, name, module in list(_switching(model, "")):
         setattr(parent, name, behind(module))
+    # All are read before any is put in place: a layer that cannot be read leaves the others as they were.
     made = []
     with by_name(model):
         for path, parent, name, layer in wrapped_parts(model):
@@ -109,6 +112,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _plain(layer: nn.Module) -> nn.Module:
     convolution = convolution_of(layer)
     weight, bias = effective(layer)
+    # On the meta device, where no initial values are drawn from the user's random numbers.
     if convolution is None:
         made: Any = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     else:
@@ -122,5 +126,10 @@ def _plain(layer: nn.Module) -> nn.Module:
 
 def copy_of(model: nn.Module) -> Any:
     """A deep copy, also where hooks left tensors of the last forward's graph on layers, as pruning masks do."""
-    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(v): v.detach().clone() for v in left})
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            # torch copies no tensor that a graph made.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)

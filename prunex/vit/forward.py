@@ -100,7 +100,6 @@ def _through_blocks(state: TokenState, turns: Turns, recorder: Recorder, x: Tens
 
 
 def _opened(turns: Turns, halves: Halves) -> None:
-    """One block from inside."""
     halves.attend()
     turns.decide("inside", halves.number, halves.state, halves.recorder, halves.entered)
     halves.feed()

@@ -31,6 +31,7 @@ def finish(state: TokenState, recorder: Recorder = SILENT) -> None:
     if state.anatomy.late:
         token, tape = model.cls_token.expand(state.tokens.shape[0], -1, -1), recorder.tape
         seen: list[Tensor] | None = None if tape is None else []
+        # With pool="avg" timm's head reads the patches, and what the class token looked at says nothing of them.
         read = tape is not None and state.anatomy.pool != "avg"
         if tape is not None and read and recorder.ops.opened:
             # A parameter, and yet relevance must end somewhere.
@@ -109,6 +110,7 @@ def _block(
     def attend(y: Tensor) -> Tensor:
         attn = block.attn
         q, k, v = (ops.linear(layer, t) for layer, t in ((attn.q, y[:, :1]), (attn.k, y), (attn.v, y)))
+        # Not scaled beforehand, as timm does: ops.scores does so.
         q, k, v = (t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         scores = promoted(ops.scores(q, k, attn.scale))
         present = _in_front(policy)
@@ -133,6 +135,7 @@ def _through(seen: list[Tensor], tokens: Tensor) -> Tensor:
     """From each block's row [B, 1 + n] to what reached the class token of each patch, [B, n], in at least float32."""
     itself = promoted(tokens.detach()).new_ones(tokens.shape[0], 1)
     patches = itself.new_zeros(tokens.shape[0], tokens.shape[1] - 1)
+    # From the last block to the first: half of what reached the token came by the skip connection.
     for row in reversed(seen):
         patches = patches + 0.5 * itself * row[:, 1:]
         itself = 0.5 * itself * (1 + row[:, :1])
@@ -141,6 +144,7 @@ def _through(seen: list[Tensor], tokens: Tensor) -> Tensor:
 
 def class_macs(model: Any, patches: int) -> int:
     """Multiply-adds of the blocks in which a late class token asks so many patches."""
+    # The class token alone has a query and is projected; keys and values are of the patches, too.
     total = 0
     for block in getattr(model, "blocks_token_only", None) or ():
         width = block.attn.q.in_features

@@ -20,7 +20,7 @@ from prunex.vit.recorder import Recorder
 from prunex.vit.tape import Tape
 
 
-def _told_grid(name: str, self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _with_grid(name: str, self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A method of timm's own, with its final tokens' patch grid for the head: where sizes differ, no token says it."""
     out = getattr(type(self), name)(self, x, *args, **kwargs)
     tokens = out[0] if isinstance(out, tuple) else out
@@ -80,6 +80,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 _TOKENS = ("forward_features", "forward_intermediates")  # which give final tokens
+_TOLERANCE = 1e-4  # of the largest number that timm's forward gives
 
 
 def route(model: ViT) -> None:
@@ -98,7 +99,7 @@ def route(model: ViT) -> None:
         if pruned or (headed and name == "forward_head"):
             model.__dict__[name] = partial(function, model)
         elif sizes and name in _TOKENS:
-            model.__dict__[name] = partial(_told_grid, name, model)
+            model.__dict__[name] = partial(_with_grid, name, model)
 
 
 def check_methods(model: nn.Module) -> None:
@@ -123,7 +124,7 @@ def check_routes(model: nn.Module) -> None:
         )
 
 
-def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
+def check_parity(model: ViT) -> Anatomy:
     """Refuse, by name, a model of whose small random input our forward makes something else; else its anatomy."""
     anatomy = read(model)
     check_methods(model)
@@ -142,7 +143,7 @@ def check_parity(model: ViT, tolerance: float = 1e-4) -> Anatomy:
     scale = timms.abs().max().clamp(min=1e-6)
     gap = float((ours - timms).abs().max() / scale)
     coarse = {torch.float16: 2e-2, torch.bfloat16: 6e-2}  # either way of computing it is as far from the exact one
-    if not gap <= max(tolerance, coarse.get(weight.dtype, 0)):
+    if not gap <= max(_TOLERANCE, coarse.get(weight.dtype, 0)):
         raise PrunexError(
             f"{type(model).__name__} computes something prunex does not know (outputs differ by {gap:.1e} of their "
             "size): it is not supported as it is"

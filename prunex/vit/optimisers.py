@@ -25,10 +25,18 @@ def chain(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
             return
 
 
+def chains(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.optim.Optimizer]:
+    """The same of several."""
+    for optimizer in optimizers:
+        yield from chain(optimizer)
+
+
 def check_followed(optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Refuse, by name, optimisers that hold tensors of parameters where they cannot be cut."""
-    for optimizer in (each for whole in optimizers for each in chain(whole)):
-        kept = [name for name, value in vars(optimizer).items() if name not in _KNOWN and _holds_tensors(value)]
+    for optimizer in chains(optimizers):
+        others = {name: value for name, value in vars(optimizer).items() if name not in _KNOWN}
+        kept = [name for name, value in others.items() if _holds_tensors(value)]
+        # It flattens all parameters into one vector, whose places would no longer be theirs.
         if isinstance(optimizer, torch.optim.LBFGS):
             kept = ["its history"]
         if kept:
@@ -43,16 +51,18 @@ _KNOWN = ("param_groups", "state", "defaults", *_BASE)
 
 def _holds_tensors(value: Any, deep: int = 4) -> bool:
     """Whether there are tensors of more than one number in nested containers."""
+    # One number, such as a step count or a loss scale, is of no layer.
     if isinstance(value, Tensor):
         return value.numel() > 1
     if deep == 0 or not isinstance(value, dict | list | tuple):
         return False
-    return any(_holds_tensors(v, deep - 1) for v in (value.values() if isinstance(value, dict) else value))
+    values = value.values() if isinstance(value, dict) else value
+    return any(_holds_tensors(v, deep - 1) for v in values)
 
 
 def follow(optimizers: Iterable[torch.optim.Optimizer], slices: Slices) -> None:
     """Give optimisers the new parameters, and what they remember of the old ones, cut likewise; else it begins anew."""
-    for optimizer in (each for whole in optimizers for each in chain(whole)):
+    for optimizer in chains(optimizers):
         for group in optimizer.param_groups:  # in place: some hold the list itself
             group["params"][:] = [slices[p][0] if p in slices else p for p in group["params"]]
         anew = False
@@ -60,6 +70,8 @@ def follow(optimizers: Iterable[torch.optim.Optimizer], slices: Slices) -> None:
             if old not in optimizer.state:
                 continue
             state = optimizer.state.pop(old)
+            # Momenta have the parameter's shape and are cut as it is; what has another, such as a factored second
+            # moment, says nothing of single rows.
             same = {k: isinstance(v, Tensor) and v.shape == old.shape for k, v in state.items()}
             if any(_holds_tensors(v) for k, v in state.items() if not same[k]):
                 anew = True

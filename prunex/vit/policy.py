@@ -23,18 +23,21 @@ def present(policy: Tensor) -> Tensor:
     return (policy > 0)[:, None, None, :]
 
 
-def seen(policy: Tensor, queries: tuple[int, ...] | Tensor | None = None) -> Tensor:
-    """Which keys each query sees, bool [B, 1, m, N]; ``queries``: the positions of m of them, None: all N."""
+def _itself(policy: Tensor, queries: tuple[int, ...] | Tensor | None) -> Tensor:
+    """Which key is each query's own, bool [m, N]."""
     places = torch.arange(policy.shape[1], device=policy.device)
     at = places if queries is None else torch.as_tensor(queries, device=policy.device)
-    return present(policy) | (at[:, None] == places)
+    return at[:, None] == places
+
+
+def seen(policy: Tensor, queries: tuple[int, ...] | Tensor | None = None) -> Tensor:
+    """Which keys each query sees, bool [B, 1, m, N]; ``queries``: the positions of m of them, None: all N."""
+    return present(policy) | _itself(policy, queries)
 
 
 def weights(policy: Tensor, queries: tuple[int, ...] | Tensor | None = None) -> Tensor:
     """How much each key counts for each query, float [B, 1, m, N]: its policy, and 1 for the query's own."""
-    places = torch.arange(policy.shape[1], device=policy.device)
-    at = places if queries is None else torch.as_tensor(queries, device=policy.device)
-    return torch.where(at[:, None] == places, 1, policy[:, None, None, :])
+    return torch.where(_itself(policy, queries), 1, policy[:, None, None, :])
 
 
 def under_policy(
@@ -147,6 +150,7 @@ class _Extend(torch.autograd.Function):
         q, k, v, share = ctx.saved_tensors
         n, d, values, wide = q.shape[2], q.shape[3], v.shape[3], share.dtype
         gq, gk, gv = grads[0], grads[1][:, :, :n], grads[2][:, :, :n].to(wide)
+        # The further query column is the product of q and k, and so has a gradient for either.
         itself = gq[..., d + 1 : d + 2].to(wide)
         to_q = torch.addcmul(gq[..., :d].to(wide), itself, k.to(wide)).to(q.dtype)
         to_k = torch.addcmul(gk[..., :d].to(wide), itself, q.to(wide)).to(k.dtype)
@@ -162,6 +166,7 @@ class _Quotient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, mixed: Tensor | None, v: Tensor, absent: Tensor) -> Tensor:
+        # Column d carries the denominator, column d + 1 what the token's own key was given.
         d, wide = v.shape[-1], absent.dtype
         top = (out if mixed is None else mixed).to(wide)
         bottom = out[..., d : d + 1].to(wide) + out[..., d + 1 : d + 2].to(wide) * absent
@@ -180,6 +185,7 @@ class _Quotient(torch.autograd.Function):
         to_own = (grad * v.to(grad.dtype)).sum(-1, keepdim=True)
         to_v = (grad * (itself_top * absent)).to(v.dtype)
         to_absent = (to_bottom * itself_bottom + to_own * itself_top).sum(1, keepdim=True)
+        # Without dropout numerator and denominator come from one pass, with it from two, each with its gradient.
         to_top = v.new_empty(ctx.shape)
         to_top[..., :d] = grad
         to_top[..., d + 2 :] = 0

@@ -18,8 +18,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from prunex.brief import Brief
+from prunex.vit.stage import Stage, parts_of
 from prunex.vit.sums import grouped
-from prunex.vit.trace import Stage
 
 
 @dataclass(eq=False, repr=False)
@@ -55,8 +55,7 @@ class Positions(Brief):
         b, n = stage.group.shape[:2]
         device = stage.group.device
         index = torch.arange(n, device=device).expand(b, -1) if self.index is None else self.index
-        group = stage.group if stage.group.ndim == 3 else stage.group.unsqueeze(2)
-        weight = stage.weight if stage.weight.ndim == 3 else stage.weight.unsqueeze(2)
+        group, weight = parts_of(stage)
         parts = group.shape[2]
         flat = group.flatten(1)
         present, out = flat >= 0, stage.n_out
@@ -103,7 +102,7 @@ class Positions(Brief):
             return bias
         # Rows first, then columns: a token of several patches has the mean over its members on either side.
         joined = self._joined()
-        patch, token, share = self._all_links()
+        patch, token, share = self._with_prefix(*self.links)
         n, share = self._numbers().shape[1], share.to(whole.dtype)
         # Links first, [B, E, H, ...], which are what is summed.
         rows = grouped(whole[:, patch].permute(1, 2, 0, 3) * share[:, :, None, None], token, n)
@@ -141,11 +140,8 @@ class Positions(Brief):
         """Which tokens are several patches, bool [B, prefix + n]."""
         return nn.functional.pad(torch.as_tensor(self.index) < 0, (self.prefix, 0))
 
-    def _all_links(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_prefix(self, patch: Tensor, token: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The links with those of the prefix tokens, each to itself, counted as a bias counts them."""
-        if self.links is None:
-            raise RuntimeError("no token is made of several patches")
-        patch, token, share = self.links
         front = torch.arange(self.prefix, device=patch.device).expand(patch.shape[0], -1)
         ones = share.new_ones(patch.shape[0], self.prefix)
         return (
@@ -157,7 +153,7 @@ class Positions(Brief):
 
 def joins(stage: Stage) -> bool:
     """Whether some token after a stage may be made of several."""
-    return stage.fused or bool(getattr(stage, "merged", False)) or stage.group.ndim == 3
+    return stage.fused or stage.merged or stage.pooled
 
 
 def _follow(

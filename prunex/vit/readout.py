@@ -63,6 +63,7 @@ def before_softmax(model: ViT, out: Tensor) -> Tensor:
     tail = vars(model).get(TAIL)
     if tail is None or not tail.probabilities:
         return out
+    # A softmax of probabilities would flatten them, one of their logarithms gives them back; 0 has none.
     return promoted(out).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
@@ -87,11 +88,10 @@ def classifier(model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> 
     """What timm's own head makes of final tokens, whatever hangs on the model in its place."""
     inner: Any = model
     if isinstance(model, VisionTransformerDistilled):
+        # Each of its two heads reads a token of its own, and in eval mode timm gives their mean.
         x = for_heads(model, x, left, ops)
-        first, second = (
-            classify(h, inner.head_drop(x[:, i]), ops) for i, h in enumerate((inner.head, inner.head_dist))
-        )
-        return ops.mean(first, second)
+        first = classify(inner.head, inner.head_drop(x[:, 0]), ops)
+        return ops.mean(first, classify(inner.head_dist, inner.head_drop(x[:, 1]), ops))
     return classify(inner.head, inner.head_drop(ops.norm(norm_behind_pool(model), _features(model, x, left, ops))), ops)
 
 
@@ -158,6 +158,7 @@ def over_patches(x: Tensor, policy: Tensor | None, sizes: Tensor | None, start: 
     body = x[:, start:]
     p = (x.new_ones(x.shape[:2]) if policy is None else policy)[:, start:, None].to(x.dtype)
     if sizes is None:
+        # At least 1: an image all of whose patches were dropped has a mean of 0.
         mean = (body * p).sum(1) / p.sum(1).clamp(min=1)
     else:
         share = sizes[:, start:, None] * p

@@ -81,6 +81,7 @@ def sketch(spec: Mapping[str, Any], held: Mapping[str, Tensor] | None = None) ->
     with _refused_in_one_line(), torch.random.fork_rng(devices=[]):
         with Still():
             model = _dense_model(spec, held)
+        # Only now, since timm computes tables from real numbers while it builds.
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 module.register_parameter(name, nn.Parameter(p.to("meta"), p.requires_grad))
@@ -92,6 +93,7 @@ def build_like(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: s
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     model = sketch(spec, weights)
     names = model.state_dict()
+    # What belongs to a pruner or a head is not this model's, and read by whoever puts that on.
     weights = {k: v for k, v in weights.items() if k in names}
     wrong = misfits(names, weights)
     if wrong:
@@ -158,7 +160,6 @@ class Still(TorchFunctionMode):
     """Leaves out the filling in of parameters' initial values, which takes most of the time of building a model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, or hand the parameter back as it is."""
         if getattr(func, "__name__", "") in _FILLS:
             target = args[0] if args else (kwargs or {}).get("tensor")
             if isinstance(target, nn.Parameter) or (isinstance(target, Tensor) and target.is_meta):
@@ -222,20 +223,21 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _is(kind: str, value: Any) -> bool:
     """Whether a plain value is of one of the kinds of ``_MAY_SAY``."""
-    each = _several(value)
-    whole = all(type(v) is int and v >= 0 for v in each)
+    # By type throughout: True is a whole number to Python, and no size.
+    values = _several(value)
+    whole = all(type(v) is int and v >= 0 for v in values)
     if kind == "size":
-        return whole and len(each) in (1, 2) and min(each) > 0
+        return whole and len(values) in (1, 2) and min(values) > 0
     if kind == "whole":
         return whole and not isinstance(value, list | tuple)
     if kind == "whole numbers":
-        return whole and len(each) > 0
+        return whole and len(values) > 0
     if kind == "numbers":
-        return value is None or (len(each) > 0 and all(_finite(v) for v in each))
+        return value is None or (len(values) > 0 and all(_finite(v) for v in values))
     if kind == "norm":
-        return len(each) == 2 and isinstance(each[0], str) and _finite(each[1]) and each[1] >= 0
+        return len(values) == 2 and isinstance(values[0], str) and _finite(values[1]) and values[1] >= 0
     if kind == "block":
-        options = each[1] if len(each) == 2 else None
+        options = values[1] if len(values) == 2 else None
         kinds = {"num_parallel": int, "fuse_out_proj": bool}
         return isinstance(options, Mapping) and all(type(v) is kinds.get(k) for k, v in options.items())
     return isinstance(value, bool if kind == "flag" else str)

@@ -237,6 +237,7 @@ def gradients(
     grads: Sequence[Tensor | None] = [None] * len(inputs)
     # A place off the graph would raise in torch's words; it is told in ours.
     if output.requires_grad and all(x.requires_grad for x in inputs):
+        # Explanations that share a forward go through its graph one after another.
         keep = retain_graph or _SHARED.get() is not None
         grads = torch.autograd.grad(output, inputs, start, keep, allow_unused=True)
     if any(g is None and x.numel() for g, x in zip(grads, inputs, strict=True)):  # a block without heads has no entries

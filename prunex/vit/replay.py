@@ -54,6 +54,7 @@ class Absent:
         """Take the patches away."""
         if self.masked:
             return Mask(self.present.to(torch.promote_types(state.tokens.dtype, torch.float32)))
+        # A stable sort of flags: those that are there come first and keep their order.
         count = int(self.present[0].sum())
         return Keep(self.present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count])
 
@@ -104,6 +105,7 @@ class Slots:
         values = self._picked(values.detach())
         if self.place is None:
             return values
+        # Tokens that were fused meanwhile lie behind the patches, in the clean run and here.
         slots = self._here(self.place, self.width + values.shape[1] - self.place.shape[1])
         # One slot more than there are: patches that are nowhere here are written to it, and it is cut off.
         room = values.new_zeros(len(values), slots.shape[1] - self.place.shape[1] + self.width + 1)

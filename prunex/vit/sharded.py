@@ -34,12 +34,10 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether each process holds a part of some weights of a module alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    from torch.distributed.fsdp import FSDPModule
+    # Not before it is needed: these take a while to import.
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(m, FSDPModule) for m in module.modules()) or any(
-        isinstance(p, DTensor) for p in module.parameters()
-    )
+    return next(_sharding(module), None) is not None or any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def check_gathered(module: nn.Module, instead: str) -> None:
@@ -107,6 +105,7 @@ def whole(module: nn.Module) -> nn.Module | None:
         return module
     settle(module)
     first = dist.get_rank() == 0
+    # Gathering is an exchange between all processes: those that keep nothing take part in it too.
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         gathered = _gathered(parameter)
@@ -123,6 +122,7 @@ def write_back(module: nn.Module, copied: nn.Module | None) -> None:
     """Give a sharded module the weights and buffers of its :func:`whole` copy; **every process calls it**."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    # The others are given process 0's by broadcast.
     state = {} if copied is None else copied.state_dict()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(module, state, options=options)
@@ -149,6 +149,7 @@ def _plain_type(module: nn.Module) -> type:
     """A module's class, without what ``fully_shard`` put in front of it."""
     from torch.distributed.fsdp import FSDPModule
 
+    # fully_shard makes a class of both, with its own first.
     kinds = type(module).__mro__
     return kinds[kinds.index(FSDPModule) + 1] if FSDPModule in kinds else kinds[0]
 
@@ -156,6 +157,7 @@ def _plain_type(module: nn.Module) -> type:
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a sharded module that is not sharded, with tensors as a memo has them by id."""
     nobody = _Nobody()
+    # Known by id before the copy begins: deepcopy looks there first, and never opens what cannot be copied.
     for part in module.modules():
         for hook in _hooks(part):
             if _is_torchs(hook):
@@ -173,6 +175,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): keep open files, loaders and the like "
             "out of the module"
         ) from error
+    # fully_shard marks modules by hooks and attributes, which would have the copy take itself for sharded.
     for part in copied.modules():
         for name in _HOOKS:
             hooks = getattr(part, name, {})

@@ -36,6 +36,7 @@ def trace_picture(trace: TokenTrace, images: Any = None, most: int = FEW) -> Pic
     drawn = None if images is None else pictures_for(images, trace.batch)[:most]
     stages = range(len(trace.stages))
     everything = torch.ones(1, trace.batch, *trace.grid)[:, :most]
+    # Windows overlap, so that no patch is kept as itself: what is drawn is how much of it is left.
     if trace.pooled:
         shares = [trace.share(number)[:most].float().cpu() for number in stages]
         counts = [int(trace.stages[number].n_out) for number in stages]
@@ -75,7 +76,9 @@ def trace_card(trace: TokenTrace) -> str:
 
 def first_of(count: int) -> str:
     """Which images are shown of so many."""
-    return f"the first {FEW} of {count} images" if count > FEW else f"{count} image{'s' if count > 1 else ''}"
+    if count > FEW:
+        return f"the first {FEW} of {count} images"
+    return f"{count} images" if count > 1 else f"{count} image"
 
 
 def cost_rows(cost: Cost) -> tuple[str, list[list[str]]]:
@@ -98,8 +101,9 @@ def cost_table(cost: Cost) -> str:
     """What :meth:`Cost.table` gives."""
     unit, rows = cost_rows(cost)
     lines: list[Sequence[str]] = [["block", "tokens", "in the MLP", unit, "share"], *rows]
-    widths = [max(len(cells[number]) for cells in lines) for number in range(5)]
-    return "\n".join(line(cells, [-widths[0], *(width + 2 for width in widths[1:])]) for cells in lines)
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    widths = [-first, *(width + 2 for width in others)]
+    return "\n".join(line(cells, widths) for cells in lines)
 
 
 def cost_card(cost: Cost) -> str:
@@ -108,5 +112,6 @@ def cost_card(cost: Cost) -> str:
     factor, _ = macs_unit([cost.gmacs])
     facts = {unit: f"{factor * cost.gmacs:,.2f}", "parameters": f"{cost.params:,}"}
     largest = max(block.macs for block in cost.blocks) or 1
+    # Two rows at the end, of what lies outside of the blocks and of all, have no bar.
     bars = [*(block.macs / largest for block in cost.blocks), 0.0, 0.0]
     return card("Cost of one image", facts, table(["block", "tokens", "in the MLP", unit, "share"], rows, bars))

@@ -101,9 +101,9 @@ class Stage(Brief):
         From [B, n_out, D], and bool [B, n_out]: which of them stand for something, to [B, n_in, D], 0 for tokens that
         were removed, and bool [B, n_in]: which were not.
         """
-        group = self.group if self.pooled else self.group.unsqueeze(-1)
+        group, _ = parts_of(self)
         b, n, m = group.shape
-        if self.n_out == 0:
+        if self.n_out == 0:  # nothing to gather from
             return values.new_zeros(b, n, values.shape[2]), present.new_zeros(b, n)
         at = group.clamp(min=0).flatten(1)
         parts = values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[2])).view(b, n, m, -1)
@@ -116,6 +116,7 @@ class Stage(Brief):
 
     def _parts(self, body: Tensor, weight: Tensor) -> Tensor:
         """What each token gets from each of its groups, [B, n_in, m] from [B, n_out], or with R rows an image."""
+        # A gather for each token, not a product with the [n_in, n_out] matrix, nearly all of which is 0.
         group, weight = (t.reshape(*t.shape[:2], -1) for t in (self.group, weight))
         if body.ndim == 3:
             group, weight = (t.unsqueeze(1).expand(-1, body.shape[1], -1, -1) for t in (group, weight))
@@ -127,3 +128,10 @@ class Stage(Brief):
     def _sums(self, values: Tensor) -> Tensor:
         """Sums over each group's members, [B, n_out]; values are shaped as ``group``."""
         return grouped(values.flatten(1), self.group.flatten(1), self.n_out)
+
+
+def parts_of(stage: Stage) -> tuple[Tensor, Tensor]:
+    """A stage's groups and weights as [B, n_in, m], m = 1 where each token goes to one at most."""
+    if stage.pooled:
+        return stage.group, stage.weight
+    return stage.group.unsqueeze(2), stage.weight.unsqueeze(2)

@@ -23,10 +23,10 @@ class Through(Aimed):
     """
 
     def __init__(
-        self, model: nn.Module, vit: ViT, inputs: Any, number: int, others: dict[int, Tensor], target: Function | None
+        self, model: nn.Module, vit: ViT, inputs: Any, others: dict[int, Tensor], target: Function | None
     ) -> None:
         super().__init__(model, target)
-        self.vit, self.inputs, self.number, self.others = vit, inputs, number, others
+        self.vit, self.inputs, self.others = vit, inputs, others
         self.by_rows = True  # whether the target has a number for each row, and not one for all
 
     def forward(self, *images: Any, **named: Any) -> Any:
@@ -34,6 +34,7 @@ class Through(Aimed):
         out = self.vit(*images, **named)
         if self.target is None:
             return self._answer(out)
+        # Of a target with one number for all rows, such as a loss, each row is its own batch.
         rows = [out] if self.by_rows else out.split(1)
         return torch.cat([column(self._each, self._answer(each)) for each in rows])
 
@@ -46,6 +47,7 @@ class Through(Aimed):
         """The module's own output where the call gave [R, ...]."""
         calls = []
 
+        # The call that is asked for gives what entered it now, all others what they gave then, for as many rows.
         def forward(*_: Any, **__: Any) -> Tensor:
             calls.append(1)
             fixed = self.others.get(len(calls) - 1)
@@ -58,16 +60,8 @@ class Through(Aimed):
 def through_call(model: nn.Module, inputs: Any, through: str, target: Function | None) -> tuple[Through, Tensor]:
     """A module as a function of one call of a ViT in it, and what entered that call, [1, C, h, w].
 
-    Args:
-        model: The module.
-        inputs: What it is called with, for one sample: a tensor, a tuple of arguments, or a dict of them by name.
-        through: Dotted path of the ViT; where the module calls it several times with the call's number, from 0, as in
-            ``"encoder#1"``.
-        target: What is explained; None for the module's classes.
-
-    Raises:
-        PrunexError: More than one sample, a path or a number that does not exist, a module that does not call that ViT
-            as a whole.
+    ``inputs`` and ``through`` are :func:`prunex.explain`'s. Refused are more than one sample, a path or a number that
+    does not exist, and a module that does not call that ViT as a whole.
     """
     path, _, number = through.partition("#")
     if number and not number.isdecimal():
@@ -93,8 +87,9 @@ def through_call(model: nn.Module, inputs: Any, through: str, target: Function |
     chosen = int(number or 0)
     if chosen >= len(entered):
         raise PrunexError(f"through={through!r} does not exist: calls of {path} are 0..{len(entered) - 1}")
+    # What the other calls gave holds still while this one's images are altered.
     others = {i: out for i, (_, out) in enumerate(entered) if i != chosen}
-    module = Through(model, vit, inputs, chosen, others, target)
+    module = Through(model, vit, inputs, others, target)
     if target is not None:
         with torch.no_grad():
             answer: Any = target(output)

@@ -13,6 +13,7 @@ from prunex.brief import Brief
 from prunex.checks import check_whole
 from prunex.errors import PrunexError
 from prunex.vit.stage import Stage as Stage
+from prunex.vit.stage import parts_of
 from prunex.vit.sums import grouped
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class TokenTrace(Brief):
     def _compose(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Position [B, P] after ``stage`` (-1 removed; pooled: of the largest part), share of it, and whether alone."""
         stages = self._upto(stage)
+        # Through windows a patch goes to several tokens: positions alone cannot be followed, the whole product can.
         if any(s.pooled for s in stages):
             share, where = self.composition(stage).max(-1)
             return where.masked_fill(share <= 0, -1), share, torch.zeros_like(share, dtype=torch.bool)
@@ -61,6 +63,7 @@ class TokenTrace(Brief):
         where = torch.arange(patches, device=self.device).expand(self.batch, -1)
         share = torch.ones(self.batch, patches, device=self.device)
         alive = torch.ones(self.batch, patches, dtype=torch.bool, device=self.device)
+        # Index by index, so that no [P, n] matrix is made; a share is the product along the way.
         for s in stages:
             gone = where < 0
             at = where.clamp(min=0)
@@ -106,7 +109,7 @@ class TokenTrace(Brief):
         # The product of all maps, for pooled tokens that many patches are part of.
         whole = torch.eye(self.grid[0] * self.grid[1], device=self.device).expand(self.batch, -1, -1)
         for s in self._upto(stage):
-            group, weight = (t if t.ndim == 3 else t.unsqueeze(-1) for t in (s.group, s.weight))
+            group, weight = parts_of(s)
             step = grouped(weight.flatten(0, 1), group.flatten(0, 1), s.n_out)
             whole = whole.to(step.dtype) @ step.view(*group.shape[:2], s.n_out)
         return whole
@@ -171,6 +174,7 @@ class TokenTrace(Brief):
         before, score = self._upto(stage)[:-1], self.stages[stage].score
         if score is None:
             raise PrunexError(f"stage {len(before)} ranked nothing: it has no scores")
+        # Scores are of the tokens that entered the stage, which earlier stages have moved.
         place = replace(self, stages=before).tokens()
         return score.gather(1, place.clamp(0, score.shape[1] - 1)), (place >= 0) & (place < score.shape[1])
 

@@ -66,6 +66,7 @@ def opens_heads(block: Any) -> bool:
     attn = getattr(block, "attn", None)
     if type(attn) is WindowAttention:
         return True
+    # A norm over all heads' outputs would give the others other values.
     plain = type(attn) in (Attention, NarrowAttention)
     return plain and is_identity(getattr(attn, "norm", None))
 
@@ -123,14 +124,15 @@ def branches(model: nn.Module, tokens: Sequence[tuple[int, int, int]] | None = N
 def unit_params(model: nn.Module, branch: Branch) -> int:
     """Parameters of one unit of a branch: its rows in the layers before, and its columns in the layer behind."""
     block: Any = model.get_submodule(branch.path)
+    # As cuts takes them out: rows of the layers before with their biases, columns behind, whose bias stays.
     columns = branch.width * sizes(last_layer(block, branch.kind))[1]
     if branch.kind == "heads":
         table = getattr(block.attn, "relative_position_bias_table", None)
         columns += 0 if table is None else table.shape[0]
-    return columns + sum(
-        rows * branch.width * (sizes(layer)[0] + (getattr(layer, "bias", None) is not None))
-        for layer, rows in first_layers(block, branch.kind)
-    )
+    for layer, rows in first_layers(block, branch.kind):
+        has_bias = getattr(layer, "bias", None) is not None
+        columns += rows * branch.width * (sizes(layer)[0] + has_bias)
+    return columns
 
 
 def first_layers(block: Any, kind: Kind) -> list[tuple[Any, int]]:
@@ -152,6 +154,7 @@ def tokens_in(model: Any, block: Any) -> tuple[int, int, int]:
     """Tokens in a block's attention (those that pad windows included) and in its MLP, and keys that a token sees."""
     if isinstance(model, SwinTransformer):
         (h, w), (wh, ww) = block.input_resolution, block.window_size
+        # timm pads the grid to whole windows, and attends from what it padded too.
         padded = -(-h // wh) * wh * (-(-w // ww) * ww)
         return padded, h * w, wh * ww
     gh, gw = model.patch_embed.grid_size
@@ -168,6 +171,7 @@ def put_gates(model: nn.Module, gate: Gate, left: Left | None = None) -> None:
     """
     for branch in branches(model):
         block = model.get_submodule(branch.path)
+        # A Swin's attention sees each image as many windows, while gates are told one an image.
         windows = 1
         if branch.kind == "heads" and isinstance(model, SwinTransformer):
             padded, _, keys = tokens_in(model, block)

@@ -53,6 +53,7 @@ class WidthSpec(Brief):
     blocks: Kept | None = None
 
     def __hash__(self) -> int:
+        # Mappings have none, and equal specs may hold other kinds of sequences.
         return hash(repr(self.plain()))
 
     def plain(self) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def _lists(kept: Any) -> Any:
 
 
 def _numbers(values: Any) -> Kept:
+    # By type: True would count as 1.
     if not isinstance(values, list | tuple) or any(type(v) is not int for v in values):
         raise ValueError(f"{values!r} are no whole numbers")
     return tuple(values)
@@ -152,6 +154,7 @@ def narrow(
         raise PrunexError(f"{type(model).__name__} cannot be narrowed: no layers of it are known")
     left, spec = widths_of(model), _tuples(spec)
     shape = dense_shape(model) or shape_of(model)
+    # An iterator would be spent by the checks.
     kept, optimizers = places(model, spec), list(optimizers)
     check_cuts(model, kept)
     check_followed(optimizers)
@@ -180,6 +183,7 @@ def _tuples(spec: Any) -> WidthSpec:
 def _joined(before: WidthSpec, spec: WidthSpec, shape: Shape) -> WidthSpec:
     """Two narrowings as one: the later one's word counts, and what it does not name stays."""
 
+    # Widths of single heads are listed head by head: those of heads that leave now leave the lists.
     def of_heads_left(dims: Mapping[int, tuple[Kept, ...]]) -> dict[int, tuple[Kept, ...]]:
         left = dict(dims)
         for block in left.keys() & spec.heads.keys():
@@ -209,8 +213,8 @@ class _Places:
         self.pruned = mounted(model) is not None
 
     def spec(self) -> WidthSpec:
-        """The whole of it."""
         kept = self.kept
+        # Heads before their widths, of which there must be one list a head that stays.
         heads = {self.at(b, "heads"): self.heads(b, kept) for b, kept in kept.heads.items()}
         channels = {self.at(b, "channels"): self.channels(b, kept) for b, kept in kept.channels.items()}
         if set(kept.query_dims) != set(kept.value_dims):
@@ -254,6 +258,7 @@ class _Places:
             raise PrunexError(f"the heads of block {number} were made narrower already: start from the dense model")
         block = self.blocks[self.place[number]]
         attn = block.attn
+        # A norm reads all channels of a head, rotation pairs them: none of them can go alone.
         if type(attn) not in PLAIN or not is_identity(attn.q_norm) or not opens_heads(block):
             raise PrunexError(
                 f"heads of block {number} ({type(attn).__name__}) cannot be made narrower: their scores are normed, "
@@ -276,6 +281,7 @@ class _Places:
 
     def embedding(self, kept: Kept) -> Kept:
         model, name = self.model, type(self.model).__name__
+        # Attention pooling would have to be narrowed too, and other families keep more along the stream.
         if not isinstance(model, VisionTransformer) or model.global_pool == "map":
             raise PrunexError(f"the embedding of a {name} with this head cannot be made narrower")
         for block in self.blocks:
@@ -314,7 +320,8 @@ def _read_blocks(model: Any) -> frozenset[int]:
 
 def _renamed(kept: Sequence[int], known: Sequence[int] | None, count: int, what: str) -> Kept:
     """Dense numbers as places among what is left."""
-    places = {unit: place for place, unit in enumerate(range(count) if known is None else known)}
+    numbers = range(count) if known is None else known
+    places = {unit: place for place, unit in enumerate(numbers)}
     missing = next((u for u in kept if u not in places), None)
     rising = all(b > a for a, b in zip(kept, kept[1:], strict=False))
     if missing is not None or not rising:

@@ -11,6 +11,7 @@ from torch import nn
 import prunex.pruners  # noqa: F401  (registers the pruners)
 from prunex.checks import called_as
 from prunex.errors import PrunexError, unknown
+from prunex.handles.base import handle_on
 from prunex.handles.heads import Head, put_head
 from prunex.handles.pretrained import tell_on_save
 from prunex.handles.tokens import Attached, Pruning
@@ -101,21 +102,17 @@ def attach(
 def _attach(
     model: nn.Module, make: Any, path: str | None, budget: float | str | None, options: dict[str, Any]
 ) -> Pruning | UnitPruning | Head:
+    if issubclass(make, TokenHead) and budget is not None:
+        raise PrunexError(f"budget={budget!r} is for pruners, and {make.name} prunes nothing: leave it out")
+    # Units are gated in Swins as well, from which no tokens can leave.
+    vit = find(model, path, Backbone if issubclass(make, UnitPruner) else ViT)[1]
+    check_gathered(vit, _BEFORE)
     if issubclass(make, TokenHead):
-        if budget is not None:
-            raise PrunexError(f"budget={budget!r} is for pruners, and {make.name} prunes nothing: leave it out")
-        vit = find(model, path)[1]
-        check_gathered(vit, _BEFORE)
         check_methods(vit)
         check_routes(vit)
         return put_head(vit, make, options, model)
     if issubclass(make, UnitPruner):
-        given = options if budget is None else {"budget": budget, **options}
-        backbone = find(model, path, Backbone)[1]
-        check_gathered(backbone, _BEFORE)
-        return put_units(backbone, make, given)
-    vit = find(model, path)[1]
-    check_gathered(vit, _BEFORE)
+        return put_units(vit, make, options if budget is None else {"budget": budget, **options})
     if mounted(vit) is not None:
         raise PrunexError(f"{type(vit).__name__} is pruned already by {mounted(vit).method}: detach() it first")
     anatomy = check_parity(vit)
@@ -126,11 +123,7 @@ def _attach(
 
 
 def method_of(name: str, options: Iterable[str]) -> Any:
-    """The class of a pruner, which has these options.
-
-    Raises:
-        PrunexError: Unknown method or option.
-    """
+    """The class of a pruner or a head; a name that is unknown, or an option that it has not, is refused."""
     make = lookup("head" if ("head", name) in METHODS else "pruner", name).make
     allowed = accepted(make)
     for option in options:
@@ -148,11 +141,13 @@ def put_tokens(vit: ViT, anatomy: Anatomy, make: Any, options: Mapping[str, Any]
         mounted_head(vit).head.check(pruner.alter(anatomy))
         mounted_head(vit).head.check_pruned()
     pruner.prepare(vit)
+    # As the weights are: predictors in float32 would end the forward of a model in half precision.
     weight = next(vit.parameters())
     pruner.to(device=weight.device, dtype=weight.dtype)
     pruner.train(vit.training)
     attached = Attached(pruner, anatomy)
     attached.train(vit.training)
+    # A submodule, so that it moves, trains and is saved with the model.
     vit.add_module(TOKENS, attached)
     route(vit)
     return Pruning(vit)
@@ -186,9 +181,6 @@ def attached(
         PrunexError: When there is no ViT, or several.
     """
     if units:
-        backbone = find(model, path, Backbone)[1]
-        return UnitPruning(backbone) if mounted_units(backbone) is not None else None
+        return handle_on(UnitPruning, find(model, path, Backbone)[1])
     vit = find(model, path)[1]
-    if head:
-        return Head(vit) if mounted_head(vit) is not None else None
-    return Pruning(vit) if mounted(vit) is not None else None
+    return handle_on(Head, vit) if head else handle_on(Pruning, vit)

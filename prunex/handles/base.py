@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import nn
 
@@ -23,6 +22,7 @@ def drop_mark(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 
 def accept_dense(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a dense model's state dict is loaded, strictly: what hangs on the model keeps its values."""
+    # torch calls this before it looks for missing keys, so that a strict load has none.
     if not any(k.startswith(prefix) for k in state):
         state.update({prefix + k: v for k, v in module.state_dict().items()})
 
@@ -55,11 +55,7 @@ class Handle:
         self.model = model
 
     def _holder(self) -> Any:
-        """What hangs on the model.
-
-        Raises:
-            PrunexError: After :meth:`detach`.
-        """
+        """What hangs on the model; refused after :meth:`detach`."""
         holder = mounted(self.model, self.kind)
         if holder is None:
             raise PrunexError("this pruning was detached: attach again with prunex.attach(model, ...)")
@@ -78,7 +74,7 @@ class Handle:
     @property
     def options(self) -> dict[str, Any]:
         """The options in force, in plain values."""
-        return dict(self._holder().pruner.options)
+        return dict(self.learner.options)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -92,9 +88,7 @@ class Handle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def __repr__(self) -> str:
@@ -102,3 +96,11 @@ class Handle:
             return f"{type(self).__name__}(detached)"
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         return f"{type(self).__name__}({self.method!r}, {options})"
+
+
+H = TypeVar("H", bound=Handle)
+
+
+def handle_on(kind: type[H], model: Any) -> H | None:
+    """The handle of one kind on a backbone, or None where nothing of that kind hangs there."""
+    return kind(model) if mounted(model, kind.kind) is not None else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ class Headed(nn.Module):
 
     def read(self, model: ViT, x: Tensor, left: Handed) -> Reading:
         """What the head makes of final tokens [B, prefix + n, D]."""
-        head, inner = self.head, model
+        head = self.head
         if head_classes(model) != head.classes:
             raise PrunexError(
                 f"{self.method} was made for {head.classes} classes, and the model has {head_classes(model)} now: "
@@ -115,7 +114,7 @@ class Headed(nn.Module):
             )
         logits = classifier(model, x, left) if head.uses_classifier else None
         # Models that pool before their last norm have it between pooling and head.
-        reading: Reading = head(FinalTokens.of(norm_behind_pool(inner)(x), left), logits)
+        reading: Reading = head(FinalTokens.of(norm_behind_pool(model)(x), left), logits)
         return reading
 
     def logits(self, model: ViT, x: Tensor, left: Handed, ops: Arithmetic = PLAIN) -> Tensor:
@@ -123,6 +122,7 @@ class Headed(nn.Module):
         self.ran = True
         if self.training:
             check_one_output(model, self.method)
+        # Rules for relevance see the head as one function, and ask for no losses.
         if ops.opened:
             return ops.whole(lambda tokens: self.read(model, tokens, left).logits, x)
         reading = self.read(model, x, left)
@@ -135,6 +135,7 @@ class Headed(nn.Module):
         """Keep a training forward's reading until its losses are asked for."""
         if self.training and Steps.counts():
             self.steps.remember(Read(reading, len(reading.logits)), reading.logits)
+            # Once, and not at attaching: what freezes parameters may come later.
             if not self._looked and not torch.compiler.is_compiling() and reading.logits.requires_grad:
                 self._looked = True
                 warn_of_frozen(self.head, self.method, Head.reached)
@@ -174,11 +175,6 @@ class Head(Handle):
     @progress.setter
     def progress(self, value: float) -> None:
         self.head.progress = check_number("progress", value, 0, 1)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options in force, in plain values."""
-        return dict(self.head.options)
 
     def from_tokens(self, tokens: Tensor) -> Reading:
         """What the head makes of final tokens.
@@ -237,6 +233,7 @@ class Head(Handle):
             fitting = {name: value for name, value in given.items() if _rows(value) == forward.images}
             for name, value in self.head.losses(forward.reading, **fitting).items():
                 total[name] = total[name] + value if name in total else value
+        # Beside each forward's own: what compares several views of one batch.
         for name, value in self.head.losses_between([f.reading for f in forwards]).items():
             total[name] = value
         return total
@@ -345,6 +342,7 @@ class Head(Handle):
                 f"no official {self.method} of these options: missing {missing[:4]}, of other shapes {wrong[:4]}; "
                 f"it holds {', '.join(list(plain)[:4])}"
             )
+        # Not strictly: what the authors' code has no name for keeps its values.
         self.head.load_state_dict(entries, strict=False)
         return self
 
@@ -368,8 +366,8 @@ class Head(Handle):
 
 def _rows(value: Any) -> int:
     """How many images labels are of; 0 for what has no rows."""
-    if isinstance(value, Tensor):
-        return len(value) if value.ndim else 0
+    if isinstance(value, Tensor) and value.ndim == 0:  # which has a length that raises
+        return 0
     return len(value) if hasattr(value, "__len__") else 0
 
 
@@ -383,9 +381,7 @@ class Intervention:
     def __enter__(self) -> Intervention:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.head.forced = self.before
 
 
@@ -414,6 +410,7 @@ def put_head(vit: ViT, make: Any, options: Mapping[str, Any], root: nn.Module | 
     except PrunexError:
         unmount(vit, HEAD)
         raise
+    # Again: the anatomy also says what the head reads that is on now.
     headed.dense = read(vit)
     if not head.uses_classifier:
         # Without a part in the answer it has no gradient, which processes that share theirs would wait for.
@@ -429,6 +426,7 @@ def _shared(parameter: nn.Parameter, vit: ViT, root: nn.Module | None) -> bool:
     """Whether a module has a parameter of its ViT by further names than the ViT's own."""
     if root is None:
         return False
+    # Tied weights are listed once unless asked.
     names = sum(p is parameter for _, p in root.named_parameters(remove_duplicate=False))
     return names > sum(m is vit for _, m in root.named_modules(remove_duplicate=False))
 

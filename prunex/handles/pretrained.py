@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunex.handles.base import handle_on
 from prunex.handles.heads import Head
 from prunex.handles.tokens import Pruning
 from prunex.handles.units import UnitPruning
-from prunex.vit.mount import mounted, mounted_head, mounted_units
 
 MARK = "open_with.prunex.load_pretrained"
 ENTRY = "prunex"  # of the configuration
@@ -34,25 +34,26 @@ def tell_on_save(root: nn.Module, vit: nn.Module) -> None:
 def entries(vit: Any) -> dict[str, Any]:
     """What hangs on a ViT, in plain values; empty for a dense one."""
     said: dict[str, Any] = {}
-    if mounted_units(vit) is not None:
-        said["units"] = UnitPruning(vit).spec
-    if mounted(vit) is not None:
-        pruning = Pruning(vit)
+    units, pruning, head = handle_on(UnitPruning, vit), handle_on(Pruning, vit), handle_on(Head, vit)
+    if units is not None:
+        said["units"] = units.spec
+    if pruning is not None:
         said |= {"pruning": pruning.spec, "progress": pruning.progress}
-    if mounted_head(vit) is not None:
-        said["head"] = Head(vit).spec
+    if head is not None:
+        said["head"] = head.spec
     return said
 
 
 def _save(wrapper: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """``save_pretrained`` of a wrapper whose ViT may be pruned."""
     said = entries(getattr(wrapper, PLACE))
     save = type(wrapper).save_pretrained
     if not said:
         return save(wrapper, save_directory, *args, **kwargs)
+    # Where transformers has these two, behind the folder: they may come without their names.
     bound = dict(zip(("is_main_process", "state_dict"), args, strict=False)) | kwargs
     state = bound.get("state_dict")
     bound["state_dict"] = {**(wrapper.state_dict() if state is None else state), MARK: torch.zeros(1)}
+    # Only while it saves: what hangs on the ViT may be another thing next time.
     setattr(wrapper.config, ENTRY, {"version": 1, **said})
     try:
         return save(wrapper, save_directory, **bound)

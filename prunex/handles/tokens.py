@@ -65,6 +65,7 @@ class Attached(nn.Module):
         return getattr(self, self.method)
 
     def __getstate__(self) -> dict[str, Any]:
+        # A trace is of images that are gone, and losses that were added may hold anything.
         return self.__dict__ | {"trace": None, "more": []}
 
     @property
@@ -94,6 +95,7 @@ class Attached(nn.Module):
         state = run(model, images, (pruner,), recorder, masked)
         tokens, known = state.tokens, left_by(state)
         self.ran = True
+        # Off the graph, which the next step would otherwise keep alive.
         self.trace = replace(state.trace.detach(), prefix=known.anatomy.prefix)
         # The user's own code may pool these tokens later: it needs to know which are there.
         self.handover.give(tokens, replace(known, trace=self.trace, read=watch is not None))
@@ -126,6 +128,7 @@ class Attached(nn.Module):
         forward = self._forward_of(tokens)
         if forward is None or forward.anatomy.classes == 0:
             return
+        # The model's answer at inference, as losses that compare it with a teacher's want it.
         if isinstance(logits, tuple):  # a distilled DeiT in distilled training: two heads
             logits = sum(logits) / len(logits)
         forward.logits = logits

@@ -68,10 +68,6 @@ class Gated(nn.Module):
             raise PrunexError(f"labelled(...) was given {len(factors)} labels for {batch} images: give one an image")
         return factors
 
-    def left(self, key: str) -> tuple[int, ...] | None:
-        """Which of a branch's units are open, where gates are 0 or 1 now and not all open."""
-        return self.pruner.left(key)
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"labels": None, "more": []}
 
@@ -182,6 +178,7 @@ class UnitPruning(Handle):
         check_gathered(self.model, COPY)
         self.budget()
         model: nn.Module = self.model
+        # Criteria that look at no images have nothing to do with what is round the model.
         if module is not None and batches is not None and self.pruner.needs in ("images", "labels"):
             if entered:
                 model = answering(module, model)
@@ -252,6 +249,7 @@ class UnitPruning(Handle):
                 optimiser that cannot follow.
         """
         check_gathered(self.model, "slim the copy that prunex.whole(model) gives process 0 when training has ended")
+        # With none kept, each layer is looked at that any choice would cut.
         every: dict[Kind, dict[int, tuple[int, ...]]] = {kind: {} for kind in KINDS}
         for b in self.pruner.branches:
             every[b.kind][b.block] = ()
@@ -263,6 +261,7 @@ class UnitPruning(Handle):
         narrow(self.model, spec, optimizers)
         take_gates_off(self.model)
         self.pruner.remove()
+        # The token pruner goes by numbers of heads, which have changed.
         tokens = mounted(self.model)
         if tokens is not None:
             tokens.refit(self.model)
@@ -296,13 +295,14 @@ def put_units(model: nn.Module, make: Any, options: dict[str, Any]) -> UnitPruni
     pruner.prepare(model)
     if mounted(model) is not None:
         check_readable(model, mounted(model).pruner, pruner)
+    # Out of reach now, a budget may come within reach once tokens are pruned.
     with suppress(PrunexError):
         pruner.may_spend(_aim(pruner, model))
     gated = Gated(pruner)
     gated.to(next(model.parameters()).device)
     gated.train(model.training)
     model.add_module(UNITS, gated)
-    put_gates(model, gated.gate, gated.left)
+    put_gates(model, gated.gate, pruner.left)
     model.register_load_state_dict_pre_hook(_narrow_first)
     pruning = UnitPruning(model)
     with suppress(OutOfReach):  # told when units are chosen
@@ -317,6 +317,7 @@ def schedule_done(model: nn.Module) -> Iterator[None]:
     if attached is None:
         yield
         return
+    # Units are chosen for the model as it will be, also where its rates still fall.
     before, attached.pruner.progress = attached.pruner.progress, 1.0
     try:
         yield
@@ -356,6 +357,7 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
     gated = mounted_units(model)
     if gated is None:
         return
+    # Before any weight is loaded, since a narrow model's fit no wide one.
     keys = f"{prefix}{UNITS}.{gated.method}."
     state_of_units = {k.removeprefix(keys): v for k, v in state.items() if k.startswith(keys)}
     if not state_of_units:  # a dense state dict
@@ -363,6 +365,7 @@ def _narrow_first(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
         return
     if bool(state_of_units.get("removed", False)) and not bool(gated.pruner.removed):
         for name, value in state_of_units.items():
+            # Which units are open, of this very width: what is of another shape is load_state_dict's to refuse.
             known = gated.pruner._buffers.get(name)
             if name.startswith("open_") and known is not None and known.shape == value.shape:
                 known.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypedDict, Unpack
@@ -68,6 +69,7 @@ class Adaptive(TokenPruner):
     ) -> None:
         options: dict[str, Any] = {**self.handed_on, **shared}
         count, threshold, expected = (options.pop(name) for name in ("count", "threshold", "expected"))
+        # What is left is of a schedule, which methods without one do not hand on.
         super().__init__(anatomy, keep_ratio, stages, **options)
         # The share of the original patches that fixed counts keep after each stage.
         self.targets = cumulative(self.rates)
@@ -107,7 +109,7 @@ class Adaptive(TokenPruner):
         """Take measured mean shares as what :meth:`counts` tells; nothing where counts are fixed."""
         if self.adaptive:
             # A mean over images may rise by rounding alone; counts may not.
-            falling = [min(float(s) for s in shares[: i + 1]) for i in range(len(shares))]
+            falling = list(itertools.accumulate(map(float, shares), min))
             self.expected = check_expected(falling, len(self.stages))
             self.options["expected"] = _listed(self.expected)
 
@@ -170,6 +172,7 @@ def realised(trace: TokenTrace, stages: Sequence[int]) -> Tensor:
     ones = torch.ones(trace.batch, device=trace.device)
     shares = []
     for stage in stages:
+        # A stage that let all go on may have written nothing: what holds is the last reduction before it.
         made = [i for i, s in enumerate(trace.stages) if s.block <= stage]
         shares.append(ratios[made[-1]] if made else ones)
     return torch.stack(shares, 1)
@@ -180,6 +183,7 @@ def above(score: Tensor, threshold: float, present: Tensor | None, least: int = 
     alive = torch.ones_like(score, dtype=torch.bool) if present is None else present > 0
     kept = (score > threshold) & alive
     if least:
+        # For images where no patch reaches the threshold; one that has no patch left has none to rescue.
         best = score.masked_fill(~alive, float("-inf")).argmax(1, keepdim=True)
         rescued = torch.zeros_like(kept).scatter(1, best, ~kept.any(1, keepdim=True))
         kept = kept | (rescued & alive)

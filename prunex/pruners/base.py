@@ -73,6 +73,7 @@ class TokenPruner(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = check_stages(stages, anatomy.depth)
+        # None of a method that has the option is a user's mistake, which the check of rates tells.
         none = keep_ratio is None and "keep_ratio" not in accepted(type(self))
         self.rates: tuple[float, ...] = () if none else check_rates(keep_ratio, len(self.stages))
         self.progress = 1.0
@@ -232,6 +233,7 @@ def check_rates(keep_ratio: Any, stages: int) -> tuple[float, ...]:
 def check_stages(stages: Any, depth: int) -> tuple[int, ...]:
     """Rising block indices within the depth; anything else is refused."""
     if stages is None:
+        # A set, since in a model of few blocks two quarters fall on one block.
         return tuple(sorted({min(depth - 1, max(1, depth * i // 4)) for i in (1, 2, 3)}))
     listed = [stages] if isinstance(stages, int) else stages
     good = isinstance(listed, Sequence) and not isinstance(listed, str) and len(listed) > 0

@@ -54,6 +54,7 @@ class Budget:
         # One rate for all stages first: what users would give, and monotonous in cost.
         shared = self._bisect(lambda x: (x,) * stages, 0.0, 1.0, target)
         best = min(shared, key=lambda s: self._miss(s, target))
+        # A pruner costs something itself: with all tokens kept it may be more than the dense model.
         low, high = self._of((1e-9,) * stages), max(self.dense, self._of((1.0,) * stages))
         # Only a budget beyond both ends is out of reach; between them whole tokens are in the way.
         if self._miss(best, target) > CLOSE and not low <= target <= high:
@@ -79,6 +80,7 @@ class Budget:
         if abs(macs - target) <= CLOSE * target:
             return True
         others = {k: v for k, v in self.options.items() if k not in turned}
+        # The search is made to compare with: what it would warn of, nobody asked for.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return macs == self.macs(Budget(self.model, self.anatomy, self.make, others).solve(budget))

@@ -123,6 +123,7 @@ class DiffMask(Adaptive):
     def decide(self, turn: Turn, state: TokenState) -> Keep | Drop | None:
         """Keep what the gates keep."""
         score = self.score(state)
+        # There is no logarithm of a threshold of 0, for which nobody is asked (see ``keeps_all``).
         if self.adaptive:
             return Drop(above(score, math.log(self.threshold), state.present, self.least), score)
         k = ceil_share(self.rates[0], state.trace.grid[0] * state.trace.grid[1])

@@ -165,7 +165,7 @@ class DiffRate(TokenPruner):
             )
         self.patches = anatomy.grid[0] * anatomy.grid[1]
         if stages is None:
-            cut = [b for b in range(anatomy.depth) if any(t[b] < self.patches for t in tables.values())]
+            cut = [b for b, counts in enumerate(zip(*tables.values(), strict=True)) if min(counts) < self.patches]
             last = anatomy.depth if anatomy.readers else anatomy.depth - 1
             stages = cut or list(range(1, last)) or [anatomy.depth - 1]
         super().__init__(anatomy, RATE if keep_ratio is None else keep_ratio, stages)
@@ -190,7 +190,8 @@ class DiffRate(TokenPruner):
                 rates.extend(Rate(self.patches, self.granularity, row) for row in logits)
         if keep_ratio is None:
             del self.options["keep_ratio"]
-        self.options |= {name: [k + anatomy.prefix for k in table] for name, table in tables.items()}
+        for name, table in tables.items():
+            self.options[name] = [k + anatomy.prefix for k in table]
         self.options |= {"granularity": self.granularity, "target": self.target}
         self.options |= {"flops_weight": self.flops_weight, "learns": self.learns}
 
@@ -263,6 +264,7 @@ class DiffRate(TokenPruner):
         alive = n if present is None else min(n, cut.entering)
         pruned, merged = min(cut.pruned, alive), min(cut.merged, alive)
         order, slots = ranked(score, n, present), torch.arange(n, device=score.device).expand_as(score)
+        # From the token of each rank to the rank of each token.
         rank = torch.empty_like(order).scatter(1, order, slots)
         policy = torch.ones_like(promoted(score)) if present is None else present
         if pruned < alive:
@@ -304,7 +306,8 @@ class DiffRate(TokenPruner):
     def _share(self, model: ViT, grid: tuple[int, int]) -> Tensor:
         """What one image costs at the present rates, as a share of the dense model, with the rates' gradients."""
         dense, now = count(model, None, grid).macs, count(model, self, grid).macs
-        prune, merge = (torch.stack([cast(Rate, r).kept() for r in rates]) for rates in (self.prune, self.merge))
+        prune = torch.stack([cast(Rate, rate).kept() for rate in self.prune])
+        merge = torch.stack([cast(Rate, rate).kept() for rate in self.merge])
         # The smallest count is the value, and both have its gradient.
         passed = (prune - prune.detach()) + (merge - merge.detach())
         left = dict(zip(self.stages, zip(self.counts(grid[0] * grid[1]), passed, strict=True), strict=True))
@@ -312,10 +315,12 @@ class DiffRate(TokenPruner):
         for number, block in enumerate(cast(Any, model).blocks):
             layout = layout_of(block)
             linear, mlp = layout.macs(block)
+            # Attention's two products grow with the square of the tokens, all else with their number.
             total = total + n * (linear / dense) + n * n * (2 * layout.width(block) / dense)
             if number in left:
                 n = left[number][0] + self.anatomy.prefix + left[number][1]
             total = total + n * (mlp / dense)
+        # The value is what prunex.cost counts; the sum brings its gradient.
         return total - total.detach() + now / dense
 
     def official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -377,6 +382,7 @@ def least_decided(patches: int, granularity: int, counts: Sequence[int]) -> Tens
     step = torch.arange(len(candidates), **wide)  # places, falling
     means = torch.tensor(counts, **wide).clamp(max=patches) - 0.5
     low, high = torch.full_like(means, -50.0), torch.full_like(means, 50.0)
+    # The mean rises with the slope: fifty halvings leave an interval far below what single precision tells apart.
     for _ in range(50):
         slope = (low + high) / 2
         above = (-slope.unsqueeze(1) * step).softmax(1) @ candidates > means

@@ -197,6 +197,7 @@ class DynamicViT(Adaptive):
         teacher: Any = self._teacher[0]
         prefix = forward.anatomy.prefix
         with torch.no_grad(), as_found(teacher, train=False):
+            # No submodule of anything, so that nobody has moved it along with the model.
             teacher.to(forward.images.device, next(self.predictors.parameters()).dtype)
             size = forward.anatomy.image
             if tuple(teacher.patch_embed.img_size) != size:  # the model was given another size since

@@ -99,6 +99,7 @@ class HVT(TokenPruner):
         # The grid or length that enters each pooling.
         self.sizes = self._sizes(anatomy.grid if pool == "2d" else (1, anatomy.grid[0] * anatomy.grid[1]))
         self.positions = nn.ModuleList(Position(h * w, anatomy.width, init) for h, w in self.sizes[1:])
+        # Not the base's: its rate is no option here, where nothing is kept or left out.
         self.options: dict[str, Any] = {
             "stages": list(self.stages),
             "pool_width": pool_width,
@@ -113,6 +114,7 @@ class HVT(TokenPruner):
         settings, left = [], anatomy.grid[0] * anatomy.grid[1]
         for poolings in (1, 2, 3, 4):
             left = (left - 3) // 2 + 1
+            # A width that does not divide the depth pools more often than is meant.
             if left >= 1 and anatomy.depth % poolings == 0:
                 settings.append({"pool_width": anatomy.depth // poolings})
         return settings

@@ -37,6 +37,7 @@ class Interpreter(nn.Module):
     def forward(self, x: Tensor, prefix: int, policy: Tensor | None = None) -> Tensor:
         """From tokens [B, prefix + n, D], the class token first, and their policy to p [B, n], in at least float32."""
         y = self.norm(x if policy is None else x * policy.unsqueeze(-1).to(x.dtype))
+        # The class token needs no key and a patch no query: half of the projection is enough for either.
         if type(self.qk) is nn.Linear:
             (query, key), (q_bias, k_bias) = self.qk.weight.chunk(2), self.qk.bias.chunk(2)
             q, k = F.linear(y[:, :1], query, q_bias), F.linear(y[:, prefix:], key, k_bias)

@@ -148,6 +148,7 @@ class PatchSlimming(TokenPruner):
         before = list(range(self.patches))
         for block, positions in enumerate(sets):
             at = {p: i for i, p in enumerate(before)}
+            # Buffers, to move with the model; not persistent, since they follow from ``kept``.
             among = torch.tensor([at[p] for p in positions], dtype=torch.long, device=device)
             self.register_buffer(f"original_{block}", torch.tensor(positions, dtype=torch.long, device=device), False)
             self.register_buffer(f"among_{block}", among, False)
@@ -251,6 +252,7 @@ class PatchSlimming(TokenPruner):
             batches = [b.clone() if b.is_inference() else b for b in batches]
             search = Search(model, anatomy, batches, verbose=verbose, **settings)
             report = search.run()
+            # Before the fine-tuned blocks take the place of the model's.
             dense = [self._logits(model, b, slimmed=False) for b in batches]
             search.install()
             self.kept.copy_(search.kept[:-1])

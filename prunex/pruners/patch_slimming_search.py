@@ -144,6 +144,10 @@ def impact(attention: Sequence[Tensor], entering: Tensor) -> Tensor:
     return column * row
 
 
+def _learnable(block: Any) -> set[str]:
+    return {name for name, parameter in block.named_parameters() if parameter.requires_grad}
+
+
 class Search:
     """The top-down search (Patch Slimming's Algorithm 1; second-hand) over one model, which it leaves as it is.
 
@@ -177,9 +181,10 @@ class Search:
         self.teacher: Any = blocks
         self.student: Any = copy.deepcopy(blocks).eval().requires_grad_(False)
         # What is frozen is not ours to move: pretrained weights under an adapter, blocks that a user holds still.
-        self.moving = [{n for n, p in block.named_parameters() if p.requires_grad} for block in model.blocks]
+        self.moving = [_learnable(block) for block in model.blocks]
         patches = anatomy.grid[0] * anatomy.grid[1]
         self.kept = torch.ones(anatomy.depth, patches, dtype=torch.bool)
+        # The head reads prefix tokens alone, so that the last block computes no patch.
         self.kept[-1] = False
         self.embedded: list[Tensor] = []
         for batch in images:
@@ -213,6 +218,7 @@ class Search:
         base = self.kept[block + 1]
         order = score.masked_fill(base, -math.inf).argsort(descending=True, stable=True)[: int((~base).sum())]
         tried: list[Candidate] = []
+        # The last candidate has every position, so that some candidate is always taken.
         for added in [*range(0, len(order), self.settings["step"]), len(order)]:
             self.kept[block] = base.clone().index_fill(0, order[:added], True)
             # Nothing is left out, so nothing need be made up for.

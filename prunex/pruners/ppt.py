@@ -88,6 +88,7 @@ class PPT(ToMe):
             self.shown = ("row", "values")
         elif not self.always_pools:
             self.shown = ("row", "values", "keys")
+        # Without ToMe's ``inflect``: a few stages have no line to rise along.
         given = {name: self.options[name] for name in ("r", "proportional", "stages")}
         self.options = {"tau": self.tau, "spread": spread, **given}
 
@@ -118,6 +119,7 @@ class PPT(ToMe):
 
     def prunes(self, score: Tensor, n: int | Tensor, present: Tensor | None = None) -> Tensor:
         """Whether each image prunes, bool [B, 1], from the scores [B, n] of its n patches, 0 where none is present."""
+        # Multiplied out, since scores that are all 0 would be divided by.
         if not self.by_variance:
             return score.square().sum(1, keepdim=True) * n * self.tau >= 1
         apart = score - score.sum(1, keepdim=True) / n

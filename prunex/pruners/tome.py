@@ -86,7 +86,8 @@ class ToMe(TokenPruner):
         if len(shares) == 1:
             return {"r": round((1 - shares[0]) * half)}
         # Rounding what is due in all, not a stage at a time, loses no part of a token.
-        due = [round(half * d) for d in itertools.accumulate((1 - s for s in shares), initial=0.0)]
+        leaving = [1 - share for share in shares]
+        due = [round(half * d) for d in itertools.accumulate(leaving, initial=0.0)]
         r = [after - before for before, after in itertools.pairwise(due)]
         return {"r": r[0] if len(set(r)) == 1 else r}
 
@@ -131,6 +132,7 @@ def schedule(r: Any, inflect: float, stages: int) -> tuple[int, ...]:
             "the paper's pair (r, f) is r=r, inflect=f"
         )
     if not many:
+        # In whole numbers: a line of floats may lie a last bit below the number that it should reach.
         first, steps = int(r * (1 - inflect) + 1e-9), max(1, stages - 1)
         rise = 2 * r - 2 * first
         return tuple((first * steps + rise * i) // steps for i in range(stages))
@@ -163,6 +165,7 @@ def match(keys: Tensor, r: int | Tensor, odd: bool = False, present: Tensor | No
     before = stays.long().cumsum(1)
     left = before[:, -1:]
     both_sets = [torch.where(goes, left + partner, before - 1), left + (second // 2).expand(keys.shape[0], -1)]
+    # From the two sets one behind the other to the order in which the tokens came.
     position = torch.arange(n, device=keys.device)
     group = torch.cat(both_sets, 1)[:, position // 2 + (position % 2 != int(odd)) * len(first)]
     return group if present is None else group.masked_fill(~present, -1)
@@ -179,6 +182,7 @@ def ranks(values: Tensor) -> Tensor:
 
 def match_present(keys: Tensor, r: int, odd: bool, present: Tensor) -> Tensor:
     """For :func:`match` among the tokens that are there (bool [B, n]), as if the others did not exist; -1 for these."""
+    # Those that are there come first, so that they alternate among themselves.
     order = (~present).to(torch.uint8).argsort(dim=1, stable=True)
     most = (present.sum(1, keepdim=True) // 2).clamp(max=r)
     moved = keys.gather(1, order.unsqueeze(2).expand_as(keys))

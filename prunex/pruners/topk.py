@@ -117,6 +117,7 @@ class TopK(Adaptive):
         counts, n = [], patches
         for s in range(len(self.stages)):
             k = ceil_share(self.rate(s), n)
+            # Where nobody leaves there is nobody to fuse.
             n = n if k >= n else k + self.fuses
             counts.append(n)
         return counts

@@ -138,6 +138,7 @@ class Network:
 
         tail, head, capacity, _ = self.edges[:, chosen]
         sink, last = self.source + 1, np.flatnonzero(self.entries.any(1))
+        # The only whole numbers that scipy's solver takes; ``scale`` is bounded by them.
         values = np.concatenate([capacity, np.ones_like(last)]).astype(np.int32)
         ends = np.concatenate([tail, last]), np.concatenate([head, np.full_like(last, sink)])
         graph = csr_array((values, ends), shape=(sink + 1, sink + 1))

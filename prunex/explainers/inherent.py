@@ -138,6 +138,7 @@ def _by_its_head(name: str, model: ViT, images: Tensor, target: int | Tensor | N
             f"{name} explains classes of the head itself, and the module round the ViT makes other ones of them: "
             "explain the ViT by what enters it"
         )
+    # Evidence of the class token alone has no place: how it got there spreads it over patches.
     located = headed.reads_patches
     tape = Tape() if located else Tape(attention=True, reduce=over_heads, narrow=True)
     with recording(model, images, target, tape, needs_class=True) as recorded, torch.no_grad():

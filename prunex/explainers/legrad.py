@@ -60,12 +60,12 @@ def legrad(
     tape = Tape(attention=by_block, gradients=True, blocks=blocks, graph_from=start, leaving=blocks)
     with recording(model, images, target, tape, needs_class=True) as recorded:
         prefix = recorded.anatomy.prefix
-        each = []
+        by_step = []
         for number, step in enumerate(tape.steps):
             if isinstance(step, Attended) and step.block in blocks:
                 scores, steps = _of_block(recorded, step, pool, number) if by_block else _of_pool(recorded, step.block)
-                each.append(tape.lifted(scores, steps, prefix))
-        raw = torch.stack(each, 1)
+                by_step.append(tape.lifted(scores, steps, prefix))
+        raw = torch.stack(by_step, 1)
         return answer(recorded, raw.sum(1), raw=raw[:, :, prefix:])
 
 
@@ -92,10 +92,11 @@ def _of_pool(recorded: Recording, block: int) -> tuple[Tensor, int]:
     """The same by the attention of a pool over the tokens that left a block."""
     model: Any = recorded.model
     left, start = recorded.tape.left[block], 0 if recorded.anatomy.pool_prefix else recorded.anatomy.prefix
-    counts = None if left.policy is None else left.policy
+    counts = left.policy
     if left.sizes is not None:
         counts = left.sizes if counts is None else counts * left.sizes
     seen, values = looked_at(model.attn_pool, left.tokens[:, start:], None if counts is None else counts[:, start:])
+    # Cut off here: the gradient wanted is the pool's attention's, and the blocks' own stay out of it.
     seen = seen.detach().requires_grad_()
     features = pooled_by(model.attn_pool, seen, values.detach())
     logits = ended(model, classify(model.head, model.head_drop(model.fc_norm(features)), PLAIN))

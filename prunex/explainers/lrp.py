@@ -139,8 +139,8 @@ def _turned(recorded: Recording, tables: Sequence[Tensor]) -> Tensor:
 def _spread(recorded: Recording, patches: Tensor, pixels: Tensor) -> Tensor:
     """Relevance [B, P] of patches on all values of their pixels alike: [B, C, H, W]."""
     (high, wide), (channels, height, width) = recorded.anatomy.patch, pixels.shape[1:]
-    each = patches.unflatten(1, recorded.trace.grid) / (high * wide * channels)
-    fine = each.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, None, :height, :width]
+    part = patches.unflatten(1, recorded.trace.grid) / (high * wide * channels)
+    fine = part.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, None, :height, :width]
     return nn.functional.pad(fine, (0, width - fine.shape[3], 0, height - fine.shape[2])).expand_as(pixels)
 
 

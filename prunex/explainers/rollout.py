@@ -69,6 +69,7 @@ def rollout(
     plain = head_fusion == "mean" and discard_ratio == 0 and not gradient
     tape = Tape(attention=True, reduce=_FUSIONS[head_fusion], narrow=plain, shares=True)
     if gradient:
+        # Heads stay apart: each matrix is multiplied by its own gradient before they are averaged.
         blocks = frozenset(range(start, len(model.blocks)))
         tape = Tape(attention=True, gradients=True, blocks=blocks, graph_from=start)
     with recording(model, images, target, tape, needs_class=gradient) as recorded:

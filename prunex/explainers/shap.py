@@ -16,7 +16,6 @@ from prunex.vit.anatomy import ViT
 from prunex.vit.recording import recording
 from prunex.vit.tape import Tape
 
-ESTIMATORS = ("permutation", "kernel")
 PAIRS = 20  # antithetic pairs of orders, where no budget is given
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunex.checks import check_number, check_whole
 from prunex.registry import register
 from prunex.relevance.explanation import Explanation, answer
-from prunex.relevance.features import features, features_tape
+from prunex.relevance.features import features, features_tape, patch_means
 from prunex.removal.game import check_selection, score
 from prunex.vit.anatomy import ViT
 from prunex.vit.readout import before_softmax, scalar
@@ -97,7 +97,7 @@ def vit_cx(
         clean = of_target(recorded.logits, torch.arange(len(images), device=images.device))
         patch = recorded.anatomy.patch
         raw = causal_saliency(images, merged, clean, probability, patch, noise, seed, chunk)
-        return answer(recorded, _patch_means(raw, patch, recorded.trace.grid).flatten(1), raw, fine=raw)
+        return answer(recorded, patch_means(raw, recorded.trace.grid, patch).flatten(1), raw, fine=raw)
 
 
 def channel_masks(activation: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,9 +200,3 @@ def _draws(images: Tensor, owners: list[int], seed: int) -> Iterator[Tensor]:
         if owner != before:
             generator, before = torch.Generator().manual_seed(seed), owner
         yield torch.randn(images.shape[1:], generator=generator)
-
-
-def _patch_means(pixels: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Mean of [B, H, W] over each patch, [B, gh, gw]; a padded patch has the mean of its real pixels."""
-    seen = pixels[:, None, : grid[0] * patch[0], : grid[1] * patch[1]]
-    return F.avg_pool2d(seen, patch, ceil_mode=True)[:, 0]

@@ -139,15 +139,16 @@ def removal_curves(
         scores = occlusion.of_sets(image, removed(torch.arange(len(image), device=values.device)))
     else:
         scores = occlusion.of_rows(image, removed, torch.where(kind == 1, total - limit, limit))
-    each = dict(zip(kinds, occlusion.hide(scores.view(len(kinds), k, batch).permute(2, 0, 1)).unbind(1), strict=True))
+    table = occlusion.hide(scores.view(len(kinds), k, batch).permute(2, 0, 1))
+    by_kind = dict(zip(kinds, table.unbind(1), strict=True))
     return Curves(
         steps=steps,
         counts=counts,
         units=total,
         clean=occlusion.hide(occlusion.score),
-        without=each.get(0),
-        only=each.get(1),
-        least=each.get(2),
+        without=by_kind.get(0),
+        only=by_kind.get(1),
+        least=by_kind.get(2),
         target=occlusion.target,
         output=occlusion.output,
         ties=ties,

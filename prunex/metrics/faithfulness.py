@@ -32,7 +32,6 @@ from prunex.targets import Target
 
 ERASER = (0.01, 0.05, 0.1, 0.2, 0.5)
 
-
 _ANCONA = "Ancona et al., ICLR 2018, arXiv 1711.06104"
 _BHATT = "Bhatt, Weller & Moura, IJCAI 2020, arXiv 2005.00631"
 _YEH = "Yeh et al., NeurIPS 2019, arXiv 1901.09392"

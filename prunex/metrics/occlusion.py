@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunex.checks import check_choice
 from prunex.errors import PrunexError
 from prunex.metrics.checks import check_maps
+from prunex.relevance.features import patch_means
 from prunex.removal.game import OUTPUTS, ROUTES, SELECTIONS, Output, Removal, RemovalOptions, score
 from prunex.targets import Target
 from prunex.vit.anatomy import ViT, check_images, find
@@ -109,9 +109,9 @@ class ClassOcclusion(Occlusion):
         """F of sets of patches gone, bool [R, P]; none is asked of an image twice."""
         # Image and set as one row: equal sets of different images stay apart.
         code = torch.cat([image[:, None].to(torch.int32), removed.to(torch.int32)], 1)
-        one, again = code.unique(dim=0, return_inverse=True)
-        sets = one[:, 1:].bool()
-        return self.of_rows(one[:, 0].long(), lambda part: sets[part], sets.sum(1))[again]
+        distinct, place = code.unique(dim=0, return_inverse=True)
+        sets = distinct[:, 1:].bool()
+        return self.of_rows(distinct[:, 0].long(), lambda part: sets[part], sets.sum(1))[place]
 
     def lost(self, after: Tensor) -> Tensor:
         """f(x) less f of altered images [B, K], float64; what the model's rounding alone keeps apart is made equal."""
@@ -133,10 +133,7 @@ class ClassOcclusion(Occlusion):
 
 def on_patches(maps: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """One value a patch, [B, P]: pixel maps by the mean over each patch."""
-    if tuple(maps.shape[1:]) == grid:
-        return maps.flatten(1)
-    seen = maps[:, None, : grid[0] * patch[0], : grid[1] * patch[1]]
-    return F.avg_pool2d(seen, patch, ceil_mode=True).flatten(1)
+    return (maps if tuple(maps.shape[1:]) == grid else patch_means(maps, grid, patch)).flatten(1)
 
 
 def on_pixels(maps: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:

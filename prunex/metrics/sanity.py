@@ -232,7 +232,9 @@ def _stages(vit: Any) -> list[tuple[str, list[str]]]:
     depth = read(vit).depth
     # What a pruner decides by is no part of the model that is tested.
     names = [name for name, _ in vit.named_parameters() if not name.startswith(("prunex.", "prunex_units."))]
-    blocks = {f"blocks.{i}": [n for n in names if n.startswith(f"blocks.{i}.")] for i in reversed(range(depth))}
+    blocks = {}
+    for i in reversed(range(depth)):
+        blocks[f"blocks.{i}"] = [n for n in names if n.startswith(f"blocks.{i}.")]
     after = ("blocks_token_only.", "norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
     head = [n for n in names if n.startswith(after)]
     later = set(head).union(*blocks.values())
@@ -263,11 +265,11 @@ def _put(vit: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _alike(original: Explanation, other: Explanation) -> tuple[Tensor, Tensor, Tensor]:
     """Spearman's correlation, that of absolute values, and SSIM: float64 [B] each."""
-    one, two = original.maps.flatten(1).double(), other.maps.flatten(1).double()
-    broken = ~(one.isfinite().all(1) & two.isfinite().all(1))
+    first, second = original.maps.flatten(1).double(), other.maps.flatten(1).double()
+    broken = ~(first.isfinite().all(1) & second.isfinite().all(1))
     # Maps that keep their places but lose their sign are still maps of the image alone.
-    signed = spearman(one, two).masked_fill(broken, torch.nan)
-    absolute = spearman(one.abs(), two.abs()).masked_fill(broken, torch.nan)
+    signed = spearman(first, second).masked_fill(broken, torch.nan)
+    absolute = spearman(first.abs(), second.abs()).masked_fill(broken, torch.nan)
     return signed.cpu(), absolute.cpu(), _ssim(original.pixels, other.pixels).cpu()
 
 

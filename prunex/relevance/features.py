@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.brief import Brief
@@ -79,6 +80,12 @@ def on_patches(recorded: Recording, layer: int, activation: Tensor, gradient: Te
     if trace.pooled:  # a token need not be any patch's first choice
         present = trace.composition().sum(1) > 0
     return Features(activation, gradient, present, where, trace.grid)
+
+
+def patch_means(pixels: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Mean of [B, H, W] over each patch, [B, gh, gw]; a padded patch has the mean of its real pixels."""
+    seen = pixels[:, None, : grid[0] * patch[0], : grid[1] * patch[1]]
+    return F.avg_pool2d(seen, patch, ceil_mode=True)[:, 0]
 
 
 def _wide(tokens: Tensor, prefix: int) -> Tensor:

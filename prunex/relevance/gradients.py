@@ -45,30 +45,26 @@ class ModifiedGradients(Arithmetic):
     def linear(self, module: nn.Module, x: Tensor, beside: Tensor | None = None) -> Tensor:
         # Made whether or not a rule asks for it: what is no linear layer is refused alike under all options.
         layer = Layer.of(module) if beside is None else Layer.linear(*effective(module), beside)
-        if self.gamma is None:
-            return super().linear(module, x, beside)
-        seen = let_through(module, x).detach()
-        return self._by_gamma(layer, super().linear(module, x, beside), x, seen, self.gamma[1])
+        seen = x if self.gamma is None else let_through(module, x)
+        return self._by_gamma(layer, super().linear(module, x, beside), x, seen, 1)
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
         """As a linear layer."""
-        out = super().affine(x, weight, bias, beside)
-        if self.gamma is None:
-            return out
-        return self._by_gamma(Layer.linear(weight, bias, beside), out, x, x.detach(), self.gamma[1])
+        return self._by_gamma(Layer.linear(weight, bias, beside), super().affine(x, weight, bias, beside), x, x, 1)
 
     def patches(self, module: nn.Module, images: Tensor) -> Tensor:
-        layer = Layer.of(module)
-        if self.gamma is None:
-            return module(images)
-        return self._by_gamma(layer, module(images), images, images.detach(), self.gamma[0])
+        return self._by_gamma(Layer.of(module), module(images), images, images, 0)
 
-    def _by_gamma(self, layer: Layer, out: Tensor, x: Tensor, seen: Tensor, gamma: float) -> Tensor:
+    def _by_gamma(self, layer: Layer, out: Tensor, x: Tensor, seen: Tensor, place: int) -> Tensor:
+        if self.gamma is None:
+            return out
+        gamma = self.gamma[place]
+
         def back(saved: tuple[Tensor, ...], out: Tensor, grad: Tensor) -> tuple[Tensor, None]:
             # Gradient times output is the relevance that comes, relevance over input the gradient that goes.
             return gamma_rule(layer, saved[1], out, grad * out, gamma) / (saved[0] + 1e-10), None
 
-        return Route.apply(self, back, out, x, seen)
+        return Route.apply(self, back, out, x, seen.detach())
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         if is_identity(module):

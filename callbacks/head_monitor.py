@@ -159,6 +159,7 @@ class HeadMonitor(Monitor):
             leaves = (ended[:, 1:] / ended[:, :1]).astype(np.float32)  # NaN where no image ends
         near = [node.nearest for node in nodes if node.children]
         patches = [_patches(self.normalisation(trainer, module), patches) for patches in near]
+        # Each prototype has patches of its own number near it, and an array one number of columns.
         most = max(map(len, near))
         values = np.full((len(near), most), np.nan, np.float32)
         for row, held in zip(values, near, strict=True):
@@ -166,6 +167,7 @@ class HeadMonitor(Monitor):
         arrays |= {"head/path": evidence.path.cpu().numpy(), "head/leaf": evidence.leaf.cpu().numpy()}
         arrays |= {"head/passed": passed, "head/leaves": leaves, "head/nearest": values}
         if most:
+            # Likewise one array holds patches of one size.
             shape = np.min([p.shape[1:] for p in patches if len(p)], 0)
             patches = [p[:, : shape[0], : shape[1]] for p in patches]
             every = arrays["head/patches"] = np.zeros((len(near), most, *shape), np.uint8)

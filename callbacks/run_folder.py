@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,8 @@ def _sender(logger: Any) -> Callable[[str, np.ndarray, int], object] | None:
     if "CometLogger" in kinds:
         return lambda tag, picture, step: logger.experiment.log_image(picture, name=tag, step=step)
     if kinds & {"LitLogger", "LightningLogger"}:
-        return lambda tag, picture, step: logger.experiment[tag].append(_litlogger_image(picture), step=step)
+        image = import_module("litlogger").Image
+        return lambda tag, picture, step: logger.experiment[tag].append(image(picture), step=step)
     if callable(getattr(logger, "log_image", None)):  # as WandbLogger's, whose signature others follow
         return lambda tag, picture, step: logger.log_image(tag, images=[picture], step=step)
     return None
-
-
-def _litlogger_image(picture: np.ndarray) -> Any:
-    import litlogger
-
-    return litlogger.Image(picture)

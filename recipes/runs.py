@@ -296,7 +296,6 @@ class _ClassScore:
         self.truths: list[Tensor] = []
 
     def update(self, logits: Tensor, batch: Any, named: Parts) -> None:
-        """Take in a batch."""
         task, labels = task_of(named, logits.shape[1], "accuracy", "the validation batch")
         if self.task is not None and task.name != self.task.name:
             raise PrunexError(f"some validation batches have {self.task.part} and some {task.part}: give all the same")
@@ -305,7 +304,6 @@ class _ClassScore:
         self.truths.append(labels.cpu())
 
     def measured(self) -> dict[str, float]:
-        """By its name."""
         task, logits, labels = self.task, torch.cat(self.answers), torch.cat(self.truths)
         return {} if task is None else {task.score: task.measure(logits, labels)}
 
@@ -317,11 +315,9 @@ class _GridScore:
         self.model, self.meter = model, model.meter().to(next(model.parameters()).device)
 
     def update(self, output: Any, batch: Any, named: Parts) -> None:
-        """Take in a batch."""
         self.model.update(self.meter, output, batch)
 
     def measured(self) -> dict[str, float]:
-        """By its name."""
         return {self.model.score: self.model.read(self.meter)}
 
 

@@ -123,7 +123,7 @@ def examined(model: nn.Module) -> Iterator[tuple[bool, str]]:
 
 
 def _attach(model: nn.Module, name: str, images: torch.Tensor) -> None:
-    # A copy each: what was on the model before would change what the next method does.
+    # A copy each: nothing may hang on the model when the next method is tried.
     twin = copy.deepcopy(model)
     prunex.attach(twin, name)
     with torch.no_grad():

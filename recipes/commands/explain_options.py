@@ -43,6 +43,7 @@ def parse_explain(arguments: Sequence[str]) -> Any:
     group.add_argument("--threshold", **_THRESHOLD)
     args = parser.parse_args(arguments)
     args.folder = multimodal_options.folder_at(args.run)
+    # Labels are read with each image, and are of ViTs alone.
     if args.target is not None and (args.folder is not None or args.target != "label"):
         args.target = _target(args.target, args.folder is None)
     if args.folder is None:
@@ -194,6 +195,7 @@ def _add_processes(parser: options.Parser) -> Any:
         "many images", "as in prunex fit: on several devices and machines, started by Lightning, torchrun or a cluster"
     )
     group.add_argument("--devices", type=int, metavar="N", help="processes on each machine; default 1, or torchrun's")
+    # Lightning spells it with an underscore, our other options with a hyphen.
     group.add_argument("--num_nodes", "--num-nodes", type=int, metavar="M", help="machines; default 1, or torchrun's")
     group.add_argument("--accelerator", help="cpu, gpu, cuda, mps, auto; default a GPU where there is one")
     return group

@@ -36,6 +36,7 @@ BATCHES = (1, 8)
 
 def export(args: Any) -> int:
     """Do what ``prunex export`` was asked for, and give back the exit code."""
+    # Images are float32, whatever the weights were saved in.
     model: Any = find(open_model(args.run).float(), kinds=Backbone)[1]
     images = compared_on(args, model)
     calibration = calibrated_by(args, model) if args.int8 else None

@@ -99,6 +99,7 @@ class Folder:
     def _refuse(self, args: Any, names: Iterable[str], why: str) -> None:
         """Options that were given and mean nothing here."""
         for name in names:
+            # What argparse fills in was not given.
             if getattr(args, name) not in (None, False, _DEFAULTS.get(name)):
                 flag = name.replace("_", "-")
                 raise PrunexError(f"--{flag} {why}, and {self.path} holds a {self.architecture}: leave it out")
@@ -184,5 +185,6 @@ def _architectures(config: Path) -> list[str]:
         read = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return []  # whoever opens it says what is wrong
+    # A config of ours is of no model of transformers, whatever else it says.
     names = read.get("architectures") if isinstance(read, dict) and "prunex" not in read else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

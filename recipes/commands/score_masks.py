@@ -69,6 +69,7 @@ def _coco(root: Path, model: Any) -> tuple[CocoFolder, str]:
     """The data, with classes by the model's names where it knows all of them, else by their numbers."""
     by_name = {str(name): int(number) for name, number in (getattr(model.config, "label2id", None) or {}).items()}
     data = CocoFolder(root / "annotations.json", root / "images")
+    # Annotations and models number classes each in their own way: names say which is which.
     if set(data.names.values()) <= set(by_name):
         return CocoFolder(root / "annotations.json", root / "images", by_name), "by name"
     most = int(getattr(model.config, "num_labels", 0))
@@ -85,6 +86,7 @@ def _detections(queries: Sequence[Query], size: tuple[int, int], mask_rule: Any)
     """The explained object queries of one image, as masks of its own size."""
     masks = [each.at(size, mask_rule).cpu() for each in queries]
     return Detections(
+        # Of an empty list torch makes no stack.
         torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
         torch.tensor([each.probability for each in queries]),
         torch.tensor([each.target for each in queries], dtype=torch.int64),

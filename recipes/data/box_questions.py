@@ -99,6 +99,7 @@ class BoxQuestionDataset(DrawnDataset):
         lengths = least + (length * (most - least + 1)).long()
         places = torch.arange(most)
         # A name and its decoys stand anywhere inside the question.
+        # Draws are below 1, so that places behind the question sort last.
         chosen = by_place.masked_fill(places >= lengths[:, None], 2.0).argsort(1)[:, : 1 + self.decoys]
         body = len(SPECIAL) + (by_filler * len(FILLERS)).long()
         first_name = len(SPECIAL) + len(FILLERS)

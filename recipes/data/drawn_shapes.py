@@ -103,6 +103,7 @@ def boxes_of(masks: Tensor) -> Tensor:
     edges = []
     for across in (masks.any(1), masks.any(2)):
         length = across.shape[1]
+        # Of equals argmax gives the first.
         first = across.float().argmax(1)
         last = length - across.flip(1).float().argmax(1)
         edges.append(torch.stack([first, last], 1) / length)

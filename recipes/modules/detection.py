@@ -165,6 +165,7 @@ class DetectionModel(GridModel):
 
     def detections(self, output: dict[str, Tensor], size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """For each image ``boxes`` [n, 4] in pixels, ``scores`` [n] and ``labels`` [n], the surest first."""
+        # As torchvision's FCOS ranks boxes: the geometric mean of class and centre-ness.
         scores = (output["classes"].sigmoid() * output["centres"].sigmoid().unsqueeze(1)).sqrt().flatten(1)
         boxes = clip_boxes_to_image(output["boxes"].flatten(2).transpose(1, 2), size)
         cells = boxes.shape[1]

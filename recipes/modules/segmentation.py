@@ -80,6 +80,7 @@ class SegmentationModel(GridModel):
         unit_pruning: dict[str, Any] | None = None,
         from_scratch: bool = False,
     ) -> None:
+        # Before the base's constructor, whose meters look at it.
         self.ignore_index = ignore_index
         super().__init__(
             architecture, num_classes, model_args, weights, pretrained, blocks, fill, learning_rate=learning_rate,

@@ -163,7 +163,6 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """Answer."""
         # A page elsewhere whose name was made to mean this machine asks under its own name.
         if self.headers.get("Host", "").rpartition(":")[0] not in (LOCAL, "localhost"):
             self.send_error(HTTPStatus.FORBIDDEN, "asked for under another name than this machine's")

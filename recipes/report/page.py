@@ -115,6 +115,7 @@ def _content(folder: Path, slim_path: Path) -> dict[str, Any]:
     config, config_note = text_of(folder / "config.yaml", _NO_CONFIG)
     scored, scored_note = scores_of(folder / "score")
     names = slim.get("label_names")
+    # The file may come from anywhere.
     names = names if isinstance(names, list) else None
     rows, measured = objects(summary.get("rows")), objects(bench.get("rows"))
     unit = macs_unit([row.get("gmacs") for row in (*rows, *measured)] or metrics.get("prunex/gmacs", ([], []))[1])
@@ -179,6 +180,7 @@ def _points(row: Mapping[str, Any], dense: Mapping[str, Any], score: str) -> str
     if value is None or base is None:
         return ""
     text = f"{100 * (value - base):+.1f} points" if SCORES[score][1] else f"{value - base:+.3g}"
+    # A minus is as wide as a plus, a hyphen is not.
     return text.replace("-", "−")
 
 

@@ -12,8 +12,7 @@ from prunex.recipes.report.reading import conditions, json_of, text_of
 from prunex.recipes.report.score_table import BASELINES, LEFT, Score, best, by_metric, by_removal, read_scores
 from prunex.recipes.tables import entries
 
-SCORED = 40  # explainers in a chart of scores
-BEST = 5  # explainers named for a model
+SCORED, BEST = 40, 5  # explainers in a chart of scores, and those that are named for a model
 _NO_SCORES = "There is no score/scores.csv in the run folder."
 
 

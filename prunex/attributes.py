@@ -108,6 +108,7 @@ def class_names(owners: Iterable[Any], count: int, warn: Warn = warnings.warn) -
 def _value(owner: Any, name: str) -> Any:
     """An attribute's value; None where there is none, or a layer or a metric of that name."""
     try:
+        # A module's metric or layer may be called "mean", and is no number.
         value = getattr(owner, name, None)
         if isinstance(value, nn.Module | type):
             return None
@@ -126,6 +127,7 @@ def numbers_of(name: str, value: Any, channels: int | None) -> list[float]:
         array = np.asarray(value, dtype=float)
     except Exception:
         raise ValueError(f"{name} is a {type(value).__name__} and no numbers") from None
+    # [C], [C, 1, 1] and [1, C, 1, 1] are all in use.
     if array.squeeze().ndim > 1:
         raise ValueError(f"{name} has shape {list(array.shape)}")
     numbers: list[float] = array.reshape(-1).tolist()
@@ -147,8 +149,10 @@ def _in_unit_range(mean: list[float], std: list[float]) -> Pair:
 def _names(value: Any, count: int) -> list[str]:
     if isinstance(value, Mapping):
         # class_to_idx, or names by number, whose keys JSON has made strings.
-        by_name = not all(str(key).isdigit() for key in value)
-        numbered = {str(n): name for name, n in value.items()} if by_name else {str(n): v for n, v in value.items()}
+        if all(str(key).isdigit() for key in value):
+            numbered = {str(n): name for n, name in value.items()}
+        else:
+            numbered = {str(n): name for name, n in value.items()}
         if set(numbered) != set(map(str, range(count))):
             raise ValueError(f"does not number {count} classes from 0 on")
         value = [numbered[str(i)] for i in range(count)]
@@ -156,7 +160,11 @@ def _names(value: Any, count: int) -> list[str]:
         raise ValueError(f"is a {type(value).__name__}, and no list of names")
     if len(value) != count:
         raise ValueError(f"has {len(value)} names for {count} classes")
-    first = [name[0] if isinstance(name, tuple | list) and name else name for name in value]
-    if not all(isinstance(name, str | int | np.integer) for name in first):
-        raise ValueError("holds other things than names")
-    return [str(name) for name in first]
+    names = []
+    for name in value:
+        if isinstance(name, tuple | list) and name:  # of synonyms the first
+            name = name[0]
+        if not isinstance(name, str | int | np.integer):
+            raise ValueError("holds other things than names")
+        names.append(str(name))
+    return names

@@ -115,6 +115,7 @@ def parts(batch: Any, images: Tensor | None = None) -> Parts:
     """
     fields = Parts(type(batch).__name__)
     every = list(_leaves(batch))
+    # Taken out first: a table of concepts looks like several labels, or class scores.
     leaves = [leaf for leaf in every if leaf.name not in CONCEPTS]
     for name in CONCEPTS:
         _concepts(fields, _distinct(leaf for leaf in every if leaf.name == name), name)
@@ -167,6 +168,7 @@ def _entries(value: Any, depth: int) -> Iterable[tuple[str, str | None, Any]]:
         # Several mappings in a list are targets of single images (detection), and no tensor in them is a batch's.
         single = depth > 0 and len(value) > 1 and isinstance(value[0], Mapping)
         return [] if single else [(f"[{i}]", None, inner) for i, inner in enumerate(value)]
+    # A dataclass with slots has no __dict__, and each of its bases names its own.
     slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
     # Properties are found by the names that would count; walking all of a stranger's attributes could run anything.
     names = dict.fromkeys([*getattr(value, "__dict__", {}), *slots, *IMAGES, *LABELS, *MASKS, *CONCEPTS])

@@ -55,6 +55,7 @@ def called_as(example: str, **kinds: type) -> Callable[[Callable[P, R]], Callabl
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """A finite number in [low, high]."""
+    # To Python True is a number, and NaN fails every comparison.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
         allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
         raise PrunexError(f"{name}={value!r} is not allowed: give a number {allowed}")
@@ -114,7 +115,10 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
     kinds = get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) is Union else (kind,)
     if value is None and types.NoneType in kinds:
         return
-    names = [word for part in kinds if get_origin(part) is Literal for word in get_args(part)]
+    names: list[str] = []
+    for part in kinds:
+        if get_origin(part) is Literal:
+            names += get_args(part)
     if names:
         check_choice(name, value, names)
     elif kind is bool:

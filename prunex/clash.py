@@ -13,6 +13,7 @@ REMEDY = "pip uninstall prunex, then install prunex-vit anew, with --force-reins
 
 def installed_beside(folder: Path) -> list[str]:
     """Versions of the other project in the folder that our package lies in; none where it is not there."""
+    # What pip knows is installed, whoever's files came last.
     infos = folder.glob("prunex-*.dist-info")
     return sorted(entry.name.removeprefix("prunex-").removesuffix(".dist-info") for entry in infos)
 

@@ -112,6 +112,7 @@ def explain(
         if name not in defaults:
             raise unknown(f"option of {method}", name, defaults)
         check_kind(name, value, kinds.get(name))
+    # Registers change the ViT itself, so before it is looked for inside of anything.
     if registers is not None:
         model = _with_registers(model, registers)
     function = target if callable(target) else None
@@ -120,6 +121,7 @@ def explain(
         model, images = through_call(model, images, through, function)
     elif function is not None:
         model = Aimed(model, function)
+    # The wrapper that makes the number holds the model one step deeper, and that number is its only output.
     if isinstance(model, Aimed):
         path = path and f"model.{path}"
     target = target if function is None else 0
@@ -130,6 +132,7 @@ def explain(
     weight = next(vit.parameters())
     if weight.is_meta:
         raise PrunexError("the model is on the meta device, where nothing is computed: load its weights first")
+    # In words about the images as they were given; behind a module only what enters its ViT has to fit.
     if model is vit:
         check_images(anatomy, images, values=True)
     with as_found(model, train=False):
@@ -139,8 +142,8 @@ def explain(
         targets = target.which if isinstance(target, MultiLabel) else [target]
         with one_forward() if len(targets) > 1 else nullcontext():
             explanations = []
-            for each in targets:  # a comprehension would be a frame of its own, which warnings count
-                explanations.append(_by_method(method, make, call, each, options))
+            for label in targets:  # a comprehension would be a frame of its own, which warnings count
+                explanations.append(_by_method(method, make, call, label, options))
     for e in explanations:
         # What a method cannot know of itself: its name, and what was done round its ViT.
         e.method, e.options = method, {**defaults, **options}
@@ -163,7 +166,6 @@ def _with_registers(model: nn.Module, registers: Any) -> nn.Module:
 
 
 def _by_method(method: str, make: Callable[..., Explanation], call: Call, target: Any, options: Any) -> Explanation:
-    """One explanation, of what the model itself gives."""
     try:
         explanation = make(call.vit, call.entered, target, **options)
     except Unreached as error:

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from prunex.errors import PrunexError
+
 DRAFT = ".draft-"
 
 
@@ -34,6 +36,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
     ``content`` are its bytes, or what writes them to the path it is given; missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the file: a rename is one step, and works within one file system alone.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.stem}-", suffix=path.suffix)
     os.close(handle)
     draft = Path(name)
@@ -42,6 +45,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
             content(draft)
         else:
             draft.write_bytes(content)
+        # The mask can only be read by setting it.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only their owner may read
@@ -52,8 +56,17 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> Path:
     return path
 
 
+def write_or_refuse(path: Path, write: Callable[[Path], object]) -> Path:
+    """As :func:`write_whole`, for a path that a user gave: what the system says is told in one line."""
+    try:
+        return write_whole(path, write)
+    except OSError as error:
+        raise PrunexError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
+
+
 def put_in_place(draft: Path, path: Path) -> None:
     """Give a whole file or folder its name, in the place of one that has it."""
+    # No file system replaces a folder that is not empty by a rename.
     if path.is_dir():
         old = path.with_name(f"{DRAFT}old-{path.name}")
         path.rename(old)

@@ -30,7 +30,7 @@ FORMATS = {
     "executorch": Format(".pte", ("executorch",), "prunex-vit[executorch]"),
     "tensorrt": Format(".onnx", _ONNX, "prunex-vit[onnx]", "onnxruntime"),
 }
-SUFFIXES = tuple(dict.fromkeys(each.suffix for each in FORMATS.values()))
+SUFFIXES = tuple(dict.fromkeys(kind.suffix for kind in FORMATS.values()))
 
 
 def check_format(name: str) -> Format:

@@ -94,7 +94,9 @@ class Guidance:
         self.method, self.options = method, check_options(options)
         self.weight, self.judge, self.loss, self.temperature = float(weight), judge, loss, float(temperature)
         self.share, self.every, self.cache = float(share), every, cache
-        self.teacher = None if judge == "self" else dense_copy(vit) if teacher is None else teacher
+        self.teacher: nn.Module | None = None
+        if judge == "dense":
+            self.teacher = dense_copy(vit) if teacher is None else teacher
         self.explained = 0  # images, for whoever counts what it costs
         self.step = 0  # training steps seen
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()  # maps [gh, gw], the least recently used first
@@ -132,6 +134,7 @@ class Guidance:
             fresh = self._explained(judge, images[at], None if labels is None else labels[at])
             self._known.update(zip([keys[i] for i in new], fresh.cpu(), strict=True))
         maps = torch.stack([self._known[key] for key in keys]).to(images.device)
+        # The batch's own maps last, so that what goes are the longest unused.
         for key in keys:
             self._known.move_to_end(key)
         while len(self._known) > self.cache:
@@ -167,11 +170,11 @@ class Guidance:
         """Mean over images of the distance between scores and maps [B, P] among the patches that were ranked."""
         u, r = _standardised(scores.float(), ranked), _standardised(maps.float(), ranked)
         if self.loss == "pearson":
-            each = 1 - (u * r).sum(1) / ranked.sum(1).clamp(min=1)
+            distances = 1 - (u * r).sum(1) / ranked.sum(1).clamp(min=1)
         else:
             log_u, log_r = (self._log_softmax(x, ranked) for x in (u, r))
-            each = (log_r.exp() * (log_r - log_u) * ranked).sum(1)
-        return _mean_where_both_vary(each, u, r)
+            distances = (log_r.exp() * (log_r - log_u) * ranked).sum(1)
+        return _mean_where_both_vary(distances, u, r)
 
     def _log_softmax(self, x: Tensor, ranked: Tensor) -> Tensor:
         logits = (x / self.temperature).masked_fill(~ranked, float("-inf"))
@@ -265,10 +268,10 @@ def _standardised(x: Tensor, ranked: Tensor) -> Tensor:
     return torch.where(varies, centred / deviation, 0 * centred)
 
 
-def _mean_where_both_vary(each: Tensor, u: Tensor, r: Tensor) -> Tensor:
+def _mean_where_both_vary(values: Tensor, u: Tensor, r: Tensor) -> Tensor:
     """Mean of values [B] over the images where neither of two standardised rows [B, P] is constant."""
     varies = (u.detach().abs().amax(1) > 0) & (r.detach().abs().amax(1) > 0)
-    return torch.where(varies, each, 0).sum() / varies.sum().clamp(min=1)
+    return torch.where(varies, values, 0).sum() / varies.sum().clamp(min=1)
 
 
 def _numbers(images: Tensor) -> Tensor:

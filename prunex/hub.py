@@ -10,6 +10,7 @@ from pathlib import Path
 from prunex.errors import PrunexError
 
 HUB = "hf-hub:"  # as timm calls it
+# No name that could lead out of the cache: neither may begin with a dot or a slash, and no ".." is in a revision.
 _NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _REVISION = re.compile(r"\w(?!.*\.\.)[\w./-]{0,199}")
 
@@ -19,6 +20,7 @@ def downloaded(address: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, revision = read_name(address.removeprefix(HUB))
+    # By name alone: nothing else of a repository is fetched, and so nothing of it can be run.
     with in_one_line(f"cannot download {address}"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
@@ -41,5 +43,5 @@ def in_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of httpx, of huggingface_hub, and of the operating system, by version
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise PrunexError(f"{what}: {type(error).__name__}: {said}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PrunexError(f"{what}: {type(error).__name__}: {reason}") from error

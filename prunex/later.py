@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ class Flag:
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.event = value, None
+        # Into pinned memory, without which the host waits for the copy; the event tells when it is there.
         if value.is_cuda:
             self.value = torch.empty_like(value, device="cpu", pin_memory=True)
             self.value.copy_(value, non_blocking=True)
@@ -43,9 +43,7 @@ class Looks:
         self._opened.append(_LOOKS.set(self))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _LOOKS.reset(self._opened.pop())
 
     def add(self, bad: Tensor, describe: Callable[[], str]) -> None:
@@ -54,6 +52,7 @@ class Looks:
 
     def read(self) -> None:
         """Raise for the first that holds; the others are forgotten."""
+        # Emptied first: what was raised once is not raised by the next step.
         waiting, self._waiting = self._waiting, deque()
         for bad, describe in waiting:
             if bad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -83,7 +84,6 @@ class Maps:
         # Of several labels a method has a map each.
         several = {name.partition(":")[0] for name in self.columns if ":" in name} & {*self.about.get("methods", [])}
         self.methods += [name for name in self.columns if name.partition(":")[0] in several]
-        self._places: dict[str, int] | None = None
 
     def __repr__(self) -> str:
         return f"Maps({len(self):,} images, methods={self.methods})"
@@ -95,24 +95,24 @@ class Maps:
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._by_name()
+        return name in self._places
 
     def place(self, name: str) -> int:
         """The number of an image."""
-        places = self._by_name()
-        if name not in places:
+        if name not in self._places:
             raise unknown(f"image in {self.folder}", name, self.names[:10_000])
-        return places[name]
+        return self._places[name]
 
     def __getitem__(self, key: Any) -> Any:
         which, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
-        wanted = list(self.columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+        wanted = [columns] if isinstance(columns, str) else columns
+        wanted = list(self.columns if wanted is None else wanted)
         for name in wanted:
             if name not in self.columns:
                 raise unknown(f"array in {self.folder}", str(name), self.columns)
-        places, one = self._which(which)
+        places, single = self._which(which)
         arrays = self._read(self._numbers[places], wanted)
-        if one:
+        if single:
             arrays = {name: array[0] for name, array in arrays.items()}
         return arrays[wanted[0]] if isinstance(columns, str) else arrays
 
@@ -144,31 +144,30 @@ class Maps:
         written: NDArray[np.bool_] = inside & (self._shard[np.where(inside, numbers, 0)] >= 0)
         return written
 
-    def _by_name(self) -> dict[str, int]:
-        if self._places is None:
-            self._places = {name: place for place, name in enumerate(self.names)}
-        return self._places
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
 
     def _which(self, which: Any) -> tuple[NDArray[np.int64], bool]:
         """The places that were asked for, and whether it is one image."""
         if isinstance(which, slice):
             return np.arange(len(self))[which], False
-        one = isinstance(which, str | int | np.integer) and not isinstance(which, bool)
-        several = [which] if one else which
+        single = isinstance(which, str | int | np.integer) and not isinstance(which, bool)
+        several = [which] if single else which
         places = []
-        for each in several if isinstance(several, list | tuple | range | np.ndarray) else [None]:
-            if isinstance(each, str):
-                places.append(self.place(each))
-            elif isinstance(each, int | np.integer) and not isinstance(each, bool):
-                if not -len(self) <= each < len(self):
-                    raise PrunexError(f"there is no image {each}: there are {len(self):,}, from 0")
-                places.append(int(each) % len(self))
+        for name in several if isinstance(several, list | tuple | range | np.ndarray) else [None]:
+            if isinstance(name, str):
+                places.append(self.place(name))
+            elif isinstance(name, int | np.integer) and not isinstance(name, bool):
+                if not -len(self) <= name < len(self):
+                    raise PrunexError(f"there is no image {name}: there are {len(self):,}, from 0")
+                places.append(int(name) % len(self))
             else:
                 raise PrunexError(
                     f"{repr(which)[:100]} names no image: give a number, a name, a slice, or a list of these, and "
                     'after a comma an array, as in maps["a.png", "rollout"]'
                 )
-        return np.array(places, dtype=np.int64), one
+        return np.array(places, dtype=np.int64), single
 
     def _locate(self, count: int) -> None:
         """Where the row of each line of the listing lies."""
@@ -209,6 +208,7 @@ class Maps:
         return index
 
     def _opened(self, path: Path) -> Any:
+        # Each open shard takes a file handle, of which a process has only so many.
         if path not in self._open:
             self._open[path] = safe_open(str(path), "np")
             if len(self._open) > MOST_OPEN:
@@ -217,7 +217,6 @@ class Maps:
         return self._open[path]
 
     def _read(self, numbers: NDArray[np.int64], columns: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Rows of some arrays."""
         arrays: dict[str, NDArray[Any]] = {}
         for again in (True, False):
             shards, rows = self._shard[numbers], self._row[numbers]
@@ -234,6 +233,7 @@ class Maps:
             except FileNotFoundError:
                 if not again:
                     raise
+                # A run that goes on has joined this shard to another meanwhile.
                 self._locate(len(self._shard))
         return arrays or {name: np.empty((0, *self.columns[name])) for name in columns}
 
@@ -246,9 +246,9 @@ def damaged(path: Path, why: object) -> PrunexError:
 
 def _folder_of(folder: Path) -> Path:
     """Where the maps lie: in a folder itself or its ``maps/``."""
-    for each in (folder / FOLDER, folder):
-        if (each / ABOUT).is_file() and (each / LISTING).is_file():
-            return each
+    for candidate in (folder / FOLDER, folder):
+        if (candidate / ABOUT).is_file() and (candidate / LISTING).is_file():
+            return candidate
     other = "; its maps.npz is read by numpy.load" if (folder / "maps.npz").is_file() else ""
     raise PrunexError(f"{folder} holds no maps of many images: give a folder that prunex explain --out wrote{other}")
 

@@ -52,6 +52,7 @@ def options_of(make: Any) -> dict[str, Any]:
     parameters = inspect.signature(make).parameters.values()
     handed_on = dict(getattr(make, "handed_on", {})) if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
     is_function = not inspect.isclass(make)  # named, since asking in place would make a bare type of it
+    # A function's positional ones are the model, images and target.
     if is_function:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | handed_on
     return {p.name: p.default for p in parameters if p.default is not p.empty} | handed_on

@@ -20,10 +20,7 @@ SHOWN = "3, contrast:3,5, margin, margin:2, entropy, regression:0 or labels:1,4"
 
 
 def read_target(text: Any, what: str = "target") -> tuple[str, tuple[int, ...]]:
-    """The name and the numbers of a target as it is spelt; a number alone is a class.
-
-    Raises:
-        PrunexError: For an unknown name, or numbers that do not go with it.
+    """The name and the numbers of a target as it is spelt; a number alone is a class. Anything else is refused.
 
     >>> read_target("contrast:3,5"), read_target("7"), read_target("margin")
     (('contrast', (3, 5)), ('class', (7,)), ('margin', ()))

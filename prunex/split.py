@@ -76,6 +76,7 @@ class Split(Brief):
     @property
     def best(self) -> Share:
         """The row of the least loss; of equal ones the first."""
+        # A loss that is no number is the worst there is: min() would take it for anything.
         return min((r for r in self.rows if not r.why_not), key=lambda r: float("inf") if isnan(r.loss) else r.loss)
 
     def table(self) -> list[dict[str, Any]]:
@@ -164,6 +165,7 @@ def search_split(
         rows = []
         for share in shares:
             target = 1 - share * (1 - allowed / dense)
+            # What one share cannot reach another may: it is a row of the table like any other.
             try:
                 rows.append(trial.of(share, tokens | {"budget": target}, units | {"budget": budget}))
             except OutOfReach as error:
@@ -184,6 +186,7 @@ class _Trial:
         """One split, attached, measured, and taken off again."""
         token_spec = unit_spec = None
         with ExitStack() as stack:
+            # Tokens first, since units are scored by what is left of the images.
             if share > 0:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # whole tokens come near a budget as they can: the table tells
@@ -200,7 +203,6 @@ class _Trial:
             return Share(share, token_spec, unit_spec, tally(self.vit).macs, heads, channels, loss, agreement)
 
     def measured(self) -> tuple[float, float]:
-        """Mean loss and agreement over all images, in float64."""
         loss = right = count = 0.0
         for (x, labels), dense in zip(self.data, self.dense_logits, strict=True):
             logits, dense = self.vit(x).double(), dense.double()
@@ -217,6 +219,7 @@ class _Trial:
 
 def _check_ready(pruner: TokenPruner) -> None:
     """Refuse what cannot be tried at once: predictors without training, sets not found yet, counts that stay open."""
+    # Parameters of its own are predictors, which know nothing yet.
     if any(True for _ in pruner.parameters()) or pruner.needs_calibration:
         raise PrunexError(f"{pruner.name} has to be trained or calibrated first: search with evit, topk or tome")
     if pruner.count != "fixed":
@@ -234,7 +237,6 @@ def _left(vit: Any) -> tuple[int, int]:
 
 
 def _limited(data: Iterator[tuple[Tensor, Tensor | None]], limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The first images of some batches."""
     for x, labels in data:
         yield x[:limit], None if labels is None else labels[:limit]
         limit -= len(x)
@@ -249,7 +251,6 @@ def _check_shares(shares: Any) -> tuple[float, ...]:
 
 
 def _check_methods(token_method: str, unit_method: str) -> None:
-    """Refuse methods that are not of their kind, or have to be trained."""
     tokens: Any = lookup("pruner", token_method).make
     units: Any = lookup("pruner", unit_method).make
     if not issubclass(tokens, TokenPruner):

@@ -60,6 +60,7 @@ def fields(output: Any) -> dict[str, Any]:
         return {f"[{i}]": value for i, value in enumerate(output)}
     if dataclasses.is_dataclass(output):
         return dict(vars(output))
+    # A regressor's [B] is one column.
     return {"": output[:, None] if isinstance(output, Tensor) and output.ndim == 1 else output}
 
 
@@ -144,13 +145,8 @@ class Similarity(_Target):
 
     def __post_init__(self) -> None:
         e = self.embedding
-        if (
-            not isinstance(e, Tensor)
-            or not e.is_floating_point()
-            or e.ndim != 1
-            or not e.isfinite().all()
-            or not e.any()
-        ):
+        vector = isinstance(e, Tensor) and e.is_floating_point() and e.ndim == 1
+        if not vector or not e.isfinite().all() or not e.any():
             came = f"{e.dtype} {list(e.shape)}" if isinstance(e, Tensor) else type(e).__name__
             raise PrunexError(f"embedding is {came}: give one finite vector [D] that is not 0")
 
@@ -179,8 +175,8 @@ class Margin(_Target):
             best = rows.topk(2, 1).values
             return best[:, 0] - best[:, 1]
         ours = _column(rows, self.index, "index")
-        others = torch.arange(rows.shape[1], device=rows.device) == self.index % rows.shape[1]
-        return ours - rows.masked_fill(others, -torch.inf).amax(1)
+        itself = torch.arange(rows.shape[1], device=rows.device) == self.index % rows.shape[1]
+        return ours - rows.masked_fill(itself, -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
@@ -209,6 +205,7 @@ class MultiLabel:
     which: Sequence[int]
 
     def __post_init__(self) -> None:
+        # By type, since True would be label 1.
         whole = isinstance(self.which, Sequence) and all(type(label) is int for label in self.which)
         if not whole or not self.which or len({*self.which}) < len(self.which):
             raise PrunexError(f"which={self.which!r} is not allowed: give labels as whole numbers, each once")
@@ -249,6 +246,7 @@ def spelt(target: Any) -> str:
 
 def as_target(value: Any) -> int | Function | MultiLabel | None:
     """What a callback was given for a target: None, a class, a spelling, or an object of this file or a function."""
+    # A class such as Margin, given where Margin() was meant, is callable too.
     if value is None or isinstance(value, MultiLabel) or (callable(value) and not isinstance(value, type)):
         return value
     if type(value) is int or isinstance(value, str):

@@ -74,6 +74,7 @@ def _no_number(name: str) -> Any:
 
 
 def _finite(text: str) -> float:
+    # JSON writes 1e999, which Python reads as infinite.
     number = float(text)
     return number if math.isfinite(number) else _no_number(text[:20])
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from prunex.checks import called_as
 from prunex.errors import PrunexError
-from prunex.files import write_whole
+from prunex.files import write_or_refuse
 from prunex.formats import FORMATS, SUFFIXES, check_format
+from prunex.handles.base import handle_on
 from prunex.handles.tokens import Pruning
 from prunex.slim.metadata import class_names, known_cfg
 from prunex.slim.runtimes import BATCH, Outputs, open_graph, write_graph
@@ -101,7 +102,7 @@ def export(
     if format is None:
         if path.suffix not in SUFFIXES:
             raise PrunexError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
-        format = next(name for name, each in FORMATS.items() if each.suffix == path.suffix)
+        format = next(name for name, kind in FORMATS.items() if kind.suffix == path.suffix)
     elif format in FORMATS and path.suffix != FORMATS[format].suffix:
         raise PrunexError(f"cannot export to {path.name!r}: a file for {format} must end in {FORMATS[format].suffix}")
     if path.is_dir():
@@ -123,6 +124,7 @@ def export(
 
     def draft(waiting: Path) -> None:
         free = None if format in _FIXED else ({0: torch.export.Dim(BATCH, min=1)},)
+        # OpenVINO writes weights beside the graph, under the draft's name.
         beside = waiting.with_suffix(".bin")
         try:
             with torch.no_grad():
@@ -136,10 +138,7 @@ def export(
         finally:
             beside.unlink(missing_ok=True)
 
-    try:
-        return write_whole(path, draft)
-    except OSError as error:
-        raise PrunexError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
+    return write_or_refuse(path, draft)
 
 
 def _plain(vit: Any) -> Any:
@@ -148,19 +147,15 @@ def _plain(vit: Any) -> Any:
     numbers = [t for t in (*vit.parameters(), *vit.buffers()) if t.is_floating_point()]
     ready = not vit.training and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in numbers)
     # Counts of each image's own are fixed in the exported model, which must not be the caller's.
-    pruning = _pruning(small)
+    pruning = handle_on(Pruning, small)
     if small is vit and not (ready and (pruning is None or pruning.pruner.count == "fixed")):
         small = slim(vit)
     return small.float().cpu()
 
 
-def _pruning(small: Any) -> Pruning | None:
-    return Pruning(small) if mounted(small) is not None else None
-
-
 def _fix_counts(small: nn.Module, path: Path) -> None:
     """A graph has one shape for all images: counts that differ between them become their expected ones."""
-    pruning = _pruning(small)
+    pruning = handle_on(Pruning, small)
     pruner: Any = None if pruning is None else pruning.pruner
     if pruning is None or pruner.count == "fixed":
         return
@@ -180,7 +175,7 @@ def _write(format: str, program: Any, path: Path, names: list[str], graph: Graph
 
 def _spec(small: Any) -> dict[str, Any]:
     """What a graph's user has to know: size and normalisation of its images, labels, and how it was pruned."""
-    pruning, anatomy = _pruning(small), outline(small)
+    pruning, anatomy = handle_on(Pruning, small), outline(small)
     cfg = known_cfg(small, anatomy.channels)
     return {
         "prunex": __version__,
@@ -202,7 +197,7 @@ def _check(format: str, path: Path, graph: Graph, example: Tensor, names: list[s
     if runtime is not None and find_spec(runtime) is None:
         warnings.warn(
             f"{path.name} was not compared with the model, since {runtime} is not installed: pip install {runtime}",
-            stacklevel=4,
+            stacklevel=5,
         )
         return
     run = open_graph(format, path, names)
@@ -213,6 +208,7 @@ def _check(format: str, path: Path, graph: Graph, example: Tensor, names: list[s
     for tried, batch in enumerate(images):
         if tried > 2 and agreed:
             return
+        # NaN counts as a difference, by the negation.
         gap = _gap(run, graph, batch)
         differ = ~(gap <= tolerance)
         if differ.any() and not bool(_near_ties(graph, batch[differ]).all()):

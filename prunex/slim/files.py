@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from prunex.attach import method_of, put_tokens
 from prunex.checks import called_as
 from prunex.errors import PrunexError
 from prunex.files import DRAFT, is_there, readable
+from prunex.handles.base import handle_on
 from prunex.handles.heads import Head, put_head
 from prunex.handles.tokens import Pruning
 from prunex.hub import HUB, downloaded
 from prunex.pruners.base import TokenPruner
 from prunex.registry import lookup
-from prunex.slim.metadata import architecture, as_read, check_tensors, check_told, class_names, known_cfg
+from prunex.slim.metadata import architecture, as_read, check_metadata, check_tensors, class_names, known_cfg
 from prunex.slim.slim import mark_slim, slim_of
 from prunex.units.correction import Correction, correction, note
 from prunex.untrusted import read_json, read_tensors
@@ -36,7 +38,7 @@ from prunex.vit.cost import cost
 from prunex.vit.describe import describe, outline
 from prunex.vit.fold import copy_of, fold, wrapped_parts
 from prunex.vit.methods import check_parity
-from prunex.vit.mount import HEAD, TOKENS, mounted, mounted_head
+from prunex.vit.mount import HEAD, TOKENS, mounted
 from prunex.vit.rebuild import Still, build, build_like
 from prunex.vit.units import Backbone, blocks_of, head_dim, opens_channels, opens_heads
 from prunex.vit.weights import misfits
@@ -134,6 +136,7 @@ def check_savable(model: nn.Module, path: str | None = None) -> None:
 def _tensors(vit: nn.Module) -> dict[str, Tensor]:
     """The weights as they are written: whole, and no two in one storage, of which the file knows nothing."""
     tensors: dict[str, Tensor] = {}
+    # safetensors refuses two tensors of one storage, such as tied weights.
     storages = set()
     for name, value in vit.state_dict().items():
         tensor = value.detach().cpu().contiguous()
@@ -248,12 +251,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     )
     if not whole or not isinstance(config.get("pretrained_cfg", {}), Mapping):
         raise PrunexError(foreign)
-    check_told(config, f"{path} is damaged")
+    check_metadata(config, f"{path} is damaged")
     return dict(config)
 
 
 def _described(pruning: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """A token pruner's name and options; these are values, and reach for no other file."""
+    # Options that would reach for another file, or a module of the caller's, say nothing of a model.
     spec = dict(pruning)
     method = lookup("pruner", spec.pop("method"))
     for name in ("path", "budget", "explainer", "model", "method"):
@@ -265,26 +269,25 @@ def _described(pruning: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _attach(vit: Any, ours: Mapping[str, Any]) -> None:
-    """Put the described token pruner on."""
     name, options = _described(ours["pruning"])
-    try:
+    with _attaching(name):
         if ours.get("made_with") != _versions():  # another timm's forward may not be what ours is equal to
             check_parity(build(ours["model"]))
         with Still():
             put_tokens(vit, read(vit), method_of(name, options), options)
-    except PrunexError:
-        raise
-    except Exception as error:  # options of other types than any that save writes
-        raise PrunexError(f"cannot attach {name} as described ({type(error).__name__} {error})") from error
 
 
 def _put_head(vit: Any, spec: Mapping[str, Any]) -> None:
-    """Put the described head on."""
     options = dict(spec)
     name = lookup("head", options.pop("method")).name
+    with _attaching(name), Still():
+        put_head(vit, method_of(name, options), options)
+
+
+@contextmanager
+def _attaching(name: str) -> Iterator[None]:
     try:
-        with Still():
-            put_head(vit, method_of(name, options), options)
+        yield
     except PrunexError:
         raise
     except Exception as error:  # options of other types than any that save writes
@@ -292,7 +295,6 @@ def _put_head(vit: Any, spec: Mapping[str, Any]) -> None:
 
 
 def _corrected(values: Any) -> Correction:
-    """The described correction."""
     try:
         return Correction.read(values)
     except PrunexError as error:
@@ -316,12 +318,15 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
         "classifier": "head.fc" if windowed else "head",
         "fixed_input_size": not anatomy.dynamic,
     }
-    pruning = Pruning(vit).spec if mounted(vit) is not None else None
+    pruned, headed = handle_on(Pruning, vit), handle_on(Head, vit)
+    pruning = None if pruned is None else pruned.spec
+    head = None if headed is None else headed.spec
     if pruning is not None:
         _described(pruning)
-    head = Head(vit).spec if mounted_head(vit) is not None else None
     count = cost(vit)
     names, done = class_names(vit, anatomy.classes, labels), correction(vit)
+    # The oldest format that says all: older versions read what they know.
+    version = 2 if windowed or "widths" in model else 1
     config = {
         "architecture": architecture(vit) or _NEAREST.get(model["class"], "vit_small_patch16_224"),
         "num_classes": anatomy.classes,
@@ -331,7 +336,7 @@ def _config(vit: Any, labels: Sequence[str] | None, mean: Any, std: Any) -> dict
         "pretrained_cfg": cfg,
         **({"label_names": names} if names else {}),
         "prunex": {
-            "version": 3 if head is not None else 2 if windowed or "widths" in model else 1,
+            "version": version if head is None else 3,
             "model": model,
             "model_sha256": _digest(model),
             "pruning": pruning,
@@ -361,7 +366,6 @@ def _widths(vit: Any) -> list[dict[str, int]]:
 
 
 def _digest(model: Mapping[str, Any]) -> str:
-    """A checksum of the model's description."""
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunex.batches import parts
 from prunex.checks import called_as
 from prunex.errors import PrunexError
-from prunex.files import write_whole
+from prunex.files import write_or_refuse
 
 _LINEAR = ("MatMul", "Gemm", "Conv")
 _AGREE = 0.9  # of the images given: a share of equal classes below which a warning says so
@@ -71,10 +71,7 @@ def quantise(source: str | Path, path: str | Path, images: Tensor | Iterable[Any
         _keep_metadata(graph, waiting)
         _compare(source, waiting, batches, path.name)
 
-    try:
-        return write_whole(path, draft)
-    except OSError as error:
-        raise PrunexError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
+    return write_or_refuse(path, draft)
 
 
 def _check_files(source: Path, path: Path) -> None:
@@ -101,6 +98,7 @@ def _read(source: Path) -> Any:
 
 def _products(model: Any) -> tuple[list[str], list[str]]:
     """Nodes that multiply by a weight, and those that multiply activations by each other."""
+    # A product with an initializer is a linear layer; of two activations, it is attention or what scores tokens.
     weights = {tensor.name for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type in _LINEAR]
     weighted = [node.name for node in nodes if node.input[1] in weights]
@@ -135,7 +133,6 @@ class _Reader:
         self.left = iter([{name: batch.numpy()} for batch in batches if len(batch)])
 
     def get_next(self) -> Any:
-        """The next batch by the input's name, or None."""
         return next(self.left, None)
 
     __next__ = get_next
@@ -145,6 +142,7 @@ def _quantise(source: Path, path: Path, batches: list[Tensor] | None, others: li
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     shared: dict[str, Any] = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": others}
+    # Without images only weights are known: products with them alone, by scales that each batch makes.
     if batches is None:
         only = {"MatMulConstBOnly": True}
         quantize_dynamic(str(source), str(path), op_types_to_quantize=["MatMul"], extra_options=only, **shared)
@@ -178,16 +176,17 @@ def _compare(source: Path, path: Path, batches: list[Tensor] | None, name: str) 
         sizes = [n if isinstance(n, int) else 1 for n in given.shape[1:]]
         session.run(None, {given.name: torch.zeros(1, *sizes).numpy()})
         return
-    classes = [
-        [torch.from_numpy(each.run(["logits"], {given.name: batch.numpy()})[0]).argmax(1) for batch in batches]
-        for each in (whole, session)
-    ]
-    agree = float((torch.cat(classes[0]) == torch.cat(classes[1])).float().mean())
+    # Classes and not logits: eight bits move every number, and this is what they must not move.
+    same = 0
+    for batch in batches:
+        first, second = (graph.run(["logits"], {given.name: batch.numpy()})[0].argmax(1) for graph in (whole, session))
+        same += int((first == second).sum())
+    agree = same / sum(map(len, batches))
     if agree < _AGREE:
         warnings.warn(
             f"{name} gives {agree:.0%} of {sum(map(len, batches))} images the class that {source.name} gives "
             "them: calibrate by more images, of all classes and normalised as in training, or leave images out",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -88,17 +88,12 @@ def as_read(config: Mapping[str, Any]) -> dict[str, Any]:
         read = parse_json(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise PrunexError(f"cannot save this model: its description cannot be written as JSON ({error})") from error
-    check_told(read, "cannot save this model")
+    check_metadata(read, "cannot save this model")
     return dict(read)
 
 
-def check_told(config: Mapping[str, Any], wrong: str) -> None:
-    """What pictures, tables and graphs show of a model: names are text, and there is a number a channel; or refused.
-
-    Args:
-        config: The complete ``config.json``.
-        wrong: How a message begins.
-    """
+def check_metadata(config: Mapping[str, Any], wrong: str) -> None:
+    """Refuse a ``config.json`` whose class names are no texts, or whose normalisation fits no image, in these words."""
     names, cfg = config.get("label_names") or [], config.get("pretrained_cfg", {})
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise PrunexError(f"{wrong}: label_names must be a list of texts")

@@ -59,6 +59,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
+    # All of the folder before the first request: what is refused has made no repository.
     repository, revision = read_name(name)
     if revision is not None:
         raise PrunexError(f"name={name!r} has a revision: what is uploaded is a new commit; leave @{revision} out")

@@ -22,14 +22,14 @@ Outputs = dict[str, Tensor]
 
 def write_graph(name: str, program: Any, path: Path, outputs: Sequence[str], spec: Any) -> None:
     """Write a program in a format; ``outputs`` are names of what it returns, ``spec`` what the file says of it."""
-    _WRITE[name](program, path, outputs, json.dumps(spec))
+    _RUNTIMES[name][0](program, path, outputs, json.dumps(spec))
 
 
 def open_graph(
     name: str, path: Path, outputs: Sequence[str], threads: int | None = None
 ) -> Callable[[Tensor], Outputs]:
     """What runs a written file on images, float32 [B, C, H, W], on the processor, and gives its outputs by name."""
-    return _OPEN[name](path, outputs, threads or torch.get_num_threads())
+    return _RUNTIMES[name][1](path, outputs, threads or torch.get_num_threads())
 
 
 def _write_pt2(program: Any, path: Path, outputs: Sequence[str], spec: str) -> None:
@@ -95,6 +95,7 @@ def _open_onnx(path: Path, outputs: Sequence[str], threads: int) -> Callable[[Te
 def _write_tensorrt(program: Any, path: Path, outputs: Sequence[str], spec: str) -> None:
     import onnx
 
+    # The newest operation set that TensorRT lists, not the newest that torch writes.
     _write_onnx(program.run_decompositions(PLAIN), path, outputs, spec, max(OPSETS))
     check_tensorrt(onnx.load(str(path)))
 
@@ -128,6 +129,7 @@ def _write_executorch(program: Any, path: Path, outputs: Sequence[str], spec: st
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    # What XNNPACK has no kernel for runs by ExecuTorch's portable ones.
     edge = to_edge_transform_and_lower(
         program.run_decompositions(PLAIN), partitioner=[XnnpackPartitioner()], constant_methods={SPEC: spec}
     )
@@ -140,23 +142,22 @@ def _open_executorch(path: Path, outputs: Sequence[str], threads: int) -> Callab
     method = Runtime.get().load_program(path).load_method("forward")
 
     def run(images: Tensor) -> Outputs:
-        each = [[out.clone() for out in method.execute([image[None].contiguous()])] for image in images.float()]
-        return {name: torch.cat(rows) for name, rows in zip(outputs, zip(*each, strict=True), strict=True)}
+        rows: dict[str, list[Tensor]] = {name: [] for name in outputs}
+        for image in images.float():
+            given = method.execute([image[None].contiguous()])
+            for name, out in zip(outputs, given, strict=True):
+                rows[name].append(out.clone())  # the runtime writes its next answer to the same place
+        return {name: torch.cat(parts) for name, parts in rows.items()}
 
     return run
 
 
-_WRITE: dict[str, Callable[[Any, Path, Sequence[str], str], None]] = {
-    "onnx": _write_onnx,
-    "pt2": _write_pt2,
-    "openvino": _write_openvino,
-    "executorch": _write_executorch,
-    "tensorrt": _write_tensorrt,
-}
-_OPEN: dict[str, Callable[[Path, Sequence[str], int], Callable[[Tensor], Outputs]]] = {
-    "onnx": _open_onnx,
-    "pt2": _open_pt2,
-    "openvino": _open_openvino,
-    "executorch": _open_executorch,
-    "tensorrt": _open_onnx,
+_Write = Callable[[Any, Path, Sequence[str], str], None]
+_Open = Callable[[Path, Sequence[str], int], Callable[[Tensor], Outputs]]
+_RUNTIMES: dict[str, tuple[_Write, _Open]] = {
+    "onnx": (_write_onnx, _open_onnx),
+    "pt2": (_write_pt2, _open_pt2),
+    "openvino": (_write_openvino, _open_openvino),
+    "executorch": (_write_executorch, _open_executorch),
+    "tensorrt": (_write_tensorrt, _open_onnx),  # an engine is built on the machine that will run it
 }

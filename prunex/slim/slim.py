@@ -88,6 +88,7 @@ def slim(
     if tokens is not None:
         tokens.pruner.inference_only()
         tokens.masked = None
+    # Corrected before anything is cut: it takes all units' outputs to fit what is left to them.
     spec = _closed(small, kind)
     if kind is not None:
         batches = entering(images, vit, None if model is vit else model)
@@ -135,6 +136,7 @@ def _copy(vit: Any) -> Any:
     tokens = mounted(vit)
     if tokens is None:
         return copy_of(vit)
+    # Off while it is copied, and back whatever happens: copying it would take the model's room once more.
     pruner = tokens.pruner
     teacher, pruner._teacher = getattr(pruner, "_teacher", ()), ()
     try:

@@ -93,6 +93,7 @@ def from_transformers(
 
 def _origin(model: Any) -> Path | None:
     """The local folder that a model was loaded from, if that is known."""
+    # Set by from_pretrained to what it was given, a name on the Hub as well.
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     folder = Path(str(name))
     return folder if name and folder.is_dir() else None
@@ -119,6 +120,7 @@ def _check_whole(model: Any) -> None:
 
 def _to_read(copy: Any, dtype: torch.dtype) -> Any:
     """A copy to convert: on the CPU, precise, in eval mode, with attention that runs there."""
+    # In half precision nothing could be compared to five digits.
     copy.to("cpu", torch.float64 if dtype == torch.float64 else torch.float32)
     if hasattr(copy, "set_attn_implementation"):
         copy.set_attn_implementation("eager")

@@ -29,9 +29,7 @@ _DEEP = 1000  # blocks that a configuration may tell of
 def open_folder(folder: Path) -> Any:
     """The model in a folder that ``save_pretrained`` wrote, in float32.
 
-    Raises:
-        PrunexError: For a folder that is none, that names another class, or whose weights are not safetensors, are
-            quantised, damaged or not whole.
+    Refused is a folder that names another class, or whose weights are not safetensors, quantised, damaged or not whole.
     """
     config = read_config(folder)
     name = class_in(config)
@@ -77,6 +75,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
             raise PrunexError(
                 f"{folder} is quantised: convert the model it was made from, and quantise what is exported"
             )
+        # transformers builds all blocks before it looks at a weight.
         depth = part.get("num_hidden_layers", 0)
         if type(depth) is not int or depth > _DEEP:
             raise PrunexError(f"{path} tells of {str(depth)[:40]} blocks: it is damaged")
@@ -100,6 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(shards.values()))
     paths = [folder / name for name in names]
     for name, path in zip(names, paths, strict=True):
+        # A shard's name comes out of a file, and may lead out of the folder.
         if Path(name).name != name or not path.is_file():
             raise PrunexError(f"{folder} has no {name[:80]}: it is not whole; save the model again")
         try:
@@ -111,11 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def library() -> Any:
-    """The library itself.
-
-    Raises:
-        PrunexError: Where it is not installed.
-    """
+    """The library itself; refused where it is not installed."""
     try:
         import transformers
     except ImportError as error:

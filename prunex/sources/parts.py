@@ -53,11 +53,7 @@ def part(module: Any, name: str) -> Any:
 
 
 def needed(module: Any, name: str) -> Any:
-    """The same where there must be one.
-
-    Raises:
-        PrunexError: Where there is none.
-    """
+    """The same where there must be one; a model without it is refused."""
     value = part(module, name)
     if value is None:
         raise PrunexError(f"{type(module).__name__} has no {name} that is known: was the model altered?")
@@ -65,11 +61,8 @@ def needed(module: Any, name: str) -> Any:
 
 
 def known_class(model: Any) -> str:
-    """The name of a model's class, or of one that it derives from, among those that have a twin.
-
-    Raises:
-        PrunexError: For any other.
-    """
+    """The name of a model's class, or of one that it derives from, among those that have a twin; others are refused."""
+    # By name, so that transformers need not be imported to know a model of it.
     for kind in type(model).__mro__:
         if kind.__module__.split(".")[0] == "transformers" and kind.__name__ in CLASSES:
             return kind.__name__
@@ -145,6 +138,7 @@ class Parts:
         if self.size == self.own:
             return table
         prefix = sum(part(self.embeddings, f"{kind} token") is not None for kind in ("class", "distillation"))
+        # The model's own method reads no more of its tokens than their shape.
         counted = table.new_zeros(1, prefix + high * wide, table.shape[2])
         resample: Callable[..., Tensor] = self.embeddings.interpolate_pos_encoding
         return resample(counted, *self.size)
@@ -172,6 +166,7 @@ class Parts:
 
 def _packed(images: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> dict[str, Tensor]:
     """Images [B, C, h, w] as SigLIP 2 takes them: rows of patches [B, P, p * p * C], and their grids."""
+    # Channels last within a patch, as its processor lays them out.
     rows = images.unflatten(3, (grid[1], patch[1])).unflatten(2, (grid[0], patch[0])).permute(0, 2, 4, 3, 5, 1)
     count = grid[0] * grid[1]
     return {

@@ -116,6 +116,7 @@ def _check_model(folder: Path, config: Mapping[str, Any]) -> None:
         raise PrunexError(f"{folder}: model_args is no mapping: was the file edited?")
     for name, value in args.items():
         values = value if isinstance(value, list) else [value]
+        # Names by which timm would fetch or read another file are no arguments of a model.
         plain = all(
             v is None or isinstance(v, bool | str) or (type(v) in (int, float) and abs(v) <= _LARGEST) for v in values
         )

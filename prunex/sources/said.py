@@ -36,6 +36,7 @@ def describe_twin(twin: Any, config: Any, processor: Any, folder: Path | None) -
 def label_names(config: Any, classes: int) -> list[str]:
     """Names of the classes; none where they are transformers' own numbers."""
     known = getattr(config, "id2label", None) or {}
+    # JSON has texts for keys, and a configuration made by hand may keep them.
     names = [str(known.get(i, known.get(str(i), ""))) for i in range(classes)]
     numbers = all(name in ("", f"LABEL_{i}") for i, name in enumerate(names))
     return [] if numbers or len(known) != classes else names
@@ -72,7 +73,7 @@ def _settings(processor: Any) -> dict[str, Any]:
     """An image processor's settings, or those of the one in a processor."""
     inner = getattr(processor, "image_processor", None)
     inner = processor if inner is None else inner
-    said = inner if isinstance(inner, Mapping) else inner.to_dict() if hasattr(inner, "to_dict") else None
+    said = inner.to_dict() if hasattr(inner, "to_dict") else inner
     if not isinstance(said, Mapping) or not ({"image_mean", "do_normalize"} & set(said)):
         raise PrunexError(f"a {type(processor).__name__} is no image processor of transformers: give one, or None")
     return dict(said)
@@ -82,6 +83,7 @@ def _in_folder(folder: Path | None) -> dict[str, Any] | None:
     """The settings of the processor that lies in a folder; None where there is none."""
     for name in _FILES:
         path = None if folder is None else folder / name
+        # Of several modalities the settings lie one step deeper.
         if path is not None and path.is_file():
             said = read_json(path)
             said = said.get("image_processor", said) if isinstance(said, Mapping) else said

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunex.errors import PrunexError
 from prunex.sources.parts import Parts, needed, part
+from prunex.vit.arguments import ratio
 from prunex.vit.rebuild import Still
 
 _ACTIVATIONS: dict[str, Any] = {
@@ -72,11 +73,6 @@ def _hidden(block: Any) -> int:
     return int(needed(block, "fc2").in_features)
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """What timm multiplies the width by and rounds down."""
-    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
-
-
 def _activation(parts: Parts) -> Any:
     name = parts.config.hidden_act
     if name not in _ACTIVATIONS:
@@ -91,12 +87,12 @@ def _vision_transformer(parts: Parts) -> Any:
     args: dict[str, Any] = _shape(parts) | {
         "qkv_bias": needed(block, "query").bias is not None,
         "init_values": None if part(block, "scale1") is None else 1e-5,
-        "mlp_ratio": _ratio(hidden, width),
+        "mlp_ratio": ratio(hidden, width),
         # DINOv2's SwiGLU has the one activation; elsewhere the configuration says which.
         "act_layer": nn.SiLU if _gated(block) else _activation(parts),
     }
     if _gated(block):
-        args |= {"mlp_layer": partial(GluMlp, gate_last=False), "mlp_ratio": _ratio(2 * hidden, width)}
+        args |= {"mlp_layer": partial(GluMlp, gate_last=False), "mlp_ratio": ratio(2 * hidden, width)}
     if hasattr(parts.model, "distillation_classifier"):
         return VisionTransformerDistilled(**args)
     registers = _registers(parts)
@@ -116,13 +112,14 @@ def _vision_transformer(parts: Parts) -> Any:
 def _eva(parts: Parts) -> Any:
     """DINOv3, whose positions are rotary: images of any size are taken as the model itself takes them."""
     block = parts.blocks[0]
+    # timm builds either MLP with the one activation.
     if parts.config.hidden_act != ("silu" if _gated(block) else "gelu"):
         raise PrunexError(
             f"hidden_act={str(parts.config.hidden_act)[:40]!r} is not timm's for this DINOv3: silu where it is gated, "
             "else gelu"
         )
-    for number, each in enumerate(parts.blocks):
-        bias = needed(each, "key").bias
+    for number, other in enumerate(parts.blocks):
+        bias = needed(other, "key").bias
         if bias is not None and bias.any():
             raise PrunexError(f"block {number} has a key bias, which timm's DINOv3 has no place for")
     biased = any(needed(block, name).bias is not None for name in ("query", "value"))
@@ -130,7 +127,7 @@ def _eva(parts: Parts) -> Any:
         **_shape(parts),
         qkv_bias=biased,
         init_values=1e-5,
-        mlp_ratio=_ratio(_hidden(block), parts.config.hidden_size),
+        mlp_ratio=ratio(_hidden(block), parts.config.hidden_size),
         swiglu_mlp=_gated(block),
         num_reg_tokens=parts.config.num_register_tokens,
         use_abs_pos_emb=False,
@@ -152,7 +149,7 @@ def _beit(parts: Parts) -> Any:
         **_shape(parts),
         qkv_bias=True,
         init_values=None if part(block, "scale1") is None else 1e-5,
-        mlp_ratio=_ratio(_hidden(block), parts.config.hidden_size),
+        mlp_ratio=ratio(_hidden(block), parts.config.hidden_size),
         use_abs_pos_emb=part(parts.embeddings, "positions") is not None,
         use_rel_pos_bias=part(block, "relative bias") is not None,
         use_shared_rel_pos_bias=part(parts.tower, "shared relative bias") is not None,
@@ -174,7 +171,6 @@ class _Weights:
         self.state: dict[str, Tensor] = {}
 
     def all(self) -> dict[str, Tensor]:
-        """The whole of it."""
         parts = self.parts
         self.embedding()
         for number, block in enumerate(parts.blocks):
@@ -224,7 +220,6 @@ class _Weights:
             self.relative("rel_pos_bias", needed(parts.tower, "shared relative bias"))
 
     def block(self, name: str, block: Any) -> None:
-        """One block."""
         for norm in ("norm1", "norm2"):
             self.layer(name + norm, needed(block, norm))
         three = [needed(block, which) for which in ("query", "key", "value")]
@@ -258,6 +253,7 @@ class _Weights:
 
     def relative(self, name: str, bias: Any) -> None:
         """A table of relative biases for the images' grid: read back from the bias that the model itself makes."""
+        # Pairs of tokens that lie alike share an entry, and write the same number into it.
         index = self.twin.get_submodule(name).relative_position_index
         pairs = bias(self.parts.grid)[0].permute(1, 2, 0).flatten(0, 1)  # [pairs of tokens, heads]
         table = pairs.new_zeros(int(index.max()) + 1, pairs.shape[1])
@@ -266,6 +262,7 @@ class _Weights:
 
     def attention_pooling(self, head: Any) -> None:
         """SigLIP's, whose query, key and value are rows of one matrix."""
+        # transformers pools by torch's own MultiheadAttention.
         width = self.parts.config.hidden_size
         weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
         self.state |= {

@@ -253,10 +253,13 @@ class Halves:
     def _under_policy(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor) -> Tensor:
         """The heads' outputs [B, H, m, d] among the tokens that a policy leaves."""
         scale = self.layout.attentions(self.block)[0].scale
-        sizes = None if self.keys is None else self.keys.sizes
-        masked = partial(masking.under_policy, policy=policy, scale=scale, dropout=self._dropout, sizes=sizes)
+        # Only what there is: a stand-in for the kernel need not know of sizes and biases.
+        more: dict[str, Any] = {} if self.keys is None else {"sizes": self.keys.sizes}
+        if self.relative is not None:
+            more["relative"] = self.relative
+        kernel = partial(masking.under_policy, policy=policy, scale=scale, dropout=self._dropout, **more)
         # All queries, also where some go on alone: the kernel finds a token's own key by its place.
-        out = self.layout.through(self.block, partial(masked, relative=self.relative), q, k, v, self.recorder.ops)
+        out = self.layout.through(self.block, kernel, q, k, v, self.recorder.ops)
         return out if self.only is None else attention.some(out, self.only, 2)
 
     @property

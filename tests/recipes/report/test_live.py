@@ -219,7 +219,9 @@ def test_the_browser_is_opened_when_asked(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 def test_ctrl_c_ends_it_and_nothing_stays(tmp_path):
-    script = "from prunex.recipes.commands.cli import main; main()"
+    # What a shell starts in the background ignores Ctrl-C, and so do the tests and what they start.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{heeds}; from prunex.recipes.commands.cli import main; main()"
     command = [sys.executable, "-c", script, "watch", str(tmp_path / "gone")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()

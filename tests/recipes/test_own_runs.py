@@ -16,6 +16,7 @@ from prunex.recipes.runs import home, open_model, slim_folder
 from tests.callbacks.modules import Plain, csv_logger, loader, trainer
 from tests.callbacks.test_monitor import WandbLogger
 from tests.recipes.commands.test_bench import QUICK
+from tests.vits import quick
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def fitted(folder, logger=False, slim=None, *callbacks, **options):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("name", LOGGERS)
+@pytest.mark.parametrize("name", quick(LOGGERS, ["csv", "none"]))
 def test_report_and_bench(tmp_path, name, apart, capsys):
     made, where = LOGGERS[name]
     slim = tmp_path / "out" if apart else None

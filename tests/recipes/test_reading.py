@@ -14,6 +14,7 @@ from prunex import PrunexError
 from prunex.recipes.commands import cli
 from prunex.recipes.commands.predictions import path_of, probabilities
 from tests.recipes.interrupted import callback
+from tests.vits import quick
 
 MONITORS = [
     {"class_path": "prunex.recipes.RunReport"},
@@ -95,7 +96,7 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("command", quick(READERS, [name for name in READERS if name not in ("bench", "export")]))
 def test_what_reads_a_run_leaves_it_as_it_is(place, command):
     run = place / "runs" / "small" / "version_0"
     more, allowed = READERS[command]
@@ -119,7 +120,7 @@ def test_a_resumed_run_still_says_what_it_was_started_with(place):
     assert told["trainer"]["max_epochs"] == 2
 
 
-@pytest.mark.parametrize("reader", ["validate", "predict", "test"])
+@pytest.mark.parametrize("reader", quick(["validate", "predict", "test"], ["validate"]))
 def test_after_a_look_training_goes_on_in_the_same_run(place, reader, capsys):
     cli.run([reader, "--config", "own.yaml", *QUICK, "--ckpt_path", "last"])
     (place / "runs" / "small" / "version_7" / "maps").mkdir(parents=True)  # whoever made it: it is no run

@@ -9,7 +9,7 @@ from prunex.removal import coalitions
 from prunex.removal import game as removal
 from prunex.removal.game import Removal, score
 from prunex.vit.embedding import embed
-from tests.vits import FAMILIES, images, images_for, largest, randomise, tiny
+from tests.vits import FAMILIES, images, images_for, largest, quick, randomise, tiny
 
 PRUNERS = ["topk", "evit", "dynamicvit"]
 SHOWN = ["vit", "deit_distilled", "dinov2_reg", "avg_pool", "avg_pool_no_class", "max_pool", "layer_scale", "dynamic"]
@@ -71,7 +71,7 @@ def test_dropping_equals_masking(family, dtype):
     assert torch.isfinite(dropped(z)).all()
 
 
-@pytest.mark.parametrize("family", SHOWN)
+@pytest.mark.parametrize("family", quick(SHOWN, ["vit", "avg_pool", "dinov2_reg"]))
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_dropping_equals_masking_on_pruned_models(family, pruner):
     model = tiny(family).double()

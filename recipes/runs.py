@@ -342,13 +342,13 @@ def compare(
 
     Those whose names are in ``evaluated`` go through validation batches (at most ``limit``). Returns plain values,
     ``{"machine": str, "rows": [...]}``, with images a second, how many times the first model's that is round by round,
-    and the quartiles of both.
+    and the quartiles of both; of a machine that others kept busy ``machine`` says so.
     """
     batch, first = 32, next(iter(models.values()))
     images = noise(first, batch)
     # In turn, round after round: a busy machine then slows all of them alike.
     calls = [(name, partial(forward, model, images)) for name, model in models.items()]
-    timings = side_by_side(calls, images.device.type, 0, seconds=float(len(models)), least=5)
+    timings = side_by_side(calls, images.device.type, 0, seconds=float(len(models)), least=15)
     rows = []
     for (name, model), timing in zip(models.items(), timings, strict=True):
         speed = speeds(timing, batch)
@@ -365,6 +365,9 @@ def compare(
     dtype = str(images.dtype).removeprefix("torch.")
     rounds = len(timings[0].own)
     how = f"{threads}{dtype}, batch {batch}, {rounds} rounds in turn, torch {torch.__version__}"
+    # Between quartiles of one model, on a quiet machine, lie some per cent.
+    if rows[0]["images_per_s_high"] > 1.5 * rows[0]["images_per_s_low"]:
+        how += "; the machine was busy, so measure again: prunex bench"
     return {"machine": f"{where} ({platform.machine()}), {how}", "rows": rows}
 
 

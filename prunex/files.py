@@ -21,6 +21,11 @@ def is_there(path: Path, what: Callable[[Path], bool] = Path.exists) -> bool:
         return False
 
 
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in one, sorted, but for those that notebooks and macOS hide there."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def readable(text: str) -> str:
     r"""A name as pictures and pages can show it: bytes that are no text, as a file's name may hold, become ``\udcff``.
 

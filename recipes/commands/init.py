@@ -10,7 +10,7 @@ from typing import Any
 
 from prunex.checks import check_budget
 from prunex.errors import PrunexError, unknown
-from prunex.files import is_there, write_whole
+from prunex.files import folders_in, is_there, write_whole
 from prunex.recipes.given import check_weights
 
 METHODS = ("evit", "dynamicvit", "topk", "tome", "diffrate")  # those whose rates follow from a budget
@@ -36,12 +36,12 @@ def check_images(root: Path) -> int:
     counts = []
     for split in ("train", "val"):
         folder = root / split
-        classes = [each for each in folder.iterdir() if each.is_dir()] if is_there(folder, Path.is_dir) else []
+        classes = folders_in(folder) if is_there(folder, Path.is_dir) else []
         if not classes:
             raise PrunexError(
                 f"{folder} holds no class: give a folder with train/<class>/<image> and val/<class>/<image>"
             )
-        counts.append({each.name for each in classes})
+        counts.append(set(classes))
     if counts[0] != counts[1]:
         odd = sorted(counts[0] ^ counts[1])[0]
         raise PrunexError(f"{root}: class {odd!r} is in one of train and val alone: give both the same classes")

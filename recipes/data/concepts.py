@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunex.errors import PrunexError
+from prunex.files import folders_in
 
 TABLE, MASKS = "concepts.csv", "concepts"
 _VALUES = {"0": 0.0, "1": 1.0, "": math.nan}
@@ -73,11 +74,6 @@ class Concepts:
                 spatial[:, column] = covered.flatten()
             labels["spatial_concepts"] = spatial
         return labels
-
-
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in one, sorted, but for those that notebooks and macOS hide there."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _table(root: Path) -> tuple[list[str], dict[str, Tensor]]:

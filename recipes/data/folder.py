@@ -21,8 +21,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from prunex.checks import check_number, check_share, check_whole
 from prunex.errors import PrunexError
-from prunex.files import readable
-from prunex.recipes.data.concepts import Concepts, folders_in
+from prunex.files import folders_in, readable
+from prunex.recipes.data.concepts import Concepts
 from prunex.recipes.data.images import choose_range, object_pixels, read_image
 from prunex.recipes.given import check_range
 from prunex.untrusted import read_picture

@@ -90,6 +90,12 @@ def test_init_compares_the_classes_of_both_splits(photos):
         cli.run(["init", "photos"])
 
 
+def test_init_counts_no_folder_that_notebooks_hide(photos):
+    Path("photos/train/.ipynb_checkpoints").mkdir()
+    assert cli.run(["init", "photos"]) == 0
+    assert init.check_images(Path("photos")) == 2
+
+
 def test_every_pruner_that_init_offers_takes_a_budget():
     for method in init.METHODS:
         pruning = prunex.attach(tiny(), method, budget=0.8)

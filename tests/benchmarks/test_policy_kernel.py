@@ -50,6 +50,7 @@ def largest(*cases):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_exact_to_the_rounding_of_bfloat16():
     ((output, gradients),) = largest("some bfloat16")
     assert 0 < output < 2e-2  # outputs up to 2, of which bfloat16 tells 1 / 128 apart

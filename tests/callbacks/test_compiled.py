@@ -6,7 +6,7 @@ import torch
 import prunex
 from prunex.callbacks import MaskPruning, TokenPruning, load_from_checkpoint
 from tests.callbacks.modules import Plain, loader, trainer
-from tests.vits import images, relative
+from tests.vits import images, quick, relative
 
 
 class Eager(Plain):
@@ -50,9 +50,7 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-@pytest.mark.parametrize(
-    ("kind", "whole"), [(Inside, False), pytest.param(Later, False, marks=pytest.mark.slow), (Eager, True)]
-)
+@pytest.mark.parametrize(("kind", "whole"), quick([(Inside, False), (Later, False), (Eager, True)], [(Eager, True)]))
 def test_the_same_training(tmp_path, name, kind, whole):
     wanted = trained(tmp_path, Eager, CALLBACKS[name])
     module = trained(tmp_path, kind, CALLBACKS[name], whole)

@@ -224,7 +224,7 @@ def test_nothing_stays_in_memory(method, pruner):
     before = alive()
     gc.disable()  # what only the cycle collector would free counts as left
     try:
-        for _ in range(20):
+        for _ in range(8):
             explain(method, model, images())
         after = alive()
     finally:

@@ -17,6 +17,7 @@ from prunex.multimodal.families import adapter_of
 from prunex.multimodal.recorder import recorded
 from prunex.multimodal.rules import last
 from tests.multimodal.models import MAKERS, clip, detector, lxmert, vilt, visual_bert
+from tests.vits import quick
 
 ALL = pytest.mark.parametrize("kind", MAKERS)
 FUSED = ("detr", "conditional_detr", "clip", "owlvit")
@@ -348,7 +349,7 @@ def test_copied_and_pickled_afterwards(kind):
     assert torch.equal(explain(kind, pickle.loads(pickle.dumps(model)), inputs).image, want)
 
 
-@ALL
+@pytest.mark.parametrize("kind", quick(MAKERS, ["lxmert", "vilt", "detr", "clip"]))
 def test_one_forward_for_many_targets_and_nothing_is_left_over(kind):
     model, inputs = MAKERS[kind]()
     calls = []

@@ -261,7 +261,7 @@ def test_compiles_as_one_graph(method):
     ("method", "backend"),
     [
         ("evit", "aot_eager"),
-        ("dynamicvit", "aot_eager"),
+        pytest.param("dynamicvit", "aot_eager", marks=pytest.mark.slow),
         pytest.param("evit", "inductor", marks=pytest.mark.slow),
         pytest.param("dynamicvit", "inductor", marks=pytest.mark.slow),
     ],
